@@ -1,0 +1,54 @@
+# What people type. Settings: BUCKET=s3://my-bucket/prefix, DATASET=, RUN=, SOURCE=, RECIPE=, ARGS="more flags".
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup shards train test check fix lock s3-stop clean
+
+flag = $(if $($(1)),$(2) $($(1)))
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  With no settings, data and runs live in an embedded S3 server under .wds/, on the handwritten digits.'
+	@echo '  make shards SOURCE=/data/imagenet BUCKET=s3://my-bucket; make train BUCKET=s3://my-bucket RUN=first RECIPE=imagenette'
+
+setup: $(STAMP) ## install everything into .venv (a second call is instant)
+
+$(STAMP): requirements.lock requirements-uv.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "wds-train needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+shards: setup ## a dataset becomes tar shards on S3 (SOURCE=, BUCKET= or DATASET=)
+	$(BIN)/wds-train shards $(or $(SOURCE),digits) $(DATASET) $(call flag,BUCKET,--bucket) $(ARGS)
+
+train: setup ## train; again after an interruption: goes on where it stopped (RUN=, RECIPE=, BUCKET= or DATASET=)
+	$(BIN)/wds-train train $(call flag,DATASET,--dataset) $(call flag,RUN,--run) $(call flag,RECIPE,--recipe) $(call flag,BUCKET,--bucket) $(ARGS)
+
+test: check ## the checks and every test
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: setup ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: setup ## repair what the linter can
+	-$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: setup ## compile the pinned, hashed requirements anew
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra dev pyproject.toml -o requirements.lock
+	echo uv | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-uv.lock
+
+s3-stop: setup ## stop the embedded S3 server
+	$(BIN)/python -m wds_train.devserver stop
+
+clean: s3-stop ## remove .venv and all data of the embedded S3 server
+	rm -rf $(VENV) .wds

@@ -1,0 +1,56 @@
+"""Every error that a user can meet, as one tree. The command line prints the message alone and exits with `exit_code`.
+
+    WdsTrainError              1
+    ├── UsageError             2    a flag, setting or argument that cannot work
+    ├── StoreError             1    the object store
+    │   ├── NotFound                the object does not exist (404)
+    │   ├── AccessDenied            the credentials are missing, wrong, expired or not enough (401, 403)
+    │   ├── Conflict                a compare-and-swap lost: somebody else wrote first (409, 412)
+    │   └── Unavailable             the store did not answer, or kept failing, until the retries ran out
+    ├── DataError              1    a dataset or a sample is not what its manifest says
+    ├── RunError               1    the state of a run cannot be used, or training cannot go on
+    └── Interrupted            75   stopped by a signal or a newer owner, after committing what could be: run it again
+
+Foreign exceptions (botocore, OSError, pyarrow) are translated where they enter, `raise ... from`.
+A message says what was wrong, the value, and what to do.
+"""
+
+
+class WdsTrainError(Exception):
+    exit_code = 1
+
+
+class UsageError(WdsTrainError):
+    exit_code = 2
+
+
+class StoreError(WdsTrainError):
+    pass
+
+
+class NotFound(StoreError):
+    pass
+
+
+class AccessDenied(StoreError):
+    pass
+
+
+class Conflict(StoreError):
+    pass
+
+
+class Unavailable(StoreError):
+    pass
+
+
+class DataError(WdsTrainError):
+    pass
+
+
+class RunError(WdsTrainError):
+    pass
+
+
+class Interrupted(WdsTrainError):
+    exit_code = 75  # sysexits.h EX_TEMPFAIL: a supervisor restarts on it

@@ -1,0 +1,114 @@
+"""The dataset manifest: `manifest.json` beside the shards, written last. What it does not name does not exist.
+
+{"format": 1, "kind": "wds-train dataset", "classes": [{"id", "name"}], "splits": {"train": {"shards": [{"name",
+"bytes", "samples", "sha256"}], "index": {"name", "bytes", "sha256"}}}, "source", "seed", "image_policy", "fingerprint"}
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wds_train.errors import DataError
+
+FORMAT = 1
+KIND = "wds-train dataset"
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """A class: `id` as the source calls it (a wnid, say), `name` for people. Its label is its place in the list."""
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str
+    bytes: int
+    samples: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    shards: tuple[Shard, ...]
+    index: Index
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    classes: tuple[ClassInfo, ...]
+    splits: dict[str, Split]
+    source: str
+    seed: int
+    image_policy: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the content alone: classes and shards, not where they came from. The index follows from the
+        shards, and its Parquet encoding may change with pyarrow's version, so it is left out.
+        """
+        shards = {name: [asdict(shard) for shard in split.shards] for name, split in self.splits.items()}
+        content = {"classes": [asdict(entry) for entry in self.classes], "shards": shards}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def split(self, name: str) -> Split:
+        if name not in self.splits:
+            raise DataError(f"the dataset has no split {name!r}; it has {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def to_json(self) -> bytes:
+        head = {"format": FORMAT, "kind": KIND, "fingerprint": self.fingerprint}
+        return (json.dumps(head | asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "DatasetManifest":
+        """Read a manifest found at `where`; `DataError` when it is another kind, a newer format, or damaged."""
+        try:
+            content = json.loads(data)
+        except ValueError as error:
+            raise DataError(f"{where} is not JSON: {error}") from error
+        if not isinstance(content, dict) or content.get("kind") != KIND:
+            raise DataError(f"{where} is not a {KIND} manifest; convert the dataset with `wds-train shards`")
+        if content.get("format") != FORMAT:
+            raise DataError(
+                f"{where} has format {content.get('format')}, this wds-train reads format {FORMAT}; upgrade it"
+            )
+        try:
+            manifest = cls(
+                classes=tuple(ClassInfo(**entry) for entry in content["classes"]),
+                splits={name: _split(entry) for name, entry in content["splits"].items()},
+                source=content["source"],
+                seed=content["seed"],
+                image_policy=content["image_policy"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where} is damaged: {error!r}; convert the dataset again") from error
+        if manifest.fingerprint != content.get("fingerprint"):
+            raise DataError(
+                f"{where} was altered: its content hashes to {manifest.fingerprint}, "
+                f"it says {content.get('fingerprint')}; convert the dataset again"
+            )
+        return manifest
+
+
+def _split(entry: dict[str, Any]) -> Split:
+    return Split(tuple(Shard(**shard) for shard in entry["shards"]), Index(**entry["index"]))

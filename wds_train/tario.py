@@ -1,0 +1,146 @@
+"""Shards and their index: plain WebDataset tars, and beside them a Parquet table with a row per sample.
+
+A sample is two adjacent members, `KEY.cls` (the label in ASCII) and `KEY.jpg|png|webp` (the image's bytes, untouched).
+Headers carry no times, owners or modes of the machine: the same samples give the same bytes.
+"""
+
+import io
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from wds_train.errors import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+TAR_BLOCK = 512
+# A key is a tar member name before its extension: what webdataset groups by. No dots (webdataset cuts at the first),
+# no odd characters (it must survive every tool), and short enough for a plain ustar header.
+KEY = re.compile(r"[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*")
+KEY_LENGTH = 90
+
+SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("data_offset", pa.int64()),
+        ("data_length", pa.int64()),
+        ("label", pa.int32()),
+        ("key", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("crc32", pa.uint32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image to be written: `key` as above, `label` in [0, classes), `image` as the source holds it."""
+
+    key: str
+    label: int
+    image: bytes
+    extension: str
+    width: int
+    height: int
+
+
+class ShardWriter:
+    """Builds one shard in memory, and its index rows."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.rows: list[dict[str, Any]] = []
+        self._buffer = bytearray()
+
+    def add(self, sample: Sample) -> None:
+        if not KEY.fullmatch(sample.key) or len(sample.key) > KEY_LENGTH:
+            raise DataError(
+                f"{sample.key!r} cannot be a sample's key; use letters, digits, '_', '-' and '/', at most {KEY_LENGTH}"
+            )
+        start = len(self._buffer)
+        self._member(f"{sample.key}.cls", str(sample.label).encode())
+        data_offset = self._member(f"{sample.key}.{sample.extension}", sample.image)
+        self.rows.append(
+            {
+                "shard": self.number,
+                "offset": start,
+                "length": len(self._buffer) - start,
+                "data_offset": data_offset,
+                "data_length": len(sample.image),
+                "label": sample.label,
+                "key": sample.key,
+                "width": sample.width,
+                "height": sample.height,
+                "crc32": zlib.crc32(memoryview(self._buffer)[start:]),
+            }
+        )
+
+    def finish(self) -> bytes:
+        """The shard's bytes, with the two zero blocks that end a tar."""
+        return bytes(self._buffer) + bytes(2 * TAR_BLOCK)
+
+    def _member(self, name: str, data: bytes) -> int:
+        info = tarfile.TarInfo(name)  # mtime 0, mode 644, uid 0: nothing of this machine
+        info.size = len(data)
+        self._buffer += info.tobuf(tarfile.USTAR_FORMAT)
+        data_offset = len(self._buffer)
+        self._buffer += data
+        self._buffer += bytes(-len(data) % TAR_BLOCK)
+        return data_offset
+
+
+def write_index(rows: Iterable[dict[str, Any]]) -> bytes:
+    """The Parquet file of `rows`, in dataset order; the same bytes for the same rows and pyarrow version."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), SCHEMA), sink, compression="zstd", store_schema=False)
+    return sink.getvalue()
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """The index as columns, each [samples], in dataset order: sample i is row i."""
+
+    shard: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+    data_offset: NDArray[np.int64]
+    data_length: NDArray[np.int64]
+    label: NDArray[np.int32]
+    key: pa.ChunkedArray
+    width: NDArray[np.int32]
+    height: NDArray[np.int32]
+    crc32: NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def key_of(self, sample: int) -> str:
+        return self.key[sample].as_py()
+
+
+def read_index(data: bytes, where: str) -> SampleIndex:
+    """Read an index found at `where`; `DataError` when it is not one."""
+    try:
+        table = pq.read_table(pa.BufferReader(data), schema=SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where} is not an index that can be read: {error}") from error
+    columns = {name: table[name].to_numpy() for name in SCHEMA.names if name != "key"}
+    return SampleIndex(key=table["key"], **columns)
+
+
+def image_of(index: SampleIndex, sample: int, record: memoryview) -> memoryview:
+    """The image's bytes within the sample's `record` (header to padding); `DataError` when the record is damaged."""
+    if zlib.crc32(record) != index.crc32[sample]:
+        raise DataError("its bytes do not match the checksum in the index")
+    start = int(index.data_offset[sample] - index.offset[sample])
+    return record[start : start + int(index.data_length[sample])]
