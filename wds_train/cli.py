@@ -1,0 +1,166 @@
+"""The command line: `wds-train COMMAND`. Errors end as one line on stderr and the exit code of their class."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from wds_train.errors import Interrupted, WdsTrainError
+from wds_train.store import EMBEDDED_BUCKET
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code: 0 done, 75 interrupted (run it again), 1 failed, 2 wrong usage."""
+    args = _parser().parse_args(arguments)
+    try:
+        return args.run_command(args)
+    except Interrupted as stop:
+        print(f"wds-train: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except WdsTrainError as error:
+        print(f"wds-train: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("wds-train: stopped at once; what was committed before stands", file=sys.stderr)
+        return Interrupted.exit_code
+    except BrokenPipeError:
+        # The reader (`| head`) has gone: not an error, and Python must not complain about it while it exits either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wds-train", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    # _add_shards(commands.add_parser("shards", help="convert images to tar shards, index and manifest"))
+    # _add_inspect(commands.add_parser("inspect", help="what a dataset holds"))
+    _add_order(commands.add_parser("order", help="print the samples of an epoch in training order"))
+    _add_train(commands.add_parser("train", help="train, or go on with a run"))
+    return parser
+
+
+def default_url(kind: str, name: str, bucket: str | None) -> str:
+    """`<bucket>/<kind>/<name>`; without a bucket, in the embedded server, which is said in one line."""
+    if bucket is None:
+        print(
+            f"no bucket configured: using the embedded S3 server for {kind}/{name} (data under .wds/)", file=sys.stderr
+        )
+        bucket = f"s3://{EMBEDDED_BUCKET}"
+    return f"{bucket.rstrip('/')}/{kind}/{name}"
+
+
+def _add_shards(parser: argparse.ArgumentParser) -> None:
+    from shards import make_shards
+
+    make_shards.add_arguments(parser)
+    parser.set_defaults(run_command=make_shards.run)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    from wds_train import audit
+
+    audit.add_inspect_arguments(parser)
+    parser.set_defaults(run_command=audit.run_inspect)
+
+
+def _add_order(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="s3://bucket/prefix or a directory")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epoch", type=int, default=0)
+    parser.add_argument(
+        "--global-batch", type=_positive, default=256, metavar="B", help="samples per step over all ranks"
+    )
+    parser.add_argument("--world", type=_positive, default=1, metavar="R", help="ranks to read as")
+    parser.add_argument("--workers", type=_count, default=0, metavar="W", help="loader workers per rank")
+    parser.add_argument("--from-step", type=_count, default=0, metavar="K", help="first step of the epoch to print")
+    parser.add_argument("--steps", type=_count, metavar="N", help="how many steps; all that remain by default")
+    parser.set_defaults(run_command=_order)
+
+
+def _order(args: argparse.Namespace) -> int:
+    from wds_train.dataset import Dataset
+    from wds_train.pipeline import stream_order
+
+    lines = stream_order(
+        Dataset.open(args.dataset),
+        seed=args.seed,
+        epoch=args.epoch,
+        global_batch=args.global_batch,
+        world=args.world,
+        workers=args.workers,
+        from_step=args.from_step,
+        steps=args.steps,
+    )
+    for line in lines:
+        print("\t".join(map(str, line)))
+    return 0
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset", metavar="DATASET", help="s3://bucket/prefix or a directory (default: BUCKET/datasets/RECIPE)"
+    )
+    parser.add_argument(
+        "--run", metavar="RUN", help="a name, or s3://bucket/prefix, or a directory (default: the recipe's name)"
+    )
+    parser.add_argument(
+        "--bucket", metavar="s3://B/P", help="where datasets/ and runs/ live (default: the embedded S3 server)"
+    )
+    parser.add_argument("--recipe", default="digits", metavar="NAME")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="K=V", dest="settings", help="change one field of the recipe"
+    )
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        default=_default_workers(),
+        metavar="W",
+        help="loader processes (default: %(default)s)",
+    )
+    parser.set_defaults(run_command=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from wds_train.recipe import preset, with_settings
+
+    recipe = with_settings(preset(args.recipe), args.settings)  # before the heavy imports: a typo answers at once
+    from wds_train.train import TrainOptions, train
+
+    dataset = args.dataset or _default_dataset(args)
+    run = args.run or args.recipe
+    if "/" not in run:
+        run = default_url("runs", run, args.bucket)
+    train(TrainOptions(dataset, run, recipe, args.workers))
+    return 0
+
+
+def _default_dataset(args: argparse.Namespace) -> str:
+    """The dataset named like the recipe. The digits are made when they are not there yet: they need no download."""
+    url = default_url("datasets", args.recipe, args.bucket)
+    if args.recipe == "digits":
+        from shards import make_shards
+
+        make_shards.ensure_digits(url)
+    return url
+
+
+def _default_workers() -> int:
+    return max(1, min(16, (os.cpu_count() or 2) - 1))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""The arithmetic of training: one optimizer step, one validation, and the state that both leave behind."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup
+from torch.nn import functional as F
+
+from wds_train.checkpoint import Snapshot
+from wds_train.errors import DataError, RunError
+from wds_train.model import Ema, create_model, create_optimizer, seed_torch
+from wds_train.order import key
+from wds_train.pipeline import Batch
+from wds_train.recipe import DataRecipe, MixRecipe, Recipe
+from wds_train.schedule import ema_decay, lr_share
+from wds_train.state import Progress
+
+
+@contextmanager
+def _derived_randomness(seed: int, step: int, rank: int) -> Iterator[None]:
+    """Within, every draw is a function of (seed, step, rank). timm's Mixup reads NumPy's global generator and dropout
+    torch's: pointing both at the step makes a resumed run draw what the unbroken one drew.
+    """
+    seed_torch(seed, "step", step, rank)
+    before = np.random.get_state()
+    np.random.seed(key(seed, "step", step, rank) % (1 << 32))
+    yield
+    np.random.set_state(before)
+
+
+@dataclass
+class Trainer:
+    """A model in training on one device. `steps_per_epoch` is what the schedule counts epochs by.
+
+    The running epoch's loss is summed on the device, and copied into `progress` only by `snapshot`: reading it at every
+    step would make the CPU wait for the GPU.
+    """
+
+    recipe: Recipe
+    classes: int
+    steps_per_epoch: int
+    device: torch.device
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        self.model = create_model(self.recipe.model, self.classes, self.recipe.seed, self.device)
+        self.ema = Ema(self.model, self.recipe.ema)
+        self.optimizer = create_optimizer(self.recipe.optimizer, self.model)
+        # bf16 has float32's range and needs no scaler; GPUs before Ampere have only fp16.
+        on_gpu = self.device.type == "cuda"
+        self._amp = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float16 if on_gpu else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._amp == torch.float16)
+        self._mix = _mixup(self.recipe.mix, self.classes)
+        self._norm = _normalisation(self.recipe.data, self.device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.progress = Progress()
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """One optimizer step; its loss, a float32 scalar on the device."""
+        step = self.progress.step
+        assert batch.step == step, f"the loader gave step {batch.step}, the trainer is at {step}"
+        share = lr_share(self.recipe.schedule, step, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.optimizer.lr * share * group.get("lr_scale", 1.0)
+        self.model.train()
+        with _derived_randomness(self.recipe.seed, step, self.rank):
+            loss = self._forward(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.ema.decay = ema_decay(self.recipe.ema.decay, step)
+        self.ema.update(self.model)
+        self.loss_sum += loss.detach()
+        self._advance(batch)
+        return loss.detach()
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        images, labels = self._normalised(batch.images), batch.labels.to(self.device, non_blocking=True)
+        if self._mix is not None:
+            images, labels = self._mix(images, labels)
+        with self._autocast():
+            smoothing = 0.0 if self._mix is not None else self.recipe.mix.smoothing  # Mixup has smoothed them already
+            return F.cross_entropy(self.model(images), labels, label_smoothing=smoothing)
+
+    def _advance(self, batch: Batch) -> None:
+        """Count the step; at an epoch's first step the sums begin anew."""
+        done = self.progress
+        lost = done.lost + len(batch.lost)
+        if lost > self.recipe.data.max_bad * self.steps_per_epoch * self.recipe.batch:
+            named = "; ".join(f"{entry.shard}, key {entry.key}: {entry.cause}" for entry in batch.lost)
+            raise DataError(
+                f"{lost} samples of this epoch could not be read, more than the allowed share data.max_bad = "
+                f"{self.recipe.data.max_bad}; the last: {named}. Check the dataset with `wds-train verify`"
+            )
+        self.progress = replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=lost)
+
+    def epoch_loss(self) -> float:
+        """Mean training loss of the epoch so far; `RunError` when it is not finite."""
+        mean = self.loss_sum.item() / max(1, self.progress.loss_steps)
+        if not math.isfinite(mean):
+            raise RunError(
+                f"the training loss is {mean} by step {self.progress.step}; lower optimizer.lr (now "
+                f"{self.recipe.optimizer.lr}) or lengthen schedule.warmup_epochs, under another --run"
+            )
+        return mean
+
+    def evaluated(self) -> None:
+        """The epoch is validated: its sums are done with."""
+        self.progress = Progress(step=self.progress.step, evaluated=self.progress.evaluated + 1)
+        self.loss_sum.zero_()
+
+    @torch.inference_mode()
+    def evaluate(self, batches: Iterable[Batch], samples: int) -> dict[str, float]:
+        """Top-1 and top-5 in percent and the mean cross-entropy, of the raw and the EMA weights, over one pass."""
+        models = {"": self.model.eval(), "_ema": self.ema.module.eval()}
+        sums = {suffix: torch.zeros(3, dtype=torch.float64, device=self.device) for suffix in models}
+        seen = 0
+        for batch in batches:
+            images, labels = self._normalised(batch.images), batch.labels.to(self.device, non_blocking=True)
+            readable = _readable(batch, self.device)
+            for suffix, model in models.items():
+                with self._autocast():
+                    logits = model(images).float()
+                sums[suffix] += _scores(logits, labels, readable)
+            seen += len(labels)
+        if seen != samples:
+            raise RunError(f"validation saw {seen} samples of {samples}; each must count exactly once")
+        return {
+            f"val/{name}{suffix}": value / seen * (1 if name == "loss" else 100)
+            for suffix, total in sums.items()
+            for name, value in zip(("loss", "top1", "top5"), total.tolist(), strict=True)
+        }
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the state in host memory; training may go on at once."""
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"ema/{name}": value for name, value in self.ema.module.state_dict().items()}
+        scalars: dict[str, Any] = {}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            for slot, value in slots.items():
+                (tensors if torch.is_tensor(value) else scalars)[f"optimizer/{index}/{slot}"] = value
+        # A buffer that is a view or shared would be refused by safetensors, so each is copied on its own.
+        host = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+        progress = replace(self.progress, loss_sum=self.loss_sum.item())
+        return Snapshot(host, {"optimizer": scalars, "scaler": self.scaler.state_dict()}, progress)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Become what `snapshot` holds; `RunError` when it is of another model or optimizer."""
+        try:
+            self.model.load_state_dict(_section(snapshot.tensors, "model/"))
+            self.ema.module.load_state_dict(_section(snapshot.tensors, "ema/"))
+            self._restore_optimizer(snapshot)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise RunError(f"the checkpoint does not fit the model {self.recipe.model.name}: {error}") from error
+        self.scaler.load_state_dict(snapshot.extra["scaler"])
+        self.loss_sum.fill_(snapshot.progress.loss_sum)
+        self.progress = snapshot.progress
+
+    def _restore_optimizer(self, snapshot: Snapshot) -> None:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        state: dict[int, dict[str, Any]] = {}
+        for name, value in (
+            _section(snapshot.tensors, "optimizer/") | _section(snapshot.extra["optimizer"], "optimizer/")
+        ).items():
+            index, slot = name.split("/")
+            if torch.is_tensor(value) and value.shape == parameters[int(index)].shape:
+                # In the parameter's own memory layout; otherwise every later update would mix layouts, slowly.
+                value = torch.empty_like(parameters[int(index)]).copy_(value)  # noqa: PLW2901
+            state.setdefault(int(index), {})[slot] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in channels_last memory, without a copy for the layout."""
+        scale, shift = self._norm
+        pixels = images.to(self.device, non_blocking=True).float()
+        return pixels.mul_(scale).add_(shift).permute(0, 3, 1, 2)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self._amp, enabled=self._amp is not None)
+
+
+def _section(entries: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+
+
+def _mixup(recipe: MixRecipe, classes: int) -> Mixup | None:
+    if recipe.mixup <= 0 and recipe.cutmix <= 0:
+        return None
+    return Mixup(
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        prob=recipe.prob,
+        switch_prob=recipe.switch_prob,
+        label_smoothing=recipe.smoothing,
+        num_classes=classes,
+    )
+
+
+def _normalisation(recipe: DataRecipe, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pixel / 255 - mean) / std as scale and shift, float32 [3] each."""
+    mean, std = torch.tensor(recipe.mean, device=device), torch.tensor(recipe.std, device=device)
+    return 1 / (255 * std), -mean / std
+
+
+def _readable(batch: Batch, device: torch.device) -> torch.Tensor:
+    """False where a sample was lost: it counts, as wrong, since its grey pixels say nothing of the model."""
+    return torch.from_numpy(~np.isin(batch.ids, [entry.sample for entry in batch.lost])).to(device)
+
+
+def _scores(logits: torch.Tensor, labels: torch.Tensor, readable: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy, top-1 and top-5 hits: float64 [3]."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = (ranked == labels[:, None]) & readable[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
+    return torch.stack([loss, hits[:, 0].sum().double(), hits.any(dim=1).sum().double()])

@@ -1,0 +1,57 @@
+"""What is trained: a timm model, its optimizer and its EMA, built so that a recipe and a seed decide every weight."""
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV2
+from torch import nn
+
+from wds_train.errors import UsageError
+from wds_train.order import key
+from wds_train.recipe import EmaRecipe, ModelRecipe, OptimizerRecipe
+
+
+def seed_torch(*parts: str | int) -> None:
+    """Point torch's generators at `parts`. Layers such as dropout draw from them and take no generator of their own."""
+    torch.manual_seed(key(*parts) % (1 << 63))
+
+
+def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.device) -> nn.Module:
+    """The timm model with weights drawn from `seed`, in channels_last memory (1.47 x the speed on an RTX 3090:
+    timm's results/benchmark-train-amp-nhwc).
+    """
+    if not timm.is_model(recipe.name):
+        near = difflib.get_close_matches(recipe.name, timm.list_models(), n=3)
+        raise UsageError(
+            f"timm has no model {recipe.name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
+    seed_torch(seed, "init")
+    model = timm.create_model(recipe.name, num_classes=classes, drop_path_rate=recipe.drop_path)
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def create_optimizer(recipe: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer of that name; biases and normalisation layers are not decayed (timm's `filter_bias_and_bn`)."""
+    try:
+        return create_optimizer_v2(
+            model, opt=recipe.name, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
+        )
+    except (ValueError, AssertionError) as error:
+        raise UsageError(f"timm has no optimizer {recipe.name!r}: {error}") from error
+
+
+class Ema(ModelEmaV2):
+    """timm's ModelEmaV2, with the two repairs that an exact resume needs."""
+
+    def __init__(self, model: nn.Module, recipe: EmaRecipe) -> None:
+        super().__init__(model, decay=recipe.decay)
+        # update() pairs the two state dicts by order alone: another layout would average unrelated tensors in silence.
+        assert list(self.module.state_dict()) == list(model.state_dict())
+
+    def _update(self, model: nn.Module, update_fn: Any) -> None:
+        super()._update(
+            model, lambda e, m: update_fn(e, m) if e.is_floating_point() else m
+        )  # counters are not averaged

@@ -1,0 +1,468 @@
+"""The loader. What a batch goes through, all of it inside one loader worker:
+
+    requests   (order.py)  for every lane of this worker, the windows that come next, in the order of the step that
+                           first needs them: Request(step, epoch, lane, ids)
+    fetch      (store.py)  ranged GETs of whole blocks by a few threads, a bounded number of bytes ahead; every
+                           sample's CRC is checked, a damaged one is fetched once more: Window(request, records)
+    assemble               step by step, the next samples of each lane: Part(step, places, ids, records)
+    decode     (decode.py) crop, resize and flip straight into a tensor in shared memory: Batch
+
+and in the trainer's process:
+
+    merge                  the parts of one step, of all workers, in lane order: Batch
+
+The stages are a `webdataset.DataPipeline` behind `webdataset.WebLoader`. Nothing is consumed that a state would have
+to hold: a loader starts at any step, and its batches are the same for every number of ranks and workers.
+"""
+
+import contextlib
+import heapq
+import itertools
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import webdataset as wds
+from numpy.typing import NDArray
+
+from wds_train.augment import Box, center_crop, random_resized_crop
+from wds_train.dataset import Dataset, SplitReader
+from wds_train.decode import decode_crop
+from wds_train.errors import DataError, RunError, UsageError, WdsTrainError
+from wds_train.order import EpochOrder, Ids, generator, lane_count
+from wds_train.tario import image_of
+
+FETCH_THREADS = 8
+AHEAD_BYTES = 32 << 20  # per worker: enough to cover the store's latency, little beside the windows themselves
+GAP_BYTES = 64 << 10  # fetching a hole this small costs less than another request
+PREFETCHED_PARTS = 4  # per worker, in shared memory: evens out steps whose images are slow to decode
+
+
+class Request(NamedTuple):
+    """Samples `ids` (int64) of `lane`, the first of which is needed at `step` (counted over the whole training)."""
+
+    step: int
+    lane: int
+    epoch: int
+    ids: Ids
+
+
+class Lost(NamedTuple):
+    """A sample that could not be used, and why."""
+
+    sample: int
+    shard: str
+    key: str
+    cause: str
+
+
+class Part(NamedTuple):
+    """Samples of one step that one worker contributes. `positions` are their places in the epoch's order, int64 [n],
+    like `ids`.
+    """
+
+    step: int
+    epoch: int
+    positions: Ids
+    ids: Ids
+    records: "list[memoryview | DataError]"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` uint8 [n, height, width, 3] RGB, `labels` int64 [n], in global-batch order; `lost` names the samples
+    whose image could not be read: their pixels are grey.
+    """
+
+    step: int
+    positions: Ids
+    ids: Ids
+    images: torch.Tensor
+    labels: torch.Tensor
+    lost: list[Lost] = field(default_factory=list)
+
+
+class Plan(Protocol):
+    """What one worker reads: its requests, and how they are cut into parts."""
+
+    def parts(
+        self, fetch: "Callable[[Iterable[Request]], Iterator[Window]]", worker: int, workers: int
+    ) -> Iterator[Part]: ...
+
+
+class Window(NamedTuple):
+    """A request and its samples' image bytes, in the request's order."""
+
+    request: Request
+    records: "list[memoryview | DataError]"
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The steps [from_step, epochs * steps per epoch) of a training, for one rank of `world`."""
+
+    shard_samples: tuple[int, ...]
+    fingerprint: str
+    seed: int
+    global_batch: int
+    epochs: range
+    from_step: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        lanes = lane_count(self.global_batch)
+        if lanes % self.world:
+            raise UsageError(
+                f"a global batch of {self.global_batch} is read in {lanes} lanes, which {self.world} ranks cannot share "
+                f"equally; use a number of ranks that divides {lanes}, or another batch"
+            )
+        if self.steps_per_epoch == 0:
+            raise UsageError(
+                f"the dataset has {sum(self.shard_samples)} samples, fewer than one global batch of {self.global_batch}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return sum(self.shard_samples) // self.global_batch
+
+    def order(self, epoch: int) -> EpochOrder:
+        return EpochOrder(
+            self.shard_samples,
+            fingerprint=self.fingerprint,
+            seed=self.seed,
+            epoch=epoch,
+            global_batch=self.global_batch,
+        )
+
+    def lanes(self, worker: int, workers: int) -> list[int]:
+        lanes = lane_count(self.global_batch)
+        own = range(self.rank * lanes // self.world, (self.rank + 1) * lanes // self.world)
+        return [int(lane) for lane in np.array_split(own, workers)[worker]]
+
+    def parts(
+        self, fetch: Callable[[Iterable[Request]], Iterator[Window]], worker: int, workers: int
+    ) -> Iterator[Part]:
+        lanes = self.lanes(worker, workers)
+        per_lane = self.global_batch // lane_count(self.global_batch)
+        places = np.concatenate([np.arange(lane * per_lane, (lane + 1) * per_lane) for lane in lanes])
+        windows = fetch(self._requests(lanes))
+        waiting: dict[int, deque[tuple[int, memoryview | DataError]]] = {lane: deque() for lane in lanes}
+        for step in range(self.from_step, self.epochs.stop * self.steps_per_epoch):
+            taken: list[tuple[int, memoryview | DataError]] = []
+            for lane in lanes:
+                while len(waiting[lane]) < per_lane:  # requests come in the order of need, so the next one fills a lane
+                    request, records = next(windows)
+                    waiting[request.lane].extend(zip(request.ids.tolist(), records, strict=True))
+                taken += [waiting[lane].popleft() for _ in range(per_lane)]
+            epoch, epoch_step = divmod(step, self.steps_per_epoch)
+            ids = np.array([sample for sample, _ in taken], dtype=np.int64)
+            yield Part(step, epoch, epoch_step * self.global_batch + places, ids, [record for _, record in taken])
+
+    def _requests(self, lanes: list[int]) -> Iterator[Request]:
+        return heapq.merge(*(self._lane_requests(lane) for lane in lanes), key=lambda request: request[:2])
+
+    def _lane_requests(self, lane: int) -> Iterator[Request]:
+        for epoch in self.epochs:
+            order = self.order(epoch)
+            before = epoch * self.steps_per_epoch
+            from_step = max(0, self.from_step - before)
+            for window in order.windows(lane, from_step) if from_step < order.steps else ():
+                yield Request(before + window.start // order.per_lane, lane, epoch, window.ids)
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """Every sample of a split once over all ranks, in dataset order, in batches that no rank or worker count changes:
+    batch b goes to rank b % world.
+    """
+
+    samples: int
+    batch: int
+    rank: int = 0
+    world: int = 1
+
+    def parts(
+        self, fetch: Callable[[Iterable[Request]], Iterator[Window]], worker: int, workers: int
+    ) -> Iterator[Part]:
+        own = range(self.rank, -(-self.samples // self.batch), self.world)[worker::workers]
+        requests = (Request(b, 0, 0, np.arange(b * self.batch, min((b + 1) * self.batch, self.samples))) for b in own)
+        for request, records in fetch(requests):
+            yield Part(request.step, 0, request.ids, request.ids, records)
+
+
+class Fetcher:
+    """Reads the image bytes of requests, a bounded number of bytes ahead, in order."""
+
+    def __init__(self, split: SplitReader) -> None:
+        self._split = split
+
+    def __call__(self, requests: Iterable[Request]) -> Iterator[Window]:
+        pool = ThreadPoolExecutor(FETCH_THREADS)
+        pending: deque[tuple[Request, int, list[Future[dict[int, memoryview | DataError]]]]] = deque()
+        ahead = 0
+        try:
+            for request in requests:
+                size = int(self._split.index.length[request.ids].sum())
+                pending.append((request, size, [pool.submit(self._read_run, run) for run in self._runs(request.ids)]))
+                ahead += size
+                while ahead > AHEAD_BYTES and len(pending) > 1:
+                    ahead -= pending[0][1]
+                    yield _window(*pending.popleft())
+            while pending:
+                yield _window(*pending.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _runs(self, ids: Ids) -> list[Ids]:
+        """`ids` sorted and cut where the shard changes or a hole is not worth fetching: one GET each."""
+        ids, index = np.sort(ids), self._split.index
+        hole = index.offset[ids[1:]] - (index.offset[ids[:-1]] + index.length[ids[:-1]])
+        cut = (index.shard[ids[1:]] != index.shard[ids[:-1]]) | (hole > GAP_BYTES)
+        return np.split(ids, np.flatnonzero(cut) + 1)
+
+    def _read_run(self, ids: Ids) -> dict[int, memoryview | DataError]:
+        index, shard = self._split.index, self._split.shard_names[self._split.index.shard[ids[0]]]
+        first = int(index.offset[ids[0]])
+        end = int(index.offset[ids[-1]] + index.length[ids[-1]])
+        data = memoryview(self._split.store.read(shard, first, end - first))
+        return {
+            int(i): self._image(int(i), shard, data[int(index.offset[i]) - first :][: int(index.length[i])])
+            for i in ids
+        }
+
+    def _image(self, sample: int, shard: str, record: memoryview) -> memoryview | DataError:
+        index = self._split.index
+        with contextlib.suppress(DataError):
+            return image_of(index, sample, record)
+        # Once more: a byte that flipped on the way comes right, one that flipped in the store does not.
+        again = memoryview(self._split.store.read(shard, int(index.offset[sample]), int(index.length[sample])))
+        try:
+            return image_of(index, sample, again)
+        except DataError as error:
+            return error
+
+
+def _window(request: Request, _: int, runs: list[Future[dict[int, memoryview | DataError]]]) -> Window:
+    found: dict[int, memoryview | DataError] = {}
+    for run in runs:
+        found |= run.result()
+    return Window(request, [found[sample] for sample in request.ids.tolist()])
+
+
+class Transform(Protocol):
+    def size(self, step: int) -> int:
+        """The side of the square images of `step`, in pixels."""
+
+    def crop(self, epoch: int, position: int, width: int, height: int) -> tuple[Box, bool]:
+        """The box to cut from the image at `position` of the epoch, and whether to mirror it."""
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """RandomResizedCrop and flip, keyed by (seed, epoch, position): the same whoever decodes it, whenever."""
+
+    seed: int
+    side: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+
+    def size(self, step: int) -> int:
+        return self.side
+
+    def crop(self, epoch: int, position: int, width: int, height: int) -> tuple[Box, bool]:
+        rng = generator(self.seed, "augment", epoch, position)
+        flip = bool(rng.random() < self.flip)
+        return random_resized_crop(rng, width, height, self.scale, self.ratio), flip
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """The central square, `crop_ratio` of the shorter side."""
+
+    side: int
+    crop_ratio: float
+
+    def size(self, step: int) -> int:
+        return self.side
+
+    def crop(self, epoch: int, position: int, width: int, height: int) -> tuple[Box, bool]:
+        return center_crop(width, height, self.crop_ratio), False
+
+
+class Decoder:
+    """Parts to batches. With no transform, the images stay empty: the order alone is wanted."""
+
+    def __init__(self, split: SplitReader, transform: Transform | None) -> None:
+        self._split = split
+        self._transform = transform
+
+    def __call__(self, parts: Iterable[Part]) -> Iterator[Batch]:
+        return map(self._decode, parts)
+
+    def _decode(self, part: Part) -> Batch:
+        side = self._transform.size(part.step) if self._transform else 0
+        images = torch.empty((len(part.ids), side, side, 3), dtype=torch.uint8)
+        if torch.utils.data.get_worker_info() is not None:
+            images.share_memory_()  # while empty: sharing it later, on the way to the trainer, would copy the pixels
+        pixels, lost = images.numpy(), []
+        for place, (sample, record) in enumerate(zip(part.ids.tolist(), part.records, strict=True)):
+            try:
+                self._fill(pixels[place], part.epoch, int(part.positions[place]), sample, record)
+            except DataError as error:
+                pixels[place] = 128
+                shard = self._split.shard_names[self._split.index.shard[sample]]
+                lost.append(Lost(sample, shard, self._split.index.key_of(sample), str(error)))
+        labels = torch.from_numpy(self._split.index.label[part.ids].astype(np.int64))
+        return Batch(part.step, part.positions, part.ids, images, labels, lost)
+
+    def _fill(
+        self, out: NDArray[np.uint8], epoch: int, position: int, sample: int, record: memoryview | DataError
+    ) -> None:
+        if isinstance(record, DataError):
+            raise record
+        if self._transform is not None:
+            index = self._split.index
+            box, flip = self._transform.crop(epoch, position, int(index.width[sample]), int(index.height[sample]))
+            decode_crop(record, box, out, flip=flip)
+
+
+class _Source:
+    """The first stages of the pipeline: picks this worker's share. Errors travel as values, because what DataLoader
+    makes of a worker's exception is a traceback, not a message for people.
+    """
+
+    def __init__(self, plan: Plan, fetch: Fetcher, decode: Decoder) -> None:
+        self._plan, self._fetch, self._decode = plan, fetch, decode
+
+    def __call__(self) -> Iterator[Part]:
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        return self._plan.parts(self._fetch, worker, workers)
+
+
+def _init_worker(_: int) -> None:
+    """A worker lives and dies with its trainer: Ctrl-C, which the terminal sends to both, is the trainer's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _errors_as_values(batches: Iterable[Batch]) -> Iterator[Batch | WdsTrainError]:
+    try:
+        yield from batches
+    except WdsTrainError as error:
+        yield error
+
+
+class Loader:
+    """Batches of `plan`. With `workers` > 0 they are decoded in that many processes, kept for every iteration. A batch
+    of a `TrainPlan` is merged from all workers' parts of the step.
+    """
+
+    def __init__(
+        self, split: SplitReader, plan: TrainPlan | EvalPlan, transform: Transform | None, workers: int
+    ) -> None:
+        if isinstance(plan, TrainPlan):
+            workers = min(workers, len(plan.lanes(0, 1)))
+        self._parts_per_batch = max(1, workers) if isinstance(plan, TrainPlan) else 1
+        decode = Decoder(split, transform)
+        self._pipeline = wds.WebLoader(
+            wds.DataPipeline(_Source(plan, Fetcher(split), decode), decode, _errors_as_values),
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=PREFETCHED_PARTS if workers else None,
+            # Fork: the index is shared copy-on-write, and a worker is ready in milliseconds, not after importing torch.
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=_init_worker,
+        )
+        self._begun: Iterator[Batch | WdsTrainError] | None = None
+
+    def start(self) -> None:
+        """Fork the workers and begin reading. To be called before this process has threads or uses a GPU, neither of
+        which a forked child survives.
+        """
+        items = iter(self._pipeline)
+        self._begun = itertools.chain([next(items)], items)
+
+    def __iter__(self) -> Iterator[Batch]:
+        parts: list[Batch] = []
+        for part in self._received():
+            parts.append(part)
+            if len(parts) == self._parts_per_batch:
+                yield _merge(parts)
+                parts = []
+
+    def _received(self) -> Iterator[Batch]:
+        items, self._begun = self._begun or self._pipeline, None
+        try:
+            for item in items:
+                if isinstance(item, WdsTrainError):
+                    raise item
+                yield item
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(
+                f"a loader worker died ({error}); if the machine ran out of memory, use fewer --workers, then run again"
+            ) from error
+
+
+def _merge(parts: list[Batch]) -> Batch:
+    """The workers' parts of one step as one batch; they hold ascending lanes, so their order is the lanes'."""
+    if len(parts) == 1:
+        return parts[0]
+    assert len({part.step for part in parts}) == 1, f"workers are out of step: {[part.step for part in parts]}"
+    return Batch(
+        parts[0].step,
+        np.concatenate([part.positions for part in parts]),
+        np.concatenate([part.ids for part in parts]),
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        [lost for part in parts for lost in part.lost],
+    )
+
+
+def stream_order(
+    dataset: Dataset,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    world: int,
+    workers: int,
+    from_step: int,
+    steps: int | None,
+) -> Iterator[tuple[int, int, str, int]]:
+    """(step, position, key, label) of every sample of an epoch from `from_step` on, read through the real loader as
+    `world` ranks with `workers` each would, but not decoded.
+    """
+    split = dataset.split("train")
+    plans = [
+        TrainPlan(
+            split.shard_samples,
+            dataset.fingerprint,
+            seed,
+            global_batch,
+            range(epoch, epoch + 1),
+            rank=rank,
+            world=world,
+        )
+        for rank in range(world)
+    ]
+    first = epoch * plans[0].steps_per_epoch
+    if from_step > plans[0].steps_per_epoch:
+        raise UsageError(f"--from-step {from_step} is beyond the epoch, which has {plans[0].steps_per_epoch} steps")
+    loaders = [Loader(split, replace(plan, from_step=first + from_step), None, workers) for plan in plans]
+    for ranks in itertools.islice(zip(*loaders, strict=True), steps):
+        for batch in ranks:
+            if batch.lost:
+                raise DataError(f"{batch.lost[0].shard}, key {batch.lost[0].key}: {batch.lost[0].cause}")
+            for position, sample in zip(batch.positions.tolist(), batch.ids.tolist(), strict=True):
+                yield batch.step - first, position, split.index.key_of(sample), int(split.index.label[sample])
