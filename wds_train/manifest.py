@@ -1,12 +1,13 @@
 """The dataset manifest: `manifest.json` beside the shards, written last. What it does not name does not exist.
 
 {"format": 1, "kind": "wds-train dataset", "classes": [{"id", "name"}], "splits": {"train": {"shards": [{"name",
-"bytes", "samples", "sha256"}], "index": {"name", "bytes", "sha256"}}}, "source", "seed", "image_policy", "fingerprint"}
+"bytes", "samples", "sha256"}], "index": {"name", "bytes", "sha256"}}}, "source", "seed", "image_policy", "fingerprint",
+"conversion": what else decided the bytes, "report": {"name", "bytes", "sha256"} of the list of samples left out or altered}
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wds_train.errors import DataError
@@ -34,6 +35,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
+    """An object beside the shards."""
+
     name: str
     bytes: int
     sha256: str
@@ -60,6 +63,8 @@ class DatasetManifest:
     source: str
     seed: int
     image_policy: dict[str, Any]
+    conversion: dict[str, Any] = field(default_factory=dict)
+    report: Index | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -99,6 +104,8 @@ class DatasetManifest:
                 source=content["source"],
                 seed=content["seed"],
                 image_policy=content["image_policy"],
+                conversion=content.get("conversion", {}),
+                report=Index(**content["report"]) if content.get("report") else None,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where} is damaged: {error!r}; convert the dataset again") from error

@@ -61,6 +61,9 @@ class Store(Protocol):
     def upload(self, key: str, path: Path) -> None:
         """Store a file; the object appears whole or not at all."""
 
+    def head(self, key: str) -> tuple[int, str]:
+        """The object's size in bytes and its tag, without its content."""
+
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """The objects under `prefix`, in key order."""
 
@@ -114,6 +117,10 @@ class LocalStore:
     def upload(self, key: str, path: Path) -> None:
         with self._translated(key), path.open("rb") as source, self._replacing(key) as file:
             shutil.copyfileobj(source, file, 1 << 20)
+
+    def head(self, key: str) -> tuple[int, str]:
+        data = self.read(key)
+        return len(data), hashlib.sha256(data).hexdigest()
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         files = (path for path in self.root.rglob("*") if path.is_file() and not path.name.startswith("."))
@@ -252,6 +259,11 @@ class S3Store:
     def upload(self, key: str, path: Path) -> None:
         with self._translated(key):
             self.client.upload_file(str(path), self.bucket, self._key(key))
+
+    def head(self, key: str) -> tuple[int, str]:
+        with self._translated(key):
+            answer = self.client.head_object(Bucket=self.bucket, Key=self._key(key))
+            return answer["ContentLength"], answer["ETag"]
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         base = f"{self.prefix}/" if self.prefix else ""

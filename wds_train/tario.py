@@ -85,9 +85,10 @@ class ShardWriter:
             }
         )
 
-    def finish(self) -> bytes:
-        """The shard's bytes, with the two zero blocks that end a tar."""
-        return bytes(self._buffer) + bytes(2 * TAR_BLOCK)
+    def finish(self) -> bytearray:
+        """The shard's bytes, with the two zero blocks that end a tar; nothing can be added after."""
+        self._buffer += bytes(2 * TAR_BLOCK)
+        return self._buffer
 
     def _member(self, name: str, data: bytes) -> int:
         info = tarfile.TarInfo(name)  # mtime 0, mode 644, uid 0: nothing of this machine
@@ -99,10 +100,20 @@ class ShardWriter:
         return data_offset
 
 
-def write_index(rows: Iterable[dict[str, Any]]) -> bytes:
+def record_bytes(label: int, image_bytes: int) -> int:
+    """What a sample takes in a shard, in bytes: two headers, and both members padded to whole blocks."""
+    return 2 * TAR_BLOCK + _padded(len(str(label))) + _padded(image_bytes)
+
+
+def _padded(size: int) -> int:
+    return size + -size % TAR_BLOCK
+
+
+def write_index(rows: Iterable[dict[str, Any]] | pa.Table) -> bytes:
     """The Parquet file of `rows`, in dataset order; the same bytes for the same rows and pyarrow version."""
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), SCHEMA)
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), SCHEMA), sink, compression="zstd", store_schema=False)
+    pq.write_table(table, sink, compression="zstd", store_schema=False)
     return sink.getvalue()
 
 

@@ -1,0 +1,275 @@
+"""A source becomes a dataset: shards, index and report, then the manifest.
+
+Kill it at any moment and run it again. What is finished is kept in the store under `.wip/`, which no manifest names:
+`plan.json` says what is being made, and `SPLIT/shard-NNNNNN.parquet`, written when that shard's upload was confirmed,
+holds the shard's index rows, digest and tag. A shard whose record and object agree is not made again; every shard is a
+pure function of the plan, so the result is the same bytes. After the manifest, `.wip/` and whatever else of ours it does
+not name are removed.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.images import ImagePolicy, check
+from shards.source import Note, Source, read_bytes
+from wds_train import manifest as manifests
+from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
+from wds_train.manifest import DatasetManifest, Index, Shard, Split
+from wds_train.order import permutation
+from wds_train.store import Store
+from wds_train.tario import SCHEMA, Sample, ShardWriter, record_bytes, write_index
+
+WIP = ".wip/"
+PLAN = f"{WIP}plan.json"
+OURS = re.compile(r"[a-z]+/(shard-\d{6}\.tar|index\.parquet)|report\.json|\.wip/.*")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the dataset's bytes besides its source. `shard_bytes`: a shard's size is at most this."""
+
+    seed: int = 0
+    shard_bytes: int = 128 << 20
+    policy: ImagePolicy = field(default_factory=ImagePolicy)
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """All that makes shard `number` of `split`: the rows of its samples, in order. `plan` is the plan's digest."""
+
+    store: Store
+    plan: str
+    split: str
+    number: int
+    rows: pa.Table
+    policy: ImagePolicy
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}/shard-{self.number:06d}.tar"
+
+    @property
+    def record(self) -> str:
+        return f"{WIP}{self.split}/shard-{self.number:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A finished shard, as its record in `.wip/` holds it. `tag` is the object's version in the store."""
+
+    shard: Shard
+    split: str
+    number: int
+    tag: str
+    notes: list[Note]
+    altered: int
+    index: pa.Table
+
+
+def make_shard(task: ShardTask) -> ShardDone:
+    """Read, check and pack the images of one shard, upload it, confirm it, and record it."""
+    writer, notes, altered = ShardWriter(task.number), list[Note](), 0
+    for row in task.rows.to_pylist():
+        origin = f"{row['path']}" + (f" at byte {row['offset']}" if row["offset"] else "")
+        data = read_bytes(row["path"], row["offset"], row["length"])
+        try:
+            image = check(data, task.policy)
+        except DataError as error:
+            notes.append(Note(task.split, origin, "left out", str(error)))
+            continue
+        if image.oddity:
+            notes.append(Note(task.split, origin, "kept", image.oddity))
+        altered += image.altered
+        writer.add(Sample(row["key"], row["label"], image.data, image.extension, image.width, image.height))
+    samples, body = len(writer.rows), writer.finish()
+    shard = Shard(task.name, len(body), samples, hashlib.sha256(body).hexdigest())
+    tag = upload(task.store, task.name, body)
+    done = ShardDone(shard, task.split, task.number, tag, notes, altered, pa.Table.from_pylist(writer.rows, SCHEMA))
+    task.store.write(task.record, _to_record(done, task.plan))
+    return done
+
+
+def upload(store: Store, name: str, body: bytes | bytearray) -> str:
+    """Write the object and see that the store has all of it; its tag."""
+    tag = store.write(name, body)
+    if store.head(name) != (len(body), tag):
+        raise StoreError(f"{store.url}/{name} is not what was uploaded; does something else write there? run again")
+    return tag
+
+
+def _to_record(done: ShardDone, plan: str) -> bytes:
+    facts = {"plan": plan} | {name: value for name, value in vars(done).items() if name != "index"}
+    facts |= {"shard": asdict(done.shard), "notes": [vars(note) for note in done.notes]}
+    sink = io.BytesIO()
+    pq.write_table(done.index.replace_schema_metadata({"wds-train": json.dumps(facts)}), sink)
+    return sink.getvalue()
+
+
+def _from_record(data: bytes, plan: str) -> ShardDone | None:
+    """The finished shard, or None when the record belongs to another plan or is damaged."""
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        facts = json.loads(table.schema.metadata[b"wds-train"])
+        if facts.pop("plan") != plan:
+            return None
+        facts |= {"shard": Shard(**facts["shard"]), "notes": [Note(**note) for note in facts["notes"]]}
+        return ShardDone(index=table.replace_schema_metadata(None), **facts)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+class Conversion:
+    """One source on its way into one store. `plan` is what must be equal for two conversions to be the same."""
+
+    def __init__(self, source: Source, store: Store, options: Options) -> None:
+        self.source, self.store, self.options = source, store, options
+        self.parts = {split: _cut(rows, split, options) for split, rows in source.splits.items()}
+        self.plan: dict[str, Any] = {
+            "source": source.description,
+            "seed": options.seed,
+            "image_policy": options.policy.to_json(),
+            "conversion": {"source_sha256": source.digest(), "shard_bytes": options.shard_bytes},
+        }
+        self.digest = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
+
+    def tasks(self, finished: set[tuple[str, int]]) -> Iterator[ShardTask]:
+        for split, parts in self.parts.items():
+            for number, ids in enumerate(parts):
+                if (split, number) not in finished:
+                    rows = self.source.splits[split].take(pa.array(ids))
+                    yield ShardTask(self.store, self.digest, split, number, rows, self.options.policy)
+
+    def begin(self, *, overwrite: bool) -> list[ShardDone] | None:
+        """What earlier runs finished; None when the dataset is complete. Refused when another one is there."""
+        there = self._existing()
+        if there is not None and overwrite and there[1] != self.plan:
+            self.store.delete(manifests.NAME)
+            self.store.delete(PLAN)
+            there = None
+        if there is None:
+            with contextlib.suppress(Conflict):
+                self.store.write(PLAN, json.dumps(self.plan, indent=1).encode(), if_absent=True)
+            there = self._existing()
+            assert there is not None
+        where, plan = there
+        if plan != self.plan:
+            raise UsageError(
+                f"{self.store.url}/{where} was begun with other settings: {_differences(plan, self.plan)}; "
+                "use the same ones, another destination, or --overwrite to replace it"
+            )
+        return None if where == manifests.NAME else self._finished()
+
+    def complete(self) -> DatasetManifest:
+        """The manifest that is there already; what a kill left to remove is removed."""
+        made = DatasetManifest.from_json(self.store.read(manifests.NAME), f"{self.store.url}/{manifests.NAME}")
+        self.sweep(made)
+        return made
+
+    def finish(self, done: list[ShardDone]) -> DatasetManifest:
+        """Write index, report and, when all of them are there, the manifest; then remove what it does not name."""
+        splits = {}
+        for split in self.parts:
+            mine = sorted((part for part in done if part.split == split), key=lambda part: part.number)
+            table = pa.concat_tables([part.index for part in mine])
+            index = self._put(f"{split}/index.parquet", write_index(table))
+            splits[split] = Split(tuple(part.shard for part in mine), index)
+        report = self._put("report.json", self.report(done))
+        made = DatasetManifest(self.source.classes, splits, report=report, **self.plan)
+        try:
+            self.store.write(manifests.NAME, made.to_json(), if_absent=True)
+        except Conflict:
+            if self.store.read(manifests.NAME) != made.to_json():
+                raise
+        self.sweep(made)
+        return made
+
+    def report(self, done: list[ShardDone]) -> bytes:
+        notes = sorted(self.notes(done), key=lambda note: (note.what, note.split, note.origin))
+        altered = sum(part.altered for part in done)
+        content = {"reencoded": altered, "samples": [vars(note) for note in notes]}
+        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+    def notes(self, done: list[ShardDone]) -> list[Note]:
+        return self.source.notes + [note for part in done for note in part.notes]
+
+    def sweep(self, made: DatasetManifest) -> None:
+        named = {manifests.NAME, "report.json"} | {split.index.name for split in made.splits.values()}
+        named |= {shard.name for split in made.splits.values() for shard in split.shards}
+        stale = [entry.key for entry in self.store.list() if entry.key not in named and OURS.fullmatch(entry.key)]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(self.store.delete, stale))
+
+    def _existing(self) -> tuple[str, dict[str, Any]] | None:
+        """What is in the store already: the manifest or the plan of an unfinished conversion, and its settings."""
+        with contextlib.suppress(NotFound):
+            where = f"{self.store.url}/{manifests.NAME}"
+            found = asdict(DatasetManifest.from_json(self.store.read(manifests.NAME), where))
+            return manifests.NAME, {name: found[name] for name in self.plan}
+        with contextlib.suppress(NotFound):
+            return PLAN, json.loads(self.store.read(PLAN))
+        return None
+
+    def _finished(self) -> list[ShardDone]:
+        records = [entry.key for entry in self.store.list(WIP) if entry.key.endswith(".parquet")]
+        with ThreadPoolExecutor(16) as pool:
+            return [done for done in pool.map(self._confirmed, records) if done]
+
+    def _confirmed(self, record: str) -> ShardDone | None:
+        done = _from_record(self.store.read(record), self.digest)
+        try:
+            return done if done and self.store.head(done.shard.name) == (done.shard.bytes, done.tag) else None
+        except NotFound:
+            return None
+
+    def _put(self, name: str, body: bytes) -> Index:
+        upload(self.store, name, body)
+        return Index(name, len(body), hashlib.sha256(body).hexdigest())
+
+
+def _cut(rows: pa.Table, split: str, options: Options) -> list[np.ndarray]:
+    """The rows of every shard: all of the split's, shuffled by the seed, cut where a shard would grow too large."""
+    order = permutation(rows.num_rows, "shards", options.seed, split)
+    labels, lengths = rows["label"].to_numpy()[order].tolist(), rows["length"].to_numpy()[order].tolist()
+    cuts, size = [0], 0
+    for place, (label, length) in enumerate(zip(labels, lengths, strict=True)):
+        record = record_bytes(label, length)
+        if size and size + record > options.shard_bytes:
+            cuts.append(place)
+            size = 0
+        size += record
+    return [order[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(order)], strict=True)]
+
+
+def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
+    flat = [{**plan, **plan["image_policy"], **plan["conversion"]} for plan in (there, wanted)]
+    names = [n for n in flat[1] if not isinstance(flat[1][n], dict) and flat[0].get(n) != flat[1][n]]
+    return ", ".join(f"{name} was {flat[0].get(name)}, is now {flat[1][name]}" for name in names)
+
+
+def run_tasks(executor: Executor | None, tasks: Iterable[ShardTask], in_flight: int) -> Iterator[ShardDone]:
+    """Make every shard, at most `in_flight` at a time; in this process when there is no executor."""
+    if executor is None:
+        yield from map(make_shard, tasks)
+        return
+    pending = set()
+    try:
+        for task in tasks:
+            pending.add(executor.submit(make_shard, task))
+            if len(pending) >= in_flight:
+                ready, pending = wait(pending, return_when="FIRST_COMPLETED")
+                yield from (future.result() for future in ready)
+        yield from (future.result() for future in as_completed(pending))
+    finally:
+        for future in pending:
+            future.cancel()

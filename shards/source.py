@@ -1,0 +1,221 @@
+"""What every source of images becomes: classes, and per split a table with a row per sample that says where its bytes
+lie. A format is read once, for its rows; whoever then holds a row reads the image with one `pread` and knows nothing of
+the format. That makes a shard a pure function of its rows, whichever process or machine computes it.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from wds_train.errors import AccessDenied, DataError
+from wds_train.manifest import ClassInfo
+from wds_train.tario import KEY_LENGTH
+
+# `path`, `offset`, `length`: the image's bytes. `origin`: what people call the file, for messages.
+ROWS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.int32()),
+        ("path", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
+CHUNK = 16_384
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# What operating systems leave in folders: nobody's sample, so it does not count as a bad one.
+LITTER = re.compile(r"\..*|Thumbs\.db|desktop\.ini|__MACOSX", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A file or sample that is not in the dataset as the source holds it. `what`: `left out` (counts against the
+    tolerance), `ignored` (no sample at all), `altered`, or `kept` (untouched, but odd).
+    """
+
+    split: str
+    origin: str
+    what: str
+    cause: str
+
+
+class Rows:
+    """Collects the rows of a split, at about 100 bytes each."""
+
+    def __init__(self) -> None:
+        self._chunks: list[pa.RecordBatch] = []
+        self._pending: list[tuple[str, int, str, int, int]] = []
+
+    def add(self, key: str, label: int, path: str, offset: int, length: int) -> None:
+        self._pending.append((key, label, path, offset, length))
+        if len(self._pending) == CHUNK:
+            self._flush()
+
+    def table(self) -> pa.Table:
+        self._flush()
+        return pa.Table.from_batches(self._chunks, ROWS)
+
+    def _flush(self) -> None:
+        if self._pending:
+            columns = zip(*self._pending, strict=True)
+            arrays = [pa.array(column, kind.type) for column, kind in zip(columns, ROWS, strict=True)]
+            self._chunks.append(pa.RecordBatch.from_arrays(arrays, schema=ROWS))
+            self._pending.clear()
+
+
+@dataclass(frozen=True)
+class Source:
+    """`description` goes into the manifest; `stamp` changes when a file of the source does."""
+
+    description: str
+    classes: tuple[ClassInfo, ...]
+    splits: dict[str, pa.Table]
+    notes: list[Note] = field(default_factory=list)
+    stamp: str = ""
+
+    @property
+    def samples(self) -> int:
+        return sum(table.num_rows for table in self.splits.values())
+
+    def digest(self) -> str:
+        """sha256 over every row's key, label and length, and the stamp: two equal ones convert to the same bytes."""
+        digest = hashlib.sha256(self.stamp.encode())
+        for split, table in self.splits.items():
+            digest.update(split.encode())
+            for batch in table.select(["key", "label", "length"]).to_batches(CHUNK):
+                digest.update(repr(batch.to_pydict()).encode())
+        return digest.hexdigest()
+
+
+class Stamp:
+    """A digest over the names, sizes and times of files: cheap, and another one when any was replaced."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, stat: os.stat_result) -> None:
+        self._digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+class SplitScan:
+    """What scanning the files of a split brings together: rows, notes, and a stamp of every file looked at."""
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+        self.rows = Rows()
+        self.notes: list[Note] = []
+        self.stamp = Stamp()
+
+    def note(self, origin: str | Path, what: str, cause: str) -> None:
+        self.notes.append(Note(self.split, str(origin), what, cause))
+
+    def add_file(self, label: int, path: Path, name: str) -> bool:
+        """Add the image at `path`, whose key comes from `name`, or note why not; whether it was added."""
+        try:
+            stat = path.stat()
+        except OSError as error:
+            self.note(path, "left out", f"it cannot be read: {error.strerror}")
+            return False
+        self.stamp.add(name, stat)
+        return self.add(label, name, str(path), 0, stat.st_size)
+
+    def add(self, label: int, name: str, path: str, offset: int, length: int) -> bool:
+        """Add the image file `name`, whose bytes lie at `path`, or note why it is no sample; whether it was added."""
+        base = name.rpartition("/")[2]
+        suffix = Path(base).suffix
+        origin = path if offset == 0 else f"{path}: {name}"
+        if LITTER.fullmatch(base):
+            self.note(origin, "ignored", "left by the operating system")
+        elif suffix.lower() not in IMAGE_SUFFIXES:
+            self.note(origin, "left out", f"not an image that shards hold ({suffix or 'no extension'})")
+        elif length == 0:
+            self.note(origin, "left out", "zero bytes")
+        else:
+            self.rows.add(key_of(name[: -len(suffix)]), label, path, offset, length)
+            return True
+        return False
+
+
+def from_scans(description: str, classes: tuple[ClassInfo, ...], scans: Sequence[SplitScan]) -> "Source":
+    """The source that `scans`, one a split, found."""
+    return Source(
+        description,
+        classes,
+        {scan.split: scan.rows.table() for scan in scans},
+        [note for scan in scans for note in scan.notes],
+        "".join(scan.stamp.hexdigest() for scan in scans),
+    )
+
+
+def key_of(*parts: str) -> str:
+    """A sample's key from a class id and a file's stem, say. What a key cannot hold becomes '_'; a key so changed, or
+    cut, ends in a digest of what it was, so that different names stay different.
+    """
+    given = "/".join(parts)
+    clean = "/".join(re.sub(r"[^A-Za-z0-9_-]", "_", part) or "_" for part in given.split("/"))
+    if clean == given and len(clean) <= KEY_LENGTH:
+        return clean
+    digest = hashlib.blake2b(given.encode(errors="surrogateescape"), digest_size=5).hexdigest()
+    return f"{clean[: KEY_LENGTH - len(digest) - 1].rstrip('/')}-{digest}"
+
+
+def checked(source: Source) -> Source:
+    """`source`, if it can become a dataset; `DataError` for no samples, no classes, or two samples of one key."""
+    if not source.classes or not source.samples:
+        raise DataError(f"{source.description} holds no images; check the address")
+    for split, table in source.splits.items():
+        counts = pc.value_counts(table["key"])
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(twice):
+            key = twice[0]["values"].as_py()
+            raise DataError(
+                f"{_origins(table, key)} have the same key {key!r} in {split}; rename or remove one of them"
+            )
+    return source
+
+
+def _origins(table: pa.Table, key: str) -> str:
+    same = table.filter(pc.equal(table["key"], key)).to_pylist()
+    return " and ".join(f"{row['path']}" + (f" at {row['offset']}" if row["offset"] else "") for row in same[:3])
+
+
+def read_bytes(path: str, offset: int, length: int) -> bytes:
+    """The bytes of one row; `DataError` when the file is no longer what it was when the source was scanned."""
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (Path.open costs as much as the read)
+            data = os.pread(file.fileno(), length, offset)
+            while len(data) < length and (more := os.pread(file.fileno(), length - len(data), offset + len(data))):
+                data += more
+    except PermissionError as error:
+        raise AccessDenied(f"no permission to read {path}; check its owner and mode") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); restore it and run again") from error
+    if len(data) < length:
+        raise DataError(
+            f"{path} ends at byte {offset + len(data)}, {offset + length} were there at the start; convert again"
+        )
+    return data
+
+
+def scan(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """The entries of `folder` by name, so that every machine sees the same order."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from sorted(entries, key=lambda entry: entry.name)
+    except PermissionError as error:
+        raise AccessDenied(f"no permission to list {folder}; check its owner and mode") from error
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
+
+
+def to_classes(ids: Sequence[str], names: dict[str, str] | None = None) -> tuple[ClassInfo, ...]:
+    return tuple(ClassInfo(id, (names or {}).get(id, id)) for id in ids)

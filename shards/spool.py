@@ -1,0 +1,74 @@
+"""A local file of images that come as a stream, so that they can be read again in any order."""
+
+import errno
+import fcntl
+import hashlib
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from wds_train.errors import AccessDenied, StoreError, UsageError
+
+
+class Spool:
+    """A folder of one conversion's own, made on first use, emptied before it, gone after it."""
+
+    def __init__(self, parent: Path, destination: str) -> None:
+        self.folder = parent.absolute() / hashlib.sha256(destination.encode()).hexdigest()[:16]
+        self.bytes = 0
+        self._destination = destination
+        self._lock: IO[str] | None = None
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> "Spool":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None and self._lock is not None:
+            self._file.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._lock.close()
+
+    def append(self, data: bytes) -> tuple[str, int, int]:
+        """Keep `data`; the path, offset and length that it can be read at after `flush`."""
+        try:
+            file = self._file or self._open()
+            file.write(data)
+        except OSError as error:
+            raise self._translated(error) from error
+        self.bytes += len(data)
+        return file.name, self.bytes - len(data), len(data)
+
+    def flush(self) -> None:
+        try:
+            if self._file is not None:
+                self._file.flush()
+        except OSError as error:
+            raise self._translated(error) from error
+
+    def clear(self) -> None:
+        """Forget everything kept so far."""
+        if self._file is not None:
+            self._file.seek(0)
+            self._file.truncate()
+        self.bytes = 0
+
+    def _open(self) -> IO[bytes]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"another conversion to {self._destination} is running here; wait for it") from error
+        self._file = (self.folder / "images").open("wb")
+        return self._file
+
+    def _translated(self, error: OSError) -> Exception:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StoreError(f"no space left on the disk of {self.folder}; free some, or set --spool to a larger disk")
+        if isinstance(error, PermissionError):
+            return AccessDenied(f"no permission to write {self.folder}; set --spool to a folder of yours")
+        return StoreError(f"{self.folder}: {error.strerror}")
