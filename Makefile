@@ -26,10 +26,10 @@ $(STAMP): requirements.lock requirements-uv.lock pyproject.toml
 	@touch $@
 
 shards: setup ## a dataset becomes tar shards on S3 (SOURCE=, BUCKET= or DATASET=)
-	$(BIN)/wds-train shards $(or $(SOURCE),digits) $(DATASET) $(call flag,BUCKET,--bucket) $(ARGS)
+	$(strip $(BIN)/wds-train shards $(or $(SOURCE),digits) $(DATASET) $(call flag,BUCKET,--bucket) $(ARGS))
 
 train: setup ## train; again after an interruption: goes on where it stopped (RUN=, RECIPE=, BUCKET= or DATASET=)
-	$(BIN)/wds-train train $(call flag,DATASET,--dataset) $(call flag,RUN,--run) $(call flag,RECIPE,--recipe) $(call flag,BUCKET,--bucket) $(ARGS)
+	$(strip $(BIN)/wds-train train $(call flag,DATASET,--dataset) $(call flag,RUN,--run) $(call flag,RECIPE,--recipe) $(call flag,BUCKET,--bucket) $(ARGS))
 
 test: check ## the checks and every test
 	$(BIN)/python -m pytest -q $(ARGS)

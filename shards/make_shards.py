@@ -21,7 +21,7 @@ from shards.spool import Spool
 from wds_train.devserver import home
 from wds_train.errors import DataError, Interrupted, WdsTrainError
 from wds_train.manifest import DatasetManifest
-from wds_train.store import EMBEDDED_BUCKET, open_store
+from wds_train.store import default_url, open_store
 
 MIB = 1 << 20
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    url = args.dataset or _default(args.bucket, args.source)
+    url = args.dataset or default_url("datasets", name_of(args.source), args.bucket)
     began = time.monotonic()
     with Spool(args.spool or home() / "spool", url) as spool:
         source = open_source(args.source, spool)
@@ -65,13 +65,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{conversion.store.url}: {_counts(made)}, in {time.monotonic() - began:.0f} s")
     print(f"fingerprint {made.fingerprint}")
     return 0
-
-
-def _default(bucket: str | None, source: str) -> str:
-    if bucket is None:
-        bucket = f"s3://{EMBEDDED_BUCKET}"
-        print("no bucket is set: the embedded S3 server is used (data under .wds/; --bucket s3://... for another)")
-    return f"{bucket.rstrip('/')}/datasets/{name_of(source)}"
 
 
 def _options(args: argparse.Namespace) -> Options:

@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from wds_train.errors import Interrupted, WdsTrainError
-from wds_train.store import EMBEDDED_BUCKET
+from wds_train.errors import Interrupted, NotFound, WdsTrainError
+from wds_train.store import default_url
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,21 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="wds-train", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    # _add_shards(commands.add_parser("shards", help="convert images to tar shards, index and manifest"))
-    # _add_inspect(commands.add_parser("inspect", help="what a dataset holds"))
+    _add_shards(commands.add_parser("shards", help="convert images to tar shards, index and manifest"))
+    _add_inspect(commands.add_parser("inspect", help="what a dataset holds"))
     _add_order(commands.add_parser("order", help="print the samples of an epoch in training order"))
     _add_train(commands.add_parser("train", help="train, or go on with a run"))
     return parser
-
-
-def default_url(kind: str, name: str, bucket: str | None) -> str:
-    """`<bucket>/<kind>/<name>`; without a bucket, in the embedded server, which is said in one line."""
-    if bucket is None:
-        print(
-            f"no bucket configured: using the embedded S3 server for {kind}/{name} (data under .wds/)", file=sys.stderr
-        )
-        bucket = f"s3://{EMBEDDED_BUCKET}"
-    return f"{bucket.rstrip('/')}/{kind}/{name}"
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
@@ -138,14 +128,18 @@ def _default_dataset(args: argparse.Namespace) -> str:
     """The dataset named like the recipe. The digits are made when they are not there yet: they need no download."""
     url = default_url("datasets", args.recipe, args.bucket)
     if args.recipe == "digits":
-        from shards import make_shards
+        from wds_train.dataset import Dataset
 
-        make_shards.ensure_digits(url)
+        try:
+            Dataset.open(url)
+        except NotFound:
+            main(["shards", "digits", url])
     return url
 
 
 def _default_workers() -> int:
-    return max(1, min(16, (os.cpu_count() or 2) - 1))
+    """A process per core that this one may use, less one for the training itself."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) - 1))
 
 
 def _positive(text: str) -> int:

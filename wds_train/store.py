@@ -7,11 +7,13 @@ none. A tag names a version of an object (S3: the ETag; local: the sha256) for `
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import random
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -81,6 +83,20 @@ def open_store(url: str) -> Store:
     if parts.scheme in ("", "file"):
         return LocalStore(Path(parts.path if parts.scheme else url))
     raise UsageError(f"{url!r} is neither s3://BUCKET/PREFIX nor a local directory")
+
+
+def default_url(kind: str, name: str, bucket: str | None) -> str:
+    """`<bucket>/<kind>/<name>`; without a bucket in the embedded server, which is said in one line."""
+    if bucket is None:
+        _announce_embedded()
+        bucket = f"s3://{EMBEDDED_BUCKET}"
+    return f"{bucket.rstrip('/')}/{kind}/{name}"
+
+
+@functools.cache  # once, however many addresses a command needs
+def _announce_embedded() -> None:
+    hint = "to use your own, add BUCKET=s3://... to make, or --bucket s3://..."
+    print(f"no bucket is set: using the embedded S3 server, data under .wds/ ({hint})", file=sys.stderr)
 
 
 class LocalStore:

@@ -100,7 +100,7 @@ class Tracker:
     @property
     def where(self) -> str | None:
         """The run's page, or the folder of an offline run; None without W&B."""
-        return None if self._wandb is None else self._wandb.url or str(Path(self._wandb.dir).parent)
+        return None if self._wandb is None else self._wandb.url or os.path.relpath(Path(self._wandb.dir).parent)
 
     @contextlib.contextmanager
     def _harmless(self, what: str) -> Iterator[None]:
