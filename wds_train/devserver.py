@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -29,18 +30,21 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from wds_train.errors import UsageError, WdsTrainError
 
+EMBEDDED_BUCKET = "embedded"
 READY_SECONDS = 60.0
+MIN_FREE_BYTES = 512 << 20
+PORT_TAKEN = "address already in use"
 GRPC_OFFSET = 10_000  # SeaweedFS adds it to every port for its gRPC twin
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is and how to sign for it; `pid` is the server process."""
+    """Where the server is and how to sign for it; `ports`: its master, volume, filer and S3 ports."""
 
     url: str
     access_key: str
     secret_key: str
-    pid: int
+    ports: tuple[int, ...]
 
 
 def home() -> Path:
@@ -61,17 +65,15 @@ def ensure_running(root: Path | None = None) -> Endpoint:
     with _starting(root):
         _hold(root)
         endpoint = _read(root)
-        if endpoint is None or not _answers(endpoint):
-            _kill(endpoint, root)
-            endpoint = _start(root)
+        if endpoint is None or not _serves(endpoint, root):
+            _kill(root)
+            endpoint = _start(root, endpoint)
     return endpoint
 
 
 def stop(root: Path | None = None) -> bool:
     """Stop the server over `root` whoever uses it; False if none ran."""
-    root = (root or home() / "s3").absolute()
-    endpoint = _read(root) if root.exists() else None
-    return _kill(endpoint, root)
+    return _kill((root or home() / "s3").absolute())
 
 
 @contextlib.contextmanager
@@ -91,67 +93,80 @@ def _hold(root: Path) -> None:
 def _leave(root: Path, owner: int) -> None:
     if os.getpid() != owner:  # a forked child inherits the atexit entry, but the server is not its to stop
         return
-    with _starting(root), contextlib.suppress(BlockingIOError):
+    # The folder may be gone by now, and its locks with it: then nobody else can have come to use the server.
+    with contextlib.suppress(BlockingIOError), _starting(root) if root.exists() else contextlib.nullcontext():
         fcntl.flock(_held.pop(root), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _kill(_read(root), root)
+        _kill(root)
 
 
 def _read(root: Path) -> Endpoint | None:
     try:
-        return Endpoint(**json.loads((root / "server.json").read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+        saved = json.loads((root / "server.json").read_text())
+        return Endpoint(**saved | {"ports": tuple(saved["ports"])})
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
 
 
-def _answers(endpoint: Endpoint) -> bool:
-    """Whether *our* server is there: a signed request tells it from another program that took the port since."""
-    try:
-        _client(endpoint).list_buckets()
-        return True
-    except (BotoCoreError, ClientError):
-        return False
+def _serves(endpoint: Endpoint, root: Path) -> bool:
+    """Whether the server runs and answers. A busy one is given time: killing it would fail whoever uses it now."""
+    deadline = time.monotonic() + READY_SECONDS
+    while _pids(root) and time.monotonic() < deadline:
+        with contextlib.suppress(BotoCoreError, ClientError):
+            _client(endpoint).list_buckets()
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _client(endpoint: Endpoint):  # type: ignore[no-untyped-def]
     return boto3.session.Session(endpoint.access_key, endpoint.secret_key, region_name="us-east-1").client(
         "s3",
         endpoint_url=endpoint.url,
-        config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1, "mode": "standard"}),
+        # An HTTP proxy named in the environment must not get what is meant for this machine.
+        config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={}),
     )
 
 
-def _kill(endpoint: Endpoint | None, root: Path) -> bool:
-    """SIGKILL: SeaweedFS takes 15-25 s over SIGTERM and loses nothing either way. A reused pid is left alone."""
-    if endpoint is None or not _is_weed(endpoint.pid, root):
-        return False
-    os.kill(endpoint.pid, signal.SIGKILL)
-    while _is_weed(endpoint.pid, root):
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(endpoint.pid, os.WNOHANG)
-        time.sleep(0.02)
-    return True
+def _kill(root: Path) -> bool:
+    """SIGKILL: SeaweedFS takes 15-25 s over SIGTERM and loses nothing either way."""
+    pids = _pids(root)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            process = os.pidfd_open(pid)
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [])  # until its ports and files are free, which takes longer than its name
+            os.close(process)
+    return bool(pids)
 
 
-def _is_weed(pid: int, root: Path) -> bool:
+def _pids(root: Path) -> list[int]:
+    """The servers over `root`, known by their command line: a file could name a reused pid, or miss a server whose
+    starter was killed before it wrote the file, and two servers over one folder would spoil it.
+    """
+    mark = f"-dir={root}/data".encode()
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if mark in _arguments(path)]
+
+
+def _arguments(path: Path) -> list[bytes]:
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return f"-dir={root}/data".encode() in command
+        return path.read_bytes().split(b"\0")
+    except OSError:  # the process has ended meanwhile
+        return []
 
 
-def _free_ports() -> list[int]:
+def _free_ports() -> tuple[int, ...]:
     """Four free loopback ports whose gRPC twins are free too, below the range the kernel hands out by itself."""
     ports: list[int] = []
     while len(ports) < 4:
         port = 11_000 + secrets.randbelow(11_000)
         if port not in ports and _is_free(port) and _is_free(port + GRPC_OFFSET):
             ports.append(port)
-    return ports
+    return tuple(ports)
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last server may linger
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
@@ -159,33 +174,37 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _start(root: Path) -> Endpoint:
-    if shutil.disk_usage(root).free < 1 << 30:
+def _start(root: Path, last: Endpoint | None) -> Endpoint:
+    """Start a server, where the last one was if its ports are free: its clients then find it again."""
+    if shutil.disk_usage(root).free < MIN_FREE_BYTES:
         raise WdsTrainError(
-            f"less than 1 GiB is free on the disk of {root}; the embedded S3 server needs room: free some"
+            f"less than {MIN_FREE_BYTES >> 20} MiB are free on the disk of {root}; the embedded S3 server needs room: "
+            "free some, or set WDS_HOME to a folder on another disk"
         )
     (root / "data").mkdir(exist_ok=True)
+    if last and all(_is_free(port) and _is_free(port + GRPC_OFFSET) for port in last.ports):
+        return _launch(root, last)
     # Another program may take a port between our look and the server's bind; three draws make that a non-event.
     for remaining in (2, 1, 0):
+        ports = _free_ports()
         try:
-            return _launch(root, _free_ports())
+            return _launch(
+                root, Endpoint(f"http://127.0.0.1:{ports[-1]}", secrets.token_hex(10), secrets.token_hex(20), ports)
+            )
         except WdsTrainError as error:
-            if remaining == 0 or "address already in use" not in str(error):
+            if remaining == 0 or PORT_TAKEN not in str(error):
                 raise
     raise AssertionError("unreachable")
 
 
-def _launch(root: Path, ports: list[int]) -> Endpoint:
-    access, secret = secrets.token_hex(10), secrets.token_hex(20)
-    identities = {
-        "identities": [
-            {"name": "wds", "credentials": [{"accessKey": access, "secretKey": secret}], "actions": ["Admin"]}
-        ]
-    }
+def _launch(root: Path, endpoint: Endpoint) -> Endpoint:
+    keys = {"accessKey": endpoint.access_key, "secretKey": endpoint.secret_key}
+    identities = {"identities": [{"name": "wds", "credentials": [keys], "actions": ["Admin"]}]}
     _write_private(root / "identities.json", identities)
+    _write_private(root / "server.json", asdict(endpoint))
     with (root / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            _command(root, ports),
+            _command(root, endpoint.ports),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -193,13 +212,11 @@ def _launch(root: Path, ports: list[int]) -> Endpoint:
             env=os.environ | {"GOMEMLIMIT": "400MiB"},
             start_new_session=True,  # Ctrl-C must reach the trainer alone, which still needs the server to commit
         )
-    endpoint = Endpoint(f"http://127.0.0.1:{ports[3]}", access, secret, process.pid)
-    _write_private(root / "server.json", asdict(endpoint))
     _wait_ready(endpoint, process, root)
     return endpoint
 
 
-def _command(root: Path, ports: list[int]) -> list[str]:
+def _command(root: Path, ports: tuple[int, ...]) -> list[str]:
     master, volume, filer, s3 = ports
     weed = Path(sys.executable).parent / "weed"
     program = str(weed) if weed.exists() else shutil.which("weed")
@@ -215,11 +232,13 @@ def _command(root: Path, ports: list[int]) -> list[str]:
         "master.telemetry": "false",
         "master.electionTimeout": "1s",
         "volume.port": volume,
-        "volume.max": 0,
+        "volume.max": 2000,  # each bucket takes 7; what they hold is bounded by the disk alone
+        "volume.minFreeSpace": f"{MIN_FREE_BYTES >> 21}MiB",
         "volume.preStopSeconds": 0,
         "filer.port": filer,
         "s3.port": s3,
         "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
         "s3.config": f"{root}/identities.json",
     }
     return [program, "-logtostderr", "server", "-s3", *(f"-{name}={value}" for name, value in flags.items())]
@@ -227,35 +246,37 @@ def _command(root: Path, ports: list[int]) -> list[str]:
 
 def _wait_ready(endpoint: Endpoint, process: subprocess.Popen[bytes], root: Path) -> None:
     deadline = time.monotonic() + READY_SECONDS
+    client = _client(endpoint)
     while True:
         with contextlib.suppress(BotoCoreError, ClientError):
-            # The first write proves that the volume server has joined, which a listing does not.
-            client = _client(endpoint)
-            if "embedded" not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
-                client.create_bucket(Bucket="embedded")
-            client.put_object(Bucket="embedded", Key=".ready", Body=b"")
-            client.delete_object(Bucket="embedded", Key=".ready")
+            if EMBEDDED_BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
+                client.create_bucket(Bucket=EMBEDDED_BUCKET)
+            # Only a byte written proves that the volume server has joined, at times 5 s after all else answers.
+            client.put_object(Bucket=EMBEDDED_BUCKET, Key=".ready", Body=b"1")
+            client.delete_object(Bucket=EMBEDDED_BUCKET, Key=".ready")
             return
-        if process.poll() is not None or time.monotonic() > deadline:
-            what = (
-                f"stopped with code {process.returncode}"
-                if process.poll() is not None
-                else f"did not answer in {READY_SECONDS:.0f} s"
-            )
-            _kill(endpoint, root)
+        stopped, taken = process.poll() is not None, PORT_TAKEN in _log(root)
+        if stopped or taken or time.monotonic() > deadline:
+            _kill(root)
+            what = f"stopped with code {process.wait()}" if stopped else f"did not answer in {READY_SECONDS:.0f} s"
+            what = f"met a port in use ({PORT_TAKEN})" if taken else what
             raise WdsTrainError(f"the embedded S3 server {what}; the end of {root}/server.log:\n{_log_tail(root)}")
         time.sleep(0.1)
 
 
+def _log(root: Path) -> str:
+    return (root / "server.log").read_text(errors="replace")
+
+
 def _log_tail(root: Path, lines: int = 8) -> str:
-    return "\n".join((root / "server.log").read_text(errors="replace").splitlines()[-lines:])
+    return "\n".join(_log(root).splitlines()[-lines:])
 
 
 def _write_private(path: Path, content: object) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+    new = path.with_suffix(".new")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         json.dump(content, file)
+    new.replace(path)
 
 
 def main() -> None:

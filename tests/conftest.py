@@ -1,0 +1,70 @@
+"""One real S3 server for the session, a bucket of its own for each test, and a proxy that breaks what passes it."""
+
+import dataclasses
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from fault_proxy import FaultProxy
+
+from wds_train import devserver
+from wds_train.devserver import Endpoint
+
+AWS_SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    root = tmp_path_factory.mktemp("s3")
+    yield devserver.ensure_running(root)
+    devserver.stop(root)
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def aws_env(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment with no AWS settings but those that the test makes; subprocesses inherit it."""
+    for name in AWS_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    return monkeypatch
+
+
+@pytest.fixture
+def s3_url(s3_server: Endpoint, aws_env: pytest.MonkeyPatch) -> Iterator[str]:
+    """`s3://<fresh bucket>/test` on the session's server, which the AWS environment variables point to."""
+    aws_env.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    aws_env.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
+    aws_env.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
+    bucket = f"test-{uuid.uuid4().hex}"
+    client = boto3.session.Session().client("s3", endpoint_url=s3_server.url)
+    client.create_bucket(Bucket=bucket)
+    yield f"s3://{bucket}/test"
+    client.delete_bucket(Bucket=bucket)  # SeaweedFS removes what it holds with it
+
+
+@pytest.fixture
+def fault_proxy(s3_server: Endpoint, s3_url: str, aws_env: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy before the session's server, to which the AWS environment variables point from now on."""
+    with FaultProxy(int(s3_server.url.rpartition(":")[2])) as proxy:
+        aws_env.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+@pytest.fixture
+def embedded_home(tmp_path: Path, aws_env: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A WDS_HOME of its own; the embedded server that a test or its subprocesses start in it dies with the test."""
+    aws_env.setenv("WDS_HOME", str(tmp_path / "home"))
+    yield tmp_path / "home"
+    devserver.stop()
+
+
+def through(proxy: FaultProxy, endpoint: Endpoint) -> Endpoint:
+    return dataclasses.replace(endpoint, url=proxy.url)

@@ -1,0 +1,233 @@
+"""An HTTP proxy on loopback that breaks S3 in the ways in which it breaks, and counts what passes.
+
+It forwards requests unchanged (the signed Host header included) to one server, and applies to each the first `Fault`
+that matches. It runs in a thread, so that subprocesses can use it and the test can read its counters.
+"""
+
+import asyncio
+import contextlib
+import random
+import re
+import socket
+import struct
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+from urllib.parse import unquote, urlsplit
+
+PIECE = 1 << 16
+
+Kind = Literal["reset", "status", "stall", "truncate", "drip", "flip", "lost_ack"]
+
+
+@dataclass
+class Fault:
+    """What to do to requests of `method` whose key contains `key`, `times` times, to the `share` drawn by the seed.
+
+    reset: the connection dies, after `after` bytes of the answer's body (before the request is sent on, if 0).
+    status: the server is not asked; `status` and `code` are the answer.
+    stall: the answer's body stops after `after` bytes and the connection stays open.
+    truncate: the answer's body ends after `after` bytes, and the connection with it.
+    drip: the answer's body comes at one byte each `pause` seconds after `after` bytes.
+    flip: one bit of the answer's body, the byte `after`, is wrong.
+    lost_ack: the server does what was asked; the connection dies before its answer.
+    """
+
+    kind: Kind
+    method: str = ""
+    key: str = ""
+    after: int = 0
+    times: float = 1
+    share: float = 1.0
+    status: int = 503
+    code: str = "SlowDown"
+    pause: float = 0.05
+
+    def matches(self, method: str, key: str) -> bool:
+        return self.times > 0 and self.method in ("", method) and self.key in key
+
+
+class _Broken(Exception):
+    """The connection is to be cut here."""
+
+
+class FaultProxy:
+    """`requests`, `sent`, `received`: requests, and bytes of bodies to and from the client, by (method, key).
+
+    A key is the path without its bucket; a bucket's own requests (listings) have the key "".
+    """
+
+    def __init__(self, port: int, seed: int = 0) -> None:
+        self.faults: list[Fault] = []
+        self.requests: Counter[tuple[str, str]] = Counter()
+        self.sent: Counter[tuple[str, str]] = Counter()
+        self.received: Counter[tuple[str, str]] = Counter()
+        self._target = port
+        self._draws = random.Random(seed)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._server = asyncio.run_coroutine_threadsafe(
+            asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 20), self._loop
+        ).result()
+        self.url = "http://127.0.0.1:{1}".format(*self._server.sockets[0].getsockname())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def fail(self, kind: Kind, **details: object) -> Fault:
+        fault = Fault(kind, **details)  # type: ignore[arg-type]
+        self.faults.append(fault)
+        return fault
+
+    def count(self, method: str = "", key: str = "") -> int:
+        """The requests of `method` whose key contains `key`."""
+        return sum(n for (m, k), n in self.requests.items() if method in ("", m) and key in k)
+
+    def bytes_sent(self, key: str = "") -> int:
+        """The bytes of bodies that clients got by GET of keys that contain `key`."""
+        return sum(n for (m, k), n in self.sent.items() if m == "GET" and key in k)
+
+    async def _close(self) -> None:
+        self._server.close()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _draw(self, method: str, key: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.matches(method, key) and self._draws.random() < fault.share:
+                fault.times -= 1
+                return fault
+        return None
+
+    async def _serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
+        server_out = None
+        try:
+            server_in, server_out = await asyncio.open_connection("127.0.0.1", self._target, limit=1 << 20)
+            while True:
+                await self._exchange(client_in, client_out, server_in, server_out)
+        except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
+            pass
+        except _Broken as broken:
+            if broken.args[0] != "truncate":
+                linger = struct.pack("ii", 1, 0)  # closing sends RST, not FIN
+                client_out.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        finally:
+            for end in (client_out, server_out):
+                if end is not None:
+                    end.close()
+                    with contextlib.suppress(OSError, asyncio.CancelledError):
+                        await end.wait_closed()
+
+    async def _exchange(
+        self,
+        client_in: asyncio.StreamReader,
+        client_out: asyncio.StreamWriter,
+        server_in: asyncio.StreamReader,
+        server_out: asyncio.StreamWriter,
+    ) -> None:
+        """One request and its answer."""
+        head = await client_in.readuntil(b"\r\n\r\n")
+        method, target = head.split(b" ", 2)[:2]
+        what = method.decode(), unquote(urlsplit(target.decode()).path).lstrip("/").partition("/")[2]
+        self.requests[what] += 1
+        fault = self._draw(*what)
+        if fault and fault.kind == "reset" and not fault.after:
+            raise _Broken("reset")
+        if fault and fault.kind == "status":
+            await self._refuse(fault, head, client_in, client_out)
+            return
+        server_out.write(head)
+        if re.search(rb"(?i)\r\nexpect: *100", head):
+            client_out.write(await server_in.readuntil(b"\r\n\r\n"))
+        async for piece in _body(head, client_in):
+            self.received[what] += len(piece)
+            server_out.write(piece)
+            await server_out.drain()
+        answer = await server_in.readuntil(b"\r\n\r\n")
+        body = _body(answer, server_in) if method != b"HEAD" else _nothing()
+        if fault and fault.kind == "lost_ack":
+            raise _Broken("lost_ack")
+        client_out.write(answer)
+        done = 0
+        async for whole in body:
+            for piece in _cut(whole, fault.after - done) if fault else [whole]:
+                if fault and done >= fault.after:
+                    piece = await _spoil(fault, piece, client_out, done == fault.after)  # noqa: PLW2901
+                client_out.write(piece)
+                await client_out.drain()
+                self.sent[what] += len(piece)
+                done += len(piece)
+
+    async def _refuse(
+        self, fault: Fault, head: bytes, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter
+    ) -> None:
+        if not re.search(rb"(?i)\r\nexpect: *100", head):  # who waits for leave to send a body will not send it
+            async for _ in _body(head, client_in):
+                pass
+        xml = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>injected</Message></Error>".encode()
+        client_out.write(
+            b"HTTP/1.1 %d Injected\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n"
+            % (fault.status, len(xml))
+            + (b"" if head.startswith(b"HEAD") else xml)
+        )
+        await client_out.drain()
+
+
+async def _nothing():
+    return
+    yield b""
+
+
+async def _body(head: bytes, stream: asyncio.StreamReader):
+    """The body after `head`, as it is on the wire."""
+    if re.search(rb"(?i)\r\ntransfer-encoding: *chunked", head):
+        size = -1
+        while size:
+            line = await stream.readuntil(b"\r\n")
+            size = int(line.split(b";")[0], 16)
+            yield line + (await stream.readexactly(size + 2) if size else b"")
+        while True:
+            trailer = await stream.readuntil(b"\r\n")
+            yield trailer
+            if trailer == b"\r\n":
+                return
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    left = int(length[1]) if length and not head.startswith((b"HTTP/1.1 204", b"HTTP/1.1 304")) else 0
+    while left:
+        piece = await stream.read(min(left, PIECE))
+        if not piece:
+            raise asyncio.IncompleteReadError(b"", left)
+        left -= len(piece)
+        yield piece
+
+
+def _cut(piece: bytes, at: int) -> list[bytes]:
+    return [piece[:at], piece[at:]] if 0 < at < len(piece) else [piece]
+
+
+async def _spoil(fault: Fault, piece: bytes, out: asyncio.StreamWriter, first: bool) -> bytes:
+    """What goes out in place of `piece`, all of which lies past `fault.after`."""
+    if fault.kind in ("reset", "truncate"):
+        raise _Broken(fault.kind)
+    if fault.kind == "stall":
+        await asyncio.sleep(3600)
+    if fault.kind == "drip":
+        for byte in piece:
+            out.write(bytes([byte]))
+            await out.drain()
+            await asyncio.sleep(fault.pause)
+        return b""
+    if fault.kind == "flip" and first:
+        return bytes([piece[0] ^ 1]) + piece[1:]
+    return piece
