@@ -12,6 +12,8 @@ import pytest
 from fault_proxy import FaultProxy
 
 from wds_train import devserver
+from wds_train.cli import main
+from wds_train.dataset import Dataset
 from wds_train.devserver import Endpoint
 
 AWS_SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3")
@@ -68,3 +70,12 @@ def embedded_home(tmp_path: Path, aws_env: pytest.MonkeyPatch) -> Iterator[Path]
 
 def through(proxy: FaultProxy, endpoint: Endpoint) -> Endpoint:
     return dataclasses.replace(endpoint, url=proxy.url)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The handwritten digits as a dataset in a local directory, in several small shards. Not to be written to."""
+    folder = tmp_path_factory.mktemp("digits")
+    arguments = ["shards", "digits", str(folder / "data"), "--shard-mb", "1", "--spool", str(folder / "spool")]
+    assert main(arguments) == 0
+    return Dataset.open(str(folder / "data"))

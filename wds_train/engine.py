@@ -1,5 +1,6 @@
 """The arithmetic of training: one optimizer step, one validation, and the state that both leave behind."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -139,16 +140,24 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """A copy of the state in host memory; training may go on at once."""
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"ema/{name}": value for name, value in self.ema.module.state_dict().items()}
-        scalars: dict[str, Any] = {}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            for slot, value in slots.items():
-                (tensors if torch.is_tensor(value) else scalars)[f"optimizer/{index}/{slot}"] = value
-        # A buffer that is a view or shared would be refused by safetensors, so each is copied on its own.
-        host = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-        progress = replace(self.progress, loss_sum=self.loss_sum.item())
-        return Snapshot(host, {"optimizer": scalars, "scaler": self.scaler.state_dict()}, progress)
+        entries = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        entries |= {f"ema/{name}": value for name, value in self.ema.module.state_dict().items()}
+        optimizer = self.optimizer.state_dict()
+        entries |= {
+            f"optimizer/{i}/{slot}": value for i, slots in optimizer["state"].items() for slot, value in slots.items()
+        }
+        # The groups too: timm's LAMB counts its steps there, and would repeat its bias correction after a resume.
+        for i, group in enumerate(optimizer["param_groups"]):
+            entries |= {f"group/{i}/{name}": value for name, value in group.items() if name != "params"}
+        # A copy of each on its own: safetensors refuses views and shared storage, and the training goes on writing.
+        tensors = {
+            name: value.detach().to("cpu", copy=True).contiguous()
+            for name, value in entries.items()
+            if torch.is_tensor(value)
+        }
+        scalars = {name: value for name, value in entries.items() if name not in tensors}
+        extra = json.loads(json.dumps({"scalars": scalars, "scaler": self.scaler.state_dict()}))
+        return Snapshot(tensors, extra, replace(self.progress, loss_sum=self.loss_sum.item()))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Become what `snapshot` holds; `RunError` when it is of another model or optimizer."""
@@ -163,17 +172,19 @@ class Trainer:
         self.progress = snapshot.progress
 
     def _restore_optimizer(self, snapshot: Snapshot) -> None:
+        entries = snapshot.tensors | snapshot.extra["scalars"]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Any]] = {}
-        for name, value in (
-            _section(snapshot.tensors, "optimizer/") | _section(snapshot.extra["optimizer"], "optimizer/")
-        ).items():
+        for name, value in _section(entries, "optimizer/").items():
             index, slot = name.split("/")
-            if torch.is_tensor(value) and value.shape == parameters[int(index)].shape:
+            like = parameters[int(index)]
+            if torch.is_tensor(value) and value.shape == like.shape:
                 # In the parameter's own memory layout; otherwise every later update would mix layouts, slowly.
-                value = torch.empty_like(parameters[int(index)]).copy_(value)  # noqa: PLW2901
+                value = torch.empty_like(like).copy_(value)  # noqa: PLW2901
             state.setdefault(int(index), {})[slot] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        groups = self.optimizer.state_dict()["param_groups"]
+        groups = [group | _section(entries, f"group/{index}/") for index, group in enumerate(groups)]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in channels_last memory, without a copy for the layout."""

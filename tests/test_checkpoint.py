@@ -1,0 +1,154 @@
+"""The run protocol on both stores: one writer, manifest last, damaged checkpoints passed over by name."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from wds_train import state as states
+from wds_train.checkpoint import Run, Snapshot
+from wds_train.errors import Interrupted, RunError
+from wds_train.recipe import preset, with_settings
+from wds_train.state import Checkpoint, Object, Progress, RunManifest, keep
+from wds_train.store import Store, open_store
+
+FRESH = RunManifest(run="r", recipe=preset("digits").to_dict(), dataset={"url": "d", "fingerprint": "f"}, wandb_id="w")
+
+
+def snapshot(step: int) -> Snapshot:
+    return Snapshot({"model/w": torch.full((4,), float(step))}, {"scaler": {}}, Progress(step, evaluated=step))
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("s3_url"))
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def commit(run: Run, step: int, top1: float = 0.0) -> None:
+    run.commit(snapshot(step), {"val/top1": top1, "val/top1_ema": top1}, [{"step": step}])
+    run.wait()
+
+
+def test_what_is_committed_is_restored(store: Store, said: list[str]) -> None:
+    run = Run.claim(store, FRESH, said.append)
+    assert run.restore(said.append) is None
+    commit(run, 1)
+    commit(run, 2)
+    later = Run.claim(store, FRESH, said.append)
+    restored = later.restore(said.append)
+    assert restored is not None
+    assert torch.equal(restored.tensors["model/w"], torch.full((4,), 2.0))
+    assert restored.progress == Progress(2, evaluated=2)
+    assert [record["step"] for record in later.history()] == [1, 2]
+    assert (later.manifest.fence, said) == (2, [])
+
+
+def test_a_newer_claim_ends_the_older_ones_writing(store: Store, said: list[str]) -> None:
+    old = Run.claim(store, FRESH, said.append)
+    commit(old, 1)
+    new = Run.claim(store, FRESH, said.append)
+    commit(new, 2)
+    manifest = store.read(states.NAME)
+    old.commit(snapshot(3), {}, [])
+    with pytest.raises(Interrupted, match="another instance has claimed"):
+        old.wait()
+    assert store.read(states.NAME) == manifest
+    assert Run.claim(store, FRESH, said.append).restore(said.append).progress.step == 2  # type: ignore[union-attr]
+
+
+def test_only_named_objects_are_kept(store: Store, said: list[str]) -> None:
+    run = Run.claim(store, FRESH, said.append)
+    for step, top1 in enumerate([10.0, 90.0, 20.0, 30.0, 40.0], start=1):
+        commit(run, step, top1)
+    steps = [checkpoint.progress.step for checkpoint in run.manifest.checkpoints]
+    assert steps == [2, 4, 5]  # the best, and the newest two
+    assert [entry.key for entry in store.list("ckpt/")] == [
+        checkpoint.object.key for checkpoint in run.manifest.checkpoints
+    ]
+    store.write("ckpt/000001-000000099-000001.safetensors", b"half")
+    again = Run.claim(store, FRESH, said.append)
+    assert said == [
+        "removed ckpt/000001-000000099-000001.safetensors, left by an instance that was killed while uploading it"
+    ]
+    assert len(list(store.list("ckpt/"))) == len(again.manifest.checkpoints)
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    "damage", [flipped, lambda data: data[:-3], lambda data: b"", None], ids=["flip", "cut", "empty", "gone"]
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    store: Store, said: list[str], damage: Callable[[bytes], bytes] | None
+) -> None:
+    run = Run.claim(store, FRESH, said.append)
+    commit(run, 1)
+    commit(run, 2)
+    key = run.manifest.checkpoints[-1].object.key
+    data = store.read(key)
+    store.delete(key)
+    if damage is not None:
+        store.write(key, damage(data))
+    restored = Run.claim(store, FRESH, said.append).restore(said.append)
+    assert restored is not None
+    assert restored.progress.step == 1
+    assert len(said) == 1
+    assert f"checkpoint {key} cannot be used" in said[0]
+
+
+def test_all_damaged_is_an_error_and_never_a_fresh_run(store: Store, said: list[str]) -> None:
+    run = Run.claim(store, FRESH, said.append)
+    for step in (1, 2):
+        commit(run, step)
+    for checkpoint in run.manifest.checkpoints:
+        store.write(checkpoint.object.key, b"junk")
+    with pytest.raises(RunError, match=r"every checkpoint of .* is damaged"):
+        Run.claim(store, FRESH, said.append).restore(said.append)
+
+
+def test_another_recipe_or_dataset_is_refused_with_both_values(store: Store, said: list[str]) -> None:
+    Run.claim(store, FRESH, said.append)
+    before = store.read(states.NAME)
+    other = replace(FRESH, recipe=with_settings(preset("digits"), ["optimizer.lr=0.3"]).to_dict())
+    with pytest.raises(RunError, match=r"optimizer.lr: 0.1 \(saved\), 0.3 \(now\)"):
+        Run.claim(store, other, said.append)
+    with pytest.raises(RunError, match=r"dataset: .*'fingerprint': 'f'.* \(saved\), .*'fingerprint': 'g'"):
+        Run.claim(store, replace(FRESH, dataset={"url": "d", "fingerprint": "g"}), said.append)
+    assert store.read(states.NAME) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "something else"}, "is not a wds-train run manifest"),
+        ({"format": 2}, "has format 2, this wds-train reads format 1; upgrade it"),
+        ({"checkpoints": [{"x": 1}]}, "is damaged"),
+    ],
+)
+def test_a_foreign_manifest_is_refused_and_left_alone(
+    store: Store, said: list[str], change: dict[str, object], message: str
+) -> None:
+    content = json.dumps(json.loads(FRESH.to_json()) | change).encode()
+    store.write(states.NAME, content)
+    with pytest.raises(RunError, match=message):
+        Run.claim(store, FRESH, said.append)
+    assert store.read(states.NAME) == content
+
+
+def test_the_best_are_kept_though_they_are_old() -> None:
+    def checkpoint(step: int, raw: float, ema: float) -> Checkpoint:
+        return Checkpoint(Object(str(step), 0, ""), Progress(step), {"val/top1": raw, "val/top1_ema": ema})
+
+    scores = [(5, 1), (9, 2), (3, 8), (4, 4), (5, 5), (6, 6)]
+    kept = keep(tuple(checkpoint(step, raw, ema) for step, (raw, ema) in enumerate(scores)))
+    assert [c.progress.step for c in kept] == [1, 2, 4, 5]

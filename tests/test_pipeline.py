@@ -1,0 +1,168 @@
+"""The loader on real bytes: the same batches for every number of ranks and workers, from any step, and damage named."""
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wds_train.cli import main
+from wds_train.dataset import Dataset
+from wds_train.errors import DataError, RunError, UsageError
+from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, TrainPlan, TrainTransform, stream_order
+
+BATCH = 48
+TRANSFORM = TrainTransform(seed=0, side=24, scale=(0.3, 1.0), ratio=(0.75, 1.33), flip=0.5)
+
+
+def plan_of(dataset: Dataset, **changes: object) -> TrainPlan:
+    split = dataset.split("train")
+    return replace(TrainPlan(split.shard_samples, dataset.fingerprint, 0, BATCH, range(1)), **changes)  # type: ignore[arg-type]
+
+
+def order_lines(dataset: Dataset, **changes: int) -> list[tuple[int, int, str, int]]:
+    arguments = {
+        "seed": 0,
+        "epoch": 0,
+        "global_batch": BATCH,
+        "world": 1,
+        "workers": 0,
+        "from_step": 0,
+        "steps": None,
+    } | changes
+    return list(stream_order(dataset, **arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 3), (2, 0), (2, 1), (2, 3), (4, 4), (8, 0)])
+def test_ranks_and_workers_change_nothing(digits: Dataset, world: int, workers: int) -> None:
+    assert order_lines(digits, world=world, workers=workers) == order_lines(digits)
+
+
+def test_an_epoch_reads_each_key_once_and_the_next_epoch_differs(digits: Dataset) -> None:
+    first, second = order_lines(digits), order_lines(digits, epoch=1)
+    keys = [key for _, _, key, _ in first]
+    assert len(keys) == len(set(keys)) == 1437 // BATCH * BATCH
+    assert [position for _, position, _, _ in first] == list(range(len(keys)))
+    assert keys != [key for _, _, key, _ in second]
+    assert all(key.split("/")[0] == str(label) for _, _, key, label in first)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_from_a_step_on_is_the_tail(digits: Dataset, workers: int) -> None:
+    tail = [line for line in order_lines(digits) if line[0] >= 17]
+    assert order_lines(digits, from_step=17, workers=workers) == tail
+    assert order_lines(digits, from_step=17, steps=2) == tail[: 2 * BATCH]
+
+
+def test_pixels_are_the_same_from_any_step_by_any_workers(digits: Dataset) -> None:
+    """Two epochs' augmented batches, against those of loaders that start in the middle of the second."""
+    split = digits.split("train")
+    plan = plan_of(digits, epochs=range(2))
+    every = list(Loader(split, plan, TRANSFORM, 0))
+    assert [batch.step for batch in every] == list(range(2 * plan.steps_per_epoch))
+    for workers in (0, 2):
+        late = list(Loader(split, replace(plan, from_step=40), TRANSFORM, workers))
+        assert len(late) == len(every) - 40
+        for one, other in zip(late, every[40:], strict=True):
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.labels, other.labels)
+    assert every[0].images.shape == (BATCH, 24, 24, 3)
+
+
+def test_augmentation_differs_between_epochs_and_places(digits: Dataset) -> None:
+    boxes = {TRANSFORM.crop(epoch, position, 32, 32) for epoch in range(4) for position in range(50)}
+    assert len(boxes) > 150
+    assert TRANSFORM.crop(1, 7, 32, 32) == TRANSFORM.crop(1, 7, 32, 32) != TRANSFORM.crop(2, 7, 32, 32)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (3, 2), (4, 1)])
+def test_validation_counts_every_sample_once(digits: Dataset, world: int, workers: int) -> None:
+    split = digits.split("val")
+    batches: dict[int, Batch] = {}
+    for rank in range(world):
+        plan = EvalPlan(len(split), 50, rank, world)
+        batches |= {batch.step: batch for batch in Loader(split, plan, EvalTransform(32, 1.0), workers)}
+    assert [int(i) for step in sorted(batches) for i in batches[step].ids] == list(range(360))
+    assert len(batches[7].labels) == 10
+
+
+def test_a_second_iteration_gives_the_same(digits: Dataset) -> None:
+    split = digits.split("val")
+    loader = Loader(split, EvalPlan(len(split), 64), EvalTransform(32, 1.0), 2)
+    loader.start()
+    first, second = list(loader), list(loader)
+    assert len(first) == 6
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
+
+
+def damaged(dataset: Dataset, folder: Path, samples: list[int], at: str) -> Dataset:
+    """A copy of the dataset with one byte of the train samples flipped, `at` the record's start or its data."""
+    copy = folder / "damaged"
+    shutil.copytree(dataset.store.url, copy)
+    index = dataset.split("train").index
+    for sample in samples:
+        path = copy / dataset.split("train").shard_names[index.shard[sample]]
+        data = bytearray(path.read_bytes())
+        data[int((index.offset if at == "header" else index.data_offset)[sample]) + 20] ^= 1
+        path.write_bytes(data)
+    return Dataset.open(str(copy))
+
+
+@pytest.mark.parametrize("at", ["header", "data"])
+def test_a_flipped_byte_is_named_and_the_rest_unchanged(digits: Dataset, tmp_path: Path, at: str) -> None:
+    bad = damaged(digits, tmp_path, [5], at)
+    clean = list(Loader(digits.split("train"), plan_of(digits, epochs=range(2)), TRANSFORM, 0))
+    split = bad.split("train")
+    seen = list(Loader(split, plan_of(bad, epochs=range(2)), TRANSFORM, 2))
+    lost = [(batch.step, entry) for batch in seen for entry in batch.lost]
+    assert {entry.key for _, entry in lost} == {split.index.key_of(5)}
+    assert {entry.shard for _, entry in lost} == {"train/shard-000000.tar"}
+    assert "checksum" in lost[0][1].cause
+    for one, other in zip(seen, clean, strict=True):
+        good = ~np.isin(one.ids, [5])
+        assert torch.equal(one.images[good], other.images[good])
+        assert (one.images[~good] == 128).all()
+
+
+def test_order_stops_at_damage(digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = damaged(digits, tmp_path, list(range(40)), "data")
+    assert main(["order", bad.store.url, "--global-batch", "64"]) == 1
+    assert "train/shard-000000.tar, key" in capsys.readouterr().err
+
+
+def test_a_missing_shard_is_an_error_with_its_name(digits: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(digits.store.url, tmp_path / "copy")
+    (tmp_path / "copy/train/shard-000001.tar").unlink()
+    bad = Dataset.open(str(tmp_path / "copy"))
+    for workers in (0, 2):
+        with pytest.raises(Exception, match=r"train/shard-000001\.tar does not exist"):
+            list(Loader(bad.split("train"), plan_of(bad), TRANSFORM, workers))
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(digits: Dataset) -> None:
+    loader = Loader(digits.split("train"), plan_of(digits, epochs=range(1000)), TRANSFORM, 2)
+    batches = iter(loader)
+    next(batches)
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    workers = [pid for pid in children if b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    with pytest.raises(
+        RunError, match=r"a loader worker died .*; if the machine ran out of memory, use fewer --workers"
+    ):
+        for _ in batches:
+            pass
+
+
+def test_refusals(digits: Dataset) -> None:
+    with pytest.raises(UsageError, match="global batch of 48 is read in 16 lanes, which 3 ranks cannot share"):
+        plan_of(digits, world=3)
+    with pytest.raises(UsageError, match="1437 samples, fewer than one global batch of 2000"):
+        plan_of(digits, global_batch=2000)
+    with pytest.raises(UsageError, match="--from-step 30 is beyond the epoch, which has 29 steps"):
+        order_lines(digits, from_step=30)
+    with pytest.raises(DataError, match="no split 'test'; it has train, val"):
+        digits.split("test")
