@@ -193,7 +193,7 @@ DIGITS = Recipe(
     name="digits",
     batch=64,
     data=DataRecipe(size=32, eval_size=32, eval_crop=1.0, scale=(0.6, 1.0), flip=0.0, mean=(0.3,) * 3, std=(0.35,) * 3),
-    optimizer=OptimizerRecipe(lr=0.1, weight_decay=5e-4),
+    optimizer=OptimizerRecipe(lr=0.05, weight_decay=5e-4),
     schedule=ScheduleRecipe(epochs=12, warmup_epochs=2),
     ema=EmaRecipe(decay=0.98),
 )

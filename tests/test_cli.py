@@ -1,0 +1,86 @@
+"""What a person meets at the command line when something is wrong: one line with the value and the remedy, no traceback."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wds_train.cli import main
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # argparse's own
+        code = int(stop.code or 0)
+    return code, capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ["inspect", "/nowhere"],
+            1,
+            "there is no dataset at /nowhere (no manifest.json); check the address, or make one: wds-train shards",
+        ),
+        (["order", "/nowhere"], 1, "there is no dataset at /nowhere"),
+        (["train", "--dataset", "/nowhere", "--run", "/tmp/r"], 1, "there is no dataset at /nowhere"),
+        (["train", "--set", "optimizer.lrr=1"], 2, "--set knows no 'optimizer.lrr'; did you mean optimizer.lr"),
+        (["train", "--recipe", "imagnet"], 2, "there is no recipe 'imagnet'; there are digits, imagenette"),
+        (["inspect", "gs://bucket/x"], 2, "'gs://bucket/x' is neither s3://BUCKET/PREFIX nor a local directory"),
+        (["inspect", "s3:///x"], 2, "'s3:///x' names no bucket; write s3://BUCKET/PREFIX"),
+        (["order", "/nowhere", "--world", "0"], 2, "'0' is not a whole number of at least 1"),
+        (["order", "/nowhere", "--workers", "-1"], 2, "'-1' is not a whole number of at least 0"),
+        (["order", "/nowhere", "--workers", "two"], 2, "'two' is not a whole number of at least 0"),
+        (["shards", "/nowhere", "/tmp/d"], 2, "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    got, err = answer(capsys, *arguments)
+    assert got == code, err
+    assert message in err
+    assert "Traceback" not in err
+    if "usage:" not in err:
+        assert "\n" not in err
+
+
+def test_a_missing_dataset_on_s3(capsys: pytest.CaptureFixture[str], s3_url: str) -> None:
+    assert answer(capsys, "inspect", f"{s3_url}/none") == (
+        1,
+        f"wds-train: error: there is no dataset at {s3_url}/none (no manifest.json); check the address, or make one: "
+        f"wds-train shards SOURCE {s3_url}/none",
+    )
+
+
+def test_wrong_credentials(capsys: pytest.CaptureFixture[str], s3_url: str, aws_env: pytest.MonkeyPatch) -> None:
+    aws_env.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    code, err = answer(capsys, "inspect", s3_url)
+    assert code == 1
+    assert re.fullmatch(
+        rf"wds-train: error: access to {s3_url}/manifest.json was denied .*check the AWS credentials.*", err
+    )
+
+
+def test_a_folder_without_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code, err = answer(
+        capsys, "shards", str(tmp_path / "empty"), str(tmp_path / "out"), "--spool", str(tmp_path / "spool")
+    )
+    assert code == 1
+    assert str(tmp_path / "empty") in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_closed_pipe_is_no_error(digits: object) -> None:
+    url = digits.store.url  # type: ignore[attr-defined]
+    shell = f"{sys.executable} -m wds_train.cli order {url} --global-batch 64 | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("0\t0\t")
