@@ -2,23 +2,29 @@
 
 Keys are '/'-separated and relative to the store's URL. A write is atomic: readers see the old object, the new one, or
 none. A tag names a version of an object (S3: the ETag; local: the sha256) for `write(if_match=)`.
+
+A conditional write that finds its own bytes in place has succeeded: the server may have committed a request whose
+answer was lost, and then refuses its repetition. Writers who could write equal bytes and must not both win, such as
+claimants of a run, put something random into them.
 """
 
+import base64
 import contextlib
 import errno
 import fcntl
 import functools
 import hashlib
+import mmap
 import os
 import random
 import re
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import boto3
@@ -26,21 +32,48 @@ import botocore.exceptions as boto_errors
 from botocore.config import Config
 from urllib3.exceptions import HTTPError
 
+from wds_train.devserver import EMBEDDED_BUCKET, Endpoint, ensure_running
 from wds_train.errors import AccessDenied, Conflict, NotFound, StoreError, Unavailable, UsageError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-    from wds_train.devserver import Endpoint
-
 Body = bytes | bytearray | memoryview
 
-EMBEDDED_BUCKET = "embedded"
-READ_ATTEMPTS = 6
-ACCESS_DENIED = {401, 403, "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
+PATIENCE_SECONDS = 120.0  # for a server that has answered before; $WDS_S3_PATIENCE overrides
+FIRST_SECONDS = 15.0  # for one that never has: the address may be wrong
+SOCKET_SECONDS = 20.0  # without a byte
+SLOWEST = 100_000  # bytes per second; a body that comes slower is asked for again
+PIECE_BYTES = 1 << 18
+UNFINISHED = ".tmp-"  # begins the names of local files that are being written
+PART_BYTES = 16 << 20  # a larger body goes up in parts of this size, of which UPLOAD_THREADS are copied at a time
+UPLOAD_THREADS = 4
+
+JITTER = random.SystemRandom()  # shared by no seed and no fork
+
+# What is worth another try: the network, a server in trouble, and bytes damaged on their way to it.
+BROKEN = (boto_errors.HTTPClientError, boto_errors.ConnectionError, HTTPError)
+RETRIED = {408, 429, 500, 502, 503, 504}
+RETRIED_CODES = {"SlowDown", "RequestTimeout", "Throttling", "BadDigest", "XAmzContentChecksumMismatch"}
+NO_CREDENTIALS = (
+    boto_errors.NoCredentialsError,
+    boto_errors.PartialCredentialsError,
+    boto_errors.CredentialRetrievalError,
+)
 # 409 is a write that raced another; 404 is what AWS answers to If-Match on a missing key, where SeaweedFS says 412.
 CAS_LOST = {409, 412}
-BROKEN = (boto_errors.HTTPClientError, boto_errors.ConnectionError, boto_errors.IncompleteReadError, HTTPError)
+DENIED = {401, 403}
+GRANT = (
+    "let the AWS credentials read and write there, and list the bucket "
+    "(without s3:ListBucket a missing object looks like a denied one)"
+)
+REMEDIES = {
+    "ExpiredToken": "the credentials have expired: renew them",
+    "InvalidToken": "the session token is not valid: renew the credentials",
+    "InvalidAccessKeyId": "there is no such access key: check AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the secret key is not the access key's: check AWS_SECRET_ACCESS_KEY",
+    "RequestTimeTooSkewed": "this machine's clock is wrong: set it, for example with `timedatectl set-ntp true`",
+}
 
 
 class Entry(NamedTuple):
@@ -52,13 +85,16 @@ class Store(Protocol):
     url: str
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        """The object's bytes [start, start + length); `NotFound`, or `StoreError` when fewer exist."""
+        """The object's bytes [start, start + length); `NotFound`, or `StoreError` when fewer exist.
+
+        Without `length`, all from `start` on.
+        """
 
     def read_tagged(self, key: str) -> tuple[bytes, str]:
         """The whole object and its tag."""
 
     def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        """Store `body` and return its tag; `Conflict` when the condition does not hold."""
+        """Store `body` and return its tag; `Conflict` when the condition does not hold, nor the object hold `body`."""
 
     def upload(self, key: str, path: Path) -> None:
         """Store a file; the object appears whole or not at all."""
@@ -100,7 +136,7 @@ def _announce_embedded() -> None:
 
 
 class LocalStore:
-    """A directory. Writers of one store exclude each other by a lock file; a kill releases it."""
+    """A directory."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -110,10 +146,8 @@ class LocalStore:
         with self._translated(key), self._path(key).open("rb") as file:
             file.seek(start)
             data = file.read(-1 if length is None else length)
-        if length is not None and len(data) < length:
-            raise StoreError(
-                f"{self.url}/{key} ends at byte {start + len(data)}, but bytes up to {start + length} were asked for"
-            )
+        if len(data) < (bool(start) if length is None else length):
+            raise _too_short(f"{self.url}/{key}", start, length)
         return data
 
     def read_tagged(self, key: str) -> tuple[bytes, str]:
@@ -121,65 +155,47 @@ class LocalStore:
         return data, hashlib.sha256(data).hexdigest()
 
     def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        with self._translated(key), self._exclusive():
-            if if_absent and self._path(key).exists():
-                raise Conflict(f"{self.url}/{key} exists already")
-            if if_match is not None and self._tag(key) != if_match:
-                raise Conflict(f"{self.url}/{key} was changed by another writer")
-            with self._replacing(key) as file:
-                file.write(body)
-        return hashlib.sha256(body).hexdigest()
+        tag, path = hashlib.sha256(body).hexdigest(), self._path(key)
+        with self._translated(key), _locked(path.with_name(UNFINISHED + path.name)) as file:
+            found = self._tag(key) if if_absent or if_match else None
+            if (if_absent and found is not None) or (if_match and found != if_match):
+                if found != tag:
+                    raise Conflict(f"{self.url}/{key} was written by another writer")
+            else:
+                _replace(path, file, body)
+        return tag
 
     def upload(self, key: str, path: Path) -> None:
-        with self._translated(key), path.open("rb") as source, self._replacing(key) as file:
-            shutil.copyfileobj(source, file, 1 << 20)
+        with _contents(path) as body:
+            self.write(key, body)
 
     def head(self, key: str) -> tuple[int, str]:
-        data = self.read(key)
-        return len(data), hashlib.sha256(data).hexdigest()
+        with self._translated(key), self._path(key).open("rb") as file:
+            return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        files = (path for path in self.root.rglob("*") if path.is_file() and not path.name.startswith("."))
-        entries = (Entry(path.relative_to(self.root).as_posix(), path.stat().st_size) for path in files)
-        yield from sorted(entry for entry in entries if entry.key.startswith(prefix))
+        folder, _, start = prefix.rpartition("/")
+        tops = [path for path in (self.root / folder).glob("*") if path.name.startswith(start)]
+        with self._translated(prefix):
+            yield from sorted(entry for top in tops for path in (top, *top.rglob("*")) for entry in self._entry(path))
 
     def delete(self, key: str) -> None:
-        with self._translated(key):
+        with self._translated(key), contextlib.suppress(NotADirectoryError):
             self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
-        # A key from a damaged or hostile manifest must not reach outside the store.
-        if key.startswith("/") or ".." in key.split("/"):
-            raise StoreError(f"{key!r} is not a key inside {self.url}")
-        return self.root / key
+        return self.root / _inside(key, self.url)
+
+    def _entry(self, path: Path) -> Iterator[Entry]:
+        with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+            if path.is_file() and not path.name.startswith(UNFINISHED):
+                yield Entry(path.relative_to(self.root).as_posix(), path.stat().st_size)
 
     def _tag(self, key: str) -> str | None:
         try:
-            return hashlib.sha256(self._path(key).read_bytes()).hexdigest()
-        except FileNotFoundError:
+            return self.head(key)[1]
+        except NotFound:
             return None
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    @contextlib.contextmanager
-    def _replacing(self, key: str) -> Iterator["tempfile._TemporaryFileWrapper[bytes]"]:
-        """A file that becomes `key` when the block ends well: fsync before rename, or a power cut leaves it empty."""
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
 
     @contextlib.contextmanager
     def _translated(self, key: str) -> Iterator[None]:
@@ -197,20 +213,53 @@ class LocalStore:
             raise StoreError(f"{self.url}/{key}: {error}") from error
 
 
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """The empty file `path`, this writer's alone until the block ends, when it is removed if it is still there.
+
+    A kill releases the lock, and what it leaves behind the next writer of the same key takes over.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # While we waited, the writer before us may have renamed this very file into place.
+            if not path.exists() or not path.samefile(f"/dev/fd/{file.fileno()}"):
+                continue
+            file.truncate(0)
+            try:
+                yield file
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _replace(path: Path, file: BinaryIO, body: Body) -> None:
+    """Put `body` at `path` by way of `file`, a file beside it."""
+    file.write(body)
+    file.flush()
+    os.fsync(file.fileno())  # before the rename, or a power cut leaves `path` empty
+    Path(file.name).replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # or a power cut undoes the rename, of which a manifest may already tell
+    os.close(folder)
+
+
 class S3Store:
     """A prefix of an S3 bucket, through boto3. Credentials and endpoint come from the usual AWS settings, except for
     the bucket `embedded`, which always means the embedded server. Safe to use from threads and after a fork.
+
+    What fails for want of an answer is repeated for `PATIENCE_SECONDS` (or $WDS_S3_PATIENCE) plus a second per
+    `SLOWEST` bytes, and ends in `Unavailable`; a refusal (403, 404, 409, 412, 416) is final at once.
     """
 
-    def __init__(self, bucket: str, prefix: str, endpoint: "Endpoint | None" = None) -> None:
+    def __init__(self, bucket: str, prefix: str, endpoint: Endpoint | None = None) -> None:
         self.bucket = bucket
         self.prefix = prefix
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._endpoint = endpoint
-        if bucket == EMBEDDED_BUCKET and endpoint is None:
-            from wds_train.devserver import ensure_running
-
-            self._endpoint = ensure_running()
+        self.patience = float(os.environ.get("WDS_S3_PATIENCE", PATIENCE_SECONDS))
+        self._endpoint = ensure_running() if bucket == EMBEDDED_BUCKET and endpoint is None else endpoint
+        self._answered = False
         self._client: S3Client | None = None
         self._client_pid = 0
 
@@ -225,90 +274,172 @@ class S3Store:
         return self._client
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        if length == 0:
-            return b""
-        data = bytearray()
-        tag: str | None = None
-        for attempt in range(READ_ATTEMPTS):
-            try:
-                with self._translated(key):
-                    tag = self._read_on(key, data, start, length, tag)
-                return bytes(data)
-            except Unavailable:
-                # boto3 retries requests but not bodies that break off: go on from the byte that came last.
-                if attempt + 1 == READ_ATTEMPTS:
-                    raise
-                time.sleep(random.uniform(0, min(5.0, 0.1 * 2**attempt)))
-        raise AssertionError("unreachable")
-
-    def _read_on(self, key: str, data: bytearray, start: int, length: int | None, tag: str | None) -> str:
-        """Append to `data` what is missing of the range; the object's tag, which later parts must match."""
-        wanted = {} if tag is None else {"IfMatch": tag}
-        first = start + len(data)
-        if first or length is not None:
-            wanted["Range"] = f"bytes={first}-" + ("" if length is None else str(start + length - 1))
-        answer = self.client.get_object(Bucket=self.bucket, Key=self._key(key), **wanted)  # type: ignore[arg-type]
-        for chunk in answer["Body"].iter_chunks(1 << 20):
-            data += chunk
-        if length is not None and len(data) < length:
-            raise StoreError(
-                f"{self.url}/{key} ends at byte {start + len(data)}, but bytes up to {start + length} were asked for"
-            )
-        return answer["ETag"]
+        return b"" if length == 0 else self._read(key, start, length)[0]
 
     def read_tagged(self, key: str) -> tuple[bytes, str]:
-        with self._translated(key):
-            answer = self.client.get_object(Bucket=self.bucket, Key=self._key(key))
-            return answer["Body"].read(), answer["ETag"]
+        return self._read(key, 0, None)
 
     def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
         try:
-            with self._translated(key):
-                answer = self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body, **condition)  # type: ignore[arg-type]
-        except NotFound as error:
-            if if_match is None:
-                raise
-            raise Conflict(f"{self.url}/{key} was removed by another writer") from error
-        return answer["ETag"]
+            if len(body) > PART_BYTES:
+                return self._write_parts(key, memoryview(body), condition)
+            return self._send("put_object", key, body, **condition)["ETag"]
+        except (Conflict, NotFound) as error:
+            tag = self._tag_of(key, memoryview(body))
+            if tag is None:
+                raise Conflict(f"{self.url}/{key} was written by another writer") from error
+            return tag
 
     def upload(self, key: str, path: Path) -> None:
-        with self._translated(key):
-            self.client.upload_file(str(path), self.bucket, self._key(key))
+        with _contents(path) as body:
+            self.write(key, body)
 
     def head(self, key: str) -> tuple[int, str]:
-        with self._translated(key):
-            answer = self.client.head_object(Bucket=self.bucket, Key=self._key(key))
-            return answer["ContentLength"], answer["ETag"]
+        answer = self._ask("head_object", key, Key=self._key(key))
+        return answer["ContentLength"], answer["ETag"]
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        base = f"{self.prefix}/" if self.prefix else ""
-        with self._translated(prefix):
-            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix):
-                for entry in page.get("Contents", ()):
-                    yield Entry(entry["Key"].removeprefix(base), entry["Size"])
+        found: list[Entry] = []
+        more: dict[str, str] = {}
+        while True:
+            page = self._ask("list_objects_v2", prefix, Prefix=self._key(prefix), **more)
+            found += [Entry(entry["Key"][len(self._key("")) :], entry["Size"]) for entry in page.get("Contents", ())]
+            if not page["IsTruncated"]:
+                break
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+        yield from sorted(found)  # AWS sorts by key already, SeaweedFS folder by folder
 
     def delete(self, key: str) -> None:
-        with self._translated(key):
-            self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+        self._ask("delete_object", key, Key=self._key(key))
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
+    def _read(self, key: str, start: int, length: int | None) -> tuple[bytes, str]:
+        body = _Body(start, length)
+        retry = self._retry()
+        while True:
+            had = body.size
+            try:
+                with self._translated(key):
+                    self._read_on(key, body)
+                return b"".join(body.pieces), body.tag
+            except _OutOfRange as error:
+                raise _too_short(f"{self.url}/{key}", start, length) from error
+            except Unavailable as error:
+                # Bodies break off: go on from the byte that came last.
+                retry.pause(error, body.expected, progressed=body.size > had)
+
+    def _read_on(self, key: str, body: "_Body") -> None:
+        """Append to `body` what is missing of it. What comes later must be of the same version of the object."""
+        first = body.start + body.size
+        wanted = {"IfMatch": body.tag} if body.tag else {}
+        if first or body.length is not None:
+            wanted["Range"] = f"bytes={first}-" + ("" if body.length is None else str(body.start + body.length - 1))
+        answer = self.client.get_object(Bucket=self.bucket, Key=self._key(_inside(key, self.url)), **wanted)  # type: ignore[arg-type]
+        self._answered = True
+        if "Range" in wanted and not answer.get("ContentRange", "").startswith(f"bytes {first}-"):
+            raise StoreError(f"{self.url}/{key}: this S3 server ignores ranges; it cannot be used")
+        body.tag, body.expected = answer["ETag"], body.size + answer["ContentLength"]
+        if body.length is not None and body.expected < body.length:
+            raise _OutOfRange
+        began = time.monotonic()
+        with contextlib.closing(answer["Body"]) as stream:
+            # `StreamingBody.read` returns only when all that was asked for is there, however slowly it comes.
+            while piece := stream._raw_stream.read1(PIECE_BYTES):  # type: ignore[attr-defined]
+                body.pieces.append(piece)
+                body.size += len(piece)
+                if time.monotonic() - began > SOCKET_SECONDS + body.size / SLOWEST:
+                    raise Unavailable(f"{self.url}/{key} comes at less than {SLOWEST} bytes per second")
+
+    def _write_parts(self, key: str, body: memoryview, condition: dict[str, str]) -> str:
+        """A multipart upload: nothing is visible before its end, and nothing remains of one that failed."""
+        where = {"Key": self._key(key)}
+        upload = where | {
+            "UploadId": self._ask("create_multipart_upload", key, **where, ChecksumAlgorithm="CRC32")["UploadId"]
+        }
+
+        def send(part: int) -> dict[str, Any]:
+            piece = body[(part - 1) * PART_BYTES :][:PART_BYTES]
+            answer = self._send("upload_part", key, piece, UploadId=upload["UploadId"], PartNumber=part)
+            return {"PartNumber": part, "ETag": answer["ETag"], "ChecksumCRC32": _crc32(piece)}
+
+        try:
+            with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
+                parts = list(pool.map(send, range(1, -(-len(body) // PART_BYTES) + 1)))
+            tag = self._ask("complete_multipart_upload", key, **upload, MultipartUpload={"Parts": parts}, **condition)[
+                "ETag"
+            ]
+        except BaseException:
+            # Once only: when the server is gone, the bucket's lifecycle rule has to do it.
+            with contextlib.suppress(StoreError), self._translated(key):
+                self.client.abort_multipart_upload(Bucket=self.bucket, **upload)
+            raise
+        stored = self.head(key)
+        if stored[1] == tag and stored[0] != len(body):
+            raise StoreError(f"{self.url}/{key}: {len(body)} bytes were sent, but {stored[0]} stored")
+        return tag
+
+    def _send(self, verb: str, key: str, body: Body, **details: Any) -> dict[str, Any]:
+        """Send `body` with its checksum, which the server compares, and answers if it stores it."""
+        answer = self._ask(verb, key, Key=self._key(key), Body=bytes(body), ChecksumCRC32=_crc32(body), **details)
+        if answer.get("ChecksumCRC32", _crc32(body)) != _crc32(body):
+            raise StoreError(f"{self.url}/{key}: the S3 server stored other bytes than it was sent")
+        return answer
+
+    def _tag_of(self, key: str, body: memoryview) -> str | None:
+        """The object's tag if it holds `body`, else None."""
+        try:
+            size, tag = self.head(key)
+            starts = range(0, size, PART_BYTES)
+            same = size == len(body) and all(
+                self.read(key, start, min(PART_BYTES, size - start)) == body[start : start + PART_BYTES]
+                for start in starts
+            )
+        except NotFound:
+            return None
+        return tag if same else None
+
+    def _ask(self, verb: str, key: str, **details: Any) -> dict[str, Any]:
+        """boto3's answer to one request, repeated until there is one."""
+        _inside(key, self.url)
+        retry = self._retry()
+        while True:
+            try:
+                with self._translated(key):
+                    answer: dict[str, Any] = getattr(self.client, verb)(Bucket=self.bucket, **details)
+                self._answered = True
+                return answer
+            except Unavailable as error:
+                retry.pause(error, len(details.get("Body", b"")))
+
+    def _retry(self) -> "Retry":
+        return Retry(self.patience if self._answered else min(self.patience, FIRST_SECONDS))
+
     def _connect(self) -> "S3Client":
+        # Retries are ours alone: boto3's would multiply them, and resume no body.
         config = Config(
-            retries={"mode": "standard", "total_max_attempts": 5},
+            retries={"mode": "standard", "total_max_attempts": 1},
             connect_timeout=5,
-            read_timeout=30,
+            read_timeout=SOCKET_SECONDS,
             max_pool_connections=32,
+            response_checksum_validation="when_required",  # it holds only for whole bodies, which resuming has none of
+            proxies={} if self._endpoint else None,
         )
-        if self._endpoint is None:
-            return boto3.session.Session().client("s3", config=config)
-        return boto3.session.Session(
-            aws_access_key_id=self._endpoint.access_key,
-            aws_secret_access_key=self._endpoint.secret_key,
-            region_name="us-east-1",
-        ).client("s3", config=config, endpoint_url=self._endpoint.url)
+        try:
+            if self._endpoint is None:
+                return boto3.session.Session().client("s3", config=config)
+            return boto3.session.Session(
+                aws_access_key_id=self._endpoint.access_key,
+                aws_secret_access_key=self._endpoint.secret_key,
+                region_name="us-east-1",
+            ).client("s3", config=config, endpoint_url=self._endpoint.url)
+        except (ValueError, boto_errors.BotoCoreError) as error:
+            raise UsageError(
+                f"the AWS settings cannot be used for {self.url} ({_brief(error)}); "
+                "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
+            ) from error
 
     @contextlib.contextmanager
     def _translated(self, key: str) -> Iterator[None]:
@@ -316,39 +447,108 @@ class S3Store:
         try:
             yield
         except boto_errors.ClientError as error:
+            self._answered = True
             raise _translate(error, name) from error
-        except (
-            boto_errors.NoCredentialsError,
-            boto_errors.PartialCredentialsError,
-            boto_errors.CredentialRetrievalError,
-        ) as error:
+        except NO_CREDENTIALS as error:
             raise AccessDenied(
-                f"no AWS credentials for {name}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                f"no AWS credentials for {name} ({_brief(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                 "or give the instance a role"
             ) from error
         except boto_errors.ParamValidationError as error:
-            raise UsageError(f"{name} is not a usable S3 address: {error}") from error
+            raise UsageError(f"{name} is not a usable S3 address: {_brief(error)}") from error
         except BROKEN as error:
-            raise Unavailable(f"{name}: the S3 server does not answer ({_brief(error)})") from error
+            raise Unavailable(
+                f"{name}: the S3 server does not answer ({_brief(error)}); check the network and AWS_ENDPOINT_URL"
+            ) from error
+        except boto_errors.BotoCoreError as error:
+            raise StoreError(f"{name}: {_brief(error)}") from error
+
+
+class _OutOfRange(StoreError):
+    """The object ends before the range that was asked for."""
+
+
+class _Body:
+    """What has come so far of an object's bytes [start, start + length), and the tag of the version that it is of."""
+
+    def __init__(self, start: int, length: int | None) -> None:
+        self.start, self.length = start, length
+        self.pieces: list[bytes] = []
+        self.size = 0
+        self.expected = length or 0
+        self.tag = ""
+
+
+class Retry:
+    """The pauses between the attempts at one thing: random, doubling up to 5 s, short again after progress."""
+
+    def __init__(
+        self,
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._seconds, self._clock, self._sleep = seconds, clock, sleep
+        self._began = clock()
+        self._attempts = 0
+        self._fruitless = 0
+
+    def pause(self, error: Unavailable, size: int = 0, progressed: bool = False) -> None:
+        """Wait before the next attempt at moving `size` bytes; `Unavailable` when the time for them is up."""
+        self._attempts += 1
+        self._fruitless = 0 if progressed else self._fruitless + 1
+        pause = JITTER.uniform(0, min(5.0, 0.1 * 2**self._fruitless))
+        spent = self._clock() - self._began
+        if spent + pause > self._seconds + size / SLOWEST:
+            raise Unavailable(f"{error}; gave up after {self._attempts} attempts in {spent:.0f} s") from error
+        self._sleep(pause)
 
 
 def _translate(error: boto_errors.ClientError, name: str) -> StoreError:
     code = error.response.get("Error", {}).get("Code", "")
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code == "NoSuchBucket":
-        return NotFound(f"the bucket of {name} does not exist; create it, or correct the name")
-    if code in ACCESS_DENIED or status in ACCESS_DENIED:
-        return AccessDenied(
-            f"access to {name} was denied ({code}); check the AWS credentials, that they may read and write there, "
-            "and that they grant s3:ListBucket (without it a missing object looks like a denied one)"
-        )
+    if code == "NoSuchBucket":  # no `NotFound`: a run would be taken for a fresh one
+        return StoreError(f"the bucket of {name} does not exist; create it, or correct the name")
+    if code in REMEDIES or status in DENIED:
+        return AccessDenied(f"access to {name} was denied ({code}): {REMEDIES.get(code, GRANT)}")
     if status == 404:
         return NotFound(f"{name} does not exist")
     if status in CAS_LOST:
         return Conflict(f"{name} was changed by another writer ({code})")
     if status == 416:
-        return StoreError(f"{name} is shorter than the range that was asked for")
-    return Unavailable(f"{name}: the S3 server answered {status} {code}: {_brief(error)}")
+        return _OutOfRange(f"{name} is shorter than the range that was asked for")
+    answered = f"{name}: the S3 server answered {status} {code}: {_brief(error)}"
+    return Unavailable(answered) if status in RETRIED or code in RETRIED_CODES else StoreError(answered)
+
+
+def _too_short(name: str, start: int, length: int | None) -> StoreError:
+    span = f"from {start} on" if length is None else f"{start} up to {start + length}"
+    return StoreError(f"{name} is too short: bytes {span} were asked for")
+
+
+def _inside(key: str, url: str) -> str:
+    """`key`, which may come from a damaged or hostile manifest, and must not lead out of the store."""
+    if key.startswith("/") or ".." in key.split("/") or "\0" in key:
+        raise StoreError(f"{key!r} is not a key inside {url}")
+    return key
+
+
+@contextlib.contextmanager
+def _contents(path: Path) -> Iterator[Body]:
+    """The bytes of a file; a large one is mapped, not read."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size <= PART_BYTES:
+                yield file.read()
+            else:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+                    yield view
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _crc32(body: Body) -> str:
+    return base64.b64encode(zlib.crc32(body).to_bytes(4)).decode()
 
 
 def _brief(error: BaseException) -> str:
