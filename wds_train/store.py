@@ -17,8 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import boto3
@@ -35,8 +36,12 @@ if TYPE_CHECKING:
 
 Body = bytes | bytearray | memoryview
 
+TEMPORARY = ".wds-train-"
 EMBEDDED_BUCKET = "embedded"
 READ_ATTEMPTS = 6
+MULTIPART_BYTES = 64 << 20
+PART_BYTES = 16 << 20
+PARTS_AT_ONCE = 4
 ACCESS_DENIED = {401, 403, "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
 # 409 is a write that raced another; 404 is what AWS answers to If-Match on a missing key, where SeaweedFS says 412.
 CAS_LOST = {409, 412}
@@ -71,6 +76,9 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the object; no error if there is none."""
+
+    def abort_uploads(self) -> None:
+        """Drop what writers that were killed in the middle of an upload left, unseen."""
 
 
 def open_store(url: str) -> Store:
@@ -147,6 +155,10 @@ class LocalStore:
         with self._translated(key):
             self._path(key).unlink(missing_ok=True)
 
+    def abort_uploads(self) -> None:
+        for path in self.root.rglob(f"{TEMPORARY}*"):
+            path.unlink(missing_ok=True)
+
     def _path(self, key: str) -> Path:
         # A key from a damaged or hostile manifest must not reach outside the store.
         if key.startswith("/") or ".." in key.split("/"):
@@ -171,7 +183,7 @@ class LocalStore:
         """A file that becomes `key` when the block ends well: fsync before rename, or a power cut leaves it empty."""
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=TEMPORARY, delete=False) as file:
             try:
                 yield file
                 file.flush()
@@ -263,14 +275,45 @@ class S3Store:
 
     def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
+        where: dict[str, Any] = {"Bucket": self.bucket, "Key": self._key(key)}
         try:
             with self._translated(key):
-                answer = self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body, **condition)  # type: ignore[arg-type]
+                if len(body) > MULTIPART_BYTES:
+                    return self._write_parts(where, body, condition)
+                return self.client.put_object(**where, Body=body, **condition)["ETag"]  # type: ignore[arg-type]
         except NotFound as error:
             if if_match is None:
                 raise
             raise Conflict(f"{self.url}/{key} was removed by another writer") from error
-        return answer["ETag"]
+
+    def _write_parts(self, where: dict[str, Any], body: Body, condition: dict[str, Any]) -> str:
+        """A multipart upload: parts side by side, each checksummed and retried on its own; nothing shows until all
+        of them are there.
+        """
+        client = self.client
+        upload = where | {"UploadId": client.create_multipart_upload(**where, ChecksumAlgorithm="CRC32")["UploadId"]}
+        pieces = [memoryview(body)[start : start + PART_BYTES] for start in range(0, len(body), PART_BYTES)]
+
+        def send(number: int) -> Any:
+            piece = pieces[number - 1].tobytes()
+            answer = client.upload_part(**upload, PartNumber=number, Body=piece, ChecksumAlgorithm="CRC32")
+            return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC32": answer["ChecksumCRC32"]}
+
+        try:
+            with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+                parts = list(pool.map(send, range(1, len(pieces) + 1)))
+            return client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, **condition)["ETag"]
+        except BaseException:
+            with contextlib.suppress(boto_errors.BotoCoreError, boto_errors.ClientError):
+                client.abort_multipart_upload(**upload)
+            raise
+
+    def abort_uploads(self) -> None:
+        """Drop the parts of uploads below this prefix that a killed writer left; they cost storage, unseen."""
+        with self._translated("uploads"):
+            answer = self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=f"{self.prefix}/")
+            for upload in answer.get("Uploads", ()):
+                self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def upload(self, key: str, path: Path) -> None:
         with self._translated(key):
