@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.images import ImagePolicy, check
-from shards.source import Note, Source, read_bytes
+from shards.source import Note, Source, read_bytes, report_json
 from wds_train import manifest as manifests
 from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
 from wds_train.manifest import DatasetManifest, Index, Shard, Split
@@ -81,7 +81,7 @@ def make_shard(task: ShardTask) -> ShardDone:
     """Read, check and pack the images of one shard, upload it, confirm it, and record it."""
     writer, notes, altered = ShardWriter(task.number), list[Note](), 0
     for row in task.rows.to_pylist():
-        origin = f"{row['path']}" + (f" at byte {row['offset']}" if row["offset"] else "")
+        origin = row["key"] if row["offset"] else row["path"]
         data = read_bytes(row["path"], row["offset"], row["length"])
         try:
             image = check(data, task.policy)
@@ -143,12 +143,37 @@ class Conversion:
         }
         self.digest = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
 
-    def tasks(self, finished: set[tuple[str, int]]) -> Iterator[ShardTask]:
-        for split, parts in self.parts.items():
-            for number, ids in enumerate(parts):
-                if (split, number) not in finished:
-                    rows = self.source.splits[split].take(pa.array(ids))
-                    yield ShardTask(self.store, self.digest, split, number, rows, self.options.policy)
+    def windows(self, finished: set[tuple[str, int]]) -> Iterator[Iterable[ShardTask]]:
+        """The shards that are not `finished`, in groups: each must be done before the next is asked for, since a
+        stream's spool holds the images of one group at a time.
+        """
+        missing = [
+            (split, number, ids)
+            for split, parts in self.parts.items()
+            for number, ids in enumerate(parts)
+            if (split, number) not in finished
+        ]
+        stream = self.source.stream
+        if stream is None:
+            yield (self._task(split, number, self._rows(split, ids)) for split, number, ids in missing)
+            return
+        for split, group in _groups(missing, self._size, stream.spool.limit):
+            stream.spool.clear()
+            rows = stream.fetch(pa.concat_tables([self._rows(split, ids) for _, ids in group]), split)
+            starts = np.cumsum([0] + [len(ids) for _, ids in group]).tolist()
+            yield [  # take, not slice: a pickled slice carries the whole table
+                self._task(split, number, rows.take(pa.array(range(start, start + len(ids)))))
+                for (number, ids), start in zip(group, starts[:-1], strict=True)
+            ]
+
+    def _rows(self, split: str, ids: np.ndarray) -> pa.Table:
+        return self.source.splits[split].take(pa.array(ids))
+
+    def _size(self, split: str, ids: np.ndarray) -> int:
+        return int(self.source.splits[split]["length"].to_numpy()[ids].sum())
+
+    def _task(self, split: str, number: int, rows: pa.Table) -> ShardTask:
+        return ShardTask(self.store, self.digest, split, number, rows, self.options.policy)
 
     def begin(self, *, overwrite: bool) -> list[ShardDone] | None:
         """What earlier runs finished; None when the dataset is complete. Refused when another one is there."""
@@ -184,7 +209,8 @@ class Conversion:
             table = pa.concat_tables([part.index for part in mine])
             index = self._put(f"{split}/index.parquet", write_index(table))
             splits[split] = Split(tuple(part.shard for part in mine), index)
-        report = self._put("report.json", self.report(done))
+        notes = self.source.notes + [note for part in done for note in part.notes]
+        report = self._put("report.json", report_json(notes, sum(part.altered for part in done)))
         made = DatasetManifest(self.source.classes, splits, report=report, **self.plan)
         try:
             self.store.write(manifests.NAME, made.to_json(), if_absent=True)
@@ -194,16 +220,9 @@ class Conversion:
         self.sweep(made)
         return made
 
-    def report(self, done: list[ShardDone]) -> bytes:
-        notes = sorted(self.notes(done), key=lambda note: (note.what, note.split, note.origin))
-        altered = sum(part.altered for part in done)
-        content = {"reencoded": altered, "samples": [vars(note) for note in notes]}
-        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
-
-    def notes(self, done: list[ShardDone]) -> list[Note]:
-        return self.source.notes + [note for part in done for note in part.notes]
-
     def sweep(self, made: DatasetManifest) -> None:
+        """Remove what is ours in the store and `made` does not name: `.wip/`, and shards of a dataset overwritten."""
+        self.store.abort_uploads()
         named = {manifests.NAME, "report.json"} | {split.index.name for split in made.splits.values()}
         named |= {shard.name for split in made.splits.values() for shard in split.shards}
         stale = [entry.key for entry in self.store.list() if entry.key not in named and OURS.fullmatch(entry.key)]
@@ -249,6 +268,24 @@ def _cut(rows: pa.Table, split: str, options: Options) -> list[np.ndarray]:
             size = 0
         size += record
     return [order[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(order)], strict=True)]
+
+
+def _groups(
+    missing: list[tuple[str, int, np.ndarray]], size: Callable[[str, np.ndarray], int], limit: int
+) -> Iterator[tuple[str, list[tuple[int, np.ndarray]]]]:
+    """`missing` (split, shard number, rows) in runs of one split whose images take at most `limit` bytes."""
+    group: list[tuple[int, np.ndarray]] = []
+    total, current = 0, ""
+    for split, number, ids in missing:
+        more = size(split, ids)
+        if more > limit:
+            raise UsageError(f"one shard takes {more} bytes, the spool holds {limit}; raise --spool-gb")
+        if group and (split != current or total + more > limit):
+            yield current, group
+            group, total = [], 0
+        group, total, current = [*group, (number, ids)], total + more, split
+    if group:
+        yield current, group
 
 
 def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -1,12 +1,14 @@
 """scikit-learn's handwritten digits: 1,797 real images of 8 px, in its wheel, so that no download is needed."""
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
-from shards.source import Rows, Source, to_classes
+from shards.source import Source, to_classes
 from shards.spool import Spool
+from shards.stream import Item, spooled
 from wds_train.order import permutation
 
 SIDE = 32
@@ -19,12 +21,12 @@ def digits(spool: Spool) -> Source:
 
     data = load_digits()
     held_out = set(permutation(len(data.images), "digits", "val")[:VAL_SAMPLES].tolist())
-    rows = {"train": Rows(), "val": Rows()}
-    for number, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
-        split = "val" if number in held_out else "train"
-        rows[split].add(f"{label}/{number:04d}", int(label), *spool.append(_png(pixels)))
-    spool.flush()
-    return Source("digits", to_classes([str(n) for n in range(10)]), {name: r.table() for name, r in rows.items()})
+
+    def read() -> Iterator[Item]:
+        for number, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
+            yield Item("val" if number in held_out else "train", f"{label}/{number:04d}", int(label), _png(pixels))
+
+    return spooled("digits", to_classes([str(n) for n in range(10)]), read, spool)
 
 
 def _png(pixels: np.ndarray) -> bytes:

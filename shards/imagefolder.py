@@ -6,26 +6,28 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards.source import LITTER, Source, SplitScan, from_scans, scan, to_classes
+from shards.source import IMAGE_SUFFIXES, LITTER, VAL_NAMES, Source, SplitScan, from_scans, scan, to_classes
 from wds_train.errors import DataError
-
-VAL_NAMES = ("val", "validation", "valid", "test")
 
 
 def image_folder(root: Path) -> Source:
     folders = _split_folders(root)
     classes = _class_ids(folders["train"])
-    scans = [_scan_split(split, folder, classes) for split, folder in folders.items()]
+    scans = [scan_split(split, folder, classes) for split, folder in folders.items()]
+    for entry in scan(root):
+        if root not in folders.values() and Path(entry.path) not in folders.values():
+            scans[0].note(entry.path, "ignored", "beside the folders of the splits")
     return from_scans(f"imagefolder {root.name}", to_classes(classes, imagenet_names(classes)), scans)
 
 
-def _scan_split(split: str, folder: Path, classes: list[str]) -> SplitScan:
+def scan_split(split: str, folder: Path, classes: list[str]) -> SplitScan:
     found = SplitScan(split)
     for entry in scan(folder):
         if _is_class(entry):
             _add_class(found, classes, Path(entry.path))
         else:
-            found.note(entry.path, "ignored", "outside the class folders")
+            is_image = Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not LITTER.fullmatch(entry.name)
+            found.note(entry.path, "left out" if is_image else "ignored", "outside the class folders")
     return found
 
 

@@ -1,126 +1,166 @@
 """`wds-train shards`: a dataset becomes tar shards on S3, once."""
 
 import argparse
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
-from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tqdm import tqdm
 
 from shards.convert import Conversion, Options, ShardDone, run_tasks
+from shards.estimate import print_plan
 from shards.images import ImagePolicy
-from shards.source import Note
-from shards.sources import DIGITS, name_of, open_source
+from shards.index import index_in_place, write_dataset
+from shards.source import Note, report_json, to_classes
+from shards.sources import DIGITS, FORMATS, name_of, open_source
 from shards.spool import Spool
+from shards.workers import opened
+from wds_train import manifest as manifests
 from wds_train.devserver import home
-from wds_train.errors import DataError, Interrupted, WdsTrainError
+from wds_train.errors import DataError, Interrupted, UsageError, WdsTrainError
 from wds_train.manifest import DatasetManifest
 from wds_train.store import default_url, open_store
 
 MIB = 1 << 20
+INDEX = "index"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help=f"{DIGITS!r}, or a folder of images")
-    parser.add_argument("dataset", metavar="DATASET", nargs="?", help="s3://bucket/prefix or a local directory")
-    parser.add_argument("--bucket", help="s3://bucket/prefix: DATASET is then datasets/NAME below it")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle over the whole source (%(default)s)")
-    parser.add_argument("--shard-mb", type=float, default=128, help="largest shard, in MiB (%(default)s)")
-    parser.add_argument(
-        "--resize-shorter", type=int, metavar="PX", help="encode larger images anew at this shorter side"
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="SOURCE",
+        help=f"a path, {DIGITS}, hf:ID, torchvision:CLASS, wds:PATH, or {INDEX}: see docs/shards.md",
     )
-    parser.add_argument("--quality", type=int, default=90, help="of what is encoded anew as JPEG (%(default)s)")
-    parser.add_argument(
-        "--verify", choices=("header", "full"), default="header", help="how images are checked (%(default)s)"
+    add("dataset", metavar="DATASET", nargs="?", help="s3://bucket/prefix or a local directory")
+    add("--source", dest="form", choices=sorted(FORMATS), help="the format of SOURCE, when it is not recognised")
+    add("--bucket", help="s3://bucket/prefix: DATASET is then datasets/NAME below it")
+    add("--seed", type=int, default=0, help="of the shuffle over the whole source (%(default)s)")
+    add("--shard-mb", type=float, default=128, help="largest shard, in MiB (%(default)s)")
+    add("--resize-shorter", type=int, metavar="PX", help="encode images anew whose shorter side is longer")
+    add("--quality", type=int, default=90, help="of JPEGs that are encoded anew (%(default)s)")
+    add("--verify", choices=("header", "full"), default="header", help="how images are checked (%(default)s)")
+    add(
+        "--max-bad",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of samples that may be left out (%(default)s)",
     )
-    parser.add_argument(
-        "--max-bad", type=float, default=0.0, metavar="SHARE", help="share of samples that may be left out"
-    )
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="(%(default)s)")
-    parser.add_argument("--spool", type=Path, help="local folder for images that come as a stream (.wds/spool)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset made with other settings")
+    add("--processes", type=int, default=len(os.sched_getaffinity(0)), help="(%(default)s)")
+    add("--executor", metavar="dask://HOST:PORT", help="make the shards on a Dask cluster that sees SOURCE")
+    add("--spool", type=Path, help="local folder for images that come as a stream (.wds/spool)")
+    add("--spool-gb", type=float, default=50, help="most that it may hold; less means more passes (%(default)s)")
+    add("--overwrite", action="store_true", help="replace a dataset made with other settings")
+    add("--dry-run", action="store_true", help="print the plan, its time and its cost, and write nothing")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.source == INDEX:
+        return _index(args)
+    _check(args)
     url = args.dataset or default_url("datasets", name_of(args.source), args.bucket)
     began = time.monotonic()
-    with Spool(args.spool or home() / "spool", url) as spool:
-        source = open_source(args.source, spool)
+    with Spool(args.spool or home() / "spool", url, int(args.spool_gb * 1e9)) as spool:
+        source = open_source(args.source, spool, args.form)
         conversion = Conversion(source, open_store(url), _options(args))
+        _judge(source.notes, source.samples, args.max_bad)
+        if args.dry_run:
+            print_plan(conversion, args.processes)
+            return 0
         done = conversion.begin(overwrite=args.overwrite)
         if done is None:
-            made = conversion.complete()
-            print(f"{conversion.store.url} is complete already: {_counts(made)}")
+            print(f"{conversion.store.url} is complete already: {_counts(conversion.complete())}")
             return 0
-        done = _convert(conversion, done, args.processes)
-        _judge(conversion, done, args.max_bad)
+        done = _convert(conversion, done, args)
+        notes = source.notes + [note for part in done for note in part.notes]
+        _judge(notes, source.samples, args.max_bad)
         made = conversion.finish(done)
-    _print_notes(conversion.notes(done))
+    _print_notes(notes)
     print(f"{conversion.store.url}: {_counts(made)}, in {time.monotonic() - began:.0f} s")
     print(f"fingerprint {made.fingerprint}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    wrong = {
+        "--shard-mb": args.shard_mb <= 0 and args.shard_mb,
+        "--processes": args.processes < 1 and args.processes,
+        "--quality": not 1 <= args.quality <= 100 and args.quality,
+        "--resize-shorter": args.resize_shorter is not None and args.resize_shorter < 1 and args.resize_shorter,
+        "--max-bad": not 0 <= args.max_bad < 1 and args.max_bad,
+    }
+    for flag, value in wrong.items():
+        if value is not False:
+            raise UsageError(f"{flag} {value} cannot work; see wds-train shards --help")
 
 
 def _options(args: argparse.Namespace) -> Options:
     return Options(args.seed, int(args.shard_mb * MIB), ImagePolicy(args.resize_shorter, args.quality, args.verify))
 
 
-def _convert(conversion: Conversion, done: list[ShardDone], processes: int) -> list[ShardDone]:
+def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Namespace) -> list[ShardDone]:
     """All shards: those `done`, and the rest, made now."""
     finished = {(part.split, part.number) for part in done}
     missing = sum(map(len, conversion.parts.values())) - len(finished)
     if finished:
         print(f"{len(finished)} of {len(finished) + missing} shards are finished already")
-    executor = _pool(min(processes, missing)) if min(processes, missing) > 1 else None
-    total = conversion.source.samples
     try:
-        with tqdm(total=total, unit="img", smoothing=0.05, disable=not sys.stderr.isatty()) as bar:
-            bar.update(sum(part.shard.samples for part in done))
-            for part in run_tasks(executor, conversion.tasks(finished), 2 * processes):
-                done.append(part)
-                bar.update(part.shard.samples)
+        with (
+            opened(args.executor, min(args.processes, missing)) as (executor, at_once),
+            _Progress(conversion) as progress,
+        ):
+            progress.add(done)
+            for tasks in conversion.windows(finished):
+                for part in run_tasks(executor, tasks, 2 * at_once):
+                    done.append(part)
+                    progress.add([part])
     except BrokenProcessPool as error:
         raise DataError("a worker process died, out of memory perhaps; run again with fewer --processes") from error
     except KeyboardInterrupt as error:
         raise Interrupted(f"stopped; {len(done)} shards are finished: run the same command to go on") from error
-    finally:
-        if executor is not None:
-            executor.shutdown(cancel_futures=True)
     return done
 
 
-def _pool(processes: int) -> Executor:
-    # spawn: a fork would inherit the locks of boto3's and pyarrow's threads in whatever state they are.
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_die_with_parent)
+class _Progress:
+    """A bar in a terminal; in a log, a line now and then."""
+
+    SECONDS = 30.0
+
+    def __init__(self, conversion: Conversion) -> None:
+        self._bar = tqdm(total=conversion.source.samples, unit="img", disable=not sys.stderr.isatty())
+        self._began = self._printed = time.monotonic()
+        self._images = self._bytes = 0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, parts: list[ShardDone]) -> None:
+        images = sum(part.shard.samples for part in parts)
+        self._images += images
+        self._bytes += sum(part.shard.bytes for part in parts)
+        now = time.monotonic()
+        rate = self._bytes / 1e6 / max(now - self._began, 1e-3)
+        self._bar.set_postfix_str(f"{rate:.0f} MB/s", refresh=False)
+        self._bar.update(images)
+        if self._bar.disable and now - self._printed > self.SECONDS:
+            self._printed = now
+            print(f"{self._images:,} of {self._bar.total:,} images, {rate:.0f} MB/s", file=sys.stderr, flush=True)
 
 
-def _die_with_parent() -> None:
-    """Workers of a killed conversion would wait for tasks for ever, and write beside the next one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _judge(conversion: Conversion, done: list[ShardDone], max_bad: float) -> None:
-    bad = [note for note in conversion.notes(done) if note.what == "left out"]
-    total = conversion.source.samples + sum(note.what == "left out" for note in conversion.source.notes)
-    if len(bad) > max_bad * total:
+def _judge(notes: list[Note], samples: int, max_bad: float) -> None:
+    """Stop when more was left out than may be. `samples`: those that the source's scan accepted."""
+    bad = [note for note in notes if note.what == "left out"]
+    if len(bad) > max_bad * samples:
         _print_notes(bad)
         raise DataError(
-            f"{len(bad)} of {total} samples cannot be used, {max_bad:.2%} may; "
-            f"repair or remove them, or allow it: --max-bad {len(bad) / total * 1.1:.2g}"
+            f"{len(bad)} samples cannot be used, of {samples} at most {int(max_bad * samples)} may; repair or remove "
+            f"them, or leave them out: --max-bad {len(bad) / samples * 1.01:.2g}"
         )
 
 
@@ -128,13 +168,34 @@ def _print_notes(notes: list[Note], most: int = 20) -> None:
     for note in notes[:most]:
         print(f"{note.what:9} {note.split:6} {note.origin}: {note.cause}")
     if len(notes) > most:
-        print(f"... and {len(notes) - most} more")
+        print(f"... and {len(notes) - most} more; report.json beside the manifest has all of them")
 
 
 def _counts(made: DatasetManifest) -> str:
     parts = [f"{name} {split.samples:,} samples in {len(split.shards)} shards" for name, split in made.splits.items()]
     size = sum(split.bytes for split in made.splits.values())
     return f"{', '.join(parts)}, {len(made.classes)} classes, {size / 1e6:,.1f} MB"
+
+
+def _index(args: argparse.Namespace) -> int:
+    if args.dataset is None:
+        raise UsageError("index needs the address of the tars: wds-train shards index s3://bucket/prefix")
+    store = open_store(args.dataset)
+    splits, notes = index_in_place(store, ImagePolicy(verify=args.verify))
+    samples = sum(len(found.rows) for found in splits.values())
+    _judge(notes, samples, args.max_bad)
+    if not samples:
+        raise DataError(f"the tars of {store.url} hold no samples with an image and a label")
+    _print_notes(notes)
+    if args.dry_run:
+        return 0
+    if args.overwrite:
+        store.delete(manifests.NAME)
+    largest = max(row["label"] for found in splits.values() for row in found.rows)
+    classes = to_classes([str(label) for label in range(largest + 1)])
+    made = write_dataset(store, splits, classes, report_json(notes, 0))
+    print(f"{store.url}: {_counts(made)}\nfingerprint {made.fingerprint}")
+    return 0
 
 
 def main() -> int:

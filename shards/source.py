@@ -4,11 +4,13 @@ the format. That makes a shard a pure function of its rows, whichever process or
 """
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +19,10 @@ from wds_train.errors import AccessDenied, DataError
 from wds_train.manifest import ClassInfo
 from wds_train.tario import KEY_LENGTH
 
-# `path`, `offset`, `length`: the image's bytes. `origin`: what people call the file, for messages.
+if TYPE_CHECKING:
+    from shards.stream import Stream
+
+# `path`, `offset`, `length`: where the image's bytes are. Offset 0 is a file of its own.
 ROWS = pa.schema(
     [
         ("key", pa.string()),
@@ -28,6 +33,9 @@ ROWS = pa.schema(
     ]
 )
 CHUNK = 16_384
+# In the order of preference: a `test` split is the validation split only where there is no other.
+VAL_NAMES = ("val", "validation", "valid", "test")
+SPLIT_WORD = re.compile(rf"(?:^|[-_./])(train|training|{'|'.join(VAL_NAMES)})(?=[-_./0-9{{]|$)", re.IGNORECASE)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # What operating systems leave in folders: nobody's sample, so it does not count as a bad one.
 LITTER = re.compile(r"\..*|Thumbs\.db|desktop\.ini|__MACOSX", re.IGNORECASE)
@@ -78,6 +86,7 @@ class Source:
     splits: dict[str, pa.Table]
     notes: list[Note] = field(default_factory=list)
     stamp: str = ""
+    stream: "Stream | None" = None  # rows have no places yet; this brings them
 
     @property
     def samples(self) -> int:
@@ -114,6 +123,7 @@ class SplitScan:
         self.rows = Rows()
         self.notes: list[Note] = []
         self.stamp = Stamp()
+        self.seen = 0
 
     def note(self, origin: str | Path, what: str, cause: str) -> None:
         self.notes.append(Note(self.split, str(origin), what, cause))
@@ -132,7 +142,7 @@ class SplitScan:
         """Add the image file `name`, whose bytes lie at `path`, or note why it is no sample; whether it was added."""
         base = name.rpartition("/")[2]
         suffix = Path(base).suffix
-        origin = path if offset == 0 else f"{path}: {name}"
+        origin = f"{path}: {name}" if offset else path
         if LITTER.fullmatch(base):
             self.note(origin, "ignored", "left by the operating system")
         elif suffix.lower() not in IMAGE_SUFFIXES:
@@ -154,6 +164,20 @@ def from_scans(description: str, classes: tuple[ClassInfo, ...], scans: Sequence
         [note for scan in scans for note in scan.notes],
         "".join(scan.stamp.hexdigest() for scan in scans),
     )
+
+
+def split_word(name: str) -> str:
+    """The last word in a path that names a split; `train` where none does."""
+    words = SPLIT_WORD.findall(name)
+    return words[-1].lower() if words else "train"
+
+
+def choose_splits(words: Iterable[str]) -> dict[str, str]:
+    """Which of the splits in a source become `train` and `val`; the others are not converted."""
+    there = set(words)
+    train = next((word for word in ("train", "training") if word in there), None)
+    val = next((word for word in VAL_NAMES if word in there), None)
+    return ({train: "train"} if train else {}) | ({val: "val"} if val else {})
 
 
 def key_of(*parts: str) -> str:
@@ -219,3 +243,10 @@ def scan(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 def to_classes(ids: Sequence[str], names: dict[str, str] | None = None) -> tuple[ClassInfo, ...]:
     return tuple(ClassInfo(id, (names or {}).get(id, id)) for id in ids)
+
+
+def report_json(notes: Iterable[Note], reencoded: int) -> bytes:
+    """`report.json`: every file and sample that is not in the dataset as it is in the source, and why."""
+    rows = [vars(note) for note in sorted(notes, key=lambda note: (note.what, note.split, note.origin, note.cause))]
+    content = {"reencoded": reencoded, "samples": rows}
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

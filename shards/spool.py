@@ -12,10 +12,11 @@ from wds_train.errors import AccessDenied, StoreError, UsageError
 
 
 class Spool:
-    """A folder of one conversion's own, made on first use, emptied before it, gone after it."""
+    """A folder of one conversion's own, made on first use, emptied before it, gone after it. `limit` in bytes."""
 
-    def __init__(self, parent: Path, destination: str) -> None:
+    def __init__(self, parent: Path, destination: str, limit: int = 50 << 30) -> None:
         self.folder = parent.absolute() / hashlib.sha256(destination.encode()).hexdigest()[:16]
+        self.limit = limit
         self.bytes = 0
         self._destination = destination
         self._lock: IO[str] | None = None
@@ -40,7 +41,7 @@ class Spool:
         except OSError as error:
             raise self._translated(error) from error
         self.bytes += len(data)
-        return file.name, self.bytes - len(data), len(data)
+        return file.name, file.tell() - len(data), len(data)
 
     def flush(self) -> None:
         try:
@@ -52,7 +53,7 @@ class Spool:
     def clear(self) -> None:
         """Forget everything kept so far."""
         if self._file is not None:
-            self._file.seek(0)
+            self._file.seek(1)
             self._file.truncate()
         self.bytes = 0
 
@@ -64,6 +65,7 @@ class Spool:
         except BlockingIOError as error:
             raise UsageError(f"another conversion to {self._destination} is running here; wait for it") from error
         self._file = (self.folder / "images").open("wb")
+        self._file.write(b"\0")  # so that no image lies at offset 0, which means a file of its own
         return self._file
 
     def _translated(self, error: OSError) -> Exception:

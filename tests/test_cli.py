@@ -62,7 +62,7 @@ def test_wrong_credentials(capsys: pytest.CaptureFixture[str], s3_url: str, aws_
     code, err = answer(capsys, "inspect", s3_url)
     assert code == 1
     assert re.fullmatch(
-        rf"wds-train: error: access to {s3_url}/manifest.json was denied .*check the AWS credentials.*", err
+        rf"wds-train: error: access to {s3_url}/manifest.json was denied .*check AWS_SECRET_ACCESS_KEY", err
     )
 
 

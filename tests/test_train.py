@@ -154,6 +154,6 @@ def test_a_run_of_other_settings_is_refused(
     command += ["--set", "model.name=test_resnet", "--set", "schedule.epochs=1", "--set", "schedule.warmup_epochs=0"]
     assert main(command) == 0
     before = (tmp_path / "run/manifest.json").read_bytes()
-    assert main([*command, "--set", "optimizer.lr=0.05"]) == 1
-    assert "optimizer.lr: 0.1 (saved), 0.05 (now)" in capsys.readouterr().err
+    assert main([*command, "--set", "optimizer.lr=0.3"]) == 1
+    assert "optimizer.lr: 0.05 (saved), 0.3 (now)" in capsys.readouterr().err
     assert (tmp_path / "run/manifest.json").read_bytes() == before

@@ -1,24 +1,41 @@
-"""What is in a dataset: `wds-train inspect`."""
+"""What is in a dataset, and whether it is whole: `wds-train inspect` and `wds-train verify`."""
 
 import argparse
+import hashlib
 import json
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from wds_train.contact_sheet import contact_sheet
 from wds_train.dataset import Dataset
+from wds_train.errors import DataError, NotFound
+from wds_train.manifest import Shard
+from wds_train.store import Store
+from wds_train.tario import SampleIndex, members, read_index
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+CHUNK = 8 << 20
+SHARDS_AT_ONCE = 4
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="s3://bucket/prefix or a local directory")
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="also write a contact sheet of the images, a PNG")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    facts = inspect(Dataset.open(args.dataset))
+    dataset = Dataset.open(args.dataset)
+    facts = inspect(dataset)
     print(json.dumps(facts, indent=1, ensure_ascii=False) if args.json else _table(facts))
+    if args.grid:
+        contact_sheet(dataset, next(iter(dataset.manifest.splits)), args.grid)
     return 0
 
 
@@ -55,11 +72,12 @@ def _quantiles(column: np.ndarray) -> list[int]:
 
 
 def _table(facts: dict[str, Any]) -> str:
+    names = ", ".join(entry["name"].partition(",")[0] for entry in facts["classes"][:10])
     lines = [
         f"dataset      {facts['dataset']}",
         f"fingerprint  {facts['fingerprint']}",
         f"source       {facts['source']}, seed {facts['seed']}, images {facts['image_policy']}",
-        f"classes      {len(facts['classes'])}: {', '.join(entry['name'] for entry in facts['classes'][:10])}",
+        f"classes      {len(facts['classes'])}: {names}" + (", ..." if len(facts["classes"]) > 10 else ""),
     ]
     for name, split in facts["splits"].items():
         counts = split["per_class"].values()
@@ -72,5 +90,153 @@ def _table(facts: dict[str, Any]) -> str:
             f"  {column:12}" + " ".join(f"{value:>9,}" for value in sizes[column])
             for column in ("width", "height", "image_bytes")
         ]
-    lines.append("  quantiles at " + " ".join(f"{share:>8.0%}" for share in QUANTILES))
+    lines.append("  quantile    " + " ".join(f"{share:>9.0%}" for share in QUANTILES))
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What `verify` found: `key` is empty when it is not one sample's."""
+
+    shard: str
+    key: str
+    cause: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}{f' {self.key}' if self.key else ''}: {self.cause}"
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="s3://bucket/prefix or a local directory")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    dataset = Dataset.open(args.dataset)
+    found = 0
+    for damage in verify(dataset):
+        print(damage, flush=True)
+        found += 1
+    samples = sum(split.samples for split in dataset.manifest.splits.values())
+    size = sum(split.bytes for split in dataset.manifest.splits.values())
+    print(
+        f"{dataset.store.url}: {f'{found} damaged' if found else 'whole'}; {samples:,} samples, {size / 1e6:,.1f} MB read"
+    )
+    return 1 if found else 0
+
+
+def verify(dataset: Dataset) -> Iterator[Damage]:
+    """Read every byte that the manifest names, and report what is not what manifest, index and tar say together."""
+    if report := dataset.manifest.report:
+        yield from _verify_object(dataset.store, report.name, report.bytes, report.sha256)
+    for name, split in dataset.manifest.splits.items():
+        yield from _verify_object(dataset.store, split.index.name, split.index.bytes, split.index.sha256)
+        try:
+            index = _split_index(dataset, name)
+        except (DataError, NotFound) as error:
+            yield Damage(split.index.name, "", str(error))
+            continue
+        whose = {shard.sha256: shard.name for shard in split.shards}
+        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+            jobs = [
+                pool.submit(_verify_shard, dataset.store, shard, index, n, whose)
+                for n, shard in enumerate(split.shards)
+            ]
+            for job in jobs:
+                yield from job.result()
+
+
+def _verify_object(store: Store, name: str, size: int, sha256: str) -> Iterator[Damage]:
+    try:
+        data = store.read(name)
+    except NotFound:
+        yield Damage(name, "", "it is missing")
+        return
+    if (len(data), hashlib.sha256(data).hexdigest()) != (size, sha256):
+        yield Damage(name, "", "it is not what the manifest names: its size or sha256 differs")
+
+
+def _split_index(dataset: Dataset, name: str) -> SampleIndex:
+    """The index even when it is not the one that the manifest names: it may still tell which samples differ."""
+    index = dataset.manifest.split(name).index.name
+    return read_index(dataset.store.read(index), f"{dataset.store.url}/{index}")
+
+
+def _verify_shard(store: Store, shard: Shard, index: SampleIndex, number: int, whose: dict[str, str]) -> list[Damage]:
+    rows = np.flatnonzero(index.shard == number)
+    try:
+        size, _ = store.head(shard.name)
+    except NotFound:
+        return [Damage(shard.name, "", f"it is missing, with {shard.samples} samples")]
+    found, sha256 = _verify_samples(store, shard.name, size, index, rows)
+    if len(rows) != shard.samples:
+        found.append(Damage(shard.name, "", f"the index has {len(rows)} samples, the manifest {shard.samples}"))
+    if sha256 == shard.sha256:
+        return found
+    if sha256 in whose:  # every sample differs: one line says more than all of them
+        return [Damage(shard.name, "", f"it holds the bytes of {whose[sha256]}")]
+    cut = f"it has {size} bytes, the manifest says {shard.bytes}; " if size != shard.bytes else ""
+    where = f"{len(found)} samples are named above" if found else "the damage is outside the samples"
+    return [*found, Damage(shard.name, "", f"{cut}its sha256 differs from the manifest's; {where}")]
+
+
+def _verify_samples(
+    store: Store, name: str, size: int, index: SampleIndex, rows: np.ndarray
+) -> tuple[list[Damage], str]:
+    """The damaged ones of the samples `rows` of an object, and the sha256 of all of it, reading it once."""
+    ends = index.offset[rows] + index.length[rows]
+    starts = np.concatenate([[0], ends])[:-1]
+    usable = (ends <= size) & (index.offset[rows] >= starts)
+    cause = f"the shard ends at byte {size}, before the sample does, or the index has it out of order"
+    found = [Damage(name, index.key_of(row), cause) for row in rows[~usable]]
+    rows, digest, at = rows[usable], hashlib.sha256(), 0
+    for first, last in _runs(index, rows):
+        start, stop = int(index.offset[rows[first]]), int(index.offset[rows[last]] + index.length[rows[last]])
+        data = store.read(name, start, stop - start)
+        digest.update(_read(store, name, at, start))
+        digest.update(data)
+        at = stop
+        for row in rows[first : last + 1].tolist():
+            offset = int(index.offset[row]) - start
+            damage = _sample_damage(data[offset : offset + int(index.length[row])], index, row)
+            found += [Damage(name, index.key_of(row), damage)] if damage else []
+    digest.update(_read(store, name, at, size))
+    return found, digest.hexdigest()
+
+
+def _runs(index: SampleIndex, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and last place of the runs of `rows` that are read at once: about CHUNK bytes each."""
+    first = 0
+    for place in range(len(rows)):
+        end = index.offset[rows[place]] + index.length[rows[place]]
+        if end - index.offset[rows[first]] >= CHUNK or place == len(rows) - 1:
+            yield first, place
+            first = place + 1
+
+
+def _read(store: Store, name: str, start: int, stop: int) -> bytes:
+    return store.read(name, start, stop - start) if stop > start else b""
+
+
+def _sample_damage(record: bytes, index: SampleIndex, row: int) -> str:
+    """Why the sample is not what its row says, or nothing."""
+    if zlib.crc32(record) != index.crc32[row]:
+        return "its bytes do not match the checksum in the index"
+    # The record alone is not an archive: two zero blocks end it as one.
+    data = record + bytes(1024)
+    try:
+        parts = list(members(lambda offset, length: data[offset : offset + length], 0, len(data)))
+    except DataError as error:
+        return str(error)
+    image = next((part for part in parts if part.data_offset == index.data_offset[row] - index.offset[row]), None)
+    if image is None or image.size != index.data_length[row]:
+        return "its image is not where the index says"
+    label = next((part for part in parts if part.name.endswith(".cls")), None)
+    if (
+        label is not None
+        and record[label.data_offset : label.data_offset + label.size].strip() != b"%d" % index.label[row]
+    ):
+        inside = record[label.data_offset : label.data_offset + label.size]
+        return f"its label is {inside.decode(errors='replace')!r} in the shard and {index.label[row]} in the index"
+    if any(index.key_of(row) != part.name[: len(index.key_of(row))] for part in parts):
+        return f"the shard calls it {parts[0].name!r}"
+    return ""

@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_shards(commands.add_parser("shards", help="convert images to tar shards, index and manifest"))
     _add_inspect(commands.add_parser("inspect", help="what a dataset holds"))
+    _add_verify(commands.add_parser("verify", help="re-read every byte of a dataset"))
     _add_order(commands.add_parser("order", help="print the samples of an epoch in training order"))
     _add_train(commands.add_parser("train", help="train, or go on with a run"))
     return parser
@@ -51,6 +52,13 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
     audit.add_inspect_arguments(parser)
     parser.set_defaults(run_command=audit.run_inspect)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    from wds_train import audit
+
+    audit.add_verify_arguments(parser)
+    parser.set_defaults(run_command=audit.run_verify)
 
 
 def _add_order(parser: argparse.ArgumentParser) -> None:

@@ -108,6 +108,9 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove the object; no error if there is none."""
 
+    def abort_uploads(self) -> None:
+        """Drop what writers that were killed in the middle of an upload left, unseen but stored."""
+
 
 def open_store(url: str) -> Store:
     """The store at `s3://bucket/prefix` or in a local directory. `s3://embedded/...` is the embedded server's."""
@@ -182,6 +185,10 @@ class LocalStore:
     def delete(self, key: str) -> None:
         with self._translated(key), contextlib.suppress(NotADirectoryError):
             self._path(key).unlink(missing_ok=True)
+
+    def abort_uploads(self) -> None:
+        for path in self.root.rglob(f"{UNFINISHED}*"):
+            path.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.root / _inside(key, self.url)
@@ -400,6 +407,12 @@ class S3Store:
         except NotFound:
             return None
         return tag if same else None
+
+    def abort_uploads(self) -> None:
+        found = self._ask("list_multipart_uploads", "", Prefix=f"{self.prefix}/" if self.prefix else "")
+        for upload in found.get("Uploads", ()):
+            where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            self._ask("abort_multipart_upload", upload["Key"], **where)
 
     def _ask(self, verb: str, key: str, **details: Any) -> dict[str, Any]:
         """boto3's answer to one request, repeated until there is one."""

@@ -1,0 +1,65 @@
+"""Where shards are made: in processes of this machine, or on a Dask cluster."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+
+from wds_train.errors import UsageError
+
+DASK = "dask://"
+
+
+@contextlib.contextmanager
+def opened(address: str | None, processes: int) -> Iterator[tuple[Executor | None, int]]:
+    """An executor, None for this very process, and how many tasks it runs at once."""
+    if address is not None:
+        with _dask(address) as (executor, at_once):
+            yield executor, at_once
+    elif processes <= 1:
+        yield None, 1
+    else:
+        # spawn: a fork would inherit the locks of boto3's and pyarrow's threads in whatever state they are.
+        context = multiprocessing.get_context("spawn")
+        executor = ProcessPoolExecutor(processes, context, initializer=_die_with_parent)
+        try:
+            yield executor, processes
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _dask(address: str) -> Iterator[tuple[Executor, int]]:
+    if not address.startswith(DASK):
+        raise UsageError(f"--executor {address!r} is not of the form {DASK}HOST:PORT")
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UsageError(
+            "--executor needs the package `distributed`; install it: .venv/bin/uv pip install distributed"
+        ) from error
+    try:
+        client = Client(f"tcp://{address.removeprefix(DASK)}", timeout=10)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no Dask scheduler answers at {address} ({error}); start one, or correct the address"
+        ) from error
+    with client:
+        # pure=False: Dask would otherwise give back the result of an equal task that was cancelled or lost.
+        yield client.get_executor(pure=False, retries=2), max(1, sum(client.nthreads().values()))
+
+
+def _die_with_parent() -> None:
+    """Workers of a killed conversion would wait for tasks for ever, and write beside the next one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
