@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from timm.utils import ModelEmaV2
 
 from wds_train.dataset import Dataset
 from wds_train.engine import Trainer
 from wds_train.errors import DataError, RunError, UsageError
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Lost
 from wds_train.recipe import Recipe, preset, with_settings
+from wds_train.schedule import ema_decay
 
 CPU = torch.device("cpu")
 TINY = [
@@ -92,6 +94,18 @@ def test_the_ema_is_the_weighted_mean_of_all_weights_seen() -> None:
     counted = [name for name in running.model.state_dict() if name.endswith("num_batches_tracked")]
     assert counted
     assert all(running.ema.module.state_dict()[name] == 5 for name in counted)
+
+
+def test_the_ema_equals_timms_own_update() -> None:
+    running = trainer("ema.decay=0.9")
+    plain = ModelEmaV2(running.model)
+    for step in range(5):
+        running.step(batch(step))
+        plain.decay = ema_decay(0.9, step)
+        plain.update(running.model)
+    for name, value in plain.module.state_dict().items():
+        if value.is_floating_point():
+            assert torch.allclose(running.ema.module.state_dict()[name], value, rtol=1e-5, atol=1e-7), name
 
 
 def test_the_ema_scores_the_same_after_a_resume(digits: Dataset) -> None:

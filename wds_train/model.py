@@ -1,7 +1,6 @@
 """What is trained: a timm model, its optimizer and its EMA, built so that a recipe and a seed decide every weight."""
 
 import difflib
-from typing import Any
 
 import timm
 import torch
@@ -44,14 +43,18 @@ def create_optimizer(recipe: OptimizerRecipe, model: nn.Module) -> torch.optim.O
 
 
 class Ema(ModelEmaV2):
-    """timm's ModelEmaV2, with the two repairs that an exact resume needs."""
+    """timm's ModelEmaV2, updated by one fused pass over all weights instead of three a tensor."""
 
     def __init__(self, model: nn.Module, recipe: EmaRecipe) -> None:
         super().__init__(model, decay=recipe.decay)
-        # update() pairs the two state dicts by order alone: another layout would average unrelated tensors in silence.
-        assert list(self.module.state_dict()) == list(model.state_dict())
+        averages, weights = self.module.state_dict(), model.state_dict()
+        # By name: pairing the two by order alone, as timm does, would average unrelated tensors in silence.
+        self._floats = [(averages[name], value) for name, value in weights.items() if value.is_floating_point()]
+        self._counters = [(averages[name], value) for name, value in weights.items() if not value.is_floating_point()]
 
-    def _update(self, model: nn.Module, update_fn: Any) -> None:
-        super()._update(
-            model, lambda e, m: update_fn(e, m) if e.is_floating_point() else m
-        )  # counters are not averaged
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """average += (1 - decay) * (weight - average); BatchNorm's step counters are copied, not averaged."""
+        torch._foreach_lerp_([a for a, _ in self._floats], [w for _, w in self._floats], 1 - self.decay)
+        for average, counter in self._counters:
+            average.copy_(counter)
