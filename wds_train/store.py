@@ -169,8 +169,7 @@ class LocalStore:
         return tag
 
     def upload(self, key: str, path: Path) -> None:
-        with _contents(path) as body:
-            self.write(key, body)
+        self.write(key, _contents(path))
 
     def head(self, key: str) -> tuple[int, str]:
         with self._translated(key), self._path(key).open("rb") as file:
@@ -299,8 +298,7 @@ class S3Store:
             return tag
 
     def upload(self, key: str, path: Path) -> None:
-        with _contents(path) as body:
-            self.write(key, body)
+        self.write(key, _contents(path))
 
     def head(self, key: str) -> tuple[int, str]:
         answer = self._ask("head_object", key, Key=self._key(key))
@@ -359,6 +357,8 @@ class S3Store:
                 body.size += len(piece)
                 if time.monotonic() - began > SOCKET_SECONDS + body.size / SLOWEST:
                     raise Unavailable(f"{self.url}/{key} comes at less than {SLOWEST} bytes per second")
+        if body.size < body.expected:  # an early end is no error to urllib3
+            raise Unavailable(f"{self.url}/{key} broke off after {body.size} of {body.expected} bytes")
 
     def _write_parts(self, key: str, body: memoryview, condition: dict[str, str]) -> str:
         """A multipart upload: nothing is visible before its end, and nothing remains of one that failed."""
@@ -448,7 +448,7 @@ class S3Store:
                 aws_secret_access_key=self._endpoint.secret_key,
                 region_name="us-east-1",
             ).client("s3", config=config, endpoint_url=self._endpoint.url)
-        except (ValueError, boto_errors.BotoCoreError) as error:
+        except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
             raise UsageError(
                 f"the AWS settings cannot be used for {self.url} ({_brief(error)}); "
                 "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
@@ -546,16 +546,13 @@ def _inside(key: str, url: str) -> str:
     return key
 
 
-@contextlib.contextmanager
-def _contents(path: Path) -> Iterator[Body]:
+def _contents(path: Path) -> Body:
     """The bytes of a file; a large one is mapped, not read."""
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size <= PART_BYTES:
-                yield file.read()
-            else:
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-                    yield view
+                return file.read()
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}") from error
 
