@@ -103,7 +103,7 @@ def test_a_conditional_write_of_the_bytes_in_place_has_succeeded(store: Store) -
 
 def test_of_many_racing_writers_one_wins_each_round(store: Store) -> None:
     tag = store.write("m", b"start")
-    for round_ in range(5):
+    for round_ in range(15):
 
         def swap(writer: int, tag: str = tag, round_: int = round_) -> str | None:
             try:

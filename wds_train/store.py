@@ -187,7 +187,8 @@ class LocalStore:
 
     def abort_uploads(self) -> None:
         for path in self.root.rglob(f"{UNFINISHED}*"):
-            path.unlink(missing_ok=True)
+            with _locked(path):  # waits for a writer that lives, and removes what a killed one left
+                pass
 
     def _path(self, key: str) -> Path:
         return self.root / _inside(key, self.url)
@@ -229,15 +230,22 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
     while True:
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # While we waited, the writer before us may have renamed this very file into place.
-            if not path.exists() or not path.samefile(f"/dev/fd/{file.fileno()}"):
+            if not _names(path, file):  # while we waited, the writer before us renamed this very file into place
                 continue
             file.truncate(0)
             try:
                 yield file
             finally:
-                path.unlink(missing_ok=True)
+                if _names(path, file):  # else it is the next writer's by now
+                    path.unlink()
             return
+
+
+def _names(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _replace(path: Path, file: BinaryIO, body: Body) -> None:
