@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 PIECE = 1 << 16
 
-Kind = Literal["reset", "status", "stall", "truncate", "drip", "flip", "lost_ack"]
+Kind = Literal["reset", "status", "stall", "truncate", "drip", "flip", "flip_up", "lost_ack"]
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Fault:
     stall: the answer's body stops after `after` bytes and the connection stays open.
     truncate: the answer's body ends after `after` bytes, and the connection with it.
     drip: the answer's body comes at one byte each `pause` seconds after `after` bytes.
-    flip: one bit of the answer's body, the byte `after`, is wrong.
+    flip, flip_up: one bit of the answer's body, or of the request's, is wrong: in the byte `after`.
     lost_ack: the server does what was asked; the connection dies before its answer.
     """
 
@@ -150,10 +150,13 @@ class FaultProxy:
         server_out.write(head)
         if re.search(rb"(?i)\r\nexpect: *100", head):
             client_out.write(await server_in.readuntil(b"\r\n\r\n"))
+        done = 0
         async for piece in _body(head, client_in):
-            self.received[what] += len(piece)
-            server_out.write(piece)
+            flip = fault and fault.kind == "flip_up" and 0 <= fault.after - done < len(piece)
+            server_out.write(_flip(piece, fault.after - done) if fault and flip else piece)
             await server_out.drain()
+            done += len(piece)
+        self.received[what] += done
         answer = await server_in.readuntil(b"\r\n\r\n")
         body = _body(answer, server_in) if method != b"HEAD" else _nothing()
         if fault and fault.kind == "lost_ack":
@@ -229,5 +232,9 @@ async def _spoil(fault: Fault, piece: bytes, out: asyncio.StreamWriter, first: b
             await asyncio.sleep(fault.pause)
         return b""
     if fault.kind == "flip" and first:
-        return bytes([piece[0] ^ 1]) + piece[1:]
+        return _flip(piece, 0)
     return piece
+
+
+def _flip(piece: bytes, at: int) -> bytes:
+    return piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :]

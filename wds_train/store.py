@@ -169,8 +169,7 @@ class LocalStore:
         return tag
 
     def upload(self, key: str, path: Path) -> None:
-        with _contents(path) as body:
-            self.write(key, body)
+        self.write(key, _contents(path))
 
     def head(self, key: str) -> tuple[int, str]:
         with self._translated(key), self._path(key).open("rb") as file:
@@ -188,7 +187,8 @@ class LocalStore:
 
     def abort_uploads(self) -> None:
         for path in self.root.rglob(f"{UNFINISHED}*"):
-            path.unlink(missing_ok=True)
+            with _locked(path):  # waits for a writer that lives, and removes what a killed one left
+                pass
 
     def _path(self, key: str) -> Path:
         return self.root / _inside(key, self.url)
@@ -230,15 +230,22 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
     while True:
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # While we waited, the writer before us may have renamed this very file into place.
-            if not path.exists() or not path.samefile(f"/dev/fd/{file.fileno()}"):
+            if not _names(path, file):  # while we waited, the writer before us renamed this very file into place
                 continue
             file.truncate(0)
             try:
                 yield file
             finally:
-                path.unlink(missing_ok=True)
+                if _names(path, file):  # else it is the next writer's by now
+                    path.unlink()
             return
+
+
+def _names(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _replace(path: Path, file: BinaryIO, body: Body) -> None:
@@ -299,8 +306,7 @@ class S3Store:
             return tag
 
     def upload(self, key: str, path: Path) -> None:
-        with _contents(path) as body:
-            self.write(key, body)
+        self.write(key, _contents(path))
 
     def head(self, key: str) -> tuple[int, str]:
         answer = self._ask("head_object", key, Key=self._key(key))
@@ -359,6 +365,8 @@ class S3Store:
                 body.size += len(piece)
                 if time.monotonic() - began > SOCKET_SECONDS + body.size / SLOWEST:
                     raise Unavailable(f"{self.url}/{key} comes at less than {SLOWEST} bytes per second")
+        if body.size < body.expected:  # an early end is no error to urllib3
+            raise Unavailable(f"{self.url}/{key} broke off after {body.size} of {body.expected} bytes")
 
     def _write_parts(self, key: str, body: memoryview, condition: dict[str, str]) -> str:
         """A multipart upload: nothing is visible before its end, and nothing remains of one that failed."""
@@ -448,7 +456,7 @@ class S3Store:
                 aws_secret_access_key=self._endpoint.secret_key,
                 region_name="us-east-1",
             ).client("s3", config=config, endpoint_url=self._endpoint.url)
-        except (ValueError, boto_errors.BotoCoreError) as error:
+        except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
             raise UsageError(
                 f"the AWS settings cannot be used for {self.url} ({_brief(error)}); "
                 "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
@@ -546,16 +554,13 @@ def _inside(key: str, url: str) -> str:
     return key
 
 
-@contextlib.contextmanager
-def _contents(path: Path) -> Iterator[Body]:
+def _contents(path: Path) -> Body:
     """The bytes of a file; a large one is mapped, not read."""
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size <= PART_BYTES:
-                yield file.read()
-            else:
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-                    yield view
+                return file.read()
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}") from error
 
