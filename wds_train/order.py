@@ -6,7 +6,7 @@ A dataset is a row of N samples, cut into shards. An epoch is built from it in f
     blocks    runs of <= BLOCK consecutive samples of one shard: the unit of one ranged GET. All blocks are permuted.
     lanes     the permuted sample sequence, cut to steps * B samples (the dropped tail differs per epoch because the
               permutation does), is cut into L equal lanes.
-    windows   inside a lane, samples are shuffled within windows of WINDOW samples.
+    windows   inside a lane, samples are shuffled within windows of WINDOW samples; an epoch begins with smaller ones.
     steps     step s takes the next B / L samples of every lane, in lane order: B distinct samples.
 
 Ranks and loader workers own whole lanes, so how many there are decides who reads what, never the order. Nothing is
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 BLOCK = 32
 WINDOW = 128
+RAMP = (4, 8, 16, 32, 64)
 MAX_LANES = 64
 
 Ids = NDArray[np.int64]
@@ -91,25 +92,32 @@ class EpochOrder:
         self._starts = self._ends - length[shuffled]
 
     def window(self, lane: int, number: int) -> Window:
-        """Window `number` of `lane`. The first windows have staggered lengths, so that the lanes do not all run dry,
-        and the store is not asked for everything, at the same step.
+        """Window `number` of `lane`.
+
+        The sizes begin with RAMP, so that a first batch needs a few samples of every lane and not a whole window; then
+        comes one of a size that differs from lane to lane, so that from there on the lanes do not all need the next
+        window at the same step.
         """
-        first = WINDOW * (lane + 1) // self.lanes
-        start = 0 if number == 0 else first + (number - 1) * WINDOW
-        stop = min(first + number * WINDOW, self._lane_samples)
+        stop = min(self._window_end(lane, number), self._lane_samples)
+        start = min(self._window_end(lane, number - 1), stop)
         ids = self._unshuffled(lane, start, stop)
         return Window(lane, start, ids[permutation(len(ids), *self._key, "window", lane, number)])
 
     def windows(self, lane: int, from_step: int = 0) -> Iterator[Window]:
         """The windows of `lane` from the one that `from_step` first needs, which is cut to what is still to come."""
-        begin = from_step * self.per_lane
-        first = WINDOW * (lane + 1) // self.lanes
-        number = 0 if begin < first else 1 + (begin - first) // WINDOW
+        begin, number = from_step * self.per_lane, 0
+        while self._window_end(lane, number) <= begin:
+            number += 1
         while begin < self._lane_samples:
             window = self.window(lane, number)
-            if len(window.ids):
-                yield Window(lane, begin, window.ids[begin - window.start :])
+            yield Window(lane, begin, window.ids[begin - window.start :])
             begin, number = window.start + len(window.ids), number + 1
+
+    def _window_end(self, lane: int, number: int) -> int:
+        """The place in the lane's sequence where window `number` ends, were the lane endless; 0 for number -1."""
+        if number < len(RAMP):
+            return sum(RAMP[: number + 1])
+        return sum(RAMP) + WINDOW * (lane + 1) // self.lanes + WINDOW * (number - len(RAMP))
 
     def batch(self, step: int) -> Ids:
         """The samples of `step`, int64 [global_batch], in lane order."""

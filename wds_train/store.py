@@ -276,9 +276,10 @@ class S3Store:
         self._answered = False
         self._client: S3Client | None = None
         self._client_pid = 0
+        self._session: boto3.session.Session | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_client": None}
+        return self.__dict__ | {"_client": None, "_session": None}
 
     @property
     def client(self) -> "S3Client":
@@ -449,18 +450,21 @@ class S3Store:
             proxies={} if self._endpoint else None,
         )
         try:
-            if self._endpoint is None:
-                return boto3.session.Session().client("s3", config=config)
-            return boto3.session.Session(
-                aws_access_key_id=self._endpoint.access_key,
-                aws_secret_access_key=self._endpoint.secret_key,
-                region_name="us-east-1",
-            ).client("s3", config=config, endpoint_url=self._endpoint.url)
+            # Kept over a fork: it holds S3's parsed service model, which costs a loader worker half a second to read.
+            self._session = self._session or self._sign_in()
+            return self._session.client(
+                "s3", config=config, endpoint_url=self._endpoint.url if self._endpoint else None
+            )
         except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
             raise UsageError(
                 f"the AWS settings cannot be used for {self.url} ({_brief(error)}); "
                 "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
             ) from error
+
+    def _sign_in(self) -> boto3.session.Session:
+        if self._endpoint is None:
+            return boto3.session.Session()
+        return boto3.session.Session(self._endpoint.access_key, self._endpoint.secret_key, region_name="us-east-1")
 
     @contextlib.contextmanager
     def _translated(self, key: str) -> Iterator[None]:
