@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -258,8 +257,8 @@ def test_a_body_that_breaks_off_is_resumed_where_it_broke(
     fault_proxy.fail(kind, method="GET", key="big", after=1_000_000, times=3)
     assert proxied.read("big", 100, 3_400_000) == RANDOM[100:3_400_100]
     assert fault_proxy.count("GET", "big") >= 2
-    # Nothing twice but what was on its way when the connection broke.
-    assert 3_400_000 <= fault_proxy.bytes_sent("big") <= 3_400_000 + 3 * 1_000_000
+    if kind != "reset":  # which drops what was on its way
+        assert fault_proxy.bytes_sent("big") == 3_400_000
     fault_proxy.fail(kind, method="GET", key="big", after=1_000_000)
     assert proxied.read_tagged("big")[0] == RANDOM
 
@@ -346,8 +345,10 @@ def test_a_dead_server_ends_in_a_clear_error_within_the_deadline(
     proxied.patience = 1.5
     fault_proxy.fail(kind, times=10**9)
     began = time.monotonic()
-    with pytest.raises(Unavailable, match=rf"{proxied.url}/(m|big).*gave up after \d+ attempts in \d+ s"):
+    with pytest.raises(Unavailable, match=rf"{proxied.url}/(m|big).*gave up after \d+ attempts in \d+ s") as caught:
         proxied.read("big" if kind in ("stall", "truncate", "drip") else "m")
+    if kind == "status":
+        assert f"after {fault_proxy.count('GET')} attempts" in str(caught.value)
     assert time.monotonic() - began < 15  # 1.5 s, 1.75 s that 3.5 MB may take, one socket timeout; and a slow machine
 
 
@@ -371,7 +372,11 @@ def test_a_failed_upload_leaves_nothing_behind(proxied: S3Store, fault_proxy: Fa
     assert [entry.key for entry in proxied.list()] == ["big"]
 
 
-def test_bytes_damaged_on_their_way_up_are_sent_again(proxied: S3Store, fault_proxy: FaultProxy) -> None:
+def test_bytes_damaged_on_their_way_up_are_sent_again(
+    proxied: S3Store, fault_proxy: FaultProxy, aws_env: pytest.MonkeyPatch
+) -> None:
+    aws_env.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")  # boto3 shall not do our part
+    proxied = pickle.loads(pickle.dumps(proxied))
     fault_proxy.fail("flip_up", method="PUT", after=10)
     proxied.write("a", RANDOM)
     assert fault_proxy.count("PUT", "a") == 2
@@ -458,32 +463,33 @@ def test_a_bucket_name_that_cannot_be_is_named(s3: S3Store) -> None:
 # Processes and threads
 
 
-def test_a_store_is_used_by_threads_forks_and_spawned_processes_at_once(s3: S3Store) -> None:
+def read_often(store: S3Store) -> None:
+    for start in range(0, 3_000_000, 100_000):
+        assert store.read("big", start, 400_000) == RANDOM[start : start + 400_000]
+
+
+def test_a_store_is_used_by_threads_and_pickled_copies_at_once(s3: S3Store) -> None:
     s3.write("big", RANDOM)
-
-    def check(store: S3Store) -> None:
-        for start in range(0, 3_000_000, 500_000):
-            assert store.read("big", start, 400_000) == RANDOM[start : start + 400_000]
-
     copy = pickle.loads(pickle.dumps(s3))
-    assert copy.url == s3.url
-    threads = [threading.Thread(target=check, args=(store,)) for store in (s3, s3, copy)]
-    for thread in threads:
-        thread.start()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(read_often, (s3, s3, s3, copy, copy, copy)))
+
+
+def test_forked_processes_do_not_share_connections(s3: S3Store) -> None:
+    s3.write("big", RANDOM)
+    read_often(s3)
     children = []
     for _ in range(3):
         pid = os.fork()
         if pid == 0:
             try:
-                check(s3)
-            except BaseException:
+                read_often(s3)
+                os._exit(0)
+            finally:
                 os._exit(1)
-            os._exit(0)
         children.append(pid)
+    read_often(s3)
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
-    for thread in threads:
-        thread.join()
-    check(s3)
 
 
 def test_the_embedded_server_is_reached_past_a_proxy_for_the_world(
