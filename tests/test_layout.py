@@ -12,7 +12,19 @@ FILES = sorted((ROOT / "wds_train").glob("*.py")) + sorted((ROOT / "shards").glo
 # A module may import those before it. The pure ones use stdlib and numpy alone.
 PURE = ["errors", "recipe", "schedule", "manifest", "order", "state", "cost"]
 OUTSIDE = ["devserver", "store", "tario", "augment", "decode", "model", "tracker", "spot"]
-COMPOSED = ["dataset", "contact_sheet", "pipeline", "checkpoint", "engine", "report", "train", "evaluate", "audit", "bench", "cli"]
+COMPOSED = [
+    "dataset",
+    "contact_sheet",
+    "pipeline",
+    "checkpoint",
+    "engine",
+    "report",
+    "train",
+    "evaluate",
+    "audit",
+    "bench",
+    "cli",
+]
 LAYERS = PURE + OUTSIDE + COMPOSED
 FORBIDDEN = {"pickle", "cPickle", "dill", "shelve", "marshal"}
 

@@ -5,7 +5,6 @@ import io
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -136,16 +135,18 @@ def test_finished_shards_are_not_made_again(
     assert content(store) == unbroken
 
 
-def test_the_s3_server_is_killed(folder: Path, unbroken: dict[str, str], embedded_home: Path) -> None:
+def test_the_s3_server_is_killed(
+    folder: Path, unbroken: dict[str, str], embedded_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WDS_S3_PATIENCE", "1")
     url = "s3://embedded/datasets/x"
-    store = S3Store("embedded", "datasets/x")
     for goal in (5, 30):
         process = start(folder, url, "--shard-mb", SHARD_MB, "--processes", "2")
         while process.poll() is None and records(S3Store("embedded", "datasets/x")) < goal:
             time.sleep(0.005)
-        os.kill(devserver.ensure_running().pid, signal.SIGKILL)
+        devserver.stop()  # with SIGKILL
         _, error = process.communicate()
-        assert process.returncode == 1 and b"the S3 server does not answer" in error
+        assert process.returncode == 1 and b"S3 server" in error, error
         assert b"Traceback" not in error
     assert run(folder, url, "--shard-mb", SHARD_MB) == 0
     store = S3Store("embedded", "datasets/x")
@@ -207,8 +208,8 @@ def test_processes_and_places_do_not_matter(
     assert run(folder, s3_url, "--shard-mb", SHARD_MB, processes=2) == 0
     assert content(open_store(s3_url)) == unbroken
     assert run(folder, tmp_path / "seed", "--shard-mb", SHARD_MB, "--seed", "1") == 0
-    assert content(LocalStore(tmp_path / "seed")).keys() == unbroken.keys()
-    assert content(LocalStore(tmp_path / "seed")) != unbroken
+    other = content(LocalStore(tmp_path / "seed"))
+    assert other["train/shard-000000.tar"] != unbroken["train/shard-000000.tar"]
 
 
 def test_a_dask_cluster_makes_the_same_shards(folder: Path, unbroken: dict[str, str], tmp_path: Path) -> None:
