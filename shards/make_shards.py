@@ -16,7 +16,7 @@ from shards.index import index_in_place, write_dataset
 from shards.source import Note, report_json, to_classes
 from shards.sources import DIGITS, FORMATS, name_of, open_source
 from shards.spool import Spool
-from shards.workers import opened
+from shards.workers import opened, prepare
 from wds_train import manifest as manifests
 from wds_train.devserver import home
 from wds_train.errors import DataError, Interrupted, UsageError, WdsTrainError
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if args.source == INDEX:
         return _index(args)
     _check(args)
+    if args.processes > 1 and not (args.executor or args.dry_run):
+        prepare()
     url = args.dataset or default_url("datasets", name_of(args.source), args.bucket)
     began = time.monotonic()
     with Spool(args.spool or home() / "spool", url, int(args.spool_gb * 1e9)) as spool:

@@ -1,5 +1,6 @@
 """A local file of images that come as a stream, so that they can be read again in any order."""
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -9,6 +10,8 @@ from types import TracebackType
 from typing import IO
 
 from wds_train.errors import AccessDenied, StoreError, UsageError
+
+FILE = "images"
 
 
 class Spool:
@@ -29,7 +32,8 @@ class Spool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None and self._lock is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk again, at what was still to be written
+                self._file.close()
             shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.close()
 
@@ -64,7 +68,7 @@ class Spool:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(f"another conversion to {self._destination} is running here; wait for it") from error
-        self._file = (self.folder / "images").open("wb")
+        self._file = (self.folder / FILE).open("wb")
         self._file.write(b"\0")  # so that no image lies at offset 0, which means a file of its own
         return self._file
 

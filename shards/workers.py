@@ -7,10 +7,20 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import forkserver
 
 from wds_train.errors import UsageError
 
 DASK = "dask://"
+# A server that is forked from, not this process: a fork of this one would inherit the locks of boto3's and pyarrow's
+# threads in whatever state they are. Unlike spawn, it imports everything once, and while the source is scanned.
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def prepare() -> None:
+    """Start what workers come from, so that it is ready when they are needed."""
+    CONTEXT.set_forkserver_preload(["shards.convert"])
+    forkserver.ensure_running()
 
 
 @contextlib.contextmanager
@@ -22,9 +32,7 @@ def opened(address: str | None, processes: int) -> Iterator[tuple[Executor | Non
     elif processes <= 1:
         yield None, 1
     else:
-        # spawn: a fork would inherit the locks of boto3's and pyarrow's threads in whatever state they are.
-        context = multiprocessing.get_context("spawn")
-        executor = ProcessPoolExecutor(processes, context, initializer=_die_with_parent)
+        executor = ProcessPoolExecutor(processes, CONTEXT, initializer=_die_with_parent)
         try:
             yield executor, processes
         finally:

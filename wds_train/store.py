@@ -278,8 +278,8 @@ class S3Store:
         self._client_pid = 0
         self._session: boto3.session.Session | None = None
 
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_client": None, "_session": None}
+    def __reduce__(self) -> tuple[object, ...]:
+        return _shared, (self.bucket, self.prefix, self._endpoint)
 
     @property
     def client(self) -> "S3Client":
@@ -487,6 +487,12 @@ class S3Store:
             ) from error
         except boto_errors.BotoCoreError as error:
             raise StoreError(f"{name}: {_brief(error)}") from error
+
+
+@functools.cache
+def _shared(bucket: str, prefix: str, endpoint: Endpoint | None) -> S3Store:
+    """What a store becomes in another process: one for all copies, or each task sent there would connect anew."""
+    return S3Store(bucket, prefix, endpoint)
 
 
 class _OutOfRange(StoreError):
