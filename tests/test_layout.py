@@ -15,6 +15,7 @@ OUTSIDE = ["devserver", "store", "tario", "augment", "decode", "model", "tracker
 COMPOSED = [
     "dataset",
     "contact_sheet",
+    "cache",
     "pipeline",
     "checkpoint",
     "engine",

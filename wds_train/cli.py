@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from wds_train.errors import Interrupted, NotFound, WdsTrainError
 from wds_train.store import default_url
@@ -115,6 +116,19 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="loader processes (default: %(default)s)",
     )
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep shards' blocks on this local disk, so that later epochs read no S3",
+    )
+    parser.add_argument(
+        "--cache-gb",
+        type=float,
+        default=200.0,
+        metavar="GB",
+        help="most that the cache may hold (default: %(default)s)",
+    )
     parser.set_defaults(run_command=_train)
 
 
@@ -128,7 +142,7 @@ def _train(args: argparse.Namespace) -> int:
     run = args.run or args.recipe
     if "/" not in run:
         run = default_url("runs", run, args.bucket)
-    train(TrainOptions(dataset, run, recipe, args.workers))
+    train(TrainOptions(dataset, run, recipe, args.workers, args.cache_dir, int(args.cache_gb * 1e9)))
     return 0
 
 

@@ -31,6 +31,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 
 from wds_train.augment import Box, center_crop, random_resized_crop
+from wds_train.cache import BlockCache
 from wds_train.dataset import Dataset, SplitReader
 from wds_train.decode import decode_crop
 from wds_train.errors import DataError, RunError, UsageError, WdsTrainError
@@ -199,8 +200,9 @@ class EvalPlan:
 class Fetcher:
     """Reads the image bytes of requests, a bounded number of bytes ahead, in order."""
 
-    def __init__(self, split: SplitReader) -> None:
+    def __init__(self, split: SplitReader, cache: BlockCache | None = None) -> None:
         self._split = split
+        self._cache = cache
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[Window]:
         pool = ThreadPoolExecutor(FETCH_THREADS)
@@ -220,27 +222,35 @@ class Fetcher:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _runs(self, ids: Ids) -> list[Ids]:
-        """`ids` sorted and cut where the shard changes or a hole is not worth fetching: one GET each."""
+        """`ids` sorted and cut where the shard changes or a hole is not worth fetching: one GET each. With a cache,
+        cut at blocks, which are what it keeps.
+        """
         ids, index = np.sort(ids), self._split.index
         hole = index.offset[ids[1:]] - (index.offset[ids[:-1]] + index.length[ids[:-1]])
         cut = (index.shard[ids[1:]] != index.shard[ids[:-1]]) | (hole > GAP_BYTES)
+        if self._cache is not None:
+            cut |= np.diff(self._cache.block_of(ids)) != 0
         return np.split(ids, np.flatnonzero(cut) + 1)
 
     def _read_run(self, ids: Ids) -> dict[int, memoryview | DataError]:
         index, shard = self._split.index, self._split.shard_names[self._split.index.shard[ids[0]]]
-        first = int(index.offset[ids[0]])
-        end = int(index.offset[ids[-1]] + index.length[ids[-1]])
-        data = memoryview(self._split.store.read(shard, first, end - first))
+        if self._cache is not None and self._cache.keeps(ids[0]):
+            first, found = self._cache.read(ids[0])
+        else:
+            first = int(index.offset[ids[0]])
+            found = self._split.store.read(shard, first, int(index.offset[ids[-1]] + index.length[ids[-1]]) - first)
+        data = memoryview(found)
         return {
-            int(i): self._image(int(i), shard, data[int(index.offset[i]) - first :][: int(index.length[i])])
-            for i in ids
+            i: self._image(i, shard, data[int(index.offset[i]) - first :][: int(index.length[i])]) for i in ids.tolist()
         }
 
     def _image(self, sample: int, shard: str, record: memoryview) -> memoryview | DataError:
         index = self._split.index
         with contextlib.suppress(DataError):
             return image_of(index, sample, record)
-        # Once more: a byte that flipped on the way comes right, one that flipped in the store does not.
+        # Once more, from the store: a byte that flipped on the way or in the cache comes right, one in the store does not.
+        if self._cache is not None:
+            self._cache.drop(sample)
         again = memoryview(self._split.store.read(shard, int(index.offset[sample]), int(index.length[sample])))
         try:
             return image_of(index, sample, again)
@@ -366,14 +376,19 @@ class Loader:
     """
 
     def __init__(
-        self, split: SplitReader, plan: TrainPlan | EvalPlan, transform: Transform | None, workers: int
+        self,
+        split: SplitReader,
+        plan: TrainPlan | EvalPlan,
+        transform: Transform | None,
+        workers: int,
+        cache: BlockCache | None = None,
     ) -> None:
         if isinstance(plan, TrainPlan):
             workers = min(workers, len(plan.lanes(0, 1)))
         self._parts_per_batch = max(1, workers) if isinstance(plan, TrainPlan) else 1
         decode = Decoder(split, transform)
         self._pipeline = wds.WebLoader(
-            wds.DataPipeline(_Source(plan, Fetcher(split), decode), decode, _errors_as_values),
+            wds.DataPipeline(_Source(plan, Fetcher(split, cache), decode), decode, _errors_as_values),
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from wds_train.cache import BlockCache
 from wds_train.checkpoint import Run, Snapshot
 from wds_train.dataset import Dataset
 from wds_train.devserver import home
@@ -41,6 +42,8 @@ class TrainOptions:
     run: str
     recipe: Recipe
     workers: int
+    cache_dir: Path | None = None
+    cache_bytes: int = 0
 
 
 class StopRequest:
@@ -62,13 +65,16 @@ def train(options: TrainOptions) -> dict[str, float]:
     """Train, or go on with, `options.run`; the final metrics. Raises `Interrupted` after a signal, state committed."""
     stop = StopRequest()
     dataset = Dataset.open(options.dataset)
+    cache = None
+    if options.cache_dir:
+        cache = BlockCache(options.cache_dir, options.cache_bytes, dataset.split("train"), dataset.fingerprint)
     fresh = _fresh_run(options, dataset)
     run = Run.claim(open_store(options.run), fresh, say)
     if run.manifest.status == "done":
         say(f"run {options.run} is done already; to train again, choose another run: make train RUN=another")
         _close(run, run.manifest.result, options, None)
         return run.manifest.result
-    session = _Session(options, dataset, run, stop)
+    session = _Session(options, dataset, run, stop, cache)
     return session.run_to_end()
 
 
@@ -88,7 +94,9 @@ def _fresh_run(options: TrainOptions, dataset: Dataset) -> RunManifest:
 class _Session:
     """One process's work on a run, from its claim to its end or interruption."""
 
-    def __init__(self, options: TrainOptions, dataset: Dataset, run: Run, stop: StopRequest) -> None:
+    def __init__(
+        self, options: TrainOptions, dataset: Dataset, run: Run, stop: StopRequest, cache: BlockCache | None
+    ) -> None:
         recipe = options.recipe
         self._options, self._run, self._stop = options, run, stop
         snapshot = run.restore(say)
@@ -106,7 +114,7 @@ class _Session:
         transform = TrainTransform(recipe.seed, data.size, data.scale, data.ratio, data.flip)
         self._total = recipe.schedule.epochs * plan.steps_per_epoch
         self._val_samples = len(val_split)
-        self._loader = Loader(train_split, plan, transform, options.workers)
+        self._loader = Loader(train_split, plan, transform, options.workers, cache)
         val_plan = EvalPlan(len(val_split), recipe.batch)
         self._val_loader = Loader(val_split, val_plan, EvalTransform(data.eval_size, data.eval_crop), options.workers)
         if start < self._total:

@@ -1,0 +1,237 @@
+"""The loader when the store, the network, the disk or the data misbehave: the same samples, or a clear error in time."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fault_proxy import Fault, FaultProxy
+
+from wds_train import devserver
+from wds_train.cache import BlockCache
+from wds_train.cli import main
+from wds_train.dataset import Dataset
+from wds_train.errors import AccessDenied, NotFound, Unavailable
+from wds_train.order import blocks
+from wds_train.pipeline import Loader, TrainPlan, TrainTransform, stream_order
+from wds_train.store import open_store
+
+BATCH = 64
+TRANSFORM = TrainTransform(seed=0, side=24, scale=(0.3, 1.0), ratio=(0.75, 1.33), flip=0.5)
+
+
+def plan_of(dataset: Dataset, **changes: object) -> TrainPlan:
+    split = dataset.split("train")
+    return replace(TrainPlan(split.shard_samples, dataset.fingerprint, 0, BATCH, range(1)), **changes)  # type: ignore[arg-type]
+
+
+def lines(dataset: Dataset, world: int = 1, workers: int = 0, from_step: int = 0) -> list[tuple[int, int, str, int]]:
+    return list(
+        stream_order(
+            dataset, seed=0, epoch=0, global_batch=BATCH, world=world, workers=workers, from_step=from_step, steps=None
+        )
+    )
+
+
+@pytest.fixture
+def on_s3(digits: Dataset, s3_url: str) -> str:
+    """The digits, copied object by object to the test's bucket."""
+    copy(digits, s3_url)
+    return s3_url
+
+
+def copy(dataset: Dataset, url: str) -> None:
+    store = open_store(url)
+    for entry in dataset.store.list():
+        store.write(entry.key, dataset.store.read(entry.key))
+
+
+def shard_bytes(proxy: FaultProxy) -> int:
+    return sum(count for (method, key), count in proxy.sent.items() if method == "GET" and key.endswith(".tar"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_under_random_faults_gives_the_same_samples(
+    digits: Dataset, on_s3: str, fault_proxy: FaultProxy, workers: int
+) -> None:
+    """5 % of the requests for shards fail, in every way that S3 fails in."""
+    clean = [batch.images for batch in Loader(digits.split("train"), plan_of(digits), TRANSFORM, 0)]
+    dataset = Dataset.open(on_s3)
+    forever = float("inf")
+    fault_proxy.faults += [
+        Fault("reset", "GET", ".tar", after=0, times=forever, share=0.01),
+        Fault("reset", "GET", ".tar", after=3000, times=forever, share=0.01),
+        Fault("truncate", "GET", ".tar", after=1000, times=forever, share=0.01),
+        Fault("status", "GET", ".tar", status=503, times=forever, share=0.01),
+        Fault("flip", "GET", ".tar", after=700, times=forever, share=0.01),
+    ]
+    faulty = list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, workers))
+    assert [batch.lost for batch in faulty] == [[] for _ in clean]
+    assert all(torch.equal(batch.images, images) for batch, images in zip(faulty, clean, strict=True))
+
+
+def test_a_dead_server_is_an_error_within_the_deadline(
+    on_s3: str, fault_proxy: FaultProxy, aws_env: pytest.MonkeyPatch
+) -> None:
+    aws_env.setenv("WDS_S3_PATIENCE", "3")
+    dataset = Dataset.open(on_s3)
+    fault_proxy.faults.append(Fault("reset", "GET", ".tar", times=float("inf")))
+    for workers in (0, 2):
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match=r"train/shard-\d+\.tar"):
+            list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, workers))
+        assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"), [(403, "AccessDenied", AccessDenied), (404, "NoSuchKey", NotFound)]
+)
+def test_what_is_final_is_not_tried_again(
+    on_s3: str, fault_proxy: FaultProxy, status: int, code: str, error: type[Exception]
+) -> None:
+    split = Dataset.open(on_s3).split("train")
+    fault_proxy.faults.append(Fault("status", "GET", "shard-000000.tar", status=status, code=code, times=float("inf")))
+    before = fault_proxy.requests.total()
+    with pytest.raises(error):
+        list(split.store.read("train/shard-000000.tar", 0, 100))
+    assert fault_proxy.requests.total() - before == 1
+
+
+def test_from_a_step_on_little_more_than_the_rest_is_fetched(on_s3: str, fault_proxy: FaultProxy) -> None:
+    dataset = Dataset.open(on_s3)
+    split = dataset.split("train")
+    sizes = {split.index.key_of(i): int(split.index.length[i]) for i in range(len(split))}
+    tail = lines(dataset, from_step=12)
+    needed = sum(sizes[key] for _, _, key, _ in tail)
+    window = sum(sizes.values()) - needed  # of 22 steps, none lies over a window back: all lanes' windows hold them
+    assert needed <= shard_bytes(fault_proxy) <= needed + window / 2
+
+
+def test_a_rank_of_four_fetches_a_quarter(on_s3: str, fault_proxy: FaultProxy) -> None:
+    dataset = Dataset.open(on_s3)
+    whole = sum(shard.bytes for shard in dataset.manifest.split("train").shards)
+    for rank in range(4):
+        before = shard_bytes(fault_proxy)
+        list(Loader(dataset.split("train"), plan_of(dataset, rank=rank, world=4), None, 0))
+        assert shard_bytes(fault_proxy) - before <= 1.15 * whole / 4
+
+
+class Cached:
+    """An epoch through a cache in `folder`."""
+
+    def __init__(self, url: str, folder: Path, max_bytes: int = 1 << 40) -> None:
+        self.dataset = Dataset.open(url)
+        self.split = self.dataset.split("train")
+        self.cache = BlockCache(folder, max_bytes, self.split, self.dataset.fingerprint)
+
+    def epoch(self, epoch: int, workers: int = 0) -> Iterator[torch.Tensor]:
+        plan = plan_of(self.dataset, epochs=range(epoch, epoch + 1))
+        plan = replace(plan, from_step=epoch * plan.steps_per_epoch)
+        for batch in Loader(self.split, plan, TRANSFORM, workers, self.cache):
+            assert not batch.lost
+            yield batch.images
+
+
+def assert_epoch(images: Iterator[torch.Tensor], digits: Dataset, epoch: int) -> None:
+    plan = plan_of(digits, epochs=range(epoch, epoch + 1))
+    clean = Loader(digits.split("train"), replace(plan, from_step=epoch * plan.steps_per_epoch), TRANSFORM, 0)
+    assert all(torch.equal(one, batch.images) for one, batch in zip(images, clean, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_a_cache_later_epochs_read_no_s3(
+    digits: Dataset, on_s3: str, fault_proxy: FaultProxy, tmp_path: Path, workers: int
+) -> None:
+    first = Cached(on_s3, tmp_path)
+    list(first.epoch(0, workers))
+    list(first.epoch(1, workers))  # an epoch drops a tail, so that the blocks of one may lack a few of another's
+    before = shard_bytes(fault_proxy)
+    assert_epoch(Cached(on_s3, tmp_path).epoch(2, workers), digits, 2)
+    missing = len(blocks(digits.split("train").shard_samples)[0]) - len(list(tmp_path.rglob("0*")))
+    assert missing == 0
+    assert shard_bytes(fault_proxy) == before
+
+
+def test_a_cache_keeps_no_more_than_its_size(digits: Dataset, on_s3: str, tmp_path: Path) -> None:
+    cached = Cached(on_s3, tmp_path, max_bytes=1_000_000)
+    assert_epoch(cached.epoch(0), digits, 0)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert 800_000 < sum(path.stat().st_size for path in files) <= 1_000_000
+
+
+def test_damaged_cache_files_are_noticed(digits: Dataset, on_s3: str, tmp_path: Path) -> None:
+    list(Cached(on_s3, tmp_path).epoch(0))
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    flipped = bytearray(files[0].read_bytes())
+    flipped[700] ^= 1
+    files[0].write_bytes(flipped)
+    files[1].write_bytes(files[1].read_bytes()[:100])
+    files[2].write_bytes(b"")
+    files[3].with_name(f".{files[3].name}.1").write_bytes(b"left by a kill")
+    assert_epoch(Cached(on_s3, tmp_path).epoch(1), digits, 1)
+
+
+def test_a_full_disk_only_ends_the_caching(
+    digits: Dataset, on_s3: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A real one, of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        assert_epoch(Cached(on_s3, disk).epoch(0), digits, 0)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert capfd.readouterr().err.count("No space left on device; nothing more is added to it") == 1
+
+
+def test_two_processes_share_a_cache_and_a_kill_leaves_it_whole(digits: Dataset, on_s3: str, tmp_path: Path) -> None:
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_faults import *\n"
+    script += f"while True: list(Cached({on_s3!r}, Path({str(tmp_path)!r})).epoch(0)); print('epoch', flush=True)"
+    both = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(2)]
+    for process in both:
+        assert process.stdout is not None
+        process.stdout.readline()
+    for process in both:
+        process.kill()
+        process.communicate()
+    assert_epoch(Cached(on_s3, tmp_path).epoch(1), digits, 1)
+
+
+def test_a_cache_that_cannot_be_made_is_refused(
+    digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    command = [
+        "train",
+        "--dataset",
+        digits.store.url,
+        "--run",
+        str(tmp_path / "run"),
+        "--cache-dir",
+        str(tmp_path / "file/x"),
+    ]
+    assert main(command) == 1
+    assert f"the cache folder {tmp_path}/file/x" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_server_killed_in_the_middle_of_an_epoch(digits: Dataset, embedded_home: Path) -> None:
+    """SIGKILL to the real server: the loader waits, the server comes back, the epoch is whole."""
+    copy(digits, "s3://embedded/digits")
+    dataset = Dataset.open("s3://embedded/digits")
+    batches = iter(Loader(dataset.split("train"), plan_of(dataset, epochs=range(6)), TRANSFORM, 0))
+    images = [next(batches).images for _ in range(3)]
+    devserver.stop()
+    devserver.ensure_running()
+    images += [batch.images for batch in batches]
+    clean = Loader(digits.split("train"), plan_of(digits, epochs=range(6)), TRANSFORM, 0)
+    assert all(torch.equal(one, batch.images) for one, batch in zip(images, clean, strict=True))

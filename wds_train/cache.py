@@ -1,0 +1,83 @@
+"""Blocks on a local disk, so that a second epoch asks S3 for nothing.
+
+One file a block, under the dataset's fingerprint, written beside its place and renamed into it: a kill leaves no torn
+file, and two processes that write one block write the same bytes. Which blocks may be kept is arithmetic too: the first
+of the split, as far as `max_bytes` reaches. Epochs use every block equally often, so any subset serves as well as any
+other, eviction would gain nothing, and no process needs to know what the others keep. What comes out is checked by the
+samples' CRCs like what comes from S3; a damaged file is dropped and its sample fetched again.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from wds_train.dataset import SplitReader
+from wds_train.errors import StoreError
+from wds_train.order import Ids, blocks
+
+
+class BlockCache:
+    """The cache of one split. `max_bytes` bounds the files of the split, all processes together."""
+
+    def __init__(self, folder: Path, max_bytes: int, split: SplitReader, fingerprint: str) -> None:
+        self._split = split
+        self._folder = folder / fingerprint[:16] / split.name
+        first, length = blocks(split.shard_samples)
+        index, last = split.index, first + length - 1
+        self._first = first
+        self._start = index.offset[first]
+        self._length = index.offset[last] + index.length[last] - self._start
+        self._kept = int(np.searchsorted(np.cumsum(self._length), max_bytes, side="right"))
+        self._full = False
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"the cache folder {self._folder} cannot be made: {error.strerror}; choose another"
+            ) from error
+
+    def block_of(self, samples: Ids) -> Ids:
+        """The number of the block that holds each sample."""
+        return np.searchsorted(self._first, samples, side="right") - 1
+
+    def keeps(self, sample: int) -> bool:
+        """Whether the sample's block may be on the disk."""
+        return self._block(sample) < self._kept
+
+    def read(self, sample: int) -> tuple[int, bytes]:
+        """Where the sample's block starts in its shard, and the block's bytes, from the disk or else from the store."""
+        block = self._block(sample)
+        start, length, path = int(self._start[block]), int(self._length[block]), self._path(block)
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+            if len(data) == length:
+                return start, data
+        data = self._split.store.read(self._split.shard_names[self._split.index.shard[sample]], start, length)
+        self._keep(path, data)
+        return start, data
+
+    def drop(self, sample: int) -> None:
+        """Forget the sample's block, whose bytes turned out to be damaged."""
+        self._path(self._block(sample)).unlink(missing_ok=True)
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        if self._full:
+            return
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        except OSError as error:
+            # A full disk costs speed, never the run. No more is added: each try would write most of a block in vain.
+            self._full = True
+            partial.unlink(missing_ok=True)
+            print(f"cache: {path.parent}: {error.strerror}; nothing more is added to it", file=sys.stderr)
+
+    def _block(self, sample: int) -> int:
+        return int(np.searchsorted(self._first, sample, side="right")) - 1
+
+    def _path(self, block: int) -> Path:
+        return self._folder / f"{block:08d}"
