@@ -1,6 +1,5 @@
 """One real S3 server for the session, a bucket of its own for each test, and a proxy that breaks what passes it."""
 
-import dataclasses
 import os
 import shutil
 import uuid
@@ -66,10 +65,6 @@ def embedded_home(tmp_path: Path, aws_env: pytest.MonkeyPatch) -> Iterator[Path]
     aws_env.setenv("WDS_HOME", str(tmp_path / "home"))
     yield tmp_path / "home"
     devserver.stop()
-
-
-def through(proxy: FaultProxy, endpoint: Endpoint) -> Endpoint:
-    return dataclasses.replace(endpoint, url=proxy.url)
 
 
 @pytest.fixture(scope="session")

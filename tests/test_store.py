@@ -1,5 +1,6 @@
 """The store's promises, for a local directory and for S3 alike; then what only one of them can meet."""
 
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from fault_proxy import FaultProxy, Kind
 
+from wds_train import devserver
 from wds_train import store as stores
 from wds_train.devserver import Endpoint
 from wds_train.errors import AccessDenied, Conflict, NotFound, StoreError, Unavailable, UsageError
@@ -500,3 +502,18 @@ def test_the_embedded_server_is_reached_past_a_proxy_for_the_world(
     store = S3Store("embedded", "proxy", s3_server)
     store.write("a", b"1")
     assert store.read("a") == b"1"
+
+
+def test_a_full_disk_under_the_embedded_server_is_named(
+    s3_server: Endpoint, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = S3Store("embedded", "full", dataclasses.replace(s3_server, url=fault_proxy.url))
+    store.write("a", b"1")
+    monkeypatch.setattr(devserver, "RESERVED_BYTES", shutil.disk_usage(s3_server.root).total + 1)
+    assert store.read("a") == b"1"
+    fault_proxy.fail("status", method="PUT", status=500, code="InternalError")  # what SeaweedFS then answers
+    with pytest.raises(
+        StoreError, match=f"no space left on the disk of {s3_server.root}, .*/full/b; free some"
+    ) as caught:
+        store.write("b", b"1")
+    assert type(caught.value) is StoreError

@@ -33,18 +33,24 @@ from wds_train.errors import UsageError, WdsTrainError
 EMBEDDED_BUCKET = "embedded"
 READY_SECONDS = 60.0
 MIN_FREE_BYTES = 512 << 20
+RESERVED_BYTES = 256 << 20
 PORT_TAKEN = "address already in use"
 GRPC_OFFSET = 10_000  # SeaweedFS adds it to every port for its gRPC twin
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is and how to sign for it; `ports`: its master, volume, filer and S3 ports."""
+    """Where the server is and how to sign for it; `ports`: its master, volume, filer and S3 ports; `root`: its folder."""
 
     url: str
     access_key: str
     secret_key: str
     ports: tuple[int, ...]
+    root: str
+
+    def is_full(self) -> bool:
+        """Whether its disk has less left than it keeps free; it then answers writes with an internal error."""
+        return Path(self.root).exists() and shutil.disk_usage(self.root).free < RESERVED_BYTES
 
 
 def home() -> Path:
@@ -188,9 +194,8 @@ def _start(root: Path, last: Endpoint | None) -> Endpoint:
     for remaining in (2, 1, 0):
         ports = _free_ports()
         try:
-            return _launch(
-                root, Endpoint(f"http://127.0.0.1:{ports[-1]}", secrets.token_hex(10), secrets.token_hex(20), ports)
-            )
+            url, keys = f"http://127.0.0.1:{ports[-1]}", (secrets.token_hex(10), secrets.token_hex(20))
+            return _launch(root, Endpoint(url, *keys, ports, str(root)))
         except WdsTrainError as error:
             if remaining == 0 or PORT_TAKEN not in str(error):
                 raise
@@ -233,7 +238,7 @@ def _command(root: Path, ports: tuple[int, ...]) -> list[str]:
         "master.electionTimeout": "1s",
         "volume.port": volume,
         "volume.max": 2000,  # each bucket takes 7; what they hold is bounded by the disk alone
-        "volume.minFreeSpace": f"{MIN_FREE_BYTES >> 21}MiB",
+        "volume.minFreeSpace": f"{RESERVED_BYTES >> 20}MiB",
         "volume.preStopSeconds": 0,
         "filer.port": filer,
         "s3.port": s3,

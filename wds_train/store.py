@@ -263,8 +263,8 @@ class S3Store:
     """A prefix of an S3 bucket, through boto3. Credentials and endpoint come from the usual AWS settings, except for
     the bucket `embedded`, which always means the embedded server. Safe to use from threads and after a fork.
 
-    What fails for want of an answer is repeated for `PATIENCE_SECONDS` (or $WDS_S3_PATIENCE) plus a second per
-    `SLOWEST` bytes, and ends in `Unavailable`; a refusal (403, 404, 409, 412, 416) is final at once.
+    What fails for want of an answer is repeated for `PATIENCE_SECONDS` (or $WDS_S3_PATIENCE), a read for a second more
+    per `SLOWEST` bytes, and ends in `Unavailable`; a refusal (403, 404, 409, 412, 416) is final at once.
     """
 
     def __init__(self, bucket: str, prefix: str, endpoint: Endpoint | None = None) -> None:
@@ -434,7 +434,7 @@ class S3Store:
                 self._answered = True
                 return answer
             except Unavailable as error:
-                retry.pause(error, len(details.get("Body", b"")))
+                retry.pause(error)
 
     def _retry(self) -> "Retry":
         return Retry(self.patience if self._answered else min(self.patience, FIRST_SECONDS))
@@ -451,10 +451,12 @@ class S3Store:
         )
         try:
             # Kept over a fork: it holds S3's parsed service model, which costs a loader worker half a second to read.
-            self._session = self._session or self._sign_in()
-            return self._session.client(
-                "s3", config=config, endpoint_url=self._endpoint.url if self._endpoint else None
-            )
+            # Kept only once it has made a client: until then, boto3 lets no two threads use it.
+            session = self._session or self._sign_in()
+            url = self._endpoint.url if self._endpoint else None
+            client = session.client("s3", config=config, endpoint_url=url)
+            self._session = session
+            return client
         except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
             raise UsageError(
                 f"the AWS settings cannot be used for {self.url} ({_brief(error)}); "
@@ -473,7 +475,11 @@ class S3Store:
             yield
         except boto_errors.ClientError as error:
             self._answered = True
-            raise _translate(error, name) from error
+            translated = _translate(error, name)
+            if isinstance(translated, Unavailable) and self._endpoint and self._endpoint.is_full():
+                full = f"no space left on the disk of {self._endpoint.root}, where the embedded S3 server keeps {name}"
+                raise StoreError(f"{full}; free some and run again") from error
+            raise translated from error
         except NO_CREDENTIALS as error:
             raise AccessDenied(
                 f"no AWS credentials for {name} ({_brief(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
@@ -525,7 +531,7 @@ class Retry:
         self._fruitless = 0
 
     def pause(self, error: Unavailable, size: int = 0, progressed: bool = False) -> None:
-        """Wait before the next attempt at moving `size` bytes; `Unavailable` when the time for them is up."""
+        """Wait before the next attempt at reading `size` bytes; `Unavailable` when the time for them is up."""
         self._attempts += 1
         self._fruitless = 0 if progressed else self._fruitless + 1
         pause = JITTER.uniform(0, min(5.0, 0.1 * 2**self._fruitless))
