@@ -10,6 +10,7 @@ samples' CRCs like what comes from S3; a damaged file is dropped and its sample 
 import contextlib
 import os
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,9 @@ class BlockCache:
     def _keep(self, path: Path, data: bytes) -> None:
         if self._full:
             return
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial = path.with_name(
+            f".{path.name}.{os.getpid()}-{threading.get_ident()}"
+        )  # threads may read one block, too
         try:
             partial.write_bytes(data)
             partial.replace(path)
