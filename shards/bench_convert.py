@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from wds_train.devserver import ensure_running, stop
 from wds_train.errors import UsageError, WdsTrainError
@@ -55,6 +56,14 @@ if __name__ == "__main__":
 """
 
 
+class Run(NamedTuple):
+    """`cpu_seconds` and `peak_mib` are those of the tool's own processes, starting Python included."""
+
+    seconds: float
+    peak_mib: float
+    cpu_seconds: float
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="images, anywhere below it")
     parser.add_argument("--litdata", metavar="PYTHON", help="the Python of an environment with litdata and boto3")
@@ -83,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             check=True,
         )
         tools = {"wds-train": (sys.executable, OURS)} | ({"litdata": (args.litdata, LITDATA)} if args.litdata else {})
-        results: dict[str, list[tuple[float, float]]] = {name: [] for name in tools}
+        results: dict[str, list[Run]] = {name: [] for name in tools}
         try:
             for repeat in range(args.repeats):
                 for name, (python, script) in tools.items():
@@ -114,10 +123,8 @@ def _link(folder: Path, root: Path, images: int) -> Path:
     return root
 
 
-def _measure(
-    python: str, script: str, arguments: list[str], environment: dict[str, str], work: Path
-) -> tuple[float, float]:
-    """Seconds of work, and peak memory in MiB."""
+def _measure(python: str, script: str, arguments: list[str], environment: dict[str, str], work: Path) -> Run:
+    """Run the script; the work's seconds as it prints them, the rest as seen from outside."""
     path = work / "bench_script.py"
     path.write_text(script)
     command = [python, str(path), *arguments]
@@ -125,8 +132,8 @@ def _measure(
         process = subprocess.Popen(
             command, env=environment | {"PYTHONPATH": str(Path.cwd())}, stdout=log, stderr=log, cwd=work
         )
-        peak = [0.0]
-        watcher = threading.Thread(target=_watch, args=(process, peak))
+        most = [0.0, 0.0]
+        watcher = threading.Thread(target=_watch, args=(process, most))
         watcher.start()
         code = process.wait()
         watcher.join()
@@ -135,33 +142,38 @@ def _measure(
     found = re.search(r"SECONDS ([0-9.]+)", text)
     if code or not found:
         raise WdsTrainError(f"{' '.join(command[:2])} failed with {code}:\n{text[-2000:]}")
-    return float(found[1]), peak[0]
+    return Run(float(found[1]), *most)
 
 
-def _watch(process: "subprocess.Popen[bytes]", peak: list[float]) -> None:
+def _watch(process: "subprocess.Popen[bytes]", most: list[float]) -> None:
+    """Keep the largest memory, in MiB, and CPU time, in seconds, that the processes were seen to have together."""
     while process.poll() is None:
-        peak[0] = max(peak[0], _tree_mib(process.pid))
+        for place, value in enumerate(_tree(process.pid)):
+            most[place] = max(most[place], value)
         time.sleep(0.05)
 
 
-def _tree_mib(pid: int) -> float:
-    """Proportional set size of a process and all below it, in MiB: shared pages count once."""
-    total = 0.0
+def _tree(pid: int) -> tuple[float, float]:
+    """Proportional set size (shared pages count once) and CPU seconds of a process and all below it, ended ones too."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        total = int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1]) / 1024  # type: ignore[index]
-    except (OSError, TypeError):
-        return 0.0
-    return total + sum(_tree_mib(int(child)) for child in children)
+        pss = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+    except OSError:
+        return 0.0, 0.0
+    below = [_tree(int(child)) for child in children]
+    memory = int(pss[1]) / 1024 if pss else 0.0
+    cpu = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return memory + sum(part[0] for part in below), cpu + sum(part[1] for part in below)
 
 
-def _print(results: dict[str, list[tuple[float, float]]], args: argparse.Namespace) -> None:
+def _print(results: dict[str, list[Run]], args: argparse.Namespace) -> None:
     facts = {
         name: {
-            "images_per_second": [round(args.images / seconds, 1) for seconds, _ in runs],
-            "median": round(statistics.median(args.images / seconds for seconds, _ in runs), 1),
-            "peak_mib": round(max(peak for _, peak in runs)),
+            "images_per_second": [round(args.images / run.seconds, 1) for run in runs],
+            "median": round(statistics.median(args.images / run.seconds for run in runs), 1),
+            "cpu_ms_per_image": round(statistics.median(run.cpu_seconds for run in runs) / args.images * 1000, 2),
+            "peak_mib": round(max(run.peak_mib for run in runs)),
         }
         for name, runs in results.items()
     }
@@ -170,7 +182,9 @@ def _print(results: dict[str, list[tuple[float, float]]], args: argparse.Namespa
         return
     print(f"{args.images} images, {args.processes} processes")
     for name, fact in facts.items():
-        print(f"{name:10} {fact['median']:8} img/s (of {fact['images_per_second']}), peak {fact['peak_mib']} MiB")
+        print(
+            f"{name:10} {fact['median']:8} img/s (of {fact['images_per_second']}), {fact['cpu_ms_per_image']} CPU ms/img, peak {fact['peak_mib']} MiB"
+        )
     if len(facts) == 2:
         ours, theirs = (fact["median"] for fact in facts.values())
         print(f"ratio      {ours / theirs:.1f}")

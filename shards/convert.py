@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,7 @@ from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageErr
 from wds_train.manifest import DatasetManifest, Index, Shard, Split
 from wds_train.order import permutation
 from wds_train.store import Store
-from wds_train.tario import SCHEMA, Sample, ShardWriter, record_bytes, write_index
+from wds_train.tario import END_BYTES, SCHEMA, Sample, ShardWriter, record_bytes, write_index
 
 WIP = ".wip/"
 PLAN = f"{WIP}plan.json"
@@ -80,6 +81,7 @@ class ShardDone:
 def make_shard(task: ShardTask) -> ShardDone:
     """Read, check and pack the images of one shard, upload it, confirm it, and record it."""
     writer, notes, altered = ShardWriter(task.number), list[Note](), 0
+    warnings.filterwarnings("ignore", module="PIL")  # about odd EXIF, of which the orientation is all that is used
     for row in task.rows.to_pylist():
         origin = row["key"] if row["offset"] else row["path"]
         data = read_bytes(row["path"], row["offset"], row["length"])
@@ -206,7 +208,7 @@ class Conversion:
         splits = {}
         for split in self.parts:
             mine = sorted((part for part in done if part.split == split), key=lambda part: part.number)
-            table = pa.concat_tables([part.index for part in mine])
+            table = pa.concat_tables([SCHEMA.empty_table(), *(part.index for part in mine)])
             index = self._put(f"{split}/index.parquet", write_index(table))
             splits[split] = Split(tuple(part.shard for part in mine), index)
         notes = self.source.notes + [note for part in done for note in part.notes]
@@ -257,17 +259,21 @@ class Conversion:
 
 
 def _cut(rows: pa.Table, split: str, options: Options) -> list[np.ndarray]:
-    """The rows of every shard: all of the split's, shuffled by the seed, cut where a shard would grow too large."""
+    """The rows of every shard: all of the split's, shuffled by the seed, in as few shards as can be, of equal size, so
+    that no process is left with a whole shard when the others are done. Samples of more than half a shard make it larger.
+    """
+    if not rows.num_rows:
+        return []
     order = permutation(rows.num_rows, "shards", options.seed, split)
-    labels, lengths = rows["label"].to_numpy()[order].tolist(), rows["length"].to_numpy()[order].tolist()
-    cuts, size = [0], 0
-    for place, (label, length) in enumerate(zip(labels, lengths, strict=True)):
-        record = record_bytes(label, length)
-        if size and size + record > options.shard_bytes:
-            cuts.append(place)
-            size = 0
-        size += record
-    return [order[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(order)], strict=True)]
+    records = record_bytes(rows["length"].to_numpy()[order])
+    ends, limit = np.cumsum(records), max(options.shard_bytes - END_BYTES, 2 * int(records.max()))
+    count = -(-int(ends[-1]) // limit)
+    while True:
+        cuts = np.unique(np.searchsorted(ends, ends[-1] * np.arange(1, count) / count))
+        cuts = cuts[cuts > 0]
+        if np.add.reduceat(records, np.concatenate([[0], cuts])).max() <= limit:
+            return np.split(order, cuts)
+        count += 1
 
 
 def _groups(

@@ -2,6 +2,8 @@
 
 import time
 
+import numpy as np
+
 from shards.convert import Conversion
 from shards.images import check
 from shards.source import read_bytes
@@ -21,8 +23,7 @@ def print_plan(conversion: Conversion, processes: int) -> None:
     total = shards = 0
     for split, parts in conversion.parts.items():
         rows = conversion.source.splits[split]
-        pairs = zip(rows["label"].to_pylist(), rows["length"].to_pylist(), strict=True)
-        size = sum(record_bytes(label, round(length * ratio)) for label, length in pairs)
+        size = int(record_bytes((rows["length"].to_numpy() * ratio).astype(np.int64)).sum())
         print(f"{split}: {rows.num_rows:,} samples, {len(parts)} shards, {size / 1e6:,.1f} MB")
         total, shards = total + size, shards + len(parts)
     minutes = seconds * conversion.source.samples / processes / 60

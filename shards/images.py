@@ -1,7 +1,6 @@
 """An image's bytes, checked and, where the policy says so, encoded anew."""
 
 import io
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,9 +60,7 @@ class CheckedImage:
 def check(data: bytes, policy: ImagePolicy) -> CheckedImage:
     """The image in `data`; `DataError` with the cause when it is none that a trainer could read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about odd EXIF; the orientation below is all that is used
-            return _check(data, policy)
+        return _check(data, policy)
     except UNREADABLE as error:
         raise DataError(f"it cannot be decoded: {error or type(error).__name__}".replace("\n", " ")) from error
 
