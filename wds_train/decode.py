@@ -155,7 +155,7 @@ def _pillow_crop(data: bytes | memoryview, box: Box) -> NDArray[np.uint8]:
     if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255 rather than scale
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
+    return np.array(image.convert("RGB"))  # a copy: PyTorch warns of read-only arrays, which asarray gives
 
 
 def _open(data: bytes | memoryview) -> Image.Image:
