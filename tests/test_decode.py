@@ -25,6 +25,7 @@ SHARED = Path(os.environ.get("WDS_SHARED", Path(__file__).parents[2] / "shared")
 PHOTOS = SHARED / "data" / "imagenet-photos-150.tar"
 WIDTH, HEIGHT = 90, 70
 PHOTO = Image.open(io.BytesIO(read_images(None)[1])).resize((WIDTH, HEIGHT))
+END = b"\xff\xd9"
 BOX = Box(left=11, top=5, width=40, height=48)
 
 
@@ -122,6 +123,31 @@ def test_stopping_at_the_crops_last_row_changes_no_pixel(options: dict[str, int]
         np.testing.assert_array_equal(some, whole[:rows])
 
 
+@pytest.mark.parametrize("name", ["jpeg progressive", "jpeg restart markers"])
+def test_jpegs_whose_leftover_bytes_could_hide_damage_are_decoded_whole(name: str) -> None:
+    data = memoryview(FORMATS[name])
+    assert len(jpeg.decode_rows(data, jpeg.read_header(data), 8)) == HEIGHT
+
+
+def test_a_header_that_libjpeg_reads_otherwise_is_an_error() -> None:
+    data = memoryview(FORMATS["jpeg 4:4:4"])
+    header = jpeg.read_header(data)
+    for wrong in (header._replace(width=WIDTH + 1), header._replace(height=HEIGHT + 8)):
+        with pytest.raises(
+            DataError, match=rf"{wrong.height}, {wrong.width}\) rows and columns or \({HEIGHT}, {WIDTH}\)"
+        ):
+            jpeg.decode_rows(data, wrong, wrong.height)
+
+
+def test_markers_without_content_and_fill_bytes_are_stepped_over_as_libjpeg_does() -> None:
+    data = FORMATS["jpeg 4:4:4"]
+    frame = jpeg.read_header(memoryview(data)).frame
+    fake = b"\xff\xc0\x00\x11" + data[frame : frame + 1] + b"\0\x08\0\x08" + data[frame + 5 : frame + 15]
+    odd = data[:2] + b"\xff\x01\xff\xd3\xff\xff\xff\xe5\x00" + bytes([len(fake) + 2]) + fake + data[2:]
+    assert probe(odd) == (WIDTH, HEIGHT)
+    np.testing.assert_array_equal(cropped(odd), cropped(data))
+
+
 @pytest.mark.parametrize("order", ["little", "big"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("factor", [1, 3], ids=["bilinear", "antialiased"])
@@ -181,7 +207,7 @@ def test_a_png_or_webp_cut_off_is_an_error(name: str) -> None:
 def damaged(data: bytes, share: float) -> bytes:
     """The JPEG with an end marker written into its scan at `share` of its length: the rows from there on are lost."""
     at = int(len(data) * share)
-    return data[:at] + jpeg.END + data[at + 2 :]
+    return data[:at] + END + data[at + 2 :]
 
 
 def test_damage_counts_above_the_crops_last_row_and_not_below() -> None:
@@ -196,7 +222,7 @@ def test_damage_counts_above_the_crops_last_row_and_not_below() -> None:
 
 def test_bytes_left_over_hide_no_damage_before_them() -> None:
     data = jpeg_of(subsampling=0)
-    padded = data[:-2] + b"left over" + jpeg.END
+    padded = data[:-2] + b"left over" + END
     bottom = Box(0, HEIGHT - 16, WIDTH, 16)
     np.testing.assert_array_equal(cropped(padded, bottom), cropped(data, bottom))
     with pytest.raises(DataError, match="Corrupt JPEG data"):
@@ -262,7 +288,7 @@ def test_a_jpeg_of_a_thousand_scans_is_refused() -> None:
     data = FORMATS["jpeg progressive"]
     last = data.rindex(b"\xff\xda")
     with pytest.raises(DataError, match=r"a JPEG of 10\d\d scans, at most 100"):
-        probe(data[:last] + data[last:-2] * 1000 + jpeg.END)
+        probe(data[:last] + data[last:-2] * 1000 + END)
 
 
 def test_nothing_is_printed_about_odd_files(tmp_path: Path) -> None:

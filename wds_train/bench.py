@@ -19,12 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torchvision.transforms import (  # type: ignore[import-untyped]
-    Compose,
-    PILToTensor,
-    RandomHorizontalFlip,
-    RandomResizedCrop,
-)
+from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, RandomResizedCrop
 
 from wds_train.augment import Box, random_resized_crop
 from wds_train.decode import ImageInfo, decode_crop, probe

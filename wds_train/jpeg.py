@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from wds_train.errors import DataError
 
-START, END = b"\xff\xd8", b"\xff\xd9"
+START = b"\xff\xd8"
 SCAN, RESTART_INTERVAL, EXIF = 0xDA, 0xDD, 0xE1
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SEQUENTIAL_FRAMES = (0xC0, 0xC1)
+NO_SEGMENT = (0x00, 0x01, *range(0xD0, 0xD8), 0xFF)  # stuffing, the markers without content, fill bytes
 ORIENTATION_TAG = 0x0112
 # A progressive file may hold thousands of scans of a few bytes, each a pass over all pixels. Encoders write about ten.
 MAX_SCANS = 100
-# TurboJPEG tells of its first warning only. If that is this one, every row was decoded without any.
+# TurboJPEG tells of its first warning only. If that is this one, every row was decoded without any. With restart markers
+# the bytes left over end at the first of those; but bytes before one may also be damage, so such files are decoded whole.
 LEFT_OVER = "extraneous bytes before marker 0xd9"
 
 
@@ -43,8 +45,8 @@ def read_header(data: memoryview) -> Header:
     at = len(START)
     while at + 4 <= len(data):
         marker = data[at + 1]
-        if data[at] != 0xFF or marker in (0x00, 0xFF):
-            at += 1  # fill bytes and stray ones: libjpeg steps over them too
+        if data[at] != 0xFF or marker in NO_SEGMENT:
+            at += 1  # as libjpeg does
             continue
         content, at = at + 4, at + 2 + _uint16(data, at + 2)
         if marker == SCAN:
@@ -69,7 +71,7 @@ def decode_rows(data: memoryview, header: Header, rows: int) -> NDArray[np.uint8
 
     Uses the fast inverse DCT and the plain chroma upsampling; what they cost in PSNR is in docs/benchmarks.md.
     """
-    if header.simple and rows < header.height and data[-2:] == END:
+    if header.simple and rows < header.height:
         pixels = np.empty((rows, header.width, 3), np.uint8)
         cut = bytearray(data)
         cut[header.frame + 1 : header.frame + 3] = rows.to_bytes(2, "big")
@@ -84,11 +86,13 @@ def decode_rows(data: memoryview, header: Header, rows: int) -> NDArray[np.uint8
 def _decode(data: memoryview | bytearray, pixels: NDArray[np.uint8]) -> str | None:
     """Fill `pixels`, or say why not."""
     try:
-        decoded = simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True, buffer=pixels)
+        size = simplejpeg.decode_jpeg_header(data)[:2]
+        if size != pixels.shape[:2]:  # rows that libjpeg does not see would keep what was in their memory
+            return f"its header says {pixels.shape[:2]} rows and columns or {size}, depending on how it is read"
+        simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True, buffer=pixels)
     except ValueError as error:
         return None if LEFT_OVER in str(error) else str(error)
-    # Without this a header read in two ways would hand on memory that was never written.
-    return None if decoded.shape == pixels.shape else f"its size is {decoded.shape}, not {pixels.shape}"
+    return None
 
 
 def _check_scans(data: memoryview) -> None:
