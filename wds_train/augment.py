@@ -22,13 +22,15 @@ def random_resized_crop(
     torchvision): an area share uniform in `scale`, an aspect ratio log-uniform in `ratio`.
     """
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        # Doubles alone: NumPy may change how its other distributions use the bits (NEP 19), and boxes with them.
+        share, aspect, x, y = rng.random(4).tolist()
+        area = width * height * (scale[0] + share * (scale[1] - scale[0]))
+        aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return Box(int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h)
-    w = min(width, round(height * ratio[1]))
-    h = min(height, round(width / ratio[0]))
+            return Box(int(x * (width - w + 1)), int(y * (height - h + 1)), w, h)
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
     return Box((width - w) // 2, (height - h) // 2, w, h)
 
 

@@ -12,8 +12,9 @@ from wds_train.store import default_url
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code: 0 done, 75 interrupted (run it again), 1 failed, 2 wrong usage."""
-    args = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        args = _parser(arguments).parse_args(arguments)
         return args.run_command(args)
     except Interrupted as stop:
         print(f"wds-train: {stop}", file=sys.stderr)
@@ -30,14 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command that `arguments` name; the others' flags stay out, because some import PyTorch to
+    define them, which takes seconds.
+    """
     parser = argparse.ArgumentParser(prog="wds-train", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_shards(commands.add_parser("shards", help="convert images to tar shards, index and manifest"))
-    _add_inspect(commands.add_parser("inspect", help="what a dataset holds"))
-    _add_verify(commands.add_parser("verify", help="re-read every byte of a dataset"))
-    _add_order(commands.add_parser("order", help="print the samples of an epoch in training order"))
-    _add_train(commands.add_parser("train", help="train, or go on with a run"))
+    for name, (text, add) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if name in arguments[:1]:
+            add(command)
     return parser
 
 
@@ -93,6 +96,13 @@ def _order(args: argparse.Namespace) -> int:
     for line in lines:
         print("\t".join(map(str, line)))
     return 0
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from wds_train import bench
+
+    bench.add_arguments(parser)
+    parser.set_defaults(run_command=bench.run)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +183,15 @@ def _count(text: str, least: int = 0) -> int:
 def _positive(text: str) -> int:
     return _count(text, least=1)
 
+
+COMMANDS = {
+    "shards": ("convert images to tar shards, index and manifest", _add_shards),
+    "inspect": ("what a dataset holds", _add_inspect),
+    "verify": ("re-read every byte of a dataset", _add_verify),
+    "order": ("print the samples of an epoch in training order", _add_order),
+    "train": ("train, or go on with a run", _add_train),
+    "bench": ("measure what the parts cost", _add_bench),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

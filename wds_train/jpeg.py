@@ -1,0 +1,120 @@
+"""JPEG: what its header says, and the pixels of its first rows.
+
+A crop needs no row below it, and rows are coded top to bottom. So the height in the frame header is lowered to the
+crop's bottom edge before libjpeg-turbo sees the file: it decodes that many rows, to the same pixels as ever, and warns
+that bytes were left over. The rows above and the columns beside the crop cannot be skipped this way.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from wds_train.errors import DataError
+
+START = b"\xff\xd8"
+SCAN, RESTART_INTERVAL, EXIF = 0xDA, 0xDD, 0xE1
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+SEQUENTIAL_FRAMES = (0xC0, 0xC1)
+NO_SEGMENT = (0x00, 0x01, *range(0xD0, 0xD8), 0xFF)  # stuffing, the markers without content, fill bytes
+ORIENTATION_TAG = 0x0112
+# A progressive file may hold thousands of scans of a few bytes, each a pass over all pixels. Encoders write about ten.
+MAX_SCANS = 100
+# TurboJPEG tells of its first warning only. If that is this one, every row was decoded without any. With restart markers
+# the bytes left over end at the first of those; but bytes before one may also be damage, so such files are decoded whole.
+LEFT_OVER = "extraneous bytes before marker 0xd9"
+
+
+class Header(NamedTuple):
+    """`width` and `height` as stored, in pixels; `orientation` as in EXIF, 1 (upright) to 8; `frame`: offset of the
+    frame header's content; `simple`: all pixels in one sequential scan, without restart markers.
+    """
+
+    width: int
+    height: int
+    components: int
+    orientation: int
+    frame: int
+    simple: bool
+
+
+def read_header(data: memoryview) -> Header:
+    """The header of the JPEG file `data`; `DataError` when there is none that makes sense."""
+    orientation, frame_marker, frame, restarts = 1, 0, 0, False
+    at = len(START)
+    while at + 4 <= len(data):
+        marker = data[at + 1]
+        if data[at] != 0xFF or marker in NO_SEGMENT:
+            at += 1  # as libjpeg does
+            continue
+        content, at = at + 4, at + 2 + _uint16(data, at + 2)
+        if marker == SCAN:
+            if not frame or content >= len(data):
+                break
+            simple = frame_marker in SEQUENTIAL_FRAMES and data[content] == data[frame + 5] and not restarts
+            if not simple:
+                _check_scans(data)
+            height, width = _uint16(data, frame + 1), _uint16(data, frame + 3)
+            return Header(width, height, data[frame + 5], orientation, frame, simple)
+        if marker in FRAMES and not frame and content + 6 <= len(data):
+            frame_marker, frame = marker, content
+        elif marker == RESTART_INTERVAL:
+            restarts = True
+        elif marker == EXIF and orientation == 1:
+            orientation = _orientation(bytes(data[content:at]))
+    raise DataError("it is cut off or damaged: a JPEG without a frame and a scan header")
+
+
+def decode_rows(data: memoryview, header: Header, rows: int) -> NDArray[np.uint8]:
+    """The first `rows` rows, or more: uint8 [>= rows, width, 3] RGB. `DataError` when one of them is damaged or missing.
+
+    Uses the fast inverse DCT and the plain chroma upsampling; what they cost in PSNR is in docs/benchmarks.md.
+    """
+    if header.simple and rows < header.height:
+        pixels = np.empty((rows, header.width, 3), np.uint8)
+        cut = bytearray(data)
+        cut[header.frame + 1 : header.frame + 3] = rows.to_bytes(2, "big")
+        if _decode(cut, pixels) is None:
+            return pixels
+    pixels = np.empty((header.height, header.width, 3), np.uint8)
+    if (cause := _decode(data, pixels)) is not None:
+        raise DataError(f"it cannot be decoded: {cause}")
+    return pixels
+
+
+def _decode(data: memoryview | bytearray, pixels: NDArray[np.uint8]) -> str | None:
+    """Fill `pixels`, or say why not."""
+    try:
+        size = simplejpeg.decode_jpeg_header(data)[:2]
+        if size != pixels.shape[:2]:  # rows that libjpeg does not see would keep what was in their memory
+            return f"its header says {pixels.shape[:2]} rows and columns or {size}, depending on how it is read"
+        simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True, buffer=pixels)
+    except ValueError as error:
+        return None if LEFT_OVER in str(error) else str(error)
+    return None
+
+
+def _check_scans(data: memoryview) -> None:
+    if (scans := bytes(data).count(b"\xff\xda")) > MAX_SCANS:
+        raise DataError(f"it is a JPEG of {scans} scans, at most {MAX_SCANS} are read; encode it again")
+
+
+def _orientation(exif: bytes) -> int:
+    """The orientation in the content of an EXIF segment; 1 where there is none, or none that makes sense."""
+    tiff = exif[6:]
+    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(tiff[at : at + size], order)
+
+    if exif.startswith(b"Exif\0\0") and number(2, 2) == 42:
+        directory = number(4, 4)
+        for entry in range(directory + 2, min(directory + 2 + 12 * number(directory, 2), len(tiff)), 12):
+            if number(entry, 2) == ORIENTATION_TAG and 1 <= number(entry + 8, 2) <= 8:
+                return number(entry + 8, 2)
+    return 1
+
+
+def _uint16(data: memoryview, at: int) -> int:
+    return data[at] << 8 | data[at + 1]
