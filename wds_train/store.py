@@ -29,7 +29,10 @@ from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions as boto_errors
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
+from botocore.httpsession import URLLib3Session
+from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
 from wds_train.devserver import EMBEDDED_BUCKET, Endpoint, ensure_running
@@ -48,6 +51,7 @@ PIECE_BYTES = 1 << 18
 UNFINISHED = ".tmp-"  # begins the names of local files that are being written
 PART_BYTES = 16 << 20  # a larger body goes up in parts of this size, of which UPLOAD_THREADS are copied at a time
 UPLOAD_THREADS = 4
+SIGNED_SECONDS = 3600  # an address for reads is good for
 
 JITTER = random.SystemRandom()  # shared by no seed and no fork
 
@@ -277,6 +281,8 @@ class S3Store:
         self._client: S3Client | None = None
         self._client_pid = 0
         self._session: boto3.session.Session | None = None
+        self._http = _sender({})
+        self._signed: dict[str, tuple[str, float]] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
         return _shared, (self.bucket, self.prefix, self._endpoint)
@@ -286,6 +292,7 @@ class S3Store:
         # A connection pool shared with a forked parent would mix the answers of both on one socket.
         if self._client is None or self._client_pid != os.getpid():
             self._client, self._client_pid = self._connect(), os.getpid()
+            self._http = _sender({} if self._endpoint else get_environ_proxies(self._client.meta.endpoint_url))
         return self._client
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
@@ -351,23 +358,52 @@ class S3Store:
         wanted = {"IfMatch": body.tag} if body.tag else {}
         if first or body.length is not None:
             wanted["Range"] = f"bytes={first}-" + ("" if body.length is None else str(body.start + body.length - 1))
-        answer = self.client.get_object(Bucket=self.bucket, Key=self._key(_inside(key, self.url)), **wanted)  # type: ignore[arg-type]
+        tag, size, answered_range, answer = self._get(key, wanted)
         self._answered = True
-        if "Range" in wanted and not answer.get("ContentRange", "").startswith(f"bytes {first}-"):
+        if "Range" in wanted and not answered_range.startswith(f"bytes {first}-"):
             raise StoreError(f"{self.url}/{key}: this S3 server ignores ranges; it cannot be used")
-        body.tag, body.expected = answer["ETag"], body.size + answer["ContentLength"]
+        body.tag, body.expected = tag, body.size + size
         if body.length is not None and body.expected < body.length:
             raise _OutOfRange
         began = time.monotonic()
-        with contextlib.closing(answer["Body"]) as stream:
-            # `StreamingBody.read` returns only when all that was asked for is there, however slowly it comes.
-            while piece := stream._raw_stream.read1(PIECE_BYTES):  # type: ignore[attr-defined]
+        with contextlib.closing(answer) as stream:
+            # urllib3's `read1`; `read` returns only when all that was asked for is there, however slowly it comes.
+            while piece := stream.read1(PIECE_BYTES):
                 body.pieces.append(piece)
                 body.size += len(piece)
                 if time.monotonic() - began > SOCKET_SECONDS + body.size / SLOWEST:
                     raise Unavailable(f"{self.url}/{key} comes at less than {SLOWEST} bytes per second")
         if body.size < body.expected:  # an early end is no error to urllib3
             raise Unavailable(f"{self.url}/{key} broke off after {body.size} of {body.expected} bytes")
+
+    def _get(self, key: str, wanted: dict[str, str]) -> tuple[str, int, str, Any]:
+        """Tag, size in bytes, Content-Range and body (a urllib3 response) of one GET.
+
+        A range goes to an address signed once for many reads, through botocore's own HTTP session: boto3 takes twice
+        the CPU for a range of 1 MB, most of it to sign and to parse. Any other answer than the range is boto3's to get
+        again and to judge: it names the error, follows a bucket to its region, and renews credentials.
+        """
+        where = {"Bucket": self.bucket, "Key": self._key(_inside(key, self.url))}
+        client = self.client
+        if "Range" in wanted:
+            headers = {"If-Match" if name == "IfMatch" else name: value for name, value in wanted.items()}
+            found = self._http.send(
+                AWSRequest("GET", self._signed_url(client, where), headers, stream_output=True).prepare()
+            )
+            if found.status_code == 206:
+                size = int(found.headers["Content-Length"])
+                return found.headers["ETag"], size, found.headers["Content-Range"], found.raw
+            found.raw.close()
+            self._signed.pop(where["Key"], None)
+        answer = client.get_object(**where, **wanted)  # type: ignore[arg-type]
+        return answer["ETag"], answer["ContentLength"], answer.get("ContentRange", ""), answer["Body"]._raw_stream  # type: ignore[attr-defined]
+
+    def _signed_url(self, client: "S3Client", where: dict[str, str]) -> str:
+        url, since = self._signed.get(where["Key"], ("", 0.0))
+        if not url or time.monotonic() - since > SIGNED_SECONDS / 2:
+            url = client.generate_presigned_url("get_object", Params=where, ExpiresIn=SIGNED_SECONDS)
+            self._signed[where["Key"]] = url, time.monotonic()
+        return url
 
     def _write_parts(self, key: str, body: memoryview, condition: dict[str, str]) -> str:
         """A multipart upload: nothing is visible before its end, and nothing remains of one that failed."""
@@ -499,6 +535,13 @@ class S3Store:
 def _shared(bucket: str, prefix: str, endpoint: Endpoint | None) -> S3Store:
     """What a store becomes in another process: one for all copies, or each task sent there would connect anew."""
     return S3Store(bucket, prefix, endpoint)
+
+
+def _sender(proxies: dict[str, str]) -> URLLib3Session:
+    """botocore's HTTP session, with the certificates that boto3 would use."""
+    bundle: Any = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE") or True
+    limits: Any = (5, SOCKET_SECONDS)  # seconds to connect, and without a byte
+    return URLLib3Session(verify=bundle, proxies=proxies, timeout=limits, max_pool_connections=32)
 
 
 class _OutOfRange(StoreError):
