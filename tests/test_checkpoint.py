@@ -120,7 +120,7 @@ def test_another_recipe_or_dataset_is_refused_with_both_values(store: Store, sai
     Run.claim(store, FRESH, said.append)
     before = store.read(states.NAME)
     other = replace(FRESH, recipe=with_settings(preset("digits"), ["optimizer.lr=0.3"]).to_dict())
-    with pytest.raises(RunError, match=r"optimizer.lr: 0.05 \(saved\), 0.3 \(now\)"):
+    with pytest.raises(RunError, match=r"optimizer.lr: 0.1 \(saved\), 0.3 \(now\)"):
         Run.claim(store, other, said.append)
     with pytest.raises(RunError, match=r"dataset: .*'fingerprint': 'f'.* \(saved\), .*'fingerprint': 'g'"):
         Run.claim(store, replace(FRESH, dataset={"url": "d", "fingerprint": "g"}), said.append)

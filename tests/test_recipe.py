@@ -33,8 +33,8 @@ def test_settings_change_one_field_each_with_its_type() -> None:
         ("batch=0", r"batch = 0 cannot work: it must be a positive number"),
         ("data.size=0", r"data.size = 0 cannot work: it must be at least 8 pixels"),
         (
-            "schedule.warmup_epochs=12",
-            r"schedule.warmup_epochs = 12.0 cannot work: it must be less than schedule.epochs \(12\)",
+            "schedule.warmup_epochs=16",
+            r"schedule.warmup_epochs = 16.0 cannot work: it must be less than schedule.epochs \(16\)",
         ),
     ],
 )

@@ -5,11 +5,11 @@
     fetch      (store.py)  ranged GETs of whole blocks by a few threads, a bounded number of bytes ahead; every
                            sample's CRC is checked, a damaged one is fetched once more: Window(request, records)
     assemble               step by step, the next samples of each lane: Part(step, places, ids, records)
-    decode     (decode.py) crop, resize and flip straight into a tensor in shared memory: Batch
+    decode     (decode.py) crop, resize and flip straight into the worker's slot of shared memory: Decoded
 
 and in the trainer's process:
 
-    merge                  the parts of one step, of all workers, in lane order: Batch
+    merge                  the parts of one step, of all workers, copied in lane order (into pinned memory, with a GPU): Batch
 
 The stages are a `webdataset.DataPipeline` behind `webdataset.WebLoader`. Nothing is consumed that a state would have
 to hold: a loader starts at any step, and its batches are the same for every number of ranks and workers.
@@ -42,6 +42,7 @@ FETCH_THREADS = 8
 AHEAD_BYTES = 32 << 20  # per worker: enough to cover the store's latency, little beside the windows themselves
 GAP_BYTES = 64 << 10  # fetching a hole this small costs less than another request
 PREFETCHED_PARTS = 4  # per worker, in shared memory: evens out steps whose images are slow to decode
+SLOTS = PREFETCHED_PARTS + 1
 
 
 class Request(NamedTuple):
@@ -88,12 +89,26 @@ class Batch:
     lost: list[Lost] = field(default_factory=list)
 
 
+class Decoded(NamedTuple):
+    """A part whose pixels lie in a slot of the `Slots`. `labels` int64 [n]."""
+
+    part: Part
+    labels: NDArray[np.int64]
+    lost: list[Lost]
+    side: int
+    worker: int
+    slot: int
+
+
 class Plan(Protocol):
     """What one worker reads: its requests, and how they are cut into parts."""
 
     def parts(
         self, fetch: "Callable[[Iterable[Request]], Iterator[Window]]", worker: int, workers: int
     ) -> Iterator[Part]: ...
+
+    def part_samples(self, workers: int) -> int:
+        """The most samples that a part of one of `workers` holds."""
 
 
 class Window(NamedTuple):
@@ -141,6 +156,9 @@ class TrainPlan:
             global_batch=self.global_batch,
         )
 
+    def part_samples(self, workers: int) -> int:
+        return len(self.lanes(0, workers)) * (self.global_batch // lane_count(self.global_batch))
+
     def lanes(self, worker: int, workers: int) -> list[int]:
         lanes = lane_count(self.global_batch)
         own = range(self.rank * lanes // self.world, (self.rank + 1) * lanes // self.world)
@@ -187,6 +205,9 @@ class EvalPlan:
     batch: int
     rank: int = 0
     world: int = 1
+
+    def part_samples(self, workers: int) -> int:
+        return self.batch
 
     def parts(
         self, fetch: Callable[[Iterable[Request]], Iterator[Window]], worker: int, workers: int
@@ -266,6 +287,10 @@ def _window(request: Request, _: int, runs: list[Future[dict[int, memoryview | D
 
 
 class Transform(Protocol):
+    @property
+    def side(self) -> int:
+        """The largest side of any step's images, in pixels."""
+
     def size(self, step: int) -> int:
         """The side of the square images of `step`, in pixels."""
 
@@ -306,22 +331,41 @@ class EvalTransform:
         return center_crop(width, height, self.crop_ratio), False
 
 
-class Decoder:
-    """Parts to batches. With no transform, the images stay empty: the order alone is wanted."""
+class Slots:
+    """Shared memory for decoded pixels: SLOTS of the largest part's size for every worker, used in turn.
 
-    def __init__(self, split: SplitReader, transform: Transform | None) -> None:
+    DataLoader could carry tensors itself, in a new piece of shared memory for each, whose pages both processes would
+    have to fault in again and again. Slots need no lock: DataLoader lets a worker run PREFETCHED_PARTS ahead of the
+    part that was last taken, which is copied before the next is asked for, so that one slot more is always free.
+    """
+
+    def __init__(self, workers: int, samples: int, side: int) -> None:
+        self._pixels = torch.empty(
+            (max(1, workers), SLOTS, samples * side * side * 3), dtype=torch.uint8
+        ).share_memory_()
+
+    def __call__(self, worker: int, slot: int, samples: int, side: int) -> torch.Tensor:
+        """The slot as uint8 [samples, side, side, 3]."""
+        return self._pixels[worker, slot, : samples * side * side * 3].view(samples, side, side, 3)
+
+
+class Decoder:
+    """Decodes parts into slots. With no transform, they stay empty: the order alone is wanted."""
+
+    def __init__(self, split: SplitReader, transform: Transform | None, slots: Slots) -> None:
         self._split = split
         self._transform = transform
+        self._slots = slots
 
-    def __call__(self, parts: Iterable[Part]) -> Iterator[Batch]:
-        return map(self._decode, parts)
+    def __call__(self, parts: Iterable[Part]) -> Iterator[Decoded]:
+        info = torch.utils.data.get_worker_info()
+        worker = info.id if info else 0
+        for number, part in enumerate(parts):
+            yield self._decode(part, worker, number % SLOTS)
 
-    def _decode(self, part: Part) -> Batch:
+    def _decode(self, part: Part, worker: int, slot: int) -> Decoded:
         side = self._transform.size(part.step) if self._transform else 0
-        images = torch.empty((len(part.ids), side, side, 3), dtype=torch.uint8)
-        if torch.utils.data.get_worker_info() is not None:
-            images.share_memory_()  # while empty: sharing it later, on the way to the trainer, would copy the pixels
-        pixels, lost = images.numpy(), []
+        pixels, lost = self._slots(worker, slot, len(part.ids), side).numpy(), []
         for place, (sample, record) in enumerate(zip(part.ids.tolist(), part.records, strict=True)):
             try:
                 self._fill(pixels[place], part.epoch, int(part.positions[place]), sample, record)
@@ -329,8 +373,8 @@ class Decoder:
                 pixels[place] = 128
                 shard = self._split.shard_names[self._split.index.shard[sample]]
                 lost.append(Lost(sample, shard, self._split.index.key_of(sample), str(error)))
-        labels = torch.from_numpy(self._split.index.label[part.ids].astype(np.int64))
-        return Batch(part.step, part.positions, part.ids, images, labels, lost)
+        labels = self._split.index.label[part.ids].astype(np.int64)
+        return Decoded(part._replace(records=[]), labels, lost, side, worker, slot)
 
     def _fill(
         self, out: NDArray[np.uint8], epoch: int, position: int, sample: int, record: memoryview | DataError
@@ -363,7 +407,7 @@ def _init_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _errors_as_values(batches: Iterable[Batch]) -> Iterator[Batch | WdsTrainError]:
+def _errors_as_values(batches: Iterable[Decoded]) -> Iterator[Decoded | WdsTrainError]:
     try:
         yield from batches
     except WdsTrainError as error:
@@ -386,7 +430,8 @@ class Loader:
         if isinstance(plan, TrainPlan):
             workers = min(workers, len(plan.lanes(0, 1)))
         self._parts_per_batch = max(1, workers) if isinstance(plan, TrainPlan) else 1
-        decode = Decoder(split, transform)
+        self._slots = Slots(workers, plan.part_samples(max(1, workers)), transform.side if transform else 0)
+        decode = Decoder(split, transform, self._slots)
         self._pipeline = wds.WebLoader(
             wds.DataPipeline(_Source(plan, Fetcher(split, cache), decode), decode, _errors_as_values),
             batch_size=None,
@@ -397,7 +442,7 @@ class Loader:
             multiprocessing_context="fork" if workers else None,
             worker_init_fn=_init_worker,
         )
-        self._begun: Iterator[Batch | WdsTrainError] | None = None
+        self._begun: Iterator[Decoded | WdsTrainError] | None = None
 
     def start(self) -> None:
         """Fork the workers and begin reading. To be called before this process has threads or uses a GPU, neither of
@@ -407,14 +452,14 @@ class Loader:
         self._begun = itertools.chain([next(items)], items)
 
     def __iter__(self) -> Iterator[Batch]:
-        parts: list[Batch] = []
+        parts: list[Decoded] = []
         for part in self._received():
             parts.append(part)
             if len(parts) == self._parts_per_batch:
-                yield _merge(parts)
+                yield self._merge(parts)
                 parts = []
 
-    def _received(self) -> Iterator[Batch]:
+    def _received(self) -> Iterator[Decoded]:
         items, self._begun = self._begun or self._pipeline, None
         try:
             for item in items:
@@ -428,20 +473,23 @@ class Loader:
                 f"a loader worker died ({error}); if the machine ran out of memory, use fewer --workers, then run again"
             ) from error
 
-
-def _merge(parts: list[Batch]) -> Batch:
-    """The workers' parts of one step as one batch; they hold ascending lanes, so their order is the lanes'."""
-    if len(parts) == 1:
-        return parts[0]
-    assert len({part.step for part in parts}) == 1, f"workers are out of step: {[part.step for part in parts]}"
-    return Batch(
-        parts[0].step,
-        np.concatenate([part.positions for part in parts]),
-        np.concatenate([part.ids for part in parts]),
-        torch.cat([part.images for part in parts]),
-        torch.cat([part.labels for part in parts]),
-        [lost for part in parts for lost in part.lost],
-    )
+    def _merge(self, decoded: list[Decoded]) -> Batch:
+        """The workers' parts of one step as one batch; they hold ascending lanes, so their order is the lanes'."""
+        assert len({each.part.step for each in decoded}) == 1, f"workers out of step: {[d.part.step for d in decoded]}"
+        ids, side = np.concatenate([each.part.ids for each in decoded]), decoded[0].side
+        images = torch.empty((len(ids), side, side, 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        slots = [self._slots(each.worker, each.slot, len(each.part.ids), side).numpy() for each in decoded]
+        np.concatenate(
+            slots, out=images.numpy()
+        )  # torch.cat would wake a pool of threads, which take the workers' cores
+        return Batch(
+            decoded[0].part.step,
+            np.concatenate([each.part.positions for each in decoded]),
+            ids,
+            images,
+            torch.from_numpy(np.concatenate([each.labels for each in decoded])),
+            [lost for each in decoded for lost in each.lost],
+        )
 
 
 def stream_order(
