@@ -13,7 +13,17 @@ import torch
 from wds_train.cli import main
 from wds_train.dataset import Dataset
 from wds_train.errors import DataError, RunError, UsageError
-from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, TrainPlan, TrainTransform, stream_order
+from wds_train.pipeline import (
+    Batch,
+    EvalPlan,
+    EvalTransform,
+    Loader,
+    Mixture,
+    TrainPlan,
+    TrainTransform,
+    shares,
+    stream_order,
+)
 
 BATCH = 48
 TRANSFORM = TrainTransform(seed=0, side=24, scale=(0.3, 1.0), ratio=(0.75, 1.33), flip=0.5)
@@ -166,3 +176,33 @@ def test_refusals(digits: Dataset) -> None:
         order_lines(digits, from_step=30)
     with pytest.raises(DataError, match="no split 'test'; it has train, val"):
         digits.split("test")
+
+
+def test_a_mixture_takes_fixed_shares_of_exact_orders(digits: Dataset) -> None:
+    """64 a batch: 48 of the train split, 16 of the val split, whose epochs are shorter, from any step."""
+    train, val = digits.split("train"), digits.split("val")
+    assert shares(64, [0.25]) == [48, 16]
+    main_plan = TrainPlan(train.shard_samples, digits.fingerprint, 0, 48, range(2))
+    other_plan = TrainPlan(val.shard_samples, "other", 0, 16, range(99))
+
+    def batches(from_step: int, workers: int) -> list[Batch]:
+        plans = [(train, replace(main_plan, from_step=from_step)), (val, replace(other_plan, from_step=from_step))]
+        return list(Mixture([Loader(split, plan, TRANSFORM, workers) for split, plan in plans], seed=0))
+
+    every = batches(0, 0)
+    assert len(every) == 2 * main_plan.steps_per_epoch
+    tail = batches(31, 2)
+    assert all(torch.equal(one.images, other.images) for one, other in zip(tail, every[31:], strict=True))
+    alone = list(Loader(train, main_plan, TRANSFORM, 0))
+    for mixed, part in zip(every, alone, strict=True):
+        assert set(part.ids.tolist()) <= set(mixed.ids.tolist())
+        assert len(mixed.labels) == 64
+    first_epoch = [
+        int(i) for batch in list(Loader(val, other_plan, None, 0))[: other_plan.steps_per_epoch] for i in batch.ids
+    ]
+    assert len(first_epoch) == len(set(first_epoch)) == 352
+
+
+def test_a_mixture_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"mixing \[0.6, 0.5\] into a batch of 64 leaves none for the first dataset"):
+        shares(64, [0.6, 0.5])

@@ -35,7 +35,7 @@ from wds_train.cache import BlockCache
 from wds_train.dataset import Dataset, SplitReader
 from wds_train.decode import decode_crop
 from wds_train.errors import DataError, RunError, UsageError, WdsTrainError
-from wds_train.order import EpochOrder, Ids, generator, lane_count
+from wds_train.order import EpochOrder, Ids, generator, lane_count, permutation
 from wds_train.tario import image_of
 
 FETCH_THREADS = 8
@@ -490,6 +490,54 @@ class Loader:
             torch.from_numpy(np.concatenate([each.labels for each in decoded])),
             [lost for each in decoded for lost in each.lost],
         )
+
+
+class Mixture:
+    """Batches that take fixed shares of several loaders, one of each dataset, whose plans have the shares as batches.
+
+    Every dataset keeps its own exact order and its own epochs, and step s takes step s of each: the state is still one
+    integer. `seed` decides how a batch is interleaved, because mixup pairs samples by their place.
+    """
+
+    def __init__(self, loaders: "list[Loader]", seed: int) -> None:
+        self._loaders, self._seed = loaders, seed
+
+    def start(self) -> None:
+        for loader in self._loaders:
+            loader.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        for parts in zip(
+            *self._loaders, strict=False
+        ):  # it ends with the first dataset's plan, which counts the epochs
+            yield self._interleave(parts)
+
+    def _interleave(self, parts: tuple[Batch, ...]) -> Batch:
+        step, sizes = parts[0].step, [len(part.ids) for part in parts]
+        places = np.split(permutation(sum(sizes), self._seed, "mixture", step), np.cumsum(sizes)[:-1])
+        images = torch.empty(
+            (sum(sizes), *parts[0].images.shape[1:]), dtype=torch.uint8, pin_memory=parts[0].images.is_pinned()
+        )
+        labels = torch.empty(sum(sizes), dtype=torch.int64)
+        positions, ids = np.empty(sum(sizes), np.int64), np.empty(sum(sizes), np.int64)
+        for part, place in zip(parts, places, strict=True):
+            images[place], labels[place] = part.images, part.labels
+            positions[place], ids[place] = part.positions, part.ids
+        return Batch(step, positions, ids, images, labels, [lost for part in parts for lost in part.lost])
+
+
+def shares(global_batch: int, weights: list[float]) -> list[int]:
+    """How many samples of a batch each dataset gives: `weights` of the others, the rest of the first; int each.
+
+    Rounded to multiples of 8 (of the batch's own power of two, if that is less), so that ranks can share them.
+    """
+    unit = min(8, global_batch & -global_batch)
+    others = [max(1, round(weight * global_batch / unit)) * unit for weight in weights]
+    if sum(others) >= global_batch:
+        raise UsageError(
+            f"mixing {weights} into a batch of {global_batch} leaves none for the first dataset; lower them"
+        )
+    return [global_batch - sum(others), *others]
 
 
 def stream_order(
