@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PEERS  := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train test check fix lock s3-stop clean
+.PHONY: help setup shards train test check fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  With no settings, data and runs live in an embedded S3 server under .wds/, on the handwritten digits.'
 	@echo '  make shards SOURCE=/data/imagenet BUCKET=s3://my-bucket; make train BUCKET=s3://my-bucket RUN=first RECIPE=imagenette'
@@ -43,12 +44,22 @@ fix: setup ## repair what the linter can
 	-$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench-peers: $(PEERS)/.installed ## our loader beside webdataset, mosaicml-streaming, litdata and datasets (ARGS="--images TAR")
+	$(PEERS)/bin/wds-train bench loader --peers $(ARGS)
+
+$(PEERS)/.installed: requirements-peers.lock $(STAMP)
+	$(PYTHON) -m venv --without-pip $(PEERS)
+	$(BIN)/uv pip install --quiet --python $(PEERS)/bin/python --require-hashes -r requirements-peers.lock
+	$(BIN)/uv pip install --quiet --python $(PEERS)/bin/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
 lock: setup ## compile the pinned, hashed requirements anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra dev pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra peers pyproject.toml -o requirements-peers.lock
 	echo uv | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-uv.lock
 
 s3-stop: setup ## stop the embedded S3 server
 	$(BIN)/python -m wds_train.devserver stop
 
-clean: s3-stop ## remove .venv and all data of the embedded S3 server
-	rm -rf $(VENV) .wds
+clean: s3-stop ## remove what was installed, and all data of the embedded S3 server
+	rm -rf $(VENV) $(PEERS) .wds

@@ -24,6 +24,9 @@ COMPOSED = [
     "evaluate",
     "audit",
     "bench",
+    "bench_peers",
+    "bench_pass",
+    "bench_loader",
     "cli",
 ]
 LAYERS = PURE + OUTSIDE + COMPOSED

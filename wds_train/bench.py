@@ -1,7 +1,4 @@
-"""`wds-train bench`: what the parts cost, measured beside what they replace.
-
-`decode`: from encoded bytes to an augmented uint8 image, on one core, against Pillow and torchvision.
-"""
+"""`wds-train bench decode`: from encoded bytes to an augmented uint8 image, on one core, against Pillow and torchvision."""
 
 import argparse
 import io
@@ -36,12 +33,10 @@ Pixels = NDArray[np.uint8]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    benches = parser.add_subparsers(dest="bench", required=True)
-    decode = benches.add_parser("decode", help="decode, random resized crop and flip, on one core")
-    decode.add_argument(
+    parser.add_argument(
         "--images", type=Path, help="a tar or a directory of images (default: scikit-learn's two photos)"
     )
-    decode.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,7 +80,7 @@ def bench_decode(images: list[bytes]) -> dict[str, Any]:
     return {
         "images": len(images),
         "repeats": REPEATS,
-        "machine": _machine(),
+        "machine": machine(),
         "versions": {name: version(name) for name in ("pillow", "torchvision", "torch", "simplejpeg")},
         "img_per_s_per_core": {name: round(len(images) / statistics.median(s)) for name, s in seconds.items()},
         "ratio": round(statistics.median(r / o for r, o in zip(seconds[REFERENCE], seconds[OURS], strict=True)), 3),
@@ -144,7 +139,7 @@ def _is_image(name: str) -> bool:
     return name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
-def _machine() -> str:
+def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.partition(": ")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     return f"{names[0]}, {len(names)} CPUs" if names else platform.processor()

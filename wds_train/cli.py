@@ -99,10 +99,15 @@ def _order(args: argparse.Namespace) -> int:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from wds_train import bench
+    from wds_train import bench, bench_loader
 
-    bench.add_arguments(parser)
-    parser.set_defaults(run_command=bench.run)
+    benches = parser.add_subparsers(metavar="BENCH", required=True)
+    decode = benches.add_parser("decode", help="decode, random resized crop and flip, on one core")
+    bench.add_arguments(decode)
+    decode.set_defaults(run_command=bench.run)
+    loader = benches.add_parser("loader", help="an epoch from S3 to augmented batches")
+    bench_loader.add_arguments(loader)
+    loader.set_defaults(run_command=bench_loader.run)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

@@ -156,7 +156,8 @@ class SampleIndex:
 def read_index(data: bytes, where: str) -> SampleIndex:
     """Read an index found at `where`; `DataError` when it is not one."""
     try:
-        table = pq.read_table(pa.BufferReader(data), schema=SCHEMA)
+        # Not with threads: with torch loaded, a process that ends soon after Arrow began some ends in SIGABRT at times.
+        table = pq.read_table(pa.BufferReader(data), schema=SCHEMA, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{where} is not an index that can be read: {error}") from error
     columns = {name: table[name].to_numpy() for name in SCHEMA.names if name != "key"}
