@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ from wds_train.pipeline import (
     shares,
     stream_order,
 )
+from wds_train.tario import read_index
 
 BATCH = 48
 TRANSFORM = TrainTransform(seed=0, side=24, scale=(0.3, 1.0), ratio=(0.75, 1.33), flip=0.5)
@@ -206,3 +209,15 @@ def test_a_mixture_takes_fixed_shares_of_exact_orders(digits: Dataset) -> None:
 def test_a_mixture_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match=r"mixing \[0.6, 0.5\] into a batch of 64 leaves none for the first dataset"):
         shares(64, [0.6, 0.5])
+
+
+def test_an_index_that_is_none_is_refused_by_name(digits: Dataset) -> None:
+    good = pq.read_table(pa.BufferReader(digits.store.read("train/index.parquet")))
+    empty = good.set_column(0, "shard", pa.nulls(len(good), pa.int32()))
+    for table, cause in ((good.drop_columns("crc32"), "crc32"), (empty, "it has empty cells")):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        with pytest.raises(DataError, match=f"here is not an index that can be read: .*{cause}"):
+            read_index(sink.getvalue().to_pybytes(), "here")
+    with pytest.raises(DataError, match="here is not an index that can be read"):
+        read_index(b"PAR1 not really", "here")

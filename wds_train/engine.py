@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from wds_train.checkpoint import Snapshot
 from wds_train.errors import DataError, RunError
-from wds_train.model import Ema, create_model, create_optimizer, seed_torch
+from wds_train.model import Ema, create_model, create_optimizer, memory_layout, seed_torch
 from wds_train.order import key
 from wds_train.pipeline import Batch
 from wds_train.recipe import DataRecipe, MixRecipe, Recipe
@@ -187,10 +187,10 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in channels_last memory, without a copy for the layout."""
+        """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in the model's layout, which on a GPU they have already."""
         scale, shift = self._norm
         pixels = images.to(self.device, non_blocking=True).float()
-        return pixels.mul_(scale).add_(shift).permute(0, 3, 1, 2)
+        return pixels.mul_(scale).add_(shift).permute(0, 3, 1, 2).contiguous(memory_format=memory_layout(self.device))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self._amp, enabled=self._amp is not None)
