@@ -17,6 +17,7 @@ from PIL import (
 )
 
 from wds_train.errors import DataError
+from wds_train.tario import MAX_PIXELS
 
 # Named one by one: Pillow loads its rarer plugins only when an image fits none of the others, ours must always be there.
 PLUGINS = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
@@ -75,6 +76,8 @@ def _check(data: bytes, policy: ImagePolicy) -> CheckedImage:
     width, height = image.size[::-1] if turned else image.size
     if policy.resize_shorter and min(width, height) > policy.resize_shorter:
         return _reencoded(image, policy.resize_shorter, policy.quality)
+    if width * height > MAX_PIXELS:
+        raise DataError(f"it has {width}x{height} pixels, the loader takes {MAX_PIXELS}; shrink it (--resize-shorter)")
     oddity = _oddity(image)
     if policy.verify == "full":
         image.load()

@@ -18,8 +18,9 @@ from PIL import Image, ImageOps
 from wds_train import bench, jpeg
 from wds_train.augment import Box
 from wds_train.bench import psnr, read_images
-from wds_train.decode import MAX_PIXELS, decode_crop, probe
+from wds_train.decode import decode_crop, probe
 from wds_train.errors import DataError
+from wds_train.tario import MAX_PIXELS
 
 SHARED = Path(os.environ.get("WDS_SHARED", Path(__file__).parents[2] / "shared"))
 PHOTOS = SHARED / "data" / "imagenet-photos-150.tar"

@@ -18,9 +18,10 @@ from PIL import Image
 from wds_train import jpeg
 from wds_train.augment import Box, random_resized_crop
 from wds_train.bench import read_images
-from wds_train.decode import MAX_PIXELS, decode_crop, probe
+from wds_train.decode import decode_crop, probe
 from wds_train.errors import DataError
 from wds_train.order import generator
+from wds_train.tario import MAX_PIXELS
 
 MUTATIONS = 12_000
 SECONDS_EACH = 10  # a JPEG of MAX_PIXELS takes .5 s on an idle core

@@ -5,8 +5,10 @@ import hashlib
 import io
 import os
 import pickle
+import struct
 import sys
 import tarfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -231,6 +233,18 @@ GIF = (
 )
 
 
+def _png_header(width: int, height: int) -> bytes:
+    """The start of a PNG, as far as a header check reads: conversion must refuse a bomb before it makes pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rest = b"IDAT" + b"\0" * 8
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (header, rest)
+    )
+
+
+HUGE = _png_header(16385, 4096)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return layouts.image_folder(tmp_path / "folder", layouts.small_tree())
@@ -253,6 +267,7 @@ def fails(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> 
         ("notes.txt", b"hello", "not an image that shards hold (.txt)"),
         ("none", b"hello", "not an image that shards hold (no extension)"),
         ("gif.jpg", GIF, "its format is GIF"),
+        ("huge.png", HUGE, "it has 16385x4096 pixels, the loader takes 67108864"),
     ],
 )
 def test_bad_files_stop_the_conversion_or_are_counted(

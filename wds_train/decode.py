@@ -25,9 +25,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from wds_train import jpeg
 from wds_train.augment import Box
 from wds_train.errors import DataError
+from wds_train.tario import MAX_PIXELS
 
-# Checked on the header, before any pixel is made. A progressive JPEG, the dearest, takes 9 bytes a pixel: 300 MB.
-MAX_PIXELS = 2**25
 # From this factor on, plain bilinear skips source pixels. 1 makes every reduction anti-aliased.
 BILINEAR_UP_TO = 2
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -133,7 +132,7 @@ def _check_size(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise DataError(
             f"it has {width}x{height} pixels, 1 to {MAX_PIXELS} are allowed; "
-            "shrink it, or raise MAX_PIXELS in wds_train/decode.py"
+            "shrink it, or raise MAX_PIXELS in wds_train/tario.py"
         )
 
 

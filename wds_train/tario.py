@@ -21,6 +21,9 @@ from wds_train.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TAR_BLOCK = 512
+# No image of more is put into a shard or decoded from one, which bounds a loader worker's memory (3 bytes a pixel; a
+# progressive JPEG, the dearest, takes 9). Checked on the header, before any pixel is made.
+MAX_PIXELS = 2**26
 END_BYTES = 2 * TAR_BLOCK  # zeros
 # A key is a tar member name before its extension: what webdataset groups by. No dots (webdataset cuts at the first),
 # no odd characters (it must survive every tool), and short enough for a plain ustar header.
