@@ -139,21 +139,60 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="most that the cache may hold (default: %(default)s)",
     )
+    parser.add_argument(
+        "--commit-minutes",
+        type=float,
+        default=10.0,
+        metavar="M",
+        help="commit the state this often, besides each epoch's end (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-uncommitted-minutes",
+        type=float,
+        default=60.0,
+        metavar="M",
+        help="stop when commits have failed for this long (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep-every", type=_count, default=0, metavar="N", help="keep the checkpoint of every Nth epoch, too"
+    )
+    parser.add_argument("--no-wait", action="store_true", help="fail at once when another instance holds the run")
+    parser.add_argument("--deterministic", action="store_true", help="on a GPU: bit-equal, more slowly")
     parser.set_defaults(run_command=_train)
 
 
 def _train(args: argparse.Namespace) -> int:
     from wds_train.recipe import preset, with_settings
+    from wds_train.spot import StopRequest
 
+    stop = StopRequest()
     recipe = with_settings(preset(args.recipe), args.settings)  # before the heavy imports: a typo answers at once
     from wds_train.train import TrainOptions, train
 
     dataset = args.dataset or _default_dataset(args)
-    run = args.run or args.recipe
-    if "/" not in run:
-        run = default_url("runs", run, args.bucket)
-    train(TrainOptions(dataset, run, recipe, args.workers, args.cache_dir, int(args.cache_gb * 1e9)))
+    options = TrainOptions(
+        dataset,
+        _run_url(args.run or args.recipe, args.bucket),
+        recipe,
+        args.workers,
+        args.cache_dir,
+        int(args.cache_gb * 1e9),
+        args.commit_minutes,
+        args.max_uncommitted_minutes,
+        args.keep_every,
+        not args.no_wait,
+        args.deterministic,
+    )
+    train(options, stop)
     return 0
+
+
+def _run_url(run: str, bucket: str | None) -> str:
+    """`run`, an address already, or the name of one under `bucket`/runs."""
+    from wds_train.state import name_of
+
+    name_of(run)
+    return run if "/" in run else default_url("runs", run, bucket)
 
 
 def _default_dataset(args: argparse.Namespace) -> str:

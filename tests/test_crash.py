@@ -1,0 +1,138 @@
+"""Kill it anywhere: whatever is killed when, the run ends as the unbroken one, bit by bit, and nothing named is missing.
+
+The short version is part of the tests; `make crash-test` sets WDS_CRASH_KILLS to more.
+"""
+
+import hashlib
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from trainers import BATCH, EPOCHS, POINTS, STEPS_PER_EPOCH, Job, Training, all_ended
+
+from wds_train.checkpoint import Run, Snapshot
+from wds_train.dataset import Dataset
+from wds_train.errors import NotFound
+from wds_train.lease import read_run
+from wds_train.store import Store, open_store
+
+KILLS = int(os.environ.get("WDS_CRASH_KILLS", "14"))
+KILLS_PER_RUN = 14
+ROUNDS = int(os.environ.get("WDS_CRASH_ROUNDS", "2"))
+OFTEN = ("--commit-minutes", "0.005")  # several commits an epoch
+SMALL_PARTS = {"store.PART_BYTES": 1 << 18}  # even the small test model goes up in parts
+
+
+def job(dataset: Dataset, run: str, folder: Path, **details: object) -> Job:
+    return Job(dataset.store.url, run, str(folder), **details)  # type: ignore[arg-type]
+
+
+def assert_nothing_named_is_missing(store: Store) -> None:
+    try:
+        manifest, _ = read_run(store)
+    except NotFound:
+        return
+    for named in [c.object for c in manifest.checkpoints] + [s.object for s in manifest.metrics]:
+        data = store.read(named.key)
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (named.bytes, named.sha256), named.key
+
+
+def end_state(url: str) -> tuple[Snapshot, list[dict[str, object]], dict[str, float]]:
+    store = open_store(url)
+    run = Run(store, *read_run(store))
+    assert run.manifest.status == "done"
+    snapshot = run.restore(print)
+    assert snapshot is not None
+    return snapshot, run.history(), run.manifest.result
+
+
+def assert_same_end(one: str, other: str) -> None:
+    (snapshot, history, result), (snapshot2, history2, result2) = end_state(one), end_state(other)
+    assert (history, result) == (history2, result2)
+    assert (snapshot.progress, snapshot.extra) == (snapshot2.progress, snapshot2.extra)
+    assert snapshot.tensors.keys() == snapshot2.tensors.keys()
+    assert [n for n in snapshot.tensors if not torch.equal(snapshot.tensors[n], snapshot2.tensors[n])] == []
+
+
+def committed_steps(attempts: list[Training]) -> dict[int, list[int]]:
+    """The samples of every step that is part of the result: where an attempt began, those before it counted for
+    nothing from there on.
+    """
+    steps: dict[int, list[int]] = {}
+    for attempt in attempts:
+        taken = attempt.steps()
+        if taken:
+            steps = {step: ids for step, ids in steps.items() if step < min(taken)} | taken
+    return steps
+
+
+def assert_each_sample_once(steps: dict[int, list[int]], samples: int) -> None:
+    assert sorted(steps) == list(range(EPOCHS * STEPS_PER_EPOCH))
+    for epoch in range(EPOCHS):
+        ids = [i for step in range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH) for i in steps[step]]
+        assert len(ids) == len(set(ids)) == STEPS_PER_EPOCH * BATCH
+        assert set(ids) <= set(range(samples))
+
+
+@pytest.fixture(scope="module")
+def seconds() -> dict[str, float]:
+    return {}
+
+
+@pytest.fixture
+def unbroken(digits: Dataset, s3_url: str, tmp_path: Path, seconds: dict[str, float]) -> tuple[str, dict[int, list[int]]]:
+    """A run that nothing happened to, and its steps."""
+    url = f"{s3_url}/unbroken"
+    training = Training(job(digits, url, tmp_path))
+    assert training.end() == 0, training.output
+    began = time.monotonic()
+    second = Training(job(digits, f"{s3_url}/again", tmp_path))
+    assert second.end() == 0, second.output
+    seconds["run"] = time.monotonic() - began
+    assert_same_end(url, f"{s3_url}/again")
+    return url, training.steps()
+
+
+def moments(rng: random.Random, kills: int) -> list[tuple[str, int]]:
+    """(point, nth): every point in turn, and as often a random time instead."""
+    points = list(POINTS)
+    rng.shuffle(points)
+    return [(points[i // 2 % len(points)] if i % 2 else "", rng.choice([1, 1, 2, 3, 5])) for i in range(kills)]
+
+
+@pytest.mark.timeout(3000)
+def test_killed_anywhere_it_ends_as_the_unbroken_run(
+    digits: Dataset,
+    s3_url: str,
+    tmp_path: Path,
+    unbroken: tuple[str, dict[int, list[int]]],
+    seconds: dict[str, float],
+) -> None:
+    killed = 0
+    for seed in range(-(-KILLS // KILLS_PER_RUN)):
+        rng, run = random.Random(seed), f"{s3_url}/broken{seed}"
+        attempts: list[Training] = []
+        with all_ended(attempts):
+            for point, nth in moments(rng, KILLS_PER_RUN):
+                details = {"workers": rng.choice([0, 0, 1]), "arguments": OFTEN, "constants": SMALL_PARTS}
+                attempts.append(Training(job(digits, run, tmp_path, point=point, nth=nth, **details)))
+                if not point:
+                    attempts[-1].process.join(rng.uniform(0.1, 0.6 * seconds["run"]))
+                    attempts[-1].send(signal.SIGKILL)
+                killed += (code := attempts[-1].end()) == -signal.SIGKILL
+                assert code in (0, -signal.SIGKILL), attempts[-1].output
+                assert_nothing_named_is_missing(open_store(run))
+            attempts.append(Training(job(digits, run, tmp_path)))
+            assert attempts[-1].end() == 0, attempts[-1].output
+        assert_same_end(unbroken[0], run)
+        steps = committed_steps(attempts)
+        assert_each_sample_once(steps, len(digits.split("train")))
+        assert steps == unbroken[1]
+        store = open_store(run)
+        assert {e.key for e in store.list("ckpt/")} == {c.object.key for c in read_run(store)[0].checkpoints}
+    print(f"{killed} kills")
+    assert killed >= 0.6 * KILLS
