@@ -16,6 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from wds_train.cli import main
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["wds_train.train", "wds_train.status", "wds_train.cli"])
 
@@ -23,13 +28,16 @@ SETTINGS = [
     "model.name=test_resnet",
     "model.drop_path=0.1",
     "mix.mixup=0.2",
-    "batch=128",  # 11 steps per epoch
+    "batch=16",
     "data.size=16",
     "data.eval_size=16",
     "schedule.epochs=4",
     "schedule.warmup_epochs=1",
 ]
-STEPS_PER_EPOCH, EPOCHS, BATCH = 11, 4, 128
+STEPS_PER_EPOCH, EPOCHS, BATCH = 11, 4, 16
+SAMPLES = STEPS_PER_EPOCH * BATCH + 5  # of which five are left over in each epoch
+
+HOLD, HOLD_SECONDS = 0, 1.0  # instead of a signal: the thread that comes by sleeps, the others go on
 
 # Where a process can be made to stop: (module, owner of the function, function, before or after it).
 POINTS = {
@@ -38,6 +46,7 @@ POINTS = {
     "resumed": ("engine", "Trainer", "restore", "after"),
     "before a step": ("engine", "Trainer", "step", "before"),
     "after a step": ("engine", "Trainer", "step", "after"),
+    "validating": ("engine", "", "_readable", "before"),
     "validated": ("engine", "Trainer", "evaluate", "after"),
     "before the snapshot": ("engine", "Trainer", "snapshot", "before"),
     "after the snapshot": ("engine", "Trainer", "snapshot", "after"),
@@ -68,6 +77,18 @@ class Job:
     constants: dict[str, Any] = field(default_factory=dict)
 
 
+def make_dataset(folder: Path) -> str:
+    """Noise in two classes: small, so that a training takes a second or two."""
+    rng = np.random.default_rng(0)
+    for split, samples in (("train", SAMPLES), ("val", 40)):
+        for i in range(samples):
+            path = folder / "images" / split / f"class{i % 2}" / f"{i:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(128 * (i % 2), 128 + 128 * (i % 2), (16, 16, 3), dtype=np.uint8)).save(path)
+    assert main(["shards", str(folder / "images"), str(folder / "data")]) == 0
+    return str(folder / "data")
+
+
 class Training:
     """A running `Job`. Its output, and the steps that it took, are in files, which outlive it."""
 
@@ -93,13 +114,6 @@ class Training:
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.output):
             assert self.process.is_alive() and time.monotonic() < deadline, f"{pattern!r} never came:\n{self.output}"
-            time.sleep(0.005)
-
-    def until_stopped(self, seconds: float = 60) -> None:
-        """Until a SIGSTOP has taken effect."""
-        deadline = time.monotonic() + seconds
-        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            assert self.process.is_alive() and time.monotonic() < deadline, self.output
             time.sleep(0.005)
 
     def send(self, number: int) -> None:
@@ -128,13 +142,14 @@ def _main(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> No
     os.environ.update(environment, WANDB_MODE="disabled", WDS_HOME=job.folder)
     import torch
 
-    from wds_train.cli import main
     from wds_train.engine import Trainer
+    from wds_train.spot import SpotWatch
 
     torch.set_num_threads(1)
     for name, value in job.constants.items():
         module, constant = name.split(".")
         setattr(_module(module), constant, value)
+    SpotWatch.__init__.__defaults__ = (None, 0.02)  # looks for the notice more often
     _log_steps(Trainer, steps_log)
     if job.point:
         _stop_at(job)
@@ -163,7 +178,7 @@ def _log_steps(trainer: Any, path: str) -> None:
 
 def _stop_at(job: Job) -> None:
     module, owner, name, when = POINTS[job.point]
-    held = getattr(_module(module), owner)
+    held = getattr(_module(module), owner) if owner else _module(module)
     function: Callable[..., Any] = getattr(held, name)
     passes = iter(range(1, 1 << 30))
 
@@ -177,7 +192,8 @@ def _stop_at(job: Job) -> None:
 
     def stop() -> None:
         if next(passes) == job.nth:
-            os.kill(os.getpid(), job.sent)
+            print(f"held at {job.point}", flush=True)
+            time.sleep(HOLD_SECONDS) if job.sent == HOLD else os.kill(os.getpid(), job.sent)
 
     # `getattr` gave a classmethod bound, and must not be bound once more.
     setattr(held, name, staticmethod(wrapped) if hasattr(function, "__self__") else wrapped)

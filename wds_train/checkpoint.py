@@ -32,7 +32,7 @@ from wds_train.lease import Say, read_run, this_process, until_free
 from wds_train.state import Checkpoint, Object, Progress, RunManifest, Segment
 from wds_train.store import Store
 
-RETRY_SECONDS = 5.0  # between attempts at a commit, each of which has the store's own retries within
+RETRY_SECONDS = 60.0  # longest pause between attempts at a commit, each of which has the store's own retries within
 QUEUE_SECONDS = 10.0  # longest wait of the training for the commit before, ere it is replaced by the new one
 
 
@@ -103,6 +103,7 @@ class Run:
         self._current: _Commit | None = None
         self._records: list[dict[str, Any]] = []
         self._failure: StoreError | None = None
+        self._fruitless = 0
         self._fatal: Exception | None = None
         self._uploader = threading.Thread(target=self._upload, name="commit", daemon=True)
         self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -259,17 +260,17 @@ class Run:
                 self._current = None
                 self._settle(job, error)
                 self._changed.notify_all()
-            if isinstance(error, StoreError):
-                time.sleep(RETRY_SECONDS)
+            if self._failure is not None:
+                time.sleep(min(RETRY_SECONDS, 2.0**self._fruitless))
 
     def _settle(self, job: _Commit, error: Exception | None) -> None:
         if error is None:
-            self._failure, self._safe_at = None, job.taken
+            self._failure, self._fruitless, self._safe_at = None, 0, job.taken
             del self._records[: job.records]
             if self._next is not None:
                 self._next = replace(self._next, records=self._next.records - job.records)
         elif isinstance(error, StoreError):
-            self._failure, self.failures = error, self.failures + 1
+            self._failure, self._fruitless, self.failures = error, self._fruitless + 1, self.failures + 1
             self._next = self._next or job
             self._say(f"commit of step {job.snapshot.progress.step} failed ({error}); training goes on, trying again")
         else:

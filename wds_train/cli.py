@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from wds_train.errors import Interrupted, NotFound, WdsTrainError
@@ -187,6 +188,26 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_run_command(parser: argparse.ArgumentParser, command: str) -> None:
+    from wds_train import status
+
+    parser.add_argument("run", metavar="RUN", help="a name, or s3://bucket/prefix, or a directory")
+    parser.add_argument("--bucket", metavar="s3://B/P", help="where runs/ lives (default: the embedded S3 server)")
+    add_arguments, run_command = {
+        "status": (status.add_status_arguments, status.run_status),
+        "checkpoints": (lambda _: None, status.run_checkpoints),
+        "rollback": (status.add_rollback_arguments, status.run_rollback),
+        "export": (status.add_export_arguments, status.run_export),
+    }[command]
+    add_arguments(parser)
+    parser.set_defaults(run_command=lambda args: run_command(_addressed(args)))
+
+
+def _addressed(args: argparse.Namespace) -> argparse.Namespace:
+    args.run = _run_url(args.run, args.bucket)
+    return args
+
+
 def _run_url(run: str, bucket: str | None) -> str:
     """`run`, an address already, or the name of one under `bucket`/runs."""
     from wds_train.state import name_of
@@ -223,12 +244,16 @@ def _positive(text: str) -> int:
     return _count(text, least=1)
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "shards": ("convert images to tar shards, index and manifest", _add_shards),
     "inspect": ("what a dataset holds", _add_inspect),
     "verify": ("re-read every byte of a dataset", _add_verify),
     "order": ("print the samples of an epoch in training order", _add_order),
     "train": ("train, or go on with a run", _add_train),
+    "status": ("how far a run is, who trains it, what it cost", partial(_add_run_command, command="status")),
+    "checkpoints": ("list a run's checkpoints", partial(_add_run_command, command="checkpoints")),
+    "rollback": ("make an older checkpoint the newest", partial(_add_run_command, command="rollback")),
+    "export": ("a run's weights as a file that timm loads", partial(_add_run_command, command="export")),
     "bench": ("measure what the parts cost", _add_bench),
 }
 
