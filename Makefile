@@ -5,12 +5,12 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train test check fix lock s3-stop clean
+.PHONY: help setup shards train test crash-test check fix lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  With no settings, data and runs live in an embedded S3 server under .wds/, on the handwritten digits.'
 	@echo '  make shards SOURCE=/data/imagenet BUCKET=s3://my-bucket; make train BUCKET=s3://my-bucket RUN=first RECIPE=imagenette'
@@ -33,6 +33,9 @@ train: setup ## train; again after an interruption: goes on where it stopped (RU
 
 test: check ## the checks and every test
 	$(BIN)/python -m pytest -q $(ARGS)
+
+crash-test: setup ## kill small trainings 120 times, ten takeovers (takes a quarter of an hour)
+	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=10 $(BIN)/python -m pytest -q -s tests/test_crash.py tests/test_run_faults.py $(ARGS)
 
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -21,7 +21,6 @@ from wds_train.store import Store, open_store
 
 KILLS = int(os.environ.get("WDS_CRASH_KILLS", "12"))
 KILLS_PER_RUN = 12
-ROUNDS = int(os.environ.get("WDS_CRASH_ROUNDS", "2"))
 OFTEN = ("--commit-minutes", "0.001")  # several commits an epoch
 
 
@@ -100,11 +99,14 @@ def unbroken(small: str, s3_url: str, tmp_path: Path, seconds: dict[str, float])
     return url, training.steps()
 
 
-def moments(rng: random.Random, kills: int) -> list[tuple[str, int]]:
-    """(point, nth): every point in turn, and as often a random time instead."""
-    points = list(POINTS)
-    rng.shuffle(points)
-    return [(points[i // 2 % len(points)] if i % 2 else "", rng.choice([1, 1, 2, 3, 5])) for i in range(kills)]
+ONCE = ("claimed", "resuming", "resumed")  # points that an attempt passes once
+
+
+def moments(rng: random.Random, kills: int, first: int) -> list[tuple[str, int]]:
+    """(point, nth): a point, from number `first` on, and a random time in turn."""
+    points = [list(POINTS)[(first + i) % len(POINTS)] for i in range(-(-kills // 2))]
+    chosen = [(point, 1 if point in ONCE else rng.choice([1, 1, 2, 3])) for point in points]
+    return [moment for each in chosen for moment in (each, ("", 0))][:kills]
 
 
 @pytest.mark.timeout(3000)
@@ -120,11 +122,11 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(
         rng, run = random.Random(seed), f"{s3_url}/broken{seed}"
         attempts: list[Training] = []
         with all_ended(attempts):
-            for point, nth in moments(rng, KILLS_PER_RUN):
+            for point, nth in moments(rng, KILLS_PER_RUN, seed * KILLS_PER_RUN // 2):
                 details = {"workers": rng.choice([0, 0, 1]), "arguments": OFTEN}
                 attempts.append(Training(job(small, run, tmp_path, point=point, nth=nth, **details)))
                 if not point:
-                    attempts[-1].process.join(rng.uniform(0.1, 0.5 * seconds["run"]))
+                    attempts[-1].process.join(rng.uniform(0.1, 0.35 * seconds["run"]))
                     attempts[-1].send(signal.SIGKILL)
                 killed += (code := attempts[-1].end()) == -signal.SIGKILL
                 assert code in (0, -signal.SIGKILL), attempts[-1].output

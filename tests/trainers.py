@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from PIL import Image
 from wds_train.cli import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["wds_train.train", "wds_train.status", "wds_train.cli"])
+CONTEXT.set_forkserver_preload(["wds_train.train", "wds_train.cli"])
 
 SETTINGS = [
     "model.name=test_resnet",
@@ -79,6 +80,7 @@ class Job:
 
 def make_dataset(folder: Path) -> str:
     """Noise in two classes: small, so that a training takes a second or two."""
+    forkserver.ensure_running()  # before the conversion starts it for itself, with other modules imported
     rng = np.random.default_rng(0)
     for split, samples in (("train", SAMPLES), ("val", 40)):
         for i in range(samples):
