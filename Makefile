@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 PEERS  := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train test check fix bench-peers lock s3-stop clean
+.PHONY: help setup shards train test crash-test check fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -34,6 +34,9 @@ train: setup ## train; again after an interruption: goes on where it stopped (RU
 
 test: check ## the checks and every test
 	$(BIN)/python -m pytest -q $(ARGS)
+
+crash-test: setup ## kill small trainings 120 times, ten takeovers (takes a quarter of an hour)
+	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=10 $(BIN)/python -m pytest -q -s tests/test_crash.py tests/test_run_faults.py $(ARGS)
 
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .

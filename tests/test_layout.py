@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "wds_train").glob("*.py")) + sorted((ROOT / "shards").glob("*.py"))
 # A module may import those before it. The pure ones use stdlib and numpy alone.
 PURE = ["errors", "recipe", "schedule", "manifest", "order", "state", "cost"]
-OUTSIDE = ["devserver", "store", "tario", "augment", "jpeg", "decode", "model", "tracker", "spot"]
+OUTSIDE = ["devserver", "store", "tario", "augment", "jpeg", "decode", "model", "tracker", "spot", "lease"]
 COMPOSED = [
     "dataset",
     "contact_sheet",
@@ -21,6 +21,7 @@ COMPOSED = [
     "engine",
     "report",
     "train",
+    "status",
     "evaluate",
     "audit",
     "bench",

@@ -1,19 +1,22 @@
 """A run on S3: claimed by one instance, committed to in the background, resumed by the next.
 
-claim    read the manifest, raise its fence, write it back by compare-and-swap
+claim    read the manifest, wait until nobody holds the run, raise its fence, write it back by compare-and-swap
+renew    in a thread, several times per lease: the manifest with another nonce, for claimants to see a sign of life
 commit   copy the state to host memory at a step boundary (the training goes on), then in a thread: upload the
          checkpoint, upload the metrics, swap the manifest, and only then delete what the new manifest dropped
 restore  the newest checkpoint whose size, sha256 and tensors are right; damaged ones are passed over and named
+
+An instance that another one has replaced meets a foreign fence at its next write, and writes nothing more. What it may
+have uploaded at that moment carries its own fence in the key: named by nobody, and removed at the next claim.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import secrets
-import socket
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,12 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from wds_train import lease as leases
 from wds_train import state as states
-from wds_train.errors import Conflict, Interrupted, NotFound, RunError, StoreError
-from wds_train.state import Checkpoint, Object, Progress, RunManifest
+from wds_train.errors import AccessDenied, Conflict, Interrupted, NotFinite, NotFound, RunError, StoreError
+from wds_train.lease import Say, read_run, this_process, until_free
+from wds_train.state import Checkpoint, Object, Progress, RunManifest, Segment
 from wds_train.store import Store
 
-Say = Callable[[str], None]
+RETRY_SECONDS = 60.0  # longest pause between attempts at a commit, each of which has the store's own retries within
+QUEUE_SECONDS = 10.0  # longest wait of the training for the commit before, ere it is replaced by the new one
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,14 @@ class Snapshot:
         header = {"extra": json.dumps(self.extra), "progress": json.dumps(asdict(self.progress))}
         return save_tensors(self.tensors, header)
 
+    def check_finite(self) -> None:
+        """`NotFinite` when a tensor holds what is no number: the last step can have broken weights that the loss, which
+        comes before the update, does not show yet.
+        """
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NotFinite(f"{name} is not finite after step {self.progress.step}; nothing of it was committed")
+
     @classmethod
     def decode(cls, data: bytes, progress: Progress) -> "Snapshot":
         """Raises `RunError` when `data` is no checkpoint of `progress`."""
@@ -57,39 +71,90 @@ class Snapshot:
         return snapshot
 
 
-class Run:
-    """A run that this process has claimed. One commit is under way at a time; `commit` waits for the one before."""
+@dataclass(frozen=True)
+class _Commit:
+    """`records` is how many of the run's uncommitted records belong to it; `taken` is a monotonic time, seconds."""
 
-    def __init__(self, store: Store, manifest: RunManifest, tag: str) -> None:
+    snapshot: Snapshot
+    metrics: dict[str, float]
+    records: int
+    changes: dict[str, Any]
+    taken: float
+
+
+class Run:
+    """A run that this process has claimed, or only reads.
+
+    Two commits are in hand at most: one under way and the next. One that fails for want of the store is tried again
+    until it succeeds or a newer one takes its place, and the training goes on meanwhile; `check` raises what ends it.
+    """
+
+    def __init__(self, store: Store, manifest: RunManifest, tag: str, *, say: Say = print, keep_every: int = 0) -> None:
         self.store = store
         self.manifest = manifest
-        self._tag = tag
-        self._uploader = ThreadPoolExecutor(1, "commit")
-        self._pending: Future[None] | None = None
+        self.failures = 0
+        self.max_uncommitted = float("inf")
+        self.upload_s: float | None = None
+        self._tag, self._say, self._keep_every = tag, say, keep_every
+        self._claimed_at = self._written_at = self._safe_at = time.monotonic()
+        self._writing = threading.Lock()
+        self._changed = threading.Condition()
+        self._next: _Commit | None = None
+        self._current: _Commit | None = None
+        self._records: list[dict[str, Any]] = []
+        self._failure: StoreError | None = None
+        self._fruitless = 0
+        self._fatal: Exception | None = None
+        self._uploader = threading.Thread(target=self._upload, name="commit", daemon=True)
+        self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._closed = threading.Event()
 
     @classmethod
-    def claim(cls, store: Store, fresh: RunManifest, say: Say) -> "Run":
-        """Claim the run at `store`, or create it as `fresh`. `RunError` when it is of another recipe or dataset."""
-        try:
-            data, tag = store.read_tagged(states.NAME)
-        except NotFound:
-            found = fresh
-            condition: dict[str, Any] = {"if_absent": True}
-        else:
-            found = RunManifest.from_json(data, f"{store.url}/{states.NAME}")
-            _refuse_mismatch(found, fresh, store.url)
-            condition = {"if_match": tag}
-        claimed = replace(found, fence=found.fence + 1, owner=f"{socket.gethostname()}:{os.getpid()}")
-        if found.status != "done":
-            claimed = replace(claimed, status="running")
-        try:
-            run = cls(store, *_swap(store, claimed, condition))
-        except Conflict as error:
-            raise RunError(
-                f"{store.url} was claimed by another instance at this moment; run again to wait for it"
-            ) from error
-        run._collect_orphans(say)
-        return run
+    def claim(
+        cls,
+        store: Store,
+        fresh: RunManifest,
+        say: Say,
+        *,
+        wait: bool = True,
+        pause: Callable[[float], None] = time.sleep,
+        keep_every: int = 0,
+    ) -> "Run":
+        """Claim the run at `store`, or create it as `fresh`; a run that is done is only read. `RunError` when it is of
+        another recipe or dataset, or another instance holds it and `wait` is False.
+        """
+        while True:
+            try:
+                found, tag = read_run(store)
+            except NotFound:
+                found = fresh
+                condition: dict[str, Any] = {"if_absent": True}
+            else:
+                _refuse_mismatch(found, fresh, store.url)
+                found, tag = until_free(store, found, tag, wait=wait, say=say, pause=pause)
+                if found.status == "done":
+                    return cls(store, found, tag, say=say)
+                condition = {"if_match": tag}
+            try:
+                run = cls._take(store, found, condition, say, keep_every)
+            except Conflict:
+                pause(0.1)  # another claimant was faster: look again
+            else:
+                run._collect_orphans()
+                return run
+
+    @classmethod
+    def take(cls, store: Store, say: Say) -> "Run":
+        """Claim an existing run, whatever its recipe, to change its manifest; `RunError` when another instance holds it."""
+        found, tag = until_free(store, *read_run(store), wait=False, say=say)
+        return cls._take(store, found, {"if_match": tag}, say, 0)
+
+    @classmethod
+    def _take(cls, store: Store, found: RunManifest, condition: dict[str, Any], say: Say, keep_every: int) -> "Run":
+        nonce = secrets.token_hex(16)
+        claimed = replace(found.claimed(this_process(), leases.LEASE_SECONDS, time.time()), nonce=nonce)
+        tag = store.write(states.NAME, claimed.to_json(), **condition)
+        return cls(store, claimed, tag, say=say, keep_every=keep_every)
 
     def restore(self, say: Say) -> Snapshot | None:
         """The newest usable checkpoint, or None when the run has committed none. `RunError` when all are damaged."""
@@ -115,76 +180,187 @@ class Run:
 
     def history(self) -> list[dict[str, Any]]:
         """All committed metrics, a record per line logged, oldest first."""
-        return [json.loads(line) for segment in self.manifest.metrics for line in self.read(segment).splitlines()]
+        return [
+            json.loads(line) for segment in self.manifest.metrics for line in self.read(segment.object).splitlines()
+        ]
+
+    def start_renewing(self) -> None:
+        """To be called once this process forks no more: a forked child would inherit the lock, perhaps held."""
+        self._renewer.start()
 
     def commit(
         self, snapshot: Snapshot, metrics: dict[str, float], records: list[dict[str, Any]], **changes: Any
     ) -> None:
-        """Start committing `snapshot`; `changes` are other fields of the manifest. Waits for the commit before, and
-        raises what it raised: `Interrupted` when another instance has claimed the run.
+        """Start committing `snapshot`; `changes` are other fields of the manifest. Raises what `check` raises."""
+        taken = time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: self._next is None or self._failure or self._fatal, QUEUE_SECONDS)
+            self.check()
+            self._records += records
+            self._next = _Commit(snapshot, metrics, len(self._records), changes, taken)
+            self._changed.notify_all()
+            if not self._uploader.is_alive():
+                self._uploader.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a commit is under way."""
+        return self._next is not None or self._current is not None
+
+    def check(self) -> None:
+        """Raise what ends this instance's work: `Interrupted` when another one has claimed the run, `NotFinite`, and
+        `RunError` when the oldest state that is not safe has waited for longer than `max_uncommitted` seconds.
         """
-        self.wait()
-        self._pending = self._uploader.submit(self._commit, snapshot, metrics, records, changes)
+        if self._fatal is not None:
+            raise self._fatal
+        waited = time.monotonic() - self._safe_at
+        if self.busy and waited > self.max_uncommitted:
+            raise RunError(
+                f"nothing could be committed for {waited / 60:.1f} minutes (--max-uncommitted-minutes allows "
+                f"{self.max_uncommitted / 60:g}): {self._failure or 'the upload is too slow'}. Stopping before more is "
+                "lost; repair that and run again, to go on from the newest checkpoint"
+            )
 
-    def wait(self) -> None:
-        """Until the commit under way is done."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+    def wait(self, seconds: float = float("inf")) -> bool:
+        """Wait until nothing is under way, but for `seconds` at most; whether it is so. Raises what `check` raises."""
+        end = time.monotonic() + seconds
+        with self._changed:
+            while True:
+                self.check()
+                left = min(end - time.monotonic(), 0.5)
+                if not self.busy or left <= 0:
+                    return not self.busy
+                self._changed.wait(left)
 
-    def _commit(
-        self, snapshot: Snapshot, metrics: dict[str, float], records: list[dict[str, Any]], changes: dict[str, Any]
-    ) -> None:
-        place = f"{self.manifest.fence:06d}-{snapshot.progress.step:09d}-{snapshot.progress.evaluated:06d}"
-        checkpoint = Checkpoint(self._put(f"ckpt/{place}.safetensors", snapshot.encode()), snapshot.progress, metrics)
-        lines = "".join(json.dumps(record) + "\n" for record in records).encode()
-        segment = self._put(f"metrics/{place}.jsonl", lines) if records else None
+    def end(self, status: str, **changes: Any) -> None:
+        """Give the run up, as `status`. The caller has waited for what was under way."""
+        self._closed.set()
+        if self.manifest.status != status or changes:
+            self._write(lambda manifest: replace(manifest, status=status, **changes))
+
+    def roll_back(self, step: int) -> None:
+        """Make the checkpoint of `step` the newest, forgetting what was committed after it."""
+        self._write(lambda manifest: manifest.back_to(step))
+        self._collect_orphans()
+
+    def _upload(self) -> None:
+        """The body of the commit thread."""
+        while self._fatal is None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next is not None)
+                job = self._current = self._next
+                self._next = None
+            assert job is not None
+            error: Exception | None = None
+            try:
+                self._commit(job)
+            except Exception as caught:
+                error = caught
+            with self._changed:
+                self._current = None
+                self._settle(job, error)
+                self._changed.notify_all()
+            if self._failure is not None:
+                time.sleep(min(RETRY_SECONDS, 2.0**self._fruitless))
+
+    def _settle(self, job: _Commit, error: Exception | None) -> None:
+        if error is None:
+            self._failure, self._fruitless, self._safe_at = None, 0, job.taken
+            del self._records[: job.records]
+            if self._next is not None:
+                self._next = replace(self._next, records=self._next.records - job.records)
+        elif isinstance(error, StoreError):
+            self._failure, self._fruitless, self.failures = error, self._fruitless + 1, self.failures + 1
+            self._next = self._next or job
+            self._say(f"commit of step {job.snapshot.progress.step} failed ({error}); training goes on, trying again")
+        else:
+            self._fatal = error
+
+    def _commit(self, job: _Commit) -> None:
+        began = time.perf_counter()
+        job.snapshot.check_finite()
+        if time.monotonic() - self._written_at > self.manifest.lease:
+            self._write(lambda manifest: manifest)  # the lease has run out: is the run still ours?
+        at = job.snapshot.progress
+        place = f"{self.manifest.fence:06d}-{at.step:09d}-{at.evaluated:06d}"
+        checkpoint = Checkpoint(self._put(f"ckpt/{place}.safetensors", job.snapshot.encode()), at, job.metrics)
+        lines = "".join(json.dumps(record) + "\n" for record in self._records[: job.records]).encode()
+        segment = Segment(self._put(f"metrics/{place}.jsonl", lines), at.step, at.evaluated) if lines else None
         before = self.manifest
-        self._swap(replace(before.with_commit(checkpoint, segment), **changes))
+        self._write(lambda found: replace(found.with_commit(checkpoint, segment, self._keep_every), **job.changes))
+        self.upload_s = time.perf_counter() - began
+        self._collect(before)
+
+    def _collect(self, before: RunManifest) -> None:
+        """Delete what the manifest named before and names no more. Failing costs storage until the next claim."""
         for dropped in {c.object.key for c in before.checkpoints} - {c.object.key for c in self.manifest.checkpoints}:
-            self.store.delete(dropped)
+            try:
+                self.store.delete(dropped)
+            except StoreError as error:
+                self._say(f"{dropped} could not be removed ({error}); the next start removes it")
 
     def _put(self, key: str, data: bytes) -> Object:
         self.store.write(key, data, if_absent=True)
         return Object(key, len(data), hashlib.sha256(data).hexdigest())
 
-    def _swap(self, manifest: RunManifest) -> None:
-        try:
-            self.manifest, self._tag = _swap(self.store, manifest, {"if_match": self._tag})
-        except Conflict as error:
-            raise Interrupted(
-                f"another instance has claimed {self.store.url}; this one stops and changes nothing more"
-            ) from error
+    def _write(self, change: Callable[[RunManifest], RunManifest]) -> None:
+        """Swap the manifest for what `change` makes of it; `Interrupted` when another instance has claimed the run.
 
-    def _collect_orphans(self, say: Say) -> None:
+        Our own fence in the manifest after a lost swap means that an earlier write of ours arrived, though its answer
+        did not, or that the server refused two writes at one moment (409): take it up and try again.
+        """
+        with self._writing:
+            for _ in range(3):
+                seconds = time.monotonic() - self._claimed_at
+                manifest = change(self.manifest).stamped(secrets.token_hex(16), time.time(), seconds)
+                try:
+                    self._tag = self.store.write(states.NAME, manifest.to_json(), if_match=self._tag)
+                except Conflict as error:
+                    self._take_up(error)
+                else:
+                    self.manifest, self._written_at = manifest, time.monotonic()
+                    return
+        raise StoreError(f"{self.store.url}/{states.NAME} could not be written: the server kept refusing")
+
+    def _take_up(self, error: Conflict) -> None:
+        try:
+            found, tag = read_run(self.store)
+        except NotFound as gone:
+            raise RunError(f"{self.store.url}/{states.NAME} was deleted while this instance was training") from gone
+        if found.fence != self.manifest.fence:
+            raise Interrupted(
+                f"another instance ({found.owner}) has claimed {self.store.url}; this one stops and changes nothing more"
+            ) from error
+        self.manifest, self._tag = found, tag
+
+    def _renew(self) -> None:
+        """The body of the lease thread. What the store fails to write now it may write later: others may claim the run
+        by then, which the next write that passes finds out.
+        """
+        every = self.manifest.lease / leases.RENEWALS
+        while not self._closed.wait(max(0.0, self._written_at + every - time.monotonic())):
+            if time.monotonic() - self._written_at < every:
+                continue  # a commit has renewed it
+            try:
+                self._write(lambda manifest: manifest)
+            except StoreError as error:
+                self._say(f"the lease of {self.store.url} could not be renewed ({error}); trying again")
+                self._closed.wait(every)
+            except Exception as error:
+                self._fatal = error
+                return
+
+    def _collect_orphans(self) -> None:
         """Delete what a killed instance uploaded and never named. Safe only now: older fences can name nothing more."""
-        named = {c.object.key for c in self.manifest.checkpoints} | {segment.key for segment in self.manifest.metrics}
+        named = {c.object.key for c in self.manifest.checkpoints} | {s.object.key for s in self.manifest.metrics}
         for prefix in ("ckpt/", "metrics/"):
             for entry in list(self.store.list(prefix)):
                 if entry.key not in named:
                     self.store.delete(entry.key)
-                    say(f"removed {entry.key}, left by an instance that was killed while uploading it")
-
-
-def _swap(store: Store, manifest: RunManifest, condition: dict[str, Any]) -> tuple[RunManifest, str]:
-    """Write the manifest with a fresh nonce. After a lost acknowledgement the retry meets our own write as a
-    `Conflict`: the nonce, read back, tells it from another writer's.
-    """
-    manifest = replace(manifest, nonce=secrets.token_hex(16))
-    for _ in range(3):
-        try:
-            return manifest, store.write(states.NAME, manifest.to_json(), **condition)
-        except Conflict:
-            time.sleep(0.1)  # a 409 means that another conditional write was under way at the same moment
-            try:
-                data, tag = store.read_tagged(states.NAME)
-            except NotFound:
-                continue
-            if RunManifest.from_json(data, f"{store.url}/{states.NAME}").nonce == manifest.nonce:
-                return manifest, tag
-            if tag != condition.get("if_match"):
-                raise
-    raise StoreError(f"{store.url}/{states.NAME} could not be written: the server kept refusing")
+                    self._say(f"removed {entry.key}, which no manifest names: left by an interrupted upload or removal")
+        # Without leave to list unfinished uploads, the bucket's lifecycle rule has to remove them.
+        with contextlib.suppress(AccessDenied):
+            self.store.abort_uploads()
 
 
 def _refuse_mismatch(found: RunManifest, fresh: RunManifest, where: str) -> None:

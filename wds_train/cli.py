@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from wds_train.errors import Interrupted, NotFound, WdsTrainError
@@ -144,21 +145,80 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="most that the cache may hold (default: %(default)s)",
     )
+    parser.add_argument(
+        "--commit-minutes",
+        type=float,
+        default=10.0,
+        metavar="M",
+        help="commit the state this often, besides each epoch's end (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-uncommitted-minutes",
+        type=float,
+        default=60.0,
+        metavar="M",
+        help="stop when commits have failed for this long (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep-every", type=_count, default=0, metavar="N", help="keep the checkpoint of every Nth epoch, too"
+    )
+    parser.add_argument("--no-wait", action="store_true", help="fail at once when another instance holds the run")
+    parser.add_argument("--deterministic", action="store_true", help="on a GPU: bit-equal, more slowly")
     parser.set_defaults(run_command=_train)
 
 
 def _train(args: argparse.Namespace) -> int:
     from wds_train.recipe import preset, with_settings
+    from wds_train.spot import StopRequest
 
+    stop = StopRequest()
     recipe = with_settings(preset(args.recipe), args.settings)  # before the heavy imports: a typo answers at once
     from wds_train.train import TrainOptions, train
 
     dataset = args.dataset or _default_dataset(args)
-    run = args.run or args.recipe
-    if "/" not in run:
-        run = default_url("runs", run, args.bucket)
-    train(TrainOptions(dataset, run, recipe, args.workers, args.cache_dir, int(args.cache_gb * 1e9)))
+    options = TrainOptions(
+        dataset,
+        _run_url(args.run or args.recipe, args.bucket),
+        recipe,
+        args.workers,
+        args.cache_dir,
+        int(args.cache_gb * 1e9),
+        args.commit_minutes,
+        args.max_uncommitted_minutes,
+        args.keep_every,
+        not args.no_wait,
+        args.deterministic,
+    )
+    train(options, stop)
     return 0
+
+
+def _add_run_command(parser: argparse.ArgumentParser, command: str) -> None:
+    from wds_train import status
+
+    parser.add_argument("run", metavar="RUN", help="a name, or s3://bucket/prefix, or a directory")
+    parser.add_argument("--bucket", metavar="s3://B/P", help="where runs/ lives (default: the embedded S3 server)")
+    add_arguments, run_command = {
+        "status": (status.add_status_arguments, status.run_status),
+        "checkpoints": (lambda _: None, status.run_checkpoints),
+        "rollback": (status.add_rollback_arguments, status.run_rollback),
+        "export": (status.add_export_arguments, status.run_export),
+    }[command]
+    add_arguments(parser)
+    parser.set_defaults(run_command=lambda args: run_command(_addressed(args)))
+
+
+def _addressed(args: argparse.Namespace) -> argparse.Namespace:
+    args.run = _run_url(args.run, args.bucket)
+    return args
+
+
+def _run_url(run: str, bucket: str | None) -> str:
+    """`run`, an address already, or the name of one under `bucket`/runs."""
+    from wds_train.state import name_of
+
+    name_of(run)
+    return run if "/" in run else default_url("runs", run, bucket)
 
 
 def _default_dataset(args: argparse.Namespace) -> str:
@@ -189,12 +249,16 @@ def _positive(text: str) -> int:
     return _count(text, least=1)
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "shards": ("convert images to tar shards, index and manifest", _add_shards),
     "inspect": ("what a dataset holds", _add_inspect),
     "verify": ("re-read every byte of a dataset", _add_verify),
     "order": ("print the samples of an epoch in training order", _add_order),
     "train": ("train, or go on with a run", _add_train),
+    "status": ("how far a run is, who trains it, what it cost", partial(_add_run_command, command="status")),
+    "checkpoints": ("list a run's checkpoints", partial(_add_run_command, command="checkpoints")),
+    "rollback": ("make an older checkpoint the newest", partial(_add_run_command, command="rollback")),
+    "export": ("a run's weights as a file that timm loads", partial(_add_run_command, command="export")),
     "bench": ("measure what the parts cost", _add_bench),
 }
 

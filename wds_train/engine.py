@@ -13,7 +13,7 @@ from timm.data.mixup import Mixup
 from torch.nn import functional as F
 
 from wds_train.checkpoint import Snapshot
-from wds_train.errors import DataError, RunError
+from wds_train.errors import DataError, NotFinite, RunError
 from wds_train.model import Ema, create_model, create_optimizer, memory_layout, seed_torch
 from wds_train.order import key
 from wds_train.pipeline import Batch
@@ -102,10 +102,10 @@ class Trainer:
         self.progress = replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=lost)
 
     def epoch_loss(self) -> float:
-        """Mean training loss of the epoch so far; `RunError` when it is not finite."""
+        """Mean training loss of the epoch so far; `NotFinite` when it is not."""
         mean = self.loss_sum.item() / max(1, self.progress.loss_steps)
         if not math.isfinite(mean):
-            raise RunError(
+            raise NotFinite(
                 f"the training loss is {mean} by step {self.progress.step}; lower optimizer.lr (now "
                 f"{self.recipe.optimizer.lr}) or lengthen schedule.warmup_epochs, under another --run"
             )
@@ -150,11 +150,9 @@ class Trainer:
         for i, group in enumerate(optimizer["param_groups"]):
             entries |= {f"group/{i}/{name}": value for name, value in group.items() if name != "params"}
         # A copy of each on its own: safetensors refuses views and shared storage, and the training goes on writing.
-        tensors = {
-            name: value.detach().to("cpu", copy=True).contiguous()
-            for name, value in entries.items()
-            if torch.is_tensor(value)
-        }
+        tensors = {name: _on_host(value) for name, value in entries.items() if torch.is_tensor(value)}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         scalars = {name: value for name, value in entries.items() if name not in tensors}
         extra = json.loads(json.dumps({"scalars": scalars, "scaler": self.scaler.state_dict()}))
         return Snapshot(tensors, extra, replace(self.progress, loss_sum=self.loss_sum.item()))
@@ -194,6 +192,15 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self._amp, enabled=self._amp is not None)
+
+
+@torch.no_grad()
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, complete after the next synchronisation. Pinned memory, which PyTorch keeps for the next
+    snapshot, lets all tensors be copied in one go.
+    """
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _section(entries: dict[str, Any], prefix: str) -> dict[str, Any]:

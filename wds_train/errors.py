@@ -52,5 +52,9 @@ class RunError(WdsTrainError):
     pass
 
 
+class NotFinite(RunError):
+    pass
+
+
 class Interrupted(WdsTrainError):
     exit_code = 75  # sysexits.h EX_TEMPFAIL: a supervisor restarts on it

@@ -1,4 +1,5 @@
-"""EC2's warning that it is about to take this spot instance back, read from the instance metadata service (IMDSv2).
+"""What asks a training to stop: signals, and EC2's warning that it is about to take this spot instance back, read from
+the instance metadata service (IMDSv2).
 
 https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html: `spot/instance-action`
 answers 404 until about two minutes before the end, best effort; AWS asks to look every 5 seconds.
@@ -9,13 +10,16 @@ import contextlib
 import http.client
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 from urllib.parse import urlsplit
+
+from wds_train.errors import Interrupted
 
 POLL_SECONDS = 5.0
 ANSWER_SECONDS = 0.4  # the service is on this machine and answers in milliseconds
@@ -24,6 +28,38 @@ TOKEN_TTL = "21600"
 
 Ask = Callable[[str, str, dict[str, str]], tuple[int, bytes]]
 """(method, path, headers) -> (status, body); OSError or HTTPException when there is no answer."""
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT, and read between steps. The same signal again stops at once. Made before the imports
+    that take seconds, so that a signal during these is not lost.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        signal.signal(signal.SIGTERM, self._set)
+        signal.signal(signal.SIGINT, self._set)
+
+    def _set(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.signal == name:
+            raise KeyboardInterrupt
+        self.signal = name
+        # Not print(): its buffer may be in use in the very code that the signal interrupted.
+        os.write(2, f"{name}: stopping at the next step, state committed; once more stops at once\n".encode())
+
+    def check(self) -> None:
+        """Raise `Interrupted` if asked to stop. For the time before the training, when there is nothing to commit."""
+        if self.signal:
+            raise Interrupted(f"stopped by {self.signal} before the training began; nothing was changed")
+
+    def sleep(self, seconds: float) -> None:
+        """`time.sleep`, with `check`s."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(left, 0.2))
+        self.check()
 
 
 class SpotWatch:

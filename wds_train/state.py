@@ -1,18 +1,23 @@
 """The run manifest: `manifest.json` of a run, the one mutable object, changed only by compare-and-swap.
 
 It names every checkpoint and every segment of metrics with size and sha256; what it does not name does not exist.
-`fence` counts the claims: an instance writes only while the manifest carries the fence that it claimed with.
+`fence` counts the claims: an instance writes only while the manifest carries the fence that it claimed with. While
+`status` is "running" the run is its owner's, who writes the manifest anew several times per `lease` seconds; any other
+status gives it up.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from wds_train.errors import RunError
+from wds_train.errors import RunError, UsageError
 
 FORMAT = 1
 KIND = "wds-train run"
 NAME = "manifest.json"
+STATUSES = ("running", "interrupted", "failed", "done")
+NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 KEPT = 2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
 
 
@@ -46,23 +51,92 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Metrics logged up to `step` and `evaluated`, those of a `Progress`."""
+
+    object: Object
+    step: int
+    evaluated: int
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process. `machine` is unique to a boot and a PID namespace, "" where that cannot be known; `started` is in
+    clock ticks since the boot, and tells the process from a later one of the same PID.
+    """
+
+    host: str = ""
+    machine: str = ""
+    pid: int = 0
+    started: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.host}, process {self.pid}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One instance's work: from `started` (Unix time, for people only) for `seconds`, up to its last sign of life.
+    `ended` is a status, or "lost" when it just fell silent.
+    """
+
+    host: str
+    started: float
+    seconds: float = 0.0
+    ended: str = "running"
+
+
+@dataclass(frozen=True)
 class RunManifest:
+    """`written` is Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not
+    finite.
+    """
+
     run: str
     recipe: dict[str, Any]
     dataset: dict[str, Any]
     wandb_id: str
     fence: int = 0
-    owner: str = ""
+    owner: Owner = Owner()
+    lease: float = 0.0
     nonce: str = ""
+    written: float = 0.0
     status: str = "running"
+    rollbacks: int = 0
     checkpoints: tuple[Checkpoint, ...] = ()
-    metrics: tuple[Object, ...] = ()
+    metrics: tuple[Segment, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
     result: dict[str, float] = field(default_factory=dict)
 
-    def with_commit(self, checkpoint: Checkpoint, segment: Object | None) -> "RunManifest":
-        """The manifest after a commit, holding the newest checkpoints and the best ones."""
-        kept = keep((*self.checkpoints, checkpoint))
-        return replace(self, checkpoints=kept, metrics=self.metrics if segment is None else (*self.metrics, segment))
+    def claimed(self, owner: Owner, lease: float, now: float) -> "RunManifest":
+        """The manifest of its next owner, the attempt of the one before ended."""
+        before = tuple(replace(a, ended="lost") if a.ended == "running" else a for a in self.attempts)
+        attempts = (*before, Attempt(owner.host, now))
+        return replace(
+            self, fence=self.fence + 1, owner=owner, lease=lease, status="running", attempts=attempts, written=now
+        )
+
+    def stamped(self, nonce: str, now: float, seconds: float) -> "RunManifest":
+        """As it is written `seconds` into the last attempt."""
+        last = replace(self.attempts[-1], seconds=round(seconds, 1), ended=self.status)
+        return replace(self, nonce=nonce, written=now, attempts=(*self.attempts[:-1], last))
+
+    def with_commit(self, checkpoint: Checkpoint, segment: Segment | None, keep_every: int = 0) -> "RunManifest":
+        """The manifest after a commit, holding the checkpoints that `keep` names. Adding the same again changes nothing."""
+        others = [c for c in self.checkpoints if c.object.key != checkpoint.object.key]
+        kept = keep((*others, checkpoint), keep_every)
+        new = () if segment is None or segment in self.metrics else (segment,)
+        return replace(self, checkpoints=kept, metrics=self.metrics + new)
+
+    def back_to(self, step: int) -> "RunManifest":
+        """The manifest as of the newest checkpoint of `step`; `UsageError` when there is none."""
+        kept = [c for c in self.checkpoints if c.progress.step <= step]
+        if not kept or kept[-1].progress.step != step:
+            steps = ", ".join(str(n) for n in sorted({c.progress.step for c in self.checkpoints})) or "none"
+            raise UsageError(f"run {self.run} has no checkpoint of step {step}; it has those of {steps}")
+        evaluated = kept[-1].progress.evaluated
+        metrics = tuple(s for s in self.metrics if (s.step, s.evaluated) <= (step, evaluated))
+        return replace(self, checkpoints=tuple(kept), metrics=metrics, status="interrupted", result={}, rollbacks=0)
 
     def to_json(self) -> bytes:
         return (json.dumps({"format": FORMAT, "kind": KIND} | asdict(self), indent=1) + "\n").encode()
@@ -80,14 +154,35 @@ class RunManifest:
             raise RunError(f"{where} has format {version}, this wds-train reads format {FORMAT}; upgrade it")
         try:
             content["checkpoints"] = tuple(_checkpoint(entry) for entry in content["checkpoints"])
-            content["metrics"] = tuple(Object(**entry) for entry in content["metrics"])
-            return cls(**content)
-        except (KeyError, TypeError) as error:
+            content["metrics"] = tuple(Segment(**entry | {"object": _object(entry)}) for entry in content["metrics"])
+            content["attempts"] = tuple(Attempt(**entry) for entry in content["attempts"])
+            content["owner"] = Owner(**content["owner"])
+            manifest = cls(**content)
+        except (KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{where} is damaged: {error!r}") from error
+        if manifest.status not in STATUSES or type(manifest.fence) is not int or "fingerprint" not in manifest.dataset:
+            raise RunError(
+                f"{where} is damaged: status {manifest.status!r}, fence {manifest.fence!r}, dataset {manifest.dataset!r}"
+            )
+        return manifest
+
+
+def _object(entry: dict[str, Any]) -> Object:
+    return Object(**entry["object"])
 
 
 def _checkpoint(entry: dict[str, Any]) -> Checkpoint:
-    return Checkpoint(Object(**entry["object"]), Progress(**entry["progress"]), entry["metrics"])
+    return Checkpoint(_object(entry), Progress(**entry["progress"]), dict(entry["metrics"]))
+
+
+def name_of(url: str) -> str:
+    """The name of the run at `url`, its last part; `UsageError` when it would make trouble in keys, paths or W&B."""
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    if not NAMES.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot be a run's name: use at most 100 letters, digits, '.', '_' and '-', a letter or digit first"
+        )
+    return name
 
 
 def best(checkpoints: tuple[Checkpoint, ...], metric: str) -> Checkpoint | None:
@@ -96,7 +191,11 @@ def best(checkpoints: tuple[Checkpoint, ...], metric: str) -> Checkpoint | None:
     return max(scored, key=lambda checkpoint: checkpoint.metrics[metric], default=None)
 
 
-def keep(checkpoints: tuple[Checkpoint, ...]) -> tuple[Checkpoint, ...]:
-    """Those worth their storage: the newest KEPT and the best by raw and by EMA top-1; oldest first."""
-    kept = {*checkpoints[-KEPT:], best(checkpoints, "val/top1"), best(checkpoints, "val/top1_ema")} - {None}
+def keep(checkpoints: tuple[Checkpoint, ...], every: int = 0) -> tuple[Checkpoint, ...]:
+    """Those worth their storage: the newest KEPT, the best by raw and by EMA top-1, and, with `every`, those of each
+    `every`th epoch's validation; oldest first.
+    """
+    kept = {*checkpoints[-KEPT:], best(checkpoints, "val/top1"), best(checkpoints, "val/top1_ema")}
+    if every:
+        kept |= {c for c in checkpoints if c.metrics and c.progress.evaluated % every == 0}
     return tuple(checkpoint for checkpoint in checkpoints if checkpoint in kept)

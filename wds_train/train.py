@@ -2,38 +2,40 @@
 
     claim the run -> restore the newest checkpoint -> for every step: load, step -> at every epoch: validate, commit
 
-The loop looks at the signals between steps only, so that what is committed is always a whole step.
+The loop looks at signals, the spot notice and the clock between steps only, so that what is committed is always a whole
+step; while validating, between batches: the validation is then repeated after the resume.
 """
 
 import hashlib
 import os
 import secrets
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from wds_train.cache import BlockCache
-from wds_train.checkpoint import Run, Snapshot
+from wds_train.checkpoint import Run
 from wds_train.dataset import Dataset
 from wds_train.devserver import home
 from wds_train.engine import Trainer
-from wds_train.errors import Interrupted
+from wds_train.errors import Interrupted, NotFinite, RunError, StoreError, UsageError, WdsTrainError
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, TrainPlan, TrainTransform
 from wds_train.recipe import Recipe
 from wds_train.report import draw_curves
 from wds_train.schedule import lr_share
-from wds_train.state import RunManifest
+from wds_train.spot import SpotWatch, StopRequest
+from wds_train.state import RunManifest, name_of
 from wds_train.store import open_store
 from wds_train.tracker import Progress, Tracker, say
 
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
+GRACE_SECONDS = 90.0  # for the last commit: the least that supervisors and EC2 wait between asking and killing
+ROLLBACKS = 2  # per run, after a loss that is not finite
 
 
 @dataclass(frozen=True)
@@ -44,43 +46,80 @@ class TrainOptions:
     workers: int
     cache_dir: Path | None = None
     cache_bytes: int = 0
+    commit_minutes: float = 10.0
+    max_uncommitted_minutes: float = 60.0
+    keep_every: int = 0
+    wait: bool = True
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        name_of(self.run)
+        if not 0 < self.commit_minutes < self.max_uncommitted_minutes:
+            raise UsageError(
+                f"--commit-minutes {self.commit_minutes:g} must be more than 0 and less than --max-uncommitted-minutes "
+                f"{self.max_uncommitted_minutes:g}"
+            )
 
 
-class StopRequest:
-    """Set by SIGTERM or SIGINT, and read between steps. A second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        signal.signal(signal.SIGTERM, self._set)
-        signal.signal(signal.SIGINT, self._set)
-
-    def _set(self, number: int, _: FrameType | None) -> None:
-        if self.signal == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
-        say(f"{self.signal}: committing the state after this step; Ctrl-C again stops at once")
-
-
-def train(options: TrainOptions) -> dict[str, float]:
-    """Train, or go on with, `options.run`; the final metrics. Raises `Interrupted` after a signal, state committed."""
-    stop = StopRequest()
+def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
+    """Train, or go on with, `options.run`; the final metrics. Raises `Interrupted` once asked to stop, state committed."""
+    if options.deterministic:
+        _be_deterministic()
     dataset = Dataset.open(options.dataset)
     cache = None
     if options.cache_dir:
         cache = BlockCache(options.cache_dir, options.cache_bytes, dataset.split("train"), dataset.fingerprint)
-    fresh = _fresh_run(options, dataset)
-    run = Run.claim(open_store(options.run), fresh, say)
+    stop.check()
+    fresh, store = _fresh_run(options, dataset), open_store(options.run)
+    run = Run.claim(store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every)
     if run.manifest.status == "done":
         say(f"run {options.run} is done already; to train again, choose another run: make train RUN=another")
         _close(run, run.manifest.result, options, None)
         return run.manifest.result
-    session = _Session(options, dataset, run, stop, cache)
-    return session.run_to_end()
+    try:
+        return _Session(options, dataset, run, stop, cache).run_to_end()
+    except NotFinite as error:
+        raise _go_back(run, error, options.deterministic) from error
+    except WdsTrainError as error:
+        if not isinstance(error, Interrupted | StoreError):  # a store that fails takes no last word either
+            _give_up(run, "failed")
+        raise
+
+
+def _be_deterministic() -> None:
+    """Only algorithms that give the same bits each time; on GPUs slower, on CPUs no other than the usual ones."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's condition, read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _go_back(run: Run, error: NotFinite, deterministic: bool) -> WdsTrainError:
+    """What to raise after a loss that is not finite, which was not committed. On a GPU the next attempt, from the newest
+    checkpoint, may round otherwise and pass; where the same arithmetic would only fail again, it is not tried.
+    """
+    if not run.manifest.checkpoints or deterministic or not torch.cuda.is_available():
+        _give_up(run, "failed")
+        return error
+    if run.manifest.rollbacks == ROLLBACKS:
+        _give_up(run, "failed")
+        return RunError(f"{error}; {ROLLBACKS} returns to a checkpoint did not help")
+    done = run.manifest.rollbacks + 1
+    run.end("interrupted", rollbacks=done)
+    newest = run.manifest.checkpoints[-1].progress.step
+    return Interrupted(f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})")
+
+
+def _give_up(run: Run, status: str) -> None:
+    """Say in the manifest how it ended. If the store does not let us, the lease runs out by itself."""
+    try:
+        run.end(status)
+    except (StoreError, Interrupted) as error:
+        say(f"{run.store.url} could not be marked as {status}: {error}")
 
 
 def _fresh_run(options: TrainOptions, dataset: Dataset) -> RunManifest:
     return RunManifest(
-        run=options.run.rstrip("/").rsplit("/", 1)[-1],
+        run=name_of(options.run),
         recipe=options.recipe.to_dict(),
         dataset={
             "url": dataset.store.url,
@@ -99,6 +138,7 @@ class _Session:
     ) -> None:
         recipe = options.recipe
         self._options, self._run, self._stop = options, run, stop
+        run.max_uncommitted = options.max_uncommitted_minutes * 60
         snapshot = run.restore(say)
         start = snapshot.progress.step if snapshot else 0
         train_split, val_split = dataset.split("train"), dataset.split("val")
@@ -120,6 +160,7 @@ class _Session:
         if start < self._total:
             self._loader.start()
         self._val_loader.start()
+        run.start_renewing()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._trainer = Trainer(recipe, len(dataset.manifest.classes), plan.steps_per_epoch, device)
         _introduce(options, dataset, plan, device)
@@ -128,25 +169,52 @@ class _Session:
             say(f"resuming at step {start} of {self._total} (epoch {start / plan.steps_per_epoch:.2f})")
 
     def run_to_end(self) -> dict[str, float]:
-        trainer, epoch_steps = self._trainer, self._trainer.steps_per_epoch
-        with Tracker(self._run.manifest, home()) as self._tracker:
-            self._progress = Progress(self._total, trainer.progress.step, self._options.recipe.batch)
-            self._metrics: dict[str, float] = {}
-            batches = self._timed(iter(self._loader))
+        with SpotWatch() as self._spot, Tracker(self._run.manifest, home()) as self._tracker:
+            self._progress = Progress(self._total, self._trainer.progress.step, self._options.recipe.batch)
             try:
-                while trainer.progress.evaluated * epoch_steps < self._total:
-                    if self._stop.signal:
-                        self._interrupt()
-                    if trainer.progress.step == (trainer.progress.evaluated + 1) * epoch_steps:
-                        self._end_epoch()
-                    else:
-                        self._step(*next(batches))
+                self._train()
+            except _Stopped:
+                self._interrupt()
             finally:
                 self._progress.close()
-            self._run.wait()
+            while not self._run.wait(0.2):
+                if self._stopped_by():
+                    self._interrupt()
+            self._run.end("done")
             where = self._tracker.where
         _close(self._run, self._run.manifest.result, self._options, where)
         return self._run.manifest.result
+
+    def _train(self) -> None:
+        trainer, epoch_steps = self._trainer, self._trainer.steps_per_epoch
+        self._saved = trainer.progress
+        self._saved_at = time.monotonic()
+        self._rebalance_said = False
+        self._commit_timing: dict[str, float] = {}
+        batches = self._timed(iter(self._loader))
+        while trainer.progress.evaluated * epoch_steps < self._total:
+            self._look_up()
+            if time.monotonic() - self._saved_at >= self._options.commit_minutes * 60 and not self._run.busy:
+                trainer.epoch_loss()
+                self._commit({})
+            if trainer.progress.step == (trainer.progress.evaluated + 1) * epoch_steps:
+                self._end_epoch()
+            else:
+                self._step(*next(batches))
+
+    def _look_up(self) -> None:
+        """Raise what ends the training: `_Stopped` when asked to stop, and what `Run.check` raises."""
+        self._run.check()
+        if self._spot.rebalance and not self._rebalance_said:
+            self._rebalance_said = True
+            say(
+                "EC2 recommends to move: this spot instance is at an elevated risk of being taken back; training goes on"
+            )
+        if self._stopped_by():
+            raise _Stopped
+
+    def _stopped_by(self) -> str | None:
+        return "the spot notice" if self._spot.notice is not None else self._stop.signal
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         """Each batch with the seconds that the training waited for it."""
@@ -168,7 +236,7 @@ class _Session:
             record = {"step": done, "epoch": done / self._trainer.steps_per_epoch, "train/loss": shown}
             record["train/lr"] = self._lr(done - 1)
             timing = {"time/img_s": len(batch.labels) / (waited + spent), "time/data_wait": waited / (waited + spent)}
-            self._tracker.log(record, timing)
+            self._tracker.log(record, timing | self._drain_commit_timing())
         self._progress.step(done, shown)
 
     def _logs(self, step: int) -> bool:
@@ -183,7 +251,7 @@ class _Session:
         """Validate and commit."""
         trainer = self._trainer
         loss = trainer.epoch_loss()
-        metrics = trainer.evaluate(self._val_loader, self._val_samples)
+        metrics = trainer.evaluate(self._looking_up(self._val_loader), self._val_samples)
         lost = trainer.progress.lost
         trainer.evaluated()
         epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
@@ -202,25 +270,44 @@ class _Session:
         done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
         self._commit(metrics, **done)
 
-    def _commit(self, metrics: dict[str, float], **changes: Any) -> Snapshot:
+    def _looking_up(self, batches: Loader) -> Iterator[Batch]:
+        for batch in batches:
+            self._look_up()
+            yield batch
+
+    def _commit(self, metrics: dict[str, float], **changes: Any) -> None:
+        start = time.perf_counter()
         snapshot = self._trainer.snapshot()
         self._run.commit(snapshot, metrics, self._tracker.drain(), **changes)
-        return snapshot
+        self._saved, self._saved_at = self._trainer.progress, time.monotonic()
+        self._commit_timing["commit/stall_ms"] = (time.perf_counter() - start) * 1000
+
+    def _drain_commit_timing(self) -> dict[str, float]:
+        """What the newest commits cost: `stall_ms` the training's pause, `upload_s` the work in the background."""
+        timing, self._commit_timing = self._commit_timing, {}
+        if self._run.upload_s is not None:
+            timing["commit/upload_s"], self._run.upload_s = self._run.upload_s, None
+        return timing
 
     def _interrupt(self) -> None:
-        """Commit, unless the newest commit holds this very state, and leave."""
-        self._run.wait()
-        committed = self._run.manifest.checkpoints
+        """Commit, unless this very state is committed or on its way, and leave; unless it was the last that was missing."""
+        end = min(time.monotonic() + GRACE_SECONDS, self._spot.notice or float("inf"))
         progress = self._trainer.progress
-        newest = committed[-1].progress if committed else None
-        if newest is None or (newest.step, newest.evaluated) != (progress.step, progress.evaluated):
+        if (progress.step, progress.evaluated) != (self._saved.step, self._saved.evaluated):
             self._trainer.epoch_loss()
             self._commit({}, status="interrupted")
-            self._run.wait()
-        raise Interrupted(
-            f"stopped by {self._stop.signal} at step {progress.step} of {self._total}, state committed to {self._run.store.url}; "
-            "the same command goes on from there"
-        )
+        stopped = f"stopped by {self._stopped_by()} at step {progress.step} of {self._total}"
+        if not self._run.wait(end - time.monotonic()):
+            raise Interrupted(
+                f"{stopped}, whose state could not be committed in time; the same command goes on from the newest "
+                f"checkpoint of {self._run.store.url}"
+            )
+        self._run.end("interrupted")
+        raise Interrupted(f"{stopped}, state committed to {self._run.store.url}; the same command goes on from there")
+
+
+class _Stopped(Exception):
+    """Asked to stop, between two steps or two batches of a validation."""
 
 
 def _introduce(options: TrainOptions, dataset: Dataset, plan: TrainPlan, device: torch.device) -> None:

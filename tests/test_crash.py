@@ -1,0 +1,143 @@
+"""Kill it anywhere: whatever is killed when, the run ends as the unbroken one, bit by bit, and nothing named is missing.
+
+The short version is part of the tests; `make crash-test` sets WDS_CRASH_KILLS to more.
+"""
+
+import hashlib
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from trainers import BATCH, EPOCHS, POINTS, SAMPLES, STEPS_PER_EPOCH, Job, Training, all_ended, make_dataset
+
+from wds_train.checkpoint import Run, Snapshot
+from wds_train.errors import NotFound
+from wds_train.lease import read_run
+from wds_train.store import Store, open_store
+
+KILLS = int(os.environ.get("WDS_CRASH_KILLS", "12"))
+KILLS_PER_RUN = 12
+OFTEN = ("--commit-minutes", "0.001")  # several commits an epoch
+
+
+def job(dataset: str, run: str, folder: Path, **details: object) -> Job:
+    return Job(dataset, run, str(folder), **details)  # type: ignore[arg-type]
+
+
+def assert_nothing_named_is_missing(store: Store) -> None:
+    try:
+        manifest, _ = read_run(store)
+    except NotFound:
+        return
+    for named in [c.object for c in manifest.checkpoints] + [s.object for s in manifest.metrics]:
+        data = store.read(named.key)
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (named.bytes, named.sha256), named.key
+
+
+def end_state(url: str) -> tuple[Snapshot, list[dict[str, object]], dict[str, float]]:
+    store = open_store(url)
+    run = Run(store, *read_run(store))
+    assert run.manifest.status == "done"
+    snapshot = run.restore(print)
+    assert snapshot is not None
+    return snapshot, run.history(), run.manifest.result
+
+
+def assert_same_end(one: str, other: str) -> None:
+    (snapshot, history, result), (snapshot2, history2, result2) = end_state(one), end_state(other)
+    assert (history, result) == (history2, result2)
+    assert (snapshot.progress, snapshot.extra) == (snapshot2.progress, snapshot2.extra)
+    assert snapshot.tensors.keys() == snapshot2.tensors.keys()
+    assert [n for n in snapshot.tensors if not torch.equal(snapshot.tensors[n], snapshot2.tensors[n])] == []
+
+
+def committed_steps(attempts: list[Training]) -> dict[int, list[int]]:
+    """The samples of every step that is part of the result: where an attempt began, those before it counted for
+    nothing from there on.
+    """
+    steps: dict[int, list[int]] = {}
+    for attempt in attempts:
+        taken = attempt.steps()
+        if taken:
+            steps = {step: ids for step, ids in steps.items() if step < min(taken)} | taken
+    return steps
+
+
+def assert_each_sample_once(steps: dict[int, list[int]]) -> None:
+    assert sorted(steps) == list(range(EPOCHS * STEPS_PER_EPOCH))
+    for epoch in range(EPOCHS):
+        ids = [i for step in range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH) for i in steps[step]]
+        assert len(ids) == len(set(ids)) == STEPS_PER_EPOCH * BATCH
+        assert set(ids) <= set(range(SAMPLES))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def seconds() -> dict[str, float]:
+    return {}
+
+
+@pytest.fixture
+def unbroken(small: str, s3_url: str, tmp_path: Path, seconds: dict[str, float]) -> tuple[str, dict[int, list[int]]]:
+    """A run that nothing happened to, and its steps."""
+    url = f"{s3_url}/unbroken"
+    training = Training(job(small, url, tmp_path))
+    assert training.end() == 0, training.output
+    began = time.monotonic()
+    second = Training(job(small, f"{s3_url}/again", tmp_path))
+    assert second.end() == 0, second.output
+    seconds["run"] = time.monotonic() - began
+    assert_same_end(url, f"{s3_url}/again")
+    return url, training.steps()
+
+
+ONCE = ("claimed", "resuming", "resumed")  # points that an attempt passes once
+
+
+def moments(rng: random.Random, kills: int, first: int) -> list[tuple[str, int]]:
+    """(point, nth): a point, from number `first` on, and a random time in turn."""
+    points = [list(POINTS)[(first + i) % len(POINTS)] for i in range(-(-kills // 2))]
+    chosen = [(point, 1 if point in ONCE else rng.choice([1, 1, 2, 3])) for point in points]
+    return [moment for each in chosen for moment in (each, ("", 0))][:kills]
+
+
+@pytest.mark.timeout(3000)
+def test_killed_anywhere_it_ends_as_the_unbroken_run(
+    small: str,
+    s3_url: str,
+    tmp_path: Path,
+    unbroken: tuple[str, dict[int, list[int]]],
+    seconds: dict[str, float],
+) -> None:
+    killed = 0
+    for seed in range(-(-KILLS // KILLS_PER_RUN)):
+        rng, run = random.Random(seed), f"{s3_url}/broken{seed}"
+        attempts: list[Training] = []
+        with all_ended(attempts):
+            for point, nth in moments(rng, KILLS_PER_RUN, seed * KILLS_PER_RUN // 2):
+                details = {"workers": rng.choice([0, 0, 1]), "arguments": OFTEN}
+                attempts.append(Training(job(small, run, tmp_path, point=point, nth=nth, **details)))
+                if not point:
+                    attempts[-1].process.join(rng.uniform(0.1, 0.35 * seconds["run"]))
+                    attempts[-1].send(signal.SIGKILL)
+                killed += (code := attempts[-1].end()) == -signal.SIGKILL
+                assert code in (0, -signal.SIGKILL), attempts[-1].output
+                assert_nothing_named_is_missing(open_store(run))
+            attempts.append(Training(job(small, run, tmp_path)))
+            assert attempts[-1].end() == 0, attempts[-1].output
+        assert_same_end(unbroken[0], run)
+        steps = committed_steps(attempts)
+        assert_each_sample_once(steps)
+        assert steps == unbroken[1]
+        store = open_store(run)
+        assert {e.key for e in store.list("ckpt/")} == {c.object.key for c in read_run(store)[0].checkpoints}
+    print(f"{killed} kills, an unbroken run takes {seconds['run']:.1f} s")
+    assert killed >= 0.6 * KILLS

@@ -1,0 +1,142 @@
+"""A run among others and in trouble: two trainers, notices, and a store that fails while the state goes there."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_imds import FakeImds
+from fault_proxy import FaultProxy
+from trainers import HOLD, Job, Training, all_ended, make_dataset
+
+from wds_train.lease import read_run
+from wds_train.store import open_store
+
+ROUNDS = int(os.environ.get("WDS_CRASH_ROUNDS", "2"))
+SHORT_LEASE = {"lease.LEASE_SECONDS": 1.5}
+HASTY = {"store.PATIENCE_SECONDS": 0.5, "checkpoint.RETRY_SECONDS": 0.5}
+LONG = ("schedule.epochs=400",)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def imds(s3_url: str, aws_env: pytest.MonkeyPatch) -> Iterator[FakeImds]:
+    with FakeImds() as imds:
+        aws_env.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", imds.url)
+        aws_env.setenv("AWS_EC2_METADATA_DISABLED", "false")
+        yield imds
+
+
+@pytest.mark.timeout(600)
+def test_the_one_that_slept_past_its_lease_changes_nothing(small: str, s3_url: str, tmp_path: Path) -> None:
+    store, trainings = open_store(f"{s3_url}/run"), []
+    with all_ended(trainings):
+        details = {"settings": LONG, "constants": SHORT_LEASE}
+        trainings.append(Training(Job(small, store.url, str(tmp_path), **details)))
+        for _ in range(ROUNDS):
+            first = trainings[-1]
+            first.until("epoch ")
+            trainings.append(second := Training(Job(small, store.url, str(tmp_path), **details)))
+            second.until(r"is being trained by .*, process \d+; waiting until it ends or is silent for 1.5 s")
+            first.send(signal.SIGSTOP)
+            second.until("resuming at step")
+            second.send(signal.SIGSTOP)
+            time.sleep(0.3)  # what it had sent may still arrive
+            before = store.read("manifest.json"), list(store.list())
+            first.send(signal.SIGCONT)
+            assert first.end(seconds=30) == 75, first.output
+            assert re.search(r"another instance \(.*, process \d+\) has claimed", first.output)
+            assert (store.read("manifest.json"), list(store.list())) == before
+            second.send(signal.SIGCONT)
+        assert read_run(store)[0].fence == ROUNDS + 1
+
+
+def test_a_run_that_is_held_is_refused_without_waiting(small: str, s3_url: str, tmp_path: Path) -> None:
+    trainings = [Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG))]
+    with all_ended(trainings):
+        trainings[0].until("epoch ")
+        trainings.append(Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, arguments=("--no-wait",))))
+        assert trainings[1].end() == 1
+        assert f"is being trained by {os.uname().nodename}, process {trainings[0].pid}" in trainings[1].output
+        trainings.append(Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG)))
+        trainings[2].until("waiting until it ends")
+        assert trainings[2].end(signal.SIGTERM) == 75
+        assert "stopped by SIGTERM before the training began" in trainings[2].output
+        trainings[0].end(signal.SIGKILL)
+        trainings.append(Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG)))
+        trainings[3].until("resuming at step", seconds=10)  # no wait for the lease of 60 s: its owner is gone
+
+
+@pytest.mark.parametrize("point", ["after a step", "validating", "uploading"])
+def test_a_spot_notice_is_answered_by_a_commit(
+    small: str, s3_url: str, tmp_path: Path, imds: FakeImds, point: str
+) -> None:
+    """The notice comes while the thread that passes the point is held there."""
+    run, trainings = f"{s3_url}/run", []
+    details = {"settings": LONG}
+    job = Job(small, run, str(tmp_path), point=point, nth=15 if point == "after a step" else 5, sent=HOLD, **details)
+    with all_ended(trainings):
+        trainings.append(training := Training(job))
+        training.until("held at")
+        imds.give_notice(60)
+        began = time.monotonic()
+        assert training.end(seconds=60) == 75, training.output
+        assert time.monotonic() - began < 60
+        stopped = re.search(
+            r"stopped by the spot notice at step (\d+) of \d+, state committed to s3://", training.output
+        )
+        assert stopped, training.output
+        manifest, _ = read_run(open_store(run))
+        assert manifest.status == "interrupted"
+        assert manifest.checkpoints[-1].progress.step == int(stopped[1])
+        imds.notice = None
+        trainings.append(Training(Job(small, run, str(tmp_path), **details)))
+        trainings[-1].until(f"resuming at step {stopped[1]} ")
+
+
+@pytest.mark.parametrize("fault", ["503", "403", "expired", "lost_ack"])
+def test_a_commit_that_fails_is_tried_again_while_the_training_goes_on(
+    small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path, fault: str
+) -> None:
+    kinds = {
+        "503": {"kind": "status", "key": "ckpt/", "times": 30},
+        "403": {"kind": "status", "key": "ckpt/", "times": 1, "status": 403, "code": "AccessDenied"},
+        "expired": {"kind": "status", "key": "ckpt/", "times": 1, "status": 403, "code": "ExpiredToken"},
+        "lost_ack": {"kind": "lost_ack", "key": "manifest.json", "times": 20, "share": 0.5},
+    }
+    fault_proxy.fail(method="PUT", **kinds[fault])
+    trainings = [Training(Job(small, f"{s3_url}/run", str(tmp_path), constants=HASTY))]
+    with all_ended(trainings):
+        assert trainings[0].end() == 0, trainings[0].output
+    if fault != "lost_ack":
+        assert re.search(
+            r"commit of step \d+ failed \(.*ckpt/.*\); training goes on, trying again", trainings[0].output
+        )
+    assert fault_proxy.faults[0].times <= (0 if fault in ("403", "expired") else 19)
+    manifest, _ = read_run(open_store(f"{s3_url}/run"))
+    assert (manifest.status, manifest.fence, manifest.checkpoints[-1].progress.evaluated) == ("done", 1, 4)
+
+
+def test_no_more_than_the_allowed_minutes_are_put_at_risk(
+    small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    minutes = ("--max-uncommitted-minutes", "0.05", "--commit-minutes", "0.01")
+    trainings = [
+        Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, arguments=minutes, constants=HASTY))
+    ]
+    with all_ended(trainings):
+        trainings[0].until("epoch   2/400")
+        fault_proxy.fail("status", method="PUT", key="ckpt/", times=1e9)
+        assert trainings[0].end() == 1, trainings[0].output
+        assert re.search(
+            r"nothing could be committed for 0\.\d minutes \(--max-uncommitted-minutes allows 0\.05\): .*503 SlowDown",
+            trainings[0].output,
+        )
+        assert read_run(open_store(f"{s3_url}/run"))[0].checkpoints

@@ -1,0 +1,154 @@
+"""Looking at a run, going back in it, and taking its weights out; and runs that are none, refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from trainers import Job, Training, make_dataset
+
+from wds_train import state as states
+from wds_train.cli import main
+from wds_train.dataset import Dataset
+from wds_train.errors import RunError
+from wds_train.pipeline import EvalPlan, EvalTransform, Loader
+from wds_train.state import RunManifest
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A dataset and a finished run, not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = make_dataset(folder)
+    training = Training(Job(dataset, str(folder / "run"), str(folder)))
+    assert training.end() == 0, training.output
+    return dataset, str(folder / "run")
+
+
+@pytest.fixture
+def run(trained: tuple[str, str], tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return shutil.copytree(trained[1], tmp_path / "run")
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_status_says_how_far_a_run_is_and_what_it_cost(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = answer(capsys, "status", run, "--json", "--price", 36)
+    status = json.loads(out)
+    assert (code, status["status"], status["step"], status["epochs"], status["of_epochs"]) == (0, "done", 44, 4, 4)
+    assert (status["attempts"], status["interruptions"], status["failures"]) == (1, 0, 0)
+    seconds = json.loads((run / "manifest.json").read_text())["attempts"][0]["seconds"]
+    assert seconds > 0
+    assert status["dollars"] == pytest.approx(seconds / 100, abs=0.006)
+    assert status["metrics"]["val/top1"] == status["checkpoints"][-1]["metrics"]["val/top1"]
+    code, out = answer(capsys, "status", run)
+    assert code == 0
+    assert "step 44, 4 of 4 epochs validated" in out
+    code, out = answer(capsys, "checkpoints", run)
+    assert [line.split("\t")[0] for line in out.splitlines()[1:]] == [str(c["step"]) for c in status["checkpoints"]]
+
+
+def test_a_rollback_forgets_what_came_after(
+    run: Path, trained: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end = (run / "manifest.json").read_bytes()
+    assert answer(capsys, "rollback", run, "--to", 34)[1].endswith(
+        "has no checkpoint of step 34; it has those of 11, 33, 44\n"
+    )
+    assert (run / "manifest.json").read_bytes() == end
+    assert answer(capsys, "rollback", run, "--to", 33)[0] == 0
+    manifest = RunManifest.from_json((run / "manifest.json").read_bytes(), "here")
+    assert (manifest.status, manifest.checkpoints[-1].progress.step, manifest.result) == ("interrupted", 33, {})
+    assert [segment.step for segment in manifest.metrics] == [11, 22, 33]
+    again = Training(Job(trained[0], str(run), str(tmp_path)))
+    assert again.end() == 0, again.output
+    assert "resuming at step 33 of 44" in again.output
+    assert json.loads((run / "manifest.json").read_text())["result"] == json.loads(end)["result"]
+
+
+@pytest.mark.parametrize("kind", ["raw", "ema"])
+def test_timm_loads_an_export_and_it_scores_the_same(
+    run: Path, trained: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    file = tmp_path / "weights.safetensors"
+    code, out = answer(capsys, "export", run, "--step", 44, "--best", kind, "--to", file)
+    assert code == 0, out
+    assert f"{kind} weights of step 44" in out
+    model = timm.create_model("test_resnet", num_classes=2, checkpoint_path=str(file)).eval()
+    split = Dataset.open(trained[0]).split("val")
+    loss = 0.0
+    mean, std = torch.tensor([0.3] * 3), torch.tensor([0.35] * 3)
+    with torch.inference_mode():
+        for batch in Loader(split, EvalPlan(len(split), 16), EvalTransform(16, 1.0), 0):
+            pixels = ((batch.images / 255 - mean) / std).permute(0, 3, 1, 2)
+            loss += torch.nn.functional.cross_entropy(model(pixels), batch.labels, reduction="sum").item() / len(split)
+    result = json.loads((run / "manifest.json").read_text())["result"]
+    assert loss == pytest.approx(result["val/loss" + ("_ema" if kind == "ema" else "")], rel=1e-4)
+
+
+def changed(manifest: Path, change: Callable[[dict[str, Any]], object]) -> bytes:
+    content = json.loads(manifest.read_text())
+    change(content)
+    manifest.write_text(json.dumps(content))
+    return manifest.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(kind="mlflow"), "is not a wds-train run manifest; choose another run name"),
+        (lambda m: m.update(format=2), "has format 2, this wds-train reads format 1; upgrade it"),
+        (lambda m: m.update(status="happy"), "is damaged: status 'happy'"),
+        (lambda m: m.update(fence="7"), "fence '7'"),
+        (lambda m: m.pop("owner"), "is damaged: KeyError('owner')"),
+        (lambda m: m["recipe"]["model"].update(name="resnet18"), "model.name: resnet18 (saved), test_resnet (now)"),
+        (lambda m: m["dataset"].update(fingerprint="f", classes=7), "'classes': 7} (saved)"),
+        (
+            lambda m: [c["object"].update(key="../../etc/passwd") for c in m["checkpoints"]],
+            "'../../etc/passwd' is not a key inside",
+        ),
+    ],
+)
+def test_a_run_that_is_not_ours_is_refused_and_left_alone(
+    run: Path, trained: tuple[str, str], tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    changed(run / "manifest.json", lambda m: m.update(status="interrupted"))
+    before = changed(run / "manifest.json", change)
+    training = Training(Job(trained[0], str(run), str(tmp_path)))
+    assert training.end() == 1, training.output
+    assert message in training.output
+    assert "Traceback" not in training.output
+    if "passwd" not in message:  # which only the claim's restore finds out
+        assert (run / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a b", "-run", "run?", "a*", "r\u00fcn", ".hidden", "x" * 101])
+def test_odd_run_names_are_refused_with_the_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code, out = answer(capsys, "status", tmp_path / name)
+    assert (code, out) == (
+        2,
+        f"wds-train: error: {name!r} cannot be a run's name: use at most 100 letters, digits, '.', '_' and '-', a letter "
+        "or digit first\n",
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_run_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = answer(capsys, "status", tmp_path / "none")
+    assert (code, "there is no run at" in out) == (1, True)
+
+
+def test_a_manifest_is_its_own_round_trip(run: Path) -> None:
+    data = (run / states.NAME).read_bytes()
+    assert RunManifest.from_json(data, "here").to_json() == data
+    with pytest.raises(RunError, match="here is not JSON"):
+        RunManifest.from_json(data[:-5], "here")

@@ -1,0 +1,212 @@
+"""Trainings as processes, for tests that kill them by the hundred.
+
+PyTorch and timm take eight seconds of CPU to import. A server process imports them once, starts no thread, and forks
+into a trainer in milliseconds; what runs there is `wds-train train` itself, through its command line.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from wds_train.cli import main
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["wds_train.train", "wds_train.cli"])
+
+SETTINGS = [
+    "model.name=test_resnet",
+    "model.drop_path=0.1",
+    "mix.mixup=0.2",
+    "batch=16",
+    "data.size=16",
+    "data.eval_size=16",
+    "schedule.epochs=4",
+    "schedule.warmup_epochs=1",
+]
+STEPS_PER_EPOCH, EPOCHS, BATCH = 11, 4, 16
+SAMPLES = STEPS_PER_EPOCH * BATCH + 5  # of which five are left over in each epoch
+
+HOLD, HOLD_SECONDS = 0, 1.0  # instead of a signal: the thread that comes by sleeps, the others go on
+
+# Where a process can be made to stop: (module, owner of the function, function, before or after it).
+POINTS = {
+    "claimed": ("checkpoint", "Run", "_take", "after"),
+    "resuming": ("engine", "Trainer", "restore", "before"),
+    "resumed": ("engine", "Trainer", "restore", "after"),
+    "before a step": ("engine", "Trainer", "step", "before"),
+    "after a step": ("engine", "Trainer", "step", "after"),
+    "validating": ("engine", "", "_readable", "before"),
+    "validated": ("engine", "Trainer", "evaluate", "after"),
+    "before the snapshot": ("engine", "Trainer", "snapshot", "before"),
+    "after the snapshot": ("engine", "Trainer", "snapshot", "after"),
+    "uploading": ("store", "S3Store", "_send", "before"),
+    "between uploads and manifest": ("checkpoint", "RunManifest", "with_commit", "before"),
+    "before the manifest": ("checkpoint", "Run", "_write", "before"),
+    "after the manifest": ("checkpoint", "Run", "_write", "after"),
+    "before the garbage": ("checkpoint", "Run", "_collect", "before"),
+    "in the garbage": ("store", "S3Store", "delete", "after"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt. The process sends itself `sent` when it passes `point` for the `nth` time. `constants` are set in
+    modules of wds_train: {"lease.LEASE_SECONDS": 2.0}.
+    """
+
+    dataset: str
+    run: str
+    folder: str
+    workers: int = 0
+    arguments: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    point: str = ""
+    nth: int = 1
+    sent: int = signal.SIGKILL
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+def make_dataset(folder: Path) -> str:
+    """Noise in two classes: small, so that a training takes a second or two."""
+    forkserver.ensure_running()  # before the conversion starts it for itself, with other modules imported
+    rng = np.random.default_rng(0)
+    for split, samples in (("train", SAMPLES), ("val", 40)):
+        for i in range(samples):
+            path = folder / "images" / split / f"class{i % 2}" / f"{i:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(128 * (i % 2), 128 + 128 * (i % 2), (16, 16, 3), dtype=np.uint8)).save(path)
+    assert main(["shards", str(folder / "images"), str(folder / "data")]) == 0
+    return str(folder / "data")
+
+
+class Training:
+    """A running `Job`. Its output, and the steps that it took, are in files, which outlive it."""
+
+    count = 0
+
+    def __init__(self, job: Job) -> None:
+        Training.count += 1
+        place = Path(job.folder) / f"{Training.count:04d}"
+        self.log, self.steps_log = place.with_suffix(".log"), place.with_suffix(".steps")
+        self.log.touch()
+        environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "WDS_"))}
+        arguments = (job, str(self.log), str(self.steps_log), environment)
+        self.process = CONTEXT.Process(target=_main, args=arguments)
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def until(self, pattern: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern, self.output):
+            assert self.process.is_alive() and time.monotonic() < deadline, f"{pattern!r} never came:\n{self.output}"
+            time.sleep(0.005)
+
+    def send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def end(self, sent: int | None = None, seconds: float = 120) -> int:
+        """The exit status, negative for a signal."""
+        if sent is not None:
+            self.send(sent)
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running:\n{self.output}"
+        return self.process.exitcode
+
+    def steps(self) -> dict[int, list[int]]:
+        """The sample numbers of each step that the process took. A line cut by a kill is a step that was not done."""
+        if not self.steps_log.exists():
+            return {}
+        lines = self.steps_log.read_text().split("\n")[:-1]
+        return {entry[0]: entry[1] for entry in map(json.loads, lines)}
+
+
+def _main(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> None:
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update(environment, WANDB_MODE="disabled", WDS_HOME=job.folder)
+    import torch
+
+    from wds_train.engine import Trainer
+    from wds_train.spot import SpotWatch
+
+    torch.set_num_threads(1)
+    for name, value in job.constants.items():
+        module, constant = name.split(".")
+        setattr(_module(module), constant, value)
+    SpotWatch.__init__.__defaults__ = (None, 0.02)  # looks for the notice more often
+    _log_steps(Trainer, steps_log)
+    if job.point:
+        _stop_at(job)
+    settings = [part for setting in (*SETTINGS, *job.settings) for part in ("--set", setting)]
+    command = ["train", "--dataset", job.dataset, "--run", job.run, "--workers", str(job.workers)]
+    raise SystemExit(main([*command, *settings, *job.arguments]))
+
+
+def _module(name: str) -> Any:
+    import importlib
+
+    return importlib.import_module(f"wds_train.{name}")
+
+
+def _log_steps(trainer: Any, path: str) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    step = trainer.step
+
+    def logged(self: Any, batch: Any) -> Any:
+        loss = step(self, batch)
+        os.write(file, (json.dumps([batch.step, batch.ids.tolist()]) + "\n").encode())
+        return loss
+
+    trainer.step = logged
+
+
+def _stop_at(job: Job) -> None:
+    module, owner, name, when = POINTS[job.point]
+    held = getattr(_module(module), owner) if owner else _module(module)
+    function: Callable[..., Any] = getattr(held, name)
+    passes = iter(range(1, 1 << 30))
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        if when == "before":
+            stop()
+        result = function(*arguments, **named)
+        if when == "after":
+            stop()
+        return result
+
+    def stop() -> None:
+        if next(passes) == job.nth:
+            print(f"held at {job.point}", flush=True)
+            time.sleep(HOLD_SECONDS) if job.sent == HOLD else os.kill(os.getpid(), job.sent)
+
+    # `getattr` gave a classmethod bound, and must not be bound once more.
+    setattr(held, name, staticmethod(wrapped) if hasattr(function, "__self__") else wrapped)
+
+
+@contextlib.contextmanager
+def all_ended(trainings: list[Training]) -> Iterator[None]:
+    """Whatever happens, no training outlives the test."""
+    try:
+        yield
+    finally:
+        for training in trainings:
+            training.send(signal.SIGKILL)
+            training.process.join()

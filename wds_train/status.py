@@ -1,0 +1,171 @@
+"""Looking at runs, and taking what they hold: `wds-train status`, `checkpoints`, `rollback` and `export`."""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from wds_train.errors import NotFound, UsageError
+from wds_train.lease import is_gone, read_run
+from wds_train.state import Checkpoint, RunManifest, best
+from wds_train.store import Store, open_store
+
+SCORES = {"raw": "val/top1", "ema": "val/top1_ema"}
+
+
+def add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument(
+        "--price", type=float, metavar="USD", help="price of an instance hour, to sum up the cost so far"
+    )
+
+
+def add_rollback_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", type=int, required=True, metavar="STEP", help="the step of one of its checkpoints")
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--best", choices=SCORES, default="ema", help="which weights, by default of their best epoch")
+    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint of this step instead")
+    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+
+
+def run_status(args: argparse.Namespace) -> int:
+    manifest, _ = _find(args.run)
+    status = describe(manifest, time.time(), args.price)
+    print(json.dumps(status, indent=1) if args.json else "\n".join(_lines(status)))
+    return 0
+
+
+def run_checkpoints(args: argparse.Namespace) -> int:
+    manifest, _ = _find(args.run)
+    print("step\tepochs\tMB\ttop-1\tEMA top-1\tkey")
+    for checkpoint in manifest.checkpoints:
+        scores = [f"{checkpoint.metrics[name]:.2f}" if checkpoint.metrics else "-" for name in SCORES.values()]
+        size = f"{checkpoint.object.bytes / 1e6:.1f}"
+        print(checkpoint.progress.step, checkpoint.progress.evaluated, size, *scores, checkpoint.object.key, sep="\t")
+    return 0
+
+
+def run_rollback(args: argparse.Namespace) -> int:
+    from wds_train.checkpoint import Run
+
+    manifest, store = _find(args.run)
+    manifest.back_to(args.to)  # a wrong step is refused before the claim
+    Run.take(store, print).roll_back(args.to)
+    print(f"{store.url} is at step {args.to} again; the next `wds-train train` goes on from there")
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from safetensors.torch import save_file
+
+    from wds_train.checkpoint import Run, Snapshot
+
+    if args.to.suffix != ".safetensors":  # timm tells the format by the name
+        raise UsageError(f"--to {args.to} must end in .safetensors")
+    manifest, store = _find(args.run)
+    chosen = _chosen(manifest, args.best, args.step)
+    snapshot = Snapshot.decode(Run(store, manifest, "").read(chosen.object), chosen.progress)
+    part = "model/" if args.best == "raw" else "ema/"
+    weights = {name.removeprefix(part): value for name, value in snapshot.tensors.items() if name.startswith(part)}
+    try:
+        save_file(weights, args.to, _timm_config(manifest, chosen))
+    except OSError as error:
+        raise UsageError(f"--to {args.to} cannot be written: {error.strerror or error}") from error
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in chosen.metrics.items()) or "not validated"
+    print(f"{args.to}: {args.best} weights of step {chosen.progress.step} ({scores})")
+    return 0
+
+
+def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str, Any]:
+    """What `status --json` prints. Ages compare two machines' clocks and are for people only; hours are those between
+    each attempt's claim and its last sign of life.
+    """
+    newest = manifest.checkpoints[-1] if manifest.checkpoints else None
+    scored = [checkpoint for checkpoint in manifest.checkpoints if checkpoint.metrics]
+    ended = [attempt.ended for attempt in manifest.attempts]
+    hours = sum(attempt.seconds for attempt in manifest.attempts) / 3600
+    held = manifest.status == "running" and not is_gone(manifest.owner)
+    return {
+        "run": manifest.run,
+        "status": manifest.status if held or manifest.status != "running" else "lost",
+        "step": newest.progress.step if newest else 0,
+        "epochs": newest.progress.evaluated if newest else 0,
+        "of_epochs": manifest.recipe["schedule"]["epochs"],
+        "metrics": manifest.result or (scored[-1].metrics if scored else {}),
+        "owner": str(manifest.owner),
+        "lease_s": manifest.lease,
+        "lease_age_s": round(now - manifest.written, 1),
+        "fence": manifest.fence,
+        "attempts": len(ended),
+        "interruptions": ended.count("interrupted") + ended.count("lost"),
+        "failures": ended.count("failed"),
+        "rollbacks": manifest.rollbacks,
+        "hours": round(hours, 4),
+        "dollars": None if price is None else round(hours * price, 2),
+        "checkpoints": [_row(checkpoint) for checkpoint in manifest.checkpoints],
+        "best": {
+            kind: found.progress.step for kind, name in SCORES.items() if (found := best(manifest.checkpoints, name))
+        },
+    }
+
+
+def _row(checkpoint: Checkpoint) -> dict[str, Any]:
+    return asdict(checkpoint.object) | {
+        "step": checkpoint.progress.step,
+        "epochs": checkpoint.progress.evaluated,
+        "metrics": checkpoint.metrics,
+    }
+
+
+def _lines(status: dict[str, Any]) -> list[str]:
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in status["metrics"].items()) or "none yet"
+    stored = sum(row["bytes"] for row in status["checkpoints"]) / 1e6
+    dollars = "" if status["dollars"] is None else f", ${status['dollars']:.2f}"
+    return [
+        f"run          {status['run']}: {status['status']}",
+        f"progress     step {status['step']}, {status['epochs']} of {status['of_epochs']} epochs validated",
+        f"metrics      {scores}",
+        f"owner        {status['owner']}, last heard of {status['lease_age_s']:.0f} s ago (lease {status['lease_s']:g} s)",
+        f"checkpoints  {len(status['checkpoints'])}, {stored:.1f} MB",
+        f"attempts     {status['attempts']}, of which {status['interruptions']} interrupted, {status['failures']} failed",
+        f"time         {status['hours']:.2f} hours{dollars}",
+    ]
+
+
+def _find(url: str) -> tuple[RunManifest, Store]:
+    store = open_store(url)
+    try:
+        return read_run(store)[0], store
+    except NotFound as error:
+        raise NotFound(f"there is no run at {store.url} (no manifest.json); check the address") from error
+
+
+def _chosen(manifest: RunManifest, kind: str, step: int | None) -> Checkpoint:
+    if step is not None:
+        return manifest.back_to(step).checkpoints[-1]
+    found = best(manifest.checkpoints, SCORES[kind])
+    if found is None:
+        raise UsageError(f"run {manifest.run} has no validated checkpoint yet; choose one by --step, or wait")
+    return found
+
+
+def _timm_config(manifest: RunManifest, checkpoint: Checkpoint) -> dict[str, str]:
+    """As safetensors metadata, in the names of timm's `config.json` (timm/models/_hub.py, save_config_for_hf)."""
+    data, classes = manifest.recipe["data"], manifest.dataset["classes"]
+    config = {
+        "architecture": manifest.recipe["model"]["name"],
+        "num_classes": classes,
+        "pretrained_cfg": {
+            "num_classes": classes,
+            "input_size": [3, data["eval_size"], data["eval_size"]],
+            "interpolation": "bilinear",
+            "crop_pct": data["eval_crop"],
+            "mean": data["mean"],
+            "std": data["std"],
+        },
+    }
+    return {"config": json.dumps(config), "run": manifest.run, "step": str(checkpoint.progress.step)}
