@@ -167,9 +167,9 @@ class FaultProxy:
             for piece in _cut(whole, fault.after - done) if fault else [whole]:
                 if fault and done >= fault.after:
                     piece = await _spoil(fault, piece, client_out, done == fault.after)  # noqa: PLW2901
+                self.sent[what] += len(piece)  # before the write: the client may have it, and the test look, at once
                 client_out.write(piece)
                 await client_out.drain()
-                self.sent[what] += len(piece)
                 done += len(piece)
 
     async def _refuse(
