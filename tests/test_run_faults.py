@@ -13,7 +13,7 @@ from fault_proxy import FaultProxy
 from trainers import HOLD, Job, Training, all_ended, make_dataset
 
 from wds_train.lease import read_run
-from wds_train.store import open_store
+from wds_train.store import Store, open_store
 
 ROUNDS = int(os.environ.get("WDS_CRASH_ROUNDS", "2"))
 SHORT_LEASE = {"lease.LEASE_SECONDS": 1.5}
@@ -34,13 +34,19 @@ def imds(s3_url: str, aws_env: pytest.MonkeyPatch) -> Iterator[FakeImds]:
         yield imds
 
 
+def assert_named_objects_are_there(store: Store) -> None:
+    manifest, _ = read_run(store)
+    for checkpoint in manifest.checkpoints:
+        assert len(store.read(checkpoint.object.key)) == checkpoint.object.bytes
+
+
 @pytest.mark.timeout(600)
 def test_the_one_that_slept_past_its_lease_changes_nothing(small: str, s3_url: str, tmp_path: Path) -> None:
     store, trainings = open_store(f"{s3_url}/run"), []
     with all_ended(trainings):
         details = {"settings": LONG, "constants": SHORT_LEASE}
         trainings.append(Training(Job(small, store.url, str(tmp_path), **details)))
-        for _ in range(ROUNDS):
+        for fence in range(1, ROUNDS + 1):
             first = trainings[-1]
             first.until("epoch ")
             trainings.append(second := Training(Job(small, store.url, str(tmp_path), **details)))
@@ -49,11 +55,15 @@ def test_the_one_that_slept_past_its_lease_changes_nothing(small: str, s3_url: s
             second.until("resuming at step")
             second.send(signal.SIGSTOP)
             time.sleep(0.3)  # what it had sent may still arrive
-            before = store.read("manifest.json"), list(store.list())
+            before = store.read("manifest.json"), set(store.list())
             first.send(signal.SIGCONT)
             assert first.end(seconds=30) == 75, first.output
             assert re.search(r"another instance \(.*, process \d+\) has claimed", first.output)
-            assert (store.read("manifest.json"), list(store.list())) == before
+            assert store.read("manifest.json") == before[0]
+            assert_named_objects_are_there(store)
+            # An upload that was under way when it was stopped may have ended: under its own fence, named by nobody.
+            new = {entry.key for entry in set(store.list()) - before[1]}
+            assert all(key.split("/")[1].startswith(f"{fence:06d}-") for key in new), new
             second.send(signal.SIGCONT)
         assert read_run(store)[0].fence == ROUNDS + 1
 
