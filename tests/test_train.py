@@ -157,3 +157,20 @@ def test_a_run_of_other_settings_is_refused(
     assert main([*command, "--set", "optimizer.lr=0.3"]) == 1
     assert "optimizer.lr: 0.1 (saved), 0.3 (now)" in capsys.readouterr().err
     assert (tmp_path / "run/manifest.json").read_bytes() == before
+
+
+def test_a_mixture_trains_and_is_part_of_the_run(
+    digits: Dataset, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    other = str(tmp_path / "other")
+    assert main(["shards", "digits", other, "--seed", "1", "--spool", str(tmp_path / "spool")]) == 0
+    command = ["train", "--dataset", digits.store.url, "--run", str(tmp_path / "run"), "--workers", "0"]
+    command += ["--set", "model.name=test_resnet", "--set", "schedule.epochs=1", "--set", "schedule.warmup_epochs=0"]
+    mixed = [*command, "--mix", f"{other}=0.25"]
+    assert main(mixed) == 0
+    assert "1 epochs of 29 steps of 64" in capsys.readouterr().err  # 1,437 samples, 48 of each batch
+    manifest = json.loads((tmp_path / "run/manifest.json").read_bytes())
+    assert manifest["dataset"]["mix"] == [{"fingerprint": Dataset.open(other).fingerprint, "share": 0.25}]
+    assert main(command) == 1
+    assert "'mix': []} (now)" in capsys.readouterr().err

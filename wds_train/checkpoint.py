@@ -370,7 +370,7 @@ def _refuse_mismatch(found: RunManifest, fresh: RunManifest, where: str) -> None
         for name in saved | current
         if saved.get(name) != current.get(name)
     ]
-    if found.dataset["fingerprint"] != fresh.dataset["fingerprint"]:
+    if any(found.dataset.get(name) != fresh.dataset.get(name) for name in ("fingerprint", "mix")):
         different.append(f"dataset: {found.dataset} (saved), {fresh.dataset} (now)")
     if different:
         raise RunError(f"{where} was started with other settings; {'; '.join(different)}. Use these, or another --run")

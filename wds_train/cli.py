@@ -133,6 +133,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="loader processes (default: %(default)s)",
     )
     parser.add_argument(
+        "--mix",
+        type=_share,
+        action="append",
+        default=[],
+        metavar="DATASET=SHARE",
+        help="take this share of every batch from another dataset of the same classes (0.25, say)",
+    )
+    parser.add_argument(
         "--cache-dir",
         type=Path,
         metavar="DIR",
@@ -181,6 +189,7 @@ def _train(args: argparse.Namespace) -> int:
         _run_url(args.run or args.recipe, args.bucket),
         recipe,
         args.workers,
+        tuple(args.mix),
         args.cache_dir,
         int(args.cache_gb * 1e9),
         args.commit_minutes,
@@ -243,6 +252,17 @@ def _count(text: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
+
+
+def _share(text: str) -> tuple[str, float]:
+    url, _, share = text.rpartition("=")
+    try:
+        value = float(share)
+    except ValueError:
+        value = 0.0
+    if not url or not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not DATASET=SHARE with a share between 0 and 1")
+    return url, value
 
 
 def _positive(text: str) -> int:

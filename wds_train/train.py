@@ -23,7 +23,7 @@ from wds_train.dataset import Dataset
 from wds_train.devserver import home
 from wds_train.engine import Trainer
 from wds_train.errors import Interrupted, NotFinite, RunError, StoreError, UsageError, WdsTrainError
-from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, TrainPlan, TrainTransform
+from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Mixture, TrainPlan, TrainTransform, shares
 from wds_train.recipe import Recipe
 from wds_train.report import draw_curves
 from wds_train.schedule import lr_share
@@ -44,6 +44,8 @@ class TrainOptions:
     run: str
     recipe: Recipe
     workers: int
+    mix: tuple[tuple[str, float], ...] = ()
+    """Other datasets, and the share of every batch that each gives."""
     cache_dir: Path | None = None
     cache_bytes: int = 0
     commit_minutes: float = 10.0
@@ -66,18 +68,19 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     if options.deterministic:
         _be_deterministic()
     dataset = Dataset.open(options.dataset)
-    cache = None
+    mixed = [_of_same_classes(Dataset.open(url), dataset) for url, _ in options.mix]
+    train_split, cache = dataset.split("train"), None
     if options.cache_dir:
-        cache = BlockCache(options.cache_dir, options.cache_bytes, dataset.split("train"), dataset.fingerprint)
+        cache = BlockCache(options.cache_dir, options.cache_bytes, train_split, dataset.fingerprint)
     stop.check()
-    fresh, store = _fresh_run(options, dataset), open_store(options.run)
+    fresh, store = _fresh_run(options, dataset, mixed), open_store(options.run)
     run = Run.claim(store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every)
     if run.manifest.status == "done":
         say(f"run {options.run} is done already; to train again, choose another run: make train RUN=another")
         _close(run, run.manifest.result, options, None)
         return run.manifest.result
     try:
-        return _Session(options, dataset, run, stop, cache).run_to_end()
+        return _Session(options, [dataset, *mixed], run, stop, cache).run_to_end()
     except NotFinite as error:
         raise _go_back(run, error, options.deterministic) from error
     except WdsTrainError as error:
@@ -117,7 +120,16 @@ def _give_up(run: Run, status: str) -> None:
         say(f"{run.store.url} could not be marked as {status}: {error}")
 
 
-def _fresh_run(options: TrainOptions, dataset: Dataset) -> RunManifest:
+def _of_same_classes(other: Dataset, dataset: Dataset) -> Dataset:
+    if other.manifest.classes != dataset.manifest.classes:
+        raise UsageError(
+            f"{other.store.url} cannot be mixed into {dataset.store.url}: its {len(other.manifest.classes)} classes are not "
+            f"the same {len(dataset.manifest.classes)}, in the same order; convert it with the same class list"
+        )
+    return other
+
+
+def _fresh_run(options: TrainOptions, dataset: Dataset, mixed: list[Dataset]) -> RunManifest:
     return RunManifest(
         run=name_of(options.run),
         recipe=options.recipe.to_dict(),
@@ -125,6 +137,10 @@ def _fresh_run(options: TrainOptions, dataset: Dataset) -> RunManifest:
             "url": dataset.store.url,
             "fingerprint": dataset.fingerprint,
             "classes": len(dataset.manifest.classes),
+            "mix": [
+                {"fingerprint": other.fingerprint, "share": share}
+                for other, (_, share) in zip(mixed, options.mix, strict=True)
+            ],
         },
         wandb_id=secrets.token_hex(4),
     )
@@ -134,27 +150,28 @@ class _Session:
     """One process's work on a run, from its claim to its end or interruption."""
 
     def __init__(
-        self, options: TrainOptions, dataset: Dataset, run: Run, stop: StopRequest, cache: BlockCache | None
+        self,
+        options: TrainOptions,
+        datasets: list[Dataset],
+        run: Run,
+        stop: StopRequest,
+        cache: BlockCache | None,
     ) -> None:
-        recipe = options.recipe
+        recipe, dataset = options.recipe, datasets[0]
         self._options, self._run, self._stop = options, run, stop
         run.max_uncommitted = options.max_uncommitted_minutes * 60
         snapshot = run.restore(say)
         start = snapshot.progress.step if snapshot else 0
-        train_split, val_split = dataset.split("train"), dataset.split("val")
-        plan = TrainPlan(
-            train_split.shard_samples,
-            dataset.fingerprint,
-            recipe.seed,
-            recipe.batch,
-            range(recipe.schedule.epochs),
-            from_step=start,
-        )
-        data = recipe.data
-        transform = TrainTransform(recipe.seed, data.size, data.scale, data.ratio, data.flip)
-        self._total = recipe.schedule.epochs * plan.steps_per_epoch
+        val_split, data = dataset.split("val"), recipe.data
+        sizes = shares(recipe.batch, [share for _, share in options.mix])
+        steps = dataset.manifest.split("train").samples // sizes[0]
+        self._total = recipe.schedule.epochs * steps
         self._val_samples = len(val_split)
-        self._loader = Loader(train_split, plan, transform, options.workers, cache)
+        loaders = [
+            _loader(options, each, size, range(start, self._total), cache if each is dataset else None)
+            for each, size in zip(datasets, sizes, strict=True)
+        ]
+        self._loader = Mixture(loaders, recipe.seed) if len(loaders) > 1 else loaders[0]
         val_plan = EvalPlan(len(val_split), recipe.batch)
         self._val_loader = Loader(val_split, val_plan, EvalTransform(data.eval_size, data.eval_crop), options.workers)
         if start < self._total:
@@ -162,11 +179,11 @@ class _Session:
         self._val_loader.start()
         run.start_renewing()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._trainer = Trainer(recipe, len(dataset.manifest.classes), plan.steps_per_epoch, device)
-        _introduce(options, dataset, plan, device)
+        self._trainer = Trainer(recipe, len(dataset.manifest.classes), steps, device)
+        _introduce(options, dataset, steps, device)
         if snapshot:
             self._trainer.restore(snapshot)
-            say(f"resuming at step {start} of {self._total} (epoch {start / plan.steps_per_epoch:.2f})")
+            say(f"resuming at step {start} of {self._total} (epoch {start / steps:.2f})")
 
     def run_to_end(self) -> dict[str, float]:
         with SpotWatch() as self._spot, Tracker(self._run.manifest, home()) as self._tracker:
@@ -306,11 +323,22 @@ class _Session:
         raise Interrupted(f"{stopped}, state committed to {self._run.store.url}; the same command goes on from there")
 
 
+def _loader(options: TrainOptions, dataset: Dataset, size: int, steps: range, cache: BlockCache | None) -> Loader:
+    """`size` samples of every batch from `dataset`, for `steps` at least."""
+    recipe, data, split = options.recipe, options.recipe.data, dataset.split("train")
+    per_epoch = max(1, len(split) // size)  # a split of less than a batch is TrainPlan's to refuse
+    epochs = range(-(-steps.stop // per_epoch))
+    plan = TrainPlan(split.shard_samples, dataset.fingerprint, recipe.seed, size, epochs, from_step=steps.start)
+    transform = TrainTransform(recipe.seed, data.size, data.scale, data.ratio, data.flip)
+    workers = options.workers and max(1, round(options.workers * size / recipe.batch))
+    return Loader(split, plan, transform, workers, cache)
+
+
 class _Stopped(Exception):
     """Asked to stop, between two steps or two batches of a validation."""
 
 
-def _introduce(options: TrainOptions, dataset: Dataset, plan: TrainPlan, device: torch.device) -> None:
+def _introduce(options: TrainOptions, dataset: Dataset, steps: int, device: torch.device) -> None:
     recipe, splits = options.recipe, dataset.manifest.splits
     say(
         f"dataset  {dataset.store.url}: {splits['train'].samples:,} train, {splits['val'].samples:,} val, "
@@ -319,7 +347,7 @@ def _introduce(options: TrainOptions, dataset: Dataset, plan: TrainPlan, device:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     say(
         f"run      {options.run}: recipe {recipe.name}, {recipe.model.name}, {recipe.schedule.epochs} epochs of "
-        f"{plan.steps_per_epoch} steps of {recipe.batch}, on {name}"
+        f"{steps} steps of {recipe.batch}, on {name}"
     )
 
 
