@@ -35,7 +35,7 @@ train: setup ## train; again after an interruption: goes on where it stopped (RU
 test: check ## the checks and every test
 	$(BIN)/python -m pytest -q $(ARGS)
 
-crash-test: setup ## kill small trainings 120 times, ten takeovers (takes a quarter of an hour)
+crash-test: setup ## kill small trainings 120 times, ten takeovers (4 minutes)
 	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=10 $(BIN)/python -m pytest -q -s tests/test_crash.py tests/test_run_faults.py $(ARGS)
 
 check: setup ## lint, formatting and types
