@@ -174,7 +174,10 @@ def _print_notes(notes: list[Note], most: int = 20) -> None:
 
 
 def _counts(made: DatasetManifest) -> str:
-    parts = [f"{name} {split.samples:,} samples in {len(split.shards)} shards" for name, split in made.splits.items()]
+    parts = [
+        f"{name} {split.samples:,} samples in {len(split.shards)} shard{'s' * (len(split.shards) != 1)}"
+        for name, split in made.splits.items()
+    ]
     size = sum(split.bytes for split in made.splits.values())
     return f"{', '.join(parts)}, {len(made.classes)} classes, {size / 1e6:,.1f} MB"
 
