@@ -32,7 +32,7 @@ def opened(address: str | None, processes: int) -> Iterator[tuple[Executor | Non
     elif processes <= 1:
         yield None, 1
     else:
-        executor = ProcessPoolExecutor(processes, CONTEXT, initializer=_die_with_parent)
+        executor = ProcessPoolExecutor(processes, CONTEXT, initializer=_begin, initargs=(dict(os.environ),))
         try:
             yield executor, processes
         finally:
@@ -60,8 +60,12 @@ def _dask(address: str) -> Iterator[tuple[Executor, int]]:
         yield client.get_executor(pure=False, retries=2), max(1, sum(client.nthreads().values()))
 
 
-def _die_with_parent() -> None:
-    """Workers of a killed conversion would wait for tasks for ever, and write beside the next one."""
+def _begin(environment: dict[str, str]) -> None:
+    """Take the parent's environment: the server that workers fork from may have started before credentials were set.
+    And die with the parent: workers of a killed conversion would wait for tasks for ever, and write beside the next one.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
