@@ -80,7 +80,7 @@ class BlockCache:
             print(f"cache: {path.parent}: {error.strerror}; nothing more is added to it", file=sys.stderr)
 
     def _block(self, sample: int) -> int:
-        return int(np.searchsorted(self._first, sample, side="right")) - 1
+        return int(self.block_of(np.asarray(sample)))
 
     def _path(self, block: int) -> Path:
         return self._folder / f"{block:08d}"

@@ -388,12 +388,10 @@ class Decoder:
 
 
 class _Source:
-    """The first stages of the pipeline: picks this worker's share. Errors travel as values, because what DataLoader
-    makes of a worker's exception is a traceback, not a message for people.
-    """
+    """The first stages of the pipeline: picks this worker's share."""
 
-    def __init__(self, plan: Plan, fetch: Fetcher, decode: Decoder) -> None:
-        self._plan, self._fetch, self._decode = plan, fetch, decode
+    def __init__(self, plan: Plan, fetch: Fetcher) -> None:
+        self._plan, self._fetch = plan, fetch
 
     def __call__(self) -> Iterator[Part]:
         info = torch.utils.data.get_worker_info()
@@ -408,6 +406,7 @@ def _init_worker(_: int) -> None:
 
 
 def _errors_as_values(batches: Iterable[Decoded]) -> Iterator[Decoded | WdsTrainError]:
+    """What DataLoader makes of a worker's exception is a traceback, not a message for people."""
     try:
         yield from batches
     except WdsTrainError as error:
@@ -433,7 +432,7 @@ class Loader:
         self._slots = Slots(workers, plan.part_samples(max(1, workers)), transform.side if transform else 0)
         decode = Decoder(split, transform, self._slots)
         self._pipeline = wds.WebLoader(
-            wds.DataPipeline(_Source(plan, Fetcher(split, cache), decode), decode, _errors_as_values),
+            wds.DataPipeline(_Source(plan, Fetcher(split, cache)), decode, _errors_as_values),
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,

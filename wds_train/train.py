@@ -69,9 +69,9 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
         _be_deterministic()
     dataset = Dataset.open(options.dataset)
     mixed = [_of_same_classes(Dataset.open(url), dataset) for url, _ in options.mix]
-    train_split, cache = dataset.split("train"), None
+    cache = None
     if options.cache_dir:
-        cache = BlockCache(options.cache_dir, options.cache_bytes, train_split, dataset.fingerprint)
+        cache = BlockCache(options.cache_dir, options.cache_bytes, dataset.split("train"), dataset.fingerprint)
     stop.check()
     fresh, store = _fresh_run(options, dataset, mixed), open_store(options.run)
     run = Run.claim(store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every)
