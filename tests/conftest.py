@@ -4,10 +4,12 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import boto3
 import pytest
+import trainers  # noqa: F401  (says what the fork server imports)
 from fault_proxy import FaultProxy
 
 from wds_train import devserver
@@ -16,6 +18,11 @@ from wds_train.dataset import Dataset
 from wds_train.devserver import Endpoint
 
 AWS_SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3")
+
+
+def pytest_sessionstart() -> None:
+    """The fork server, with PyTorch imported. A conversion would start it without, for every training to import anew."""
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,7 @@ def changed(manifest: Path, change: Callable[[dict[str, Any]], object]) -> bytes
         (lambda m: m.update(fence="7"), "fence '7'"),
         (lambda m: m.pop("owner"), "is damaged: KeyError('owner')"),
         (lambda m: m["recipe"]["model"].update(name="resnet18"), "model.name: resnet18 (saved), test_resnet (now)"),
-        (lambda m: m["dataset"].update(fingerprint="f", classes=7), "'classes': 7} (saved)"),
+        (lambda m: m["dataset"].update(fingerprint="f", classes=7), "'classes': 7, 'mix': []} (saved)"),
         (
             lambda m: [c["object"].update(key="../../etc/passwd") for c in m["checkpoints"]],
             "'../../etc/passwd' is not a key inside",

@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,6 @@ class Job:
 
 def make_dataset(folder: Path) -> str:
     """Noise in two classes: small, so that a training takes a second or two."""
-    forkserver.ensure_running()  # before the conversion starts it for itself, with other modules imported
     rng = np.random.default_rng(0)
     for split, samples in (("train", SAMPLES), ("val", 40)):
         for i in range(samples):

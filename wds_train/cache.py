@@ -32,7 +32,7 @@ class BlockCache:
         self._start = index.offset[first]
         self._length = index.offset[last] + index.length[last] - self._start
         self._kept = int(np.searchsorted(np.cumsum(self._length), max_bytes, side="right"))
-        self._full = False
+        self._full = threading.Lock()  # taken by the first who finds the disk full, for ever
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -65,7 +65,7 @@ class BlockCache:
         self._path(self._block(sample)).unlink(missing_ok=True)
 
     def _keep(self, path: Path, data: bytes) -> None:
-        if self._full:
+        if self._full.locked():
             return
         partial = path.with_name(
             f".{path.name}.{os.getpid()}-{threading.get_ident()}"
@@ -75,9 +75,9 @@ class BlockCache:
             partial.replace(path)
         except OSError as error:
             # A full disk costs speed, never the run. No more is added: each try would write most of a block in vain.
-            self._full = True
             partial.unlink(missing_ok=True)
-            print(f"cache: {path.parent}: {error.strerror}; nothing more is added to it", file=sys.stderr)
+            if self._full.acquire(blocking=False):  # of several threads that fail at one moment, one says so
+                print(f"cache: {path.parent}: {error.strerror}; nothing more is added to it", file=sys.stderr)
 
     def _block(self, sample: int) -> int:
         return int(self.block_of(np.asarray(sample)))
