@@ -16,7 +16,7 @@ from wds_train import devserver
 from wds_train.checkpoint import Run
 from wds_train.engine import Trainer
 from wds_train.pipeline import Batch
-from wds_train.recipe import preset
+from wds_train.presets import preset
 from wds_train.state import Progress, RunManifest
 from wds_train.store import S3Store
 

@@ -12,7 +12,8 @@ from wds_train import lease as leases
 from wds_train import state as states
 from wds_train.checkpoint import Run, Snapshot
 from wds_train.errors import Interrupted, RunError
-from wds_train.recipe import preset, with_settings
+from wds_train.presets import preset
+from wds_train.recipe import with_settings
 from wds_train.state import Checkpoint, Object, Progress, RunManifest, keep
 from wds_train.store import Store, open_store
 

@@ -29,7 +29,7 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
         (["order", "/nowhere"], 1, "there is no dataset at /nowhere"),
         (["train", "--dataset", "/nowhere", "--run", "/tmp/r"], 1, "there is no dataset at /nowhere"),
         (["train", "--set", "optimizer.lrr=1"], 2, "--set knows no 'optimizer.lrr'; did you mean optimizer.lr"),
-        (["train", "--recipe", "imagnet"], 2, "there is no recipe 'imagnet'; there are digits, imagenette"),
+        (["train", "--recipe", "imagnet"], 2, "there is no recipe 'imagnet'; did you mean imagenette?"),
         (["train", "--mix", "s3://b/x"], 2, "'s3://b/x' is not DATASET=SHARE with a share between 0 and 1"),
         (["train", "--mix", "s3://b/x=1.5"], 2, "'s3://b/x=1.5' is not DATASET=SHARE with a share between 0 and 1"),
         (["inspect", "gs://bucket/x"], 2, "'gs://bucket/x' is neither s3://BUCKET/PREFIX nor a local directory"),

@@ -11,8 +11,9 @@ from wds_train.dataset import Dataset
 from wds_train.engine import Trainer
 from wds_train.errors import DataError, RunError, UsageError
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Lost
-from wds_train.recipe import Recipe, preset, with_settings
-from wds_train.schedule import ema_decay
+from wds_train.presets import preset
+from wds_train.recipe import EmaRecipe, Recipe, with_settings
+from wds_train.schedule import average_decay
 
 CPU = torch.device("cpu")
 TINY = [
@@ -101,7 +102,7 @@ def test_the_ema_equals_timms_own_update() -> None:
     plain = ModelEmaV2(running.model)
     for step in range(5):
         running.step(batch(step))
-        plain.decay = ema_decay(0.9, step)
+        plain.decay = average_decay(EmaRecipe(decay=0.9), step, 1000) or 0.0
         plain.update(running.model)
     for name, value in plain.module.state_dict().items():
         if value.is_floating_point():

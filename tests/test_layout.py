@@ -10,8 +10,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "wds_train").glob("*.py")) + sorted((ROOT / "shards").glob("*.py"))
 # A module may import those before it. The pure ones use stdlib and numpy alone.
-PURE = ["errors", "recipe", "schedule", "manifest", "order", "state", "cost"]
-OUTSIDE = ["devserver", "store", "tario", "augment", "jpeg", "decode", "model", "tracker", "spot", "lease"]
+PURE = ["errors", "recipe", "presets", "schedule", "manifest", "order", "state", "cost"]
+OUTSIDE = [
+    "devserver",
+    "store",
+    "tario",
+    "augment",
+    "policies",
+    "jpeg",
+    "decode",
+    "model",
+    "distributed",
+    "tracker",
+    "spot",
+    "lease",
+]
 COMPOSED = [
     "dataset",
     "contact_sheet",
@@ -21,6 +34,7 @@ COMPOSED = [
     "engine",
     "report",
     "train",
+    "recipes",
     "status",
     "evaluate",
     "audit",

@@ -176,7 +176,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from wds_train.recipe import preset, with_settings
+    from wds_train.presets import preset
+    from wds_train.recipe import with_settings
     from wds_train.spot import StopRequest
 
     stop = StopRequest()

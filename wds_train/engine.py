@@ -18,7 +18,7 @@ from wds_train.model import Ema, create_model, create_optimizer, memory_layout, 
 from wds_train.order import key
 from wds_train.pipeline import Batch
 from wds_train.recipe import DataRecipe, MixRecipe, Recipe
-from wds_train.schedule import ema_decay, lr_share
+from wds_train.schedule import average_decay, lr_share
 from wds_train.state import Progress
 
 
@@ -51,12 +51,12 @@ class Trainer:
     def __post_init__(self) -> None:
         self.model = create_model(self.recipe.model, self.classes, self.recipe.seed, self.device)
         self.ema = Ema(self.model, self.recipe.ema)
-        self.optimizer = create_optimizer(self.recipe.optimizer, self.model)
+        self.optimizer = create_optimizer(self.recipe, self.model)
         # bf16 has float32's range and needs no scaler; GPUs before Ampere have only fp16.
         on_gpu = self.device.type == "cuda"
         self._amp = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float16 if on_gpu else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._amp == torch.float16)
-        self._mix = _mixup(self.recipe.mix, self.classes)
+        self._mix = _mixup(self.recipe.mix, self.recipe.loss.smoothing, self.classes)
         self._norm = _normalisation(self.recipe.data, self.device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.progress = Progress()
@@ -67,7 +67,7 @@ class Trainer:
         assert batch.step == step, f"the loader gave step {batch.step}, the trainer is at {step}"
         share = lr_share(self.recipe.schedule, step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.optimizer.lr * share * group.get("lr_scale", 1.0)
+            group["lr"] = self.recipe.peak_lr * share * group.get("lr_scale", 1.0)
         self.model.train()
         with _derived_randomness(self.recipe.seed, step, self.rank):
             loss = self._forward(batch)
@@ -75,8 +75,10 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.ema.decay = ema_decay(self.recipe.ema.decay, step)
-        self.ema.update(self.model)
+        decay = average_decay(self.recipe.ema, step, self.recipe.schedule.epochs * self.steps_per_epoch)
+        if decay is not None:
+            self.ema.decay = decay
+            self.ema.update(self.model)
         self.loss_sum += loss.detach()
         self._advance(batch)
         return loss.detach()
@@ -86,7 +88,7 @@ class Trainer:
         if self._mix is not None:
             images, labels = self._mix(images, labels)
         with self._autocast():
-            smoothing = 0.0 if self._mix is not None else self.recipe.mix.smoothing  # Mixup has smoothed them already
+            smoothing = 0.0 if self._mix is not None else self.recipe.loss.smoothing  # Mixup has smoothed them already
             return F.cross_entropy(self.model(images), labels, label_smoothing=smoothing)
 
     def _advance(self, batch: Batch) -> None:
@@ -207,7 +209,7 @@ def _section(entries: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
 
 
-def _mixup(recipe: MixRecipe, classes: int) -> Mixup | None:
+def _mixup(recipe: MixRecipe, smoothing: float, classes: int) -> Mixup | None:
     if recipe.mixup <= 0 and recipe.cutmix <= 0:
         return None
     return Mixup(
@@ -215,7 +217,7 @@ def _mixup(recipe: MixRecipe, classes: int) -> Mixup | None:
         cutmix_alpha=recipe.cutmix,
         prob=recipe.prob,
         switch_prob=recipe.switch_prob,
-        label_smoothing=recipe.smoothing,
+        label_smoothing=smoothing,
         num_classes=classes,
     )
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from wds_train.errors import UsageError
 from wds_train.order import key
-from wds_train.recipe import EmaRecipe, ModelRecipe, OptimizerRecipe
+from wds_train.recipe import EmaRecipe, ModelRecipe, Recipe
 
 
 def seed_torch(*parts: str | int) -> None:
@@ -37,14 +37,15 @@ def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.dev
     return model.to(device).to(memory_format=memory_layout(device))
 
 
-def create_optimizer(recipe: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer of that name; biases and normalisation layers are not decayed (timm's `filter_bias_and_bn`)."""
+    wanted = recipe.optimizer
     try:
         return create_optimizer_v2(
-            model, opt=recipe.name, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
+            model, opt=wanted.name, lr=recipe.peak_lr, weight_decay=wanted.weight_decay, momentum=wanted.momentum
         )
     except (ValueError, AssertionError) as error:
-        raise UsageError(f"timm has no optimizer {recipe.name!r}: {error}") from error
+        raise UsageError(f"timm has no optimizer {wanted.name!r}: {error}") from error
 
 
 class Ema(ModelEmaV2):

@@ -262,7 +262,7 @@ class _Session:
 
     def _lr(self, step: int) -> float:
         recipe = self._options.recipe
-        return recipe.optimizer.lr * lr_share(recipe.schedule, step, self._trainer.steps_per_epoch)
+        return recipe.peak_lr * lr_share(recipe.schedule, step, self._trainer.steps_per_epoch)
 
     def _end_epoch(self) -> None:
         """Validate and commit."""
