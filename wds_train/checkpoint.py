@@ -83,13 +83,23 @@ class _Commit:
 
 
 class Run:
-    """A run that this process has claimed, or only reads.
+    """A run that this process has claimed, or only reads; one that does not lead (a rank other than 0) ends in silence.
 
     Two commits are in hand at most: one under way and the next. One that fails for want of the store is tried again
     until it succeeds or a newer one takes its place, and the training goes on meanwhile; `check` raises what ends it.
     """
 
-    def __init__(self, store: Store, manifest: RunManifest, tag: str, *, say: Say = print, keep_every: int = 0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        manifest: RunManifest,
+        tag: str,
+        *,
+        say: Say = print,
+        keep_every: int = 0,
+        leads: bool = True,
+    ) -> None:
+        self._leads = leads
         self.store = store
         self.manifest = manifest
         self.failures = 0
@@ -186,7 +196,8 @@ class Run:
 
     def start_renewing(self) -> None:
         """To be called once this process forks no more: a forked child would inherit the lock, perhaps held."""
-        self._renewer.start()
+        if self._leads:
+            self._renewer.start()
 
     def commit(
         self, snapshot: Snapshot, metrics: dict[str, float], records: list[dict[str, Any]], **changes: Any
@@ -235,7 +246,7 @@ class Run:
     def end(self, status: str, **changes: Any) -> None:
         """Give the run up, as `status`. The caller has waited for what was under way."""
         self._closed.set()
-        if self.manifest.status != status or changes:
+        if self._leads and (self.manifest.status != status or changes):
             self._write(lambda manifest: replace(manifest, status=status, **changes))
 
     def roll_back(self, step: int) -> None:

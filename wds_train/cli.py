@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         args = _parser(arguments).parse_args(arguments)
+        args.arguments = arguments
         return args.run_command(args)
     except Interrupted as stop:
         print(f"wds-train: {stop}", file=sys.stderr)
@@ -133,6 +134,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="loader processes (default: %(default)s)",
     )
     parser.add_argument(
+        "--processes",
+        type=_positive,
+        metavar="N",
+        help="train in N processes on this machine (default: one for each GPU); for several machines, use torchrun",
+    )
+    parser.add_argument(
         "--mix",
         type=_share,
         action="append",
@@ -182,12 +189,17 @@ def _train(args: argparse.Namespace) -> int:
 
     stop = StopRequest()
     recipe = with_settings(preset(args.recipe), args.settings)  # before the heavy imports: a typo answers at once
+    from torch.cuda import device_count
+
+    from wds_train.distributed import launch
     from wds_train.train import TrainOptions, train
 
-    dataset = args.dataset or _default_dataset(args)
+    dataset, run = args.dataset or _default_dataset(args), _run_url(args.run or args.recipe, args.bucket)
+    if "RANK" not in os.environ and (processes := args.processes or device_count()) > 1:
+        return launch([*args.arguments, "--dataset", dataset, "--run", run], processes)
     options = TrainOptions(
         dataset,
-        _run_url(args.run or args.recipe, args.bucket),
+        run,
         recipe,
         args.workers,
         tuple(args.mix),
@@ -246,7 +258,8 @@ def _default_dataset(args: argparse.Namespace) -> str:
 
 def _default_workers() -> int:
     """A process per core that this one may use, less one for the training itself."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) - 1))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, len(os.sched_getaffinity(0)) // ranks - 1))
 
 
 def _count(text: str, least: int = 0) -> int:

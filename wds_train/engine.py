@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from timm.data.mixup import Mixup
 from torch.nn import functional as F
 
 from wds_train.checkpoint import Snapshot
+from wds_train.distributed import Ranks
 from wds_train.errors import DataError, NotFinite, RunError
 from wds_train.model import Ema, create_model, create_optimizer, memory_layout, seed_torch
 from wds_train.order import key
@@ -46,10 +47,11 @@ class Trainer:
     classes: int
     steps_per_epoch: int
     device: torch.device
-    rank: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
         self.model = create_model(self.recipe.model, self.classes, self.recipe.seed, self.device)
+        self._parallel = self.ranks.parallel(self.model)
         self.ema = Ema(self.model, self.recipe.ema)
         self.optimizer = create_optimizer(self.recipe, self.model)
         # bf16 has float32's range and needs no scaler; GPUs before Ampere have only fp16.
@@ -68,8 +70,8 @@ class Trainer:
         share = lr_share(self.recipe.schedule, step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.peak_lr * share * group.get("lr_scale", 1.0)
-        self.model.train()
-        with _derived_randomness(self.recipe.seed, step, self.rank):
+        self._parallel.train()
+        with _derived_randomness(self.recipe.seed, step, self.ranks.rank):
             loss = self._forward(batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -89,7 +91,7 @@ class Trainer:
             images, labels = self._mix(images, labels)
         with self._autocast():
             smoothing = 0.0 if self._mix is not None else self.recipe.loss.smoothing  # Mixup has smoothed them already
-            return F.cross_entropy(self.model(images), labels, label_smoothing=smoothing)
+            return F.cross_entropy(self._parallel(images), labels, label_smoothing=smoothing)
 
     def _advance(self, batch: Batch) -> None:
         """Count the step; at an epoch's first step the sums begin anew."""
@@ -104,14 +106,18 @@ class Trainer:
         self.progress = replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=lost)
 
     def epoch_loss(self) -> float:
-        """Mean training loss of the epoch so far; `NotFinite` when it is not."""
-        mean = self.loss_sum.item() / max(1, self.progress.loss_steps)
+        """Mean training loss of the epoch so far, over all ranks; `NotFinite` when it is not."""
+        mean = self.ranks.total(self.loss_sum.item())[0] / self.ranks.size / max(1, self.progress.loss_steps)
         if not math.isfinite(mean):
             raise NotFinite(
                 f"the training loss is {mean} by step {self.progress.step}; lower optimizer.lr (now "
                 f"{self.recipe.optimizer.lr}) or lengthen schedule.warmup_epochs, under another --run"
             )
         return mean
+
+    def epoch_lost(self) -> int:
+        """The unreadable samples of the epoch so far, of all ranks."""
+        return int(self.ranks.total(self.progress.lost)[0])
 
     def evaluated(self) -> None:
         """The epoch is validated: its sums are done with."""

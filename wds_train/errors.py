@@ -10,6 +10,7 @@
     ├── DataError              1    a dataset or a sample is not what its manifest says
     ├── RunError               1    the state of a run cannot be used, or training cannot go on
     └── Interrupted            75   stopped by a signal or a newer owner, after committing what could be: run it again
+        └── RanksLost               another process of this training is gone
 
 Foreign exceptions (botocore, OSError, pyarrow) are translated where they enter, `raise ... from`.
 A message says what was wrong, the value, and what to do.
@@ -58,3 +59,7 @@ class NotFinite(RunError):
 
 class Interrupted(WdsTrainError):
     exit_code = 75  # sysexits.h EX_TEMPFAIL: a supervisor restarts on it
+
+
+class RanksLost(Interrupted):
+    pass

@@ -31,13 +31,13 @@ def say(message: str) -> None:
 class Progress:
     """A bar over all steps in a terminal; elsewhere a line every LOG_SECONDS."""
 
-    def __init__(self, total: int, done: int, batch: int) -> None:
-        self._batch, self._total = batch, total
+    def __init__(self, total: int, done: int, batch: int, *, shown: bool = True) -> None:
+        self._batch, self._total, self._shown = batch, total, shown
         self._bar = tqdm(
             total=total,
             initial=done,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}% {bar} step {n_fmt}/{total_fmt}, {remaining} left{postfix}",
         )
@@ -50,7 +50,7 @@ class Progress:
         if loss is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {rate * self._batch:.0f} img/s", refresh=False)
         self._bar.update(done - self._bar.n)
-        if self._bar.disable and now >= self._next_line:
+        if self._shown and self._bar.disable and now >= self._next_line:
             left = (self._total - done) / max(rate, 1e-9)
             shown = "" if loss is None else f", loss {loss:.3f}"
             say(f"step {done}/{self._total}{shown}, {rate * self._batch:.0f} img/s, {left / 60:.0f} min left")

@@ -6,32 +6,35 @@ The loop looks at signals, the spot notice and the clock between steps only, so 
 step; while validating, between batches: the validation is then repeated after the resume.
 """
 
+import contextlib
 import hashlib
 import os
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from wds_train.cache import BlockCache
-from wds_train.checkpoint import Run
+from wds_train.checkpoint import Run, Snapshot
 from wds_train.dataset import Dataset
 from wds_train.devserver import home
+from wds_train.distributed import LAST_SECONDS, Ranks, die_with_launcher, lost_ranks
 from wds_train.engine import Trainer
-from wds_train.errors import Interrupted, NotFinite, RunError, StoreError, UsageError, WdsTrainError
+from wds_train.errors import Interrupted, NotFinite, RanksLost, RunError, StoreError, UsageError, WdsTrainError
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Mixture, TrainPlan, TrainTransform, shares
 from wds_train.recipe import Recipe
 from wds_train.report import draw_curves
 from wds_train.schedule import lr_share
 from wds_train.spot import SpotWatch, StopRequest
 from wds_train.state import RunManifest, name_of
-from wds_train.store import open_store
+from wds_train.store import Store, open_store
 from wds_train.tracker import Progress, Tracker, say
 
+EVAL_BATCH = 256  # samples: enough to fill a GPU, and little memory beside a training step's
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
 GRACE_SECONDS = 90.0  # for the last commit: the least that supervisors and EC2 wait between asking and killing
@@ -65,6 +68,8 @@ class TrainOptions:
 
 def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     """Train, or go on with, `options.run`; the final metrics. Raises `Interrupted` once asked to stop, state committed."""
+    die_with_launcher()
+    ranks = Ranks.of_environment()
     if options.deterministic:
         _be_deterministic()
     dataset = Dataset.open(options.dataset)
@@ -73,20 +78,55 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     if options.cache_dir:
         cache = BlockCache(options.cache_dir, options.cache_bytes, dataset.split("train"), dataset.fingerprint)
     stop.check()
-    fresh, store = _fresh_run(options, dataset, mixed), open_store(options.run)
-    run = Run.claim(store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every)
+    run, snapshot = _lead(options, _fresh_run(options, dataset, mixed), stop, ranks)
     if run.manifest.status == "done":
-        say(f"run {options.run} is done already; to train again, choose another run: make train RUN=another")
-        _close(run, run.manifest.result, options, None)
+        if ranks.leads:
+            say(f"run {options.run} is done already; to train again, choose another run: make train RUN=another")
+            _close(run, run.manifest.result, options, None)
         return run.manifest.result
     try:
-        return _Session(options, [dataset, *mixed], run, stop, cache).run_to_end()
+        return _Session(options, [dataset, *mixed], run, snapshot, stop, cache, ranks).run_to_end()
     except NotFinite as error:
         raise _go_back(run, error, options.deterministic) from error
+    except RanksLost:
+        run.wait(LAST_SECONDS / 2)  # for the commit under way
+        _give_up(run, "interrupted")
+        raise
     except WdsTrainError as error:
         if not isinstance(error, Interrupted | StoreError):  # a store that fails takes no last word either
             _give_up(run, "failed")
         raise
+    finally:
+        ranks.close()
+
+
+def _lead(options: TrainOptions, fresh: RunManifest, stop: StopRequest, ranks: Ranks) -> tuple[Run, Snapshot | None]:
+    """The run, claimed, and its newest usable checkpoint; the other ranks follow."""
+    store = open_store(options.run)
+    if not ranks.leads:
+        return _follow(store, ranks.announced(stop.sleep))
+    try:
+        run = Run.claim(store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every)
+        snapshot = None if run.manifest.status == "done" else run.restore(say)
+    except BaseException:
+        ranks.announce({})
+        raise
+    ranks.announce(
+        {"manifest": run.manifest.to_json().decode(), "progress": asdict(snapshot.progress) if snapshot else None}
+    )
+    return run, snapshot
+
+
+def _follow(store: Store, announced: dict[str, Any]) -> tuple[Run, Snapshot | None]:
+    """The leader's run, to be read only, and the same checkpoint."""
+    if not announced:
+        raise Interrupted("rank 0 could not begin; its message says why")
+    manifest = RunManifest.from_json(announced["manifest"].encode(), store.url)
+    run = Run(store, manifest, "", say=say, leads=False)
+    if announced["progress"] is None:
+        return run, None
+    chosen = next(c for c in reversed(manifest.checkpoints) if asdict(c.progress) == announced["progress"])
+    return run, Snapshot.decode(run.read(chosen.object), chosen.progress)
 
 
 def _be_deterministic() -> None:
@@ -154,13 +194,14 @@ class _Session:
         options: TrainOptions,
         datasets: list[Dataset],
         run: Run,
+        snapshot: Snapshot | None,
         stop: StopRequest,
         cache: BlockCache | None,
+        ranks: Ranks,
     ) -> None:
         recipe, dataset = options.recipe, datasets[0]
-        self._options, self._run, self._stop = options, run, stop
+        self._options, self._run, self._stop, self._ranks = options, run, stop, ranks
         run.max_uncommitted = options.max_uncommitted_minutes * 60
-        snapshot = run.restore(say)
         start = snapshot.progress.step if snapshot else 0
         val_split, data = dataset.split("val"), recipe.data
         sizes = shares(recipe.batch, [share for _, share in options.mix])
@@ -168,26 +209,28 @@ class _Session:
         self._total = recipe.schedule.epochs * steps
         self._val_samples = len(val_split)
         loaders = [
-            _loader(options, each, size, range(start, self._total), cache if each is dataset else None)
+            _loader(options, each, size, range(start, self._total), cache if each is dataset else None, ranks)
             for each, size in zip(datasets, sizes, strict=True)
         ]
         self._loader = Mixture(loaders, recipe.seed) if len(loaders) > 1 else loaders[0]
-        val_plan = EvalPlan(len(val_split), recipe.batch)
+        val_plan = EvalPlan(len(val_split), min(recipe.batch, EVAL_BATCH), ranks.rank, ranks.size)
         self._val_loader = Loader(val_split, val_plan, EvalTransform(data.eval_size, data.eval_crop), options.workers)
         if start < self._total:
             self._loader.start()
         self._val_loader.start()
         run.start_renewing()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._trainer = Trainer(recipe, len(dataset.manifest.classes), steps, device)
-        _introduce(options, dataset, steps, device)
+        ranks.connect()
+        self._trainer = Trainer(recipe, len(dataset.manifest.classes), steps, ranks.device, ranks)
+        self._say(_introduction(options, dataset, steps, ranks))
         if snapshot:
             self._trainer.restore(snapshot)
-            say(f"resuming at step {start} of {self._total} (epoch {start / steps:.2f})")
+            self._say(f"resuming at step {start} of {self._total} (epoch {start / steps:.2f})")
 
     def run_to_end(self) -> dict[str, float]:
-        with SpotWatch() as self._spot, Tracker(self._run.manifest, home()) as self._tracker:
-            self._progress = Progress(self._total, self._trainer.progress.step, self._options.recipe.batch)
+        leads = self._ranks.leads
+        tracker = Tracker(self._run.manifest, home())
+        with SpotWatch() as self._spot, tracker if leads else contextlib.nullcontext(tracker) as self._tracker:
+            self._progress = Progress(self._total, self._trainer.progress.step, self._options.recipe.batch, shown=leads)
             try:
                 self._train()
             except _Stopped:
@@ -199,7 +242,9 @@ class _Session:
                     self._interrupt()
             self._run.end("done")
             where = self._tracker.where
-        _close(self._run, self._run.manifest.result, self._options, where)
+        if leads:
+            _close(self._run, self._run.manifest.result, self._options, where)
+        self._ranks.total(1)  # all leave together: a rank that leaves earlier looks like one that was lost
         return self._run.manifest.result
 
     def _train(self) -> None:
@@ -210,8 +255,7 @@ class _Session:
         self._commit_timing: dict[str, float] = {}
         batches = self._timed(iter(self._loader))
         while trainer.progress.evaluated * epoch_steps < self._total:
-            self._look_up()
-            if time.monotonic() - self._saved_at >= self._options.commit_minutes * 60 and not self._run.busy:
+            if self._look_up():
                 trainer.epoch_loss()
                 self._commit({})
             if trainer.progress.step == (trainer.progress.evaluated + 1) * epoch_steps:
@@ -219,19 +263,29 @@ class _Session:
             else:
                 self._step(*next(batches))
 
-    def _look_up(self) -> None:
-        """Raise what ends the training: `_Stopped` when asked to stop, and what `Run.check` raises."""
+    def _look_up(self) -> bool:
+        """Whether it is time for a commit. Raises what ends the training: `_Stopped` when any rank was asked to stop, and
+        what `Run.check` raises. All ranks look up at the same step, and come to the same answer.
+        """
         self._run.check()
         if self._spot.rebalance and not self._rebalance_said:
             self._rebalance_said = True
             say(
                 "EC2 recommends to move: this spot instance is at an elevated risk of being taken back; training goes on"
             )
-        if self._stopped_by():
+        old = time.monotonic() - self._saved_at >= self._options.commit_minutes * 60
+        due = self._ranks.leads and old and not self._run.busy
+        stopped, commits = self._ranks.total(self._stopped_by() is not None, due)
+        if stopped:
             raise _Stopped
+        return commits > 0
 
     def _stopped_by(self) -> str | None:
         return "the spot notice" if self._spot.notice is not None else self._stop.signal
+
+    def _say(self, message: str) -> None:
+        if self._ranks.leads:
+            say(message)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         """Each batch with the seconds that the training waited for it."""
@@ -244,15 +298,16 @@ class _Session:
         start = time.perf_counter()
         for lost in batch.lost:
             say(f"unreadable sample: {lost.shard}, key {lost.key}: {lost.cause}")
-        loss = self._trainer.step(batch)
-        done = self._trainer.progress.step
-        shown = loss.item() if self._logs(done) else None
-        if shown is not None:
+        with lost_ranks():
+            loss = self._trainer.step(batch)
+        done, shown = self._trainer.progress.step, None
+        if self._logs(done):
+            shown = self._ranks.total(loss.item())[0] / self._ranks.size
             self._trainer.epoch_loss()
             spent = time.perf_counter() - start
             record = {"step": done, "epoch": done / self._trainer.steps_per_epoch, "train/loss": shown}
             record["train/lr"] = self._lr(done - 1)
-            timing = {"time/img_s": len(batch.labels) / (waited + spent), "time/data_wait": waited / (waited + spent)}
+            timing = {"time/img_s": self._options.recipe.batch / (waited + spent), "time/data_wait": waited / (waited + spent)}
             self._tracker.log(record, timing | self._drain_commit_timing())
         self._progress.step(done, shown)
 
@@ -268,8 +323,9 @@ class _Session:
         """Validate and commit."""
         trainer = self._trainer
         loss = trainer.epoch_loss()
-        metrics = trainer.evaluate(self._looking_up(self._val_loader), self._val_samples)
-        lost = trainer.progress.lost
+        with lost_ranks():
+            metrics = trainer.evaluate(self._looking_up(self._val_loader), self._val_samples)
+        lost = trainer.epoch_lost()
         trainer.evaluated()
         epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
         record = {
@@ -279,7 +335,7 @@ class _Session:
             "epoch/lost": lost,
         } | metrics
         self._tracker.log(record, {})
-        say(
+        self._say(
             f"epoch {epoch:3d}/{epochs}  loss {loss:.3f}  "
             f"top-1 {metrics['val/top1']:.2f} %  EMA {metrics['val/top1_ema']:.2f} %"
             + (f"  {lost} unreadable" if lost else "")
@@ -288,14 +344,18 @@ class _Session:
         self._commit(metrics, **done)
 
     def _looking_up(self, batches: Loader) -> Iterator[Batch]:
-        for batch in batches:
-            self._look_up()
+        """The ranks' numbers of batches differ by one: they look up together before those that all have."""
+        shared = -(-self._val_samples // min(self._options.recipe.batch, EVAL_BATCH)) // self._ranks.size
+        for number, batch in enumerate(batches):
+            if number < shared:
+                self._look_up()
             yield batch
 
     def _commit(self, metrics: dict[str, float], **changes: Any) -> None:
         start = time.perf_counter()
-        snapshot = self._trainer.snapshot()
-        self._run.commit(snapshot, metrics, self._tracker.drain(), **changes)
+        snapshot, records = self._trainer.snapshot(), self._tracker.drain()
+        if snapshot is not None:
+            self._run.commit(snapshot, metrics, records, **changes)
         self._saved, self._saved_at = self._trainer.progress, time.monotonic()
         self._commit_timing["commit/stall_ms"] = (time.perf_counter() - start) * 1000
 
@@ -313,22 +373,28 @@ class _Session:
         if (progress.step, progress.evaluated) != (self._saved.step, self._saved.evaluated):
             self._trainer.epoch_loss()
             self._commit({}, status="interrupted")
-        stopped = f"stopped by {self._stopped_by()} at step {progress.step} of {self._total}"
-        if not self._run.wait(end - time.monotonic()):
+        stopped = f"stopped by {self._stopped_by() or 'another rank'} at step {progress.step} of {self._total}"
+        committed = self._run.wait(end - time.monotonic())
+        if committed:
+            self._run.end("interrupted")
+        self._ranks.total(1)  # the others wait for the leader's commit; the first that leaves ends them all
+        if not committed:
             raise Interrupted(
                 f"{stopped}, whose state could not be committed in time; the same command goes on from the newest "
                 f"checkpoint of {self._run.store.url}"
             )
-        self._run.end("interrupted")
         raise Interrupted(f"{stopped}, state committed to {self._run.store.url}; the same command goes on from there")
 
 
-def _loader(options: TrainOptions, dataset: Dataset, size: int, steps: range, cache: BlockCache | None) -> Loader:
+def _loader(
+    options: TrainOptions, dataset: Dataset, size: int, steps: range, cache: BlockCache | None, ranks: Ranks
+) -> Loader:
     """`size` samples of every batch from `dataset`, for `steps` at least."""
     recipe, data, split = options.recipe, options.recipe.data, dataset.split("train")
     per_epoch = max(1, len(split) // size)  # a split of less than a batch is TrainPlan's to refuse
     epochs = range(-(-steps.stop // per_epoch))
-    plan = TrainPlan(split.shard_samples, dataset.fingerprint, recipe.seed, size, epochs, from_step=steps.start)
+    place = {"rank": ranks.rank, "world": ranks.size}
+    plan = TrainPlan(split.shard_samples, dataset.fingerprint, recipe.seed, size, epochs, from_step=steps.start, **place)
     transform = TrainTransform(recipe.seed, data.size, data.scale, data.ratio, data.flip)
     workers = options.workers and max(1, round(options.workers * size / recipe.batch))
     return Loader(split, plan, transform, workers, cache)
@@ -338,16 +404,14 @@ class _Stopped(Exception):
     """Asked to stop, between two steps or two batches of a validation."""
 
 
-def _introduce(options: TrainOptions, dataset: Dataset, steps: int, device: torch.device) -> None:
-    recipe, splits = options.recipe, dataset.manifest.splits
-    say(
-        f"dataset  {dataset.store.url}: {splits['train'].samples:,} train, {splits['val'].samples:,} val, "
-        f"{len(dataset.manifest.classes)} classes"
-    )
+def _introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ranks) -> str:
+    recipe, splits, device = options.recipe, dataset.manifest.splits, ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    say(
+    return (
+        f"dataset  {dataset.store.url}: {splits['train'].samples:,} train, {splits['val'].samples:,} val, "
+        f"{len(dataset.manifest.classes)} classes\n"
         f"run      {options.run}: recipe {recipe.name}, {recipe.model.name}, {recipe.schedule.epochs} epochs of "
-        f"{steps} steps of {recipe.batch}, on {name}"
+        f"{steps} steps of {recipe.batch}, on {f'{ranks.size} x ' if ranks.size > 1 else ''}{name}"
     )
 
 

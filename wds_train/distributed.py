@@ -1,0 +1,205 @@
+"""Several processes that train one model, each on its GPU (or its share of the cores): what they tell one another.
+
+A process learns its place from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...), and
+so does every process that `launch` starts on one machine. Rank 0 leads: it alone claims, commits and reports the run.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from wds_train.errors import Interrupted, RanksLost, RunError, UsageError
+
+FIRST_WORD = "wds-train"
+SILENCE = timedelta(minutes=10)  # a rank that says nothing for so long has died without closing its connections
+LAST_SECONDS = 30.0  # for the other ranks to end once one has failed: time for the leader's commit under way
+PR_SET_PDEATHSIG = 1
+
+
+class Ranks:
+    """Process `rank` of `size`, `local` on this machine. One alone, or not connected, answers everything on the spot."""
+
+    def __init__(self, rank: int = 0, size: int = 1, local: int = 0) -> None:
+        self.rank, self.size, self.local = rank, size, local
+        self._store: dist.Store | None = None
+        self._group: Any = None
+
+    @classmethod
+    def of_environment(cls) -> Self:
+        rank, size, local = (
+            _variable(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+        if not 0 <= rank < size:
+            raise UsageError(f"RANK = {rank} cannot work with WORLD_SIZE = {size}; start with torchrun")
+        return cls(rank, size, local)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """This process's GPU; without GPUs, the CPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.local >= torch.cuda.device_count():
+            raise UsageError(
+                f"LOCAL_RANK = {self.local}, but this machine has {torch.cuda.device_count()} GPUs; start fewer processes"
+            )
+        return torch.device("cuda", self.local)
+
+    def announce(self, content: dict[str, Any]) -> None:
+        """The leader's first word to the others; before `connect`, which threads come with."""
+        if self.size > 1:
+            with lost_ranks():
+                self._store = _meeting()
+                self._store.set(FIRST_WORD, json.dumps(content))
+
+    def announced(self, pause: Callable[[float], None]) -> dict[str, Any]:
+        """What the leader announces. It may wait for hours until the run is free; `pause` may raise what ends that."""
+        with lost_ranks():
+            self._store = _meeting()
+            while not self._store.check([FIRST_WORD]):
+                pause(0.2)
+            return json.loads(self._store.get(FIRST_WORD))
+
+    def connect(self) -> None:
+        """Join the other ranks. To be called once this process forks no more."""
+        if self.size == 1:
+            return
+        assert self._store is not None, "connect() comes after announce()"
+        with lost_ranks():
+            backend, device = ("nccl", self.device) if torch.cuda.is_available() else ("gloo", None)
+            dist.init_process_group(
+                backend, store=self._store, rank=self.rank, world_size=self.size, timeout=SILENCE, device_id=device
+            )
+            self._group = dist.new_group(backend="gloo", timeout=SILENCE)  # for the host's words: no GPU is waited for
+
+    def total(self, *values: float) -> list[float]:
+        """The sum over all ranks of each value, in float64."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        return self._reduced((value,), dist.ReduceOp.MAX)[0]
+
+    def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
+        if self._group is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        with lost_ranks():
+            dist.all_reduce(tensor, how, group=self._group)
+        return tensor.tolist()
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """`model`, whose backward pass averages the gradients over all ranks; with the leader's weights and buffers."""
+        if self._group is None:
+            return model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def adopt(self, *models: nn.Module) -> None:
+        """Give all ranks the leader's buffers: each rank's BatchNorm has seen other samples."""
+        if self._group is None:
+            return
+        with lost_ranks():
+            for buffer in (buffer for model in models for buffer in model.buffers()):
+                dist.broadcast(buffer, 0)
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group = None
+            dist.destroy_process_group()
+
+
+def _meeting() -> dist.Store:
+    return next(dist.rendezvous("env://", timeout=SILENCE))[0]
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{name} = {text!r} in the environment is not a whole number; torchrun sets it, or unset it")
+    return int(text)
+
+
+@contextmanager
+def lost_ranks() -> Iterator[None]:
+    """What the backends raise when another rank is gone: gloo a bare RuntimeError, with its own file's name in it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise RanksLost(
+            f"contact with the other ranks is lost ({reason}); the same command, on any number of GPUs, goes on from the "
+            "newest checkpoint"
+        ) from error
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run `wds-train ARGUMENTS` as `processes` ranks on this machine; the exit code for all of them.
+
+    torchrun does the same, but ends with 1 whatever its ranks ended with, so that nobody could tell an interruption.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    place |= {"TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    place |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "WDS_LAUNCHER": str(os.getpid())}
+    ranks: list[subprocess.Popen[bytes]] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: _send(ranks, number))
+    for rank in range(processes):
+        environment = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes it on, once.
+        command = [sys.executable, "-m", "wds_train.cli", *arguments]
+        ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+    return _outcome(ranks)
+
+
+def _send(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
+    for rank in ranks:
+        rank.send_signal(number)
+
+
+def _outcome(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; once one has failed, the others have LAST_SECONDS."""
+    deadline, asked = float("inf"), False
+    while any(rank.poll() is None for rank in ranks):
+        if deadline == float("inf") and any(rank.returncode for rank in ranks):
+            deadline = time.monotonic() + LAST_SECONDS
+        if time.monotonic() > deadline:
+            for rank in (rank for rank in ranks if rank.poll() is None):
+                rank.kill() if asked else rank.terminate()
+            deadline, asked = time.monotonic() + LAST_SECONDS, True
+        time.sleep(0.05)
+    codes = [rank.returncode for rank in ranks]
+    for number, code in enumerate(codes):
+        if code < 0:
+            print(f"wds-train: rank {number} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+    if failed := [code for code in codes if code in (RunError.exit_code, UsageError.exit_code)]:
+        return max(failed)
+    return Interrupted.exit_code if any(codes) else 0
+
+
+def die_with_launcher() -> None:
+    """Have the kernel send SIGTERM to this rank when its launcher dies; it would train on, unseen, otherwise."""
+    launcher = os.environ.get("WDS_LAUNCHER")
+    if launcher and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(launcher):
+            os.kill(os.getpid(), signal.SIGTERM)
