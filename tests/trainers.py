@@ -46,7 +46,7 @@ POINTS = {
     "resumed": ("engine", "Trainer", "restore", "after"),
     "before a step": ("engine", "Trainer", "step", "before"),
     "after a step": ("engine", "Trainer", "step", "after"),
-    "validating": ("engine", "", "_readable", "before"),
+    "validating": ("engine", "", "sums", "before"),
     "validated": ("engine", "Trainer", "evaluate", "after"),
     "before the snapshot": ("engine", "Trainer", "snapshot", "before"),
     "after the snapshot": ("engine", "Trainer", "snapshot", "after"),

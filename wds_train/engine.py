@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from wds_train.checkpoint import Snapshot
 from wds_train.distributed import Ranks
 from wds_train.errors import DataError, NotFinite, RunError
-from wds_train.model import Ema, create_model, create_optimizer, memory_layout, seed_torch
+from wds_train.model import Ema, create_model, create_optimizer, seed_torch
 from wds_train.order import key
 from wds_train.pipeline import Batch
-from wds_train.recipe import DataRecipe, MixRecipe, Recipe
+from wds_train.recipe import MixRecipe, Recipe
 from wds_train.schedule import average_decay, lr_share
+from wds_train.scoring import Predictor, amp_dtype, metrics, sums
 from wds_train.state import Progress
 
 
@@ -54,12 +55,9 @@ class Trainer:
         self._parallel = self.ranks.parallel(self.model)
         self.ema = Ema(self.model, self.recipe.ema)
         self.optimizer = create_optimizer(self.recipe, self.model)
-        # bf16 has float32's range and needs no scaler; GPUs before Ampere have only fp16.
-        on_gpu = self.device.type == "cuda"
-        self._amp = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float16 if on_gpu else None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._amp == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype(self.device) == torch.float16)
         self._mix = _mixup(self.recipe.mix, self.recipe.loss.smoothing, self.classes)
-        self._norm = _normalisation(self.recipe.data, self.device)
+        self._predictor = Predictor(self.recipe.data, self.device, flip=self.recipe.data.eval_flip)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.progress = Progress()
 
@@ -86,10 +84,10 @@ class Trainer:
         return loss.detach()
 
     def _forward(self, batch: Batch) -> torch.Tensor:
-        images, labels = self._normalised(batch.images), batch.labels.to(self.device, non_blocking=True)
+        images, labels = self._predictor.normalised(batch.images), batch.labels.to(self.device, non_blocking=True)
         if self._mix is not None:
             images, labels = self._mix(images, labels)
-        with self._autocast():
+        with self._predictor.autocast():
             smoothing = 0.0 if self._mix is not None else self.recipe.loss.smoothing  # Mixup has smoothed them already
             return F.cross_entropy(self._parallel(images), labels, label_smoothing=smoothing)
 
@@ -128,22 +126,14 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch], samples: int) -> dict[str, float]:
         """Top-1 and top-5 in percent and the mean cross-entropy, of the raw and the EMA weights, over one pass."""
         models = {"": self.model.eval(), "_ema": self.ema.module.eval()}
-        sums = {suffix: torch.zeros(3, dtype=torch.float64, device=self.device) for suffix in models}
-        seen = 0
+        totals = torch.zeros((len(models), 4), dtype=torch.float64, device=self.device)
         for batch in batches:
-            images, labels = self._normalised(batch.images), batch.labels.to(self.device, non_blocking=True)
-            readable = _readable(batch, self.device)
-            for suffix, model in models.items():
-                with self._autocast():
-                    logits = model(images).float()
-                sums[suffix] += _scores(logits, labels, readable)
-            seen += len(labels)
-        if seen != samples:
-            raise RunError(f"validation saw {seen} samples of {samples}; each must count exactly once")
+            pixels = self._predictor.normalised(batch.images)
+            totals += torch.stack([sums(self._predictor.logits(model, pixels), batch) for model in models.values()])
         return {
-            f"val/{name}{suffix}": value / seen * (1 if name == "loss" else 100)
-            for suffix, total in sums.items()
-            for name, value in zip(("loss", "top1", "top5"), total.tolist(), strict=True)
+            f"val/{name}{suffix}": value
+            for suffix, total in zip(models, totals, strict=True)
+            for name, value in metrics(total, samples).items()
         }
 
     def snapshot(self) -> Snapshot:
@@ -192,15 +182,6 @@ class Trainer:
         groups = [group | _section(entries, f"group/{index}/") for index, group in enumerate(groups)]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-    def _normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in the model's layout, which on a GPU they have already."""
-        scale, shift = self._norm
-        pixels = images.to(self.device, non_blocking=True).float()
-        return pixels.mul_(scale).add_(shift).permute(0, 3, 1, 2).contiguous(memory_format=memory_layout(self.device))
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self._amp, enabled=self._amp is not None)
-
 
 @torch.no_grad()
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -226,22 +207,3 @@ def _mixup(recipe: MixRecipe, smoothing: float, classes: int) -> Mixup | None:
         label_smoothing=smoothing,
         num_classes=classes,
     )
-
-
-def _normalisation(recipe: DataRecipe, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(pixel / 255 - mean) / std as scale and shift, float32 [3] each."""
-    mean, std = torch.tensor(recipe.mean, device=device), torch.tensor(recipe.std, device=device)
-    return 1 / (255 * std), -mean / std
-
-
-def _readable(batch: Batch, device: torch.device) -> torch.Tensor:
-    """False where a sample was lost: it counts, as wrong, since its grey pixels say nothing of the model."""
-    return torch.from_numpy(~np.isin(batch.ids, [entry.sample for entry in batch.lost])).to(device)
-
-
-def _scores(logits: torch.Tensor, labels: torch.Tensor, readable: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy, top-1 and top-5 hits: float64 [3]."""
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = (ranked == labels[:, None]) & readable[:, None]
-    loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
-    return torch.stack([loss, hits[:, 0].sum().double(), hits.any(dim=1).sum().double()])
