@@ -75,6 +75,7 @@ class Job:
     nth: int = 1
     sent: int = signal.SIGKILL
     constants: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def make_dataset(folder: Path) -> str:
@@ -139,7 +140,7 @@ class Training:
 def _main(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> None:
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
-    os.environ.update(environment, WANDB_MODE="disabled", WDS_HOME=job.folder)
+    os.environ.update(environment | job.environment, WANDB_MODE="disabled", WDS_HOME=job.folder)
     import torch
 
     from wds_train.engine import Trainer

@@ -125,19 +125,24 @@ class Trainer:
     @torch.inference_mode()
     def evaluate(self, batches: Iterable[Batch], samples: int) -> dict[str, float]:
         """Top-1 and top-5 in percent and the mean cross-entropy, of the raw and the EMA weights, over one pass."""
+        self.ranks.adopt(self.model, self.ema.module)
         models = {"": self.model.eval(), "_ema": self.ema.module.eval()}
         totals = torch.zeros((len(models), 4), dtype=torch.float64, device=self.device)
         for batch in batches:
             pixels = self._predictor.normalised(batch.images)
             totals += torch.stack([sums(self._predictor.logits(model, pixels), batch) for model in models.values()])
+        everywhere = torch.tensor(self.ranks.total(*totals.flatten().tolist()), dtype=torch.float64)
         return {
             f"val/{name}{suffix}": value
-            for suffix, total in zip(models, totals, strict=True)
+            for suffix, total in zip(models, everywhere.view(len(models), 4), strict=True)
             for name, value in metrics(total, samples).items()
         }
 
-    def snapshot(self) -> Snapshot:
-        """A copy of the state in host memory; training may go on at once."""
+    def snapshot(self) -> Snapshot | None:
+        """A copy of the state in host memory; training may go on at once. All ranks take part, the leader gets it."""
+        loss_sum, lost = self.ranks.total(self.loss_sum.item() / self.ranks.size, self.progress.lost)
+        if not self.ranks.leads:
+            return None
         entries = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         entries |= {f"ema/{name}": value for name, value in self.ema.module.state_dict().items()}
         optimizer = self.optimizer.state_dict()
@@ -153,7 +158,7 @@ class Trainer:
             torch.cuda.synchronize(self.device)
         scalars = {name: value for name, value in entries.items() if name not in tensors}
         extra = json.loads(json.dumps({"scalars": scalars, "scaler": self.scaler.state_dict()}))
-        return Snapshot(tensors, extra, replace(self.progress, loss_sum=self.loss_sum.item()))
+        return Snapshot(tensors, extra, replace(self.progress, loss_sum=loss_sum, lost=int(lost)))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Become what `snapshot` holds; `RunError` when it is of another model or optimizer."""
@@ -164,8 +169,11 @@ class Trainer:
         except (RuntimeError, KeyError, ValueError) as error:
             raise RunError(f"the checkpoint does not fit the model {self.recipe.model.name}: {error}") from error
         self.scaler.load_state_dict(snapshot.extra["scaler"])
-        self.loss_sum.fill_(snapshot.progress.loss_sum)
         self.progress = snapshot.progress
+        if self.ranks.leads:
+            self.loss_sum.fill_(self.progress.loss_sum * self.ranks.size)  # the mean over the ranks stays what it was
+        else:
+            self.progress = replace(self.progress, lost=0)
 
     def _restore_optimizer(self, snapshot: Snapshot) -> None:
         entries = snapshot.tensors | snapshot.extra["scalars"]

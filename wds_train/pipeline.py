@@ -448,7 +448,7 @@ class Loader:
         which a forked child survives.
         """
         items = iter(self._pipeline)
-        self._begun = itertools.chain([next(items)], items)
+        self._begun = itertools.chain(list(itertools.islice(items, 1)), items)  # a rank may have no batch at all
 
     def __iter__(self) -> Iterator[Batch]:
         parts: list[Decoded] = []

@@ -307,7 +307,10 @@ class _Session:
             spent = time.perf_counter() - start
             record = {"step": done, "epoch": done / self._trainer.steps_per_epoch, "train/loss": shown}
             record["train/lr"] = self._lr(done - 1)
-            timing = {"time/img_s": self._options.recipe.batch / (waited + spent), "time/data_wait": waited / (waited + spent)}
+            timing = {
+                "time/img_s": self._options.recipe.batch / (waited + spent),
+                "time/data_wait": waited / (waited + spent),
+            }
             self._tracker.log(record, timing | self._drain_commit_timing())
         self._progress.step(done, shown)
 
@@ -394,7 +397,9 @@ def _loader(
     per_epoch = max(1, len(split) // size)  # a split of less than a batch is TrainPlan's to refuse
     epochs = range(-(-steps.stop // per_epoch))
     place = {"rank": ranks.rank, "world": ranks.size}
-    plan = TrainPlan(split.shard_samples, dataset.fingerprint, recipe.seed, size, epochs, from_step=steps.start, **place)
+    plan = TrainPlan(
+        split.shard_samples, dataset.fingerprint, recipe.seed, size, epochs, from_step=steps.start, **place
+    )
     transform = TrainTransform(recipe.seed, data.size, data.scale, data.ratio, data.flip)
     workers = options.workers and max(1, round(options.workers * size / recipe.batch))
     return Loader(split, plan, transform, workers, cache)
