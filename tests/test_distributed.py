@@ -72,7 +72,7 @@ def test_1_2_and_4_ranks_train_the_same(job: Job, tmp_path: Path) -> None:
             for training in trainings:
                 assert training.end() == 0, training.output
         steps = [training.steps() for training in trainings]
-        samples[ranks] = {step: sum((rank[step] for rank in steps), []) for step in steps[0]}
+        samples[ranks] = {step: [sample for rank in steps for sample in rank[step]] for step in steps[0]}
         seen[ranks] = losses(one)
     assert samples[1] == samples[2] == samples[4]
     assert len(samples[1]) == EPOCHS * STEPS_PER_EPOCH

@@ -85,7 +85,7 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
             _close(run, run.manifest.result, options, None)
         return run.manifest.result
     try:
-        return _Session(options, [dataset, *mixed], run, snapshot, stop, cache, ranks).run_to_end()
+        return _Session(options, [dataset, *mixed], run, snapshot, stop, cache=cache, ranks=ranks).run_to_end()
     except NotFinite as error:
         raise _go_back(run, error, options.deterministic) from error
     except RanksLost:
@@ -196,6 +196,7 @@ class _Session:
         run: Run,
         snapshot: Snapshot | None,
         stop: StopRequest,
+        *,
         cache: BlockCache | None,
         ranks: Ranks,
     ) -> None:
@@ -209,7 +210,14 @@ class _Session:
         self._total = recipe.schedule.epochs * steps
         self._val_samples = len(val_split)
         loaders = [
-            _loader(options, each, size, range(start, self._total), cache if each is dataset else None, ranks)
+            _loader(
+                options,
+                each,
+                size,
+                range(start, self._total),
+                cache=cache if each is dataset else None,
+                ranks=ranks,
+            )
             for each, size in zip(datasets, sizes, strict=True)
         ]
         self._loader = Mixture(loaders, recipe.seed) if len(loaders) > 1 else loaders[0]
@@ -390,7 +398,7 @@ class _Session:
 
 
 def _loader(
-    options: TrainOptions, dataset: Dataset, size: int, steps: range, cache: BlockCache | None, ranks: Ranks
+    options: TrainOptions, dataset: Dataset, size: int, steps: range, *, cache: BlockCache | None, ranks: Ranks
 ) -> Loader:
     """`size` samples of every batch from `dataset`, for `steps` at least."""
     recipe, data, split = options.recipe, options.recipe.data, dataset.split("train")
