@@ -76,6 +76,7 @@ class Job:
     sent: int = signal.SIGKILL
     constants: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    defaults: tuple[str, ...] = tuple(SETTINGS)
 
 
 def make_dataset(folder: Path) -> str:
@@ -154,7 +155,7 @@ def _main(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> No
     _log_steps(Trainer, steps_log)
     if job.point:
         _stop_at(job)
-    settings = [part for setting in (*SETTINGS, *job.settings) for part in ("--set", setting)]
+    settings = [part for setting in (*job.defaults, *job.settings) for part in ("--set", setting)]
     command = ["train", "--dataset", job.dataset, "--run", job.run, "--workers", str(job.workers)]
     raise SystemExit(main([*command, *settings, *job.arguments]))
 
