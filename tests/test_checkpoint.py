@@ -107,11 +107,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     store.delete(key)
     if damage is not None:
         store.write(key, damage(data))
-    restored = Run.claim(store, FRESH, said.append).restore(said.append)
+    later = Run.claim(store, FRESH, said.append)
+    restored = later.restore(said.append)
     assert restored is not None
     assert restored.progress.step == 1
     assert len(said) == 1
     assert f"checkpoint {key} cannot be used" in said[0]
+    commit(later, 2)
+    assert [record["step"] for record in later.history()] == [1, 2]  # what is trained again is logged once
+    assert [checkpoint.progress.step for checkpoint in later.manifest.checkpoints] == [1, 2]
 
 
 def test_all_damaged_is_an_error_and_never_a_fresh_run(store: Store, said: list[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fake_imds import FakeImds
 from fault_proxy import FaultProxy
-from trainers import HOLD, Job, Training, all_ended, make_dataset
+from trainers import HOLD, Job, Training, all_ended
 
 from wds_train.lease import read_run
 from wds_train.store import Store, open_store
@@ -20,11 +20,6 @@ ROUNDS = int(os.environ.get("WDS_CRASH_ROUNDS", "2"))
 SHORT_LEASE = {"lease.LEASE_SECONDS": 1.5}
 HASTY = {"store.PATIENCE_SECONDS": 0.5, "checkpoint.RETRY_SECONDS": 0.5}
 LONG = ("schedule.epochs=400",)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from trainers import Job, Training, make_dataset
+from trainers import Job, Training
 
 from wds_train import state as states
 from wds_train.cli import main
@@ -20,13 +20,12 @@ from wds_train.state import RunManifest
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def trained(small: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A dataset and a finished run, not to be written to."""
     folder = tmp_path_factory.mktemp("trained")
-    dataset = make_dataset(folder)
-    training = Training(Job(dataset, str(folder / "run"), str(folder)))
+    training = Training(Job(small, str(folder / "run"), str(folder)))
     assert training.end() == 0, training.output
-    return dataset, str(folder / "run")
+    return small, str(folder / "run")
 
 
 @pytest.fixture

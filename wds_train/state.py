@@ -134,9 +134,14 @@ class RunManifest:
         if not kept or kept[-1].progress.step != step:
             steps = ", ".join(str(n) for n in sorted({c.progress.step for c in self.checkpoints})) or "none"
             raise UsageError(f"run {self.run} has no checkpoint of step {step}; it has those of {steps}")
-        evaluated = kept[-1].progress.evaluated
-        metrics = tuple(s for s in self.metrics if (s.step, s.evaluated) <= (step, evaluated))
-        return replace(self, checkpoints=tuple(kept), metrics=metrics, status="interrupted", result={}, rollbacks=0)
+        return replace(self.up_to(kept[-1]), status="interrupted", result={}, rollbacks=0)
+
+    def up_to(self, checkpoint: Checkpoint) -> "RunManifest":
+        """The manifest without what was committed after `checkpoint`, one of its own."""
+        kept = self.checkpoints[: self.checkpoints.index(checkpoint) + 1]
+        at = checkpoint.progress
+        metrics = tuple(s for s in self.metrics if (s.step, s.evaluated) <= (at.step, at.evaluated))
+        return replace(self, checkpoints=kept, metrics=metrics)
 
     def to_json(self) -> bytes:
         return (json.dumps({"format": FORMAT, "kind": KIND} | asdict(self), indent=1) + "\n").encode()

@@ -140,6 +140,7 @@ def _go_back(run: Run, error: NotFinite, deterministic: bool) -> WdsTrainError:
     """What to raise after a loss that is not finite, which was not committed. On a GPU the next attempt, from the newest
     checkpoint, may round otherwise and pass; where the same arithmetic would only fail again, it is not tried.
     """
+    _finish_commits(run)
     if not run.manifest.checkpoints or deterministic or not torch.cuda.is_available():
         _give_up(run, "failed")
         return error
@@ -152,8 +153,15 @@ def _go_back(run: Run, error: NotFinite, deterministic: bool) -> WdsTrainError:
     return Interrupted(f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})")
 
 
+def _finish_commits(run: Run) -> None:
+    """Wait for the commit under way, which is of an earlier and sound state: up to an epoch would be lost with it."""
+    with contextlib.suppress(WdsTrainError):
+        run.wait(GRACE_SECONDS)
+
+
 def _give_up(run: Run, status: str) -> None:
     """Say in the manifest how it ended. If the store does not let us, the lease runs out by itself."""
+    _finish_commits(run)
     try:
         run.end(status)
     except (StoreError, Interrupted) as error:
