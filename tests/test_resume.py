@@ -17,6 +17,7 @@ from wds_train.checkpoint import Run, Snapshot
 from wds_train.errors import Interrupted, NotFinite, RunError
 from wds_train.lease import read_run
 from wds_train.state import Progress, RunManifest
+from wds_train.status import describe
 from wds_train.store import S3Store, Store, open_store
 from wds_train.train import _go_back
 
@@ -177,7 +178,10 @@ def test_a_store_that_refuses_to_read_is_no_fresh_run(
     assert re.search(rf"error: .*{key}.*{code}", training.output)
     assert training.steps() == {}
     fault.times = 0
-    assert read_run(open_store(url))[0].checkpoints == before.checkpoints
+    manifest, _ = read_run(open_store(url))
+    assert manifest.checkpoints == before.checkpoints
+    # Who may not read may say that it failed; to a store that does not answer, nothing can be said.
+    assert describe(manifest, 0.0, None)["status"] == ("failed" if (key, status) == ("ckpt/", 403) else "lost")
 
 
 def test_right_after_a_resume_all_weights_score_what_they_scored_before(

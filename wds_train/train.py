@@ -24,7 +24,16 @@ from wds_train.dataset import Dataset
 from wds_train.devserver import home
 from wds_train.distributed import LAST_SECONDS, Ranks, die_with_launcher, lost_ranks
 from wds_train.engine import Trainer
-from wds_train.errors import Interrupted, NotFinite, RanksLost, RunError, StoreError, UsageError, WdsTrainError
+from wds_train.errors import (
+    Interrupted,
+    NotFinite,
+    RanksLost,
+    RunError,
+    StoreError,
+    Unavailable,
+    UsageError,
+    WdsTrainError,
+)
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Mixture, TrainPlan, TrainTransform, shares
 from wds_train.recipe import Recipe
 from wds_train.report import draw_curves
@@ -93,7 +102,7 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
         _give_up(run, "interrupted")
         raise
     except WdsTrainError as error:
-        if not isinstance(error, Interrupted | StoreError):  # a store that fails takes no last word either
+        if not isinstance(error, Interrupted | Unavailable):  # a store that does not answer takes no last word either
             _give_up(run, "failed")
         raise
     finally:
