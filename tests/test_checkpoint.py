@@ -89,6 +89,19 @@ def test_only_named_objects_are_kept(store: Store, said: list[str]) -> None:
     assert len(list(store.list("ckpt/"))) == len(again.manifest.checkpoints)
 
 
+def test_every_nth_epoch_is_kept_if_asked(store: Store, said: list[str]) -> None:
+    run = Run.claim(store, FRESH, said.append, keep_every=3)
+    commit(run, 1, 90.0)
+    for step in range(2, 9):
+        commit(run, step)
+        run.commit(
+            replace(snapshot(step), progress=Progress(10 * step, evaluated=step)), {}, []
+        )  # within the next epoch
+        run.wait()
+    assert [checkpoint.progress.step for checkpoint in run.manifest.checkpoints] == [1, 3, 6, 8, 80]
+    assert [entry.key[12:21] for entry in store.list("ckpt/")] == [f"{step:09d}" for step in (1, 3, 6, 8, 80)]
+
+
 def flipped(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
