@@ -98,12 +98,11 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     except NotFinite as error:
         raise _go_back(run, error, options.deterministic) from error
     except RanksLost:
-        run.wait(LAST_SECONDS / 2)  # for the commit under way
+        _finish_commits(run)
         _give_up(run, "interrupted")
         raise
     except WdsTrainError as error:
-        if not isinstance(error, Interrupted | Unavailable):  # a store that does not answer takes no last word either
-            _give_up(run, "failed")
+        _fail(run, error)
         raise
     finally:
         ranks.close()
@@ -116,7 +115,7 @@ def _lead(options: TrainOptions, fresh: RunManifest, stop: StopRequest, ranks: R
         return _follow(store, ranks.announced(stop.sleep))
     try:
         run = Run.claim(store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every)
-        snapshot = None if run.manifest.status == "done" else run.restore(say)
+        snapshot = None if run.manifest.status == "done" else _restored(run)
     except BaseException:
         ranks.announce({})
         raise
@@ -124,6 +123,14 @@ def _lead(options: TrainOptions, fresh: RunManifest, stop: StopRequest, ranks: R
         {"manifest": run.manifest.to_json().decode(), "progress": asdict(snapshot.progress) if snapshot else None}
     )
     return run, snapshot
+
+
+def _restored(run: Run) -> Snapshot | None:
+    try:
+        return run.restore(say)
+    except WdsTrainError as error:
+        _fail(run, error)
+        raise
 
 
 def _follow(store: Store, announced: dict[str, Any]) -> tuple[Run, Snapshot | None]:
@@ -165,12 +172,18 @@ def _go_back(run: Run, error: NotFinite, deterministic: bool) -> WdsTrainError:
 def _finish_commits(run: Run) -> None:
     """Wait for the commit under way, which is of an earlier and sound state: up to an epoch would be lost with it."""
     with contextlib.suppress(WdsTrainError):
-        run.wait(GRACE_SECONDS)
+        run.wait(LAST_SECONDS / 2)
+
+
+def _fail(run: Run, error: WdsTrainError) -> None:
+    """Mark the run as failed, if that is what `error` means. A store that does not answer takes no last word either."""
+    if not isinstance(error, Interrupted | Unavailable):
+        _finish_commits(run)
+        _give_up(run, "failed")
 
 
 def _give_up(run: Run, status: str) -> None:
     """Say in the manifest how it ended. If the store does not let us, the lease runs out by itself."""
-    _finish_commits(run)
     try:
         run.end(status)
     except (StoreError, Interrupted) as error:
@@ -324,7 +337,10 @@ class _Session:
             spent = time.perf_counter() - start
             record = {"step": done, "epoch": done / self._trainer.steps_per_epoch, "train/loss": shown}
             record["train/lr"] = self._lr(done - 1)
-            timing = {"time/img_s": self._options.recipe.batch / (waited + spent), "time/data_wait": waited / (waited + spent)}
+            timing = {
+                "time/img_s": self._options.recipe.batch / (waited + spent),
+                "time/data_wait": waited / (waited + spent),
+            }
             self._tracker.log(record, timing | self._drain_commit_timing())
         self._progress.step(done, shown)
 
@@ -411,7 +427,9 @@ def _loader(
     per_epoch = max(1, len(split) // size)  # a split of less than a batch is TrainPlan's to refuse
     epochs = range(-(-steps.stop // per_epoch))
     place = {"rank": ranks.rank, "world": ranks.size}
-    plan = TrainPlan(split.shard_samples, dataset.fingerprint, recipe.seed, size, epochs, from_step=steps.start, **place)
+    plan = TrainPlan(
+        split.shard_samples, dataset.fingerprint, recipe.seed, size, epochs, from_step=steps.start, **place
+    )
     transform = TrainTransform(recipe.seed, data.size, data.scale, data.ratio, data.flip)
     workers = options.workers and max(1, round(options.workers * size / recipe.batch))
     return Loader(split, plan, transform, workers, cache)
