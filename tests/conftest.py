@@ -9,7 +9,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-import trainers  # noqa: F401  (says what the fork server imports)
+import trainers  # says what the fork server imports
 from fault_proxy import FaultProxy
 
 from wds_train import devserver
@@ -81,3 +81,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     arguments = ["shards", "digits", str(folder / "data"), "--shard-mb", "1", "--spool", str(folder / "spool")]
     assert main(arguments) == 0
     return Dataset.open(str(folder / "data"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The dataset that the small trainings train on. Not to be written to."""
+    return trainers.make_dataset(tmp_path_factory.mktemp("small"))

@@ -56,7 +56,7 @@ class _Broken(Exception):
 class FaultProxy:
     """`requests`, `sent`, `received`: requests, and bytes of bodies to and from the client, by (method, key).
 
-    A key is the path without its bucket; a bucket's own requests (listings) have the key "".
+    `port` is the server's own. A key is the path without its bucket; a bucket's own requests (listings) have the key "".
     """
 
     def __init__(self, port: int, seed: int = 0) -> None:
@@ -64,7 +64,7 @@ class FaultProxy:
         self.requests: Counter[tuple[str, str]] = Counter()
         self.sent: Counter[tuple[str, str]] = Counter()
         self.received: Counter[tuple[str, str]] = Counter()
-        self._target = port
+        self.port = port
         self._draws = random.Random(seed)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -113,7 +113,7 @@ class FaultProxy:
     async def _serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
         server_out = None
         try:
-            server_in, server_out = await asyncio.open_connection("127.0.0.1", self._target, limit=1 << 20)
+            server_in, server_out = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
             while True:
                 await self._exchange(client_in, client_out, server_in, server_out)
         except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):

@@ -89,6 +89,19 @@ def test_only_named_objects_are_kept(store: Store, said: list[str]) -> None:
     assert len(list(store.list("ckpt/"))) == len(again.manifest.checkpoints)
 
 
+def test_every_nth_epoch_is_kept_if_asked(store: Store, said: list[str]) -> None:
+    run = Run.claim(store, FRESH, said.append, keep_every=3)
+    commit(run, 1, 90.0)
+    for step in range(2, 9):
+        commit(run, step)
+        run.commit(
+            replace(snapshot(step), progress=Progress(10 * step, evaluated=step)), {}, []
+        )  # within the next epoch
+        run.wait()
+    assert [checkpoint.progress.step for checkpoint in run.manifest.checkpoints] == [1, 3, 6, 8, 80]
+    assert [entry.key[12:21] for entry in store.list("ckpt/")] == [f"{step:09d}" for step in (1, 3, 6, 8, 80)]
+
+
 def flipped(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
@@ -107,11 +120,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     store.delete(key)
     if damage is not None:
         store.write(key, damage(data))
-    restored = Run.claim(store, FRESH, said.append).restore(said.append)
+    later = Run.claim(store, FRESH, said.append)
+    restored = later.restore(said.append)
     assert restored is not None
     assert restored.progress.step == 1
     assert len(said) == 1
     assert f"checkpoint {key} cannot be used" in said[0]
+    commit(later, 2)
+    assert [record["step"] for record in later.history()] == [1, 2]  # what is trained again is logged once
+    assert [checkpoint.progress.step for checkpoint in later.manifest.checkpoints] == [1, 2]
 
 
 def test_all_damaged_is_an_error_and_never_a_fresh_run(store: Store, said: list[str]) -> None:

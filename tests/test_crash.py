@@ -3,7 +3,6 @@
 The short version is part of the tests; `make crash-test` sets WDS_CRASH_KILLS to more.
 """
 
-import hashlib
 import os
 import random
 import signal
@@ -12,13 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from trainers import BATCH, EPOCHS, POINTS, SAMPLES, STEPS_PER_EPOCH, Job, Training, all_ended, make_dataset
+from outcomes import assert_nothing_named_is_missing, assert_same_end
+from trainers import BATCH, EPOCHS, POINTS, SAMPLES, STEPS_PER_EPOCH, Job, Training, all_ended
 
-from wds_train.checkpoint import Run, Snapshot
-from wds_train.errors import NotFound
 from wds_train.lease import read_run
-from wds_train.store import Store, open_store
+from wds_train.store import open_store
 
 KILLS = int(os.environ.get("WDS_CRASH_KILLS", "12"))
 OFTEN = ("--commit-minutes", "0.001")  # several commits an epoch
@@ -26,33 +23,6 @@ OFTEN = ("--commit-minutes", "0.001")  # several commits an epoch
 
 def job(dataset: str, run: str, folder: Path, **details: object) -> Job:
     return Job(dataset, run, str(folder), **details)  # type: ignore[arg-type]
-
-
-def assert_nothing_named_is_missing(store: Store) -> None:
-    try:
-        manifest, _ = read_run(store)
-    except NotFound:
-        return
-    for named in [c.object for c in manifest.checkpoints] + [s.object for s in manifest.metrics]:
-        data = store.read(named.key)
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (named.bytes, named.sha256), named.key
-
-
-def end_state(url: str) -> tuple[Snapshot, list[dict[str, object]], dict[str, float]]:
-    store = open_store(url)
-    run = Run(store, *read_run(store))
-    assert run.manifest.status == "done"
-    snapshot = run.restore(print)
-    assert snapshot is not None
-    return snapshot, run.history(), run.manifest.result
-
-
-def assert_same_end(one: str, other: str) -> None:
-    (snapshot, history, result), (snapshot2, history2, result2) = end_state(one), end_state(other)
-    assert (history, result) == (history2, result2)
-    assert (snapshot.progress, snapshot.extra) == (snapshot2.progress, snapshot2.extra)
-    assert snapshot.tensors.keys() == snapshot2.tensors.keys()
-    assert [n for n in snapshot.tensors if not torch.equal(snapshot.tensors[n], snapshot2.tensors[n])] == []
 
 
 def committed_steps(attempts: list[Training]) -> dict[int, list[int]]:
@@ -73,11 +43,6 @@ def assert_each_sample_once(steps: dict[int, list[int]]) -> None:
         ids = [i for step in range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH) for i in steps[step]]
         assert len(ids) == len(set(ids)) == STEPS_PER_EPOCH * BATCH
         assert set(ids) <= set(range(SAMPLES))
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")

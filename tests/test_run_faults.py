@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from fake_imds import FakeImds
 from fault_proxy import FaultProxy
-from trainers import HOLD, Job, Training, all_ended, make_dataset
+from trainers import HOLD, Job, Training, all_ended
 
 from wds_train.lease import read_run
 from wds_train.store import Store, open_store
@@ -20,11 +21,6 @@ ROUNDS = int(os.environ.get("WDS_CRASH_ROUNDS", "2"))
 SHORT_LEASE = {"lease.LEASE_SECONDS": 1.5}
 HASTY = {"store.PATIENCE_SECONDS": 0.5, "checkpoint.RETRY_SECONDS": 0.5}
 LONG = ("schedule.epochs=400",)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture
@@ -110,6 +106,97 @@ def test_a_spot_notice_is_answered_by_a_commit(
         imds.notice = None
         trainings.append(Training(Job(small, run, str(tmp_path), **details)))
         trainings[-1].until(f"resuming at step {stopped[1]} ")
+
+
+@pytest.mark.parametrize("seconds", [0.7, 4.0], ids=["shorter than the lease", "longer, and nobody else comes"])
+def test_a_run_outlives_an_outage_of_the_store(
+    small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path, seconds: float
+) -> None:
+    trainings = [Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, constants=HASTY | SHORT_LEASE))]
+    with all_ended(trainings):
+        trainings[0].until("epoch   2/400")
+        outage = fault_proxy.fail("reset", times=float("inf"))
+        time.sleep(seconds)
+        trainings[0].until("epoch   3/400")  # it trains on meanwhile
+        outage.times = 0
+        step = read_run(open_store(f"{s3_url}/run"))[0].checkpoints[-1].progress.step
+        deadline = time.monotonic() + 60
+        while read_run(open_store(f"{s3_url}/run"))[0].checkpoints[-1].progress.step <= step:  # it commits again
+            assert time.monotonic() < deadline, trainings[0].output
+            time.sleep(0.1)
+        assert trainings[0].end(signal.SIGTERM) == 75, trainings[0].output
+        assert "state committed to s3://" in trainings[0].output
+    manifest, _ = read_run(open_store(f"{s3_url}/run"))
+    assert (manifest.fence, manifest.status) == (1, "interrupted")
+    if seconds > SHORT_LEASE["lease.LEASE_SECONDS"]:
+        assert "could not be renewed" in trainings[0].output
+
+
+def test_who_was_cut_off_while_another_claimed_changes_nothing(
+    small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A partition: the first reaches no store, the second does. Both stay alive, and the first comes back."""
+    direct = f"http://127.0.0.1:{fault_proxy.port}"
+    job = Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, constants=HASTY | SHORT_LEASE)
+    trainings = [Training(job)]
+    with all_ended(trainings):
+        trainings[0].until("epoch   2/400")
+        outage = fault_proxy.fail("reset", times=float("inf"))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", direct)
+        trainings.append(Training(job))
+        trainings[1].until(r"waiting until it ends[\s\S]*resuming at step[\s\S]*epoch ")
+        assert trainings[0].process.is_alive()
+        outage.times = 0
+        assert trainings[0].end() == 75, trainings[0].output
+        assert "has claimed" in trainings[0].output
+        assert trainings[1].end(signal.SIGTERM) == 75, trainings[1].output
+    store = open_store(f"{s3_url}/run")
+    assert (read_run(store)[0].fence, read_run(store)[0].status) == (2, "interrupted")
+    assert_named_objects_are_there(store)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_same_signal_twice_stops_at_once(small: str, s3_url: str, tmp_path: Path, number: signal.Signals) -> None:
+    run = f"{s3_url}/run"
+    job = Job(small, run, str(tmp_path), point="before a step", nth=15, sent=HOLD, settings=LONG)
+    trainings = [Training(job)]
+    with all_ended(trainings):
+        trainings[0].until("held at")
+        trainings[0].send(number)
+        trainings[0].until(f"{number.name}: stopping at the next step")
+        assert trainings[0].end(number) == 75, trainings[0].output
+        assert "stopped at once; what was committed before stands" in trainings[0].output
+        assert max(trainings[0].steps()) == 13  # not even the step that it was asked to finish
+        assert_named_objects_are_there(open_store(run))
+        committed = read_run(open_store(run))[0].checkpoints  # none, if the epoch's was still on its way
+        trainings.append(Training(Job(small, run, str(tmp_path), settings=LONG)))
+        trainings[1].until(f"resuming at step {committed[-1].progress.step} of" if committed else "epoch   1/400")
+
+
+@pytest.mark.parametrize("seconds", [0.02, 1.0])
+def test_a_signal_while_the_imports_run_damages_nothing(small: str, tmp_path: Path, seconds: float) -> None:
+    command = [sys.executable, "-m", "wds_train.cli", "train", "--dataset", small, "--run", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode in (75, -signal.SIGTERM), output
+    assert "Traceback" not in output
+    if process.returncode == 75:
+        assert "stopped by SIGTERM before the training began; nothing was changed" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_nth_epoch_is_kept_if_asked(small: str, tmp_path: Path) -> None:
+    job = Job(
+        small, str(tmp_path / "run"), str(tmp_path), settings=("schedule.epochs=7",), arguments=("--keep-every", "3")
+    )
+    trainings = [Training(job)]
+    with all_ended(trainings):
+        assert trainings[0].end() == 0, trainings[0].output
+    steps = {c.progress.step for c in read_run(open_store(job.run))[0].checkpoints}
+    assert steps >= {33, 66, 77}
+    assert len(steps) <= 5  # besides them, the best by raw and by EMA top-1
 
 
 @pytest.mark.parametrize("fault", ["503", "403", "expired", "lost_ack"])

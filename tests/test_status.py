@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from trainers import Job, Training, make_dataset
+from trainers import Job, Training
 
 from wds_train import state as states
 from wds_train.cli import main
@@ -17,16 +18,16 @@ from wds_train.dataset import Dataset
 from wds_train.errors import RunError
 from wds_train.pipeline import EvalPlan, EvalTransform, Loader
 from wds_train.state import RunManifest
+from wds_train.status import describe
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def trained(small: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A dataset and a finished run, not to be written to."""
     folder = tmp_path_factory.mktemp("trained")
-    dataset = make_dataset(folder)
-    training = Training(Job(dataset, str(folder / "run"), str(folder)))
+    training = Training(Job(small, str(folder / "run"), str(folder)))
     assert training.end() == 0, training.output
-    return dataset, str(folder / "run")
+    return small, str(folder / "run")
 
 
 @pytest.fixture
@@ -55,6 +56,34 @@ def test_status_says_how_far_a_run_is_and_what_it_cost(run: Path, capsys: pytest
     assert "step 44, 4 of 4 epochs validated" in out
     code, out = answer(capsys, "checkpoints", run)
     assert [line.split("\t")[0] for line in out.splitlines()[1:]] == [str(c["step"]) for c in status["checkpoints"]]
+
+
+def manifest_of(run: Path) -> RunManifest:
+    return RunManifest.from_json((run / states.NAME).read_bytes(), "here")
+
+
+@pytest.mark.parametrize(
+    ("age", "here", "expected"), [(59, False, "running"), (61, False, "silent"), (1, True, "lost"), (61, True, "lost")]
+)
+def test_a_run_whose_owner_fell_silent_is_not_called_running(run: Path, age: float, here: bool, expected: str) -> None:
+    manifest = manifest_of(run)
+    owner = manifest.owner if here else replace(manifest.owner, machine="another")  # the one here has ended
+    manifest = replace(manifest, status="running", owner=owner)
+    assert describe(manifest, manifest.written + age, None)["status"] == expected
+
+
+def test_however_often_a_run_is_interrupted_its_manifest_stays_small(run: Path) -> None:
+    manifest = manifest_of(run)
+    for number in range(2000):
+        ended = ("interrupted", "failed", "running")[number % 3]  # the last kind is found to be lost by the next claim
+        manifest = replace(manifest.claimed(manifest.owner, 60.0, float(number)), status=ended).stamped("n", 0.0, 36.0)
+    first = manifest_of(run).attempts[0]
+    assert len(manifest.to_json()) < 30_000
+    assert [attempt.started for attempt in manifest.attempts] == list(range(1900, 2000))
+    status = describe(RunManifest.from_json(manifest.to_json(), "here"), 0.0, 10.0)
+    assert (status["attempts"], status["interruptions"], status["failures"]) == (2001, 1333, 667)
+    assert status["hours"] == pytest.approx(20 + first.seconds / 3600, abs=1e-4)
+    assert status["dollars"] == pytest.approx(200 + first.seconds / 360, abs=0.006)
 
 
 def test_a_rollback_forgets_what_came_after(

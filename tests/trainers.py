@@ -37,7 +37,9 @@ SETTINGS = [
 STEPS_PER_EPOCH, EPOCHS, BATCH = 11, 4, 16
 SAMPLES = STEPS_PER_EPOCH * BATCH + 5  # of which five are left over in each epoch
 
-HOLD, HOLD_SECONDS = 0, 1.0  # instead of a signal: the thread that comes by sleeps, the others go on
+# Instead of a signal: the thread that comes by sleeps, the others go on; the weights of the trainer that comes by break.
+HOLD, HOLD_SECONDS = 0, 1.0
+POISON = -1
 
 # Where a process can be made to stop: (module, owner of the function, function, before or after it).
 POINTS = {
@@ -62,7 +64,8 @@ POINTS = {
 @dataclass(frozen=True)
 class Job:
     """One attempt. The process sends itself `sent` when it passes `point` for the `nth` time. `constants` are set in
-    modules of wds_train: {"lease.LEASE_SECONDS": 2.0}.
+    modules of wds_train: {"lease.LEASE_SECONDS": 2.0}. With `revalidate`, it begins by printing what the state that it
+    resumed from scores.
     """
 
     dataset: str
@@ -74,6 +77,7 @@ class Job:
     point: str = ""
     nth: int = 1
     sent: int = signal.SIGKILL
+    revalidate: bool = False
     constants: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     defaults: tuple[str, ...] = tuple(SETTINGS)
@@ -155,6 +159,8 @@ def _main(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> No
     _log_steps(Trainer, steps_log)
     if job.point:
         _stop_at(job)
+    if job.revalidate:
+        _revalidate()
     settings = [part for setting in (*job.defaults, *job.settings) for part in ("--set", setting)]
     command = ["train", "--dataset", job.dataset, "--run", job.run, "--workers", str(job.workers)]
     raise SystemExit(main([*command, *settings, *job.arguments]))
@@ -178,6 +184,19 @@ def _log_steps(trainer: Any, path: str) -> None:
     trainer.step = logged
 
 
+def _revalidate() -> None:
+    from wds_train.train import _Session
+
+    begin = _Session._train
+
+    def scored(self: Any) -> None:
+        scores = self._trainer.evaluate(self._val_loader, self._val_samples)
+        print(f"resumed with {json.dumps(scores)}", flush=True)
+        begin(self)
+
+    _Session._train = scored  # type: ignore[method-assign]
+
+
 def _stop_at(job: Job) -> None:
     module, owner, name, when = POINTS[job.point]
     held = getattr(_module(module), owner) if owner else _module(module)
@@ -186,16 +205,22 @@ def _stop_at(job: Job) -> None:
 
     def wrapped(*arguments: Any, **named: Any) -> Any:
         if when == "before":
-            stop()
+            stop(arguments)
         result = function(*arguments, **named)
         if when == "after":
-            stop()
+            stop(arguments)
         return result
 
-    def stop() -> None:
-        if next(passes) == job.nth:
-            print(f"held at {job.point}", flush=True)
-            time.sleep(HOLD_SECONDS) if job.sent == HOLD else os.kill(os.getpid(), job.sent)
+    def stop(arguments: tuple[Any, ...]) -> None:
+        if next(passes) != job.nth:
+            return
+        print(f"held at {job.point}", flush=True)
+        if job.sent == HOLD:
+            time.sleep(HOLD_SECONDS)
+        elif job.sent == POISON:
+            next(arguments[0].model.parameters()).data.fill_(float("nan"))
+        else:
+            os.kill(os.getpid(), job.sent)
 
     # `getattr` gave a classmethod bound, and must not be bound once more.
     setattr(held, name, staticmethod(wrapped) if hasattr(function, "__self__") else wrapped)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,12 +168,19 @@ class Run:
         return cls(store, claimed, tag, say=say, keep_every=keep_every)
 
     def restore(self, say: Say) -> Snapshot | None:
-        """The newest usable checkpoint, or None when the run has committed none. `RunError` when all are damaged."""
+        """The newest usable checkpoint, or None when the run has committed none. `RunError` when all are damaged.
+
+        The manifest forgets damaged ones, and the metrics that came after the one before: they will be logged again.
+        """
         for checkpoint in reversed(self.manifest.checkpoints):
             try:
-                return Snapshot.decode(self.read(checkpoint.object), checkpoint.progress)
+                snapshot = Snapshot.decode(self.read(checkpoint.object), checkpoint.progress)
             except (NotFound, RunError) as error:
                 say(f"checkpoint {checkpoint.object.key} cannot be used ({error}); trying the one before")
+                continue
+            if checkpoint != self.manifest.checkpoints[-1]:
+                self._write(partial(RunManifest.up_to, checkpoint=checkpoint))
+            return snapshot
         if self.manifest.checkpoints:
             raise RunError(
                 f"every checkpoint of {self.store.url} is damaged; restore one from a backup or start another run"
@@ -182,9 +190,11 @@ class Run:
     def read(self, named: Object) -> bytes:
         """The bytes of an object that the manifest names; `RunError` when they are not those it names."""
         data = self.store.read(named.key)
-        if len(data) != named.bytes or hashlib.sha256(data).hexdigest() != named.sha256:
+        found = Object(named.key, len(data), hashlib.sha256(data).hexdigest())
+        if found != named:
             raise RunError(
-                f"{self.store.url}/{named.key} is damaged: its {len(data)} bytes are not the {named.bytes} that were committed"
+                f"{self.store.url}/{named.key} is damaged: it has {found.bytes} bytes of sha256 {found.sha256}, "
+                f"committed were {named.bytes} of {named.sha256}"
             )
         return data
 

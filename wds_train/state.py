@@ -9,6 +9,7 @@ status gives it up.
 import json
 import re
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 from wds_train.errors import RunError, UsageError
@@ -18,6 +19,9 @@ KIND = "wds-train run"
 NAME = "manifest.json"
 STATUSES = ("running", "interrupted", "failed", "done")
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LISTED = (
+    100  # attempts kept one by one: without a bound, a run that is interrupted for ever grows its manifest for ever
+)
 KEPT = 2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
 
 
@@ -87,8 +91,26 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Totals:
+    """Of attempts. `interruptions` are those that ended as "interrupted" or "lost"."""
+
+    attempts: int = 0
+    interruptions: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+
+    def plus(self, attempt: Attempt) -> "Totals":
+        return Totals(
+            self.attempts + 1,
+            self.interruptions + (attempt.ended in ("interrupted", "lost")),
+            self.failures + (attempt.ended == "failed"),
+            round(self.seconds + attempt.seconds, 1),
+        )
+
+
+@dataclass(frozen=True)
 class RunManifest:
-    """`written` is Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not
+    """`attempts` are the newest LISTED, `earlier` sums up those before them. `written` is Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not
     finite.
     """
 
@@ -106,15 +128,28 @@ class RunManifest:
     checkpoints: tuple[Checkpoint, ...] = ()
     metrics: tuple[Segment, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    earlier: Totals = Totals()
     result: dict[str, float] = field(default_factory=dict)
 
     def claimed(self, owner: Owner, lease: float, now: float) -> "RunManifest":
         """The manifest of its next owner, the attempt of the one before ended."""
         before = tuple(replace(a, ended="lost") if a.ended == "running" else a for a in self.attempts)
-        attempts = (*before, Attempt(owner.host, now))
+        earlier = reduce(Totals.plus, before[: 1 - LISTED], self.earlier)
+        attempts = (*before[1 - LISTED :], Attempt(owner.host, now))
         return replace(
-            self, fence=self.fence + 1, owner=owner, lease=lease, status="running", attempts=attempts, written=now
+            self,
+            fence=self.fence + 1,
+            owner=owner,
+            lease=lease,
+            status="running",
+            attempts=attempts,
+            earlier=earlier,
+            written=now,
         )
+
+    def totals(self) -> Totals:
+        """Of all attempts."""
+        return reduce(Totals.plus, self.attempts, self.earlier)
 
     def stamped(self, nonce: str, now: float, seconds: float) -> "RunManifest":
         """As it is written `seconds` into the last attempt."""
@@ -134,9 +169,14 @@ class RunManifest:
         if not kept or kept[-1].progress.step != step:
             steps = ", ".join(str(n) for n in sorted({c.progress.step for c in self.checkpoints})) or "none"
             raise UsageError(f"run {self.run} has no checkpoint of step {step}; it has those of {steps}")
-        evaluated = kept[-1].progress.evaluated
-        metrics = tuple(s for s in self.metrics if (s.step, s.evaluated) <= (step, evaluated))
-        return replace(self, checkpoints=tuple(kept), metrics=metrics, status="interrupted", result={}, rollbacks=0)
+        return replace(self.up_to(kept[-1]), status="interrupted", result={}, rollbacks=0)
+
+    def up_to(self, checkpoint: Checkpoint) -> "RunManifest":
+        """The manifest without what was committed after `checkpoint`, one of its own."""
+        kept = self.checkpoints[: self.checkpoints.index(checkpoint) + 1]
+        at = checkpoint.progress
+        metrics = tuple(s for s in self.metrics if (s.step, s.evaluated) <= (at.step, at.evaluated))
+        return replace(self, checkpoints=kept, metrics=metrics)
 
     def to_json(self) -> bytes:
         return (json.dumps({"format": FORMAT, "kind": KIND} | asdict(self), indent=1) + "\n").encode()
@@ -156,6 +196,7 @@ class RunManifest:
             content["checkpoints"] = tuple(_checkpoint(entry) for entry in content["checkpoints"])
             content["metrics"] = tuple(Segment(**entry | {"object": _object(entry)}) for entry in content["metrics"])
             content["attempts"] = tuple(Attempt(**entry) for entry in content["attempts"])
+            content["earlier"] = Totals(**content.get("earlier", {}))
             content["owner"] = Owner(**content["owner"])
             manifest = cls(**content)
         except (KeyError, TypeError, AttributeError) as error:

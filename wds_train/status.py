@@ -81,28 +81,34 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str, Any]:
-    """What `status --json` prints. Ages compare two machines' clocks and are for people only; hours are those between
-    each attempt's claim and its last sign of life.
+    """What `status --json` prints. A run's status is the manifest's, but for a "running" one whose process is gone
+    ("lost") or has written nothing for longer than its lease ("silent"): a kill, or a store that fails, leaves no last
+    word. Ages compare two machines' clocks and are for people only; hours are those between each attempt's claim and its
+    last sign of life.
     """
     newest = manifest.checkpoints[-1] if manifest.checkpoints else None
     scored = [checkpoint for checkpoint in manifest.checkpoints if checkpoint.metrics]
-    ended = [attempt.ended for attempt in manifest.attempts]
-    hours = sum(attempt.seconds for attempt in manifest.attempts) / 3600
-    held = manifest.status == "running" and not is_gone(manifest.owner)
+    totals, silent_s = manifest.totals(), now - manifest.written
+    hours = totals.seconds / 3600
+    status = manifest.status
+    if status == "running" and is_gone(manifest.owner):
+        status = "lost"
+    elif status == "running" and silent_s > manifest.lease:
+        status = "silent"
     return {
         "run": manifest.run,
-        "status": manifest.status if held or manifest.status != "running" else "lost",
+        "status": status,
         "step": newest.progress.step if newest else 0,
         "epochs": newest.progress.evaluated if newest else 0,
         "of_epochs": manifest.recipe["schedule"]["epochs"],
         "metrics": manifest.result or (scored[-1].metrics if scored else {}),
         "owner": str(manifest.owner),
         "lease_s": manifest.lease,
-        "lease_age_s": round(now - manifest.written, 1),
+        "lease_age_s": round(silent_s, 1),
         "fence": manifest.fence,
-        "attempts": len(ended),
-        "interruptions": ended.count("interrupted") + ended.count("lost"),
-        "failures": ended.count("failed"),
+        "attempts": totals.attempts,
+        "interruptions": totals.interruptions,
+        "failures": totals.failures,
         "rollbacks": manifest.rollbacks,
         "hours": round(hours, 4),
         "dollars": None if price is None else round(hours * price, 2),

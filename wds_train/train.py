@@ -24,7 +24,16 @@ from wds_train.dataset import Dataset
 from wds_train.devserver import home
 from wds_train.distributed import LAST_SECONDS, Ranks, die_with_launcher, lost_ranks
 from wds_train.engine import Trainer
-from wds_train.errors import Interrupted, NotFinite, RanksLost, RunError, StoreError, UsageError, WdsTrainError
+from wds_train.errors import (
+    Interrupted,
+    NotFinite,
+    RanksLost,
+    RunError,
+    StoreError,
+    Unavailable,
+    UsageError,
+    WdsTrainError,
+)
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Mixture, TrainPlan, TrainTransform, shares
 from wds_train.recipe import Recipe
 from wds_train.report import draw_curves
@@ -89,12 +98,11 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     except NotFinite as error:
         raise _go_back(run, error, options.deterministic) from error
     except RanksLost:
-        run.wait(LAST_SECONDS / 2)  # for the commit under way
+        _finish_commits(run)
         _give_up(run, "interrupted")
         raise
     except WdsTrainError as error:
-        if not isinstance(error, Interrupted | StoreError):  # a store that fails takes no last word either
-            _give_up(run, "failed")
+        _fail(run, error)
         raise
     finally:
         ranks.close()
@@ -107,7 +115,7 @@ def _lead(options: TrainOptions, fresh: RunManifest, stop: StopRequest, ranks: R
         return _follow(store, ranks.announced(stop.sleep))
     try:
         run = Run.claim(store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every)
-        snapshot = None if run.manifest.status == "done" else run.restore(say)
+        snapshot = None if run.manifest.status == "done" else _restored(run)
     except BaseException:
         ranks.announce({})
         raise
@@ -115,6 +123,14 @@ def _lead(options: TrainOptions, fresh: RunManifest, stop: StopRequest, ranks: R
         {"manifest": run.manifest.to_json().decode(), "progress": asdict(snapshot.progress) if snapshot else None}
     )
     return run, snapshot
+
+
+def _restored(run: Run) -> Snapshot | None:
+    try:
+        return run.restore(say)
+    except WdsTrainError as error:
+        _fail(run, error)
+        raise
 
 
 def _follow(store: Store, announced: dict[str, Any]) -> tuple[Run, Snapshot | None]:
@@ -140,6 +156,7 @@ def _go_back(run: Run, error: NotFinite, deterministic: bool) -> WdsTrainError:
     """What to raise after a loss that is not finite, which was not committed. On a GPU the next attempt, from the newest
     checkpoint, may round otherwise and pass; where the same arithmetic would only fail again, it is not tried.
     """
+    _finish_commits(run)
     if not run.manifest.checkpoints or deterministic or not torch.cuda.is_available():
         _give_up(run, "failed")
         return error
@@ -150,6 +167,19 @@ def _go_back(run: Run, error: NotFinite, deterministic: bool) -> WdsTrainError:
     run.end("interrupted", rollbacks=done)
     newest = run.manifest.checkpoints[-1].progress.step
     return Interrupted(f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})")
+
+
+def _finish_commits(run: Run) -> None:
+    """Wait for the commit under way, which is of an earlier and sound state: up to an epoch would be lost with it."""
+    with contextlib.suppress(WdsTrainError):
+        run.wait(LAST_SECONDS / 2)
+
+
+def _fail(run: Run, error: WdsTrainError) -> None:
+    """Mark the run as failed, if that is what `error` means. A store that does not answer takes no last word either."""
+    if not isinstance(error, Interrupted | Unavailable):
+        _finish_commits(run)
+        _give_up(run, "failed")
 
 
 def _give_up(run: Run, status: str) -> None:
