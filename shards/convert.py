@@ -13,7 +13,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,7 +29,17 @@ from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageErr
 from wds_train.manifest import DatasetManifest, Index, Shard, Split
 from wds_train.order import permutation
 from wds_train.store import Store
-from wds_train.tario import END_BYTES, SCHEMA, Sample, ShardWriter, record_bytes, write_index
+from wds_train.tario import (
+    END_BYTES,
+    SCHEMA,
+    Sample,
+    ShardWriter,
+    index_table,
+    record_bytes,
+    to_array,
+    to_numpy,
+    write_index,
+)
 
 WIP = ".wip/"
 PLAN = f"{WIP}plan.json"
@@ -97,7 +107,7 @@ def make_shard(task: ShardTask) -> ShardDone:
     samples, body = len(writer.rows), writer.finish()
     shard = Shard(task.name, len(body), samples, hashlib.sha256(body).hexdigest())
     tag = upload(task.store, task.name, body)
-    done = ShardDone(shard, task.split, task.number, tag, notes, altered, pa.Table.from_pylist(writer.rows, SCHEMA))
+    done = ShardDone(shard, task.split, task.number, tag, notes, altered, index_table(writer.rows))
     task.store.write(task.record, _to_record(done, task.plan))
     return done
 
@@ -121,7 +131,7 @@ def _to_record(done: ShardDone, plan: str) -> bytes:
 def _from_record(data: bytes, plan: str) -> ShardDone | None:
     """The finished shard, or None when the record belongs to another plan or is damaged."""
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
         facts = json.loads(table.schema.metadata[b"wds-train"])
         if facts.pop("plan") != plan:
             return None
@@ -164,15 +174,15 @@ class Conversion:
             rows = stream.fetch(pa.concat_tables([self._rows(split, ids) for _, ids in group]), split)
             starts = np.cumsum([0] + [len(ids) for _, ids in group]).tolist()
             yield [  # take, not slice: a pickled slice carries the whole table
-                self._task(split, number, rows.take(pa.array(range(start, start + len(ids)))))
+                self._task(split, number, _take(rows, range(start, start + len(ids))))
                 for (number, ids), start in zip(group, starts[:-1], strict=True)
             ]
 
     def _rows(self, split: str, ids: np.ndarray) -> pa.Table:
-        return self.source.splits[split].take(pa.array(ids))
+        return _take(self.source.splits[split], ids)
 
     def _size(self, split: str, ids: np.ndarray) -> int:
-        return int(self.source.splits[split]["length"].to_numpy()[ids].sum())
+        return int(to_numpy(self.source.splits[split]["length"])[ids].sum())
 
     def _task(self, split: str, number: int, rows: pa.Table) -> ShardTask:
         return ShardTask(self.store, self.digest, split, number, rows, self.options.policy)
@@ -208,7 +218,7 @@ class Conversion:
         splits = {}
         for split in self.parts:
             mine = sorted((part for part in done if part.split == split), key=lambda part: part.number)
-            table = pa.concat_tables([SCHEMA.empty_table(), *(part.index for part in mine)])
+            table = pa.Table.from_batches([batch for part in mine for batch in part.index.to_batches()], SCHEMA)
             index = self._put(f"{split}/index.parquet", write_index(table))
             splits[split] = Split(tuple(part.shard for part in mine), index)
         notes = self.source.notes + [note for part in done for note in part.notes]
@@ -265,7 +275,7 @@ def _cut(rows: pa.Table, split: str, options: Options) -> list[np.ndarray]:
     if not rows.num_rows:
         return []
     order = permutation(rows.num_rows, "shards", options.seed, split)
-    records = record_bytes(rows["length"].to_numpy()[order])
+    records = record_bytes(to_numpy(rows["length"])[order])
     ends, limit = np.cumsum(records), max(options.shard_bytes - END_BYTES, 2 * int(records.max()))
     count = -(-int(ends[-1]) // limit)
     while True:
@@ -274,6 +284,10 @@ def _cut(rows: pa.Table, split: str, options: Options) -> list[np.ndarray]:
         if np.add.reduceat(records, np.concatenate([[0], cuts])).max() <= limit:
             return np.split(order, cuts)
         count += 1
+
+
+def _take(rows: pa.Table, ids: Sequence[int] | np.ndarray) -> pa.Table:
+    return rows.take(to_array(ids, pa.int64()))
 
 
 def _groups(

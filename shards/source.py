@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from wds_train.errors import AccessDenied, DataError
 from wds_train.manifest import ClassInfo
-from wds_train.tario import KEY_LENGTH
+from wds_train.tario import KEY_LENGTH, to_batch
 
 if TYPE_CHECKING:
     from shards.stream import Stream
@@ -72,8 +72,7 @@ class Rows:
     def _flush(self) -> None:
         if self._pending:
             columns = zip(*self._pending, strict=True)
-            arrays = [pa.array(column, kind.type) for column, kind in zip(columns, ROWS, strict=True)]
-            self._chunks.append(pa.RecordBatch.from_arrays(arrays, schema=ROWS))
+            self._chunks.append(to_batch(columns, ROWS))
             self._pending.clear()
 
 
@@ -197,10 +196,9 @@ def checked(source: Source) -> Source:
     if not source.classes or not source.samples:
         raise DataError(f"{source.description} holds no images; check the address")
     for split, table in source.splits.items():
-        counts = pc.value_counts(table["key"])
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))
-        if len(twice):
-            key = twice[0]["values"].as_py()
+        if pc.count_distinct(table["key"]).as_py() < table.num_rows:
+            counts = pc.value_counts(table["key"])
+            key = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
             raise DataError(
                 f"{_origins(table, key)} have the same key {key!r} in {split}; rename or remove one of them"
             )

@@ -15,6 +15,7 @@ from shards.source import ROWS, Source, SplitScan, from_scans, key_of
 from shards.spool import Spool
 from wds_train.errors import DataError
 from wds_train.manifest import ClassInfo
+from wds_train.tario import to_array
 
 
 class Item(NamedTuple):
@@ -46,7 +47,8 @@ class Stream:
         if lost is not None:
             raise DataError(f"the sample {lost!r} of {split} was in the stream at first and is not now; convert again")
         found = [places[key] for key in sizes]
-        paths, offsets = pa.array([place[0] for place in found]), pa.array([place[1] for place in found])
+        paths = to_array([place[0] for place in found], pa.string())
+        offsets = to_array([place[1] for place in found], pa.int64())
         columns = {name: wanted[name] for name in ROWS.names} | {"path": paths, "offset": offsets}
         return pa.table(columns, schema=ROWS)
 

@@ -19,7 +19,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 def prepare() -> None:
     """Start what workers come from, so that it is ready when they are needed."""
-    CONTEXT.set_forkserver_preload(["shards.convert"])
+    CONTEXT.set_forkserver_preload(["shards.make_shards"])  # what the main module imports, too: workers load that again
     forkserver.ensure_running()
 
 

@@ -8,7 +8,7 @@ import io
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -126,9 +126,38 @@ def _padded(size: int) -> int:
     return size + -size % TAR_BLOCK
 
 
-def write_index(rows: Iterable[dict[str, Any]] | pa.Table) -> bytes:
+def to_array(values: Sequence[Any] | NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """Numbers, or text in UTF-8, as an Arrow array. By way of buffers: `pa.array`, and whatever else takes values from
+    Python, imports pandas where there is one, for .4 s in every process.
+    """
+    if kind != pa.string():
+        numbers = np.ascontiguousarray(values, kind.to_pandas_dtype())  # a NumPy type, whatever its name says
+        return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
+    text = [value.encode() for value in values]
+    ends = np.cumsum([0, *map(len, text)])
+    assert ends[-1] < 1 << 31, "what an Arrow array of strings can hold"
+    parts = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(text))]
+    return pa.Array.from_buffers(kind, len(text), parts)
+
+
+def to_batch(columns: Iterable[Sequence[Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """`columns` in the order of `schema`, without empty cells."""
+    arrays = [to_array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def index_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_batches([to_batch(([row[name] for row in rows] for name in SCHEMA.names), SCHEMA)])
+
+
+def to_numpy(numbers: pa.ChunkedArray) -> NDArray[Any]:
+    """A column without empty cells, without pandas (see `to_array`)."""
+    return np.from_dlpack(numbers.combine_chunks())
+
+
+def write_index(rows: Sequence[dict[str, Any]] | pa.Table) -> bytes:
     """The Parquet file of `rows`, in dataset order; the same bytes for the same rows and pyarrow version."""
-    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), SCHEMA)
+    table = rows if isinstance(rows, pa.Table) else index_table(rows)
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", store_schema=False)
     return sink.getvalue()
@@ -160,15 +189,13 @@ def read_index(data: bytes, where: str) -> SampleIndex:
     """Read an index found at `where`; `DataError` when it is not one."""
     try:
         # Not with threads: with torch loaded, a process that ends soon after Arrow began some ends in SIGABRT at times.
+        # Not pq.read_table either: it imports pandas.
         table = pq.ParquetFile(pa.BufferReader(data)).read(SCHEMA.names, use_threads=False).cast(SCHEMA)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"{where} is not an index that can be read: {error}") from error
     if any(table[name].null_count for name in SCHEMA.names):
         raise DataError(f"{where} is not an index that can be read: it has empty cells")
-    # By way of ParquetFile and dlpack: read_table and to_numpy import pandas where there is one, for .8 s at every start.
-    columns: dict[str, Any] = {
-        name: np.from_dlpack(table[name].combine_chunks()) for name in SCHEMA.names if name != "key"
-    }
+    columns: dict[str, Any] = {name: to_numpy(table[name]) for name in SCHEMA.names if name != "key"}
     return SampleIndex(key=table["key"], **columns)
 
 
