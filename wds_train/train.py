@@ -202,6 +202,7 @@ class _Session:
     ) -> None:
         recipe, dataset = options.recipe, datasets[0]
         self._options, self._run, self._stop, self._ranks = options, run, stop, ranks
+        self._classes = [[entry.id, entry.name] for entry in dataset.manifest.classes]
         run.max_uncommitted = options.max_uncommitted_minutes * 60
         start = snapshot.progress.step if snapshot else 0
         val_split, data = dataset.split("val"), recipe.data
@@ -366,6 +367,7 @@ class _Session:
         start = time.perf_counter()
         snapshot, records = self._trainer.snapshot(), self._tracker.drain()
         if snapshot is not None:
+            snapshot.extra["classes"] = self._classes
             self._run.commit(snapshot, metrics, records, **changes)
         self._saved, self._saved_at = self._trainer.progress, time.monotonic()
         self._commit_timing["commit/stall_ms"] = (time.perf_counter() - start) * 1000
@@ -446,5 +448,5 @@ def _picture(run: Run, options: TrainOptions) -> Path:
     """Two runs of one name in different stores get different folders."""
     place = f"{run.manifest.run}-{hashlib.sha256(options.run.encode()).hexdigest()[:6]}"
     path = home() / "runs" / place / "curves.png"
-    draw_curves(run.history(), f"{options.run}: {run.manifest.recipe['name']}", path)
+    draw_curves(run.history(), options.recipe, f"{options.run}: {run.manifest.recipe['name']}", path)
     return Path(os.path.relpath(path))
