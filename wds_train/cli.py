@@ -236,6 +236,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN_OR_FILE", help="a run as elsewhere, or a file of `wds-train export`")
     parser.add_argument("--bucket", metavar="s3://B/P", help="where runs/ lives (default: the embedded S3 server)")
     parser.add_argument("--workers", type=_count, default=_default_workers(), metavar="W", help="loader processes")
+    parser.add_argument("--batch", type=_positive, metavar="B", help="samples at a time (default: as in the training)")
     evaluate.add_arguments(parser)
     parser.set_defaults(run_command=_eval)
 

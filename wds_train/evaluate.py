@@ -24,7 +24,7 @@ from wds_train.manifest import ClassInfo
 from wds_train.model import create_model
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Lost
 from wds_train.recipe import Recipe, with_settings
-from wds_train.scoring import Predictor, metrics, sums
+from wds_train.scoring import EVAL_BATCH, Predictor, metrics, sums
 from wds_train.state import best
 from wds_train.status import SCORES, choose, find_run
 from wds_train.weights import SUFFIX, Weights
@@ -62,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_OR_FILE",
         help="average the probabilities with those of other models",
     )
-    parser.add_argument("--batch", type=int, metavar="B", help="samples at a time (default: the recipe's batch)")
     parser.add_argument("--json", action="store_true", help="as JSON, with all classes")
     parser.add_argument("--per-class", type=Path, metavar="FILE.csv", help="write a row per class")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and classes.csv there")
@@ -70,15 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`args.models` are files and runs' addresses."""
-    if args.batch is not None and args.batch < 1:
-        raise UsageError(f"--batch {args.batch} must be at least 1")
     chosen = [_weights(each, args.weights, args.step) for each in args.models]
     dataset = Dataset.open(args.dataset)
     for weights in chosen:
         _refuse_other_classes(weights, dataset)
     views = [_View.of(weights.recipe, args) for weights in chosen]
     split = dataset.split(args.split)
-    scored = _score(chosen, views, split, args.batch or chosen[0].recipe.batch, args.workers)
+    scored = _score(chosen, views, split, args.batch or min(chosen[0].recipe.batch, EVAL_BATCH), args.workers)
     report = {
         "dataset": dataset.store.url,
         "fingerprint": dataset.fingerprint,
@@ -238,11 +235,20 @@ def _report(scored: _Scored, split: SplitReader, classes: tuple[ClassInfo, ...])
         "samples": len(split),
         "unreadable": [{"shard": entry.shard, "key": entry.key, "cause": entry.cause} for entry in scored.lost],
         "confused": [
-            {"class": classes[pair // count].name, "taken_for": classes[pair % count].name, "samples": int(number)}
+            {
+                "class": _title(classes[pair // count]),
+                "taken_for": _title(classes[pair % count]),
+                "samples": int(number),
+            }
             for pair, number in zip(pairs[most].tolist(), counts[most], strict=True)
         ],
         "classes": rows,
     }
+
+
+def _title(entry: ClassInfo) -> str:
+    """ImageNet has two classes each that are named crane and maillot."""
+    return entry.name if entry.name == entry.id else f"{entry.name} ({entry.id})"
 
 
 def _write_classes(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -270,9 +276,10 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines = [f"dataset     {report['dataset']}, {report['split']}: {report['samples']:,} samples"]
     for each in report["members"]:
         views = f", mean of {each['views']} views" if each["views"] > 1 else ""
+        validated = "" if each["validated"] is None else f", validated at {each['validated']:.2f} %"
         lines.append(
             f"model       {each['model']} at {each['size']} px{views}: {each['weights']} weights of step {each['step']} "
-            f"(epoch {each['epoch']}) of {each['run']}"
+            f"(epoch {each['epoch']}{validated}) of {each['run']}"
         )
     lines.append(f"top-1       {report['top1']:.2f} %")
     lines.append(f"top-5       {report['top5']:.2f} %")
@@ -282,9 +289,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines += [f"  {entry['shard']}, key {entry['key']}: {entry['cause']}" for entry in lost[:SHOWN]]
     tested = sorted((row for row in report["classes"] if row["samples"]), key=lambda row: row["top1"])
     lines += ["", f"the worst of {len(tested)} classes"]
-    lines += [
-        f"  {row['top1']:6.2f} %  {row['correct']:5d} of {row['samples']:5d}  {row['name']}" for row in tested[:SHOWN]
-    ]
+    for row in tested[:SHOWN]:
+        title = _title(ClassInfo(row["id"], row["name"]))
+        lines.append(f"  {row['top1']:6.2f} %  {row['correct']:5d} of {row['samples']:5d}  {title}")
     if report["confused"]:
         lines += ["", "most confused"]
         lines += [

@@ -29,12 +29,12 @@ from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Mixture, 
 from wds_train.recipe import Recipe
 from wds_train.report import draw_curves
 from wds_train.schedule import lr_share
+from wds_train.scoring import EVAL_BATCH
 from wds_train.spot import SpotWatch, StopRequest
 from wds_train.state import RunManifest, name_of
 from wds_train.store import Store, open_store
 from wds_train.tracker import Progress, Tracker, say
 
-EVAL_BATCH = 256  # samples: enough to fill a GPU, and little memory beside a training step's
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
 GRACE_SECONDS = 90.0  # for the last commit: the least that supervisors and EC2 wait between asking and killing
