@@ -230,6 +230,33 @@ def _add_run_command(parser: argparse.ArgumentParser, command: str) -> None:
     parser.set_defaults(run_command=lambda args: run_command(_addressed(args)))
 
 
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    from wds_train import evaluate
+
+    parser.add_argument("run", metavar="RUN_OR_FILE", help="a run as elsewhere, or a file of `wds-train export`")
+    parser.add_argument("--bucket", metavar="s3://B/P", help="where runs/ lives (default: the embedded S3 server)")
+    parser.add_argument("--workers", type=_count, default=_default_workers(), metavar="W", help="loader processes")
+    parser.add_argument("--batch", type=_positive, metavar="B", help="samples at a time (default: as in the training)")
+    evaluate.add_arguments(parser)
+    parser.set_defaults(run_command=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from wds_train import evaluate
+
+    args.models = [
+        each if each.endswith(evaluate.SUFFIX) else _run_url(each, args.bucket) for each in (args.run, *args.ensemble)
+    ]
+    return evaluate.run(args)
+
+
+def _add_recipes(parser: argparse.ArgumentParser) -> None:
+    from wds_train import recipes
+
+    recipes.add_arguments(parser)
+    parser.set_defaults(run_command=recipes.run)
+
+
 def _addressed(args: argparse.Namespace) -> argparse.Namespace:
     args.run = _run_url(args.run, args.bucket)
     return args
@@ -289,6 +316,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "verify": ("re-read every byte of a dataset", _add_verify),
     "order": ("print the samples of an epoch in training order", _add_order),
     "train": ("train, or go on with a run", _add_train),
+    "recipes": ("list the recipes, or print one in full", _add_recipes),
+    "eval": ("the accuracy of a run's weights or of an exported file, alone or together", _add_eval),
     "status": ("how far a run is, who trains it, what it cost", partial(_add_run_command, command="status")),
     "checkpoints": ("list a run's checkpoints", partial(_add_run_command, command="checkpoints")),
     "rollback": ("make an older checkpoint the newest", partial(_add_run_command, command="rollback")),

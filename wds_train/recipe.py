@@ -228,6 +228,27 @@ class Recipe:
         """As JSON would hold it: tuples become lists, so that it equals its own round trip."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Recipe":
+        """The recipe that `to_dict` gave; what it does not name, having been added since, is the default. `UsageError`
+        for a name that there is no more.
+        """
+        return _from_dict(cls, tree)
+
+
+def _from_dict(kind: Any, tree: dict[str, Any]) -> Any:
+    hints, values = typing.get_type_hints(kind), {}
+    for name, value in tree.items():
+        if name not in hints:
+            raise UsageError(
+                f"the recipe holds {name!r}, which this wds-train does not know; use the one that wrote it"
+            )
+        inner = hints[name]
+        values[name] = _from_dict(inner, value) if dataclasses.is_dataclass(inner) else value
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return kind(**values)
+
 
 def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
     """`recipe` with each "section.field=value" applied; `UsageError` for an unknown name or a value of another type.
@@ -256,6 +277,14 @@ def setting_names() -> dict[str, Any]:
         elif name != "name":
             names[name] = hint
     return names
+
+
+def setting_of(recipe: Recipe, name: str) -> str:
+    """The value of `name` as --set takes it."""
+    value = operator.attrgetter(name)(recipe)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _field_type(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 
-from wds_train.recipe import DataRecipe, EmaRecipe, ScheduleRecipe
+from wds_train.recipe import DataRecipe, EmaRecipe, Recipe, ScheduleRecipe
 
 SIZE_STEP = 32  # pixels: the stride of most models' last feature map
 
@@ -24,6 +24,12 @@ def lr_share(schedule: ScheduleRecipe, step: int, steps_per_epoch: int) -> float
     progress = (epoch - begin) / (schedule.epochs - begin)
     fallen = progress if schedule.kind == "linear" else _half_cosine(progress)
     return 1 + (schedule.final_lr - 1) * fallen
+
+
+def lr_at(recipe: Recipe, epoch: float) -> float:
+    """The learning rate after `epoch` epochs, for pictures."""
+    steps = 1 << 16  # an epoch: enough for any column or pixel
+    return recipe.peak_lr * lr_share(recipe.schedule, round(epoch * steps), steps)
 
 
 def _half_cosine(share: float) -> float:

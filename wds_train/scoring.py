@@ -16,6 +16,8 @@ from wds_train.model import memory_layout
 from wds_train.pipeline import Batch
 from wds_train.recipe import DataRecipe
 
+EVAL_BATCH = 256  # samples at most: enough to fill a GPU, and little memory beside a training step's
+
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:
     """bf16 has float32's range and needs no scaler; GPUs before Ampere have only fp16. CPUs: None, float32."""

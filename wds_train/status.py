@@ -33,14 +33,14 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    manifest, _ = _find(args.run)
+    manifest, _ = find_run(args.run)
     status = describe(manifest, time.time(), args.price)
     print(json.dumps(status, indent=1) if args.json else "\n".join(_lines(status)))
     return 0
 
 
 def run_checkpoints(args: argparse.Namespace) -> int:
-    manifest, _ = _find(args.run)
+    manifest, _ = find_run(args.run)
     print("step\tepochs\tMB\ttop-1\tEMA top-1\tkey")
     for checkpoint in manifest.checkpoints:
         scores = [f"{checkpoint.metrics[name]:.2f}" if checkpoint.metrics else "-" for name in SCORES.values()]
@@ -52,7 +52,7 @@ def run_checkpoints(args: argparse.Namespace) -> int:
 def run_rollback(args: argparse.Namespace) -> int:
     from wds_train.checkpoint import Run
 
-    manifest, store = _find(args.run)
+    manifest, store = find_run(args.run)
     manifest.back_to(args.to)  # a wrong step is refused before the claim
     Run.take(store, print).roll_back(args.to)
     print(f"{store.url} is at step {args.to} again; the next `wds-train train` goes on from there")
@@ -60,23 +60,15 @@ def run_rollback(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from safetensors.torch import save_file
+    from wds_train.weights import SUFFIX, Weights
 
-    from wds_train.checkpoint import Run, Snapshot
-
-    if args.to.suffix != ".safetensors":  # timm tells the format by the name
-        raise UsageError(f"--to {args.to} must end in .safetensors")
-    manifest, store = _find(args.run)
-    chosen = _chosen(manifest, args.best, args.step)
-    snapshot = Snapshot.decode(Run(store, manifest, "").read(chosen.object), chosen.progress)
-    part = "model/" if args.best == "raw" else "ema/"
-    weights = {name.removeprefix(part): value for name, value in snapshot.tensors.items() if name.startswith(part)}
-    try:
-        save_file(weights, args.to, _timm_config(manifest, chosen))
-    except OSError as error:
-        raise UsageError(f"--to {args.to} cannot be written: {error.strerror or error}") from error
-    scores = ", ".join(f"{name} {value:.2f}" for name, value in chosen.metrics.items()) or "not validated"
-    print(f"{args.to}: {args.best} weights of step {chosen.progress.step} ({scores})")
+    if args.to.suffix != SUFFIX:
+        raise UsageError(f"--to {args.to} must end in {SUFFIX}")
+    manifest, store = find_run(args.run)
+    weights = Weights.of_checkpoint(store, manifest, choose(manifest, args.best, args.step), args.best)
+    weights.save(args.to)
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in weights.metrics.items()) or "not validated"
+    print(f"{args.to}: {weights.kind} weights of step {weights.step} ({scores})")
     return 0
 
 
@@ -142,7 +134,8 @@ def _lines(status: dict[str, Any]) -> list[str]:
     ]
 
 
-def _find(url: str) -> tuple[RunManifest, Store]:
+def find_run(url: str) -> tuple[RunManifest, Store]:
+    """The run at `url`; `NotFound` when there is none."""
     store = open_store(url)
     try:
         return read_run(store)[0], store
@@ -150,28 +143,11 @@ def _find(url: str) -> tuple[RunManifest, Store]:
         raise NotFound(f"there is no run at {store.url} (no manifest.json); check the address") from error
 
 
-def _chosen(manifest: RunManifest, kind: str, step: int | None) -> Checkpoint:
+def choose(manifest: RunManifest, kind: str, step: int | None) -> Checkpoint:
+    """The checkpoint of `step`, or else the one whose `kind` weights had the best validation."""
     if step is not None:
         return manifest.back_to(step).checkpoints[-1]
     found = best(manifest.checkpoints, SCORES[kind])
     if found is None:
         raise UsageError(f"run {manifest.run} has no validated checkpoint yet; choose one by --step, or wait")
     return found
-
-
-def _timm_config(manifest: RunManifest, checkpoint: Checkpoint) -> dict[str, str]:
-    """As safetensors metadata, in the names of timm's `config.json` (timm/models/_hub.py, save_config_for_hf)."""
-    data, classes = manifest.recipe["data"], manifest.dataset["classes"]
-    config = {
-        "architecture": manifest.recipe["model"]["name"],
-        "num_classes": classes,
-        "pretrained_cfg": {
-            "num_classes": classes,
-            "input_size": [3, data["eval_size"], data["eval_size"]],
-            "interpolation": "bilinear",
-            "crop_pct": data["eval_crop"],
-            "mean": data["mean"],
-            "std": data["std"],
-        },
-    }
-    return {"config": json.dumps(config), "run": manifest.run, "step": str(checkpoint.progress.step)}

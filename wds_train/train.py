@@ -38,12 +38,12 @@ from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Mixture, 
 from wds_train.recipe import Recipe
 from wds_train.report import draw_curves
 from wds_train.schedule import lr_share
+from wds_train.scoring import EVAL_BATCH
 from wds_train.spot import SpotWatch, StopRequest
 from wds_train.state import RunManifest, name_of
 from wds_train.store import Store, open_store
 from wds_train.tracker import Progress, Tracker, say
 
-EVAL_BATCH = 256  # samples: enough to fill a GPU, and little memory beside a training step's
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
 GRACE_SECONDS = 90.0  # for the last commit: the least that supervisors and EC2 wait between asking and killing
@@ -232,6 +232,7 @@ class _Session:
     ) -> None:
         recipe, dataset = options.recipe, datasets[0]
         self._options, self._run, self._stop, self._ranks = options, run, stop, ranks
+        self._classes = [[entry.id, entry.name] for entry in dataset.manifest.classes]
         run.max_uncommitted = options.max_uncommitted_minutes * 60
         start = snapshot.progress.step if snapshot else 0
         val_split, data = dataset.split("val"), recipe.data
@@ -396,6 +397,7 @@ class _Session:
         start = time.perf_counter()
         snapshot, records = self._trainer.snapshot(), self._tracker.drain()
         if snapshot is not None:
+            snapshot.extra["classes"] = self._classes
             self._run.commit(snapshot, metrics, records, **changes)
         self._saved, self._saved_at = self._trainer.progress, time.monotonic()
         self._commit_timing["commit/stall_ms"] = (time.perf_counter() - start) * 1000
@@ -476,5 +478,5 @@ def _picture(run: Run, options: TrainOptions) -> Path:
     """Two runs of one name in different stores get different folders."""
     place = f"{run.manifest.run}-{hashlib.sha256(options.run.encode()).hexdigest()[:6]}"
     path = home() / "runs" / place / "curves.png"
-    draw_curves(run.history(), f"{options.run}: {run.manifest.recipe['name']}", path)
+    draw_curves(run.history(), options.recipe, f"{options.run}: {run.manifest.recipe['name']}", path)
     return Path(os.path.relpath(path))

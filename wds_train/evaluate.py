@@ -1,0 +1,300 @@
+"""`wds-train eval`: the accuracy of a model, or of several together, on a split; by class, and which classes it confuses.
+
+Every member of an ensemble sees the samples at its own size and normalisation; batches are those of the training's
+validation, so that the same weights give the same numbers.
+"""
+
+import argparse
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from wds_train.dataset import Dataset, SplitReader
+from wds_train.errors import DataError, UsageError
+from wds_train.manifest import ClassInfo
+from wds_train.model import create_model
+from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Lost
+from wds_train.recipe import Recipe, with_settings
+from wds_train.scoring import EVAL_BATCH, Predictor, metrics, sums
+from wds_train.state import best
+from wds_train.status import SCORES, choose, find_run
+from wds_train.weights import SUFFIX, Weights
+
+SHOWN = 10  # classes, pairs and unreadable samples that are printed
+CROPS_SHARE = 0.875  # --tta crops: most of the large square's side that one crop takes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", required=True, metavar="DATASET", help="s3://bucket/prefix or a directory")
+    parser.add_argument("--split", default="val", metavar="NAME")
+    parser.add_argument(
+        "--weights",
+        choices=["best", *SCORES],
+        default="best",
+        help="of a run: the raw or the EMA ones, of their best epoch; by default those of the higher top-1",
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="of a run: those of the checkpoint of this step")
+    parser.add_argument(
+        "--size", type=int, metavar="PX", help="side of the images (default: the recipe's data.eval_size)"
+    )
+    parser.add_argument(
+        "--crop", type=float, metavar="SHARE", help="share of the shorter side (default: data.eval_crop)"
+    )
+    parser.add_argument(
+        "--tta",
+        choices=["none", "flip", "crops"],
+        help="average the logits of the image and its mirror image, or of five crops and theirs (default: flip where "
+        "the recipe has data.eval_flip)",
+    )
+    parser.add_argument(
+        "--ensemble",
+        nargs="+",
+        default=[],
+        metavar="RUN_OR_FILE",
+        help="average the probabilities with those of other models",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, with all classes")
+    parser.add_argument("--per-class", type=Path, metavar="FILE.csv", help="write a row per class")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and classes.csv there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`args.models` are files and runs' addresses."""
+    chosen = [_weights(each, args.weights, args.step) for each in args.models]
+    dataset = Dataset.open(args.dataset)
+    for weights in chosen:
+        _refuse_other_classes(weights, dataset)
+    views = [_View.of(weights.recipe, args) for weights in chosen]
+    split = dataset.split(args.split)
+    scored = _score(chosen, views, split, args.batch or min(chosen[0].recipe.batch, EVAL_BATCH), args.workers)
+    report = {
+        "dataset": dataset.store.url,
+        "fingerprint": dataset.fingerprint,
+        "split": args.split,
+        "members": [_member(*member) for member in zip(chosen, views, strict=True)],
+    } | _report(scored, split, dataset.manifest.classes)
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    print(text if args.json else "\n".join(_lines(report)))
+    try:
+        if args.per_class:
+            _write_classes(args.per_class, report["classes"])
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "eval.json").write_text(text + "\n")
+            _write_classes(args.out / "classes.csv", report["classes"])
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be written: {error.strerror or error}") from error
+    return 0
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a member sees of an image: `side` pixels of the central `crop` share, or with `decoded` > `side`, crops of
+    `side` out of a central square of `decoded`.
+    """
+
+    side: int
+    crop: float
+    decoded: int
+    flip: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, args: argparse.Namespace) -> "_View":
+        """The recipe's, but for what the flags say; `UsageError` when that cannot work."""
+        changes = {"data.eval_size": args.size, "data.eval_crop": args.crop}
+        data = with_settings(recipe, [f"{name}={value}" for name, value in changes.items() if value is not None]).data
+        flip = data.eval_flip if args.tta is None else args.tta != "none"
+        if args.tta != "crops":
+            return cls(data.eval_size, data.eval_crop, data.eval_size, flip)
+        # Where the recipe's crop leaves a margin, the whole square at the same scale; otherwise an enlarged one.
+        decoded = math.ceil(data.eval_size / min(data.eval_crop, CROPS_SHARE))
+        return cls(data.eval_size, min(1.0, data.eval_crop * decoded / data.eval_size), decoded, flip)
+
+    @property
+    def transform(self) -> EvalTransform:
+        return EvalTransform(self.decoded, self.crop)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """`totals` float64 [4], as `scoring.sums`; `predicted` int64 [samples], -1 where a sample could not be read."""
+
+    totals: torch.Tensor
+    predicted: NDArray[np.int64]
+    lost: list[Lost]
+
+
+def _weights(source: str, kind: str, step: int | None) -> Weights:
+    """Those of a file, or of a run: by default the kind with the higher top-1."""
+    if source.endswith(SUFFIX):
+        weights = Weights.read(Path(source))
+        if kind not in ("best", weights.kind) or step not in (None, weights.step):
+            raise UsageError(
+                f"{source} holds the {weights.kind} weights of step {weights.step} alone; leave out --weights and --step"
+            )
+        return weights
+    manifest, store = find_run(source)
+    if kind == "best":
+        found = manifest.checkpoints if step is None else (choose(manifest, kind, step),)
+        tops = {each: top.metrics[name] for each, name in SCORES.items() if (top := best(found, name))}
+        kind = max(tops, key=lambda each: tops[each], default="ema")
+    return Weights.of_checkpoint(store, manifest, choose(manifest, kind, step), kind)
+
+
+def _refuse_other_classes(weights: Weights, dataset: Dataset) -> None:
+    ours, theirs = [[entry.id for entry in found] for found in (weights.classes, dataset.manifest.classes)]
+    if ours == theirs:
+        return
+    if len(ours) != len(theirs):
+        what = f"knows {len(ours)} classes, the dataset has {len(theirs)}"
+    else:
+        label = next(label for label, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+        what = f"has {ours[label]!r} as class {label}, the dataset {theirs[label]!r}"
+    raise UsageError(
+        f"the model of {weights.run} cannot be evaluated on {dataset.store.url}: it {what}; use a dataset of the "
+        "classes that it was trained on"
+    )
+
+
+def _score(chosen: list[Weights], views: list[_View], split: SplitReader, batch: int, workers: int) -> _Scored:
+    """One pass over the split; members that see the same pixels share a loader."""
+    if not len(split):
+        raise DataError(f"the split {split.name!r} of {split.store.url} has no samples")
+    transforms = {view.transform for view in views}
+    plan, workers = EvalPlan(len(split), batch), max(1, workers // len(transforms)) if workers else 0
+    loaders = {transform: Loader(split, plan, transform, workers) for transform in transforms}
+    for loader in loaders.values():
+        loader.start()  # before PyTorch has threads, which a fork does not survive
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    members = [
+        (
+            _model(weights, device),
+            Predictor(weights.recipe.data, device, side=view.side, flip=view.flip),
+            view.transform,
+        )
+        for weights, view in zip(chosen, views, strict=True)
+    ]
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    predicted, seen, lost = np.empty(len(split), np.int64), np.zeros(len(split), np.int64), []
+    for found in _together(loaders):
+        joint = _mean_probabilities(
+            [eye.logits(model, eye.normalised(found[transform].images)) for model, eye, transform in members]
+        )
+        broken = {entry.sample: entry for each in found.values() for entry in each.lost}
+        one = replace(next(iter(found.values())), lost=list(broken.values()))
+        totals += sums(joint, one)
+        predicted[one.ids] = joint.argmax(dim=1).cpu().numpy()
+        predicted[list(broken)] = -1
+        seen[one.ids] += 1
+        lost += one.lost
+    assert (seen == 1).all(), f"samples {np.flatnonzero(seen != 1)[:5]} did not come exactly once"
+    return _Scored(totals, predicted, lost)
+
+
+def _together(loaders: dict[EvalTransform, Loader]) -> Iterator[dict[EvalTransform, Batch]]:
+    for batches in zip(*loaders.values(), strict=True):
+        yield dict(zip(loaders, batches, strict=True))
+
+
+def _model(weights: Weights, device: torch.device) -> nn.Module:
+    recipe = weights.recipe
+    model = create_model(recipe.model, len(weights.classes), recipe.seed, device)
+    model.load_state_dict(weights.tensors)
+    return model.eval()
+
+
+def _mean_probabilities(logits: list[torch.Tensor]) -> torch.Tensor:
+    """The logarithm of the members' mean probability; one member's logits as they are, to the last bit."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.logsumexp(torch.stack([each.log_softmax(dim=1) for each in logits]), dim=0) - math.log(len(logits))
+
+
+def _report(scored: _Scored, split: SplitReader, classes: tuple[ClassInfo, ...]) -> dict[str, Any]:
+    labels, count = split.index.label.astype(np.int64), len(classes)
+    samples = np.bincount(labels, minlength=count)
+    hits = np.bincount(labels[scored.predicted == labels], minlength=count)
+    rows = [
+        {"label": i, "id": entry.id, "name": entry.name, "samples": int(samples[i]), "correct": int(hits[i])}
+        | {"top1": 100 * int(hits[i]) / int(samples[i]) if samples[i] else None}
+        for i, entry in enumerate(classes)
+    ]
+    wrong = (scored.predicted != labels) & (scored.predicted >= 0)
+    pairs, counts = np.unique(labels[wrong] * count + scored.predicted[wrong], return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:SHOWN]
+    return metrics(scored.totals, len(split)) | {
+        "samples": len(split),
+        "unreadable": [{"shard": entry.shard, "key": entry.key, "cause": entry.cause} for entry in scored.lost],
+        "confused": [
+            {
+                "class": _title(classes[pair // count]),
+                "taken_for": _title(classes[pair % count]),
+                "samples": int(number),
+            }
+            for pair, number in zip(pairs[most].tolist(), counts[most], strict=True)
+        ],
+        "classes": rows,
+    }
+
+
+def _title(entry: ClassInfo) -> str:
+    """ImageNet has two classes each that are named crane and maillot."""
+    return entry.name if entry.name == entry.id else f"{entry.name} ({entry.id})"
+
+
+def _write_classes(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _member(weights: Weights, view: _View) -> dict[str, Any]:
+    return {
+        "run": weights.run,
+        "weights": weights.kind,
+        "step": weights.step,
+        "epoch": weights.epoch,
+        "validated": weights.metrics.get(SCORES[weights.kind]),
+        "model": weights.recipe.model.name,
+        "size": view.side,
+        "crop": view.crop,
+        "views": (5 if view.decoded > view.side else 1) * (2 if view.flip else 1),
+    }
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    lines = [f"dataset     {report['dataset']}, {report['split']}: {report['samples']:,} samples"]
+    for each in report["members"]:
+        views = f", mean of {each['views']} views" if each["views"] > 1 else ""
+        validated = "" if each["validated"] is None else f", validated at {each['validated']:.2f} %"
+        lines.append(
+            f"model       {each['model']} at {each['size']} px{views}: {each['weights']} weights of step {each['step']} "
+            f"(epoch {each['epoch']}{validated}) of {each['run']}"
+        )
+    lines.append(f"top-1       {report['top1']:.2f} %")
+    lines.append(f"top-5       {report['top5']:.2f} %")
+    lines.append(f"loss        {report['loss']:.4f}")
+    lost = report["unreadable"]
+    lines.append(f"unreadable  {len(lost)}" + (", counted as wrong" if lost else ""))
+    lines += [f"  {entry['shard']}, key {entry['key']}: {entry['cause']}" for entry in lost[:SHOWN]]
+    tested = sorted((row for row in report["classes"] if row["samples"]), key=lambda row: row["top1"])
+    lines += ["", f"the worst of {len(tested)} classes"]
+    for row in tested[:SHOWN]:
+        title = _title(ClassInfo(row["id"], row["name"]))
+        lines.append(f"  {row['top1']:6.2f} %  {row['correct']:5d} of {row['samples']:5d}  {title}")
+    if report["confused"]:
+        lines += ["", "most confused"]
+        lines += [
+            f"  {pair['samples']:6d} x  {pair['class']}, taken for {pair['taken_for']}" for pair in report["confused"]
+        ]
+    return lines

@@ -1,0 +1,95 @@
+"""A trained model's weights, with all that it takes to use them: out of a run's checkpoint, or of an exported file."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from wds_train.checkpoint import Run, Snapshot
+from wds_train.errors import NotFound, RunError, UsageError
+from wds_train.manifest import ClassInfo
+from wds_train.recipe import Recipe
+from wds_train.state import Checkpoint, RunManifest
+from wds_train.store import Store
+
+SUFFIX = ".safetensors"  # timm tells the format by the name
+
+
+@dataclass(frozen=True)
+class Weights:
+    """`tensors` is the state of a model by name, on the CPU: the `kind` ("raw" or "ema") weights of `step` of `run`, with
+    the `metrics` of their validation, if there was one. `classes` are in the order of the model's outputs.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    kind: str
+    run: str
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    recipe: Recipe
+    classes: tuple[ClassInfo, ...]
+
+    @classmethod
+    def of_checkpoint(cls, store: Store, manifest: RunManifest, chosen: Checkpoint, kind: str) -> "Weights":
+        """`RunError` when the checkpoint is damaged, or of a version that did not note the classes."""
+        snapshot = Snapshot.decode(Run(store, manifest, "").read(chosen.object), chosen.progress)
+        if "classes" not in snapshot.extra:
+            raise RunError(
+                f"{store.url}/{chosen.object.key} does not hold its classes, being of an older wds-train; train again"
+            )
+        part = {"raw": "model/", "ema": "ema/"}[kind]
+        return cls(
+            {name.removeprefix(part): value for name, value in snapshot.tensors.items() if name.startswith(part)},
+            kind,
+            store.url,
+            chosen.progress.step,
+            chosen.progress.evaluated,
+            chosen.metrics,
+            Recipe.from_dict(manifest.recipe),
+            tuple(ClassInfo(*entry) for entry in snapshot.extra["classes"]),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a file for `timm.create_model(NAME, checkpoint_path=path)`, which `read` reads, too."""
+        own = asdict(replace(self, tensors={})) | {"recipe": self.recipe.to_dict()}
+        try:
+            save_file(self.tensors, path, {"config": json.dumps(self._timm_config()), "wds-train": json.dumps(own)})
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> "Weights":
+        """`NotFound` when there is no such file, `RunError` when `save` did not write it."""
+        try:
+            with safe_open(path, "pt") as file:
+                own = json.loads((file.metadata() or {})["wds-train"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+            classes = tuple(ClassInfo(**entry) for entry in own.pop("classes"))
+            return cls(**own | {"tensors": tensors, "recipe": Recipe.from_dict(own["recipe"]), "classes": classes})
+        except FileNotFoundError as error:
+            raise NotFound(f"there is no file {path}; `wds-train export RUN --to {path}` makes one") from error
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path} is no safetensors file: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{path} was not written by this version of `wds-train export` ({error!r})") from error
+
+    def _timm_config(self) -> dict[str, Any]:
+        """In the names of timm's `config.json` (timm/models/_hub.py, save_config_for_hf)."""
+        data, classes = self.recipe.data, len(self.classes)
+        return {
+            "architecture": self.recipe.model.name,
+            "num_classes": classes,
+            "pretrained_cfg": {
+                "num_classes": classes,
+                "input_size": [3, data.eval_size, data.eval_size],
+                "interpolation": "bilinear",
+                "crop_pct": data.eval_crop,
+                "mean": data.mean,
+                "std": data.std,
+            },
+        }
