@@ -140,6 +140,19 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="train in N processes on this machine (default: one for each GPU); for several machines, use torchrun",
     )
     parser.add_argument(
+        "--accumulate",
+        type=_positive,
+        metavar="N",
+        help="cut each process's part of a batch into N micro-batches (default: as few as fit into the GPU's memory)",
+    )
+    parser.add_argument(
+        "--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the arithmetic"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the model: minutes at the start, faster then")
+    parser.add_argument(
+        "--init", metavar="WEIGHTS", help="start from timm:NAME's pretrained weights or an exported file"
+    )
+    parser.add_argument(
         "--mix",
         type=_share,
         action="append",
@@ -188,7 +201,12 @@ def _train(args: argparse.Namespace) -> int:
     from wds_train.spot import StopRequest
 
     stop = StopRequest()
-    recipe = with_settings(preset(args.recipe), args.settings)  # before the heavy imports: a typo answers at once
+    init = [f"model.init={args.init}"] if args.init else []
+    recipe = with_settings(
+        preset(args.recipe), args.settings + init
+    )  # before the heavy imports: a typo answers at once
+    # Growing images ask for other sizes all the time, which fragments the GPU's memory otherwise. Read by PyTorch's import.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from torch.cuda import device_count
 
     from wds_train.distributed import launch
@@ -202,14 +220,17 @@ def _train(args: argparse.Namespace) -> int:
         run,
         recipe,
         args.workers,
-        tuple(args.mix),
-        args.cache_dir,
-        int(args.cache_gb * 1e9),
-        args.commit_minutes,
-        args.max_uncommitted_minutes,
-        args.keep_every,
-        not args.no_wait,
-        args.deterministic,
+        mix=tuple(args.mix),
+        cache_dir=args.cache_dir,
+        cache_bytes=int(args.cache_gb * 1e9),
+        commit_minutes=args.commit_minutes,
+        max_uncommitted_minutes=args.max_uncommitted_minutes,
+        keep_every=args.keep_every,
+        wait=not args.no_wait,
+        deterministic=args.deterministic,
+        accumulate=args.accumulate,
+        precision=args.precision,
+        compile=args.compile,
     )
     train(options, stop)
     return 0

@@ -65,6 +65,10 @@ class TrainOptions:
     keep_every: int = 0
     wait: bool = True
     deterministic: bool = False
+    accumulate: int | None = None
+    """Micro-batches per rank and step; None: as few as fit into the GPU's memory."""
+    precision: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         name_of(self.run)
