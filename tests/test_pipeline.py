@@ -26,10 +26,11 @@ from wds_train.pipeline import (
     shares,
     stream_order,
 )
+from wds_train.recipe import DataRecipe, Recipe
 from wds_train.tario import read_index
 
 BATCH = 48
-TRANSFORM = TrainTransform(seed=0, side=24, scale=(0.3, 1.0), ratio=(0.75, 1.33), flip=0.5)
+TRANSFORM = TrainTransform(Recipe("test", data=DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33))), 29)
 
 
 def plan_of(dataset: Dataset, **changes: object) -> TrainPlan:

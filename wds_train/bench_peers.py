@@ -17,6 +17,7 @@ from PIL import Image
 
 from wds_train.dataset import Dataset
 from wds_train.errors import UsageError
+from wds_train.recipe import DataRecipe, Recipe
 from wds_train.store import S3Store, open_store
 from wds_train.tario import IMAGE_EXTENSIONS, image_of
 
@@ -118,7 +119,8 @@ def _ours(wanted: Pass) -> Iterable[Any]:
     dataset = Dataset.open(wanted.dataset)
     split = dataset.split("train")
     plan = TrainPlan(split.shard_samples, dataset.fingerprint, seed=0, global_batch=wanted.batch, epochs=range(1))
-    return Loader(split, plan, TrainTransform(0, wanted.side, SCALE, RATIO, FLIP), wanted.workers)
+    recipe = Recipe("bench", data=DataRecipe(size=wanted.side, scale=SCALE, ratio=RATIO, flip=FLIP))
+    return Loader(split, plan, TrainTransform(recipe, plan.steps_per_epoch), wanted.workers)
 
 
 def _webdataset(wanted: Pass) -> Iterable[Any]:

@@ -5,7 +5,8 @@
     fetch      (store.py)  ranged GETs of whole blocks by a few threads, a bounded number of bytes ahead; every
                            sample's CRC is checked, a damaged one is fetched once more: Window(request, records)
     assemble               step by step, the next samples of each lane: Part(step, places, ids, records)
-    decode     (decode.py) crop, resize and flip straight into the worker's slot of shared memory: Decoded
+    decode     (decode.py) crop, resize and flip straight into the worker's slot of shared memory, then the policies of
+                           the recipe (policies.py), in place: Decoded
 
 and in the trainer's process:
 
@@ -36,6 +37,9 @@ from wds_train.dataset import Dataset, SplitReader
 from wds_train.decode import decode_crop
 from wds_train.errors import DataError, RunError, UsageError, WdsTrainError
 from wds_train.order import EpochOrder, Ids, generator, lane_count, permutation
+from wds_train.policies import apply, policies
+from wds_train.recipe import Recipe
+from wds_train.schedule import image_side
 from wds_train.tario import image_of
 
 FETCH_THREADS = 8
@@ -65,7 +69,7 @@ class Lost(NamedTuple):
 
 class Part(NamedTuple):
     """Samples of one step that one worker contributes. `positions` are their places in the epoch's order, int64 [n],
-    like `ids`.
+    like `ids`; no two of an epoch are equal, also where samples are repeated.
     """
 
     step: int
@@ -78,7 +82,7 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class Batch:
     """`images` uint8 [n, height, width, 3] RGB, `labels` int64 [n], in global-batch order; `lost` names the samples
-    whose image could not be read: their pixels are grey.
+    whose image could not be read, once for each image: their pixels are grey.
     """
 
     step: int
@@ -120,7 +124,11 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """The steps [from_step, epochs * steps per epoch) of a training, for one rank of `world`."""
+    """The steps [from_step, epochs * steps per epoch) of a training, for one rank of `world`.
+
+    A step takes `global_batch` distinct samples, each of which stands `repeats` times in the batch, next to one another:
+    as images the batch is so many times as large. An epoch is one pass over the samples, whatever the recipe counts by.
+    """
 
     shard_samples: tuple[int, ...]
     fingerprint: str
@@ -130,18 +138,24 @@ class TrainPlan:
     from_step: int = 0
     rank: int = 0
     world: int = 1
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         lanes = lane_count(self.global_batch)
         if lanes % self.world:
             raise UsageError(
-                f"a global batch of {self.global_batch} is read in {lanes} lanes, which {self.world} ranks cannot share "
+                f"a global batch of {self._described} is read in {lanes} lanes, which {self.world} ranks cannot share "
                 f"equally; use a number of ranks that divides {lanes}, or another batch"
             )
-        if self.steps_per_epoch == 0:
+        if sum(self.shard_samples) < self.global_batch * self.repeats:  # the recipe's epochs would have no step
             raise UsageError(
-                f"the dataset has {sum(self.shard_samples)} samples, fewer than one global batch of {self.global_batch}"
+                f"the dataset has {sum(self.shard_samples)} samples, fewer than one global batch of {self._described}"
             )
+
+    @property
+    def _described(self) -> str:
+        images = self.global_batch * self.repeats
+        return f"{images} ({self.global_batch} samples, {self.repeats} times each)" if self.repeats > 1 else f"{images}"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -157,7 +171,7 @@ class TrainPlan:
         )
 
     def part_samples(self, workers: int) -> int:
-        return len(self.lanes(0, workers)) * (self.global_batch // lane_count(self.global_batch))
+        return len(self.lanes(0, workers)) * (self.global_batch // lane_count(self.global_batch)) * self.repeats
 
     def lanes(self, worker: int, workers: int) -> list[int]:
         lanes = lane_count(self.global_batch)
@@ -181,7 +195,8 @@ class TrainPlan:
                 taken += [waiting[lane].popleft() for _ in range(per_lane)]
             epoch, epoch_step = divmod(step, self.steps_per_epoch)
             ids = np.array([sample for sample, _ in taken], dtype=np.int64)
-            yield Part(step, epoch, epoch_step * self.global_batch + places, ids, [record for _, record in taken])
+            part = Part(step, epoch, epoch_step * self.global_batch + places, ids, [record for _, record in taken])
+            yield _repeated(part, self.repeats)
 
     def _requests(self, lanes: list[int]) -> Iterator[Request]:
         return heapq.merge(*(self._lane_requests(lane) for lane in lanes), key=lambda request: request[:2])
@@ -193,6 +208,16 @@ class TrainPlan:
             from_step = max(0, self.from_step - before)
             for window in order.windows(lane, from_step) if from_step < order.steps else ():
                 yield Request(before + window.start // order.per_lane, lane, epoch, window.ids)
+
+
+def _repeated(part: Part, repeats: int) -> Part:
+    """Every sample `repeats` times, next to one another, each time at a position of its own."""
+    copies = np.tile(np.arange(repeats), len(part.ids))
+    return part._replace(
+        positions=np.repeat(part.positions, repeats) * repeats + copies,
+        ids=np.repeat(part.ids, repeats),
+        records=[record for record in part.records for _ in range(repeats)],
+    )
 
 
 @dataclass(frozen=True)
@@ -297,24 +322,37 @@ class Transform(Protocol):
     def crop(self, epoch: int, position: int, width: int, height: int) -> tuple[Box, bool]:
         """The box to cut from the image at `position` of the epoch, and whether to mirror it."""
 
+    def augment(self, epoch: int, position: int, pixels: NDArray[np.uint8]) -> None:
+        """Change what was cut, uint8 [side, side, 3], in place."""
+
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """RandomResizedCrop and flip, keyed by (seed, epoch, position): the same whoever decodes it, whenever."""
+    """What `recipe.data` asks for up to uint8 pixels. The images' side follows the recipe's epochs, of `steps_per_epoch`;
+    the draws are keyed by (seed, epoch, position): the same whoever decodes it, whenever.
+    """
 
-    seed: int
-    side: int
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    flip: float
+    recipe: Recipe
+    steps_per_epoch: int
+
+    def __post_init__(self) -> None:
+        # Before loader workers fork: they would each import timm and torchvision, and report a bad policy too late.
+        policies(self.recipe.data, self.side)
+
+    @property
+    def side(self) -> int:
+        return self.recipe.data.size
 
     def size(self, step: int) -> int:
-        return self.side
+        return image_side(self.recipe.data, step // self.steps_per_epoch, self.recipe.schedule.epochs)
 
     def crop(self, epoch: int, position: int, width: int, height: int) -> tuple[Box, bool]:
-        rng = generator(self.seed, "augment", epoch, position)
-        flip = bool(rng.random() < self.flip)
-        return random_resized_crop(rng, width, height, self.scale, self.ratio), flip
+        data, rng = self.recipe.data, generator(self.recipe.seed, "augment", epoch, position)
+        flip = bool(rng.random() < data.flip)
+        return random_resized_crop(rng, width, height, data.scale, data.ratio), flip
+
+    def augment(self, epoch: int, position: int, pixels: NDArray[np.uint8]) -> None:
+        apply(policies(self.recipe.data, len(pixels)), pixels, self.recipe.seed, "policy", epoch, position)
 
 
 @dataclass(frozen=True)
@@ -329,6 +367,9 @@ class EvalTransform:
 
     def crop(self, epoch: int, position: int, width: int, height: int) -> tuple[Box, bool]:
         return center_crop(width, height, self.crop_ratio), False
+
+    def augment(self, epoch: int, position: int, pixels: NDArray[np.uint8]) -> None:
+        pass
 
 
 class Slots:
@@ -385,6 +426,7 @@ class Decoder:
             index = self._split.index
             box, flip = self._transform.crop(epoch, position, int(index.width[sample]), int(index.height[sample]))
             decode_crop(record, box, out, flip=flip)
+            self._transform.augment(epoch, position, out)
 
 
 class _Source:
@@ -525,12 +567,14 @@ class Mixture:
         return Batch(step, positions, ids, images, labels, [lost for part in parts for lost in part.lost])
 
 
-def shares(global_batch: int, weights: list[float]) -> list[int]:
-    """How many samples of a batch each dataset gives: `weights` of the others, the rest of the first; int each.
+def shares(global_batch: int, weights: list[float], repeats: int = 1) -> list[int]:
+    """How many images of a batch each dataset gives: `weights` of the others, the rest of the first; int each.
 
-    Rounded to multiples of 8 (of the batch's own power of two, if that is less), so that ranks can share them.
+    Rounded to multiples of 8 distinct samples (of the batch's own power of two, if that is less), so that ranks can share
+    them, each of which is `repeats` images.
     """
-    unit = min(8, global_batch & -global_batch)
+    distinct = global_batch // repeats
+    unit = min(8, distinct & -distinct) * repeats
     others = [max(1, round(weight * global_batch / unit)) * unit for weight in weights]
     if sum(others) >= global_batch:
         raise UsageError(

@@ -35,6 +35,7 @@ from wds_train.errors import (
     WdsTrainError,
 )
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Mixture, TrainPlan, TrainTransform, shares
+from wds_train.policies import policies
 from wds_train.recipe import Recipe
 from wds_train.report import draw_curves
 from wds_train.schedule import lr_share
@@ -85,6 +86,7 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     ranks = Ranks.of_environment()
     if options.deterministic:
         _be_deterministic()
+    policies(options.recipe.data, options.recipe.data.size)  # a policy that does not exist must not claim the run
     dataset = Dataset.open(options.dataset)
     mixed = [_of_same_classes(Dataset.open(url), dataset) for url, _ in options.mix]
     cache = None
@@ -240,7 +242,7 @@ class _Session:
         run.max_uncommitted = options.max_uncommitted_minutes * 60
         start = snapshot.progress.step if snapshot else 0
         val_split, data = dataset.split("val"), recipe.data
-        sizes = shares(recipe.batch, [share for _, share in options.mix])
+        sizes = shares(recipe.batch, [share for _, share in options.mix], data.repeats)
         steps = dataset.manifest.split("train").samples // sizes[0]
         self._total = recipe.schedule.epochs * steps
         self._val_samples = len(val_split)
@@ -436,15 +438,15 @@ class _Session:
 def _loader(
     options: TrainOptions, dataset: Dataset, size: int, steps: range, *, cache: BlockCache | None, ranks: Ranks
 ) -> Loader:
-    """`size` samples of every batch from `dataset`, for `steps` at least."""
-    recipe, data, split = options.recipe, options.recipe.data, dataset.split("train")
-    per_epoch = max(1, len(split) // size)  # a split of less than a batch is TrainPlan's to refuse
-    epochs = range(-(-steps.stop // per_epoch))
-    place = {"rank": ranks.rank, "world": ranks.size}
-    plan = TrainPlan(
-        split.shard_samples, dataset.fingerprint, recipe.seed, size, epochs, from_step=steps.start, **place
-    )
-    transform = TrainTransform(recipe.seed, data.size, data.scale, data.ratio, data.flip)
+    """`size` images of every batch from `dataset`, for `steps` at least."""
+    recipe, split = options.recipe, dataset.split("train")
+    repeats = recipe.data.repeats
+    samples = size // repeats
+    per_pass = max(1, len(split) // samples)  # a split of less than a batch is TrainPlan's to refuse
+    passes = range(-(-steps.stop // per_pass))
+    place = {"rank": ranks.rank, "world": ranks.size, "from_step": steps.start}
+    plan = TrainPlan(split.shard_samples, dataset.fingerprint, recipe.seed, samples, passes, repeats=repeats, **place)
+    transform = TrainTransform(recipe, steps_per_epoch=steps.stop // recipe.schedule.epochs)
     workers = options.workers and max(1, round(options.workers * size / recipe.batch))
     return Loader(split, plan, transform, workers, cache)
 
