@@ -1,44 +1,35 @@
 """The arithmetic of training: one optimizer step, one validation, and the state that both leave behind."""
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
-from timm.data.mixup import Mixup
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from wds_train.checkpoint import Snapshot
 from wds_train.distributed import Ranks
-from wds_train.errors import DataError, NotFinite, RunError
-from wds_train.model import Ema, create_model, create_optimizer, seed_torch
-from wds_train.order import key
+from wds_train.errors import DataError, NotFinite, RunError, UsageError
+from wds_train.mixing import Mixing
+from wds_train.model import Ema, create_model, create_optimizer
 from wds_train.pipeline import Batch
-from wds_train.recipe import MixRecipe, Recipe
+from wds_train.randomness import derived_randomness
+from wds_train.recipe import Recipe
 from wds_train.schedule import average_decay, lr_share
 from wds_train.scoring import Predictor, amp_dtype, metrics, sums
 from wds_train.state import Progress
 
 
-@contextmanager
-def _derived_randomness(seed: int, step: int, rank: int) -> Iterator[None]:
-    """Within, every draw is a function of (seed, step, rank). timm's Mixup reads NumPy's global generator and dropout
-    torch's: pointing both at the step makes a resumed run draw what the unbroken one drew.
-    """
-    seed_torch(seed, "step", step, rank)
-    before = np.random.get_state()
-    np.random.seed(key(seed, "step", step, rank) % (1 << 32))
-    yield
-    np.random.set_state(before)
-
-
 @dataclass
 class Trainer:
-    """A model in training on one device. `steps_per_epoch` is what the schedule counts epochs by.
+    """A model in training on one device; a rank's batches are samples [rank * batch / size, ...) of the global ones.
+    `steps_per_epoch` is what the schedule counts epochs by. A batch is worked on in `accumulate` micro-batches, whose
+    gradients add up to its own; a resume on other hardware may change that.
 
     The running epoch's loss is summed on the device, and copied into `progress` only by `snapshot`: reading it at every
     step would make the CPU wait for the GPU.
@@ -49,14 +40,19 @@ class Trainer:
     steps_per_epoch: int
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks)
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
+        self._mix = Mixing(self.recipe, self.classes, self.device, self.ranks.rank, self.ranks.size)
+        if not 1 <= self.accumulate <= self.samples:
+            raise UsageError(
+                f"a rank's {self.samples} samples of a batch cannot be cut into {self.accumulate} micro-batches"
+            )
         self.model = create_model(self.recipe.model, self.classes, self.recipe.seed, self.device)
         self._parallel = self.ranks.parallel(self.model)
         self.ema = Ema(self.model, self.recipe.ema)
         self.optimizer = create_optimizer(self.recipe, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype(self.device) == torch.float16)
-        self._mix = _mixup(self.recipe.mix, self.recipe.loss.smoothing, self.classes)
         self._predictor = Predictor(self.recipe.data, self.device, flip=self.recipe.data.eval_flip)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.progress = Progress()
@@ -69,27 +65,48 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.peak_lr * share * group.get("lr_scale", 1.0)
         self._parallel.train()
-        with _derived_randomness(self.recipe.seed, step, self.ranks.rank):
-            loss = self._forward(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        labels = batch.labels.to(self.device, non_blocking=True)
+        images, targets = self._mix(step, self.normalised(batch.images), labels)
+        with derived_randomness(self.device, self.recipe.seed, "step", step, self.ranks.rank):
+            loss = self._backward(images, targets)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         decay = average_decay(self.recipe.ema, step, self.recipe.schedule.epochs * self.steps_per_epoch)
         if decay is not None:
             self.ema.decay = decay
             self.ema.update(self.model)
-        self.loss_sum += loss.detach()
+        self.loss_sum += loss
         self._advance(batch)
-        return loss.detach()
+        return loss
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        images, labels = self._predictor.normalised(batch.images), batch.labels.to(self.device, non_blocking=True)
-        if self._mix is not None:
-            images, labels = self._mix(images, labels)
+    @property
+    def samples(self) -> int:
+        """How many samples of each global batch are this rank's."""
+        return self.recipe.batch // self.ranks.size
+
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """As `Predictor.normalised`."""
+        return self._predictor.normalised(images)
+
+    def _backward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Leave the gradients of the mean loss over `images` in the parameters; that loss, detached."""
+        micros = list(zip(images.tensor_split(self.accumulate), targets.tensor_split(self.accumulate), strict=True))
+        total = torch.zeros((), device=self.device)
+        for number, (part, target) in enumerate(micros, start=1):
+            # The ranks exchange gradients at the last alone; those of the others are only added up.
+            ranks = self._parallel if isinstance(self._parallel, DistributedDataParallel) else None
+            with ranks.no_sync() if ranks and number < len(micros) else contextlib.nullcontext():
+                loss = self.loss(self._parallel, part, target) * (len(part) / len(images))
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def loss(self, model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean loss of `model`, which is this trainer's, on normalised images."""
+        smoothing = 0.0 if self._mix.mixes else self.recipe.loss.smoothing  # mixing has smoothed them already
         with self._predictor.autocast():
-            smoothing = 0.0 if self._mix is not None else self.recipe.loss.smoothing  # Mixup has smoothed them already
-            return F.cross_entropy(self._parallel(images), labels, label_smoothing=smoothing)
+            return F.cross_entropy(model(images), targets, label_smoothing=smoothing)
 
     def _advance(self, batch: Batch) -> None:
         """Count the step; at an epoch's first step the sums begin anew."""
@@ -202,16 +219,3 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 def _section(entries: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
-
-
-def _mixup(recipe: MixRecipe, smoothing: float, classes: int) -> Mixup | None:
-    if recipe.mixup <= 0 and recipe.cutmix <= 0:
-        return None
-    return Mixup(
-        mixup_alpha=recipe.mixup,
-        cutmix_alpha=recipe.cutmix,
-        prob=recipe.prob,
-        switch_prob=recipe.switch_prob,
-        label_smoothing=smoothing,
-        num_classes=classes,
-    )

@@ -9,13 +9,8 @@ from timm.utils import ModelEmaV2
 from torch import nn
 
 from wds_train.errors import UsageError
-from wds_train.order import key
+from wds_train.randomness import seed_torch
 from wds_train.recipe import EmaRecipe, ModelRecipe, Recipe
-
-
-def seed_torch(*parts: str | int) -> None:
-    """Point torch's generators at `parts`. Layers such as dropout draw from them and take no generator of their own."""
-    torch.manual_seed(key(*parts) % (1 << 63))
 
 
 def memory_layout(device: torch.device) -> torch.memory_format:

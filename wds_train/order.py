@@ -25,6 +25,7 @@ BLOCK = 32
 WINDOW = 128
 RAMP = (4, 8, 16, 32, 64)
 MAX_LANES = 64
+MIX_GROUPS = 8
 
 Ids = NDArray[np.int64]
 
@@ -51,6 +52,16 @@ def permutation(n: int, *parts: str | int) -> Ids:
 def lane_count(global_batch: int) -> int:
     """The largest power of two <= MAX_LANES that divides the global batch."""
     return min(MAX_LANES, global_batch & -global_batch)
+
+
+def mix_groups(global_batch: int, world: int) -> int:
+    """Into how many groups of consecutive samples a global batch is cut for mixing: the largest power of two of at most
+    max(MIX_GROUPS, world) that leaves groups of an even size, or 1. The same for any world of up to MIX_GROUPS ranks.
+    """
+    groups = 1
+    while groups * 2 <= max(MIX_GROUPS, world) and global_batch % (groups * 4) == 0:
+        groups *= 2
+    return groups
 
 
 def blocks(shard_samples: Sequence[int]) -> tuple[Ids, Ids]:
