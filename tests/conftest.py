@@ -21,7 +21,10 @@ AWS_SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_E
 
 
 def pytest_sessionstart() -> None:
-    """The fork server, with PyTorch imported. A conversion would start it without, for every training to import anew."""
+    """One thread for PyTorch: the models are tiny, and threads that wait for one another on busy cores take minutes. And the
+    fork server, with PyTorch imported: a conversion would start it without, for every training to import anew.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch reads it when it is imported, which is later
     forkserver.ensure_running()
 
 

@@ -66,7 +66,8 @@ def losses(job: Job) -> list[float]:
 def test_1_2_and_4_ranks_train_the_same(job: Job, tmp_path: Path) -> None:
     samples, seen = {}, {}
     for ranks in (1, 2, 4):
-        one = replace(job, run=str(tmp_path / f"run{ranks}"), workers=ranks % 2)
+        micro_batches = ("--accumulate", str(4 // ranks))
+        one = replace(job, run=str(tmp_path / f"run{ranks}"), workers=ranks % 2, arguments=micro_batches)
         trainings = start(one, ranks)
         with all_ended(trainings):
             for training in trainings:
@@ -141,7 +142,10 @@ def test_a_signal_to_one_rank_stops_all_with_the_state_committed(job: Job) -> No
 def test_a_batch_that_the_ranks_cannot_share_is_refused_by_all(job: Job) -> None:
     trainings = start(replace(job, settings=(*job.settings, "batch=6")), 4)
     with all_ended(trainings):
-        assert {training.end() for training in trainings} == {2}
+        codes = [training.end() for training in trainings]
+    # The first that leaves may take the meeting place with it before the others come; `launch` prefers its code to theirs.
+    assert codes[0] == 2
+    assert set(codes) <= {2, 75}
     assert "a global batch of 6 is read in 2 lanes, which 4 ranks cannot share" in trainings[0].output
 
 

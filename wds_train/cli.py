@@ -126,29 +126,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="K=V", dest="settings", help="change one field of the recipe"
     )
-    parser.add_argument(
-        "--workers",
-        type=_count,
-        default=_default_workers(),
-        metavar="W",
-        help="loader processes (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--processes",
-        type=_positive,
-        metavar="N",
-        help="train in N processes on this machine (default: one for each GPU); for several machines, use torchrun",
-    )
-    parser.add_argument(
-        "--accumulate",
-        type=_positive,
-        metavar="N",
-        help="cut each process's part of a batch into N micro-batches (default: as few as fit into the GPU's memory)",
-    )
-    parser.add_argument(
-        "--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the arithmetic"
-    )
-    parser.add_argument("--compile", action="store_true", help="compile the model: minutes at the start, faster then")
+    _add_work(parser)
     parser.add_argument(
         "--init", metavar="WEIGHTS", help="start from timm:NAME's pretrained weights or an exported file"
     )
@@ -190,9 +168,36 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-every", type=_count, default=0, metavar="N", help="keep the checkpoint of every Nth epoch, too"
     )
+    parser.set_defaults(run_command=_train)
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    """How the work is done, which may differ from one start of a run to the next."""
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        default=_default_workers(),
+        metavar="W",
+        help="loader processes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=_positive,
+        metavar="N",
+        help="train in N processes on this machine (default: one for each GPU); for several machines, use torchrun",
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=_positive,
+        metavar="N",
+        help="cut each process's part of a batch into N micro-batches (default: as few as fit into the GPU's memory)",
+    )
+    parser.add_argument(
+        "--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the arithmetic"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the model: minutes at the start, faster then")
     parser.add_argument("--no-wait", action="store_true", help="fail at once when another instance holds the run")
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: bit-equal, more slowly")
-    parser.set_defaults(run_command=_train)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -202,9 +207,7 @@ def _train(args: argparse.Namespace) -> int:
 
     stop = StopRequest()
     init = [f"model.init={args.init}"] if args.init else []
-    recipe = with_settings(
-        preset(args.recipe), args.settings + init
-    )  # before the heavy imports: a typo answers at once
+    recipe = with_settings(preset(args.recipe), args.settings + init)  # before the imports: a typo answers at once
     # Growing images ask for other sizes all the time, which fragments the GPU's memory otherwise. Read by PyTorch's import.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from torch.cuda import device_count

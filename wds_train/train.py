@@ -34,6 +34,7 @@ from wds_train.errors import (
     UsageError,
     WdsTrainError,
 )
+from wds_train.memory import fit_accumulation
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Mixture, TrainPlan, TrainTransform, shares
 from wds_train.policies import policies
 from wds_train.recipe import Recipe
@@ -265,8 +266,13 @@ class _Session:
         self._val_loader.start()
         run.start_renewing()
         ranks.connect()
-        self._trainer = Trainer(recipe, len(dataset.manifest.classes), steps, ranks.device, ranks)
+        classes = len(dataset.manifest.classes)
+        self._trainer = Trainer(recipe, classes, steps, ranks.device, ranks, options.accumulate or 1)
+        if options.accumulate is None and ranks.device.type == "cuda":  # a CPU's memory holds any batch it can work on
+            self._trainer.accumulate = round(ranks.largest(fit_accumulation(self._trainer)))
         self._say(_introduction(options, dataset, steps, ranks))
+        if self._trainer.accumulate > 1:
+            self._say(f"memory   each batch in {self._trainer.accumulate} micro-batches")
         if snapshot:
             self._trainer.restore(snapshot)
             self._say(f"resuming at step {start} of {self._total} (epoch {start / steps:.2f})")
