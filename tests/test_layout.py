@@ -1,6 +1,7 @@
 """The code's own rules: imports point downwards, functions stay small, nothing is unpickled."""
 
 import ast
+import functools
 import re
 import statistics
 from pathlib import Path
@@ -53,6 +54,7 @@ LAYERS = PURE + OUTSIDE + COMPOSED
 FORBIDDEN = {"pickle", "cPickle", "dill", "shelve", "marshal"}
 
 
+@functools.cache
 def trees() -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text()) for path in FILES}
 
