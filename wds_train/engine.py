@@ -3,33 +3,36 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from wds_train.checkpoint import Snapshot
 from wds_train.distributed import Ranks
 from wds_train.errors import DataError, NotFinite, RunError, UsageError
+from wds_train.losses import Criterion, distilled
 from wds_train.mixing import Mixing
 from wds_train.model import Ema, create_model, create_optimizer
 from wds_train.pipeline import Batch
 from wds_train.randomness import derived_randomness
 from wds_train.recipe import Recipe
 from wds_train.schedule import average_decay, lr_share
-from wds_train.scoring import Predictor, amp_dtype, metrics, sums
+from wds_train.scoring import Precision, Predictor, amp_dtype, metrics, sums
 from wds_train.state import Progress
+from wds_train.transfer import Teacher, initialise
+
+COMPILER = "inductor"  # of torch.compile
 
 
 @dataclass
 class Trainer:
     """A model in training on one device; a rank's batches are samples [rank * batch / size, ...) of the global ones.
     `steps_per_epoch` is what the schedule counts epochs by. A batch is worked on in `accumulate` micro-batches, whose
-    gradients add up to its own; a resume on other hardware may change that.
+    gradients add up to its own; a resume on other hardware may change that. With `resumes`, `restore` is to follow, and
+    the weights of `model.init` are not read. `notes` is what to tell the user of how the model was made.
 
     The running epoch's loss is summed on the device, and copied into `progress` only by `snapshot`: reading it at every
     step would make the CPU wait for the GPU.
@@ -41,6 +44,9 @@ class Trainer:
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks)
     accumulate: int = 1
+    precision: Precision = "auto"
+    compile: bool = False
+    resumes: bool = False
 
     def __post_init__(self) -> None:
         self._mix = Mixing(self.recipe, self.classes, self.device, self.ranks.rank, self.ranks.size)
@@ -49,12 +55,24 @@ class Trainer:
                 f"a rank's {self.samples} samples of a batch cannot be cut into {self.accumulate} micro-batches"
             )
         self.model = create_model(self.recipe.model, self.classes, self.recipe.seed, self.device)
+        self.notes = [initialise(self.model, self.recipe)] if self.recipe.model.init and not self.resumes else []
+        self._teacher = Teacher(self.recipe, self.classes, self.device) if self.recipe.distill.teacher else None
         self._parallel = self.ranks.parallel(self.model)
+        self._called: Callable[..., torch.Tensor] = self._parallel
+        if self.compile:
+            self._called = torch.compile(self._parallel, backend=COMPILER)
         self.ema = Ema(self.model, self.recipe.ema)
         self.optimizer = create_optimizer(self.recipe, self.model)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype(self.device) == torch.float16)
-        self._predictor = Predictor(self.recipe.data, self.device, flip=self.recipe.data.eval_flip)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=amp_dtype(self.device, self.precision) == torch.float16
+        )
+        self._criterion = Criterion(self.recipe.loss)
+        self._predictor = Predictor(
+            self.recipe.data, self.device, flip=self.recipe.data.eval_flip, precision=self.precision
+        )
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
+        self._largest_norm = torch.zeros((), device=self.device)
         self.progress = Progress()
 
     def step(self, batch: Batch) -> torch.Tensor:
@@ -70,6 +88,7 @@ class Trainer:
         images, targets = self._mix(step, self.normalised(batch.images), labels)
         with derived_randomness(self.device, self.recipe.seed, "step", step, self.ranks.rank):
             loss = self._backward(images, targets)
+        self._clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         decay = average_decay(self.recipe.ema, step, self.recipe.schedule.epochs * self.steps_per_epoch)
@@ -97,16 +116,28 @@ class Trainer:
             # The ranks exchange gradients at the last alone; those of the others are only added up.
             ranks = self._parallel if isinstance(self._parallel, DistributedDataParallel) else None
             with ranks.no_sync() if ranks and number < len(micros) else contextlib.nullcontext():
-                loss = self.loss(self._parallel, part, target) * (len(part) / len(images))
+                loss = self.loss(self._called, part, target) * (len(part) / len(images))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
-    def loss(self, model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: Callable[..., torch.Tensor], images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean loss of `model`, which is this trainer's, on normalised images."""
-        smoothing = 0.0 if self._mix.mixes else self.recipe.loss.smoothing  # mixing has smoothed them already
         with self._predictor.autocast():
-            return F.cross_entropy(model(images), targets, label_smoothing=smoothing)
+            logits = model(images).float()
+            taught = None if self._teacher is None else self._teacher.logits(images)
+        loss = self._criterion(logits, targets)
+        return loss if taught is None else distilled(self.recipe.distill, loss, logits, taught)
+
+    def _clip(self) -> None:
+        """Scale the gradients down to `clip_norm`. `grad_norm` is their norm before, float32 on the device."""
+        self.scaler.unscale_(self.optimizer)
+        weights = [weight for weight in self.model.parameters() if weight.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if self.recipe.optimizer.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(weights, self.recipe.optimizer.clip_norm, self.grad_norm)
+        if not self.scaler.is_enabled():  # a scaler skips the step, and tries a smaller scale
+            self._largest_norm = torch.maximum(self._largest_norm, self.grad_norm)
 
     def _advance(self, batch: Batch) -> None:
         """Count the step; at an epoch's first step the sums begin anew."""
@@ -121,12 +152,20 @@ class Trainer:
         self.progress = replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=lost)
 
     def epoch_loss(self) -> float:
-        """Mean training loss of the epoch so far, over all ranks; `NotFinite` when it is not."""
-        mean = self.ranks.total(self.loss_sum.item())[0] / self.ranks.size / max(1, self.progress.loss_steps)
+        """Mean training loss of the epoch so far, over all ranks; `NotFinite` when it, or a gradient, is not."""
+        # One copy from the device for both.
+        loss_sum, norm = torch.stack([self.loss_sum, self._largest_norm.double()]).tolist()
+        mean = self.ranks.total(loss_sum)[0] / self.ranks.size / max(1, self.progress.loss_steps)
+        optimizer, at = self.recipe.optimizer, f"by step {self.progress.step}"
+        remedy = f"lower optimizer.lr (now {optimizer.lr})"
         if not math.isfinite(mean):
             raise NotFinite(
-                f"the training loss is {mean} by step {self.progress.step}; lower optimizer.lr (now "
-                f"{self.recipe.optimizer.lr}) or lengthen schedule.warmup_epochs, under another --run"
+                f"the training loss is {mean} {at}; {remedy} or lengthen schedule.warmup_epochs, under another --run"
+            )
+        if not math.isfinite(norm):
+            raise NotFinite(
+                f"the norm of the gradients is {norm} {at}, with a mean loss of {mean:.4g}; {remedy} or set "
+                f"optimizer.clip_norm (now {optimizer.clip_norm}), under another --run"
             )
         return mean
 
@@ -173,12 +212,20 @@ class Trainer:
         tensors = {name: _on_host(value) for name, value in entries.items() if torch.is_tensor(value)}
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        scalars = {name: value for name, value in entries.items() if name not in tensors}
+        # A dtype among a group's settings (timm's Adafactor) is the optimizer's own, as it was made.
+        scalars = {n: value for n, value in entries.items() if n not in tensors and not isinstance(value, torch.dtype)}
         extra = json.loads(json.dumps({"scalars": scalars, "scaler": self.scaler.state_dict()}))
+        if self._teacher is not None:
+            extra["teacher"] = self._teacher.fingerprint
         return Snapshot(tensors, extra, replace(self.progress, loss_sum=loss_sum, lost=int(lost)))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Become what `snapshot` holds; `RunError` when it is of another model or optimizer."""
+        """Become what `snapshot` holds; `RunError` when it is of another model, optimizer or teacher."""
+        if self._teacher is not None and snapshot.extra.get("teacher") != self._teacher.fingerprint:
+            raise RunError(
+                f"distill.teacher = {self.recipe.distill.teacher!r} holds other weights than those that this run began to "
+                "learn from; put the file back, or start another --run"
+            )
         try:
             self.model.load_state_dict(_section(snapshot.tensors, "model/"))
             self.ema.module.load_state_dict(_section(snapshot.tensors, "ema/"))
@@ -206,6 +253,15 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         groups = [group | _section(entries, f"group/{index}/") for index, group in enumerate(groups)]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def check_labels(largest: int, classes: int) -> None:
+    """`DataError` when a dataset's largest label is none of its classes: on a GPU that ends in an assertion of CUDA's."""
+    if largest >= classes:
+        raise DataError(
+            f"the dataset has the label {largest}, but only {classes} classes, 0 to {classes - 1}; convert it anew, with the "
+            "full list of classes"
+        )
 
 
 @torch.no_grad()

@@ -1,16 +1,21 @@
 """What is trained: a timm model, its optimizer and its EMA, built so that a recipe and a seed decide every weight."""
 
 import difflib
+from typing import Any
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2
+from timm.layers import BlurPool2d
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV2
 from torch import nn
 
 from wds_train.errors import UsageError
 from wds_train.randomness import seed_torch
 from wds_train.recipe import EmaRecipe, ModelRecipe, Recipe
+
+# Second derivatives; lists of factors and a generator of its own.
+_NOT_RESUMABLE = ("adahessian", "kron")
 
 
 def memory_layout(device: torch.device) -> torch.memory_format:
@@ -21,26 +26,58 @@ def memory_layout(device: torch.device) -> torch.memory_format:
 
 
 def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.device) -> nn.Module:
-    """The timm model with weights drawn from `seed`, in the device's `memory_layout`."""
+    """The timm model with weights drawn from `seed`, in the device's `memory_layout`. `model.init` is not looked at."""
     if not timm.is_model(recipe.name):
-        near = difflib.get_close_matches(recipe.name, timm.list_models(), n=3)
-        raise UsageError(
-            f"timm has no model {recipe.name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
-        )
+        raise UsageError(f"timm has no model {recipe.name!r}" + _near(recipe.name, timm.list_models()))
+    layers = _layers(recipe)
+    if layers and timm.models.model_entrypoint(recipe.name).__module__ != "timm.models.resnet":
+        asked = " and ".join(f"model.{name}" for name in layers)
+        raise UsageError(f"{asked} cannot be had with {recipe.name}: choose one of timm's ResNets, such as resnet50")
+    arguments = {name: value for options in layers.values() for name, value in options.items()}
+    if recipe.drop_path:
+        arguments["drop_path_rate"] = recipe.drop_path
     seed_torch(seed, "init")
-    model = timm.create_model(recipe.name, num_classes=classes, drop_path_rate=recipe.drop_path)
+    try:
+        model = timm.create_model(recipe.name, num_classes=classes, **arguments)
+    except TypeError as error:
+        raise UsageError(f"{recipe.name} cannot be built with model.drop_path = {recipe.drop_path}: {error}") from error
     return model.to(device).to(memory_format=memory_layout(device))
 
 
+def _layers(recipe: ModelRecipe) -> dict[str, dict[str, Any]]:
+    """The layer options that are on, each with timm's arguments for it (timm/models/resnet.py: resnetblur50, resnet50d,
+    seresnet50).
+    """
+    known: dict[str, dict[str, Any]] = {
+        "blur_pool": {"aa_layer": BlurPool2d},
+        "deep_stem": {"stem_width": 32, "stem_type": "deep", "avg_down": True},
+        "squeeze_excite": {"block_args": {"attn_layer": "se"}},
+    }
+    return {name: arguments for name, arguments in known.items() if getattr(recipe, name)}
+
+
 def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; biases and normalisation layers are not decayed (timm's `filter_bias_and_bn`)."""
-    wanted = recipe.optimizer
+    """timm's optimizer of that name. Biases, normalisation layers and what the model itself excepts (ViTs: the position
+    embedding) are not decayed (timm's `filter_bias_and_bn`).
+    """
+    wanted, known = recipe.optimizer, [str(name) for name in list_optimizers()]
+    usable = [name for name in known if not name.startswith(_NOT_RESUMABLE)]
+    if wanted.name not in usable:
+        cause = f"timm has no optimizer {wanted.name!r}"
+        if wanted.name in known:
+            cause = f"timm's optimizer {wanted.name!r} cannot be used: its state does not fit in a checkpoint"
+        raise UsageError(cause + _near(wanted.name, usable))
     try:
         return create_optimizer_v2(
             model, opt=wanted.name, lr=recipe.peak_lr, weight_decay=wanted.weight_decay, momentum=wanted.momentum
         )
     except (ValueError, AssertionError) as error:
-        raise UsageError(f"timm has no optimizer {wanted.name!r}: {error}") from error
+        raise UsageError(f"timm's optimizer {wanted.name!r} cannot be used here: {error}") from error
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 class Ema(ModelEmaV2):

@@ -5,6 +5,7 @@ uint8 images -> `Predictor`: normalise, one or more views, the model, the mean o
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,11 +20,18 @@ from wds_train.recipe import DataRecipe
 EVAL_BATCH = 256  # samples at most: enough to fill a GPU, and little memory beside a training step's
 
 
-def amp_dtype(device: torch.device) -> torch.dtype | None:
-    """bf16 has float32's range and needs no scaler; GPUs before Ampere have only fp16. CPUs: None, float32."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+def amp_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype | None:
+    """What autocast computes in, None for float32. `auto`: on a GPU bf16, which has float32's range and needs no scaler;
+    those before Ampere have only fp16.
+    """
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
 class Predictor:
@@ -31,10 +39,18 @@ class Predictor:
     `side`, to the mean of the logits of several views; `side` 0 takes the images whole.
     """
 
-    def __init__(self, data: DataRecipe, device: torch.device, *, side: int = 0, flip: bool = False) -> None:
+    def __init__(
+        self,
+        data: DataRecipe,
+        device: torch.device,
+        *,
+        side: int = 0,
+        flip: bool = False,
+        precision: Precision = "auto",
+    ) -> None:
         mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
         self._scale, self._shift = 1 / (255 * std), -mean / std  # (pixel / 255 - mean) / std
-        self._device, self._amp = device, amp_dtype(device)
+        self._device, self._amp = device, amp_dtype(device, precision)
         self._side, self._flip = side, flip
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
