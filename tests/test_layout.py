@@ -50,6 +50,7 @@ COMPOSED = [
     "bench_peers",
     "bench_pass",
     "bench_loader",
+    "bench_train",
     "cli",
 ]
 LAYERS = PURE + OUTSIDE + COMPOSED

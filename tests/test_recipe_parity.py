@@ -14,8 +14,8 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch.nn import functional as F
 
 from wds_train import engine
-from wds_train.engine import Trainer, check_labels
-from wds_train.errors import DataError, NotFinite, NotFound, RunError, StoreError, UsageError
+from wds_train.engine import Trainer
+from wds_train.errors import NotFinite, NotFound, RunError, StoreError, UsageError
 from wds_train.losses import Criterion, distilled
 from wds_train.manifest import ClassInfo
 from wds_train.model import create_model, create_optimizer
@@ -354,9 +354,3 @@ def test_each_option_changes_the_training(tmp_path: Path) -> None:
 
     outcomes = [weight(), *(weight(option) for option in options)]
     assert len({tuple(outcome) for outcome in outcomes}) == len(options) + 1
-
-
-def test_labels_beyond_the_classes_are_refused() -> None:
-    check_labels(9, 10)
-    with pytest.raises(DataError, match="the label 10, but only 10 classes, 0 to 9"):
-        check_labels(10, 10)

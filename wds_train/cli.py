@@ -101,7 +101,7 @@ def _order(args: argparse.Namespace) -> int:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from wds_train import bench, bench_loader
+    from wds_train import bench, bench_loader, bench_train
 
     benches = parser.add_subparsers(metavar="BENCH", required=True)
     decode = benches.add_parser("decode", help="decode, random resized crop and flip, on one core")
@@ -110,6 +110,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     loader = benches.add_parser("loader", help="an epoch from S3 to augmented batches")
     bench_loader.add_arguments(loader)
     loader.set_defaults(run_command=bench_loader.run)
+    train = benches.add_parser("train", help="training steps on one device, beside a plain loop over timm's parts")
+    bench_train.add_arguments(train)
+    train.set_defaults(run_command=bench_train.run)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

@@ -255,15 +255,6 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def check_labels(largest: int, classes: int) -> None:
-    """`DataError` when a dataset's largest label is none of its classes: on a GPU that ends in an assertion of CUDA's."""
-    if largest >= classes:
-        raise DataError(
-            f"the dataset has the label {largest}, but only {classes} classes, 0 to {classes - 1}; convert it anew, with the "
-            "full list of classes"
-        )
-
-
 @torch.no_grad()
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in host memory, complete after the next synchronisation. Pinned memory, which PyTorch keeps for the next

@@ -40,7 +40,7 @@ from wds_train.policies import policies
 from wds_train.recipe import Recipe
 from wds_train.report import draw_curves
 from wds_train.schedule import lr_share
-from wds_train.scoring import EVAL_BATCH
+from wds_train.scoring import EVAL_BATCH, Precision
 from wds_train.spot import SpotWatch, StopRequest
 from wds_train.state import RunManifest, name_of
 from wds_train.store import Store, open_store
@@ -69,7 +69,7 @@ class TrainOptions:
     deterministic: bool = False
     accumulate: int | None = None
     """Micro-batches per rank and step; None: as few as fit into the GPU's memory."""
-    precision: str = "auto"
+    precision: Precision = "auto"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -267,10 +267,22 @@ class _Session:
         run.start_renewing()
         ranks.connect()
         classes = len(dataset.manifest.classes)
-        self._trainer = Trainer(recipe, classes, steps, ranks.device, ranks, options.accumulate or 1)
+        self._trainer = Trainer(
+            recipe,
+            classes,
+            steps,
+            ranks.device,
+            ranks,
+            accumulate=options.accumulate or 1,
+            precision=options.precision,
+            compile=options.compile,
+            resumes=snapshot is not None,
+        )
         if options.accumulate is None and ranks.device.type == "cuda":  # a CPU's memory holds any batch it can work on
             self._trainer.accumulate = round(ranks.largest(fit_accumulation(self._trainer)))
         self._say(_introduction(options, dataset, steps, ranks))
+        for note in self._trainer.notes:
+            self._say(f"weights  {note}")
         if self._trainer.accumulate > 1:
             self._say(f"memory   each batch in {self._trainer.accumulate} micro-batches")
         if snapshot:
@@ -357,7 +369,7 @@ class _Session:
             self._trainer.epoch_loss()
             spent = time.perf_counter() - start
             record = {"step": done, "epoch": done / self._trainer.steps_per_epoch, "train/loss": shown}
-            record["train/lr"] = self._lr(done - 1)
+            record |= {"train/lr": self._lr(done - 1), "train/grad_norm": self._trainer.grad_norm.item()}
             timing = {
                 "time/img_s": self._options.recipe.batch / (waited + spent),
                 "time/data_wait": waited / (waited + spent),
