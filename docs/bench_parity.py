@@ -5,7 +5,8 @@ timm's ImageFolder, loader, transforms, optimizer, scheduler, Mixup and ModelEma
 .venv/bin/python docs/bench_parity.py --classes 2 --images-per-class 64 --epochs 2 --seeds 1           (a try)
 
 The two agree in everything that the recipe says, and in nothing that it leaves open: initial weights, order and
-augmentation come from other generators, and timm resizes through Pillow. So seeds are compared by their means.
+augmentation come from other generators, timm resizes through Pillow, and mixes a whole batch at one ratio where we take
+eight (docs/training.md). So the means over seeds are compared, not the seeds.
 """
 
 import argparse
