@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +202,13 @@ def test_an_unreadable_sample_is_named_and_counts_as_wrong(
 ) -> None:
     flags = ("--weights", "raw", "--step", 44)
     whole = evaluated(capsys, digits, runs["flip"], *flags)
-    predicted = logits(weights_of(runs["flip"], "raw", tmp_path), digits, 16, 1.0, flip=True).argmax(dim=1).numpy()
-    sample = int(np.flatnonzero(predicted == labels_of(digits))[0])  # one that would have counted
-    right = labels_of(digits)[sample]
+    weights = weights_of(runs["flip"], "raw", tmp_path)
+    predicted = logits(weights, digits, 16, 1.0, flip=True).argmax(dim=1).numpy()
+    model = create_model(weights.recipe.model, 10, 0, torch.device("cpu")).eval()
+    model.load_state_dict(weights.tensors)
+    # One that is right, and would be right as the grey image that stands for it.
+    right = int(model(torch.full((1, 3, 16, 16), (128 / 255 - 0.3) / 0.35)).argmax())
+    sample = int(np.flatnonzero((predicted == right) & (labels_of(digits) == right))[0])
     broken = shutil.copytree(digits.store.url, tmp_path / "broken")
     split = digits.split("val")
     shard = broken / split.shard_names[split.index.shard[sample]]
@@ -238,6 +243,8 @@ def test_an_unreadable_sample_is_named_and_counts_as_wrong(
         (["{folder}/raw.safetensors", "--weights", "ema"], 2, "holds the raw weights of step 44 alone"),
         (["{run}", "--dataset", "{two}"], 2, "it knows 10 classes, the dataset has 2"),
         (["{run}", "--dataset", "{renamed}"], 2, "it has '7' as class 7, the dataset '8'"),
+        (["{folder}/vit.safetensors"], 2, "vit_tiny_patch16_224 cannot take images of 16 px, set --size: Input height"),
+        (["{folder}/misfit.safetensors"], 1, "do not fit the model test_resnet: Error(s) in loading state_dict"),
         (["{run}", "--per-class", "/nowhere/c.csv"], 2, "/nowhere/c.csv cannot be written: No such file or directory"),
     ],
 )
@@ -256,7 +263,11 @@ def places(runs: dict[str, str], digits: Dataset, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("places")
     (folder / "text.safetensors").write_text("hello")
     save_file({"a": torch.zeros(1)}, folder / "other.safetensors", {"format": "pt"})
-    weights_of(runs["flip"], "raw", folder)
+    weights = weights_of(runs["flip"], "raw", folder)
+    replace(weights, tensors={}).save(folder / "misfit.safetensors")
+    vit = replace(weights.recipe.model, name="vit_tiny_patch16_224")
+    tensors = create_model(vit, 10, 0, torch.device("cpu")).state_dict()
+    replace(weights, tensors=tensors, recipe=replace(weights.recipe, model=vit)).save(folder / "vit.safetensors")
     images = folder / "images"
     for split in ("train", "val"):
         for name in ("0", "1", "2", "3", "4", "5", "6", "8", "9", "seven"):

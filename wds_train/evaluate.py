@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from wds_train.dataset import Dataset, SplitReader
-from wds_train.errors import DataError, UsageError
+from wds_train.errors import DataError, RunError, UsageError
 from wds_train.manifest import ClassInfo
 from wds_train.model import create_model
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Lost
@@ -175,20 +174,11 @@ def _score(chosen: list[Weights], views: list[_View], split: SplitReader, batch:
     for loader in loaders.values():
         loader.start()  # before PyTorch has threads, which a fork does not survive
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    members = [
-        (
-            _model(weights, device),
-            Predictor(weights.recipe.data, device, side=view.side, flip=view.flip),
-            view.transform,
-        )
-        for weights, view in zip(chosen, views, strict=True)
-    ]
+    members = [_Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     predicted, seen, lost = np.empty(len(split), np.int64), np.zeros(len(split), np.int64), []
     for found in _together(loaders):
-        joint = _mean_probabilities(
-            [eye.logits(model, eye.normalised(found[transform].images)) for model, eye, transform in members]
-        )
+        joint = _mean_probabilities([member.logits(found) for member in members])
         broken = {entry.sample: entry for each in found.values() for entry in each.lost}
         one = replace(next(iter(found.values())), lost=list(broken.values()))
         totals += sums(joint, one)
@@ -205,11 +195,25 @@ def _together(loaders: dict[EvalTransform, Loader]) -> Iterator[dict[EvalTransfo
         yield dict(zip(loaders, batches, strict=True))
 
 
-def _model(weights: Weights, device: torch.device) -> nn.Module:
-    recipe = weights.recipe
-    model = create_model(recipe.model, len(weights.classes), recipe.seed, device)
-    model.load_state_dict(weights.tensors)
-    return model.eval()
+class _Member:
+    """One model on `device`, and its own view of the images."""
+
+    def __init__(self, weights: Weights, view: _View, device: torch.device) -> None:
+        self._name, self._view, recipe = weights.recipe.model.name, view, weights.recipe
+        self._model = create_model(recipe.model, len(weights.classes), recipe.seed, device).eval()
+        self._predictor = Predictor(recipe.data, device, side=view.side, flip=view.flip)
+        try:
+            self._model.load_state_dict(weights.tensors)
+        except RuntimeError as error:
+            raise RunError(f"the weights of {weights.run} do not fit the model {self._name}: {error}") from error
+
+    def logits(self, found: dict[EvalTransform, Batch]) -> torch.Tensor:
+        """float32 [n, classes]; `UsageError` when the model takes images of another size alone."""
+        pixels = self._predictor.normalised(found[self._view.transform].images)
+        try:
+            return self._predictor.logits(self._model, pixels)
+        except AssertionError as error:
+            raise UsageError(f"{self._name} cannot take images of {self._view.side} px, set --size: {error}") from error
 
 
 def _mean_probabilities(logits: list[torch.Tensor]) -> torch.Tensor:
