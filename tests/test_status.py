@@ -112,7 +112,9 @@ def test_timm_loads_an_export_and_it_scores_the_same(
     code, out = answer(capsys, "export", run, "--step", 44, "--best", kind, "--to", file)
     assert code == 0, out
     assert f"{kind} weights of step 44" in out
-    model = timm.create_model("test_resnet", num_classes=2, checkpoint_path=str(file)).eval()
+    call = out.partition("load it with ")[2]
+    assert call.startswith("timm.create_model('test_resnet', num_classes=2, checkpoint_path=")
+    model = eval(call, {"timm": timm}).eval()
     split = Dataset.open(trained[0]).split("val")
     loss = 0.0
     mean, std = torch.tensor([0.3] * 3), torch.tensor([0.35] * 3)

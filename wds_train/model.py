@@ -1,11 +1,9 @@
 """What is trained: a timm model, its optimizer and its EMA, built so that a recipe and a seed decide every weight."""
 
 import difflib
-from typing import Any
 
 import timm
 import torch
-from timm.layers import BlurPool2d
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV2
 from torch import nn
@@ -29,11 +27,13 @@ def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.dev
     """The timm model with weights drawn from `seed`, in the device's `memory_layout`. `model.init` is not looked at."""
     if not timm.is_model(recipe.name):
         raise UsageError(f"timm has no model {recipe.name!r}" + _near(recipe.name, timm.list_models()))
-    layers = _layers(recipe)
+    layers = recipe.layers()
     if layers and timm.models.model_entrypoint(recipe.name).__module__ != "timm.models.resnet":
         asked = " and ".join(f"model.{name}" for name in layers)
         raise UsageError(f"{asked} cannot be had with {recipe.name}: choose one of timm's ResNets, such as resnet50")
-    arguments = {name: value for options in layers.values() for name, value in options.items()}
+    arguments = recipe.timm_arguments()
+    if "aa_layer" in arguments:
+        arguments["aa_layer"] = getattr(timm.layers, arguments["aa_layer"])
     if recipe.drop_path:
         arguments["drop_path_rate"] = recipe.drop_path
     seed_torch(seed, "init")
@@ -42,18 +42,6 @@ def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.dev
     except TypeError as error:
         raise UsageError(f"{recipe.name} cannot be built with model.drop_path = {recipe.drop_path}: {error}") from error
     return model.to(device).to(memory_format=memory_layout(device))
-
-
-def _layers(recipe: ModelRecipe) -> dict[str, dict[str, Any]]:
-    """The layer options that are on, each with timm's arguments for it (timm/models/resnet.py: resnetblur50, resnet50d,
-    seresnet50).
-    """
-    known: dict[str, dict[str, Any]] = {
-        "blur_pool": {"aa_layer": BlurPool2d},
-        "deep_stem": {"stem_width": 32, "stem_type": "deep", "avg_down": True},
-        "squeeze_excite": {"block_args": {"attn_layer": "se"}},
-    }
-    return {name: arguments for name, arguments in known.items() if getattr(recipe, name)}
 
 
 def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

@@ -30,6 +30,21 @@ class ModelRecipe:
     squeeze_excite: bool = False
     """Squeeze-and-excitation in every block (Hu et al. 2017, arXiv:1709.01507)."""
 
+    def layers(self) -> dict[str, dict[str, Any]]:
+        """The layer options that are on, each with what timm's `create_model` takes for it (timm/models/resnet.py:
+        resnetblur50, resnet50d, seresnet50); `aa_layer` is the name of a class of timm.layers.
+        """
+        known: dict[str, dict[str, Any]] = {
+            "blur_pool": {"aa_layer": "BlurPool2d"},
+            "deep_stem": {"stem_width": 32, "stem_type": "deep", "avg_down": True},
+            "squeeze_excite": {"block_args": {"attn_layer": "se"}},
+        }
+        return {name: arguments for name, arguments in known.items() if getattr(self, name)}
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Those of all layer options together."""
+        return {name: value for arguments in self.layers().values() for name, value in arguments.items()}
+
 
 @dataclass(frozen=True)
 class DataRecipe:

@@ -69,6 +69,7 @@ def run_export(args: argparse.Namespace) -> int:
     weights.save(args.to)
     scores = ", ".join(f"{name} {value:.2f}" for name, value in weights.metrics.items()) or "not validated"
     print(f"{args.to}: {weights.kind} weights of step {weights.step} ({scores})")
+    print(f"load it with {weights.timm_call(args.to)}")
     return 0
 
 

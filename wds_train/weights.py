@@ -78,12 +78,26 @@ class Weights:
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path} was not written by this version of `wds-train export` ({error!r})") from error
 
+    def timm_call(self, path: Path) -> str:
+        """The Python expression that makes the model from the file at `path`."""
+        model = self.recipe.model
+        values = {
+            name: f"timm.layers.{value}" if name == "aa_layer" else repr(value)
+            for name, value in model.timm_arguments().items()
+        }
+        more = "".join(f", {name}={value}" for name, value in values.items())
+        return (
+            f"timm.create_model({model.name!r}, num_classes={len(self.classes)}, checkpoint_path={str(path)!r}{more})"
+        )
+
     def _timm_config(self) -> dict[str, Any]:
         """In the names of timm's `config.json` (timm/models/_hub.py, save_config_for_hf)."""
         data, classes = self.recipe.data, len(self.classes)
         return {
             "architecture": self.recipe.model.name,
             "num_classes": classes,
+            # Without them timm would load a blur-pooled model as a plain one, in silence: its filters are no weights.
+            "model_args": self.recipe.model.timm_arguments(),
             "pretrained_cfg": {
                 "num_classes": classes,
                 "input_size": [3, data.eval_size, data.eval_size],
