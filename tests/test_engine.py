@@ -176,3 +176,21 @@ def test_unknown_names_are_refused_with_near_ones() -> None:
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the checkpoint does not fit the model test_resnet"):
         trainer().restore(trainer("model.name=resnet18").snapshot())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["model.name=vit_tiny_patch16_224"],
+            r"data.size = 32 cannot work: vit_tiny_patch16_224 takes no images of that size \(Input height",
+        ),
+        (
+            ["model.blur_pool=true", "data.eval_size=16"],
+            r"data.eval_size = 16 cannot work: test_resnet takes no images",
+        ),
+    ],
+)
+def test_sizes_that_the_model_cannot_take_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        trainer(*settings)

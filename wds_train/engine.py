@@ -15,7 +15,7 @@ from wds_train.distributed import Ranks
 from wds_train.errors import DataError, NotFinite, RunError, UsageError
 from wds_train.losses import Criterion, distilled
 from wds_train.mixing import Mixing
-from wds_train.model import Ema, create_model, create_optimizer
+from wds_train.model import Ema, create_model, create_optimizer, refuse_sizes
 from wds_train.pipeline import Batch
 from wds_train.randomness import derived_randomness
 from wds_train.recipe import Recipe
@@ -55,6 +55,11 @@ class Trainer:
                 f"a rank's {self.samples} samples of a batch cannot be cut into {self.accumulate} micro-batches"
             )
         self.model = create_model(self.recipe.model, self.classes, self.recipe.seed, self.device)
+        data = self.recipe.data
+        sides = {
+            f"data.{name}": getattr(data, name) for name in ("size", "start_size", "eval_size") if getattr(data, name)
+        }
+        refuse_sizes(self.model, self.recipe.model.name, sides)
         self.notes = [initialise(self.model, self.recipe)] if self.recipe.model.init and not self.resumes else []
         self._teacher = Teacher(self.recipe, self.classes, self.device) if self.recipe.distill.teacher else None
         self._parallel = self.ranks.parallel(self.model)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from wds_train.dataset import Dataset, SplitReader
 from wds_train.errors import DataError, RunError, UsageError
 from wds_train.manifest import ClassInfo
-from wds_train.model import create_model
+from wds_train.model import create_model, refuse_sizes
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Lost
 from wds_train.recipe import Recipe, with_settings
 from wds_train.scoring import EVAL_BATCH, Predictor, metrics, sums
@@ -199,21 +199,18 @@ class _Member:
     """One model on `device`, and its own view of the images."""
 
     def __init__(self, weights: Weights, view: _View, device: torch.device) -> None:
-        self._name, self._view, recipe = weights.recipe.model.name, view, weights.recipe
+        self._view, recipe = view, weights.recipe
         self._model = create_model(recipe.model, len(weights.classes), recipe.seed, device).eval()
         self._predictor = Predictor(recipe.data, device, side=view.side, flip=view.flip)
         try:
             self._model.load_state_dict(weights.tensors)
         except RuntimeError as error:
-            raise RunError(f"the weights of {weights.run} do not fit the model {self._name}: {error}") from error
+            raise RunError(f"the weights of {weights.run} do not fit the model {recipe.model.name}: {error}") from error
+        refuse_sizes(self._model, recipe.model.name, {"--size": view.side})
 
     def logits(self, found: dict[EvalTransform, Batch]) -> torch.Tensor:
-        """float32 [n, classes]; `UsageError` when the model takes images of another size alone."""
-        pixels = self._predictor.normalised(found[self._view.transform].images)
-        try:
-            return self._predictor.logits(self._model, pixels)
-        except AssertionError as error:
-            raise UsageError(f"{self._name} cannot take images of {self._view.side} px, set --size: {error}") from error
+        """float32 [n, classes]."""
+        return self._predictor.logits(self._model, self._predictor.normalised(found[self._view.transform].images))
 
 
 def _mean_probabilities(logits: list[torch.Tensor]) -> torch.Tensor:

@@ -44,6 +44,23 @@ def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.dev
     return model.to(device).to(memory_format=memory_layout(device))
 
 
+@torch.no_grad()
+def refuse_sizes(model: nn.Module, name: str, sides: dict[str, int]) -> None:
+    """`UsageError` when `model` cannot take images of `sides`, pixels by the setting that asks for them: transformers take
+    one size alone, and small images leave deep layers nothing to pool. Nothing of the model changes.
+    """
+    was_training, weight = model.training, next(model.parameters())
+    model.eval()
+    for setting, side in sides.items():
+        try:
+            model(torch.zeros(1, 3, side, side, device=weight.device))
+        except (AssertionError, RuntimeError) as error:
+            raise UsageError(
+                f"{setting} = {side} cannot work: {name} takes no images of that size ({error})"
+            ) from error
+    model.train(was_training)
+
+
 def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer of that name. Biases, normalisation layers and what the model itself excepts (ViTs: the position
     embedding) are not decayed (timm's `filter_bias_and_bn`).
