@@ -298,6 +298,15 @@ def test_lower_precisions_train_and_resume_exactly(precision: engine.Precision) 
     assert {weight.dtype for weight in unbroken.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "bf16")])
+def test_a_resume_may_change_the_precision(before: engine.Precision, after: engine.Precision) -> None:
+    first, second = (Trainer(recipe(), 10, 10, CPU, precision=precision) for precision in (before, after))
+    first.step(batch(0))
+    second.restore(first.snapshot())
+    second.step(batch(1))
+    assert second.epoch_loss() > 0
+
+
 def test_a_compiled_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a backend that needs no C++ compiler, and takes seconds; checkpoints pass between it and the plain one."""
     monkeypatch.setattr(engine, "COMPILER", "aot_eager")

@@ -237,7 +237,10 @@ class Trainer:
             self._restore_optimizer(snapshot)
         except (RuntimeError, KeyError, ValueError) as error:
             raise RunError(f"the checkpoint does not fit the model {self.recipe.model.name}: {error}") from error
-        self.scaler.load_state_dict(snapshot.extra["scaler"])
+        if (
+            self.scaler.is_enabled() and snapshot.extra["scaler"]
+        ):  # empty after another precision: begin with a scale anew
+            self.scaler.load_state_dict(snapshot.extra["scaler"])
         self.progress = snapshot.progress
         if self.ranks.leads:
             self.loss_sum.fill_(self.progress.loss_sum * self.ranks.size)  # the mean over the ranks stays what it was
