@@ -28,7 +28,7 @@ from wds_train import manifest as manifests
 from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
 from wds_train.manifest import DatasetManifest, Index, Shard, Split
 from wds_train.order import permutation
-from wds_train.store import Store
+from wds_train.store import PART_BYTES, Store
 from wds_train.tario import (
     END_BYTES,
     SCHEMA,
@@ -88,36 +88,66 @@ class ShardDone:
     index: pa.Table
 
 
-def make_shard(task: ShardTask) -> ShardDone:
-    """Read, check and pack the images of one shard, upload it, confirm it, and record it."""
-    writer, notes, altered = ShardWriter(task.number), list[Note](), 0
-    warnings.filterwarnings("ignore", module="PIL")  # about odd EXIF, of which the orientation is all that is used
-    for row in task.rows.to_pylist():
-        origin = row["key"] if row["offset"] else row["path"]
+class Packing:
+    """The images of one shard, read, checked and packed while the shard's first bytes are already on their way."""
+
+    def __init__(self, task: ShardTask) -> None:
+        self.task = task
+        self.notes: list[Note] = []
+        self.altered = self.bytes = 0
+        self.digest = hashlib.sha256()
+        self.writer = ShardWriter(task.number)
+
+    def pieces(self) -> Iterator[bytearray]:
+        warnings.filterwarnings("ignore", module="PIL")  # about odd EXIF, of which the orientation is all that is used
+        for row in self.task.rows.to_pylist():
+            self._add(row)
+            if self.writer.waiting >= PART_BYTES:
+                yield self._hashed(self.writer.take())
+        yield self._hashed(self.writer.finish())
+
+    def _hashed(self, piece: bytearray) -> bytearray:
+        self.digest.update(piece)
+        self.bytes += len(piece)
+        return piece
+
+    def _add(self, row: dict[str, Any]) -> None:
+        split, origin = self.task.split, row["key"] if row["offset"] else row["path"]
         data = read_bytes(row["path"], row["offset"], row["length"])
         try:
-            image = check(data, task.policy)
+            image = check(data, self.task.policy)
         except DataError as error:
-            notes.append(Note(task.split, origin, "left out", str(error)))
-            continue
+            self.notes.append(Note(split, origin, "left out", str(error)))
+            return
         if image.oddity:
-            notes.append(Note(task.split, origin, "kept", image.oddity))
-        altered += image.altered
-        writer.add(Sample(row["key"], row["label"], image.data, image.extension, image.width, image.height))
-    samples, body = len(writer.rows), writer.finish()
-    shard = Shard(task.name, len(body), samples, hashlib.sha256(body).hexdigest())
-    tag = upload(task.store, task.name, body)
-    done = ShardDone(shard, task.split, task.number, tag, notes, altered, index_table(writer.rows))
+            self.notes.append(Note(split, origin, "kept", image.oddity))
+        self.altered += image.altered
+        self.writer.add(Sample(row["key"], row["label"], image.data, image.extension, image.width, image.height))
+
+
+def make_shard(task: ShardTask) -> ShardDone:
+    """Read, check, pack and upload the images of one shard, confirm it, and record it."""
+    try:
+        done = _make(task)
+    except NotFound:  # an answer was lost on the way; made again, it is the same
+        done = _make(task)
     task.store.write(task.record, _to_record(done, task.plan))
     return done
 
 
-def upload(store: Store, name: str, body: bytes | bytearray) -> str:
-    """Write the object and see that the store has all of it; its tag."""
-    tag = store.write(name, body)
-    if store.head(name) != (len(body), tag):
+def _make(task: ShardTask) -> ShardDone:
+    packing = Packing(task)
+    tag = task.store.write_pieces(task.name, packing.pieces())
+    confirm(task.store, task.name, packing.bytes, tag)
+    rows = packing.writer.rows
+    shard = Shard(task.name, packing.bytes, len(rows), packing.digest.hexdigest())
+    return ShardDone(shard, task.split, task.number, tag, packing.notes, packing.altered, index_table(rows))
+
+
+def confirm(store: Store, name: str, size: int, tag: str) -> None:
+    """See that the store has the object as it was written."""
+    if store.head(name) != (size, tag):
         raise StoreError(f"{store.url}/{name} is not what was uploaded; does something else write there? run again")
-    return tag
 
 
 def _to_record(done: ShardDone, plan: str) -> bytes:
@@ -264,7 +294,7 @@ class Conversion:
             return None
 
     def _put(self, name: str, body: bytes) -> Index:
-        upload(self.store, name, body)
+        confirm(self.store, name, len(body), self.store.write(name, body))
         return Index(name, len(body), hashlib.sha256(body).hexdigest())
 
 

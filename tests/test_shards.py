@@ -141,9 +141,10 @@ def test_the_s3_server_is_killed(
     monkeypatch.setenv("WDS_S3_PATIENCE", "1")
     url = "s3://embedded/datasets/x"
     for goal in (5, 30):
+        store = S3Store("embedded", "datasets/x")  # starts the server again
         process = start(folder, url, "--shard-mb", SHARD_MB, "--processes", "2")
-        while process.poll() is None and records(S3Store("embedded", "datasets/x")) < goal:
-            time.sleep(0.005)
+        while process.poll() is None and records(store) < goal:
+            time.sleep(0.002)
         devserver.stop()  # with SIGKILL
         _, error = process.communicate()
         assert process.returncode == 1 and b"S3 server" in error, error
@@ -305,7 +306,7 @@ def test_an_upload_that_does_not_hold_is_refused(folder: Path, tmp_path: Path, m
     store = LocalStore(tmp_path / "out")
     monkeypatch.setattr(LocalStore, "head", lambda *_: (5, "other"))
     with pytest.raises(StoreError, match=r"train/x\.tar is not what was uploaded"):
-        conversions.upload(store, "train/x.tar", b"abc")
+        conversions.confirm(store, "train/x.tar", 3, store.write("train/x.tar", b"abc"))
 
 
 def test_large_shards_go_in_parts_and_leave_none_behind(
