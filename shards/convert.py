@@ -13,7 +13,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.images import ImagePolicy, check
-from shards.source import Note, Source, read_bytes, report_json
+from shards.source import Note, Source, hold_out, read_bytes, report_json, take
 from wds_train import manifest as manifests
 from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
 from wds_train.manifest import DatasetManifest, Index, Shard, Split
@@ -36,7 +36,6 @@ from wds_train.tario import (
     ShardWriter,
     index_table,
     record_bytes,
-    to_array,
     to_numpy,
     write_index,
 )
@@ -48,11 +47,14 @@ OURS = re.compile(r"[a-z]+/(shard-\d{6}\.tar|index\.parquet)|report\.json|\.wip/
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the dataset's bytes besides its source. `shard_bytes`: a shard's size is at most this."""
+    """What decides the dataset's bytes besides its source. `shard_bytes`: a shard's size is at most this. `hold_out`: the
+    share of a source without `val` that becomes it.
+    """
 
     seed: int = 0
     shard_bytes: int = 128 << 20
     policy: ImagePolicy = field(default_factory=ImagePolicy)
+    hold_out: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -175,13 +177,19 @@ class Conversion:
     """One source on its way into one store. `plan` is what must be equal for two conversions to be the same."""
 
     def __init__(self, source: Source, store: Store, options: Options) -> None:
+        if options.hold_out:
+            if "train" not in source.splits or len(source.splits) > 1:
+                there = ", ".join(source.splits)
+                raise UsageError(f"{source.description} has {there}: nothing can be held out; leave --hold-out away")
+            source = hold_out(source, options.hold_out)
         self.source, self.store, self.options = source, store, options
         self.parts = {split: _cut(rows, split, options) for split, rows in source.splits.items()}
         self.plan: dict[str, Any] = {
             "source": source.description,
             "seed": options.seed,
             "image_policy": options.policy.to_json(),
-            "conversion": {"source_sha256": source.digest(), "shard_bytes": options.shard_bytes},
+            "conversion": {"source_sha256": source.digest(), "shard_bytes": options.shard_bytes}
+            | ({"hold_out": options.hold_out} if options.hold_out else {}),
         }
         self.digest = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
 
@@ -204,12 +212,12 @@ class Conversion:
             rows = stream.fetch(pa.concat_tables([self._rows(split, ids) for _, ids in group]), split)
             starts = np.cumsum([0] + [len(ids) for _, ids in group]).tolist()
             yield [  # take, not slice: a pickled slice carries the whole table
-                self._task(split, number, _take(rows, range(start, start + len(ids))))
+                self._task(split, number, take(rows, range(start, start + len(ids))))
                 for (number, ids), start in zip(group, starts[:-1], strict=True)
             ]
 
     def _rows(self, split: str, ids: np.ndarray) -> pa.Table:
-        return _take(self.source.splits[split], ids)
+        return take(self.source.splits[split], ids)
 
     def _size(self, split: str, ids: np.ndarray) -> int:
         return int(to_numpy(self.source.splits[split]["length"])[ids].sum())
@@ -316,10 +324,6 @@ def _cut(rows: pa.Table, split: str, options: Options) -> list[np.ndarray]:
         count += 1
 
 
-def _take(rows: pa.Table, ids: Sequence[int] | np.ndarray) -> pa.Table:
-    return rows.take(to_array(ids, pa.int64()))
-
-
 def _groups(
     missing: list[tuple[str, int, np.ndarray]], size: Callable[[str, np.ndarray], int], limit: int
 ) -> Iterator[tuple[str, list[tuple[int, np.ndarray]]]]:
@@ -340,8 +344,9 @@ def _groups(
 
 def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
     flat = [{**plan, **plan["image_policy"], **plan["conversion"]} for plan in (there, wanted)]
-    names = [n for n in flat[1] if not isinstance(flat[1][n], dict) and flat[0].get(n) != flat[1][n]]
-    return ", ".join(f"{name} was {flat[0].get(name)}, is now {flat[1][name]}" for name in names)
+    names = [n for n in flat[0] | flat[1] if n not in ("image_policy", "conversion")]
+    changes = [(name, *(plan.get(name) for plan in flat)) for name in names]
+    return ", ".join(f"{name} was {old}, is now {new}" for name, old, new in changes if old != new)
 
 
 def run_tasks(executor: Executor | None, tasks: Iterable[ShardTask], in_flight: int) -> Iterator[ShardDone]:
