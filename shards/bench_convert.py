@@ -3,8 +3,9 @@
     python -m shards.bench_convert FOLDER --litdata /path/to/venv/bin/python --images 3000 --processes 2
 
 FOLDER holds images anywhere below it; they are hard-linked into ten classes, over and over, until there are enough.
-litdata lives in an environment of its own, since it brings pins of its own. Time is that of the work alone, without
-starting Python; memory is the sum over all processes of the run, sampled.
+litdata lives in an environment of its own, since it brings pins of its own. Each converts a few images first, which is
+not measured: Python then has its bytecode. Time is that of the work alone, without starting Python; memory is the sum
+over all processes of the run, sampled.
 """
 
 import argparse
@@ -57,11 +58,14 @@ if __name__ == "__main__":
 
 
 class Run(NamedTuple):
-    """`cpu_seconds` and `peak_mib` are those of the tool's own processes, starting Python included."""
+    """`cpu_seconds` and `peak_mib` are those of the tool's own processes, starting Python included; `server_seconds` are
+    the CPU time of the S3 server meanwhile.
+    """
 
     seconds: float
     peak_mib: float
     cpu_seconds: float
+    server_seconds: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as work:
-        source = _link(args.folder, Path(work) / "images", args.images)
+        source, few = (_link(args.folder, Path(work) / name, n) for name, n in (("images", args.images), ("few", 40)))
         endpoint = ensure_running(Path(work) / "s3")
         environment = os.environ | {
             "AWS_ENDPOINT_URL": endpoint.url,
@@ -85,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             "AWS_DEFAULT_REGION": "us-east-1",
             "TMPDIR": work,
         }
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         # The real bucket's name, but not the one that always means the embedded server of this folder.
         subprocess.run(
             [sys.executable, "-c", "import boto3; boto3.client('s3').create_bucket(Bucket='bench')"],
@@ -94,12 +99,11 @@ def run(args: argparse.Namespace) -> int:
         tools = {"wds-train": (sys.executable, OURS)} | ({"litdata": (args.litdata, LITDATA)} if args.litdata else {})
         results: dict[str, list[Run]] = {name: [] for name in tools}
         try:
-            for repeat in range(args.repeats):
+            for repeat in range(-1, args.repeats):
                 for name, (python, script) in tools.items():
-                    url = f"s3://bench/{name}-{repeat}"
-                    results[name].append(
-                        _measure(python, script, [str(source), url, str(args.processes)], environment, Path(work))
-                    )
+                    arguments = [str(few if repeat < 0 else source), f"s3://bench/{name}{repeat}", str(args.processes)]
+                    measured = _measure(python, script, arguments, environment, Path(work))
+                    results[name] += [measured] * (repeat >= 0)
         finally:
             stop(Path(work) / "s3")
     _print(results, args)
@@ -127,7 +131,7 @@ def _measure(python: str, script: str, arguments: list[str], environment: dict[s
     """Run the script; the work's seconds as it prints them, the rest as seen from outside."""
     path = work / "bench_script.py"
     path.write_text(script)
-    command = [python, str(path), *arguments]
+    command, before = [python, str(path), *arguments], _server_seconds()
     with (work / "log").open("w+") as log:
         process = subprocess.Popen(
             command, env=environment | {"PYTHONPATH": str(Path.cwd())}, stdout=log, stderr=log, cwd=work
@@ -142,7 +146,16 @@ def _measure(python: str, script: str, arguments: list[str], environment: dict[s
     found = re.search(r"SECONDS ([0-9.]+)", text)
     if code or not found:
         raise WdsTrainError(f"{' '.join(command[:2])} failed with {code}:\n{text[-2000:]}")
-    return Run(float(found[1]), *most)
+    return Run(float(found[1]), most[0], most[1], _server_seconds() - before)
+
+
+def _server_seconds() -> float:
+    """CPU seconds of the S3 server: between the runs, it is this process's only child."""
+    return sum(_tree(pid)[1] for pid in _children(os.getpid()))
+
+
+def _children(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def _watch(process: "subprocess.Popen[bytes]", most: list[float]) -> None:
@@ -156,12 +169,12 @@ def _watch(process: "subprocess.Popen[bytes]", most: list[float]) -> None:
 def _tree(pid: int) -> tuple[float, float]:
     """Proportional set size (shared pages count once) and CPU seconds of a process and all below it, ended ones too."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        children = _children(pid)
         pss = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
     except OSError:
         return 0.0, 0.0
-    below = [_tree(int(child)) for child in children]
+    below = [_tree(child) for child in children]
     memory = int(pss[1]) / 1024 if pss else 0.0
     cpu = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     return memory + sum(part[0] for part in below), cpu + sum(part[1] for part in below)
@@ -173,6 +186,7 @@ def _print(results: dict[str, list[Run]], args: argparse.Namespace) -> None:
             "images_per_second": [round(args.images / run.seconds, 1) for run in runs],
             "median": round(statistics.median(args.images / run.seconds for run in runs), 1),
             "cpu_ms_per_image": round(statistics.median(run.cpu_seconds for run in runs) / args.images * 1000, 2),
+            "server_ms_per_image": round(statistics.median(run.server_seconds for run in runs) / args.images * 1000, 2),
             "peak_mib": round(max(run.peak_mib for run in runs)),
         }
         for name, runs in results.items()
@@ -183,11 +197,12 @@ def _print(results: dict[str, list[Run]], args: argparse.Namespace) -> None:
     print(f"{args.images} images, {args.processes} processes")
     for name, fact in facts.items():
         print(
-            f"{name:10} {fact['median']:8} img/s (of {fact['images_per_second']}), {fact['cpu_ms_per_image']} CPU ms/img, peak {fact['peak_mib']} MiB"
+            f"{name:10} {fact['median']:8} img/s (of {fact['images_per_second']}), {fact['cpu_ms_per_image']} CPU ms/img "
+            f"and the server's {fact['server_ms_per_image']}, peak {fact['peak_mib']} MiB"
         )
     if len(facts) == 2:
-        ours, theirs = (fact["median"] for fact in facts.values())
-        print(f"ratio      {ours / theirs:.1f}")
+        ratios = [theirs.seconds / ours.seconds for ours, theirs in zip(*results.values(), strict=True)]
+        print(f"ratio      {statistics.median(ratios):.2f} (of {[round(ratio, 2) for ratio in ratios]})")
 
 
 if __name__ == "__main__":

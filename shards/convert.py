@@ -13,7 +13,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,12 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.images import ImagePolicy, check
-from shards.source import Note, Source, read_bytes, report_json
+from shards.source import Note, Source, hold_out, read_bytes, report_json, take
 from wds_train import manifest as manifests
 from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
 from wds_train.manifest import DatasetManifest, Index, Shard, Split
 from wds_train.order import permutation
-from wds_train.store import Store
+from wds_train.store import PART_BYTES, Store
 from wds_train.tario import (
     END_BYTES,
     SCHEMA,
@@ -36,7 +36,6 @@ from wds_train.tario import (
     ShardWriter,
     index_table,
     record_bytes,
-    to_array,
     to_numpy,
     write_index,
 )
@@ -48,11 +47,14 @@ OURS = re.compile(r"[a-z]+/(shard-\d{6}\.tar|index\.parquet)|report\.json|\.wip/
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the dataset's bytes besides its source. `shard_bytes`: a shard's size is at most this."""
+    """What decides the dataset's bytes besides its source. `shard_bytes`: a shard's size is at most this. `hold_out`: the
+    share of a source without `val` that becomes it.
+    """
 
     seed: int = 0
     shard_bytes: int = 128 << 20
     policy: ImagePolicy = field(default_factory=ImagePolicy)
+    hold_out: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,36 +90,66 @@ class ShardDone:
     index: pa.Table
 
 
-def make_shard(task: ShardTask) -> ShardDone:
-    """Read, check and pack the images of one shard, upload it, confirm it, and record it."""
-    writer, notes, altered = ShardWriter(task.number), list[Note](), 0
-    warnings.filterwarnings("ignore", module="PIL")  # about odd EXIF, of which the orientation is all that is used
-    for row in task.rows.to_pylist():
-        origin = row["key"] if row["offset"] else row["path"]
+class Packing:
+    """The images of one shard, read, checked and packed while the shard's first bytes are already on their way."""
+
+    def __init__(self, task: ShardTask) -> None:
+        self.task = task
+        self.notes: list[Note] = []
+        self.altered = self.bytes = 0
+        self.digest = hashlib.sha256()
+        self.writer = ShardWriter(task.number)
+
+    def pieces(self) -> Iterator[bytearray]:
+        warnings.filterwarnings("ignore", module="PIL")  # about odd EXIF, of which the orientation is all that is used
+        for row in self.task.rows.to_pylist():
+            self._add(row)
+            if self.writer.waiting >= PART_BYTES:
+                yield self._hashed(self.writer.take())
+        yield self._hashed(self.writer.finish())
+
+    def _hashed(self, piece: bytearray) -> bytearray:
+        self.digest.update(piece)
+        self.bytes += len(piece)
+        return piece
+
+    def _add(self, row: dict[str, Any]) -> None:
+        split, origin = self.task.split, row["key"] if row["offset"] else row["path"]
         data = read_bytes(row["path"], row["offset"], row["length"])
         try:
-            image = check(data, task.policy)
+            image = check(data, self.task.policy)
         except DataError as error:
-            notes.append(Note(task.split, origin, "left out", str(error)))
-            continue
+            self.notes.append(Note(split, origin, "left out", str(error)))
+            return
         if image.oddity:
-            notes.append(Note(task.split, origin, "kept", image.oddity))
-        altered += image.altered
-        writer.add(Sample(row["key"], row["label"], image.data, image.extension, image.width, image.height))
-    samples, body = len(writer.rows), writer.finish()
-    shard = Shard(task.name, len(body), samples, hashlib.sha256(body).hexdigest())
-    tag = upload(task.store, task.name, body)
-    done = ShardDone(shard, task.split, task.number, tag, notes, altered, index_table(writer.rows))
+            self.notes.append(Note(split, origin, "kept", image.oddity))
+        self.altered += image.altered
+        self.writer.add(Sample(row["key"], row["label"], image.data, image.extension, image.width, image.height))
+
+
+def make_shard(task: ShardTask) -> ShardDone:
+    """Read, check, pack and upload the images of one shard, confirm it, and record it."""
+    try:
+        done = _make(task)
+    except NotFound:  # an answer was lost on the way; made again, it is the same
+        done = _make(task)
     task.store.write(task.record, _to_record(done, task.plan))
     return done
 
 
-def upload(store: Store, name: str, body: bytes | bytearray) -> str:
-    """Write the object and see that the store has all of it; its tag."""
-    tag = store.write(name, body)
-    if store.head(name) != (len(body), tag):
+def _make(task: ShardTask) -> ShardDone:
+    packing = Packing(task)
+    tag = task.store.write_pieces(task.name, packing.pieces())
+    confirm(task.store, task.name, packing.bytes, tag)
+    rows = packing.writer.rows
+    shard = Shard(task.name, packing.bytes, len(rows), packing.digest.hexdigest())
+    return ShardDone(shard, task.split, task.number, tag, packing.notes, packing.altered, index_table(rows))
+
+
+def confirm(store: Store, name: str, size: int, tag: str) -> None:
+    """See that the store has the object as it was written."""
+    if store.head(name) != (size, tag):
         raise StoreError(f"{store.url}/{name} is not what was uploaded; does something else write there? run again")
-    return tag
 
 
 def _to_record(done: ShardDone, plan: str) -> bytes:
@@ -145,13 +177,19 @@ class Conversion:
     """One source on its way into one store. `plan` is what must be equal for two conversions to be the same."""
 
     def __init__(self, source: Source, store: Store, options: Options) -> None:
+        if options.hold_out:
+            if "train" not in source.splits or len(source.splits) > 1:
+                there = ", ".join(source.splits)
+                raise UsageError(f"{source.description} has {there}: nothing can be held out; leave --hold-out away")
+            source = hold_out(source, options.hold_out)
         self.source, self.store, self.options = source, store, options
         self.parts = {split: _cut(rows, split, options) for split, rows in source.splits.items()}
         self.plan: dict[str, Any] = {
             "source": source.description,
             "seed": options.seed,
             "image_policy": options.policy.to_json(),
-            "conversion": {"source_sha256": source.digest(), "shard_bytes": options.shard_bytes},
+            "conversion": {"source_sha256": source.digest(), "shard_bytes": options.shard_bytes}
+            | ({"hold_out": options.hold_out} if options.hold_out else {}),
         }
         self.digest = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
 
@@ -174,12 +212,12 @@ class Conversion:
             rows = stream.fetch(pa.concat_tables([self._rows(split, ids) for _, ids in group]), split)
             starts = np.cumsum([0] + [len(ids) for _, ids in group]).tolist()
             yield [  # take, not slice: a pickled slice carries the whole table
-                self._task(split, number, _take(rows, range(start, start + len(ids))))
+                self._task(split, number, take(rows, range(start, start + len(ids))))
                 for (number, ids), start in zip(group, starts[:-1], strict=True)
             ]
 
     def _rows(self, split: str, ids: np.ndarray) -> pa.Table:
-        return _take(self.source.splits[split], ids)
+        return take(self.source.splits[split], ids)
 
     def _size(self, split: str, ids: np.ndarray) -> int:
         return int(to_numpy(self.source.splits[split]["length"])[ids].sum())
@@ -264,7 +302,7 @@ class Conversion:
             return None
 
     def _put(self, name: str, body: bytes) -> Index:
-        upload(self.store, name, body)
+        confirm(self.store, name, len(body), self.store.write(name, body))
         return Index(name, len(body), hashlib.sha256(body).hexdigest())
 
 
@@ -284,10 +322,6 @@ def _cut(rows: pa.Table, split: str, options: Options) -> list[np.ndarray]:
         if np.add.reduceat(records, np.concatenate([[0], cuts])).max() <= limit:
             return np.split(order, cuts)
         count += 1
-
-
-def _take(rows: pa.Table, ids: Sequence[int] | np.ndarray) -> pa.Table:
-    return rows.take(to_array(ids, pa.int64()))
 
 
 def _groups(
@@ -310,8 +344,9 @@ def _groups(
 
 def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
     flat = [{**plan, **plan["image_policy"], **plan["conversion"]} for plan in (there, wanted)]
-    names = [n for n in flat[1] if not isinstance(flat[1][n], dict) and flat[0].get(n) != flat[1][n]]
-    return ", ".join(f"{name} was {flat[0].get(name)}, is now {flat[1][name]}" for name in names)
+    names = [n for n in flat[0] | flat[1] if n not in ("image_policy", "conversion")]
+    changes = [(name, *(plan.get(name) for plan in flat)) for name in names]
+    return ", ".join(f"{name} was {old}, is now {new}" for name, old, new in changes if old != new)
 
 
 def run_tasks(executor: Executor | None, tasks: Iterable[ShardTask], in_flight: int) -> Iterator[ShardDone]:

@@ -3,14 +3,13 @@
 import time
 
 import numpy as np
-import pyarrow as pa
 
 from shards.convert import Conversion
 from shards.images import check
-from shards.source import read_bytes
+from shards.source import read_bytes, take
 from wds_train.errors import DataError
 from wds_train.order import permutation
-from wds_train.tario import record_bytes, to_array, to_numpy
+from wds_train.tario import record_bytes, to_numpy
 
 SAMPLED = 64
 # S3 Standard in us-east-1, first 50 TB, and a PUT (aws.amazon.com/s3/pricing).
@@ -39,7 +38,7 @@ def print_plan(conversion: Conversion, processes: int) -> None:
 def _try_out(conversion: Conversion) -> tuple[float, float]:
     """How much of an image's bytes is kept, and seconds per image, from a few images of the first split."""
     rows = next(iter(conversion.source.splits.values()))
-    chosen = rows.take(to_array(permutation(rows.num_rows, "dry run")[:SAMPLED], pa.int64())).to_pylist()
+    chosen = take(rows, permutation(rows.num_rows, "dry run")[:SAMPLED]).to_pylist()
     began, before, after = time.perf_counter(), 0, 0
     for row in chosen:
         if not row["path"]:  # a stream beyond the spool: its images are not here

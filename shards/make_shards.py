@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of samples that may be left out (%(default)s)",
     )
+    add(
+        "--hold-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of each class: the val split of a source that has none (%(default)s)",
+    )
     add("--processes", type=int, default=len(os.sched_getaffinity(0)), help="(%(default)s)")
     add("--executor", metavar="dask://HOST:PORT", help="make the shards on a Dask cluster that sees SOURCE")
     add("--spool", type=Path, help="local folder for images that come as a stream (.wds/spool)")
@@ -69,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         source = open_source(args.source, spool, args.form)
         conversion = Conversion(source, open_store(url), _options(args))
         _judge(source.notes, source.samples, args.max_bad)
+        if "val" not in conversion.parts:
+            print("there is no val split, which training needs: --hold-out 0.1 keeps a tenth of each class for one")
         if args.dry_run:
             print_plan(conversion, args.processes)
             return 0
@@ -92,6 +101,7 @@ def _check(args: argparse.Namespace) -> None:
         "--processes": args.processes < 1 and args.processes,
         "--quality": not 1 <= args.quality <= 100 and args.quality,
         "--resize-shorter": args.resize_shorter is not None and args.resize_shorter < 1 and args.resize_shorter,
+        "--hold-out": not 0 <= args.hold_out < 1 and args.hold_out,
         "--max-bad": not 0 <= args.max_bad < 1 and args.max_bad,
     }
     for flag, value in wrong.items():
@@ -100,7 +110,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    return Options(args.seed, int(args.shard_mb * MIB), ImagePolicy(args.resize_shorter, args.quality, args.verify))
+    policy = ImagePolicy(args.resize_shorter, args.quality, args.verify)
+    return Options(args.seed, int(args.shard_mb * MIB), policy, args.hold_out)
 
 
 def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Namespace) -> list[ShardDone]:

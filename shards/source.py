@@ -8,16 +8,17 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from wds_train.errors import AccessDenied, DataError
 from wds_train.manifest import ClassInfo
-from wds_train.tario import KEY_LENGTH, to_batch
+from wds_train.tario import KEY_LENGTH, to_array, to_batch, to_numpy
 
 if TYPE_CHECKING:
     from shards.stream import Stream
@@ -125,7 +126,8 @@ class SplitScan:
         self.seen = 0
 
     def note(self, origin: str | Path, what: str, cause: str) -> None:
-        self.notes.append(Note(self.split, str(origin), what, cause))
+        readable = str(origin).encode(errors="backslashreplace").decode()  # a name may be no UTF-8, which print refuses
+        self.notes.append(Note(self.split, readable, what, cause))
 
     def add_file(self, label: int, path: Path, name: str) -> bool:
         """Add the image at `path`, whose key comes from `name`, or note why not; whether it was added."""
@@ -148,6 +150,8 @@ class SplitScan:
             self.note(origin, "left out", f"not an image that shards hold ({suffix or 'no extension'})")
         elif length == 0:
             self.note(origin, "left out", "zero bytes")
+        elif any("\udc80" <= letter <= "\udcff" for letter in path):  # os.fsdecode's mark for bytes that are no UTF-8
+            self.note(origin, "left out", "its name is not UTF-8; rename it")
         else:
             self.rows.add(key_of(name[: -len(suffix)]), label, path, offset, length)
             return True
@@ -163,6 +167,27 @@ def from_scans(description: str, classes: tuple[ClassInfo, ...], scans: Sequence
         [note for scan in scans for note in scan.notes],
         "".join(scan.stamp.hexdigest() for scan in scans),
     )
+
+
+def hold_out(source: Source, share: float) -> Source:
+    """`source`, all of which is one split, with `share` of each class as `val`: the samples whose keys' hashes are the
+    lowest, at least one, and never the class's only one. Neither the machine nor the seed of the shuffle matters.
+    """
+    rows = source.splits["train"]
+    keys, labels = rows["key"].to_pylist(), to_numpy(rows["label"])
+    hashes = np.array([hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]).view(">u8")
+    order, counts = np.lexsort((hashes, labels)), np.bincount(labels)
+    place = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)  # in its class, in `order`
+    wanted = np.minimum(np.maximum(np.round(share * counts), 1), counts - 1)
+    held = np.zeros(len(keys), bool)
+    held[order] = place < np.repeat(wanted, counts)
+    parts = {split: take(rows, np.flatnonzero(held == (split == "val"))) for split in ("train", "val")}
+    stream = source.stream and source.stream.held_out({key for key, is_held in zip(keys, held, strict=True) if is_held})
+    return replace(source, splits=parts, stream=stream)
+
+
+def take(rows: pa.Table, ids: Sequence[int] | np.ndarray) -> pa.Table:
+    return rows.take(to_array(ids, pa.int64()))
 
 
 def split_word(name: str) -> str:

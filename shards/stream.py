@@ -34,6 +34,15 @@ class Stream:
     read: Callable[[], Iterator[Item]]
     spool: Spool
 
+    def held_out(self, keys: set[str]) -> "Stream":
+        """This stream, its samples of `keys` in `val` and the others in `train`."""
+
+        def read() -> Iterator[Item]:
+            for item in self.read():
+                yield item._replace(split="val" if key_of(item.name) in keys else "train")
+
+        return Stream(read, self.spool)
+
     def fetch(self, wanted: pa.Table, split: str) -> pa.Table:
         """`wanted`, rows of `split`, with the places in the spool where their images now lie."""
         sizes = dict(zip(wanted["key"].to_pylist(), wanted["length"].to_pylist(), strict=True))

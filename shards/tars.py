@@ -41,16 +41,16 @@ def is_safe(found: SplitScan, origin: str, member: Member) -> bool:
 
 
 class WdsSample:
-    """Adjacent members of one key: where its image lies, and its label."""
+    """Adjacent members of one key: where its image lies, and its label. `where` begins error messages."""
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self, key: str, where: str = "") -> None:
+        self.key, self.where = key, where
         self.members: dict[str, Member] = {}
 
     def add(self, member: Member) -> None:
         extension = member.name.removeprefix(f"{self.key}.").lower()
         if extension in self.members:
-            raise DataError(f"the sample {self.key!r} has two members {extension!r}")
+            raise DataError(f"{self.where}the sample {self.key!r} has two members {extension!r}")
         self.members[extension] = member
 
     @property
@@ -73,7 +73,7 @@ class WdsSample:
         return value
 
 
-def group(plain: Iterator[Member]) -> Iterator[WdsSample]:
+def group(plain: Iterator[Member], where: str = "") -> Iterator[WdsSample]:
     """Members in a row whose names are equal up to the first dot of the base name: webdataset's rule."""
     sample: WdsSample | None = None
     for member in plain:
@@ -82,7 +82,7 @@ def group(plain: Iterator[Member]) -> Iterator[WdsSample]:
         if sample is None or sample.key != key:
             if sample is not None:
                 yield sample
-            sample = WdsSample(key)
+            sample = WdsSample(key, where)
         sample.add(member)
     if sample is not None:
         yield sample
@@ -113,7 +113,8 @@ def _scan_wds(found: SplitScan, path: Path) -> None:
     def read(offset: int, length: int) -> bytes:
         return read_bytes(str(path), offset, length)
 
-    for sample in group(member for member in tar_members(path) if is_safe(found, str(path), member)):
+    plain = (member for member in tar_members(path) if is_safe(found, str(path), member))
+    for sample in group(plain, f"{path}: "):
         origin = f"{path}: {sample.key}"
         others.update(name for name in sample.members if name not in (*IMAGE_EXTENSIONS, "cls", "json"))
         try:

@@ -19,7 +19,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 def prepare() -> None:
     """Start what workers come from, so that it is ready when they are needed."""
-    CONTEXT.set_forkserver_preload(["shards.make_shards"])  # what the main module imports, too: workers load that again
+    # All that the main module imports, since workers import that again; but not itself, of which runpy would warn.
+    CONTEXT.set_forkserver_preload(["shards.convert", "shards.index", "shards.sources", "tqdm"])
     forkserver.ensure_running()
 
 

@@ -1,5 +1,6 @@
 """Conversion: the same bytes whatever happens on the way, and nothing in the store that the manifest does not name."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import layouts
@@ -17,6 +19,7 @@ import pandas
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from fault_proxy import FaultProxy
 from PIL import Image
 
 from shards import convert as conversions
@@ -25,7 +28,7 @@ from shards.make_shards import main
 from wds_train import devserver, tario
 from wds_train.audit import verify
 from wds_train.dataset import Dataset
-from wds_train.errors import DataError, StoreError
+from wds_train.errors import DataError, NotFound, StoreError
 from wds_train.manifest import DatasetManifest
 from wds_train.store import LocalStore, S3Store, Store, open_store
 
@@ -141,9 +144,10 @@ def test_the_s3_server_is_killed(
     monkeypatch.setenv("WDS_S3_PATIENCE", "1")
     url = "s3://embedded/datasets/x"
     for goal in (5, 30):
+        store = S3Store("embedded", "datasets/x")  # starts the server again
         process = start(folder, url, "--shard-mb", SHARD_MB, "--processes", "2")
-        while process.poll() is None and records(S3Store("embedded", "datasets/x")) < goal:
-            time.sleep(0.005)
+        while process.poll() is None and records(store) < goal:
+            time.sleep(0.002)
         devserver.stop()  # with SIGKILL
         _, error = process.communicate()
         assert process.returncode == 1 and b"S3 server" in error, error
@@ -305,7 +309,7 @@ def test_an_upload_that_does_not_hold_is_refused(folder: Path, tmp_path: Path, m
     store = LocalStore(tmp_path / "out")
     monkeypatch.setattr(LocalStore, "head", lambda *_: (5, "other"))
     with pytest.raises(StoreError, match=r"train/x\.tar is not what was uploaded"):
-        conversions.upload(store, "train/x.tar", b"abc")
+        conversions.confirm(store, "train/x.tar", 3, store.write("train/x.tar", b"abc"))
 
 
 def test_large_shards_go_in_parts_and_leave_none_behind(
@@ -326,6 +330,128 @@ def test_large_shards_go_in_parts_and_leave_none_behind(
     assert "Uploads" not in store.client.list_multipart_uploads(Bucket=store.bucket)
 
 
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """66 JPEGs of 1 MiB, most of which lies behind the picture: two shards of two parts and a bit."""
+    source, noise = tmp_path / "large" / "class", random.Random(3)
+    source.mkdir(parents=True)
+    for n in range(66):
+        photo = layouts.photos()[n % 24]
+        (source / f"{n:02d}.jpg").write_bytes(photo + noise.randbytes((1 << 20) - len(photo)))
+    return source.parent
+
+
+def parts_under_way(store: S3Store) -> dict[str, int]:
+    """How many parts are there of every multipart upload that is neither complete nor aborted."""
+    uploads = store.client.list_multipart_uploads(Bucket=store.bucket).get("Uploads", ())
+    found = {}
+    for upload in uploads:
+        where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+        with contextlib.suppress(store.client.exceptions.ClientError):  # it is complete by now
+            answer = store.client.list_parts(Bucket=store.bucket, **where)  # type: ignore[arg-type]
+            found[upload["UploadId"]] = len(answer.get("Parts", ()))
+    return found
+
+
+def test_killed_between_the_parts_of_an_upload(
+    large: Path, tmp_path: Path, fault_proxy: FaultProxy, s3_url: str
+) -> None:
+    assert run(large, tmp_path / "unbroken", "--shard-mb", "36") == 0
+    unbroken = content(LocalStore(tmp_path / "unbroken"))
+    assert sum(name.endswith(".tar") for name in unbroken) == 2
+    store, seen = open_store(s3_url), set[str]()
+    assert isinstance(store, S3Store)
+    # Parts that are refused at times, and sent again, so that there is a while between the first and the last.
+    refused = fault_proxy.fail("status", method="PUT", key="shard-", share=0.7, times=1e9)
+    for processes in ("1", "2", "2"):
+        process = start(large, s3_url, "--shard-mb", "36", "--processes", processes)
+        while process.poll() is None and not any(
+            parts for upload, parts in parts_under_way(store).items() if upload not in seen
+        ):
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        left = {upload: parts for upload, parts in parts_under_way(store).items() if upload not in seen}
+        assert any(0 < parts < 3 for parts in left.values()), "it was not killed within an upload"
+        seen |= left.keys()
+    refused.times = 0
+    assert run(large, s3_url, "--shard-mb", "36", processes=2) == 0
+    assert content(store) == unbroken
+    assert content(store).keys() == named(store)
+    assert not parts_under_way(store)
+
+
+def test_an_image_that_vanishes_in_the_middle_of_an_upload(
+    large: Path, s3_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts that are there by then are dropped, and so is the file that a directory would get."""
+    store, reads, real = open_store(s3_url), [0], conversions.read_bytes
+    assert isinstance(store, S3Store)
+
+    def vanishing(path: str, offset: int, length: int) -> bytes:
+        reads[0] += 1
+        if reads[0] % 60 == 0:  # three parts are under way
+            raise DataError(f"{path} cannot be read")
+        return real(path, offset, length)
+
+    monkeypatch.setattr(conversions, "read_bytes", vanishing)
+    for place in (s3_url, large.parent / "local"):
+        assert run(large, place, "--shard-mb", "80") == 1
+        assert "cannot be read" in capsys.readouterr().err
+        assert [entry.key for entry in open_store(str(place)).list()] == [".wip/plan.json"]
+    assert not parts_under_way(store)
+    assert not list((large.parent / "local").rglob(".tmp-*"))
+
+
+def test_the_answer_to_an_upload_is_lost(
+    folder: Path, unbroken: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWS knows an upload no more once it is complete, and answers the second try at completing it with a 404."""
+    real, lost = LocalStore.write_pieces, list[str]()
+
+    def answers_late(store: LocalStore, key: str, pieces: Iterator[bytes]) -> str:
+        tag = real(store, key, pieces)
+        if key.endswith("0.tar") and key not in lost:
+            lost.append(key)
+            raise NotFound(f"{key} has no such upload")
+        return tag
+
+    monkeypatch.setattr(LocalStore, "write_pieces", answers_late)
+    assert run(folder, tmp_path / "out", "--shard-mb", SHARD_MB) == 0
+    assert len(lost) > 5 and content(LocalStore(tmp_path / "out")) == unbroken
+
+
+def peak_memory(source: Path, out: str) -> float:
+    """The most resident memory in MiB that a conversion with two processes had: the sum of all its processes' peaks."""
+    process, peaks = start(source, out, "--shard-mb", "4", "--processes", "2"), dict[int, int]()
+    while process.poll() is None:
+        for pid in {process.pid} | below(process.pid):
+            with contextlib.suppress(OSError, IndexError):  # it has ended
+                peaks[pid] = int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0])
+        time.sleep(0.005)
+    assert process.returncode == 0
+    return sum(peaks.values()) / 1024
+
+
+def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, s3_url: str) -> None:
+    """Six times the images, 75 MiB more of them: room enough for a conversion that kept what it has read."""
+    image = layouts.photos()[0] + random.Random(5).randbytes(100 << 10)
+    for name, count in (("small", 150), ("large", 900)):
+        (tmp_path / name / "class").mkdir(parents=True)
+        for n in range(count):
+            (tmp_path / name / "class" / f"{n:03d}.jpg").write_bytes(image)
+    small, large = (peak_memory(tmp_path / name, f"{s3_url}/{name}") for name in ("small", "large"))
+    assert large - small < 25, (small, large)
+
+
+def test_pandas_stays_out_of_conversions(tmp_path: Path) -> None:
+    """Importing it takes each process longer than anything else; pyarrow does so where it is given Python values."""
+    source = layouts.image_folder(tmp_path / "folder", layouts.small_tree())
+    code = "import sys; from shards.make_shards import main; assert main() == 0; assert 'pandas' not in sys.modules"
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), "--processes", "1"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def test_dry_run_writes_nothing(folder: Path, s3_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, s3_url, "--shard-mb", SHARD_MB, "--dry-run") == 0
     output = capsys.readouterr().out
@@ -333,7 +459,9 @@ def test_dry_run_writes_nothing(folder: Path, s3_url: str, capsys: pytest.Captur
     assert not list(open_store(s3_url).list())
 
 
-@pytest.mark.parametrize("flag", ["--shard-mb", "--processes", "--quality", "--resize-shorter", "--max-bad"])
+@pytest.mark.parametrize(
+    "flag", ["--hold-out", "--shard-mb", "--processes", "--quality", "--resize-shorter", "--max-bad"]
+)
 def test_settings_that_cannot_work(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, sys.argv = sys.argv, ["make_shards", "digits", str(tmp_path / "out"), flag, "-3"]
     try:

@@ -1,5 +1,6 @@
 """Every kind of source, as it is really laid out, ends in the same samples; what is wrong with one is named."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -8,8 +9,10 @@ import pickle
 import struct
 import sys
 import tarfile
+import tempfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import layouts
@@ -24,6 +27,7 @@ from shards.make_shards import main
 from shards.source import KEY_LENGTH, key_of, read_bytes
 from shards.sources import name_of, open_source
 from shards.spool import Spool
+from shards.tars import tar_members
 from wds_train.dataset import Dataset
 from wds_train.errors import AccessDenied, DataError, UsageError
 from wds_train.store import LocalStore
@@ -346,6 +350,14 @@ def test_names_of_all_kinds_become_keys(folder: Path, capsys: pytest.CaptureFixt
     assert f"{layouts.WNIDS[0]}/sub/deep/file" in keys and f"{layouts.WNIDS[0]}/a_b" in keys
 
 
+def test_a_name_that_is_no_utf8_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = os.fsencode(folder / "train" / layouts.WNIDS[0]) + b"/caf\xe9.jpg"
+    Path(os.fsdecode(bad)).write_bytes(layouts.photos()[7])
+    assert "caf\\udce9.jpg: its name is not UTF-8; rename it" in fails(capsys, folder)
+    convert(capsys, folder, folder.parent / "out", "--max-bad", "0.1")
+    assert samples(folder.parent / "out") == expected(layouts.small_tree())
+
+
 def test_keys_differ_where_names_do() -> None:
     names = ["a b", "a_b", "a.b", "a-b", "a/b", "a//b", "ä", "ö", "", "x" * 200, "x" * 201, "/".join("y" * 60)]
     keys = [key_of("class", name) for name in names]
@@ -390,6 +402,105 @@ def test_no_permission_is_named_whoever_runs_the_tests(folder: Path, monkeypatch
     monkeypatch.setattr(os, "scandir", denied)
     with Spool(folder.parent, "x") as spool, pytest.raises(AccessDenied, match=f"no permission to list {folder}/train"):
         open_source(str(folder), spool, "imagefolder")
+
+
+def test_no_permission_for_an_image_or_a_tar(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as open_to_all:
+        Path(open_to_all).chmod(0o755)
+        path = Path(open_to_all) / "some.tar"
+        path.write_bytes(layouts.photos()[0])
+        path.chmod(0)
+        with unprivileged():
+            with pytest.raises(AccessDenied, match=f"no permission to read {path}; check its owner and mode"):
+                read_bytes(str(path), 0, 1)
+            with pytest.raises(AccessDenied, match=f"no permission to read {path}; check its owner and mode"):
+                list(tar_members(path))
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """As somebody whom files of mode 0 refuse: root is not one."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_classes_that_train_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = layouts.small_tree()
+    root = layouts.ilsvrc(tmp_path / "tars", tree, devkit=False)
+    wnids = ["n09999999", *(wnid for wnid, _, _ in layouts._numbered(tree))][:9]
+    (root / "imagenet_2012_validation_synset_labels.txt").write_text("\n".join(wnids))
+    assert "the ground truth names the class 'n09999999', which train lacks" in fails(capsys, root)
+    root = layouts.kaggle(tmp_path / "kaggle", tree)
+    solution = root / "LOC_val_solution.csv"
+    solution.write_text(solution.read_text().replace(",n01440764", ",n09999999"))
+    assert "the LOC_val_solution.csv names the class 'n09999999', which train lacks" in fails(capsys, root)
+
+
+def test_kaggle_images_and_lines_that_have_no_counterpart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = layouts.kaggle(tmp_path / "kaggle", layouts.small_tree())
+    val = root / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    (val / "ILSVRC2012_val_00000001.JPEG").rename(val / "unknown.JPEG")
+    output = fails(capsys, root)
+    assert "unknown.JPEG: LOC_val_solution.csv does not name it" in output
+    assert "ILSVRC2012_val_00000001: LOC_val_solution.csv names it, but it is not there" in output
+    (root / "LOC_val_solution.csv").unlink()
+    assert "LOC_val_solution.csv is missing" in fails(capsys, root)
+
+
+def test_duplicate_keys_in_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo, twice = layouts.photos()[0], tmp_path / "twice"
+    twice.mkdir()
+    sample = [(tarfile.TarInfo("a.cls"), b"0"), (tarfile.TarInfo("a.jpg"), photo)]
+    for name in ("one.tar", "two.tar"):
+        _tar(twice / name, sample)
+    output = fails(capsys, twice)
+    assert f"{twice}/one.tar at " in output and f"{twice}/two.tar at " in output and "same key 'a'" in output
+    path = _tar(tmp_path / "members.tar", [*sample, (tarfile.TarInfo("a.jpg"), photo)])
+    assert f"{path}: the sample 'a' has two members 'jpg'" in fails(capsys, path)
+
+
+@pytest.mark.parametrize("layout", ["save_to_disk", "parquet"])
+def test_images_that_are_missing_in_a_table(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = layouts.small_tree()
+    tree["train"][layouts.WNIDS[0]][2] = ("gone.JPEG", b"")
+    root = getattr(layouts, layout)(tmp_path / layout, tree)
+    assert "00000002: zero bytes" in fails(capsys, root)
+
+
+@pytest.mark.parametrize("layout", ["flat", "parquet", "streamed"])
+def test_a_share_is_held_out(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree: layouts.Tree = {"train": layouts.small_tree()["train"]}
+    tree["train"]["n09999999"] = [("only.jpg", layouts.photos()[23])]
+    root = layouts.image_folder(tmp_path / "folder", tree) / "train"
+    arguments: list[str | Path] = ["--hold-out", "0.4", "--shard-mb", "0.01"]
+    if layout != "flat":
+        root = layouts.parquet(tmp_path / "parquet", tree)
+        arguments += ["--spool-gb", "0.000012"] if layout == "streamed" else []
+    output = convert(capsys, root, tmp_path / "none")
+    assert "there is no val split, which training needs: --hold-out 0.1" in output
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        output = convert(capsys, root, tmp_path / name, *arguments, "--seed", seed)
+        assert "no val split" not in output
+    found = samples(tmp_path / "a")
+    assert found["train"] + found["val"] == expected(tree)["train"]
+    by_class = Counter(wnid for wnid, _ in found["val"].elements())
+    assert by_class == dict.fromkeys(layouts.WNIDS, 2)  # of five; the only one of a class is for training
+    assert samples(tmp_path / "b") == samples(tmp_path / "c") == found
+    made = Dataset.open(str(tmp_path / "a")).manifest
+    assert made == Dataset.open(str(tmp_path / "b")).manifest and made.conversion["hold_out"] == 0.4
+    code, output = command(capsys, root, tmp_path / "a", "--shard-mb", "0.01")
+    assert code == 2 and "hold_out was 0.4, is now None" in output
+
+
+def test_nothing_is_held_out_of_a_source_with_val(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "folder has train, val: nothing can be held out; leave --hold-out away" in fails(
+        capsys, folder, "--hold-out", "0.1"
+    )
 
 
 def test_labels_outside_the_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

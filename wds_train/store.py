@@ -14,6 +14,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import mmap
 import os
 import random
@@ -21,8 +22,9 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 from urllib.parse import urlsplit
@@ -100,6 +102,12 @@ class Store(Protocol):
     def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Store `body` and return its tag; `Conflict` when the condition does not hold, nor the object hold `body`."""
 
+    def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
+        """Store `pieces` as one object and return its tag. The next is asked for while others are on their way, of which
+        there are `UPLOAD_THREADS` at most; each but the last takes `PART_BYTES` or more. What asking for one raises
+        passes through, and nothing is stored. `NotFound` when an answer was lost and it is unknown what became of it.
+        """
+
     def upload(self, key: str, path: Path) -> None:
         """Store a file; the object appears whole or not at all."""
 
@@ -169,8 +177,20 @@ class LocalStore:
                 if found != tag:
                     raise Conflict(f"{self.url}/{key} was written by another writer")
             else:
-                _replace(path, file, body)
+                _replace(path, file, [body])
         return tag
+
+    def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
+        digest, path = hashlib.sha256(), self._path(key)
+
+        def hashed() -> Iterator[Body]:
+            for piece in pieces:
+                digest.update(piece)
+                yield piece
+
+        with self._translated(key), _locked(path.with_name(UNFINISHED + path.name)) as file:
+            _replace(path, file, hashed())
+        return digest.hexdigest()
 
     def upload(self, key: str, path: Path) -> None:
         self.write(key, _contents(path))
@@ -252,9 +272,9 @@ def _names(path: Path, file: BinaryIO) -> bool:
         return False
 
 
-def _replace(path: Path, file: BinaryIO, body: Body) -> None:
-    """Put `body` at `path` by way of `file`, a file beside it."""
-    file.write(body)
+def _replace(path: Path, file: BinaryIO, pieces: Iterable[Body]) -> None:
+    """Put `pieces` at `path` by way of `file`, a file beside it."""
+    file.writelines(pieces)
     file.flush()
     os.fsync(file.fileno())  # before the rename, or a power cut leaves `path` empty
     Path(file.name).replace(path)
@@ -305,13 +325,21 @@ class S3Store:
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
         try:
             if len(body) > PART_BYTES:
-                return self._write_parts(key, memoryview(body), condition)
+                whole = memoryview(body)
+                starts = range(0, len(body), PART_BYTES)
+                return self._write_parts(key, (whole[start : start + PART_BYTES] for start in starts), condition)
             return self._send("put_object", key, body, **condition)["ETag"]
         except (Conflict, NotFound) as error:
             tag = self._tag_of(key, memoryview(body))
             if tag is None:
                 raise Conflict(f"{self.url}/{key} was written by another writer") from error
             return tag
+
+    def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
+        first, second = next(pieces, b""), next(pieces, None)
+        if second is None:
+            return self.write(key, first)
+        return self._write_parts(key, itertools.chain((first, second), pieces), {})
 
     def upload(self, key: str, path: Path) -> None:
         self.write(key, _contents(path))
@@ -405,21 +433,14 @@ class S3Store:
             self._signed[where["Key"]] = url, time.monotonic()
         return url
 
-    def _write_parts(self, key: str, body: memoryview, condition: dict[str, str]) -> str:
+    def _write_parts(self, key: str, pieces: Iterable[Body], condition: dict[str, str]) -> str:
         """A multipart upload: nothing is visible before its end, and nothing remains of one that failed."""
         where = {"Key": self._key(key)}
         upload = where | {
             "UploadId": self._ask("create_multipart_upload", key, **where, ChecksumAlgorithm="CRC32")["UploadId"]
         }
-
-        def send(part: int) -> dict[str, Any]:
-            piece = body[(part - 1) * PART_BYTES :][:PART_BYTES]
-            answer = self._send("upload_part", key, piece, UploadId=upload["UploadId"], PartNumber=part)
-            return {"PartNumber": part, "ETag": answer["ETag"], "ChecksumCRC32": answer["ChecksumCRC32"]}
-
         try:
-            with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-                parts = list(pool.map(send, range(1, -(-len(body) // PART_BYTES) + 1)))
+            size, parts = self._send_parts(key, pieces, upload["UploadId"])
             tag = self._ask("complete_multipart_upload", key, **upload, MultipartUpload={"Parts": parts}, **condition)[
                 "ETag"
             ]
@@ -429,14 +450,30 @@ class S3Store:
                 self.client.abort_multipart_upload(Bucket=self.bucket, **upload)
             raise
         stored = self.head(key)
-        if stored[1] == tag and stored[0] != len(body):
-            raise StoreError(f"{self.url}/{key}: {len(body)} bytes were sent, but {stored[0]} stored")
+        if stored[1] == tag and stored[0] != size:
+            raise StoreError(f"{self.url}/{key}: {size} bytes were sent, but {stored[0]} stored")
         return tag
+
+    def _send_parts(self, key: str, pieces: Iterable[Body], upload: str) -> tuple[int, Sequence[Any]]:
+        """Send the parts of a multipart upload; their size in bytes together, and what completes it."""
+
+        def send(part: int, piece: Body) -> dict[str, Any]:
+            answer = self._send("upload_part", key, piece, UploadId=upload, PartNumber=part)
+            return {"PartNumber": part, "ETag": answer["ETag"], "ChecksumCRC32": answer["ChecksumCRC32"]}
+
+        size, parts, pending = 0, [], deque[Future[dict[str, Any]]]()
+        with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
+            for part, piece in enumerate(pieces, 1):
+                size += len(piece)
+                pending.append(pool.submit(send, part, piece))
+                if len(pending) == UPLOAD_THREADS:
+                    parts.append(pending.popleft().result())
+            return size, parts + [future.result() for future in pending]
 
     def _send(self, verb: str, key: str, body: Body, **details: Any) -> dict[str, Any]:
         """Send `body` with its checksum, which the server compares, and answers if it stores it."""
-        crc = _crc32(body)
-        answer = self._ask(verb, key, Key=self._key(key), Body=bytes(body), ChecksumCRC32=crc, **details)
+        crc, content = _crc32(body), bytes(body) if isinstance(body, memoryview) else body
+        answer = self._ask(verb, key, Key=self._key(key), Body=content, ChecksumCRC32=crc, **details)
         if answer.get("ChecksumCRC32", crc) != crc:
             raise StoreError(f"{self.url}/{key}: the S3 server stored other bytes than it was sent")
         return answer | {"ChecksumCRC32": crc}

@@ -59,12 +59,13 @@ class Sample:
 
 
 class ShardWriter:
-    """Builds one shard in memory, and its index rows."""
+    """Builds one shard, and its index rows. `take` and `finish` hand over its bytes, piece by piece or all at once."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.rows: list[dict[str, Any]] = []
         self._buffer = bytearray()
+        self._taken = 0
 
     def add(self, sample: Sample) -> None:
         if not KEY.fullmatch(sample.key) or len(sample.key) > KEY_LENGTH:
@@ -73,13 +74,13 @@ class ShardWriter:
             )
         start = len(self._buffer)
         self._member(f"{sample.key}.cls", str(sample.label).encode())
-        data_offset = self._member(f"{sample.key}.{sample.extension}", sample.image)
+        data_start = self._member(f"{sample.key}.{sample.extension}", sample.image)
         self.rows.append(
             {
                 "shard": self.number,
-                "offset": start,
+                "offset": self._taken + start,
                 "length": len(self._buffer) - start,
-                "data_offset": data_offset,
+                "data_offset": self._taken + data_start,
                 "data_length": len(sample.image),
                 "label": sample.label,
                 "key": sample.key,
@@ -89,17 +90,28 @@ class ShardWriter:
             }
         )
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that were not taken yet."""
+        return len(self._buffer)
+
+    def take(self) -> bytearray:
+        """The shard's bytes since the last call, which end with a sample."""
+        taken, self._buffer = self._buffer, bytearray()
+        self._taken += len(taken)
+        return taken
+
     def finish(self) -> bytearray:
-        """The shard's bytes, with the two zero blocks that end a tar; nothing can be added after."""
+        """The last of the shard's bytes, with the two zero blocks that end a tar; nothing can be added after."""
         self._buffer += bytes(END_BYTES)
-        return self._buffer
+        return self.take()
 
     def _member(self, name: str, data: bytes) -> int:
         self._buffer += _ustar_header(name.encode(), len(data))
-        data_offset = len(self._buffer)
+        data_start = len(self._buffer)
         self._buffer += data
         self._buffer += bytes(-len(data) % TAR_BLOCK)
-        return data_offset
+        return data_start
 
 
 # tarfile's own header of a file of mode 644 with no time, owner or name of this machine: what is not filled in below.
