@@ -1,6 +1,7 @@
 """The run protocol on both stores: one writer, manifest last, damaged checkpoints passed over by name."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,27 @@ def test_a_newer_claim_ends_the_older_ones_writing(store: Store, said: list[str]
         old.wait()
     assert store.read(states.NAME) == manifest
     assert Run.claim(store, FRESH, said.append).restore(said.append).progress.step == 2  # type: ignore[union-attr]
+
+
+def test_an_owner_that_lives_is_waited_for_however_long(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It commits nothing for several leases, and only renews."""
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(leases, "is_gone", lambda owner: False)
+    store, end = open_store(str(tmp_path / "run")), time.monotonic() + 5
+    owner = Run.claim(store, FRESH, said.append)
+    owner.start_renewing()
+
+    def pause(seconds: float) -> None:
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(seconds)
+
+    with pytest.raises(TimeoutError):
+        Run.claim(store, FRESH, said.append, pause=pause)
+    owner.end("interrupted")
+    assert Run.claim(store, FRESH, said.append, pause=pause).manifest.fence == 2  # given up: at once
 
 
 def test_only_named_objects_are_kept(store: Store, said: list[str]) -> None:
