@@ -1,10 +1,12 @@
 """The run protocol on both stores: one writer, manifest last, damaged checkpoints passed over by name."""
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +60,33 @@ def test_what_is_committed_is_restored(store: Store, said: list[str]) -> None:
     assert restored.progress == Progress(2, evaluated=2)
     assert [record["step"] for record in later.history()] == [1, 2]
     assert (later.manifest.fence, said) == (2, [])
+
+
+def test_a_commit_names_its_own_records_and_no_later_ones(
+    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later one's would be logged twice, were this one the last before a kill."""
+    passed, write = threading.Semaphore(0), store.write
+
+    def held(key: str, *arguments: Any, **named: Any) -> str:
+        if key.startswith("ckpt/"):
+            passed.acquire()
+        return write(key, *arguments, **named)
+
+    monkeypatch.setattr(store, "write", held)
+    run = Run.claim(store, FRESH, said.append)
+    run.commit(snapshot(1), {}, [{"step": 1}])
+    run.commit(snapshot(2), {}, [{"step": 2}])  # the next, while the first is under way
+    for step in (3, 4):
+        passed.release()
+        run.commit(snapshot(step), {}, [{"step": step}])
+        while len(run.manifest.checkpoints) < 1 or run.manifest.checkpoints[-1].progress.step < step - 2:
+            time.sleep(0.01)
+        assert [record["step"] for record in run.history()] == list(range(1, step - 1))
+    for _ in range(2):
+        passed.release()
+    run.wait()
+    assert [record["step"] for record in run.history()] == [1, 2, 3, 4]
 
 
 def test_a_newer_claim_ends_the_older_ones_writing(store: Store, said: list[str]) -> None:
