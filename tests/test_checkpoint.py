@@ -1,9 +1,12 @@
 """The run protocol on both stores: one writer, manifest last, damaged checkpoints passed over by name."""
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +62,33 @@ def test_what_is_committed_is_restored(store: Store, said: list[str]) -> None:
     assert (later.manifest.fence, said) == (2, [])
 
 
+def test_a_commit_names_its_own_records_and_no_later_ones(
+    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later one's would be logged twice, were this one the last before a kill."""
+    passed, write = threading.Semaphore(0), store.write
+
+    def held(key: str, *arguments: Any, **named: Any) -> str:
+        if key.startswith("ckpt/"):
+            passed.acquire()
+        return write(key, *arguments, **named)
+
+    monkeypatch.setattr(store, "write", held)
+    run = Run.claim(store, FRESH, said.append)
+    run.commit(snapshot(1), {}, [{"step": 1}])
+    run.commit(snapshot(2), {}, [{"step": 2}])  # the next, while the first is under way
+    for step in (3, 4):
+        passed.release()
+        run.commit(snapshot(step), {}, [{"step": step}])
+        while len(run.manifest.checkpoints) < 1 or run.manifest.checkpoints[-1].progress.step < step - 2:
+            time.sleep(0.01)
+        assert [record["step"] for record in run.history()] == list(range(1, step - 1))
+    for _ in range(2):
+        passed.release()
+    run.wait()
+    assert [record["step"] for record in run.history()] == [1, 2, 3, 4]
+
+
 def test_a_newer_claim_ends_the_older_ones_writing(store: Store, said: list[str]) -> None:
     old = Run.claim(store, FRESH, said.append)
     commit(old, 1)
@@ -70,6 +100,27 @@ def test_a_newer_claim_ends_the_older_ones_writing(store: Store, said: list[str]
         old.wait()
     assert store.read(states.NAME) == manifest
     assert Run.claim(store, FRESH, said.append).restore(said.append).progress.step == 2  # type: ignore[union-attr]
+
+
+def test_an_owner_that_lives_is_waited_for_however_long(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It commits nothing for several leases, and only renews."""
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(leases, "is_gone", lambda owner: False)
+    store, end = open_store(str(tmp_path / "run")), time.monotonic() + 5
+    owner = Run.claim(store, FRESH, said.append)
+    owner.start_renewing()
+
+    def pause(seconds: float) -> None:
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(seconds)
+
+    with pytest.raises(TimeoutError):
+        Run.claim(store, FRESH, said.append, pause=pause)
+    owner.end("interrupted")
+    assert Run.claim(store, FRESH, said.append, pause=pause).manifest.fence == 2  # given up: at once
 
 
 def test_only_named_objects_are_kept(store: Store, said: list[str]) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import torch
 from wds_train.cli import main
 from wds_train.dataset import Dataset
 from wds_train.errors import DataError, RunError, UsageError
+from wds_train.order import WINDOW
 from wds_train.pipeline import (
     Batch,
     EvalPlan,
     EvalTransform,
+    Fetcher,
     Loader,
     Mixture,
     TrainPlan,
@@ -27,6 +30,7 @@ from wds_train.pipeline import (
     stream_order,
 )
 from wds_train.recipe import DataRecipe, Recipe
+from wds_train.store import LocalStore
 from wds_train.tario import read_index
 
 BATCH = 48
@@ -101,6 +105,41 @@ def test_augmentation_differs_between_epochs_and_places(digits: Dataset) -> None
     boxes = {TRANSFORM.crop(epoch, position, 32, 32) for epoch in range(4) for position in range(50)}
     assert len(boxes) > 150
     assert TRANSFORM.crop(1, 7, 32, 32) == TRANSFORM.crop(1, 7, 32, 32) != TRANSFORM.crop(2, 7, 32, 32)
+
+
+class Counted(LocalStore):
+    """Knows how many of the bytes that it has read are still in memory, and how many were at most."""
+
+    class Bytes(bytearray):
+        """As `bytes`, but weakref can follow it."""
+
+    held = peak = 0
+
+    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        found = Counted.Bytes(super().read(key, start, length))
+        self.held += len(found)
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(found, self._released, len(found))
+        return found  # type: ignore[return-value]
+
+    def _released(self, size: int) -> None:
+        self.held -= size
+
+
+def test_what_a_worker_holds_does_not_grow_with_the_dataset(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows and the block of the last sample, besides what is fetched ahead: of one shard as of five."""
+    monkeypatch.setattr("wds_train.pipeline.AHEAD_BYTES", 100_000)
+    peaks = []
+    for shards in (1, len(digits.split("train").shard_names)):
+        store = Counted(Path(digits.store.url))
+        split = replace(digits.split("train"), store=store)
+        plan = TrainPlan(split.shard_samples[:shards], digits.fingerprint, 0, 1, range(1))
+        assert sum(len(part.ids) for part in plan.parts(Fetcher(split), 0, 1)) == sum(split.shard_samples[:shards])
+        assert store.held == 0
+        peaks.append(store.peak)
+    window = WINDOW * split.index.length.mean()
+    assert 0.5 * window < min(peaks)
+    assert max(peaks) < 2.5 * window + 100_000
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (3, 2), (4, 1)])

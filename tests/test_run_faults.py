@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fake_imds import FakeImds
 from fault_proxy import FaultProxy
+from outcomes import end_state
 from trainers import HOLD, Job, Training, all_ended
 
 from wds_train.lease import read_run
@@ -220,6 +221,9 @@ def test_a_commit_that_fails_is_tried_again_while_the_training_goes_on(
     assert fault_proxy.faults[0].times <= (0 if fault in ("403", "expired") else 19)
     manifest, _ = read_run(open_store(f"{s3_url}/run"))
     assert (manifest.status, manifest.fence, manifest.checkpoints[-1].progress.evaluated) == ("done", 1, 4)
+    _, history, _ = end_state(f"{s3_url}/run")
+    assert [record["epoch"] for record in history if "val/top1" in record] == [1, 2, 3, 4]
+    assert [record["step"] for record in history] == sorted(record["step"] for record in history)
 
 
 def test_no_more_than_the_allowed_minutes_are_put_at_risk(

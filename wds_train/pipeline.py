@@ -192,6 +192,7 @@ class TrainPlan:
                 while len(waiting[lane]) < per_lane:  # requests come in the order of need, so the next one fills a lane
                     request, records = next(windows)
                     waiting[request.lane].extend(zip(request.ids.tolist(), records, strict=True))
+                    del records  # or the window stays in memory, all consumed, while the one after the next is read
                 taken += [waiting[lane].popleft() for _ in range(per_lane)]
             epoch, epoch_step = divmod(step, self.steps_per_epoch)
             ids = np.array([sample for sample, _ in taken], dtype=np.int64)

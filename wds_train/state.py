@@ -19,9 +19,7 @@ KIND = "wds-train run"
 NAME = "manifest.json"
 STATUSES = ("running", "interrupted", "failed", "done")
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-LISTED = (
-    100  # attempts kept one by one: without a bound, a run that is interrupted for ever grows its manifest for ever
-)
+LISTED = 100  # attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever
 KEPT = 2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
 
 
@@ -110,8 +108,8 @@ class Totals:
 
 @dataclass(frozen=True)
 class RunManifest:
-    """`attempts` are the newest LISTED, `earlier` sums up those before them. `written` is Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not
-    finite.
+    """`attempts` are the newest LISTED, `earlier` sums up those before them. `written` is Unix time, for people only;
+    `rollbacks` counts the returns to a checkpoint after a loss that was not finite.
     """
 
     run: str
