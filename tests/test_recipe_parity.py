@@ -295,6 +295,7 @@ def test_lower_precisions_train_and_resume_exactly(precision: engine.Precision) 
     second.restore(first.snapshot())
     second.step(batch(1))
     assert_same_state(unbroken, second)
+    assert unbroken.scaler.state_dict() == second.scaler.state_dict()
     assert {weight.dtype for weight in unbroken.model.parameters()} == {torch.float32}
 
 
