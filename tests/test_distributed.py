@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed import TCPStore
 from trainers import SETTINGS, STEPS_PER_EPOCH, Job, Training, all_ended, make_dataset
 
 from wds_train.checkpoint import Run
@@ -147,6 +148,23 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_by_all(job: Job) -> None
     assert codes[0] == 2
     assert set(codes) <= {2, 75}
     assert "a global batch of 6 is read in 2 lanes, which 4 ranks cannot share" in trainings[0].output
+
+
+def test_a_restart_hears_no_words_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's store outlives a restart, whose ranks would follow the last leader's checkpoint and not their own's."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "RANK": "1"}
+    for name, value in (place | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}).items():
+        monkeypatch.setenv(name, value)
+
+    def nothing_yet(_: float) -> None:
+        raise TimeoutError
+
+    Ranks(0, 2).announce({"progress": 1})
+    assert Ranks(1, 2).announced(nothing_yet) == {"progress": 1}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(TimeoutError):
+        Ranks(1, 2).announced(nothing_yet)
 
 
 @pytest.mark.parametrize(

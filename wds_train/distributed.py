@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wds_train.errors import Interrupted, RanksLost, RunError, UsageError
 
-FIRST_WORD = "wds-train"
+FIRST_WORD = "run"
 SILENCE = timedelta(minutes=10)  # a rank that says nothing for so long has died without closing its connections
 LAST_SECONDS = 30.0  # for the other ranks to end once one has failed: time for the leader's commit under way
 PR_SET_PDEATHSIG = 1
@@ -81,6 +82,8 @@ class Ranks:
         if self.size == 1:
             return
         assert self._store is not None, "connect() comes after announce()"
+        # Of layers whose gradients DDP has to copy, a matter of microseconds: nothing that its reader could mend.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         with lost_ranks():
             backend, device = ("nccl", self.device) if torch.cuda.is_available() else ("gloo", None)
             dist.init_process_group(
@@ -125,7 +128,10 @@ class Ranks:
 
 
 def _meeting() -> dist.Store:
-    return next(dist.rendezvous("env://", timeout=SILENCE))[0]
+    """Where the ranks of this start meet. torchrun keeps its store over restarts, with the words of those who are gone."""
+    store = next(dist.rendezvous("env://", timeout=SILENCE))[0]
+    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.environ['WORLD_SIZE']}"
+    return dist.PrefixStore(f"wds-train-{start}", store)
 
 
 def _variable(name: str, default: int) -> int:
