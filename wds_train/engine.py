@@ -148,19 +148,25 @@ class Trainer:
         """Count the step; at an epoch's first step the sums begin anew."""
         done = self.progress
         lost = done.lost + len(batch.lost)
+        self._check_lost(lost, "; ".join(f"{entry.shard}, key {entry.key}: {entry.cause}" for entry in batch.lost))
+        self.progress = replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=lost)
+
+    def _check_lost(self, lost: int, named: str) -> None:
         if lost > self.recipe.data.max_bad * self.steps_per_epoch * self.recipe.batch:
-            named = "; ".join(f"{entry.shard}, key {entry.key}: {entry.cause}" for entry in batch.lost)
             raise DataError(
                 f"{lost} samples of this epoch could not be read, more than the allowed share data.max_bad = "
                 f"{self.recipe.data.max_bad}; the last: {named}. Check the dataset with `wds-train verify`"
             )
-        self.progress = replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=lost)
 
     def epoch_loss(self) -> float:
-        """Mean training loss of the epoch so far, over all ranks; `NotFinite` when it, or a gradient, is not."""
+        """Mean training loss of the epoch so far, over all ranks; `NotFinite` when it, or a gradient, is not; `DataError`
+        when the ranks together could not read more samples than the recipe allows.
+        """
         # One copy from the device for both.
         loss_sum, norm = torch.stack([self.loss_sum, self._largest_norm.double()]).tolist()
-        mean = self.ranks.total(loss_sum)[0] / self.ranks.size / max(1, self.progress.loss_steps)
+        loss_sum, lost = self.ranks.total(loss_sum, self.progress.lost)
+        self._check_lost(int(lost), "named by the ranks that met them")
+        mean = loss_sum / self.ranks.size / max(1, self.progress.loss_steps)
         optimizer, at = self.recipe.optimizer, f"by step {self.progress.step}"
         remedy = f"lower optimizer.lr (now {optimizer.lr})"
         if not math.isfinite(mean):
