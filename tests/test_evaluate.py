@@ -24,7 +24,6 @@ from wds_train.weights import Weights
 
 SETTINGS = (
     "model.drop_path=0",
-    "model.blur_pool=false",
     "mix.mixup=0",
     "batch=64",
     "schedule.epochs=2",

@@ -5,7 +5,9 @@ scores what it scored before.
 import json
 import re
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +116,21 @@ def test_on_a_gpu_the_run_goes_back_twice_and_then_fails(tmp_path: Path, monkeyp
     assert isinstance(error, RunError)
     assert str(error) == "the loss is nan; 2 returns to a checkpoint did not help"
     assert read_run(store)[0].status == "failed"
+
+
+def test_a_failure_does_not_throw_away_the_commit_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(str(tmp_path / "run"))
+    run, write = Run.claim(store, RunManifest("r", {}, {"url": "d", "fingerprint": "f"}, "w"), print), store.write
+
+    def slowly(key: str, *arguments: Any, **named: Any) -> str:
+        time.sleep(0.3)
+        return write(key, *arguments, **named)
+
+    monkeypatch.setattr(store, "write", slowly)
+    run.commit(Snapshot({}, {"scaler": {}}, Progress(7)), {}, [])
+    _go_back(run, NotFinite("the loss is nan"), deterministic=True)
+    manifest, _ = read_run(store)
+    assert (manifest.status, [c.progress.step for c in manifest.checkpoints]) == ("failed", [7])
 
 
 def killed_after_epoch_2(small: str, url: str, folder: Path) -> RunManifest:

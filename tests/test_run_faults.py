@@ -229,7 +229,7 @@ def test_a_commit_that_fails_is_tried_again_while_the_training_goes_on(
 def test_no_more_than_the_allowed_minutes_are_put_at_risk(
     small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    minutes = ("--max-uncommitted-minutes", "0.05", "--commit-minutes", "0.01")
+    minutes = ("--max-uncommitted-minutes", "0.1", "--commit-minutes", "0.01")
     trainings = [
         Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, arguments=minutes, constants=HASTY))
     ]
@@ -238,7 +238,7 @@ def test_no_more_than_the_allowed_minutes_are_put_at_risk(
         fault_proxy.fail("status", method="PUT", key="ckpt/", times=1e9)
         assert trainings[0].end() == 1, trainings[0].output
         assert re.search(
-            r"nothing could be committed for 0\.\d minutes \(--max-uncommitted-minutes allows 0\.05\): .*503 SlowDown",
+            r"nothing could be committed for \d+\.\d minutes \(--max-uncommitted-minutes allows 0\.1\): .*503 SlowDown",
             trainings[0].output,
         )
         assert read_run(open_store(f"{s3_url}/run"))[0].checkpoints

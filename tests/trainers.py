@@ -27,7 +27,6 @@ CONTEXT.set_forkserver_preload(["wds_train.train", "wds_train.cli"])
 SETTINGS = [
     "model.name=test_resnet",
     "model.drop_path=0.1",
-    "model.blur_pool=true",
     "mix.mixup=0.2",
     "batch=16",
     "data.size=16",

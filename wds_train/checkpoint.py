@@ -205,7 +205,10 @@ class Run:
         ]
 
     def start_renewing(self) -> None:
-        """To be called once this process forks no more: a forked child would inherit the lock, perhaps held."""
+        """To be called once this process forks no more: a forked child would inherit the lock, perhaps held. From here on
+        there is training to lose.
+        """
+        self._safe_at = time.monotonic()
         if self._leads:
             self._renewer.start()
 
