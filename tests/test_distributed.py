@@ -106,7 +106,7 @@ def test_a_killed_rank_ends_all_and_one_process_goes_on(job: Job) -> None:
     ) as launcher:
         assert launcher.stderr is not None
         lines = iter(launcher.stderr.readline, "")
-        assert any(re.match(r"epoch +2/500", line) for line in lines)
+        assert any(re.match(r"epoch +3/500", line) for line in lines)  # by now epoch 1 at least is committed
         ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         second = next(rank for rank in ranks if b"\0RANK=1\0" in Path(f"/proc/{rank}/environ").read_bytes())
         os.kill(int(second), signal.SIGKILL)
@@ -123,7 +123,7 @@ def test_a_killed_rank_ends_all_and_one_process_goes_on(job: Job) -> None:
         alone.until(r"resuming at step \d+ of 5500")
         assert alone.end(signal.SIGTERM) == 75
     committed = manifest.checkpoints[-1].progress.step
-    assert committed >= 2 * STEPS_PER_EPOCH
+    assert committed >= STEPS_PER_EPOCH
     assert min(alone.steps(), default=committed) == committed
 
 
