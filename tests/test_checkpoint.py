@@ -123,6 +123,18 @@ def test_an_owner_that_lives_is_waited_for_however_long(
     assert Run.claim(store, FRESH, said.append, pause=pause).manifest.fence == 2  # given up: at once
 
 
+def test_a_run_that_kept_nothing_takes_other_settings(store: Store, said: list[str]) -> None:
+    """A mistyped setting is found when the model is made, which is after the claim."""
+    other = replace(FRESH, recipe=with_settings(preset("digits"), ["optimizer.lr=0.3"]).to_dict())
+    Run.claim(store, FRESH, said.append).end("failed")
+    run = Run.claim(store, other, said.append)
+    assert run.manifest.recipe == other.recipe
+    commit(run, 1)
+    run.end("interrupted")
+    with pytest.raises(RunError, match=r"optimizer.lr: 0.3 \(saved\), 0.1 \(now\)"):
+        Run.claim(store, FRESH, said.append)
+
+
 def test_only_named_objects_are_kept(store: Store, said: list[str]) -> None:
     run = Run.claim(store, FRESH, said.append)
     for step, top1 in enumerate([10.0, 90.0, 20.0, 30.0, 40.0], start=1):

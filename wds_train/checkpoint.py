@@ -141,6 +141,9 @@ class Run:
                 found = fresh
                 condition: dict[str, Any] = {"if_absent": True}
             else:
+                if not found.checkpoints and found.status in ("failed", "interrupted"):
+                    # Given up with nothing to keep: a mistyped setting must not hold the name for ever.
+                    found = replace(found, recipe=fresh.recipe, dataset=fresh.dataset)
                 _refuse_mismatch(found, fresh, store.url)
                 found, tag = until_free(store, found, tag, wait=wait, say=say, pause=pause)
                 if found.status == "done":
