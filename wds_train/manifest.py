@@ -77,7 +77,8 @@ class DatasetManifest:
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
-            raise DataError(f"the dataset has no split {name!r}; it has {', '.join(self.splits)}")
+            remedy = "; convert it with --hold-out 0.1, which takes one from train" if name == "val" else ""
+            raise DataError(f"the dataset has no split {name!r}; it has {', '.join(self.splits)}{remedy}")
         return self.splits[name]
 
     def to_json(self) -> bytes:
