@@ -35,8 +35,8 @@ shards: setup ## a dataset becomes tar shards on S3 (SOURCE=, BUCKET= or DATASET
 train: setup ## train; again after an interruption: goes on where it stopped (RUN=, RECIPE=, BUCKET= or DATASET=)
 	$(strip $(BIN)/wds-train train $(call flag,DATASET,--dataset) $(call flag,RUN,--run) $(call flag,RECIPE,--recipe) $(call flag,BUCKET,--bucket) $(ARGS))
 
-test: check ## the checks and every test
-	$(BIN)/python -m pytest -q $(ARGS)
+test: check ## the checks and every test, two files at a time
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)
 
 crash-test: setup ## kill small trainings 120 times, ten takeovers (4 minutes)
 	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=10 $(BIN)/python -m pytest -q -s tests/test_crash.py tests/test_run_faults.py $(ARGS)

@@ -20,12 +20,13 @@ from wds_train.devserver import Endpoint
 AWS_SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3")
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     """One thread for PyTorch: the models are tiny, and threads that wait for one another on busy cores take minutes. And the
     fork server, with PyTorch imported: a conversion would start it without, for every training to import anew.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch reads it when it is imported, which is later
-    forkserver.ensure_running()
+    if hasattr(session.config, "workerinput") or not getattr(session.config.option, "numprocesses", None):
+        forkserver.ensure_running()  # not where xdist only hands out the tests
 
 
 @pytest.fixture(scope="session")
