@@ -152,6 +152,24 @@ def test_only_named_objects_are_kept(store: Store, said: list[str]) -> None:
     assert len(list(store.list("ckpt/"))) == len(again.manifest.checkpoints)
 
 
+def test_a_kill_after_the_last_commit_leaves_nothing_for_ever(
+    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.claim(store, FRESH, said.append)
+    for step in (1, 2):
+        commit(run, step, 90.0 - step)
+    monkeypatch.setattr(Run, "_collect", lambda *_: None)  # as if killed before it
+    for step in (3, 4):
+        commit(run, step, 90.0 - step)
+    run.end("done")
+    newer = f"ckpt/{run.manifest.fence + 1:06d}-000000005-000005.safetensors"
+    store.write(newer, b"of one who has claimed the run since, and will name it")
+    named = {checkpoint.object.key for checkpoint in run.manifest.checkpoints}
+    assert {entry.key for entry in store.list("ckpt/")} > named | {newer}
+    assert Run.claim(store, FRESH, said.append).manifest == run.manifest
+    assert {entry.key for entry in store.list("ckpt/")} == named | {newer}
+
+
 def test_every_nth_epoch_is_kept_if_asked(store: Store, said: list[str]) -> None:
     run = Run.claim(store, FRESH, said.append, keep_every=3)
     commit(run, 1, 90.0)

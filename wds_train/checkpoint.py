@@ -147,7 +147,10 @@ class Run:
                 _refuse_mismatch(found, fresh, store.url)
                 found, tag = until_free(store, found, tag, wait=wait, say=say, pause=pause)
                 if found.status == "done":
-                    return cls(store, found, tag, say=say)
+                    run = cls(store, found, tag, say=say)
+                    with contextlib.suppress(StoreError):  # who may only read a finished run leaves it as it is
+                        run._collect_orphans()  # of a kill right after the last commit
+                    return run
                 condition = {"if_match": tag}
             try:
                 run = cls._take(store, found, condition, say, keep_every)
@@ -378,11 +381,12 @@ class Run:
                 return
 
     def _collect_orphans(self) -> None:
-        """Delete what a killed instance uploaded and never named. Safe only now: older fences can name nothing more."""
+        """Delete what a killed instance uploaded and never named. Safe for fences up to ours: they can name nothing more."""
         named = {c.object.key for c in self.manifest.checkpoints} | {s.object.key for s in self.manifest.metrics}
         for prefix in ("ckpt/", "metrics/"):
             for entry in list(self.store.list(prefix)):
-                if entry.key not in named:
+                fence = entry.key.removeprefix(prefix).partition("-")[0]
+                if entry.key not in named and fence <= f"{self.manifest.fence:06d}":
                     self.store.delete(entry.key)
                     self._say(f"removed {entry.key}, which no manifest names: left by an interrupted upload or removal")
         # Without leave to list unfinished uploads, the bucket's lifecycle rule has to remove them.
