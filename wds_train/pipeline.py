@@ -19,6 +19,7 @@ to hold: a loader starts at any step, and its batches are the same for every num
 import contextlib
 import heapq
 import itertools
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -445,7 +446,9 @@ class _Source:
 def _init_worker(_: int) -> None:
     """A worker lives and dies with its trainer: Ctrl-C, which the terminal sends to both, is the trainer's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Python's exit terminates workers that are left. Were that their end by a signal, PyTorch would take it for a crash of
+    # theirs, and raise in the midst of the exit.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def _errors_as_values(batches: Iterable[Decoded]) -> Iterator[Decoded | WdsTrainError]:
