@@ -8,8 +8,7 @@ without loader workers they are the trainer's.
 import functools
 import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,12 @@ from PIL import Image, ImageOps
 
 from wds_train.errors import UsageError
 from wds_train.order import key
+from wds_train.randomness import generators_kept
 from wds_train.recipe import DataRecipe
 
 Policy = Callable[[Image.Image], Image.Image]
 
+CPU = torch.device("cpu")
 NUMBER = r"\d+(\.\d+)?"
 # timm passes over what it does not know in these, and a training would run without it.
 RAND_AUGMENT = re.compile(rf"rand(-(m\d+|n[1-9]|p{NUMBER}|mstd{NUMBER}|mmax\d+|inc[01]|t(weights|3aw|3a)))*")
@@ -90,22 +91,11 @@ def apply(chosen: tuple[Policy, ...], pixels: NDArray[np.uint8], *parts: str | i
     if not chosen:
         return
     image = Image.fromarray(pixels)
-    with _keyed_generators(key(*parts)):
+    bits = key(*parts)
+    with generators_kept(CPU):
+        random.seed(bits >> 64)
+        np.random.seed(bits & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(bits >> 32 & 0xFFFFFFFF)  # torch.manual_seed would seed the GPUs' as well
         for policy in chosen:
             image = policy(image)
     pixels[...] = np.asarray(image)
-
-
-@contextmanager
-def _keyed_generators(bits: int) -> Iterator[None]:
-    """Within, the global generators draw from different parts of `bits`, 128 of them; afterwards they are as before."""
-    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(bits >> 64)
-    np.random.seed(bits & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(bits >> 32 & 0xFFFFFFFF)  # torch.manual_seed would seed the GPUs' as well
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.default_generator.set_state(before[2])

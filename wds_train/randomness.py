@@ -16,17 +16,24 @@ def seed_torch(*parts: str | int) -> None:
 
 
 @contextmanager
-def derived_randomness(device: torch.device, *parts: str | int) -> Iterator[None]:
-    """Within, every draw is a function of `parts`, so that a resumed run draws what the unbroken one drew: dropout's from
-    torch, those of timm's Mixup from NumPy, of its RandomErasing from Python and torch. Afterwards all are as before.
-    """
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Within, the global generators of Python, NumPy and torch may be pointed elsewhere; afterwards all are as before."""
     python, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        seed_torch(*parts)
-        random.seed(key(*parts))
-        np.random.seed(key(*parts) % (1 << 32))
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def derived_randomness(device: torch.device, *parts: str | int) -> Iterator[None]:
+    """Within, every draw is a function of `parts`, so that a resumed run draws what the unbroken one drew: dropout's from
+    torch, those of timm's Mixup from NumPy, of its RandomErasing from Python and torch. Afterwards all are as before.
+    """
+    with generators_kept(device):
+        seed_torch(*parts)
+        random.seed(key(*parts))
+        np.random.seed(key(*parts) % (1 << 32))
+        yield
