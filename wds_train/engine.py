@@ -84,9 +84,8 @@ class Trainer:
         """One optimizer step; its loss, a float32 scalar on the device."""
         step = self.progress.step
         assert batch.step == step, f"the loader gave step {batch.step}, the trainer is at {step}"
-        share = lr_share(self.recipe.schedule, step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.peak_lr * share * group.get("lr_scale", 1.0)
+            group["lr"] = self.lr(step) * group.get("lr_scale", 1.0)
         self._parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
         labels = batch.labels.to(self.device, non_blocking=True)
@@ -103,6 +102,10 @@ class Trainer:
         self.loss_sum += loss
         self._advance(batch)
         return loss
+
+    def lr(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, before any layer's own `lr_scale`."""
+        return self.recipe.peak_lr * lr_share(self.recipe.schedule, step, self.steps_per_epoch)
 
     @property
     def samples(self) -> int:

@@ -39,7 +39,6 @@ from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Mixture, 
 from wds_train.policies import policies
 from wds_train.recipe import Recipe
 from wds_train.report import draw_curves
-from wds_train.schedule import lr_share
 from wds_train.scoring import EVAL_BATCH, Precision
 from wds_train.spot import SpotWatch, StopRequest
 from wds_train.state import RunManifest, name_of
@@ -369,7 +368,7 @@ class _Session:
             self._trainer.epoch_loss()
             spent = time.perf_counter() - start
             record = {"step": done, "epoch": done / self._trainer.steps_per_epoch, "train/loss": shown}
-            record |= {"train/lr": self._lr(done - 1), "train/grad_norm": self._trainer.grad_norm.item()}
+            record |= {"train/lr": self._trainer.lr(done - 1), "train/grad_norm": self._trainer.grad_norm.item()}
             timing = {
                 "time/img_s": self._options.recipe.batch / (waited + spent),
                 "time/data_wait": waited / (waited + spent),
@@ -380,10 +379,6 @@ class _Session:
     def _logs(self, step: int) -> bool:
         """A function of the step alone, so that a resumed run logs what the unbroken one does."""
         return step % min(LOG_STEPS, max(1, self._trainer.steps_per_epoch // LOGS_PER_EPOCH)) == 0
-
-    def _lr(self, step: int) -> float:
-        recipe = self._options.recipe
-        return recipe.peak_lr * lr_share(recipe.schedule, step, self._trainer.steps_per_epoch)
 
     def _end_epoch(self) -> None:
         """Validate and commit."""
