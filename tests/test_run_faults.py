@@ -13,7 +13,7 @@ import pytest
 from fake_imds import FakeImds
 from fault_proxy import FaultProxy
 from outcomes import end_state
-from trainers import HOLD, Job, Training, all_ended
+from trainers import HOLD, Job, Training, all_ended, wait_for_commit
 
 from wds_train.lease import read_run
 from wds_train.store import Store, open_store
@@ -47,6 +47,7 @@ def test_the_one_that_slept_past_its_lease_changes_nothing(small: str, s3_url: s
         for fence in range(1, ROUNDS + 1):
             first = trainings[-1]
             first.until("epoch ")
+            wait_for_commit(store.url)
             trainings.append(second := Training(Job(small, store.url, str(tmp_path), **details)))
             second.until(r"is being trained by .*, process \d+; waiting until it ends or is silent for 1.5 s")
             first.send(signal.SIGSTOP)
@@ -70,6 +71,7 @@ def test_a_run_that_is_held_is_refused_without_waiting(small: str, s3_url: str, 
     trainings = [Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG))]
     with all_ended(trainings):
         trainings[0].until("epoch ")
+        wait_for_commit(f"{s3_url}/run")
         trainings.append(Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, arguments=("--no-wait",))))
         assert trainings[1].end() == 1
         assert f"is being trained by {os.uname().nodename}, process {trainings[0].pid}" in trainings[1].output
@@ -116,6 +118,7 @@ def test_a_run_outlives_an_outage_of_the_store(
     trainings = [Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, constants=HASTY | SHORT_LEASE))]
     with all_ended(trainings):
         trainings[0].until("epoch   2/400")
+        wait_for_commit(f"{s3_url}/run")
         outage = fault_proxy.fail("reset", times=float("inf"))
         time.sleep(seconds)
         trainings[0].until("epoch   3/400")  # it trains on meanwhile
@@ -142,6 +145,7 @@ def test_who_was_cut_off_while_another_claimed_changes_nothing(
     trainings = [Training(job)]
     with all_ended(trainings):
         trainings[0].until("epoch   2/400")
+        wait_for_commit(f"{s3_url}/run")
         outage = fault_proxy.fail("reset", times=float("inf"))
         monkeypatch.setenv("AWS_ENDPOINT_URL", direct)
         trainings.append(Training(job))
@@ -235,6 +239,7 @@ def test_no_more_than_the_allowed_minutes_are_put_at_risk(
     ]
     with all_ended(trainings):
         trainings[0].until("epoch   2/400")
+        wait_for_commit(f"{s3_url}/run")
         fault_proxy.fail("status", method="PUT", key="ckpt/", times=1e9)
         assert trainings[0].end() == 1, trainings[0].output
         assert re.search(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainers import wait_for_commit
 
 from wds_train import state as states
 from wds_train.checkpoint import Run, Snapshot
@@ -105,6 +106,8 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(digits: Dataset, s3_url: st
     ):
         training = Training(digits.store.url, broken, workers=workers)
         training.until(moment)
+        if moment.startswith("epoch"):
+            wait_for_commit(broken)
         time.sleep(rng.uniform(0.0, 0.6))
         assert training.end(sent) == (75 if sent == signal.SIGTERM else -sent), training.output
     assert re.search(r"stopped by SIGTERM at step \d+ of 88, state committed to s3://.*/broken", training.output)

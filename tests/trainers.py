@@ -20,6 +20,8 @@ import numpy as np
 from PIL import Image
 
 from wds_train.cli import main
+from wds_train.lease import read_run
+from wds_train.store import open_store
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["wds_train.train", "wds_train.cli"])
@@ -38,7 +40,7 @@ STEPS_PER_EPOCH, EPOCHS, BATCH = 11, 4, 16
 SAMPLES = STEPS_PER_EPOCH * BATCH + 5  # of which five are left over in each epoch
 
 # Instead of a signal: the thread that comes by sleeps, the others go on; the weights of the trainer that comes by break.
-HOLD, HOLD_SECONDS = 0, 1.0
+HOLD, HOLD_SECONDS = 0, 2.0
 POISON = -1
 
 # Where a process can be made to stop: (module, owner of the function, function, before or after it).
@@ -81,6 +83,16 @@ class Job:
     constants: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     defaults: tuple[str, ...] = tuple(SETTINGS)
+
+
+def wait_for_commit(run: str, seconds: float = 60) -> None:
+    """Until the run's manifest names a checkpoint: an epoch's line comes before its commit, which goes on beside the
+    training.
+    """
+    deadline = time.monotonic() + seconds
+    while not read_run(open_store(run))[0].checkpoints:
+        assert time.monotonic() < deadline, f"nothing was committed to {run}"
+        time.sleep(0.05)
 
 
 def make_dataset(folder: Path) -> str:
