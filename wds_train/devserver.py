@@ -242,6 +242,7 @@ def _command(root: Path, ports: tuple[int, ...]) -> list[str]:
         "volume.minFreeSpace": f"{RESERVED_BYTES >> 20}MiB",
         "volume.preStopSeconds": 0,
         "filer.port": filer,
+        "filer.maxMB": 1,  # the size of its chunks: of a range, it reads every chunk whole that the range touches
         "s3.port": s3,
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
