@@ -6,6 +6,7 @@ import signal
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -108,27 +109,31 @@ def test_augmentation_differs_between_epochs_and_places(digits: Dataset) -> None
 
 
 class Counted(LocalStore):
-    """Knows how many of the bytes that it has read are still in memory, and how many were at most."""
-
-    class Bytes(bytearray):
-        """As `bytes`, but weakref can follow it."""
+    """Knows how much of the memory that it has read into is still in use, and how much was at most."""
 
     held = peak = 0
 
-    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        found = Counted.Bytes(super().read(key, start, length))
-        self.held += len(found)
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(found, self._released, len(found))
-        return found  # type: ignore[return-value]
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._slabs: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        super().read_into(key, start, target)
+        slab = target.obj
+        if self._slabs.get(id(slab)) is not slab:
+            self._slabs[id(slab)] = slab
+            self.held += memoryview(slab).nbytes
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(slab, self._released, memoryview(slab).nbytes)
 
     def _released(self, size: int) -> None:
         self.held -= size
 
 
 def test_what_a_worker_holds_does_not_grow_with_the_dataset(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows and the block of the last sample, besides what is fetched ahead: of one shard as of five."""
+    """Two windows and the slab of the last sample, besides what is fetched ahead: of one shard as of five."""
     monkeypatch.setattr("wds_train.pipeline.AHEAD_BYTES", 100_000)
+    monkeypatch.setattr("wds_train.pipeline.SLAB_BYTES", 50_000)
     peaks = []
     for shards in (1, len(digits.split("train").shard_names)):
         store = Counted(Path(digits.store.url))
@@ -139,7 +144,14 @@ def test_what_a_worker_holds_does_not_grow_with_the_dataset(digits: Dataset, mon
         peaks.append(store.peak)
     window = WINDOW * split.index.length.mean()
     assert 0.5 * window < min(peaks)
-    assert max(peaks) < 2.5 * window + 100_000
+    assert max(peaks) < 2.5 * window + 150_000
+
+
+def test_pixels_do_not_come_through_shared_memory_files(digits: Dataset) -> None:
+    """A container's /dev/shm has 64 MB: fewer than a few batches take."""
+    maps, before = Path("/proc/self/maps"), Path("/proc/self/maps").read_text().count("/dev/shm/torch")
+    for _ in Loader(digits.split("train"), plan_of(digits), TRANSFORM, 2):
+        assert maps.read_text().count("/dev/shm/torch") == before
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (3, 2), (4, 1)])

@@ -49,6 +49,10 @@ def test_what_was_written_is_read_whole_and_by_ranges(store: Store) -> None:
     assert store.read("a/b", 3) == b"3456789"
     assert store.read("a/b", 3, 4) == b"3456"
     assert store.read("a/b", 3, 0) == b""
+    target = bytearray(b"________")
+    store.read_into("a/b", 3, memoryview(target)[2:6])
+    store.read_into("a/b", 3, memoryview(target)[:0])
+    assert target == b"__3456__"
     assert store.read_tagged("a/b") == (b"0123456789", tag)
     assert store.head("a/b") == (10, tag)
 
@@ -66,6 +70,8 @@ def test_a_range_beyond_the_end_is_an_error_naming_it(store: Store, start: int) 
         StoreError, match=rf"{store.url}/a is too short: bytes {start} up to {start + 8} were asked for"
     ):
         store.read("a", start, 8)
+    with pytest.raises(StoreError, match="a is too short: bytes"):
+        store.read_into("a", start, memoryview(bytearray(8)))
     if start >= 10:
         with pytest.raises(StoreError, match=rf"{store.url}/a is too short: bytes from {start} on were asked for"):
             store.read("a", start)
@@ -261,8 +267,11 @@ def test_a_body_that_breaks_off_is_resumed_where_it_broke(
     assert fault_proxy.count("GET", "big") >= 2
     if kind != "reset":  # which drops what was on its way
         assert fault_proxy.bytes_sent("big") == 3_400_000
-    fault_proxy.fail(kind, method="GET", key="big", after=1_000_000)
+    fault_proxy.fail(kind, method="GET", key="big", after=1_000_000, times=2)
     assert proxied.read_tagged("big")[0] == RANDOM
+    target = bytearray(3_400_000)
+    proxied.read_into("big", 100, memoryview(target))
+    assert target == RANDOM[100:3_400_100]
 
 
 def test_a_body_that_drips_is_asked_for_again(proxied: S3Store, fault_proxy: FaultProxy) -> None:

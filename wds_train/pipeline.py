@@ -19,8 +19,11 @@ to hold: a loader starts at any step, and its batches are the same for every num
 import contextlib
 import heapq
 import itertools
+import math
+import mmap
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +48,7 @@ from wds_train.tario import image_of
 
 FETCH_THREADS = 8
 AHEAD_BYTES = 32 << 20  # per worker: enough to cover the store's latency, little beside the windows themselves
+SLAB_BYTES = 32 << 20
 GAP_BYTES = 64 << 10  # fetching a hole this small costs less than another request
 PREFETCHED_PARTS = 4  # per worker, in shared memory: evens out steps whose images are slow to decode
 SLOTS = PREFETCHED_PARTS + 1
@@ -245,6 +249,25 @@ class EvalPlan:
             yield Part(request.step, 0, request.ids, request.ids, records)
 
 
+class _Memory:
+    """Memory to read into, cut from slabs. A slab is given back when nothing that was cut from it is in use any more;
+    what is cut from one is read, and used up, at about the same time. Left to malloc, which scatters such pieces over an
+    arena for every thread, the workers of docs/benchmarks.md take an eighth more memory.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = memoryview(b"")
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes of any content."""
+        with self._lock:
+            if size > len(self._left):
+                self._left = np.empty(max(size, SLAB_BYTES), np.uint8).data
+            taken, self._left = self._left[:size], self._left[size:]
+            return taken
+
+
 class Fetcher:
     """Reads the image bytes of requests, a bounded number of bytes ahead, in order."""
 
@@ -253,13 +276,14 @@ class Fetcher:
         self._cache = cache
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[Window]:
-        pool = ThreadPoolExecutor(FETCH_THREADS)
+        pool, memory = ThreadPoolExecutor(FETCH_THREADS), _Memory()
         pending: deque[tuple[Request, int, list[Future[dict[int, memoryview | DataError]]]]] = deque()
         ahead = 0
         try:
             for request in requests:
                 size = int(self._split.index.length[request.ids].sum())
-                pending.append((request, size, [pool.submit(self._read_run, run) for run in self._runs(request.ids)]))
+                runs = [pool.submit(self._read_run, run, memory) for run in self._runs(request.ids)]
+                pending.append((request, size, runs))
                 ahead += size
                 while ahead > AHEAD_BYTES and len(pending) > 1:
                     ahead -= pending[0][1]
@@ -280,14 +304,15 @@ class Fetcher:
             cut |= np.diff(self._cache.block_of(ids)) != 0
         return np.split(ids, np.flatnonzero(cut) + 1)
 
-    def _read_run(self, ids: Ids) -> dict[int, memoryview | DataError]:
+    def _read_run(self, ids: Ids, memory: "_Memory") -> dict[int, memoryview | DataError]:
         index, shard = self._split.index, self._split.shard_names[self._split.index.shard[ids[0]]]
         if self._cache is not None and self._cache.keeps(ids[0]):
             first, found = self._cache.read(ids[0])
+            data = memoryview(found)
         else:
             first = int(index.offset[ids[0]])
-            found = self._split.store.read(shard, first, int(index.offset[ids[-1]] + index.length[ids[-1]]) - first)
-        data = memoryview(found)
+            data = memory.take(int(index.offset[ids[-1]] + index.length[ids[-1]]) - first)
+            self._split.store.read_into(shard, first, data)
         return {
             i: self._image(i, shard, data[int(index.offset[i]) - first :][: int(index.length[i])]) for i in ids.tolist()
         }
@@ -383,13 +408,13 @@ class Slots:
     """
 
     def __init__(self, workers: int, samples: int, side: int) -> None:
-        self._pixels = torch.empty(
-            (max(1, workers), SLOTS, samples * side * side * 3), dtype=torch.uint8
-        ).share_memory_()
+        # Shared with the workers by fork, and not through /dev/shm, of which a container often has 64 MB.
+        shape = (max(1, workers), SLOTS, samples * side * side * 3)
+        self._pixels: NDArray[np.uint8] = np.ndarray(shape, np.uint8, mmap.mmap(-1, max(1, math.prod(shape))))
 
-    def __call__(self, worker: int, slot: int, samples: int, side: int) -> torch.Tensor:
+    def __call__(self, worker: int, slot: int, samples: int, side: int) -> NDArray[np.uint8]:
         """The slot as uint8 [samples, side, side, 3]."""
-        return self._pixels[worker, slot, : samples * side * side * 3].view(samples, side, side, 3)
+        return self._pixels[worker, slot, : samples * side * side * 3].reshape(samples, side, side, 3)
 
 
 class Decoder:
@@ -408,7 +433,7 @@ class Decoder:
 
     def _decode(self, part: Part, worker: int, slot: int) -> Decoded:
         side = self._transform.size(part.step) if self._transform else 0
-        pixels, lost = self._slots(worker, slot, len(part.ids), side).numpy(), []
+        pixels, lost = self._slots(worker, slot, len(part.ids), side), []
         for place, (sample, record) in enumerate(zip(part.ids.tolist(), part.records, strict=True)):
             try:
                 self._fill(pixels[place], part.epoch, int(part.positions[place]), sample, record)
@@ -459,6 +484,20 @@ def _errors_as_values(batches: Iterable[Decoded]) -> Iterator[Decoded | WdsTrain
         yield error
 
 
+def _as_it_is(decoded: Decoded | WdsTrainError) -> Decoded | WdsTrainError:
+    """DataLoader's own would make tensors of the arrays, each of which travels as a file and a connection of its own."""
+    return decoded
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """Memory for uint8 images: pinned, with a GPU; else NumPy's, which asks for huge pages: small ones, faulted in one by
+    one, make the copy of a batch take 4 times as long.
+    """
+    if torch.cuda.is_available():
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    return torch.from_numpy(np.empty(shape, np.uint8))
+
+
 class Loader:
     """Batches of `plan`. With `workers` > 0 they are decoded in that many processes, kept for every iteration. A batch
     of a `TrainPlan` is merged from all workers' parts of the step.
@@ -480,6 +519,7 @@ class Loader:
         self._pipeline = wds.WebLoader(
             wds.DataPipeline(_Source(plan, Fetcher(split, cache)), decode, _errors_as_values),
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCHED_PARTS if workers else None,
@@ -522,11 +562,10 @@ class Loader:
         """The workers' parts of one step as one batch; they hold ascending lanes, so their order is the lanes'."""
         assert len({each.part.step for each in decoded}) == 1, f"workers out of step: {[d.part.step for d in decoded]}"
         ids, side = np.concatenate([each.part.ids for each in decoded]), decoded[0].side
-        images = torch.empty((len(ids), side, side, 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        slots = [self._slots(each.worker, each.slot, len(each.part.ids), side).numpy() for each in decoded]
-        np.concatenate(
-            slots, out=images.numpy()
-        )  # torch.cat would wake a pool of threads, which take the workers' cores
+        images = _empty((len(ids), side, side, 3))
+        slots = [self._slots(each.worker, each.slot, len(each.part.ids), side) for each in decoded]
+        # torch.cat would wake a pool of threads, which take the workers' cores.
+        np.concatenate(slots, out=images.numpy())
         return Batch(
             decoded[0].part.step,
             np.concatenate([each.part.positions for each in decoded]),
@@ -560,9 +599,7 @@ class Mixture:
     def _interleave(self, parts: tuple[Batch, ...]) -> Batch:
         step, sizes = parts[0].step, [len(part.ids) for part in parts]
         places = np.split(permutation(sum(sizes), self._seed, "mixture", step), np.cumsum(sizes)[:-1])
-        images = torch.empty(
-            (sum(sizes), *parts[0].images.shape[1:]), dtype=torch.uint8, pin_memory=parts[0].images.is_pinned()
-        )
+        images = _empty((sum(sizes), *parts[0].images.shape[1:]))
         labels = torch.empty(sum(sizes), dtype=torch.int64)
         positions, ids = np.empty(sum(sizes), np.int64), np.empty(sum(sizes), np.int64)
         for part, place in zip(parts, places, strict=True):

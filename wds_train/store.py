@@ -96,6 +96,9 @@ class Store(Protocol):
         Without `length`, all from `start` on.
         """
 
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        """Fill `target` (bytes) with the object's from `start` on, as `read` would."""
+
     def read_tagged(self, key: str) -> tuple[bytes, str]:
         """The whole object and its tag."""
 
@@ -164,6 +167,12 @@ class LocalStore:
         if len(data) < (bool(start) if length is None else length):
             raise _too_short(f"{self.url}/{key}", start, length)
         return data
+
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        with self._translated(key), self._path(key).open("rb") as file:
+            file.seek(start)
+            if file.readinto(target) < len(target):
+                raise _too_short(f"{self.url}/{key}", start, len(target))
 
     def read_tagged(self, key: str) -> tuple[bytes, str]:
         data = self.read(key)
@@ -316,10 +325,15 @@ class S3Store:
         return self._client
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        return b"" if length == 0 else self._read(key, start, length)[0]
+        return b"" if length == 0 else b"".join(self._read(key, _Body(start, length)).pieces)
+
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        if target:
+            self._read(key, _Body(start, len(target), target))
 
     def read_tagged(self, key: str) -> tuple[bytes, str]:
-        return self._read(key, 0, None)
+        body = self._read(key, _Body(0, None))
+        return b"".join(body.pieces), body.tag
 
     def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
@@ -365,17 +379,16 @@ class S3Store:
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def _read(self, key: str, start: int, length: int | None) -> tuple[bytes, str]:
-        body = _Body(start, length)
+    def _read(self, key: str, body: "_Body") -> "_Body":
         retry = self._retry()
         while True:
             had = body.size
             try:
                 with self._translated(key):
                     self._read_on(key, body)
-                return b"".join(body.pieces), body.tag
+                return body
             except _OutOfRange as error:
-                raise _too_short(f"{self.url}/{key}", start, length) from error
+                raise _too_short(f"{self.url}/{key}", body.start, body.length) from error
             except Unavailable as error:
                 # Bodies break off: go on from the byte that came last.
                 retry.pause(error, body.expected, progressed=body.size > had)
@@ -388,17 +401,17 @@ class S3Store:
             wanted["Range"] = f"bytes={first}-" + ("" if body.length is None else str(body.start + body.length - 1))
         tag, size, answered_range, answer = self._get(key, wanted)
         self._answered = True
-        if "Range" in wanted and not answered_range.startswith(f"bytes {first}-"):
-            raise StoreError(f"{self.url}/{key}: this S3 server ignores ranges; it cannot be used")
         body.tag, body.expected = tag, body.size + size
+        too_much = body.length is not None and body.expected > body.length
+        if "Range" in wanted and (too_much or not answered_range.startswith(f"bytes {first}-")):
+            raise StoreError(f"{self.url}/{key}: this S3 server ignores ranges; it cannot be used")
         if body.length is not None and body.expected < body.length:
             raise _OutOfRange
         began = time.monotonic()
         with contextlib.closing(answer) as stream:
             # urllib3's `read1`; `read` returns only when all that was asked for is there, however slowly it comes.
             while piece := stream.read1(PIECE_BYTES):
-                body.pieces.append(piece)
-                body.size += len(piece)
+                body.take(piece)
                 if time.monotonic() - began > SOCKET_SECONDS + body.size / SLOWEST:
                     raise Unavailable(f"{self.url}/{key} comes at less than {SLOWEST} bytes per second")
         if body.size < body.expected:  # an early end is no error to urllib3
@@ -589,14 +602,23 @@ class _OutOfRange(StoreError):
 
 
 class _Body:
-    """What has come so far of an object's bytes [start, start + length), and the tag of the version that it is of."""
+    """What has come so far of an object's bytes [start, start + length), and the tag of the version that it is of: in
+    `target`, or else in `pieces`.
+    """
 
-    def __init__(self, start: int, length: int | None) -> None:
-        self.start, self.length = start, length
+    def __init__(self, start: int, length: int | None, target: memoryview | None = None) -> None:
+        self.start, self.length, self.target = start, length, target
         self.pieces: list[bytes] = []
         self.size = 0
         self.expected = length or 0
         self.tag = ""
+
+    def take(self, piece: bytes) -> None:
+        if self.target is None:
+            self.pieces.append(piece)
+        else:
+            self.target[self.size : self.size + len(piece)] = piece
+        self.size += len(piece)
 
 
 class Retry:
