@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from wds_train.bench_loader import FIGURES
+from wds_train.bench_loader import FIGURES, one_pass
 from wds_train.bench_pass import cause, in_child
 from wds_train.bench_peers import CONTENDERS, OURS, Pass, missing
 from wds_train.cli import main
@@ -82,6 +82,22 @@ def test_a_pass_that_cannot_work_says_why(tmp_path: Path, digits: Dataset) -> No
     wanted = Pass(digits.store.url, f"{tmp_path}/copies", str(tmp_path), workers=0, batch=2000, side=8)
     with pytest.raises(WdsTrainError, match=r"wds-train failed with code 1: .*1437 samples, fewer than .* 2000"):
         in_child("measure", OURS, wanted, [0], dict(os.environ))
+
+
+def test_a_peers_pass_that_fails_is_tried_again_and_ours_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, tried = Pass("d", "c", "f", workers=0, batch=1, side=1), []
+
+    def fails_twice(task: str, name: str, *_: object) -> dict[str, float]:
+        tried.append(name)
+        if name == OURS or tried.count(name) < 3:
+            raise WdsTrainError(f"{name} failed")
+        return {"images": 1}
+
+    monkeypatch.setattr("wds_train.bench_loader.in_child", fails_twice)
+    assert one_pass("measure", "litdata", wanted, [0], {}) == {"images": 1}
+    with pytest.raises(WdsTrainError, match="wds-train failed"):
+        one_pass("measure", OURS, wanted, [0], {})
+    assert tried == ["litdata"] * 3 + [OURS]
 
 
 def test_the_cause_is_the_exception_not_what_follows_it() -> None:
