@@ -106,9 +106,9 @@ def test_an_owner_that_lives_is_waited_for_however_long(
     tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It commits nothing for several leases, and only renews."""
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 3.0)
     monkeypatch.setattr(leases, "is_gone", lambda owner: False)
-    store, end = open_store(str(tmp_path / "run")), time.monotonic() + 5
+    store, end = open_store(str(tmp_path / "run")), time.monotonic() + 9
     owner = Run.claim(store, FRESH, said.append)
     owner.start_renewing()
 

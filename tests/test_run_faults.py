@@ -81,7 +81,7 @@ def test_a_run_that_is_held_is_refused_without_waiting(small: str, s3_url: str, 
         assert "stopped by SIGTERM before the training began" in trainings[2].output
         trainings[0].end(signal.SIGKILL)
         trainings.append(Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG)))
-        trainings[3].until("resuming at step", seconds=10)  # no wait for the lease of 60 s: its owner is gone
+        trainings[3].until("resuming at step", seconds=30)  # no wait for the lease of 60 s: its owner is gone
 
 
 @pytest.mark.parametrize("point", ["after a step", "validating", "uploading"])
