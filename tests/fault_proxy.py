@@ -38,6 +38,7 @@ class Fault:
     kind: Kind
     method: str = ""
     key: str = ""
+    query: str = ""
     after: int = 0
     times: float = 1
     share: float = 1.0
@@ -45,8 +46,8 @@ class Fault:
     code: str = "SlowDown"
     pause: float = 0.05
 
-    def matches(self, method: str, key: str) -> bool:
-        return self.times > 0 and self.method in ("", method) and self.key in key
+    def matches(self, method: str, key: str, query: str) -> bool:
+        return self.times > 0 and self.method in ("", method) and self.key in key and self.query in query
 
 
 class _Broken(Exception):
@@ -103,9 +104,9 @@ class FaultProxy:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _draw(self, method: str, key: str) -> Fault | None:
+    def _draw(self, method: str, key: str, query: str) -> Fault | None:
         for fault in self.faults:
-            if fault.matches(method, key) and self._draws.random() < fault.share:
+            if fault.matches(method, key, query) and self._draws.random() < fault.share:
                 fault.times -= 1
                 return fault
         return None
@@ -139,9 +140,10 @@ class FaultProxy:
         """One request and its answer."""
         head = await client_in.readuntil(b"\r\n\r\n")
         method, target = head.split(b" ", 2)[:2]
-        what = method.decode(), unquote(urlsplit(target.decode()).path).lstrip("/").partition("/")[2]
+        address = urlsplit(target.decode())
+        what = method.decode(), unquote(address.path).lstrip("/").partition("/")[2]
         self.requests[what] += 1
-        fault = self._draw(*what)
+        fault = self._draw(*what, address.query)
         if fault and fault.kind == "reset" and not fault.after:
             raise _Broken("reset")
         if fault and fault.kind == "status":
