@@ -1,11 +1,25 @@
 """The order against a brute force, and by properties."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wds_train.order import BLOCK, MAX_LANES, RAMP, WINDOW, EpochOrder, blocks, key, lane_count, permutation
+from wds_train.order import (
+    BLOCK,
+    MAX_LANES,
+    RAMP,
+    WINDOW,
+    EpochOrder,
+    blocks,
+    generator,
+    key,
+    lane_count,
+    permutation,
+    rekeyed,
+)
 
 shards = st.lists(st.integers(1, 200), min_size=1, max_size=8)
 batches = st.integers(1, 96)
@@ -120,3 +134,19 @@ def test_class_sorted_shards_still_give_mixed_batches() -> None:
     order = epoch_order([10_000] * 10, 256)
     distinct = [len(set((order.batch(step) // 100).tolist())) for step in range(0, order.steps, 20)]
     assert np.mean(distinct) > 150, np.mean(distinct)
+
+
+@given(st.lists(st.tuples(st.integers(), st.text(max_size=3), st.integers(0, 9)), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_a_generator_that_is_keyed_anew_draws_as_a_new_one(keys: list[tuple[int, str, int]]) -> None:
+    for number, name, draws in keys:
+        again, new = rekeyed(number, name), generator(number, name)
+        assert again.random(draws).tolist() == new.random(draws).tolist()
+        assert again.integers(9, dtype=np.int32) == new.integers(9, dtype=np.int32)  # leaves half a word behind
+
+
+def test_threads_key_generators_of_their_own() -> None:
+    mine = rekeyed("mine")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(rekeyed, "another").result().random(3)
+    assert mine.random(4).tolist() == generator("mine").random(4).tolist()

@@ -21,7 +21,7 @@ from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, R
 from wds_train.augment import Box, random_resized_crop
 from wds_train.decode import ImageInfo, decode_crop, probe
 from wds_train.errors import UsageError
-from wds_train.order import generator
+from wds_train.order import generator, rekeyed
 from wds_train.tario import IMAGE_EXTENSIONS
 
 SIZE, SCALE, RATIO = 224, (0.08, 1.0), (3 / 4, 4 / 3)
@@ -97,7 +97,7 @@ def _reference_pass(images: list[bytes], batch: Pixels, repeat: int) -> None:
 
 def _our_pass(images: list[bytes], sizes: list[ImageInfo], batch: Pixels, repeat: int) -> None:
     for number, (data, size, out) in enumerate(zip(images, sizes, batch, strict=True)):
-        rng = generator("bench", repeat, number)
+        rng = rekeyed("bench", repeat, number)  # as the loader does
         decode_crop(data, random_resized_crop(rng, *size, SCALE, RATIO), out, flip=rng.random() < 0.5)
 
 

@@ -40,7 +40,7 @@ from wds_train.cache import BlockCache
 from wds_train.dataset import Dataset, SplitReader
 from wds_train.decode import decode_crop
 from wds_train.errors import DataError, RunError, UsageError, WdsTrainError
-from wds_train.order import EpochOrder, Ids, generator, lane_count, permutation
+from wds_train.order import EpochOrder, Ids, lane_count, permutation, rekeyed
 from wds_train.policies import apply, policies
 from wds_train.recipe import Recipe
 from wds_train.schedule import image_side
@@ -374,7 +374,7 @@ class TrainTransform:
         return image_side(self.recipe.data, step // self.steps_per_epoch, self.recipe.schedule.epochs)
 
     def crop(self, epoch: int, position: int, width: int, height: int) -> tuple[Box, bool]:
-        data, rng = self.recipe.data, generator(self.recipe.seed, "augment", epoch, position)
+        data, rng = self.recipe.data, rekeyed(self.recipe.seed, "augment", epoch, position)
         flip = bool(rng.random() < data.flip)
         return random_resized_crop(rng, width, height, data.scale, data.ratio), flip
 
