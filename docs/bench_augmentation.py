@@ -15,7 +15,7 @@ import torch
 from wds_train.augment import random_resized_crop
 from wds_train.bench import PASS_SAMPLES, RATIO, SCALE, SIZE, machine, read_images
 from wds_train.decode import decode_crop, probe
-from wds_train.order import generator
+from wds_train.order import rekeyed
 from wds_train.policies import apply, policies
 from wds_train.recipe import DataRecipe
 
@@ -42,7 +42,7 @@ def main() -> None:
     sizes = [probe(data) for data in images]
 
     def decoding(number: int, _: int) -> None:
-        box = random_resized_crop(generator("bench", number), *sizes[number], SCALE, RATIO)
+        box = random_resized_crop(rekeyed("bench", number), *sizes[number], SCALE, RATIO)
         decode_crop(images[number], box, batch[number])
 
     def policy(data: DataRecipe) -> Callable[[int, int], None]:

@@ -111,7 +111,7 @@ def test_augmentation_differs_between_epochs_and_places(digits: Dataset) -> None
 class Counted(LocalStore):
     """Knows how much of the memory that it has read into is still in use, and how much was at most."""
 
-    held = peak = 0
+    peak = 0
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -119,15 +119,12 @@ class Counted(LocalStore):
 
     def read_into(self, key: str, start: int, target: memoryview) -> None:
         super().read_into(key, start, target)
-        slab = target.obj
-        if self._slabs.get(id(slab)) is not slab:
-            self._slabs[id(slab)] = slab
-            self.held += memoryview(slab).nbytes
-            self.peak = max(self.peak, self.held)
-            weakref.finalize(slab, self._released, memoryview(slab).nbytes)
+        self._slabs[id(target.obj)] = target.obj
+        self.peak = max(self.peak, self.held)
 
-    def _released(self, size: int) -> None:
-        self.held -= size
+    @property
+    def held(self) -> int:
+        return sum(slab.nbytes for ref in self._slabs.valuerefs() if (slab := ref()) is not None)
 
 
 def test_what_a_worker_holds_does_not_grow_with_the_dataset(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,10 +124,7 @@ def test_a_run_outlives_an_outage_of_the_store(
         trainings[0].until("epoch   3/400")  # it trains on meanwhile
         outage.times = 0
         step = read_run(open_store(f"{s3_url}/run"))[0].checkpoints[-1].progress.step
-        deadline = time.monotonic() + 60
-        while read_run(open_store(f"{s3_url}/run"))[0].checkpoints[-1].progress.step <= step:  # it commits again
-            assert time.monotonic() < deadline, trainings[0].output
-            time.sleep(0.1)
+        wait_for_commit(f"{s3_url}/run", beyond=step)  # it commits again
         assert trainings[0].end(signal.SIGTERM) == 75, trainings[0].output
         assert "state committed to s3://" in trainings[0].output
     manifest, _ = read_run(open_store(f"{s3_url}/run"))

@@ -85,13 +85,13 @@ class Job:
     defaults: tuple[str, ...] = tuple(SETTINGS)
 
 
-def wait_for_commit(run: str, seconds: float = 60) -> None:
-    """Until the run's manifest names a checkpoint: an epoch's line comes before its commit, which goes on beside the
-    training.
+def wait_for_commit(run: str, beyond: int = 0) -> None:
+    """Until the run's manifest names a checkpoint of a step beyond that: an epoch's line comes before its commit, which
+    goes on beside the training.
     """
-    deadline = time.monotonic() + seconds
-    while not read_run(open_store(run))[0].checkpoints:
-        assert time.monotonic() < deadline, f"nothing was committed to {run}"
+    deadline = time.monotonic() + 60
+    while not any(checkpoint.progress.step > beyond for checkpoint in read_run(open_store(run))[0].checkpoints):
+        assert time.monotonic() < deadline, f"nothing beyond step {beyond} was committed to {run}"
         time.sleep(0.05)
 
 

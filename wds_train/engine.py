@@ -84,8 +84,9 @@ class Trainer:
         """One optimizer step; its loss, a float32 scalar on the device."""
         step = self.progress.step
         assert batch.step == step, f"the loader gave step {batch.step}, the trainer is at {step}"
+        lr = self.lr(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(step) * group.get("lr_scale", 1.0)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self._parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
         labels = batch.labels.to(self.device, non_blocking=True)

@@ -304,7 +304,7 @@ class Fetcher:
             cut |= np.diff(self._cache.block_of(ids)) != 0
         return np.split(ids, np.flatnonzero(cut) + 1)
 
-    def _read_run(self, ids: Ids, memory: "_Memory") -> dict[int, memoryview | DataError]:
+    def _read_run(self, ids: Ids, memory: _Memory) -> dict[int, memoryview | DataError]:
         index, shard = self._split.index, self._split.shard_names[self._split.index.shard[ids[0]]]
         if self._cache is not None and self._cache.keeps(ids[0]):
             first, found = self._cache.read(ids[0])
