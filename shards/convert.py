@@ -1,10 +1,12 @@
 """A source becomes a dataset: shards, index and report, then the manifest.
 
 Kill it at any moment and run it again. What is finished is kept in the store under `.wip/`, which no manifest names:
-`plan.json` says what is being made, and `SPLIT/shard-NNNNNN.parquet`, written when that shard's upload was confirmed,
-holds the shard's index rows, digest and tag. A shard whose record and object agree is not made again; every shard is a
-pure function of the plan, so the result is the same bytes. After the manifest, `.wip/` and whatever else of ours it does
-not name are removed.
+`plan.json` says what is being made, under which names, and what it replaces; `SPLIT/shard-NNNNNN.parquet`, written when
+that shard's upload was confirmed, holds the shard's index rows, digest and tag. A shard whose record and object agree is
+not made again; every shard is a pure function of the plan, so the result is the same bytes.
+
+A conversion that replaces another one writes under names of its own, so that the other stays whole until one
+compare-and-swap puts the new manifest in the place of the old. Only then is removed what the old one named.
 """
 
 import contextlib
@@ -42,7 +44,7 @@ from wds_train.tario import (
 
 WIP = ".wip/"
 PLAN = f"{WIP}plan.json"
-OURS = re.compile(r"[a-z]+/(shard-\d{6}\.tar|index\.parquet)|report\.json|\.wip/.*")
+RECORD = re.compile(r"\.wip/[a-z]+/shard-\d{6}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Options:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that makes shard `number` of `split`: the rows of its samples, in order. `plan` is the plan's digest."""
+    """All that makes shard `number` of `split`: the rows of its samples, in order. `plan` is the plan's digest, `mark`
+    what is put into the names of objects that replace others.
+    """
 
     store: Store
     plan: str
@@ -67,10 +71,11 @@ class ShardTask:
     number: int
     rows: pa.Table
     policy: ImagePolicy
+    mark: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.split}/shard-{self.number:06d}.tar"
+        return shard_name(self.split, self.number, self.mark)
 
     @property
     def record(self) -> str:
@@ -88,6 +93,32 @@ class ShardDone:
     notes: list[Note]
     altered: int
     index: pa.Table
+
+
+def shard_name(split: str, number: int, mark: str) -> str:
+    return f"{split}/shard-{number:06d}{mark}.tar"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """`.wip/plan.json`: a conversion that is under way, by whoever. `plan` as `Conversion.plan`; `mark` as in `ShardTask`;
+    `names` are the objects that it writes, `stale` those of others that it replaces.
+    """
+
+    plan: dict[str, Any]
+    mark: str
+    names: list[str]
+    stale: list[str]
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "Begun":
+        try:
+            return cls(**json.loads(data))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{where} is damaged, or of another version; remove it and convert again") from error
 
 
 class Packing:
@@ -178,7 +209,7 @@ class Conversion:
 
     def __init__(self, source: Source, store: Store, options: Options) -> None:
         if options.hold_out:
-            if "train" not in source.splits or len(source.splits) > 1:
+            if "train" not in source.splits or "val" in source.splits:
                 there = ", ".join(source.splits)
                 raise UsageError(f"{source.description} has {there}: nothing can be held out; leave --hold-out away")
             source = hold_out(source, options.hold_out)
@@ -192,6 +223,8 @@ class Conversion:
             | ({"hold_out": options.hold_out} if options.hold_out else {}),
         }
         self.digest = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
+        self.mark = ""
+        self._replaces: str | None = None  # the tag of the manifest that ours takes the place of
 
     def windows(self, finished: set[tuple[str, int]]) -> Iterator[Iterable[ShardTask]]:
         """The shards that are not `finished`, in groups: each must be done before the next is asked for, since a
@@ -223,31 +256,37 @@ class Conversion:
         return int(to_numpy(self.source.splits[split]["length"])[ids].sum())
 
     def _task(self, split: str, number: int, rows: pa.Table) -> ShardTask:
-        return ShardTask(self.store, self.digest, split, number, rows, self.options.policy)
+        return ShardTask(self.store, self.digest, split, number, rows, self.options.policy, self.mark)
 
     def begin(self, *, overwrite: bool) -> list[ShardDone] | None:
-        """What earlier runs finished; None when the dataset is complete. Refused when another one is there."""
-        there = self._existing()
-        if there is not None and overwrite and there[1] != self.plan:
-            self.store.delete(manifests.NAME)
-            self.store.delete(PLAN)
-            there = None
-        if there is None:
-            with contextlib.suppress(Conflict):
-                self.store.write(PLAN, json.dumps(self.plan, indent=1).encode(), if_absent=True)
-            there = self._existing()
-            assert there is not None
-        where, plan = there
-        if plan != self.plan:
-            raise UsageError(
-                f"{self.store.url}/{where} was begun with other settings: {_differences(plan, self.plan)}; "
-                "use the same ones, another destination, or --overwrite to replace it"
-            )
-        return None if where == manifests.NAME else self._finished()
+        """What earlier runs finished; None when the dataset is complete. Refused when another one is there, or files of
+        somebody else's under the names that would be written.
+        """
+        made = self._read_manifest()
+        if made is not None and self._settings(made) == self.plan:
+            return None
+        if made is not None and not overwrite:
+            raise self._other_settings(manifests.NAME, self._settings(made))
+        while True:
+            begun, tag = self._read_begun()
+            if begun is not None and begun.plan == self.plan:
+                self.mark = begun.mark
+                return self._finished()
+            if begun is not None and not overwrite:
+                raise self._other_settings(PLAN, begun.plan)
+            replaced = (made.objects() if made else set()) | ({*begun.names, *begun.stale} if begun else set())
+            self.mark = f".{self.digest[:8]}" if replaced else ""
+            mine = self._names()
+            if not replaced:
+                self._refuse_foreign(mine)
+            plan = Begun(self.plan, self.mark, mine, sorted(replaced - {*mine}))
+            with contextlib.suppress(Conflict):  # another one began at this moment: look again
+                self.store.write(PLAN, plan.to_json(), **({"if_match": tag} if tag else {"if_absent": True}))
 
     def complete(self) -> DatasetManifest:
         """The manifest that is there already; what a kill left to remove is removed."""
-        made = DatasetManifest.from_json(self.store.read(manifests.NAME), f"{self.store.url}/{manifests.NAME}")
+        made = self._read_manifest()
+        assert made is not None, "begin() found it"
         self.sweep(made)
         return made
 
@@ -257,37 +296,75 @@ class Conversion:
         for split in self.parts:
             mine = sorted((part for part in done if part.split == split), key=lambda part: part.number)
             table = pa.Table.from_batches([batch for part in mine for batch in part.index.to_batches()], SCHEMA)
-            index = self._put(f"{split}/index.parquet", write_index(table))
+            index = self._put(f"{split}/index{self.mark}.parquet", write_index(table))
             splits[split] = Split(tuple(part.shard for part in mine), index)
         notes = self.source.notes + [note for part in done for note in part.notes]
-        report = self._put("report.json", report_json(notes, sum(part.altered for part in done)))
+        report = self._put(f"report{self.mark}.json", report_json(notes, sum(part.altered for part in done)))
         made = DatasetManifest(self.source.classes, splits, report=report, **self.plan)
+        condition: dict[str, Any] = {"if_match": self._replaces} if self._replaces else {"if_absent": True}
         try:
-            self.store.write(manifests.NAME, made.to_json(), if_absent=True)
-        except Conflict:
+            self.store.write(manifests.NAME, made.to_json(), **condition)
+        except Conflict as error:
             if self.store.read(manifests.NAME) != made.to_json():
-                raise
+                raise Conflict(
+                    f"{self.store.url}: another conversion has finished there meanwhile; its dataset stands, this one's does not"
+                ) from error
         self.sweep(made)
         return made
 
     def sweep(self, made: DatasetManifest) -> None:
-        """Remove what is ours in the store and `made` does not name: `.wip/`, and shards of a dataset overwritten."""
-        self.store.abort_uploads()
-        named = {manifests.NAME, "report.json"} | {split.index.name for split in made.splits.values()}
-        named |= {shard.name for split in made.splits.values() for shard in split.shards}
-        stale = [entry.key for entry in self.store.list() if entry.key not in named and OURS.fullmatch(entry.key)]
+        """Remove what the plan names, its own or what it replaced, and `made` does not; then the plan and its records.
+        Nothing else is ours.
+        """
+        for split in self.parts:
+            self.store.abort_uploads(f"{split}/shard-")
+        begun, _ = self._read_begun()
+        if begun is None or begun.plan != self.plan:  # another conversion's by now
+            return
+        stale = {*begun.names, *begun.stale} - made.objects()
+        records = {entry.key for entry in self.store.list(WIP) if RECORD.fullmatch(entry.key)}
         with ThreadPoolExecutor(16) as pool:
-            list(pool.map(self.store.delete, stale))
+            list(pool.map(self.store.delete, stale | records))
+        self.store.delete(PLAN)  # last: it names what there is to remove
 
-    def _existing(self) -> tuple[str, dict[str, Any]] | None:
-        """What is in the store already: the manifest or the plan of an unfinished conversion, and its settings."""
+    def _names(self) -> list[str]:
+        """Every object of the dataset but the manifest."""
+        shards = [shard_name(split, n, self.mark) for split, parts in self.parts.items() for n in range(len(parts))]
+        return [*shards, *(f"{split}/index{self.mark}.parquet" for split in self.parts), f"report{self.mark}.json"]
+
+    def _refuse_foreign(self, names: list[str]) -> None:
+        folders = sorted({name.rpartition("/")[0] for name in names})
+        there = {
+            entry.key for folder in folders for entry in self.store.list(f"{folder}/" if folder else "report.json")
+        }
+        if foreign := sorted(there & {*names}):
+            raise UsageError(
+                f"{self.store.url} holds {foreign[0]}"
+                + (f" and {len(foreign) - 1} more" if foreign[1:] else "")
+                + ", which no manifest of ours names, under names that this conversion would write; choose another destination"
+            )
+
+    def _read_manifest(self) -> DatasetManifest | None:
         with contextlib.suppress(NotFound):
-            where = f"{self.store.url}/{manifests.NAME}"
-            found = asdict(DatasetManifest.from_json(self.store.read(manifests.NAME), where))
-            return manifests.NAME, {name: found[name] for name in self.plan}
-        with contextlib.suppress(NotFound):
-            return PLAN, json.loads(self.store.read(PLAN))
+            data, self._replaces = self.store.read_tagged(manifests.NAME)
+            return DatasetManifest.from_json(data, f"{self.store.url}/{manifests.NAME}")
         return None
+
+    def _read_begun(self) -> tuple[Begun | None, str]:
+        with contextlib.suppress(NotFound):
+            data, tag = self.store.read_tagged(PLAN)
+            return Begun.from_json(data, f"{self.store.url}/{PLAN}"), tag
+        return None, ""
+
+    def _settings(self, made: DatasetManifest) -> dict[str, Any]:
+        found = asdict(made)
+        return {name: found[name] for name in self.plan}
+
+    def _other_settings(self, where: str, there: dict[str, Any]) -> UsageError:
+        return UsageError(
+            f"{self.store.url}/{where} was begun with other settings: {_differences(there, self.plan)}; "
+            "use the same ones, another destination, or --overwrite to replace it"
+        )
 
     def _finished(self) -> list[ShardDone]:
         records = [entry.key for entry in self.store.list(WIP) if entry.key.endswith(".parquet")]
@@ -296,8 +373,10 @@ class Conversion:
 
     def _confirmed(self, record: str) -> ShardDone | None:
         done = _from_record(self.store.read(record), self.digest)
+        if done is None or done.shard.name != shard_name(done.split, done.number, self.mark):
+            return None
         try:
-            return done if done and self.store.head(done.shard.name) == (done.shard.bytes, done.tag) else None
+            return done if self.store.head(done.shard.name) == (done.shard.bytes, done.tag) else None
         except NotFound:
             return None
 
@@ -343,7 +422,7 @@ def _groups(
 
 
 def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
-    flat = [{**plan, **plan["image_policy"], **plan["conversion"]} for plan in (there, wanted)]
+    flat = [{**plan, **plan.get("image_policy", {}), **plan.get("conversion", {})} for plan in (there, wanted)]
     names = [n for n in flat[0] | flat[1] if n not in ("image_policy", "conversion")]
     changes = [(name, *(plan.get(name) for plan in flat)) for name in names]
     return ", ".join(f"{name} was {old}, is now {new}" for name, old, new in changes if old != new)

@@ -176,7 +176,7 @@ def _scan_arrow(found: SplitScan, path: Path, columns: Columns, labels: dict[str
                 name = f"{found.seen:08d}"
                 found.seen += 1
                 if not 0 <= label < classes:
-                    found.note(f"{path}: row {name}", "left out", f"its label {label} is outside the {classes} classes")
+                    found.note_label(f"{path}: row {name}", label, classes)
                 elif length == 0:
                     found.note(f"{path}: row {name}", "left out", "zero bytes")
                 else:

@@ -1,5 +1,6 @@
 """`wds-train shards index DATASET`: WebDataset tars become a dataset where they lie. Only index and manifest are written."""
 
+import contextlib
 import hashlib
 import zlib
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from shards.images import ImagePolicy, check
 from shards.source import Note, choose_splits, split_word
 from shards.tars import WdsSample, group
 from wds_train import manifest as manifests
-from wds_train.errors import Conflict, DataError, UsageError
+from wds_train.errors import Conflict, DataError, NotFound, UsageError
 from wds_train.manifest import ClassInfo, DatasetManifest, Index, Shard, Split
 from wds_train.store import Entry, Store
 from wds_train.tario import members, write_index
@@ -53,7 +54,7 @@ class Forward:
 
 @dataclass
 class Indexed:
-    """What indexing brings together for one split."""
+    """What indexing brings together for one split. A row's label is a text, until all are known."""
 
     shards: list[Shard] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -131,26 +132,39 @@ def _row(sample: WdsSample, file: Forward, number: int, policy: ImagePolicy) -> 
 
 
 def write_dataset(
-    store: Store, splits: dict[str, Indexed], classes: tuple[ClassInfo, ...], report: bytes
+    store: Store, splits: dict[str, Indexed], classes: tuple[ClassInfo, ...], report: bytes, *, overwrite: bool
 ) -> DatasetManifest:
-    """Write indexes and report, then the manifest; `UsageError` where another manifest is."""
-    parts = {}
-    for split, found in splits.items():
-        parts[split] = Split(tuple(found.shards), _put(store, f"{split}/index.parquet", write_index(found.rows)))
+    """Write indexes and report, then the manifest; `UsageError` where another manifest is, unless it is to be replaced: it
+    stays, with all that it names, until the new one has taken its place.
+    """
+    there, condition = None, dict[str, Any](if_absent=True)
+    with contextlib.suppress(NotFound):
+        data, tag = store.read_tagged(manifests.NAME)
+        there, condition = DatasetManifest.from_json(data, f"{store.url}/{manifests.NAME}"), {"if_match": tag}
+    parts = {
+        split: Split(tuple(found.shards), _put(store, f"{split}/index", ".parquet", write_index(found.rows)))
+        for split, found in splits.items()
+    }
     made = DatasetManifest(
-        classes, parts, "webdataset, indexed in place", 0, {}, {}, _put(store, "report.json", report)
+        classes, parts, "webdataset, indexed in place", 0, {}, {}, _put(store, "report", ".json", report)
     )
-    try:
-        store.write(manifests.NAME, made.to_json(), if_absent=True)
-    except Conflict as error:
-        there = DatasetManifest.from_json(store.read(manifests.NAME), f"{store.url}/{manifests.NAME}")
-        if there.fingerprint != made.fingerprint:
-            raise UsageError(
-                f"{store.url} has another manifest already, {there.fingerprint}; --overwrite replaces it"
-            ) from error
+    if there is not None and not overwrite and there.fingerprint != made.fingerprint:
+        raise UsageError(f"{store.url} has another manifest already, {there.fingerprint}; --overwrite replaces it")
+    store.write(manifests.NAME, made.to_json(), **condition)
+    tars = {shard.name for split in splits.values() for shard in split.shards}
+    for stale in (there.objects() if there else set()) - made.objects() - tars:
+        if not stale.endswith(".tar"):  # a tar is somebody's data, whoever indexed it before
+            store.delete(stale)
     return made
 
 
-def _put(store: Store, name: str, body: bytes) -> Index:
-    store.write(name, body)
-    return Index(name, len(body), hashlib.sha256(body).hexdigest())
+def _put(store: Store, name: str, suffix: str, body: bytes) -> Index:
+    """Write the object, beside one of that name that holds something else."""
+    digest = hashlib.sha256(body).hexdigest()
+    try:
+        store.write(name + suffix, body, if_absent=True)
+        return Index(name + suffix, len(body), digest)
+    except Conflict:
+        name = f"{name}.{digest[:8]}{suffix}"
+        store.write(name, body)
+        return Index(name, len(body), digest)

@@ -1,6 +1,7 @@
 """`wds-train shards`: a dataset becomes tar shards on S3, once."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -13,11 +14,12 @@ from shards.convert import Conversion, Options, ShardDone, run_tasks
 from shards.estimate import print_plan
 from shards.images import ImagePolicy
 from shards.index import index_in_place, write_dataset
-from shards.source import Note, report_json, to_classes
-from shards.sources import DIGITS, FORMATS, name_of, open_source
+from shards.labels import classes_of
+from shards.overlap import refuse_overlap
+from shards.source import Note, Source, reasons, report_json
+from shards.sources import DIGITS, FORMATS, name_of, open_source, source_root
 from shards.spool import Spool
 from shards.workers import opened, prepare
-from wds_train import manifest as manifests
 from wds_train.devserver import home
 from wds_train.errors import DataError, Interrupted, UsageError, WdsTrainError
 from wds_train.manifest import DatasetManifest
@@ -25,6 +27,8 @@ from wds_train.store import default_url, open_store
 
 MIB = 1 << 20
 INDEX = "index"
+HELD_OUT = 0.1  # of each class, where a source has no val split
+SHOWN = 8  # classes that are named before the work
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--hold-out",
         type=float,
-        default=0.0,
         metavar="SHARE",
-        help="of each class: the val split of a source that has none (%(default)s)",
+        help=f"of each class of train: the val split of a source that has none ({HELD_OUT}; 0 keeps none)",
     )
     add("--processes", type=int, default=len(os.sched_getaffinity(0)), help="(%(default)s)")
     add("--executor", metavar="dask://HOST:PORT", help="make the shards on a Dask cluster that sees SOURCE")
@@ -71,28 +74,44 @@ def run(args: argparse.Namespace) -> int:
     if args.processes > 1 and not (args.executor or args.dry_run):
         prepare()
     url = args.dataset or default_url("datasets", name_of(args.source), args.bucket)
+    store = open_store(url)
+    refuse_overlap(source_root(args.source), store)
     began = time.monotonic()
     with Spool(args.spool or home() / "spool", url, int(args.spool_gb * 1e9)) as spool:
         source = open_source(args.source, spool, args.form)
-        conversion = Conversion(source, open_store(url), _options(args))
-        _judge(source.notes, source.samples, args.max_bad)
-        if "val" not in conversion.parts:
-            print("there is no val split, which training needs: --hold-out 0.1 keeps a tenth of each class for one")
+        conversion = Conversion(source, store, _options(args, source))
+        met = source.samples + sum(note.what == "left out" for note in source.notes)
+        _judge(source.notes, met, args.max_bad)
+        _print_understood(conversion)
         if args.dry_run:
             print_plan(conversion, args.processes)
             return 0
         done = conversion.begin(overwrite=args.overwrite)
         if done is None:
-            print(f"{conversion.store.url} is complete already: {_counts(conversion.complete())}")
+            print(f"{store.url} is complete already: {_counts(conversion.complete())}")
             return 0
         done = _convert(conversion, done, args)
         notes = source.notes + [note for part in done for note in part.notes]
-        _judge(notes, source.samples, args.max_bad)
+        _judge(notes, met, args.max_bad)
         made = conversion.finish(done)
-    _print_notes(notes)
-    print(f"{conversion.store.url}: {_counts(made)}, in {time.monotonic() - began:.0f} s")
+    _print_notes(notes, made.report.name if made.report else "")
+    print(f"{store.url}: {_counts(made)}, in {time.monotonic() - began:.0f} s")
     print(f"fingerprint {made.fingerprint}")
     return 0
+
+
+def _print_understood(conversion: Conversion) -> None:
+    """What the source was taken for, before the work: a person sees at once when it is not what it is."""
+    source, share = conversion.source, conversion.options.hold_out
+    names = ", ".join(entry.name.partition(",")[0] for entry in source.classes[:SHOWN])
+    counts = ", ".join(f"{split} {rows.num_rows:,}" for split, rows in source.splits.items())
+    print(
+        f"{source.description}: {len(source.classes)} classes ({names}{', ...' if source.classes[SHOWN:] else ''}); {counts}"
+    )
+    if share:
+        print(f"val is {share:.0%} of each class of train, held out; --hold-out sets another share, 0 keeps none")
+    elif "val" not in source.splits:
+        print("there is no val split, which training needs: --hold-out 0.1 keeps a tenth of each class for one")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -101,7 +120,7 @@ def _check(args: argparse.Namespace) -> None:
         "--processes": args.processes < 1 and args.processes,
         "--quality": not 1 <= args.quality <= 100 and args.quality,
         "--resize-shorter": args.resize_shorter is not None and args.resize_shorter < 1 and args.resize_shorter,
-        "--hold-out": not 0 <= args.hold_out < 1 and args.hold_out,
+        "--hold-out": args.hold_out is not None and not 0 <= args.hold_out < 1 and args.hold_out,
         "--max-bad": not 0 <= args.max_bad < 1 and args.max_bad,
     }
     for flag, value in wrong.items():
@@ -109,9 +128,12 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag} {value} cannot work; see wds-train shards --help")
 
 
-def _options(args: argparse.Namespace) -> Options:
+def _options(args: argparse.Namespace, source: Source) -> Options:
     policy = ImagePolicy(args.resize_shorter, args.quality, args.verify)
-    return Options(args.seed, int(args.shard_mb * MIB), policy, args.hold_out)
+    share = args.hold_out
+    if share is None:
+        share = HELD_OUT if "train" in source.splits and "val" not in source.splits else 0.0
+    return Options(args.seed, int(args.shard_mb * MIB), policy, share)
 
 
 def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Namespace) -> list[ShardDone]:
@@ -166,22 +188,25 @@ class _Progress:
             print(f"{self._images:,} of {self._bar.total:,} images, {rate:.0f} MB/s", file=sys.stderr, flush=True)
 
 
-def _judge(notes: list[Note], samples: int, max_bad: float) -> None:
-    """Stop when more was left out than may be. `samples`: those that the source's scan accepted."""
+def _judge(notes: list[Note], found: int, max_bad: float) -> None:
+    """Stop when more was left out than may be. `found`: all samples that the source's scan met."""
     bad = [note for note in notes if note.what == "left out"]
-    if len(bad) > max_bad * samples:
-        _print_notes(bad)
-        raise DataError(
-            f"{len(bad)} samples cannot be used, of {samples} at most {int(max_bad * samples)} may; repair or remove "
-            f"them, or leave them out: --max-bad {len(bad) / samples * 1.01:.2g}"
-        )
+    if len(bad) <= max_bad * found + 1e-9:  # 0.07 * 100 is 7.000000000000001, and 0.29 * 100 is 28.999999999999996
+        return
+    _print_notes(bad)
+    if len(bad) >= found:
+        raise DataError(f"none of {found} samples can be used{reasons(bad)}; repair them")
+    raise DataError(
+        f"{len(bad)} samples cannot be used, of {found} at most {int(max_bad * found + 1e-9)} may; repair or remove "
+        f"them, or leave them out: --max-bad {math.ceil(len(bad) / found * 1000) / 1000:g}"
+    )
 
 
-def _print_notes(notes: list[Note], most: int = 20) -> None:
+def _print_notes(notes: list[Note], report: str = "report.json", most: int = 20) -> None:
     for note in notes[:most]:
         print(f"{note.what:9} {note.split:6} {note.origin}: {note.cause}")
     if len(notes) > most:
-        print(f"... and {len(notes) - most} more; report.json beside the manifest has all of them")
+        print(f"... and {len(notes) - most} more; {report} beside the manifest has all of them")
 
 
 def _counts(made: DatasetManifest) -> str:
@@ -199,17 +224,18 @@ def _index(args: argparse.Namespace) -> int:
     store = open_store(args.dataset)
     splits, notes = index_in_place(store, ImagePolicy(verify=args.verify))
     samples = sum(len(found.rows) for found in splits.values())
-    _judge(notes, samples, args.max_bad)
-    if not samples:
+    left_out = sum(note.what == "left out" for note in notes)
+    if not samples + left_out:
         raise DataError(f"the tars of {store.url} hold no samples with an image and a label")
+    _judge(notes, samples + left_out, args.max_bad)
     _print_notes(notes)
+    labels = {row["label"] for found in splits.values() for row in found.rows}
+    classes, numbers = classes_of(labels, samples, store.url)
+    for row in (row for found in splits.values() for row in found.rows):
+        row["label"] = numbers[row["label"]]
     if args.dry_run:
         return 0
-    if args.overwrite:
-        store.delete(manifests.NAME)
-    largest = max(row["label"] for found in splits.values() for row in found.rows)
-    classes = to_classes([str(label) for label in range(largest + 1)])
-    made = write_dataset(store, splits, classes, report_json(notes, 0))
+    made = write_dataset(store, splits, classes, report_json(notes, 0), overwrite=args.overwrite)
     print(f"{store.url}: {_counts(made)}\nfingerprint {made.fingerprint}")
     return 0
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,9 +35,16 @@ ROWS = pa.schema(
     ]
 )
 CHUNK = 16_384
-# In the order of preference: a `test` split is the validation split only where there is no other.
-VAL_NAMES = ("val", "validation", "valid", "test")
-SPLIT_WORD = re.compile(rf"(?:^|[-_./])(train|training|{'|'.join(VAL_NAMES)})(?=[-_./0-9{{]|$)", re.IGNORECASE)
+# What a split is called, in the order of preference.
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
+_WORDS = "|".join(word for words in SPLITS.values() for word in words)
+# In the name of a file: the word between separators.
+SPLIT_WORD = re.compile(rf"(?:^|[-_./])({_WORDS})(?=[-_./0-9{{]|$)", re.IGNORECASE)
+# A folder is a split when its name is such a word and no more than what people put around it: seg_train, Test Images.
+SPLIT_FOLDER = re.compile(
+    rf"(?:(?:seg|img|images?|data|dataset)[-_ .]?)?({_WORDS})[-_ .]?(?:set|data|img|images?|split|folder)?[-_ .]?\d*",
+    re.IGNORECASE,
+)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # What operating systems leave in folders: nobody's sample, so it does not count as a bad one.
 LITTER = re.compile(r"\..*|Thumbs\.db|desktop\.ini|__MACOSX", re.IGNORECASE)
@@ -129,6 +137,13 @@ class SplitScan:
         readable = str(origin).encode(errors="backslashreplace").decode()  # a name may be no UTF-8, which print refuses
         self.notes.append(Note(self.split, readable, what, cause))
 
+    def note_label(self, origin: str, label: int, classes: int) -> None:
+        """Note a sample whose label is none of the classes'. Test images are often handed out without (-1)."""
+        if self.split == "test" and label == -1:
+            self.note(origin, "ignored", "a test image without a label")
+        else:
+            self.note(origin, "left out", f"its label {label} is outside the {classes} classes")
+
     def add_file(self, label: int, path: Path, name: str) -> bool:
         """Add the image at `path`, whose key comes from `name`, or note why not; whether it was added."""
         try:
@@ -159,19 +174,30 @@ class SplitScan:
 
 
 def from_scans(description: str, classes: tuple[ClassInfo, ...], scans: Sequence[SplitScan]) -> "Source":
-    """The source that `scans`, one a split, found."""
+    """The source that `scans`, one a split, found. A test split whose samples have no labels is none."""
+    found = {scan.split: scan.rows.table() for scan in sorted(scans, key=lambda scan: [*SPLITS].index(scan.split))}
     return Source(
         description,
         classes,
-        {scan.split: scan.rows.table() for scan in scans},
+        {split: rows for split, rows in found.items() if rows.num_rows or split != "test"},
         [note for scan in scans for note in scan.notes],
         "".join(scan.stamp.hexdigest() for scan in scans),
     )
 
 
+def relabelled(source: Source, labels: np.ndarray) -> Source:
+    """`source`, whose label n is now `labels[n]` (int32)."""
+
+    def changed(rows: pa.Table) -> pa.Table:
+        new = to_array(labels[to_numpy(rows["label"])] if rows.num_rows else [], pa.int32())
+        return rows.set_column(rows.schema.get_field_index("label"), ROWS.field("label"), new)
+
+    return replace(source, splits={split: changed(rows) for split, rows in source.splits.items()})
+
+
 def hold_out(source: Source, share: float) -> Source:
-    """`source`, all of which is one split, with `share` of each class as `val`: the samples whose keys' hashes are the
-    lowest, at least one, and never the class's only one. Neither the machine nor the seed of the shuffle matters.
+    """`source`, which has no `val`, with `share` of each class of `train` for one: the samples whose keys' hashes are
+    the lowest, at least one, and never the class's only one. Neither the machine nor the seed of the shuffle matters.
     """
     rows = source.splits["train"]
     keys, labels = rows["key"].to_pylist(), to_numpy(rows["label"])
@@ -183,7 +209,7 @@ def hold_out(source: Source, share: float) -> Source:
     held[order] = place < np.repeat(wanted, counts)
     parts = {split: take(rows, np.flatnonzero(held == (split == "val"))) for split in ("train", "val")}
     stream = source.stream and source.stream.held_out({key for key, is_held in zip(keys, held, strict=True) if is_held})
-    return replace(source, splits=parts, stream=stream)
+    return replace(source, splits=parts | {k: v for k, v in source.splits.items() if k != "train"}, stream=stream)
 
 
 def take(rows: pa.Table, ids: Sequence[int] | np.ndarray) -> pa.Table:
@@ -197,11 +223,10 @@ def split_word(name: str) -> str:
 
 
 def choose_splits(words: Iterable[str]) -> dict[str, str]:
-    """Which of the splits in a source become `train` and `val`; the others are not converted."""
+    """Which of the splits in a source become `train`, `val` and `test`; of two names for one, the first in `SPLITS`."""
     there = set(words)
-    train = next((word for word in ("train", "training") if word in there), None)
-    val = next((word for word in VAL_NAMES if word in there), None)
-    return ({train: "train"} if train else {}) | ({val: "val"} if val else {})
+    chosen = {split: next((name for name in names if name in there), None) for split, names in SPLITS.items()}
+    return {word: split for split, word in chosen.items() if word is not None}
 
 
 def key_of(*parts: str) -> str:
@@ -217,22 +242,33 @@ def key_of(*parts: str) -> str:
 
 
 def checked(source: Source) -> Source:
-    """`source`, if it can become a dataset; `DataError` for no samples, no classes, or two samples of one key."""
+    """`source`, if it can become a dataset, each sample of a split with a key of its own; `DataError` for no samples or no
+    classes.
+    """
     if not source.classes or not source.samples:
-        raise DataError(f"{source.description} holds no images; check the address")
-    for split, table in source.splits.items():
-        if pc.count_distinct(table["key"]).as_py() < table.num_rows:
-            counts = pc.value_counts(table["key"])
-            key = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-            raise DataError(
-                f"{_origins(table, key)} have the same key {key!r} in {split}; rename or remove one of them"
-            )
-    return source
+        raise DataError(
+            f"{source.description} holds no images that can be used{reasons(source.notes)}; check the address"
+        )
+    return replace(source, splits={split: _distinct(rows) for split, rows in source.splits.items()})
 
 
-def _origins(table: pa.Table, key: str) -> str:
-    same = table.filter(pc.equal(table["key"], key)).to_pylist()
-    return " and ".join(f"{row['path']}" + (f" at {row['offset']}" if row["offset"] else "") for row in same[:3])
+def reasons(notes: Sequence[Note], most: int = 5) -> str:
+    """Why what is left out or ignored is: the causes, most frequent first, each with an example."""
+    causes = Counter(note.cause for note in notes if note.what in ("left out", "ignored"))
+    example = {note.cause: note.origin for note in reversed(notes)}
+    told = [f"{count} x {cause} ({example[cause]})" for cause, count in causes.most_common(most)]
+    return f": {'; '.join(told)}" if told else ""
+
+
+def _distinct(rows: pa.Table) -> pa.Table:
+    """`rows`, of which those that share a key (a.jpg beside a.png, one name in two tars) get others, but for the first."""
+    if pc.count_distinct(rows["key"]).as_py() == rows.num_rows:
+        return rows
+    seen, keys = Counter[str](), list[str]()
+    for key in rows["key"].to_pylist():
+        seen[key] += 1
+        keys.append(key if seen[key] == 1 else key_of(f"{key}~{seen[key]}"))
+    return rows.set_column(rows.schema.get_field_index("key"), ROWS.field("key"), to_array(keys, pa.string()))
 
 
 def read_bytes(path: str, offset: int, length: int) -> bytes:

@@ -18,7 +18,7 @@ FORMATS: dict[str, Opener] = {
     "ilsvrc": lambda root, spool: imagenet.ilsvrc_tars(root),
     "kaggle": lambda root, spool: imagenet.kaggle(root),
     "huggingface": huggingface.local,
-    "wds": lambda root, spool: webdataset(root),
+    "wds": webdataset,
 }
 
 
@@ -43,6 +43,15 @@ def open_source(address: str, spool: Spool, form: str | None = None) -> Source:
     if root.name == imagenet.TRAIN_TAR:
         root = root.parent
     return checked(FORMATS[form or recognise(root)](root, spool))
+
+
+def source_root(address: str) -> Path | None:
+    """Where the source at `address` lies, as far as it is a path."""
+    prefix, colon, rest = address.partition(":")
+    if address == DIGITS or (colon and prefix in ("hf", "torchvision")):
+        return None
+    root = Path(rest if colon and prefix == "wds" else address).expanduser()
+    return root.parent if root.name == imagenet.TRAIN_TAR else root
 
 
 def recognise(root: Path) -> str:

@@ -20,7 +20,7 @@ class Spool:
     def __init__(self, parent: Path, destination: str, limit: int = 50 << 30) -> None:
         self.folder = parent.absolute() / hashlib.sha256(destination.encode()).hexdigest()[:16]
         self.limit = limit
-        self.bytes = 0
+        self.bytes = self._files = 0
         self._destination = destination
         self._lock: IO[str] | None = None
         self._file: IO[bytes] | None = None
@@ -40,12 +40,22 @@ class Spool:
     def append(self, data: bytes) -> tuple[str, int, int]:
         """Keep `data`; the path, offset and length that it can be read at after `flush`."""
         try:
-            file = self._file or self._open()
+            self._file = file = self._file or self._open()
             file.write(data)
         except OSError as error:
             raise self._translated(error) from error
         self.bytes += len(data)
         return file.name, file.tell() - len(data), len(data)
+
+    def file(self, name: str) -> Path:
+        """A place for another file, which is gone with the spool; whoever writes it adds to `bytes`."""
+        if self._file is None:
+            try:
+                self._file = self._open()
+            except OSError as error:
+                raise self._translated(error) from error
+        self._files += 1
+        return self.folder / f"{self._files:06d}-{name}"
 
     def flush(self) -> None:
         try:
@@ -68,9 +78,9 @@ class Spool:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(f"another conversion to {self._destination} is running here; wait for it") from error
-        self._file = (self.folder / FILE).open("wb")
-        self._file.write(b"\0")  # so that no image lies at offset 0, which means a file of its own
-        return self._file
+        file = (self.folder / FILE).open("wb")
+        file.write(b"\0")  # so that no image lies at offset 0, which means a file of its own
+        return file
 
     def _translated(self, error: OSError) -> Exception:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -35,11 +35,12 @@ class Stream:
     spool: Spool
 
     def held_out(self, keys: set[str]) -> "Stream":
-        """This stream, its samples of `keys` in `val` and the others in `train`."""
+        """This stream, its samples of `train` that have `keys` in `val`."""
 
         def read() -> Iterator[Item]:
             for item in self.read():
-                yield item._replace(split="val" if key_of(item.name) in keys else "train")
+                held = item.split == "train" and key_of(item.name) in keys
+                yield item._replace(split="val") if held else item
 
         return Stream(read, self.spool)
 
@@ -74,12 +75,12 @@ def spooled(
             fits = False
             spool.clear()
         if not 0 <= item.label < len(classes):
-            found.note(item.name, "left out", f"its label {item.label} is outside the {len(classes)} classes")
+            found.note_label(item.name, item.label, len(classes))
         elif not item.image:
             found.note(item.name, "left out", "zero bytes")
         else:
             path, offset, length = spool.append(item.image) if fits else ("", 0, len(item.image))
             found.rows.add(key_of(item.name), item.label, path, offset, length)
     spool.flush()
-    source = from_scans(description, classes, [scans[split] for split in sorted(scans)])
+    source = from_scans(description, classes, [*scans.values()])
     return source if fits else replace(source, stream=Stream(read, spool))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shards.source import Source, SplitScan, from_scans, to_classes
+from shards.source import SPLITS, Source, SplitScan, from_scans, to_classes
 from shards.spool import Spool
 from shards.stream import Item, spooled
 from wds_train.errors import DataError, UsageError
@@ -24,7 +24,8 @@ def torchvision(name: str, root: Path, spool: Spool) -> Source:
     kind = getattr(datasets, name, None)
     if not isinstance(kind, type):
         raise UsageError(f"torchvision has no dataset {name!r}; its class's name is needed, as in torchvision:CIFAR10")
-    parts = {"train": _open(kind, root, ("train",)), "val": _open(kind, root, ("val", "test"))}
+    found = {split: _open(kind, root, split) for split in SPLITS}
+    parts = {split: part for split, part in found.items() if part is not None}
     ids = getattr(parts["train"], "wnids", None) or [_word(entry) for entry in parts["train"].classes]
     names = dict(zip(ids, map(_word, parts["train"].classes), strict=True))
     if all(_samples(part) for part in parts.values()):
@@ -33,20 +34,20 @@ def torchvision(name: str, root: Path, spool: Spool) -> Source:
     return spooled(f"torchvision {name}", to_classes(ids, names), lambda: _items(parts), spool)
 
 
-def _open(kind: Any, root: Path, splits: tuple[str, ...]) -> Any:
-    """The first of `splits` that the dataset has; older ones take `train=True` in place of a split's name."""
-    by_flag = "train" in inspect.signature(kind).parameters
-    for split in splits:
-        choice: dict[str, Any] = {"train": split == "train"} if by_flag else {"split": split}
-        try:
-            return kind(str(root), download=True, **choice)
-        except ValueError as error:
-            if split == splits[-1]:
-                raise UsageError(f"torchvision's {kind.__name__} has no split {split!r}: {error}") from error
-        except (OSError, RuntimeError, TypeError) as error:
-            message = f"torchvision's {kind.__name__} cannot be had: {error}; put its files below {root}"
-            raise DataError(message) from error
-    raise AssertionError("unreachable")
+def _open(kind: Any, root: Path, split: str) -> Any:
+    """That split of the dataset; None when it has none but `train`, which it must have."""
+    by_flag = "train" in inspect.signature(kind).parameters  # the older classes: train=False is their test set
+    if by_flag and split == "val":
+        return None
+    try:
+        return kind(str(root), download=True, **{"train": split == "train"} if by_flag else {"split": split})
+    except ValueError as error:
+        if split == "train":
+            raise UsageError(f"torchvision's {kind.__name__} has no split {split!r}: {error}") from error
+        return None
+    except (OSError, RuntimeError, TypeError) as error:
+        message = f"torchvision's {kind.__name__} cannot be had: {error}; put its files below {root}"
+        raise DataError(message) from error
 
 
 def _word(entry: Any) -> str:

@@ -389,9 +389,9 @@ class Run:
                 if entry.key not in named and fence <= f"{self.manifest.fence:06d}":
                     self.store.delete(entry.key)
                     self._say(f"removed {entry.key}, which no manifest names: left by an interrupted upload or removal")
-        # Without leave to list unfinished uploads, the bucket's lifecycle rule has to remove them.
-        with contextlib.suppress(AccessDenied):
-            self.store.abort_uploads()
+            # Without leave to list unfinished uploads, the bucket's lifecycle rule has to remove them.
+            with contextlib.suppress(AccessDenied):
+                self.store.abort_uploads(prefix)
 
 
 def _refuse_mismatch(found: RunManifest, fresh: RunManifest, where: str) -> None:

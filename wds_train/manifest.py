@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from wds_train.errors import DataError
 FORMAT = 1
 KIND = "wds-train dataset"
 NAME = "manifest.json"
+# A shard that replaces one of the same place in an overwritten dataset: train/shard-000007.1f2e3d4c.tar.
+REPLACEMENT = re.compile(r"(?<=/shard-\d{6})\.[0-9a-f]{8}(?=\.tar$)")
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,13 @@ class DatasetManifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the content alone: classes and shards, not where they came from. The index follows from the
-        shards, and its Parquet encoding may change with pyarrow's version, so it is left out.
+        """sha256 of the content alone: classes and shards, not where they came from, nor what they replaced. The index
+        follows from the shards, and its Parquet encoding may change with pyarrow's version, so it is left out.
         """
-        shards = {name: [asdict(shard) for shard in split.shards] for name, split in self.splits.items()}
+        shards = {
+            name: [asdict(shard) | {"name": REPLACEMENT.sub("", shard.name)} for shard in split.shards]
+            for name, split in self.splits.items()
+        }
         content = {"classes": [asdict(entry) for entry in self.classes], "shards": shards}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -80,6 +86,11 @@ class DatasetManifest:
             remedy = "; convert it with --hold-out 0.1, which takes one from train" if name == "val" else ""
             raise DataError(f"the dataset has no split {name!r}; it has {', '.join(self.splits)}{remedy}")
         return self.splits[name]
+
+    def objects(self) -> set[str]:
+        """The names of all objects that the manifest names."""
+        beside = {split.index.name for split in self.splits.values()} | ({self.report.name} if self.report else set())
+        return beside | {shard.name for split in self.splits.values() for shard in split.shards}
 
     def to_json(self) -> bytes:
         head = {"format": FORMAT, "kind": KIND, "fingerprint": self.fingerprint}

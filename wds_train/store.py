@@ -123,8 +123,8 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove the object; no error if there is none."""
 
-    def abort_uploads(self) -> None:
-        """Drop what writers that were killed in the middle of an upload left, unseen but stored."""
+    def abort_uploads(self, prefix: str) -> None:
+        """Drop what writers of keys under `prefix` that were killed in the middle of an upload left, unseen but stored."""
 
 
 def open_store(url: str) -> Store:
@@ -218,8 +218,9 @@ class LocalStore:
         with self._translated(key), contextlib.suppress(NotADirectoryError):
             self._path(key).unlink(missing_ok=True)
 
-    def abort_uploads(self) -> None:
-        for path in self.root.rglob(f"{UNFINISHED}*"):
+    def abort_uploads(self, prefix: str) -> None:
+        folder, _, start = prefix.rpartition("/")
+        for path in (self.root / folder).rglob(f"{UNFINISHED}{start}*"):
             with _locked(path):  # waits for a writer that lives, and removes what a killed one left
                 pass
 
@@ -504,8 +505,8 @@ class S3Store:
             return None
         return tag if same else None
 
-    def abort_uploads(self) -> None:
-        found = self._ask("list_multipart_uploads", "", Prefix=f"{self.prefix}/" if self.prefix else "")
+    def abort_uploads(self, prefix: str) -> None:
+        found = self._ask("list_multipart_uploads", "", Prefix=self._key(prefix))
         for upload in found.get("Uploads", ()):
             where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
             self._ask("abort_multipart_upload", upload["Key"], **where)
