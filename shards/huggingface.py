@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +18,54 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.source import Source, SplitScan, choose_splits, from_scans, split_word, to_classes
+from shards.labels import classes_of, label_text
+from shards.source import ANYTHING, Source, SplitScan, Wanted, choose_splits, from_scans, split_word, to_classes
 from shards.spool import Spool
 from shards.stream import Item, spooled
 from wds_train.errors import AccessDenied, DataError, UsageError
 from wds_train.manifest import ClassInfo
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
+NO_LABEL = {None, -1}
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column is the image, which the label; the labels' names in their order, if the features say; and whether
-    labels are words.
-    """
+    """Which column is the image, which the label; and the labels' names in their order, if the features say."""
 
     image: str
     label: str
     names: list[str] | None
-    by_name: bool = False
 
 
-def find_columns(features: dict[str, Any], where: str) -> Columns:
+def find_columns(features: dict[str, Any], where: str, wanted: Wanted) -> Columns:
     """From `datasets` features as JSON: name -> {"_type": ...}."""
     kinds = {name: kind.get("_type") if isinstance(kind, dict) else None for name, kind in features.items()}
     images = [name for name, kind in kinds.items() if kind == "Image"] or [n for n in IMAGE_COLUMNS if n in kinds]
     labels = [name for name in LABEL_COLUMNS if name in kinds] or [
         n for n, kind in kinds.items() if kind == "ClassLabel"
     ]
+    images = [name for name in (wanted.image,) if name in kinds] if wanted.image else images
+    labels = [name for name in (wanted.label,) if name in kinds] if wanted.label else labels
     if not images or not labels:
-        raise DataError(f"{where} has the columns {', '.join(kinds)}; an image and a label column are needed")
+        raise DataError(
+            f"{where} has the columns {', '.join(kinds)}; an image and a label column are needed: name them with "
+            "--image-column and --label-column"
+        )
     names = features[labels[0]].get("names") if kinds[labels[0]] == "ClassLabel" else None
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise DataError(
+            f"{where}: the names of the classes of {labels[0]!r} are no list of texts; write the file again"
+        )
     return Columns(images[0], labels[0], names)
 
 
-def local(root: Path, spool: Spool) -> Source:
+def local(root: Path, spool: Spool, wanted: Wanted) -> Source:
     """The arrow or Parquet files below the folder `root`, or the one file."""
     files = _files(root)
-    columns = _columns(root, files[0][1])
-    classes = _classes(columns, files)
-    labels = {entry.id: label for label, entry in enumerate(classes)} if columns.by_name else None
+    columns = _columns(root, files[0][1], wanted)
+    classes, labels = _classes(columns, files, str(root))
     description = f"huggingface {root.name}"
     if files[0][1].suffix == ".arrow":
         scans = {split: SplitScan(split) for split, _ in files}
@@ -86,29 +93,58 @@ def _is_data(path: Path) -> bool:
     return not state.is_file() or path.name in {e["filename"] for e in json.loads(state.read_text())["_data_files"]}
 
 
-def _columns(root: Path, path: Path) -> Columns:
+def _columns(root: Path, path: Path, wanted: Wanted) -> Columns:
     with _reading(path):
         schema = pq.read_schema(path) if path.suffix == ".parquet" else next(_arrow_batches(_mapped(path))).schema
-    info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
-    features = {name: {} for name in schema.names} | info.get("features", {})
-    columns = find_columns(features, str(root))
-    words = pa.types.is_string(schema.field(columns.label).type) or pa.types.is_large_string(
-        schema.field(columns.label).type
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+        features = {name: {} for name in schema.names} | info.get("features", {})
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # not written by `datasets`: the columns alone count
+        features = {name: {} for name in schema.names}
+    columns = find_columns({name: features[name] for name in schema.names}, str(root), wanted)
+    for name, fits, what in (
+        (columns.image, _holds_bytes, "encoded images (bytes) are"),
+        (columns.label, _holds_labels, "a name or a whole number is"),
+    ):
+        if not fits(schema.field(name).type):
+            raise DataError(f"{path}: the column {name!r} holds {schema.field(name).type}; {what} needed")
+    return columns
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _holds_labels(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_labels(kind.value_type)
+    return any(
+        is_it(kind)
+        for is_it in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
     )
-    return replace(columns, by_name=words)
 
 
-def _classes(columns: Columns, files: list[tuple[str, Path]]) -> tuple[ClassInfo, ...]:
-    """The feature's names, or else the labels that occur: numbers up to the largest, or words in sorted order."""
+def _classes(
+    columns: Columns, files: list[tuple[str, Path]], where: str
+) -> tuple[tuple[ClassInfo, ...], dict[str, int]]:
+    """The feature's names, or else what follows from the labels that occur; and the label of each text."""
     if columns.names is not None:
-        return to_classes(columns.names)
-    found: set[Any] = set()
+        return to_classes(columns.names), {str(label): label for label in range(len(columns.names))}
+    found, samples = set[str](), 0
     for _, path in files:
         for batch in _batches(path, [columns.label]):
-            found |= set(batch[columns.label].to_pylist())
-    if columns.by_name:
-        return to_classes(sorted(found - {None}))
-    return to_classes([str(n) for n in range(max((n for n in found if n is not None), default=-1) + 1)])
+            samples += batch.num_rows
+            for value in set(batch[columns.label].to_pylist()) - NO_LABEL:
+                with contextlib.suppress(DataError):  # it is named with its sample
+                    found.add(label_text(value))
+    return classes_of(found, samples, where)
 
 
 @contextlib.contextmanager
@@ -145,14 +181,14 @@ def _mapped(path: Path) -> pa.Buffer:
         return file.read_buffer()
 
 
-def _label(value: Any, labels: dict[str, int] | None) -> int:
-    """-1, which no class has, for a missing label: HF's own mark for test images."""
-    if value is None:
+def _label(value: Any, labels: dict[str, int]) -> int:
+    """-1, which no class has, for a missing label: HF's own mark for test images. -2 for one that is none of `labels`."""
+    if value in NO_LABEL:
         return -1
-    return labels.get(value, -1) if labels is not None else int(value)
+    return labels.get(str(value).strip(), value if isinstance(value, int) else -2)
 
 
-def _parquet_items(files: list[tuple[str, Path]], columns: Columns, labels: dict[str, int] | None) -> Iterator[Item]:
+def _parquet_items(files: list[tuple[str, Path]], columns: Columns, labels: dict[str, int]) -> Iterator[Item]:
     counts = dict.fromkeys((split for split, _ in files), 0)
     for split, path in files:
         for batch in _batches(path, [columns.image, columns.label]):
@@ -165,7 +201,7 @@ def _image_bytes(image: Any) -> bytes:
     return (image.get("bytes") if isinstance(image, dict) else image) or b""
 
 
-def _scan_arrow(found: SplitScan, path: Path, columns: Columns, labels: dict[str, int] | None, classes: int) -> None:
+def _scan_arrow(found: SplitScan, path: Path, columns: Columns, labels: dict[str, int], classes: int) -> None:
     """Add every row of the file by the place of its bytes in it."""
     found.stamp.add(path.name, path.stat())
     with _reading(path):
@@ -197,7 +233,7 @@ def _places(column: pa.Array, whole: pa.Buffer, path: Path) -> list[tuple[int, i
     return [(start + int(low), int(high - low)) for low, high in itertools.pairwise(bounds)]
 
 
-def hub(name: str, spool: Spool) -> Source:
+def hub(name: str, spool: Spool, wanted: Wanted) -> Source:
     """A dataset of the Hugging Face hub, read as a stream. `name` is ID or ID:CONFIG; $HF_TOKEN opens gated ones."""
     try:
         import datasets
@@ -212,10 +248,10 @@ def hub(name: str, spool: Spool) -> Source:
         raise DataError(
             f"the hub's dataset {dataset!r} cannot be opened: {str(error)[:300]}; is HF_TOKEN set?"
         ) from error
-    return from_iterable(name, splits, spool)
+    return from_iterable(name, splits, spool, wanted)
 
 
-def from_iterable(name: str, splits: Any, spool: Spool) -> Source:
+def from_iterable(name: str, splits: Any, spool: Spool, wanted: Wanted = ANYTHING) -> Source:
     """`splits`: split name -> a `datasets.IterableDataset`, whose images are then taken without decoding."""
     import datasets
 
@@ -223,14 +259,18 @@ def from_iterable(name: str, splits: Any, spool: Spool) -> Source:
     first = splits[next(iter(chosen))]
     if first.features is None:
         raise DataError(f"{name} does not say its features; give its Parquet files instead")
-    columns = find_columns(first.features.to_dict(), name)
+    columns = find_columns(first.features.to_dict(), name, wanted)
     if columns.names is None:
         raise DataError(f"{name} does not name its classes; give its Parquet files instead")
+
+    numbers = {str(label): label for label in range(len(columns.names))}
 
     def read() -> Iterator[Item]:
         for word, split in chosen.items():
             rows = splits[word].cast_column(columns.image, datasets.Image(decode=False))
             for number, row in enumerate(rows):
-                yield Item(split, f"{number:08d}", _label(row[columns.label], None), _image_bytes(row[columns.image]))
+                yield Item(
+                    split, f"{number:08d}", _label(row[columns.label], numbers), _image_bytes(row[columns.image])
+                )
 
     return spooled(f"huggingface {name}", to_classes(columns.names), read, spool)

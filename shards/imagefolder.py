@@ -15,6 +15,7 @@ from shards.source import (
     SPLITS,
     Source,
     SplitScan,
+    Wanted,
     choose_splits,
     from_scans,
     scan,
@@ -28,17 +29,17 @@ NO_CLASSES = re.compile(r"(?:jpeg)?(images?|imgs?|labels?|annotations?|masks?)",
 WRAPPINGS = 2  # folders that hold nothing but the next one: archive/data/train
 
 
-def image_folder(root: Path) -> Source:
+def image_folder(root: Path, wanted: Wanted) -> Source:
     """The classes below `root`, by split."""
     base, splits = find_splits(root)
     folders = {split: folder if folder == base else _unwrapped(folder) for split, folder in splits.items()}
-    classes = _class_ids(folders["train"])
+    classes = class_ids(folders["train"])
     scans: list[SplitScan] = []
     for split, folder in folders.items():
         if split == "test" and not _subfolders(folder):
             scans[0].note(folder, "ignored", "no class folders: images without labels")
         else:
-            scans.append(scan_split(split, folder, classes))
+            scans.append(scan_split(split, folder, classes, foreign=wanted.reencode))
     if base not in splits.values():
         for entry in scan(base):
             if Path(entry.path) not in splits.values():
@@ -46,9 +47,9 @@ def image_folder(root: Path) -> Source:
     return from_scans(f"imagefolder {root.name}", to_classes(classes, imagenet_names(classes)), scans)
 
 
-def scan_split(split: str, folder: Path, classes: list[str]) -> SplitScan:
+def scan_split(split: str, folder: Path, classes: list[str], *, foreign: bool = False) -> SplitScan:
     """The images in the class folders of `folder`."""
-    found = SplitScan(split)
+    found = SplitScan(split, foreign=foreign)
     for entry in scan(folder):
         if _is_class(entry):
             _add_class(found, classes, Path(entry.path))
@@ -104,7 +105,7 @@ def _subfolders(folder: Path) -> list[Path]:
     return [Path(entry.path) for entry in scan(folder) if _is_class(entry)]
 
 
-def _class_ids(folder: Path) -> list[str]:
+def class_ids(folder: Path) -> list[str]:
     """The names of the class folders; `DataError` when they are none, or the layout was plainly meant otherwise."""
     ids = [entry.name for entry in scan(folder) if _is_class(entry)]
     if not ids:
@@ -137,19 +138,21 @@ def _add_class(found: SplitScan, classes: list[str], folder: Path) -> None:
     if folder.name not in classes:
         raise DataError(f"the class {folder.name!r} is in {folder.parent} but not in train; add it there, or remove it")
     label = classes.index(folder.name)
-    if not sum([found.add_file(label, path, f"{folder.name}/{name}") for path, name in _files(folder, "")]):
+    if not sum([found.add_file(label, path, f"{folder.name}/{name}") for path, name in walk(folder, "")]):
         raise DataError(f"the class folder {folder} holds no images; add some, or remove the folder")
 
 
-def _files(folder: Path, prefix: str, above: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, str]]:
-    """Every file under `folder` and its name below it; links are followed, one that leads back up is an error."""
+def walk(folder: Path, prefix: str, above: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, str]]:
+    """Every file under `folder` and its name below it; links are followed, one that leads back up is an error. What the
+    operating system keeps in a folder of its own stays there.
+    """
     here = folder.resolve()
     if here in above:
         raise DataError(f"{folder} is a link to a folder that holds it; remove the link")
     for entry in scan(folder):
         name = f"{prefix}{entry.name}"
-        if is_folder(entry):
-            yield from _files(Path(entry.path), f"{name}/", above | {here})
+        if is_folder(entry) and not LITTER.fullmatch(entry.name):
+            yield from walk(Path(entry.path), f"{name}/", above | {here})
         else:
             yield Path(entry.path), name
 

@@ -10,7 +10,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from shards.imagefolder import imagenet_names, scan_split
+from shards.imagefolder import imagenet_names, is_folder, scan_split
 from shards.source import Source, SplitScan, from_scans, scan, to_classes
 from shards.tars import is_safe, tar_members
 from wds_train.errors import DataError
@@ -83,14 +83,14 @@ def _ground_truth(root: Path) -> tuple[list[str], dict[str, str]]:
     meta = _devkit_file(root, "data/meta.mat")
     numbers = lines or _lines(_devkit_file(root, f"data/{TRUTH}"))
     wnids, names = _synsets(meta)
-    unknown = [number for number in numbers if int(number) not in wnids]
+    unknown = [number for number in numbers if not number.isdecimal() or int(number) not in wnids]
     if unknown:
-        raise DataError(f"the ground truth holds the id {unknown[0]}, which meta.mat does not name")
+        raise DataError(f"the ground truth holds the id {unknown[0][:40]!r}, which meta.mat does not name")
     return [wnids[int(number)] for number in numbers], names
 
 
 def _lines(data: bytes) -> list[str]:
-    return [line.strip() for line in data.decode().splitlines() if line.strip()]
+    return [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
 
 
 def _devkit_file(root: Path, name: str) -> bytes:
@@ -126,7 +126,7 @@ def kaggle(root: Path) -> Source:
     """Kaggle's unpacked archive: `ILSVRC/`, `LOC_val_solution.csv` and `LOC_synset_mapping.txt` in `root`."""
     train_folder = root / KAGGLE_TRAIN
     names = _mapping(root / "LOC_synset_mapping.txt")
-    classes = [entry.name for entry in scan(train_folder) if entry.is_dir()]
+    classes = [entry.name for entry in scan(train_folder) if is_folder(entry)]
     scans = [scan_split("train", train_folder, classes)]
     val_folder = train_folder.with_name("val")
     if val_folder.is_dir():
@@ -137,8 +137,16 @@ def kaggle(root: Path) -> Source:
 def _kaggle_val(folder: Path, solution: Path, classes: list[str]) -> SplitScan:
     if not solution.is_file():
         raise DataError(f"{solution} is missing: it holds the labels of {folder}")
-    with solution.open(newline="") as file:
-        wnids = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    try:
+        with solution.open(newline="") as file:
+            rows = [(row["ImageId"], row["PredictionString"].split()) for row in csv.DictReader(file)]
+    except (KeyError, AttributeError, ValueError, csv.Error) as error:
+        raise DataError(
+            f"{solution} cannot be read ({error!r}); its columns are ImageId and PredictionString"
+        ) from error
+    if empty := next((image for image, words in rows if not words), None):
+        raise DataError(f"{solution} names no class for {empty}; download it again")
+    wnids = {image: words[0] for image, words in rows}
     found = SplitScan("val")
     for entry in scan(folder):
         path = Path(entry.path)
@@ -156,4 +164,4 @@ def _mapping(path: Path) -> dict[str, str]:
     """WordNet id -> human name: 'n01440764 tench, Tinca tinca' a line."""
     if not path.is_file():
         raise DataError(f"{path} is missing: it names the classes")
-    return {line[:9]: line[10:].strip() for line in path.read_text().splitlines() if line.strip()}
+    return {line[:9]: line[10:].strip() for line in _lines(path.read_bytes())}

@@ -16,7 +16,7 @@ from shards.images import ImagePolicy
 from shards.index import index_in_place, write_dataset
 from shards.labels import classes_of
 from shards.overlap import refuse_overlap
-from shards.source import Note, Source, reasons, report_json
+from shards.source import Note, Source, Wanted, reasons, report_json
 from shards.sources import DIGITS, FORMATS, name_of, open_source, source_root
 from shards.spool import Spool
 from shards.workers import opened, prepare
@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-mb", type=float, default=128, help="largest shard, in MiB (%(default)s)")
     add("--resize-shorter", type=int, metavar="PX", help="encode images anew whose shorter side is longer")
     add("--quality", type=int, default=90, help="of JPEGs that are encoded anew (%(default)s)")
+    add("--reencode", action="store_true", help="take BMP, GIF, TIFF and AVIF too, encoded anew as JPEG of --quality")
+    add("--image-column", metavar="NAME", help="of a table: the column of the files or images")
+    add("--label-column", metavar="NAME", help="of a table: the column of the labels")
     add("--verify", choices=("header", "full"), default="header", help="how images are checked (%(default)s)")
     add(
         "--max-bad",
@@ -78,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     refuse_overlap(source_root(args.source), store)
     began = time.monotonic()
     with Spool(args.spool or home() / "spool", url, int(args.spool_gb * 1e9)) as spool:
-        source = open_source(args.source, spool, args.form)
+        wanted = Wanted(args.image_column, args.label_column, args.reencode)
+        source = open_source(args.source, spool, args.form, wanted)
         conversion = Conversion(source, store, _options(args, source))
         met = source.samples + sum(note.what == "left out" for note in source.notes)
         _judge(source.notes, met, args.max_bad)
@@ -129,7 +133,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace, source: Source) -> Options:
-    policy = ImagePolicy(args.resize_shorter, args.quality, args.verify)
+    policy = ImagePolicy(args.resize_shorter, args.quality, args.verify, args.reencode)
     share = args.hold_out
     if share is None:
         share = HELD_OUT if "train" in source.splits and "val" not in source.splits else 0.0

@@ -45,9 +45,28 @@ SPLIT_FOLDER = re.compile(
     rf"(?:(?:seg|img|images?|data|dataset)[-_ .]?)?({_WORDS})[-_ .]?(?:set|data|img|images?|split|folder)?[-_ .]?\d*",
     re.IGNORECASE,
 )
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".webp")
+# Of images that shards do not hold: `ImagePolicy.reencode` takes them.
+FOREIGN_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".avif")
+# What stands beside images in people's folders, and is no sample: counted, one note a kind.
+SIDECARS = (
+    ".txt",
+    ".xml",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".md",
+    ".yaml",
+    ".yml",
+    ".html",
+    ".pdf",
+    ".log",
+    ".ini",
+    ".db",
+)
 # What operating systems leave in folders: nobody's sample, so it does not count as a bad one.
-LITTER = re.compile(r"\..*|Thumbs\.db|desktop\.ini|__MACOSX", re.IGNORECASE)
+LITTER = re.compile(r"\..*|(eh)?Thumbs\.db|desktop\.ini|__MACOSX|@eaDir|\$RECYCLE\.BIN|lost\+found", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,20 @@ class Note:
     origin: str
     what: str
     cause: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a person said of a source: the columns of its table, and whether images that shards do not hold are taken, too
+    (`ImagePolicy.reencode`).
+    """
+
+    image: str | None = None
+    label: str | None = None
+    reencode: bool = False
+
+
+ANYTHING = Wanted()
 
 
 class Rows:
@@ -124,18 +157,30 @@ class Stamp:
 
 
 class SplitScan:
-    """What scanning the files of a split brings together: rows, notes, and a stamp of every file looked at."""
+    """What scanning the files of a split brings together: rows, notes, and a stamp of every file looked at. `foreign`:
+    whether images count that shards do not hold.
+    """
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: str, *, foreign: bool = False) -> None:
         self.split = split
         self.rows = Rows()
         self.notes: list[Note] = []
+        self.sidecars = Counter[str]()
         self.stamp = Stamp()
         self.seen = 0
+        self._suffixes = IMAGE_SUFFIXES + (FOREIGN_SUFFIXES if foreign else ())
 
     def note(self, origin: str | Path, what: str, cause: str) -> None:
         readable = str(origin).encode(errors="backslashreplace").decode()  # a name may be no UTF-8, which print refuses
         self.notes.append(Note(self.split, readable, what, cause))
+
+    def all_notes(self) -> list[Note]:
+        """The notes, and one for each kind of file that lay beside the images."""
+        beside = [
+            Note(self.split, f"{count} files {suffix}", "ignored", "beside the images")
+            for suffix, count in sorted(self.sidecars.items())
+        ]
+        return self.notes + beside
 
     def note_label(self, origin: str, label: int, classes: int) -> None:
         """Note a sample whose label is none of the classes'. Test images are often handed out without (-1)."""
@@ -161,8 +206,11 @@ class SplitScan:
         origin = f"{path}: {name}" if offset else path
         if LITTER.fullmatch(base):
             self.note(origin, "ignored", "left by the operating system")
-        elif suffix.lower() not in IMAGE_SUFFIXES:
-            self.note(origin, "left out", f"not an image that shards hold ({suffix or 'no extension'})")
+        elif suffix.lower() in SIDECARS:
+            self.sidecars[suffix.lower()] += 1
+        elif suffix.lower() not in self._suffixes:
+            remedy = "; --reencode takes it" if suffix.lower() in FOREIGN_SUFFIXES else ""
+            self.note(origin, "left out", f"not an image that shards hold ({suffix or 'no extension'}){remedy}")
         elif length == 0:
             self.note(origin, "left out", "zero bytes")
         elif any("\udc80" <= letter <= "\udcff" for letter in path):  # os.fsdecode's mark for bytes that are no UTF-8
@@ -180,7 +228,7 @@ def from_scans(description: str, classes: tuple[ClassInfo, ...], scans: Sequence
         description,
         classes,
         {split: rows for split, rows in found.items() if rows.num_rows or split != "test"},
-        [note for scan in scans for note in scan.notes],
+        [note for scan in scans for note in scan.all_notes()],
         "".join(scan.stamp.hexdigest() for scan in scans),
     )
 

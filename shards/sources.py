@@ -5,24 +5,26 @@ from pathlib import Path
 
 from shards import huggingface, imagenet, torchvision_source
 from shards.digits import digits
-from shards.imagefolder import image_folder
-from shards.source import Source, checked
+from shards.imagefolder import class_ids, find_splits, image_folder, is_folder
+from shards.source import ANYTHING, LITTER, Source, Wanted, checked, scan
 from shards.spool import Spool
-from shards.tars import webdataset
-from wds_train.errors import UsageError
+from shards.table import table, tables
+from shards.tars import TARS, webdataset
+from wds_train.errors import DataError, UsageError
 
 DIGITS = "digits"
-Opener = Callable[[Path, Spool], Source]
+Opener = Callable[[Path, Spool, Wanted], Source]
 FORMATS: dict[str, Opener] = {
-    "imagefolder": lambda root, spool: image_folder(root),
-    "ilsvrc": lambda root, spool: imagenet.ilsvrc_tars(root),
-    "kaggle": lambda root, spool: imagenet.kaggle(root),
+    "imagefolder": lambda root, spool, wanted: image_folder(root, wanted),
+    "table": lambda root, spool, wanted: table(root, wanted),
+    "ilsvrc": lambda root, spool, wanted: imagenet.ilsvrc_tars(root),
+    "kaggle": lambda root, spool, wanted: imagenet.kaggle(root),
     "huggingface": huggingface.local,
     "wds": webdataset,
 }
 
 
-def open_source(address: str, spool: Spool, form: str | None = None) -> Source:
+def open_source(address: str, spool: Spool, form: str | None = None, wanted: Wanted = ANYTHING) -> Source:
     """The source at `address`: `digits`, `hf:ID`, `torchvision:CLASS`, `wds:PATH`, or a path, whose format is `form` or
     what its files look like.
     """
@@ -30,19 +32,22 @@ def open_source(address: str, spool: Spool, form: str | None = None) -> Source:
         return checked(digits(spool))
     prefix, colon, rest = address.partition(":")
     if colon and prefix == "hf":
-        return checked(huggingface.hub(rest, spool))
+        return checked(huggingface.hub(rest, spool, wanted))
     if colon and prefix == "torchvision":
         return checked(torchvision_source.torchvision(rest, spool.folder.parent.parent / "torchvision", spool))
     if colon and prefix == "wds":
         address, form = rest, "wds"
     root = Path(address).expanduser().resolve()
     if not root.exists():
-        raise UsageError(
-            f"{address!r} does not exist; SOURCE is {DIGITS!r}, a path, hf:ID, torchvision:CLASS or wds:PATH"
-        )
+        remedy = f"SOURCE is {DIGITS!r}, a path, hf:ID, torchvision:CLASS or wds:PATH"
+        if address.startswith("s3://"):
+            remedy = f"sources are read from this machine's disks; tars on S3 are indexed in place: wds-train shards index {address}"
+        raise UsageError(f"{address!r} does not exist; {remedy}")
     if root.name == imagenet.TRAIN_TAR:
         root = root.parent
-    return checked(FORMATS[form or recognise(root)](root, spool))
+    if root.is_file() and (form or recognise(root)) in ("imagefolder", "table", "kaggle"):
+        raise UsageError(f"{root} is a file; give the folder of the images")
+    return checked(FORMATS[form or recognise(root)](root, spool, wanted))
 
 
 def source_root(address: str) -> Path | None:
@@ -64,17 +69,28 @@ def recognise(root: Path) -> str:
     suffixes = {path.suffix for path in files}
     if suffixes & {".arrow", ".parquet"}:
         return "huggingface"
-    if ".tar" in suffixes:
+    if any(path.name.endswith(TARS) for path in files):
         return "wds"
     if root.is_file():
         raise UsageError(f"{root} is neither a tar, an arrow file nor Parquet; give the folder of the images")
-    return "imagefolder"
+    return "table" if tables(root) and not _holds_classes(root) else "imagefolder"
+
+
+def _holds_classes(root: Path) -> bool:
+    """Whether folders say the classes: those in `root`, or in its splits wherever. Of images further down a table says it."""
+    try:
+        base, splits = find_splits(root)
+        return (base == root or base not in splits.values()) and bool(class_ids(splits["train"]))
+    except DataError:
+        return False
 
 
 def _first_files(root: Path) -> list[Path]:
     """The files in `root` and in the folders in it: enough to tell data files from class folders."""
-    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())[:8]]
-    return [path for folder in folders for path in folder.iterdir() if path.suffix in (".arrow", ".parquet", ".tar")]
+    entries = [entry for entry in scan(root) if not LITTER.fullmatch(entry.name)]
+    folders = [root, *[Path(entry.path) for entry in entries if is_folder(entry)][:8]]
+    kinds = (".arrow", ".parquet", *TARS)
+    return [Path(entry.path) for folder in folders for entry in scan(folder) if entry.name.endswith(kinds)]
 
 
 def name_of(address: str) -> str:

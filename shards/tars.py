@@ -15,6 +15,7 @@ from shards.labels import classes_of, label_text
 from shards.source import (
     Source,
     SplitScan,
+    Wanted,
     choose_splits,
     from_scans,
     read_bytes,
@@ -139,14 +140,14 @@ def _parts(member: Member) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def webdataset(root: Path, spool: Spool) -> Source:
+def webdataset(root: Path, spool: Spool, wanted: Wanted) -> Source:
     """Existing WebDataset tars: every .tar, .tar.gz or .tgz below the folder `root`, or the one file."""
     paths = sorted(path for path in root.rglob("*") if path.name.endswith(TARS)) if root.is_dir() else [root]
     if not paths or not root.exists():
         raise UsageError(f"{root} holds no .tar files")
     words = {path: split_word(path.relative_to(root if root.is_dir() else root.parent).as_posix()) for path in paths}
     chosen = choose_splits(words.values())
-    scans = {split: SplitScan(split) for split in chosen.values()}
+    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in chosen.values()}
     labels: dict[str, int] = {}  # in the order in which they come
     for path, word in words.items():
         if word not in chosen:

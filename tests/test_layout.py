@@ -20,6 +20,7 @@ OUTSIDE = [
     "randomness",
     "policies",
     "jpeg",
+    "pillow",
     "decode",
     "mixing",
     "model",

@@ -268,7 +268,7 @@ def fails(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> 
     [
         ("bad.jpg", b"\xff\xd8\xff nothing", "cannot be decoded"),
         ("empty.jpg", b"", "zero bytes"),
-        ("notes.txt", b"hello", "not an image that shards hold (.txt)"),
+        ("notes.doc", b"hello", "not an image that shards hold (.doc)"),
         ("none", b"hello", "not an image that shards hold (no extension)"),
         ("gif.jpg", GIF, "its format is GIF"),
         ("huge.png", HUGE, "it has 16385x4096 pixels, the loader takes 67108864"),

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,10 +137,7 @@ def verify(dataset: Dataset) -> Iterator[Damage]:
             continue
         whose = {shard.sha256: shard.name for shard in split.shards}
         with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-            jobs = [
-                pool.submit(_verify_shard, dataset.store, shard, index, n, whose)
-                for n, shard in enumerate(split.shards)
-            ]
+            jobs = [pool.submit(_verify_shard, dataset, shard, index, n, whose) for n, shard in enumerate(split.shards)]
             for job in jobs:
                 yield from job.result()
 
@@ -161,13 +158,15 @@ def _split_index(dataset: Dataset, name: str) -> SampleIndex:
     return read_index(dataset.store.read(index), f"{dataset.store.url}/{index}")
 
 
-def _verify_shard(store: Store, shard: Shard, index: SampleIndex, number: int, whose: dict[str, str]) -> list[Damage]:
-    rows = np.flatnonzero(index.shard == number)
+def _verify_shard(
+    dataset: Dataset, shard: Shard, index: SampleIndex, number: int, whose: dict[str, str]
+) -> list[Damage]:
+    store, rows = dataset.store, np.flatnonzero(index.shard == number)
     try:
         size, _ = store.head(shard.name)
     except NotFound:
         return [Damage(shard.name, "", f"it is missing, with {shard.samples} samples")]
-    found, sha256 = _verify_samples(store, shard.name, size, index, rows)
+    found, sha256 = _verify_samples(dataset, shard.name, size, index, rows)
     if len(rows) != shard.samples:
         found.append(Damage(shard.name, "", f"the index has {len(rows)} samples, the manifest {shard.samples}"))
     if sha256 == shard.sha256:
@@ -180,9 +179,10 @@ def _verify_shard(store: Store, shard: Shard, index: SampleIndex, number: int, w
 
 
 def _verify_samples(
-    store: Store, name: str, size: int, index: SampleIndex, rows: np.ndarray
+    dataset: Dataset, name: str, size: int, index: SampleIndex, rows: np.ndarray
 ) -> tuple[list[Damage], str]:
     """The damaged ones of the samples `rows` of an object, and the sha256 of all of it, reading it once."""
+    store, ids = dataset.store, [entry.id for entry in dataset.manifest.classes]
     ends = index.offset[rows] + index.length[rows]
     starts = np.concatenate([[0], ends])[:-1]
     usable = (ends <= size) & (index.offset[rows] >= starts)
@@ -197,7 +197,7 @@ def _verify_samples(
         at = stop
         for row in rows[first : last + 1].tolist():
             offset = int(index.offset[row]) - start
-            damage = _sample_damage(data[offset : offset + int(index.length[row])], index, row)
+            damage = _sample_damage(data[offset : offset + int(index.length[row])], index, row, ids)
             found += [Damage(name, index.key_of(row), damage)] if damage else []
     digest.update(_read(store, name, at, size))
     return found, digest.hexdigest()
@@ -217,8 +217,13 @@ def _read(store: Store, name: str, start: int, stop: int) -> bytes:
     return store.read(name, start, stop - start) if stop > start else b""
 
 
-def _sample_damage(record: bytes, index: SampleIndex, row: int) -> str:
-    """Why the sample is not what its row says, or nothing."""
+def _plain(label: bytes) -> str:
+    """A `.cls` of others may hold the class's name, as text or as JSON."""
+    return label.decode(errors="replace").strip().strip('"')
+
+
+def _sample_damage(record: bytes, index: SampleIndex, row: int, ids: Sequence[str]) -> str:
+    """Why the sample is not what its row says, or nothing. `ids`: the classes'."""
     if zlib.crc32(record) != index.crc32[row]:
         return "its bytes do not match the checksum in the index"
     # The record alone is not an archive: two zero blocks end it as one.
@@ -231,11 +236,8 @@ def _sample_damage(record: bytes, index: SampleIndex, row: int) -> str:
     if image is None or image.size != index.data_length[row]:
         return "its image is not where the index says"
     label = next((part for part in parts if part.name.endswith(".cls")), None)
-    if (
-        label is not None
-        and record[label.data_offset : label.data_offset + label.size].strip() != b"%d" % index.label[row]
-    ):
-        inside = record[label.data_offset : label.data_offset + label.size]
+    inside = record[label.data_offset : label.data_offset + label.size] if label is not None else b""
+    if label is not None and _plain(inside) not in (str(index.label[row]), ids[index.label[row]]):
         return f"its label is {inside.decode(errors='replace')!r} in the shard and {index.label[row]} in the index"
     if any(index.key_of(row) != part.name[: len(index.key_of(row))] for part in parts):
         return f"the shard calls it {parts[0].name!r}"

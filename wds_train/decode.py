@@ -20,11 +20,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from wds_train import jpeg
 from wds_train.augment import Box
 from wds_train.errors import DataError
+from wds_train.pillow import to_rgb, upright
 from wds_train.tario import MAX_PIXELS
 
 # From this factor on, plain bilinear skips source pixels. 1 makes every reduction anti-aliased.
@@ -151,19 +152,16 @@ def _pillow_crop(data: bytes | memoryview, box: Box) -> NDArray[np.uint8]:
     image = _open(data)
     left, top, width, height = _checked(box, ImageInfo(*image.size))
     image = image.crop((left, top, left + width, top + height))
-    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255 rather than scale
-        grey = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    return np.array(image.convert("RGB"))  # a copy: PyTorch warns of read-only arrays, which asarray gives
+    return np.array(to_rgb(image))  # a copy: PyTorch warns of read-only arrays, which asarray gives
 
 
 def _open(data: bytes | memoryview) -> Image.Image:
-    """The upright image, decoded: in PNG, what turns it may stand after its pixels."""
+    """The upright image."""
     with _foreign_errors(data):
-        image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
         _check_size(*image.size)
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
+        image.load()  # here, where what damage raises becomes a `DataError`
+        return upright(image, data)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SEQUENTIAL_FRAMES = (0xC0, 0xC1)
 NO_SEGMENT = (0x00, 0x01, *range(0xD0, 0xD8), 0xFF)  # stuffing, the markers without content, fill bytes
 ORIENTATION_TAG = 0x0112
+INTEGERS = {1: 1, 3: 2, 4: 4}  # TIFF's BYTE, SHORT and LONG: their sizes in bytes
 # A progressive file may hold thousands of scans of a few bytes, each a pass over all pixels. Encoders write about ten.
 MAX_SCANS = 100
 # TurboJPEG tells of its first warning only. If that is this one, every row was decoded without any. With restart markers
@@ -62,7 +63,7 @@ def read_header(data: memoryview) -> Header:
         elif marker == RESTART_INTERVAL:
             restarts = True
         elif marker == EXIF and orientation == 1:
-            orientation = _orientation(bytes(data[content:at]))
+            orientation = exif_orientation(bytes(data[content:at])) if data[content : content + 6] == b"Exif\0\0" else 1
     raise DataError("it is cut off or damaged: a JPEG without a frame and a scan header")
 
 
@@ -100,19 +101,22 @@ def _check_scans(data: memoryview) -> None:
         raise DataError(f"it is a JPEG of {scans} scans, at most {MAX_SCANS} are read; encode it again")
 
 
-def _orientation(exif: bytes) -> int:
-    """The orientation in the content of an EXIF segment; 1 where there is none, or none that makes sense."""
-    tiff = exif[6:]
+def exif_orientation(exif: bytes) -> int:
+    """The orientation in EXIF data, with or without their own header: tag 0x0112 of the first directory, a BYTE, SHORT or
+    LONG from 1 to 8 (EXIF 2.32, 4.6.4). 1 where there is none, or none that makes sense.
+    """
+    tiff = exif.removeprefix(b"Exif\0\0")
     order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
 
     def number(at: int, size: int) -> int:
         return int.from_bytes(tiff[at : at + size], order)
 
-    if exif.startswith(b"Exif\0\0") and number(2, 2) == 42:
+    if tiff[:2] in (b"II", b"MM") and number(2, 2) == 42:
         directory = number(4, 4)
         for entry in range(directory + 2, min(directory + 2 + 12 * number(directory, 2), len(tiff)), 12):
-            if number(entry, 2) == ORIENTATION_TAG and 1 <= number(entry + 8, 2) <= 8:
-                return number(entry + 8, 2)
+            if number(entry, 2) == ORIENTATION_TAG:
+                value = number(entry + 8, INTEGERS.get(number(entry + 2, 2), 0))
+                return value if 1 <= value <= 8 else 1
     return 1
 
 
