@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shards.images import ImagePolicy, check
-from shards.source import Note, choose_splits, split_word
+from shards.source import Note, choose_splits, readable, split_word
 from shards.tars import WdsSample, group
 from wds_train import manifest as manifests
 from wds_train.errors import Conflict, DataError, NotFound, UsageError
@@ -91,7 +91,7 @@ def _index_tar(found: Indexed, split: str, file: Forward, policy: ImagePolicy) -
             try:
                 found.rows.append(_row(sample, file, number, policy))
             except DataError as error:
-                found.notes.append(Note(split, f"{name}: {sample.key}", "left out", str(error)))
+                found.notes.append(Note(split, readable(f"{name}: {sample.key}"), "left out", str(error)))
     except DataError as error:
         raise DataError(f"{file.entry.key} cannot be indexed: {error}") from error
     found.shards.append(Shard(name, file.entry.bytes, len(found.rows) - before, file.sha256()))
@@ -113,6 +113,8 @@ def _row(sample: WdsSample, file: Forward, number: int, policy: ImagePolicy) -> 
     start, end, image = parts[0].offset, parts[-1].end, sample.image
     if image is None:
         raise DataError("no image member")
+    if readable(sample.key) != sample.key:
+        raise DataError("its name is not UTF-8; rename it")
     if end - start > MAX_SAMPLE:
         raise DataError(f"it takes {end - start} bytes; at most {MAX_SAMPLE} can be streamed")
     label = sample.label(file.read)

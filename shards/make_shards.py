@@ -20,10 +20,11 @@ from shards.source import Note, Source, Wanted, reasons, report_json
 from shards.sources import DIGITS, FORMATS, name_of, open_source, source_root
 from shards.spool import Spool
 from shards.workers import opened, prepare
+from wds_train.addresses import announced, located
 from wds_train.devserver import home
 from wds_train.errors import DataError, Interrupted, UsageError, WdsTrainError
 from wds_train.manifest import DatasetManifest
-from wds_train.store import default_url, open_store
+from wds_train.store import open_store
 
 MIB = 1 << 20
 INDEX = "index"
@@ -38,9 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help=f"a path, {DIGITS}, hf:ID, torchvision:CLASS, wds:PATH, or {INDEX}: see docs/shards.md",
     )
-    add("dataset", metavar="DATASET", nargs="?", help="s3://bucket/prefix or a local directory")
+    add(
+        "dataset",
+        metavar="DATASET",
+        nargs="?",
+        help="s3://bucket/prefix, a directory (/... or ./...), or a name below the bucket",
+    )
     add("--source", dest="form", choices=sorted(FORMATS), help="the format of SOURCE, when it is not recognised")
-    add("--bucket", help="s3://bucket/prefix: DATASET is then datasets/NAME below it")
+    add("--bucket", help="s3://bucket/prefix: a name is then datasets/NAME below it ($WDS_BUCKET)")
     add("--seed", type=int, default=0, help="of the shuffle over the whole source (%(default)s)")
     add("--shard-mb", type=float, default=128, help="largest shard, in MiB (%(default)s)")
     add("--resize-shorter", type=int, metavar="PX", help="encode images anew whose shorter side is longer")
@@ -76,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     if args.processes > 1 and not (args.executor or args.dry_run):
         prepare()
-    url = args.dataset or default_url("datasets", name_of(args.source), args.bucket)
+    wanted_at = args.dataset or name_of(args.source)
+    url = announced(located(wanted_at, "datasets", args.bucket), wanted_at)
     store = open_store(url)
     refuse_overlap(source_root(args.source), store)
     began = time.monotonic()
@@ -225,7 +232,7 @@ def _counts(made: DatasetManifest) -> str:
 def _index(args: argparse.Namespace) -> int:
     if args.dataset is None:
         raise UsageError("index needs the address of the tars: wds-train shards index s3://bucket/prefix")
-    store = open_store(args.dataset)
+    store = open_store(announced(located(args.dataset, "datasets", args.bucket), args.dataset))
     splits, notes = index_in_place(store, ImagePolicy(verify=args.verify))
     samples = sum(len(found.rows) for found in splits.values())
     left_out = sum(note.what == "left out" for note in notes)

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from wds_train.devserver import EMBEDDED_BUCKET, home
+from wds_train.addresses import is_embedded
+from wds_train.devserver import home
 from wds_train.errors import UsageError
 from wds_train.store import Store
 
@@ -14,8 +15,9 @@ def refuse_overlap(source: Path | None, store: Store) -> None:
     if source is None:
         return
     source = source.resolve()
-    embedded = store.url.startswith(f"s3://{EMBEDDED_BUCKET}/")
-    if embedded:  # whose folder may well lie below the source: .wds is passed over there, as all hidden folders are
+    if is_embedded(
+        store.url
+    ):  # whose folder may well lie below the source: .wds is passed over there, as all hidden folders are
         overlap = is_within(source, (home() / "s3").resolve())
     elif not store.url.startswith("s3://"):
         place = Path(store.url).resolve()

@@ -156,6 +156,11 @@ class Stamp:
         return self._digest.hexdigest()
 
 
+def readable(name: str) -> str:
+    """`name`, which may be no UTF-8, as something that can be printed."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 class SplitScan:
     """What scanning the files of a split brings together: rows, notes, and a stamp of every file looked at. `foreign`:
     whether images count that shards do not hold.
@@ -171,8 +176,7 @@ class SplitScan:
         self._suffixes = IMAGE_SUFFIXES + (FOREIGN_SUFFIXES if foreign else ())
 
     def note(self, origin: str | Path, what: str, cause: str) -> None:
-        readable = str(origin).encode(errors="backslashreplace").decode()  # a name may be no UTF-8, which print refuses
-        self.notes.append(Note(self.split, readable, what, cause))
+        self.notes.append(Note(self.split, readable(str(origin)), what, cause))
 
     def all_notes(self) -> list[Note]:
         """The notes, and one for each kind of file that lay beside the images."""

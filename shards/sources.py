@@ -1,5 +1,6 @@
 """Which source an address means: by its own look, or as --source says."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,11 @@ def _first_files(root: Path) -> list[Path]:
 
 
 def name_of(address: str) -> str:
-    """What a dataset made from `address` is called: the last part of it."""
+    """What a dataset made from `address` is called: the last part of it, as far as a name can hold it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", _last_part(address)).strip("-._") or "dataset"
+
+
+def _last_part(address: str) -> str:
     prefix, colon, rest = address.partition(":")
     if colon and prefix in ("hf", "torchvision"):
         return rest.partition(":")[0].rpartition("/")[2]

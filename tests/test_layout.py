@@ -13,6 +13,7 @@ FILES = sorted((ROOT / "wds_train").glob("*.py")) + sorted((ROOT / "shards").glo
 # A module may import those before it. The pure ones use stdlib and numpy alone.
 PURE = ["errors", "recipe", "presets", "schedule", "manifest", "order", "state", "cost"]
 OUTSIDE = [
+    "addresses",
     "devserver",
     "store",
     "tario",

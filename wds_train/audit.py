@@ -25,7 +25,6 @@ SHARDS_AT_ONCE = 4
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="s3://bucket/prefix or a local directory")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="also write a contact sheet of the images, a PNG")
 
@@ -106,10 +105,6 @@ class Damage:
         return f"{self.shard}{f' {self.key}' if self.key else ''}: {self.cause}"
 
 
-def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="s3://bucket/prefix or a local directory")
-
-
 def run_verify(args: argparse.Namespace) -> int:
     dataset = Dataset.open(args.dataset)
     found = 0
@@ -134,6 +129,11 @@ def verify(dataset: Dataset) -> Iterator[Damage]:
             index = _split_index(dataset, name)
         except (DataError, NotFound) as error:
             yield Damage(split.index.name, "", str(error))
+            continue
+        if found := [*dataset.flaws(name, index)]:  # an index that says where nothing is tells nothing of the samples
+            yield from (Damage(split.index.name, "", flaw) for flaw in found)
+            for shard in split.shards:
+                yield from _verify_object(dataset.store, shard.name, shard.bytes, shard.sha256)
             continue
         whose = {shard.sha256: shard.name for shard in split.shards}
         with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:

@@ -62,7 +62,8 @@ class BlockCache:
 
     def drop(self, sample: int) -> None:
         """Forget the sample's block, whose bytes turned out to be damaged."""
-        self._path(self._block(sample)).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that lets nothing be removed, the store is read all the same
+            self._path(self._block(sample)).unlink(missing_ok=True)
 
     def _keep(self, path: Path, data: bytes) -> None:
         if self._full.locked():
@@ -75,7 +76,8 @@ class BlockCache:
             partial.replace(path)
         except OSError as error:
             # A full disk costs speed, never the run. No more is added: each try would write most of a block in vain.
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a disk that became read-only
+                partial.unlink(missing_ok=True)
             if self._full.acquire(blocking=False):  # of several threads that fail at one moment, one says so
                 print(f"cache: {path.parent}: {error.strerror}; nothing more is added to it", file=sys.stderr)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from wds_train.addresses import announced, located
 from wds_train.errors import Interrupted, NotFound, WdsTrainError
-from wds_train.store import default_url
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,19 +56,20 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     from wds_train import audit
 
+    _add_dataset(parser)
     audit.add_inspect_arguments(parser)
-    parser.set_defaults(run_command=audit.run_inspect)
+    parser.set_defaults(run_command=_with_dataset(audit.run_inspect))
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     from wds_train import audit
 
-    audit.add_verify_arguments(parser)
-    parser.set_defaults(run_command=audit.run_verify)
+    _add_dataset(parser)
+    parser.set_defaults(run_command=_with_dataset(audit.run_verify))
 
 
 def _add_order(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="s3://bucket/prefix or a directory")
+    _add_dataset(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epoch", type=int, default=0)
     parser.add_argument(
@@ -78,7 +79,7 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=_count, default=0, metavar="W", help="loader workers per rank")
     parser.add_argument("--from-step", type=_count, default=0, metavar="K", help="first step of the epoch to print")
     parser.add_argument("--steps", type=_count, metavar="N", help="how many steps; all that remain by default")
-    parser.set_defaults(run_command=_order)
+    parser.set_defaults(run_command=_with_dataset(_order))
 
 
 def _order(args: argparse.Namespace) -> int:
@@ -123,7 +124,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--run", metavar="RUN", help="a name, or s3://bucket/prefix, or a directory (default: the recipe's name)"
     )
     parser.add_argument(
-        "--bucket", metavar="s3://B/P", help="where datasets/ and runs/ live (default: the embedded S3 server)"
+        "--bucket", metavar="s3://B/P", help="where datasets/ and runs/ live ($WDS_BUCKET; else the embedded S3 server)"
     )
     parser.add_argument("--recipe", default="digits", metavar="NAME")
     parser.add_argument(
@@ -218,7 +219,9 @@ def _train(args: argparse.Namespace) -> int:
     from wds_train.distributed import launch
     from wds_train.train import TrainOptions, train
 
-    dataset, run = args.dataset or _default_dataset(args), _run_url(args.run or args.recipe, args.bucket)
+    dataset = _dataset_url(args.dataset, args.bucket) if args.dataset else _default_dataset(args)
+    run = _run_url(args.run or args.recipe, args.bucket)
+    mix = tuple((_dataset_url(each, args.bucket), share) for each, share in args.mix)
     if "RANK" not in os.environ and (processes := args.processes or device_count()) > 1:
         return launch([*args.arguments, "--dataset", dataset, "--run", run], processes)
     options = TrainOptions(
@@ -226,7 +229,7 @@ def _train(args: argparse.Namespace) -> int:
         run,
         recipe,
         args.workers,
-        mix=tuple(args.mix),
+        mix=mix,
         cache_dir=args.cache_dir,
         cache_bytes=int(args.cache_gb * 1e9),
         commit_minutes=args.commit_minutes,
@@ -246,7 +249,9 @@ def _add_run_command(parser: argparse.ArgumentParser, command: str) -> None:
     from wds_train import status
 
     parser.add_argument("run", metavar="RUN", help="a name, or s3://bucket/prefix, or a directory")
-    parser.add_argument("--bucket", metavar="s3://B/P", help="where runs/ lives (default: the embedded S3 server)")
+    parser.add_argument(
+        "--bucket", metavar="s3://B/P", help="where runs/ lives ($WDS_BUCKET; else the embedded S3 server)"
+    )
     add_arguments, run_command = {
         "status": (status.add_status_arguments, status.run_status),
         "checkpoints": (lambda _: None, status.run_checkpoints),
@@ -261,7 +266,9 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     from wds_train import evaluate
 
     parser.add_argument("run", metavar="RUN_OR_FILE", help="a run as elsewhere, or a file of `wds-train export`")
-    parser.add_argument("--bucket", metavar="s3://B/P", help="where runs/ lives (default: the embedded S3 server)")
+    parser.add_argument(
+        "--bucket", metavar="s3://B/P", help="where runs/ lives ($WDS_BUCKET; else the embedded S3 server)"
+    )
     parser.add_argument("--workers", type=_count, default=_default_workers(), metavar="W", help="loader processes")
     parser.add_argument("--batch", type=_positive, metavar="B", help="samples at a time (default: as in the training)")
     evaluate.add_arguments(parser)
@@ -271,6 +278,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from wds_train import evaluate
 
+    args.dataset = _dataset_url(args.dataset, args.bucket)
     args.models = [
         each if each.endswith(evaluate.SUFFIX) else _run_url(each, args.bucket) for each in (args.run, *args.ensemble)
     ]
@@ -294,12 +302,32 @@ def _run_url(run: str, bucket: str | None) -> str:
     from wds_train.state import name_of
 
     name_of(run)
-    return run if "/" in run else default_url("runs", run, bucket)
+    return announced(located(run, "runs", bucket), run)
+
+
+def _dataset_url(dataset: str, bucket: str | None) -> str:
+    return announced(located(dataset, "datasets", bucket), dataset)
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    """The argument DATASET, which is an address once it is parsed together with --bucket."""
+    parser.add_argument("dataset", metavar="DATASET", help="s3://bucket/prefix, a directory (/... or ./...), or a name")
+    parser.add_argument(
+        "--bucket", metavar="s3://B/P", help="where datasets/ lives ($WDS_BUCKET; else the embedded S3 server)"
+    )
+
+
+def _with_dataset(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    def located_first(args: argparse.Namespace) -> int:
+        args.dataset = _dataset_url(args.dataset, args.bucket)
+        return run(args)
+
+    return located_first
 
 
 def _default_dataset(args: argparse.Namespace) -> str:
     """The dataset named like the recipe. The digits are made when they are not there yet: they need no download."""
-    url = default_url("datasets", args.recipe, args.bucket)
+    url = _dataset_url(args.recipe, args.bucket)
     if args.recipe == "digits":
         from wds_train.dataset import Dataset
 

@@ -1,16 +1,18 @@
 """An existing dataset: its manifest, and the index of a split, both checked against what they say of themselves."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-
-import numpy as np
+from pathlib import Path
 
 from wds_train import manifest as manifests
 from wds_train.errors import DataError, NotFound
-from wds_train.manifest import DatasetManifest
+from wds_train.manifest import DatasetManifest, Index
 from wds_train.store import Store, open_store
-from wds_train.tario import SampleIndex, read_index
+from wds_train.tario import SampleIndex, flaws, read_index
+
+REREADS = 3  # of bytes that were damaged on the way, over new connections
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,14 @@ class Dataset:
         try:
             data = store.read(manifests.NAME)
         except NotFound as error:
+            name = store.url.rpartition("/")[2]
+            here = (
+                f" (./{name} is a folder here: write ./{name})"
+                if store.url != str(Path(name).absolute()) and Path(name).is_dir()
+                else ""
+            )
             raise NotFound(
-                f"there is no dataset at {store.url} (no {manifests.NAME}); "
+                f"there is no dataset at {store.url} (no {manifests.NAME}){here}; "
                 f"check the address, or make one: wds-train shards SOURCE {url}"
             ) from error
         return cls(store, DatasetManifest.from_json(data, f"{store.url}/{manifests.NAME}"))
@@ -48,22 +56,31 @@ class Dataset:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
+    def flaws(self, name: str, index: SampleIndex) -> Iterator[str]:
+        """Why `index` cannot be that of the split `name`, a sentence each."""
+        shards = [(shard.bytes, shard.samples) for shard in self.manifest.split(name).shards]
+        return flaws(index, shards, len(self.manifest.classes))
+
+    def _index(self, named: Index) -> bytes:
+        """The bytes of an index, read anew where they were damaged on the way."""
+        for _ in range(REREADS):
+            data = self.store.read(named.name)
+            if hashlib.sha256(data).hexdigest() == named.sha256:
+                break
+            self.store.reconnect()
+        return data
+
     def split(self, name: str) -> SplitReader:
         """The split's reader; `DataError` when the index is damaged or disagrees with the manifest."""
         split = self.manifest.split(name)
         where = f"{self.store.url}/{split.index.name}"
-        data = self.store.read(split.index.name)
+        data = self._index(split.index)
         if hashlib.sha256(data).hexdigest() != split.index.sha256:
             raise DataError(
                 f"{where} is not the index that the manifest names (its sha256 differs); convert the dataset again"
             )
         index = read_index(data, where)
+        for flaw in self.flaws(name, index):
+            raise DataError(f"{where}: {flaw}; convert the dataset again")
         samples = tuple(shard.samples for shard in split.shards)
-        if not np.array_equal(np.bincount(index.shard, minlength=len(samples)), samples):
-            raise DataError(f"{where} and the manifest disagree on the samples per shard; convert the dataset again")
-        classes = len(self.manifest.classes)
-        if len(index) and not (index.label.min() >= 0 and index.label.max() < classes):
-            raise DataError(
-                f"{where} holds labels {index.label.min()}..{index.label.max()}, the dataset has {classes} classes"
-            )
         return SplitReader(self.store, name, tuple(shard.name for shard in split.shards), samples, index)

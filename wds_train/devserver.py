@@ -28,9 +28,9 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from wds_train.addresses import EMBEDDED_BUCKET
 from wds_train.errors import UsageError, WdsTrainError
 
-EMBEDDED_BUCKET = "embedded"
 READY_SECONDS = 60.0
 MIN_FREE_BYTES = 512 << 20
 RESERVED_BYTES = 256 << 20

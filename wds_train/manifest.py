@@ -8,6 +8,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ FORMAT = 1
 KIND = "wds-train dataset"
 NAME = "manifest.json"
 # A shard that replaces one of the same place in an overwritten dataset: train/shard-000007.1f2e3d4c.tar.
+SHA256 = re.compile("[0-9a-f]{64}")
+SPLIT_NAME = re.compile("[A-Za-z0-9_-]{1,60}")
 REPLACEMENT = re.compile(r"(?<=/shard-\d{6})\.[0-9a-f]{8}(?=\.tar$)")
 
 
@@ -101,7 +104,7 @@ class DatasetManifest:
         """Read a manifest found at `where`; `DataError` when it is another kind, a newer format, or damaged."""
         try:
             content = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON: {error}") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise DataError(f"{where} is not a {KIND} manifest; convert the dataset with `wds-train shards`")
@@ -119,14 +122,50 @@ class DatasetManifest:
                 conversion=content.get("conversion", {}),
                 report=Index(**content["report"]) if content.get("report") else None,
             )
-        except (KeyError, TypeError, AttributeError) as error:
+            flaw = next(_flaws(manifest), None)
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise DataError(f"{where} is damaged: {error!r}; convert the dataset again") from error
+        if flaw:
+            raise DataError(f"{where} is damaged: {flaw}; convert the dataset again")
         if manifest.fingerprint != content.get("fingerprint"):
             raise DataError(
                 f"{where} was altered: its content hashes to {manifest.fingerprint}, "
                 f"it says {content.get('fingerprint')}; convert the dataset again"
             )
         return manifest
+
+
+def _flaws(manifest: DatasetManifest) -> Iterator[str]:
+    """What no manifest of ours holds: a sentence each, with the field and its value."""
+    if not manifest.classes:
+        yield "classes is empty"
+    if not manifest.splits:
+        yield "splits is empty"
+    for n, entry in enumerate(manifest.classes):
+        if not (isinstance(entry.id, str) and isinstance(entry.name, str)):
+            yield f"classes[{n}] is {entry.id!r}, {entry.name!r}, which are no texts"
+    for name, kind in (("source", str), ("seed", int), ("image_policy", dict), ("conversion", dict)):
+        if not isinstance(value := getattr(manifest, name), kind):
+            yield f"{name} is {value!r:.60}, not of type {kind.__name__}"
+    for split, found in manifest.splits.items():
+        if not SPLIT_NAME.fullmatch(split):
+            yield f"a split is called {split!r:.60}"
+        if not found.shards:
+            yield f"splits.{split}.shards is empty"
+        objects: list[Shard | Index] = [*found.shards, found.index]
+        for named in objects + ([manifest.report] if manifest.report else []):
+            yield from _object_flaws(named, f"splits.{split}")
+
+
+def _object_flaws(entry: Shard | Index, where: str) -> Iterator[str]:
+    if not isinstance(entry.name, str) or not entry.name or entry.name.startswith("/") or ".." in entry.name.split("/"):
+        yield f"{where} names the object {entry.name!r:.60}, which is no key inside the dataset"
+    for name in ("bytes", "samples"):
+        value = getattr(entry, name, 1)
+        if type(value) is not int or value < 0:
+            yield f"{where}: {name} of {entry.name!r:.60} is {value!r:.60}, not a number of {name}"
+    if not isinstance(entry.sha256, str) or not SHA256.fullmatch(entry.sha256):
+        yield f"{where}: sha256 of {entry.name!r:.60} is {entry.sha256!r:.80}"
 
 
 def _split(entry: dict[str, Any]) -> Split:

@@ -3,7 +3,7 @@
     requests   (order.py)  for every lane of this worker, the windows that come next, in the order of the step that
                            first needs them: Request(step, epoch, lane, ids)
     fetch      (store.py)  ranged GETs of whole blocks by a few threads, a bounded number of bytes ahead; every
-                           sample's CRC is checked, a damaged one is fetched once more: Window(request, records)
+                           sample's CRC is checked, a damaged one is fetched again: Window(request, records)
     assemble               step by step, the next samples of each lane: Part(step, places, ids, records)
     decode     (decode.py) crop, resize and flip straight into the worker's slot of shared memory, then the policies of
                            the recipe (policies.py), in place: Decoded
@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from wds_train.augment import Box, center_crop, random_resized_crop
 from wds_train.cache import BlockCache
-from wds_train.dataset import Dataset, SplitReader
+from wds_train.dataset import REREADS, Dataset, SplitReader
 from wds_train.decode import decode_crop
 from wds_train.errors import DataError, RunError, UsageError, WdsTrainError
 from wds_train.order import EpochOrder, Ids, lane_count, permutation, rekeyed
@@ -321,14 +321,17 @@ class Fetcher:
         index = self._split.index
         with contextlib.suppress(DataError):
             return image_of(index, sample, record)
-        # Once more, from the store: a byte that flipped on the way or in the cache comes right, one in the store does not.
+        # Again, from the store: a byte that flipped on the way or in the cache comes right, one in the store does not.
         if self._cache is not None:
             self._cache.drop(sample)
-        again = memoryview(self._split.store.read(shard, int(index.offset[sample]), int(index.length[sample])))
-        try:
-            return image_of(index, sample, again)
-        except DataError as error:
-            return error
+        for _ in range(REREADS):
+            self._split.store.reconnect()  # what damages bytes is likelier to be on this connection's way
+            again = memoryview(self._split.store.read(shard, int(index.offset[sample]), int(index.length[sample])))
+            try:
+                return image_of(index, sample, again)
+            except DataError as error:
+                damage = error
+        return damage
 
 
 def _window(request: Request, _: int, runs: list[Future[dict[int, memoryview | DataError]]]) -> Window:

@@ -14,12 +14,13 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import mmap
 import os
 import random
 import re
-import sys
+import stat
 import time
 import zlib
 from collections import deque
@@ -27,17 +28,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions as boto_errors
+import numpy as np
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
-from wds_train.devserver import EMBEDDED_BUCKET, Endpoint, ensure_running
+from wds_train.addresses import EMBEDDED_BUCKET, checked
+from wds_train.devserver import Endpoint, ensure_running
 from wds_train.errors import AccessDenied, Conflict, NotFound, StoreError, Unavailable, UsageError
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ PART_BYTES = 16 << 20  # a larger body goes up in parts of this size, of which U
 UPLOAD_THREADS = 4
 SIGNED_SECONDS = 3600  # an address for reads is good for
 
+QUERY = re.compile(r"\?[^\s?'\"()<>]*=[^\s'\"()<>]*")
 JITTER = random.SystemRandom()  # shared by no seed and no fork
 
 # What is worth another try: the network, a server in trouble, and bytes damaged on their way to it.
@@ -117,6 +120,9 @@ class Store(Protocol):
     def head(self, key: str) -> tuple[int, str]:
         """The object's size in bytes and its tag, without its content."""
 
+    def reconnect(self) -> None:
+        """Forget what connections there are: the next request goes over a new one."""
+
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """The objects under `prefix`, in key order."""
 
@@ -129,28 +135,14 @@ class Store(Protocol):
 
 def open_store(url: str) -> Store:
     """The store at `s3://bucket/prefix` or in a local directory. `s3://embedded/...` is the embedded server's."""
-    parts = urlsplit(url)
-    if parts.scheme == "s3":
-        if not parts.netloc:
-            raise UsageError(f"{url!r} names no bucket; write s3://BUCKET/PREFIX")
-        return S3Store(parts.netloc, parts.path.strip("/"))
-    if parts.scheme in ("", "file"):
-        return LocalStore(Path(parts.path if parts.scheme else url))
-    raise UsageError(f"{url!r} is neither s3://BUCKET/PREFIX nor a local directory")
-
-
-def default_url(kind: str, name: str, bucket: str | None) -> str:
-    """`<bucket>/<kind>/<name>`; without a bucket in the embedded server, which is said in one line."""
-    if bucket is None:
-        _announce_embedded()
-        bucket = f"s3://{EMBEDDED_BUCKET}"
-    return f"{bucket.rstrip('/')}/{kind}/{name}"
-
-
-@functools.cache  # once, however many addresses a command needs
-def _announce_embedded() -> None:
-    hint = "to use your own, add BUCKET=s3://... to make, or --bucket s3://..."
-    print(f"no bucket is set: using the embedded S3 server, data under .wds/ ({hint})", file=sys.stderr)
+    if url.startswith("s3://"):
+        bucket, _, prefix = checked(url, "the address").removeprefix("s3://").partition("/")
+        return S3Store(bucket, prefix.strip("/"))
+    if url.startswith("file:///"):
+        return LocalStore(Path(url.removeprefix("file://")))
+    if "://" in url:
+        checked(url, "the address")  # which says what was meant
+    return LocalStore(Path(url))
 
 
 class LocalStore:
@@ -161,7 +153,7 @@ class LocalStore:
         self.url = str(self.root)
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        with self._translated(key), self._path(key).open("rb") as file:
+        with self._translated(key), self._opened(key) as file:
             file.seek(start)
             data = file.read(-1 if length is None else length)
         if len(data) < (bool(start) if length is None else length):
@@ -169,7 +161,7 @@ class LocalStore:
         return data
 
     def read_into(self, key: str, start: int, target: memoryview) -> None:
-        with self._translated(key), self._path(key).open("rb") as file:
+        with self._translated(key), self._opened(key) as file:
             file.seek(start)
             if file.readinto(target) < len(target):
                 raise _too_short(f"{self.url}/{key}", start, len(target))
@@ -205,8 +197,11 @@ class LocalStore:
         self.write(key, _contents(path))
 
     def head(self, key: str) -> tuple[int, str]:
-        with self._translated(key), self._path(key).open("rb") as file:
+        with self._translated(key), self._opened(key) as file:
             return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+    def reconnect(self) -> None:
+        pass
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         folder, _, start = prefix.rpartition("/")
@@ -226,6 +221,12 @@ class LocalStore:
 
     def _path(self, key: str) -> Path:
         return self.root / _inside(key, self.url)
+
+    def _opened(self, key: str) -> io.BufferedReader:
+        path = self._path(key)
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # opening a FIFO waits for ever
+            raise StoreError(f"{path} is no plain file; remove it")
+        return path.open("rb")
 
     def _entry(self, path: Path) -> Iterator[Entry]:
         with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
@@ -312,7 +313,15 @@ class S3Store:
         self._client_pid = 0
         self._session: boto3.session.Session | None = None
         self._http = _sender({})
+        self._region: str | None = None  # the bucket's own, once an answer has told it
         self._signed: dict[str, tuple[str, float]] = {}
+        # Shared with the processes that are forked from this one: loader workers read, their trainer tells.
+        self._fallbacks = np.ndarray((1,), np.int64, mmap.mmap(-1, 8))
+
+    @property
+    def fallbacks(self) -> int:
+        """How many ranges took a second request, through boto3, since the signed address was not answered with them."""
+        return int(self._fallbacks[0])
 
     def __reduce__(self) -> tuple[object, ...]:
         return _shared, (self.bucket, self.prefix, self._endpoint)
@@ -320,10 +329,11 @@ class S3Store:
     @property
     def client(self) -> "S3Client":
         # A connection pool shared with a forked parent would mix the answers of both on one socket.
-        if self._client is None or self._client_pid != os.getpid():
-            self._client, self._client_pid = self._connect(), os.getpid()
-            self._http = _sender({} if self._endpoint else get_environ_proxies(self._client.meta.endpoint_url))
-        return self._client
+        client = self._client
+        if client is None or self._client_pid != os.getpid():
+            self._client, self._client_pid = client, _ = self._connect(), os.getpid()
+            self._http = _sender({} if self._endpoint else get_environ_proxies(client.meta.endpoint_url))
+        return client
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         return b"" if length == 0 else b"".join(self._read(key, _Body(start, length)).pieces)
@@ -362,6 +372,9 @@ class S3Store:
     def head(self, key: str) -> tuple[int, str]:
         answer = self._ask("head_object", key, Key=self._key(key))
         return answer["ContentLength"], answer["ETag"]
+
+    def reconnect(self) -> None:
+        self._client = None
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         found: list[Entry] = []
@@ -436,6 +449,7 @@ class S3Store:
                 size = int(found.headers["Content-Length"])
                 return found.headers["ETag"], size, found.headers["Content-Range"], found.raw
             found.raw.close()
+            self._fallbacks[0] += 1
             self._signed.pop(where["Key"], None)
         answer = client.get_object(**where, **wanted)  # type: ignore[arg-type]
         return answer["ETag"], answer["ContentLength"], answer.get("ContentRange", ""), answer["Body"]._raw_stream  # type: ignore[attr-defined]
@@ -538,13 +552,15 @@ class S3Store:
             # As boto3 does over https: bodies go with a CRC. It would hash them for plain http too, which hides nothing.
             s3={"payload_signing_enabled": False},
             proxies={} if self._endpoint else None,
+            signature_version="s3v4",  # boto3 signs addresses by Version 2 in older regions, which newer buckets refuse
         )
         try:
             # Kept over a fork: it holds S3's parsed service model, which costs a loader worker half a second to read.
             # Kept only once it has made a client: until then, boto3 lets no two threads use it.
             session = self._session or self._sign_in()
             url = self._endpoint.url if self._endpoint else None
-            client = session.client("s3", config=config, endpoint_url=url)
+            client = session.client("s3", config=config, endpoint_url=url, region_name=self._region)
+            client.meta.events.register("response-received.s3", self._learn_region)
             self._session = session
             return client
         except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
@@ -552,6 +568,14 @@ class S3Store:
                 f"the AWS settings cannot be used for {self.url} ({_brief(error)}); "
                 "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
             ) from error
+
+    def _learn_region(self, response_dict: dict[str, Any], **_: object) -> None:
+        """Keep the region that S3 names when it was asked in another: botocore follows it for one client, and this store's
+        next clients, in forked workers, begin there.
+        """
+        if (region := response_dict["headers"].get("x-amz-bucket-region")) and region != self._region:
+            self._region = region
+            self._signed.clear()
 
     def _sign_in(self) -> boto3.session.Session:
         if self._endpoint is None:
@@ -692,4 +716,5 @@ def _crc32(body: Body) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", str(error))[:200]
+    """The text of a foreign error, without the query strings of addresses: a signed one is a key to the object."""
+    return re.sub(r"\s+", " ", QUERY.sub("?...", str(error)))[:200]

@@ -205,12 +205,53 @@ def read_index(data: bytes, where: str) -> SampleIndex:
         table = pq.ParquetFile(pa.BufferReader(data)).read(SCHEMA.names, use_threads=False)
         if table.schema != SCHEMA:  # a cast that changes nothing still imports a module that takes 90 ms
             table = table.cast(SCHEMA)
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
         raise DataError(f"{where} is not an index that can be read: {error}") from error
     if any(table[name].null_count for name in SCHEMA.names):
         raise DataError(f"{where} is not an index that can be read: it has empty cells")
     columns: dict[str, Any] = {name: to_numpy(table[name]) for name in SCHEMA.names if name != "key"}
     return SampleIndex(key=table["key"], **columns)
+
+
+def flaws(index: SampleIndex, shards: Sequence[tuple[int, int]], classes: int) -> Iterator[str]:
+    """What makes `index` useless for shards of (bytes, samples) and labels in [0, classes): a sentence for each kind of flaw,
+    with the first row that has it. The loader refuses such an index, and `verify` names the flaws.
+    """
+    rows = len(index)
+    if rows and not 0 <= index.shard.min() <= index.shard.max() < len(shards):
+        yield f"it holds shard numbers {index.shard.min()}..{index.shard.max()}, the manifest has {len(shards)} shards"
+        return
+    counts = np.bincount(index.shard, minlength=len(shards))
+    if not np.array_equal(counts, [samples for _, samples in shards]):
+        yield "it and the manifest disagree on the samples per shard"
+        return
+    size = np.array([size for size, _ in shards], np.int64)[index.shard]
+    end, image_end = index.offset + index.length, index.data_offset + index.data_length  # may overflow: looked at last
+    same = index.shard[1:] == index.shard[:-1]
+    ordered = np.ones(rows, bool)
+    ordered[1:] = np.where(same, index.offset[1:] >= end[:-1], index.shard[1:] > index.shard[:-1])
+    sound = {
+        "offset": (index.offset >= 0, "is negative"),
+        "length": ((index.length > 0) & (index.length <= size), "is not in the shard"),
+        "offset ": ((index.offset <= size) & (end <= size), "lies beyond the shard's end with its length"),
+        "data_offset": (index.data_offset > index.offset, "is not behind the sample's start"),
+        "data_length": (
+            (index.data_length > 0) & (index.data_length <= index.length) & (image_end <= end),
+            "is not in the sample",
+        ),
+        "shard": (ordered, "and offset are not in ascending order"),
+        "width": ((index.width > 0) & (index.width <= MAX_PIXELS), "is no number of pixels that can be read"),
+        "height": ((index.height > 0) & (index.height <= MAX_PIXELS), "is no number of pixels that can be read"),
+    }
+    for name, (fine, what) in sound.items():
+        if not fine.all():
+            row = int(np.flatnonzero(~fine)[0])
+            value = getattr(index, name.strip())[row]
+            yield f"row {row}: {name.strip()} {value} {what}" + (
+                f", and {(~fine).sum() - 1} rows more" if (~fine).sum() > 1 else ""
+            )
+    if rows and not (index.label.min() >= 0 and index.label.max() < classes):
+        yield f"it holds labels {index.label.min()}..{index.label.max()}, the dataset has {classes} classes"
 
 
 def image_of(index: SampleIndex, sample: int, record: memoryview) -> memoryview:
@@ -283,14 +324,21 @@ def _member_at(read: Callable[[int, int], bytes], offset: int, end: int) -> tupl
         data = at + TAR_BLOCK
         if info.type not in EXTENDED:
             break
-        if info.size > MAX_EXTENDED:
+        if not 0 <= info.size <= MAX_EXTENDED:  # a negative one would lead back, and round in circles for ever
             raise DataError(f"the extended header at byte {at} claims {info.size} bytes")
         given |= _extended(info.type, read(data, info.size))
         at = data + _padded(info.size)
     kind = (
         "sparse file" if any(name.startswith("GNU.sparse") for name in given) else KINDS.get(info.type, "special file")
     )
-    size = int(given.get("size", info.size)) if kind in ("file", "sparse file") else 0
+    size = info.size
+    if (text := given.get("size")) is not None:
+        if not re.fullmatch("[0-9]{1,18}", text):
+            raise DataError(
+                f"the extended header at byte {offset} gives the size {text[:40]!r}, which is no number of bytes"
+            )
+        size = int(text)
+    size = size if kind in ("file", "sparse file") else 0
     member = Member(given.get("path", info.name), kind, offset, data, size)
     if size < 0 or member.end > end:
         raise DataError(f"it ends at byte {end}, in the middle of {member.name!r}")
