@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     if args.processes > 1 and not (args.executor or args.dry_run):
         prepare()
-    wanted_at = args.dataset or name_of(args.source)
+    wanted_at = name_of(args.source) if args.dataset is None else args.dataset
     url = announced(located(wanted_at, "datasets", args.bucket), wanted_at)
     store = open_store(url)
     refuse_overlap(source_root(args.source), store)

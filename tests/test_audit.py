@@ -1,6 +1,5 @@
 """`verify` finds every kind of damage and names it; `inspect` tells what is there; `index` makes a dataset of foreign tars."""
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -19,6 +18,7 @@ from PIL import Image
 
 from shards.make_shards import main
 from wds_train import audit
+from wds_train.cli import main as wds_train
 from wds_train.dataset import Dataset
 from wds_train.manifest import DatasetManifest, Index
 from wds_train.store import LocalStore, open_store
@@ -40,16 +40,10 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def run(add: Callable[..., None], command: Callable[[argparse.Namespace], int], *arguments: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    add(parser)
-    return command(parser.parse_args([str(argument) for argument in arguments]))
-
-
 def verify(out: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The lines of damage; the command's exit code must agree with them."""
     capsys.readouterr()
-    code = run(audit.add_verify_arguments, audit.run_verify, out)
+    code = wds_train(["verify", str(out)])
     *damage, summary = capsys.readouterr().out.splitlines()
     assert code == (1 if damage else 0), (damage, summary)
     assert ("whole" in summary) == (not damage)
@@ -155,7 +149,7 @@ def test_a_damaged_index(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_inspect(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert run(audit.add_inspect_arguments, audit.run_inspect, out, "--json") == 0
+    assert wds_train(["inspect", str(out), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert {name: split["samples"] for name, split in facts["splits"].items()} == {"train": 15, "val": 9}
     assert facts["splits"]["train"]["per_class"] == dict.fromkeys(layouts.WNIDS, 5)
@@ -164,7 +158,7 @@ def test_inspect(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (widths[0], widths[-1]) == (min(w for w, _ in sizes), max(w for w, _ in sizes))
     assert facts["bytes"] == sum(path.stat().st_size for path in out.rglob("*.tar"))
     assert facts["fingerprint"] == Dataset.open(str(out)).fingerprint
-    assert run(audit.add_inspect_arguments, audit.run_inspect, out, "--grid", tmp_path / "grid.png") == 0
+    assert wds_train(["inspect", str(out), "--grid", str(tmp_path / "grid.png")]) == 0
     text = capsys.readouterr().out
     assert "15 samples" in text and "English springer" in text
     sheet = Image.open(tmp_path / "grid.png")

@@ -208,6 +208,7 @@ def test_no_permission_is_named(local: LocalStore, monkeypatch: pytest.MonkeyPat
     def deny(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
+    local.write("a", b"")
     monkeypatch.setattr(Path, "open", deny)  # root, as whom containers run, is denied nothing
     with pytest.raises(AccessDenied, match=rf"no permission for {local.url}/a; check its owner and mode"):
         local.read("a")

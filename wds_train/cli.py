@@ -219,8 +219,8 @@ def _train(args: argparse.Namespace) -> int:
     from wds_train.distributed import launch
     from wds_train.train import TrainOptions, train
 
-    dataset = _dataset_url(args.dataset, args.bucket) if args.dataset else _default_dataset(args)
-    run = _run_url(args.run or args.recipe, args.bucket)
+    dataset = _default_dataset(args) if args.dataset is None else _dataset_url(args.dataset, args.bucket)
+    run = _run_url(args.recipe if args.run is None else args.run, args.bucket)
     mix = tuple((_dataset_url(each, args.bucket), share) for each, share in args.mix)
     if "RANK" not in os.environ and (processes := args.processes or device_count()) > 1:
         return launch([*args.arguments, "--dataset", dataset, "--run", run], processes)

@@ -313,7 +313,7 @@ class S3Store:
         self._client_pid = 0
         self._session: boto3.session.Session | None = None
         self._http = _sender({})
-        self._region: str | None = None  # the bucket's own, once an answer has told it
+        self._region: str | None = None  # the settings', then the bucket's own, once an answer has told it
         self._signed: dict[str, tuple[str, float]] = {}
         # Shared with the processes that are forked from this one: loader workers read, their trainer tells.
         self._fallbacks = np.ndarray((1,), np.int64, mmap.mmap(-1, 8))
@@ -561,7 +561,7 @@ class S3Store:
             url = self._endpoint.url if self._endpoint else None
             client = session.client("s3", config=config, endpoint_url=url, region_name=self._region)
             client.meta.events.register("response-received.s3", self._learn_region)
-            self._session = session
+            self._session, self._region = session, client.meta.region_name
             return client
         except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
             raise UsageError(
@@ -569,13 +569,15 @@ class S3Store:
                 "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
             ) from error
 
-    def _learn_region(self, response_dict: dict[str, Any], **_: object) -> None:
-        """Keep the region that S3 names when it was asked in another: botocore follows it for one client, and this store's
-        next clients, in forked workers, begin there.
+    def _learn_region(self, response_dict: dict[str, Any] | None, **_: object) -> None:
+        """Connect anew in the region that S3 names when it was asked in another: botocore follows it for the one request
+        alone, and every range would cost two. `response_dict` is None when no answer came.
         """
-        if (region := response_dict["headers"].get("x-amz-bucket-region")) and region != self._region:
+        region = response_dict["headers"].get("x-amz-bucket-region") if response_dict else None
+        if region and region != self._region:
             self._region = region
             self._signed.clear()
+            self._client = None
 
     def _sign_in(self) -> boto3.session.Session:
         if self._endpoint is None:
