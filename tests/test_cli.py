@@ -32,7 +32,7 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
         (["train", "--recipe", "imagnet"], 2, "there is no recipe 'imagnet'; did you mean imagenette?"),
         (["train", "--mix", "s3://b/x"], 2, "'s3://b/x' is not DATASET=SHARE with a share between 0 and 1"),
         (["train", "--mix", "s3://b/x=1.5"], 2, "'s3://b/x=1.5' is not DATASET=SHARE with a share between 0 and 1"),
-        (["inspect", "gs://bucket/x"], 2, "'gs://bucket/x' is neither s3://BUCKET/PREFIX nor a local directory"),
+        (["inspect", "gs://bucket/x"], 2, "'gs://bucket/x' is neither an address nor a name; it is s3://BUCKET/PREFIX"),
         (["inspect", "s3:///x"], 2, "'s3:///x' names no bucket; write s3://BUCKET/PREFIX"),
         (["order", "/nowhere", "--world", "0"], 2, "'0' is not a whole number of at least 1"),
         (["order", "/nowhere", "--workers", "-1"], 2, "'-1' is not a whole number of at least 0"),

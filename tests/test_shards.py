@@ -367,7 +367,7 @@ def test_killed_between_the_parts_of_an_upload(
     assert isinstance(store, S3Store)
     for processes, refused in (("1", 2), ("2", 1), ("2", 3)):  # without one of its three parts no upload ends
         fault = fault_proxy.fail("status", method="PUT", key="shard-", query=f"partNumber={refused}", times=1e9)
-        process = start(large, s3_url, "--shard-mb", "36", "--processes", processes)
+        process = start(large, s3_url, "--shard-mb", "36", "--hold-out", "0", "--processes", processes)
         while process.poll() is None and not any(
             parts for upload, parts in parts_under_way(store).items() if upload not in seen
         ):
@@ -378,7 +378,7 @@ def test_killed_between_the_parts_of_an_upload(
         assert any(0 < parts < 3 for parts in left.values()), "it was not killed within an upload"
         seen |= left.keys()
         fault.times = 0
-    assert run(large, s3_url, "--shard-mb", "36", processes=2) == 0
+    assert run(large, s3_url, "--shard-mb", "36", "--hold-out", "0", processes=2) == 0
     assert content(store) == unbroken
     assert content(store).keys() == named(store)
     assert not parts_under_way(store)

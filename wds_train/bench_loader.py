@@ -218,9 +218,8 @@ def _make_dataset(images: list[bytes], samples: int, workers: int, folder: Path,
     shards = workers * -(-sum(sizes) // (workers * SHARD_BYTES))
     largest = sum(sizes) / shards + max(sizes)  # a shard ends before the sample that would exceed it
     command = [sys.executable, "-m", "shards.make_shards", str(folder), url, "--source", "imagefolder"]
-    done = subprocess.run(
-        [*command, "--shard-mb", str(largest / (1 << 20))], capture_output=True, text=True, check=False
-    )
+    command += ["--hold-out", "0", "--shard-mb", str(largest / (1 << 20))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise WdsTrainError(f"the images cannot be sharded: {cause(done.stderr)}")
 
