@@ -38,8 +38,8 @@ train: setup ## train; again after an interruption: goes on where it stopped (RU
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)
 
-crash-test: setup ## kill small trainings 120 times, ten takeovers (5 to 10 minutes)
-	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=10 $(BIN)/python -m pytest -q -s tests/test_crash.py tests/test_run_faults.py $(ARGS)
+crash-test: setup ## kill small trainings 300 times, twenty takeovers, twenty races (10 to 20 minutes)
+	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=20 $(BIN)/python -m pytest -q -s tests/test_crash.py tests/test_run_faults.py $(ARGS)
 
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .

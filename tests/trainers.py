@@ -65,7 +65,7 @@ POINTS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt. The process sends itself `sent` when it passes `point` for the `nth` time. `constants` are set in
+    """One attempt, or with `command` another command of wds-train. The process sends itself `sent` when it passes `point` for the `nth` time. `constants` are set in
     modules of wds_train: {"lease.LEASE_SECONDS": 2.0}. With `revalidate`, it begins by printing what the state that it
     resumed from scores.
     """
@@ -83,6 +83,7 @@ class Job:
     constants: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     defaults: tuple[str, ...] = tuple(SETTINGS)
+    command: tuple[str, ...] = ()
 
 
 def wait_for_commit(run: str, beyond: int = 0) -> None:
@@ -174,8 +175,8 @@ def _main(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> No
     if job.revalidate:
         _revalidate()
     settings = [part for setting in (*job.defaults, *job.settings) for part in ("--set", setting)]
-    command = ["train", "--dataset", job.dataset, "--run", job.run, "--workers", str(job.workers)]
-    raise SystemExit(main([*command, *settings, *job.arguments]))
+    training = ["train", "--dataset", job.dataset, "--run", job.run, "--workers", str(job.workers), *settings]
+    raise SystemExit(main([*(job.command or training), *job.arguments]))
 
 
 def _module(name: str) -> Any:
