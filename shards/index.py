@@ -9,7 +9,7 @@ from typing import Any
 
 from shards.images import ImagePolicy, check
 from shards.source import Note, choose_splits, readable, split_word
-from shards.tars import WdsSample, group
+from shards.tars import OUTSIDE, WdsSample, group, outside
 from wds_train import manifest as manifests
 from wds_train.errors import Conflict, DataError, NotFound, UsageError
 from wds_train.manifest import ClassInfo, DatasetManifest, Index, Shard, Split
@@ -88,6 +88,9 @@ def _index_tar(found: Indexed, split: str, file: Forward, policy: ImagePolicy) -
                     f"the members of {sample.key!r} do not lie side by side; re-shard it: wds-train shards wds:PATH"
                 )
             seen.add(sample.key)
+            if sample.is_none:
+                found.notes.append(Note(split, readable(f"{name}: {sample.key}"), "ignored", "beside the samples"))
+                continue
             try:
                 found.rows.append(_row(sample, file, number, policy))
             except DataError as error:
@@ -113,8 +116,10 @@ def _row(sample: WdsSample, file: Forward, number: int, policy: ImagePolicy) -> 
     start, end, image = parts[0].offset, parts[-1].end, sample.image
     if image is None:
         raise DataError("no image member")
-    if readable(sample.key) != sample.key:
-        raise DataError("its name is not UTF-8; rename it")
+    if not sample.key or readable(sample.key) != sample.key:
+        raise DataError("its name is empty, not UTF-8, or cannot be printed; rename it")
+    if outside(sample.key):
+        raise DataError(OUTSIDE)
     if end - start > MAX_SAMPLE:
         raise DataError(f"it takes {end - start} bytes; at most {MAX_SAMPLE} can be streamed")
     label = sample.label(file.read)
