@@ -532,7 +532,12 @@ class Loader:
             worker_init_fn=_init_worker,
         )
         self._begun: Iterator[Decoded | WdsTrainError] | None = None
-        self.store = split.store
+        self._store = split.store
+
+    @property
+    def fallbacks(self) -> int:
+        """How many ranges took a second request, of this process and its workers (`Store.fallbacks`)."""
+        return self._store.fallbacks
 
     def start(self) -> None:
         """Fork the workers and begin reading. To be called before this process has threads or uses a GPU, neither of
@@ -590,6 +595,10 @@ class Mixture:
 
     def __init__(self, loaders: "list[Loader]", seed: int) -> None:
         self._loaders, self._seed = loaders, seed
+
+    @property
+    def fallbacks(self) -> int:
+        return sum(loader.fallbacks for loader in self._loaders)
 
     def start(self) -> None:
         for loader in self._loaders:
