@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shards.images import ImagePolicy, check
-from shards.source import Note, choose_splits, readable, split_word
+from shards.source import Note, choose_splits, is_litter, readable, split_word
 from shards.tars import OUTSIDE, WdsSample, group, outside
 from wds_train import manifest as manifests
 from wds_train.errors import Conflict, DataError, NotFound, UsageError
@@ -63,7 +63,7 @@ class Indexed:
 
 def index_in_place(store: Store, policy: ImagePolicy) -> tuple[dict[str, Indexed], list[Note]]:
     """The index of every tar below `store`, by split, and the notes on what was left out; nothing is written."""
-    entries = [entry for entry in store.list() if entry.key.endswith(".tar")]
+    entries = [entry for entry in store.list() if entry.key.endswith(".tar") and not is_litter(entry.key)]
     if not entries:
         raise UsageError(f"{store.url} holds no .tar files; check the address")
     words = {entry: split_word(entry.key) for entry in entries}
@@ -102,7 +102,8 @@ def _index_tar(found: Indexed, split: str, file: Forward, policy: ImagePolicy) -
 
 def _samples(file: Forward) -> Iterator[WdsSample]:
     """The samples of a tar; each one's bytes can be read until the next is asked for."""
-    plain = (member for member in members(file.read, 0, file.entry.bytes) if member.kind != "directory")
+    everything = members(file.read, 0, file.entry.bytes)
+    plain = (member for member in everything if member.kind != "directory" and not is_litter(member.name))
     for sample in group(plain):
         odd = next((member for member in sample.members.values() if member.kind != "file"), None)
         if odd is not None:

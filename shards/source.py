@@ -69,6 +69,11 @@ SIDECARS = (
 LITTER = re.compile(r"\..*|(eh)?Thumbs\.db|desktop\.ini|__MACOSX|@eaDir|\$RECYCLE\.BIN|lost\+found", re.IGNORECASE)
 
 
+def is_litter(name: str) -> bool:
+    """Whether the file or tar member is one that an operating system leaves: ._1.jpg beside 1.jpg, on every Mac."""
+    return LITTER.fullmatch(name.rpartition("/")[2]) is not None
+
+
 @dataclass(frozen=True)
 class Note:
     """A file or sample that is not in the dataset as the source holds it. `what`: `left out` (counts against the

@@ -19,6 +19,7 @@ from shards.source import (
     Wanted,
     choose_splits,
     from_scans,
+    is_litter,
     read_bytes,
     relabelled,
     split_word,
@@ -69,8 +70,8 @@ def outside(name: str) -> bool:
 
 
 def is_safe(found: SplitScan, origin: str, member: Member) -> bool:
-    """Whether the member is a plain file with a plain name; noted when not (folders are passed over)."""
-    if member.kind == "directory":
+    """Whether the member is a plain file with a plain name; noted when not (folders and litter are passed over)."""
+    if member.kind == "directory" or is_litter(member.name):
         return False
     if member.kind != "file":
         found.note(f"{origin}: {member.name}", "left out", f"a {member.kind}, not a file")
@@ -167,7 +168,11 @@ def _parts(member: Member) -> tuple[str, str]:
 
 def webdataset(root: Path, spool: Spool, wanted: Wanted) -> Source:
     """Existing WebDataset tars: every .tar, .tar.gz or .tgz below the folder `root`, or the one file."""
-    below = sorted(path for path in root.rglob("*") if path.name.endswith(TARS)) if root.is_dir() else [root]
+    below = (
+        sorted(path for path in root.rglob("*") if path.name.endswith(TARS) and not is_litter(path.name))
+        if root.is_dir()
+        else [root]
+    )
     paths = [path for path in below if not _is_folder(path)]
     if not paths or not root.exists():
         raise UsageError(f"{root} holds no .tar files")

@@ -178,7 +178,8 @@ TARS: dict[str, tuple[bytes, str, str]] = {
         KEPT,
     ),
     "an empty name": (GOOD + member("", b"0") + END, KEPT, KEPT),
-    "names of dots": (GOOD + member(".cls", b"0") + member(".jpg", PHOTOS[4]) + END, "its name is empty", KEPT),
+    "names of dots": (GOOD + member(".cls", b"0") + member(".jpg", PHOTOS[4]) + END, KEPT, KEPT),
+    "a Mac's litter": (GOOD + member("._000.jpg", b"x") + member("._000.cls", b"y") + END, KEPT, KEPT),
     "a name with a line feed": (
         GOOD + member("a\nb.cls", b"0") + member("a\nb.jpg", PHOTOS[4]) + END,
         "a\\nb: its name is empty, not UTF-8, or cannot be printed",
@@ -291,7 +292,7 @@ def test_tars(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert output.isprintable() or output.replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize("kind", ["FIFO", "link to itself", "link to a device", "folder"])
+@pytest.mark.parametrize("kind", ["FIFO", "link to itself", "link to a device", "folder", "litter"])
 def test_no_tar_at_all(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Beside a good tar, something else of such a name: never opened, which would wait for ever."""
     root = tmp_path / "mine"
@@ -302,10 +303,12 @@ def test_no_tar_at_all(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         os.mkfifo(odd)
     elif kind == "folder":
         odd.mkdir()
+    elif kind == "litter":
+        (root / "._train-0.tar").write_bytes(b"x")
     else:
         odd.symlink_to(odd if kind == "link to itself" else "/dev/zero")
     code, output = shards(capsys, f"wds:{root}", tmp_path / "out", "--hold-out", "0")
-    if kind == "folder":
+    if kind in ("folder", "litter"):
         assert code == 0, output
     else:
         assert code == 1 and f"{odd} " in output and "Traceback" not in output, output
