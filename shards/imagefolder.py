@@ -24,8 +24,10 @@ from shards.source import (
 from wds_train.errors import DataError
 
 LAYOUT = "an ImageFolder is CLASS/IMAGE.jpg, or train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg"
-# Folders of a data set for detection or segmentation: what they are named for are no classes.
-NO_CLASSES = re.compile(r"(?:jpeg)?(images?|imgs?|labels?|annotations?|masks?)", re.IGNORECASE)
+# Folders of a data set for detection or segmentation, or of one that was cut up: what they are named for are no classes.
+NO_CLASSES = re.compile(
+    r"(?:jpeg)?(images?|imgs?|labels?|annotations?|masks?)|(?:k?fold|part|batch)[-_ ]?\d+", re.IGNORECASE
+)
 WRAPPINGS = 2  # folders that hold nothing but the next one: archive/data/train
 
 
@@ -34,8 +36,14 @@ def image_folder(root: Path, wanted: Wanted) -> Source:
     base, splits = find_splits(root)
     folders = {split: folder if folder == base else _unwrapped(folder) for split, folder in splits.items()}
     classes = class_ids(folders["train"])
+    infos = to_classes(classes, imagenet_names(classes))  # before the scan: it refuses names that nothing could hold
     scans: list[SplitScan] = []
     for split, folder in folders.items():
+        if split == "val" and not _subfolders(folder):
+            raise DataError(
+                f"{folder} holds no class folders: sort its images into folders called as those of train, or move it away, "
+                "and a tenth of train is held out"
+            )
         if split == "test" and not _subfolders(folder):
             scans[0].note(folder, "ignored", "no class folders: images without labels")
         else:
@@ -44,7 +52,7 @@ def image_folder(root: Path, wanted: Wanted) -> Source:
         for entry in scan(base):
             if Path(entry.path) not in splits.values():
                 scans[0].note(entry.path, "ignored", "beside the folders of the splits")
-    return from_scans(f"imagefolder {root.name}", to_classes(classes, imagenet_names(classes)), scans)
+    return from_scans(f"imagefolder {root.name}", infos, scans)
 
 
 def scan_split(split: str, folder: Path, classes: list[str], *, foreign: bool = False) -> SplitScan:

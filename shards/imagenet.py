@@ -83,7 +83,7 @@ def _ground_truth(root: Path) -> tuple[list[str], dict[str, str]]:
     meta = _devkit_file(root, "data/meta.mat")
     numbers = lines or _lines(_devkit_file(root, f"data/{TRUTH}"))
     wnids, names = _synsets(meta)
-    unknown = [number for number in numbers if not number.isdecimal() or int(number) not in wnids]
+    unknown = [number for number in numbers if not number.isdecimal() or len(number) > 9 or int(number) not in wnids]
     if unknown:
         raise DataError(f"the ground truth holds the id {unknown[0][:40]!r}, which meta.mat does not name")
     return [wnids[int(number)] for number in numbers], names

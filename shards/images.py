@@ -14,6 +14,7 @@ from PIL import (
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
+    UnidentifiedImageError,
     WebPImagePlugin,
 )
 
@@ -91,7 +92,10 @@ def check(data: bytes, policy: ImagePolicy) -> CheckedImage:
 def _check(data: bytes, policy: ImagePolicy) -> CheckedImage:
     if not data:
         raise DataError("zero bytes")
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # which tells where the bytes lie in memory
+        raise DataError("it cannot be decoded: it is no image, or of a format that is not known") from error
     if image.format not in EXTENSIONS:
         if not policy.reencode:
             raise DataError(

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shards.images import ImagePolicy, check
-from shards.source import Note, choose_splits, readable, split_word
-from shards.tars import WdsSample, group
+from shards.source import Note, choose_splits, is_litter, readable, split_word
+from shards.tars import OUTSIDE, WdsSample, group, outside
 from wds_train import manifest as manifests
 from wds_train.errors import Conflict, DataError, NotFound, UsageError
 from wds_train.manifest import ClassInfo, DatasetManifest, Index, Shard, Split
@@ -63,7 +63,7 @@ class Indexed:
 
 def index_in_place(store: Store, policy: ImagePolicy) -> tuple[dict[str, Indexed], list[Note]]:
     """The index of every tar below `store`, by split, and the notes on what was left out; nothing is written."""
-    entries = [entry for entry in store.list() if entry.key.endswith(".tar")]
+    entries = [entry for entry in store.list() if entry.key.endswith(".tar") and not is_litter(entry.key)]
     if not entries:
         raise UsageError(f"{store.url} holds no .tar files; check the address")
     words = {entry: split_word(entry.key) for entry in entries}
@@ -88,6 +88,9 @@ def _index_tar(found: Indexed, split: str, file: Forward, policy: ImagePolicy) -
                     f"the members of {sample.key!r} do not lie side by side; re-shard it: wds-train shards wds:PATH"
                 )
             seen.add(sample.key)
+            if sample.is_none:
+                found.notes.append(Note(split, readable(f"{name}: {sample.key}"), "ignored", "beside the samples"))
+                continue
             try:
                 found.rows.append(_row(sample, file, number, policy))
             except DataError as error:
@@ -99,7 +102,8 @@ def _index_tar(found: Indexed, split: str, file: Forward, policy: ImagePolicy) -
 
 def _samples(file: Forward) -> Iterator[WdsSample]:
     """The samples of a tar; each one's bytes can be read until the next is asked for."""
-    plain = (member for member in members(file.read, 0, file.entry.bytes) if member.kind != "directory")
+    everything = members(file.read, 0, file.entry.bytes)
+    plain = (member for member in everything if member.kind != "directory" and not is_litter(member.name))
     for sample in group(plain):
         odd = next((member for member in sample.members.values() if member.kind != "file"), None)
         if odd is not None:
@@ -113,8 +117,10 @@ def _row(sample: WdsSample, file: Forward, number: int, policy: ImagePolicy) -> 
     start, end, image = parts[0].offset, parts[-1].end, sample.image
     if image is None:
         raise DataError("no image member")
-    if readable(sample.key) != sample.key:
-        raise DataError("its name is not UTF-8; rename it")
+    if not sample.key or readable(sample.key) != sample.key:
+        raise DataError("its name is empty, not UTF-8, or cannot be printed; rename it")
+    if outside(sample.key):
+        raise DataError(OUTSIDE)
     if end - start > MAX_SAMPLE:
         raise DataError(f"it takes {end - start} bytes; at most {MAX_SAMPLE} can be streamed")
     label = sample.label(file.read)

@@ -6,7 +6,7 @@ from typing import Any
 
 from shards.source import to_classes
 from wds_train.errors import DataError
-from wds_train.manifest import ClassInfo
+from wds_train.manifest import UNPRINTABLE, ClassInfo
 
 NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
 MAX_CLASSES = 1 << 16
@@ -19,7 +19,7 @@ def label_text(value: Any) -> str:
     """`value` of a table's cell, a JSON field or a file as a label; `DataError` for what is neither a name nor a number."""
     shown = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     text = str(shown).strip() if isinstance(shown, str | int) else ""
-    if not text.isprintable() or not text:
+    if UNPRINTABLE.search(text) or not text:
         raise DataError(f"its label is {_brief(value)}, which is neither a name nor a whole number")
     if len(text) > MAX_NAME:
         raise DataError(f"its label is a text of {len(text)} characters, at most {MAX_NAME} can be a class's name")

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from wds_train.errors import AccessDenied, DataError
-from wds_train.manifest import ClassInfo
+from wds_train.manifest import UNPRINTABLE, ClassInfo
 from wds_train.tario import KEY_LENGTH, to_array, to_batch, to_numpy
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ SIDECARS = (
 )
 # What operating systems leave in folders: nobody's sample, so it does not count as a bad one.
 LITTER = re.compile(r"\..*|(eh)?Thumbs\.db|desktop\.ini|__MACOSX|@eaDir|\$RECYCLE\.BIN|lost\+found", re.IGNORECASE)
+
+
+def is_litter(name: str) -> bool:
+    """Whether the file or tar member is one that an operating system leaves: ._1.jpg beside 1.jpg, on every Mac."""
+    return LITTER.fullmatch(name.rpartition("/")[2]) is not None
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,8 @@ class Stamp:
 
 
 def readable(name: str) -> str:
-    """`name`, which may be no UTF-8, as something that can be printed."""
-    return name.encode(errors="backslashreplace").decode()
+    """`name`, which may be no UTF-8 or hold control characters, as something that can be printed in a line."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
 class SplitScan:
@@ -229,7 +234,7 @@ def from_scans(description: str, classes: tuple[ClassInfo, ...], scans: Sequence
     """The source that `scans`, one a split, found. A test split whose samples have no labels is none."""
     found = {scan.split: scan.rows.table() for scan in sorted(scans, key=lambda scan: [*SPLITS].index(scan.split))}
     return Source(
-        description,
+        readable(description),
         classes,
         {split: rows for split, rows in found.items() if rows.num_rows or split != "test"},
         [note for scan in scans for note in scan.all_notes()],
@@ -353,7 +358,11 @@ def scan(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def to_classes(ids: Sequence[str], names: dict[str, str] | None = None) -> tuple[ClassInfo, ...]:
-    return tuple(ClassInfo(id, (names or {}).get(id, id)) for id in ids)
+    classes = tuple(ClassInfo(id, (names or {}).get(id, id)) for id in ids)
+    for entry in classes:
+        if UNPRINTABLE.search(entry.id + entry.name):
+            raise DataError(f"the class {entry.id!r} has a name that cannot be printed; rename it")
+    return classes
 
 
 def report_json(notes: Iterable[Note], reencoded: int) -> bytes:

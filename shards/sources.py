@@ -7,7 +7,7 @@ from pathlib import Path
 from shards import huggingface, imagenet, torchvision_source
 from shards.digits import digits
 from shards.imagefolder import class_ids, find_splits, image_folder, is_folder
-from shards.source import ANYTHING, LITTER, Source, Wanted, checked, scan
+from shards.source import ANYTHING, LITTER, Source, Wanted, checked, readable, scan
 from shards.spool import Spool
 from shards.table import table, tables
 from shards.tars import TARS, webdataset
@@ -44,6 +44,8 @@ def open_source(address: str, spool: Spool, form: str | None = None, wanted: Wan
         if address.startswith("s3://"):
             remedy = f"sources are read from this machine's disks; tars on S3 are indexed in place: wds-train shards index {address}"
         raise UsageError(f"{address!r} does not exist; {remedy}")
+    if readable(str(root)) != str(root):
+        raise UsageError(f"{readable(str(root))} has a name that is not UTF-8, or cannot be printed; rename it")
     if root.name == imagenet.TRAIN_TAR:
         root = root.parent
     if root.is_file() and (form or recognise(root)) in ("imagefolder", "table", "kaggle"):

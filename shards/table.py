@@ -74,6 +74,8 @@ def table(root: Path, wanted: Wanted) -> Source:
     found = [each for each in scans.values() if each.rows.table().num_rows or each.notes]
     samples = sum(each.rows.table().num_rows for each in found)
     classes, numbers = classes_of(labels, samples, str(root))
+    if len(classes) == 1:
+        raise DataError(f"the tables of {root} know one label, {classes[0].id!r}: there is nothing to tell apart")
     source = from_scans(f"table {root.name}", classes, found)
     return relabelled(source, np.array([numbers[text] for text in labels], np.int32))
 
@@ -90,7 +92,7 @@ def _add(
         found = scans[split or next(iter(choose_splits([split_word(path.stem)]).values()))]
         origin = f"{path}, line {number}: {name}"
         try:
-            image = images.find(name)
+            image = images.find(name, path.stem)
             text = label_text(label)
         except DataError as error:
             found.note(origin, "ignored" if found.split == "test" and not label.strip() else "left out", str(error))
@@ -105,18 +107,31 @@ class _Images:
         self.root = root
         self._named: set[Path] = set()
         self._places: dict[str, list[Path]] = {}
+        self._small: dict[
+            str, list[Path]
+        ] = {}  # by the same in small letters: a table of Windows' says img_1.jpg for IMG_1.JPG
         self._files = [path for path, _ in walk(root, "") if path.suffix.lower() in IMAGE_SUFFIXES]
         for path in self._files:
             place = path.relative_to(root)
             ends = ["/".join(place.parts[start:]) for start in range(len(place.parts))]
             for name in dict.fromkeys([*ends, *(end.removesuffix(path.suffix) for end in ends)]):
                 self._places.setdefault(name, []).append(path)
+            for name in {end.lower() for end in ends}:
+                self._small.setdefault(name, []).append(path)
 
-    def find(self, name: str) -> Path:
-        """The image that a table calls `name`; `DataError` when there is none, or several."""
+    def find(self, name: str, table: str) -> Path:
+        """The image that the table `table` calls `name`: of train.csv, first what lies in train/. `DataError` when there is
+        none, or several.
+        """
         parts = Path(name.strip().replace("\\", "/")).parts
-        for start in range(len(parts)):  # a table may hold the path that was right where it was made
-            places = self._places.get("/".join(parts[start:]), [])
+        ends = [
+            "/".join(parts[start:]) for start in range(len(parts))
+        ]  # the path may have been right where it was made
+        ends = [*(f"{table}/{end}" for end in ends), *ends]
+        for places in [
+            *(self._places.get(end, []) for end in ends),
+            *(self._small.get(end.lower(), []) for end in ends),
+        ]:
             if len(places) > 1:
                 raise DataError(f"it may be {places[0]} or {places[1]}; write its folder, too")
             if places:
@@ -133,7 +148,7 @@ def _rows(path: Path, wanted: Wanted) -> Iterator[tuple[str, str, str]]:
     """(file, label, split or '') of every row; `UsageError` when the columns cannot be told."""
     data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
     first = text.partition("\n")[0]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -18,6 +19,7 @@ from shards.source import (
     Wanted,
     choose_splits,
     from_scans,
+    is_litter,
     read_bytes,
     relabelled,
     split_word,
@@ -30,12 +32,24 @@ from wds_train.manifest import ClassInfo, DatasetManifest
 from wds_train.tario import IMAGE_EXTENSIONS, Member, members
 
 MAX_LABEL = 1 << 16
+OUTSIDE = "its name points outside the archive"
 CHUNK = 1 << 20
 TARS = (".tar", ".tar.gz", ".tgz")
 LABELS = ("cls", "json", "label", "class", "txt")  # the members that may hold a sample's label, the first that is there
 LABEL_FIELDS = ("label", "cls", "class", "class_name", "category")
 PLAIN_STEMS = {"image", "img", "label", "cls", "class", "target", "meta", "metadata"}
 CLASS_LISTS = ("classes.txt", "classes.json", "labels.txt", "class_names.txt")
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder; `DataError` for what is no file either: opening a FIFO would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; remove it") from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DataError(f"{path} is no plain file; remove it")
+    return stat.S_ISDIR(mode)
 
 
 def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
@@ -50,14 +64,19 @@ def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator
         raise DataError(f"{path} cannot be used as a tar: {error}") from error
 
 
+def outside(name: str) -> bool:
+    """Whether a member of this name, unpacked by others, would not stay where it is unpacked."""
+    return name.startswith("/") or ".." in name.split("/")
+
+
 def is_safe(found: SplitScan, origin: str, member: Member) -> bool:
-    """Whether the member is a plain file with a plain name; noted when not (folders are passed over)."""
-    if member.kind == "directory":
+    """Whether the member is a plain file with a plain name; noted when not (folders and litter are passed over)."""
+    if member.kind == "directory" or is_litter(member.name):
         return False
     if member.kind != "file":
         found.note(f"{origin}: {member.name}", "left out", f"a {member.kind}, not a file")
-    elif member.name.startswith("/") or ".." in member.name.split("/"):
-        found.note(f"{origin}: {member.name}", "left out", "its name points outside the archive")
+    elif outside(member.name):
+        found.note(f"{origin}: {member.name}", "left out", OUTSIDE)
     else:
         return True
     return False
@@ -78,6 +97,11 @@ class WdsSample:
         return next(iter(known.values()), None)
 
     @property
+    def is_none(self) -> bool:
+        """Whether it is no sample at all, but a file that lies beside them."""
+        return self.image is None and not set(self.members) & {"cls", "json"}
+
+    @property
     def labels(self) -> dict[str, Member]:
         """The members that may hold the label, by what they are called: 7.cls, 7.label.cls and 7.label.txt, too."""
         parts = {name.rpartition(".")[2]: member for name, member in self.members.items()}
@@ -87,8 +111,10 @@ class WdsSample:
     def label(self, read: Callable[[int, int], bytes], names: Collection[str] = LABELS[:-1]) -> str:
         """From the first of `names` that is there: from `.json`, its field label, cls or class; `DataError` for none."""
         name, member = next(((n, m) for n, m in self.labels.items() if n in names), ("", None))
-        if member is None or not 0 < member.size <= MAX_LABEL:
+        if member is None or not member.size:
             raise DataError("no .cls or .json member with a label")
+        if member.size > MAX_LABEL:
+            raise DataError(f"its label member .{name} has {member.size} bytes, at most {MAX_LABEL} can be read")
         text = read(member.data_offset, member.size)
         return label_text(text if name == "txt" else _parsed(text))
 
@@ -142,7 +168,12 @@ def _parts(member: Member) -> tuple[str, str]:
 
 def webdataset(root: Path, spool: Spool, wanted: Wanted) -> Source:
     """Existing WebDataset tars: every .tar, .tar.gz or .tgz below the folder `root`, or the one file."""
-    paths = sorted(path for path in root.rglob("*") if path.name.endswith(TARS)) if root.is_dir() else [root]
+    below = (
+        sorted(path for path in root.rglob("*") if path.name.endswith(TARS) and not is_litter(path.name))
+        if root.is_dir()
+        else [root]
+    )
+    paths = [path for path in below if not _is_folder(path)]
     if not paths or not root.exists():
         raise UsageError(f"{root} holds no .tar files")
     words = {path: split_word(path.relative_to(root if root.is_dir() else root.parent).as_posix()) for path in paths}
@@ -179,7 +210,7 @@ def _scan_wds(found: SplitScan, path: Path, spool: Spool, labels: dict[str, int]
         known = {*IMAGE_EXTENSIONS, *LABELS}
         others.update(name for name in sample.members if name.rpartition(".")[2] not in known)
         if image is None:
-            if set(sample.members) & {"cls", "json"}:
+            if not sample.is_none:
                 found.note(origin, "left out", "no image member")
             continue
         try:

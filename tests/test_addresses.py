@@ -1,6 +1,8 @@
 """What an address means, how it is signed, and that no signature is ever told."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -207,6 +209,42 @@ def test_a_forked_worker_knows_the_region(strict: Counter[str]) -> None:
         os._exit(store.read("shard.tar", 64, 64) != Bucket.content[64:128])
     assert os.waitpid(child, 0)[1] == 0
     assert strict["all"] - learnt == 1
+
+
+def test_ranges_that_fall_back_are_counted(
+    fault_proxy: FaultProxy, s3_url: str, digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a server that answers no signed address: in the benchmark, its table, and a training's log; of workers, too."""
+    store = open_store(f"{s3_url}/digits")
+    for entry in digits.store.list():
+        store.write(entry.key, digits.store.read(entry.key))
+    bench = [
+        "bench",
+        "loader",
+        "--dataset",
+        store.url,
+        "--batch",
+        "8",
+        "--size",
+        "32",
+        "--repeats",
+        "1",
+        "--cores",
+        "1",
+    ]
+    assert main([*bench, "--workers", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loaders"]["wds-train"]["fallbacks"] == 0
+    fault_proxy.fail("status", method="GET", key=".tar", query="X-Amz-Signature", status=400, times=float("inf"))
+    assert main([*bench, "--workers", "1"]) == 0
+    ranges = int(
+        re.search(r"^(\d+) ranges of wds-train a pass took a second request", capsys.readouterr().out, re.M)[1]
+    )  # type: ignore[index]
+    assert ranges >= len(digits.split("train").shard_names)
+    train = ["train", "--dataset", store.url, "--run", str(tmp_path / "run"), "--workers", "1"]
+    for setting in ("model.name=test_resnet", "schedule.epochs=1", "schedule.warmup_epochs=0", "data.size=32"):
+        train += ["--set", setting]
+    assert main(train) == 0
+    assert re.search(r"epoch +1/1 .* \d+ ranges asked for twice\n", capsys.readouterr().err)
 
 
 def test_no_secret_is_told(fault_proxy: FaultProxy, s3_server: Endpoint, s3_url: str, tmp_path: Path) -> None:

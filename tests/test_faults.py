@@ -1,5 +1,6 @@
 """The loader when the store, the network, the disk or the data misbehave: the same samples, or a clear error in time."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -7,17 +8,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
 
-from wds_train import devserver, store
+from wds_train import audit, devserver, pipeline, store
+from wds_train.audit import verify
 from wds_train.cache import BlockCache
 from wds_train.cli import main
 from wds_train.dataset import Dataset
-from wds_train.errors import AccessDenied, NotFound, Unavailable
+from wds_train.errors import AccessDenied, DataError, NotFound, Unavailable
 from wds_train.order import blocks
-from wds_train.pipeline import Loader, TrainPlan, TrainTransform, stream_order
+from wds_train.pipeline import Fetcher, Loader, Request, TrainPlan, TrainTransform, stream_order
 from wds_train.recipe import DataRecipe, Recipe
 from wds_train.store import open_store
 
@@ -82,6 +85,50 @@ def test_a_byte_flipped_on_the_way_is_fetched_again(digits: Dataset, on_s3: str,
     batches = list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, 0))
     assert fault_proxy.faults[0].times == 0
     assert [batch.lost for batch in batches if batch.lost] == []
+
+
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the seed of the faults decides which request has which."""
+    monkeypatch.setattr(pipeline, "FETCH_THREADS", 1)
+    monkeypatch.setattr(audit, "SHARDS_AT_ONCE", 1)
+
+
+def test_a_network_that_flips_bytes_changes_nothing(
+    digits: Dataset, on_s3: str, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a tenth of all that is read, be it manifest, index or shard."""
+    one_thread(monkeypatch)
+    clean = [batch.images for batch in Loader(digits.split("train"), plan_of(digits), TRANSFORM, 0)]
+    flips = fault_proxy.fail("flip", method="GET", after=700, times=float("inf"), share=0.1)
+    for _ in range(3):  # a few dozen requests each
+        dataset = Dataset.open(on_s3)
+        batches = list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, 0))
+        assert [batch.lost for batch in batches if batch.lost] == []
+        assert all(torch.equal(batch.images, images) for batch, images in zip(batches, clean, strict=True))
+        assert lines(dataset) == lines(digits)
+        assert [str(damage) for damage in verify(dataset)] == []
+    assert flips.times == float("inf") and fault_proxy.count("GET") > 100
+
+
+def test_what_is_damaged_in_the_store_is_named_after_three_more_readings(
+    digits: Dataset, on_s3: str, fault_proxy: FaultProxy
+) -> None:
+    dataset = Dataset.open(on_s3)
+    split = dataset.split("train")
+    shard, at = split.shard_names[0], int(split.index.data_offset[5])
+    data = bytearray(dataset.store.read(shard))
+    data[at + 9] ^= 1
+    dataset.store.write(shard, data)
+    before = fault_proxy.count("GET", shard)
+    (window,) = Fetcher(split)([Request(0, 0, 0, np.array([5]))])
+    assert str(window.records[0]) == "its bytes do not match the checksum in the index"
+    assert fault_proxy.count("GET", shard) - before == 4
+    key = split.index.key_of(5)
+    with pytest.raises(DataError, match=f"{shard}, key {key}: its bytes do not match the checksum"):
+        lines(dataset)
+    damage = [str(each) for each in verify(dataset)]
+    assert damage[0] == f"{shard} {key}: its bytes do not match the checksum in the index"
+    assert len(damage) == 2 and "1 samples are named above" in damage[1]
 
 
 def test_a_dead_server_is_an_error_within_the_deadline(
@@ -201,6 +248,39 @@ def test_a_full_disk_only_ends_the_caching(
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert capfd.readouterr().err.count("No space left on device; nothing more is added to it") == 1
+
+
+@pytest.mark.parametrize("trouble", ["a file in its place", "taken away", "read-only", "no file can be read"])
+def test_a_cache_that_fails_is_switched_off(
+    trouble: str, digits: Dataset, on_s3: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """After an epoch that filled half of it. The next one has the same samples, and a line that says so."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk)]
+    if trouble == "read-only" and subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        list(Cached(on_s3, disk, max_bytes=1_000_000).epoch(0))
+        cached = Cached(on_s3, disk)
+        files = [path for path in disk.rglob("*") if path.is_file()]
+        assert files
+        if trouble in ("a file in its place", "taken away"):
+            shutil.rmtree(disk)
+        if trouble == "a file in its place":
+            disk.write_bytes(b"")
+        elif trouble == "read-only":
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        elif trouble == "no file can be read":
+            for path in files:
+                path.unlink()
+                path.mkdir()
+        assert_epoch(cached.epoch(1), digits, 1)
+    finally:
+        if trouble == "read-only":
+            subprocess.run(["umount", str(disk)], check=True)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"cache: {disk}") and line.endswith("the training goes on")
 
 
 def test_two_processes_share_a_cache_and_a_kill_leaves_it_whole(digits: Dataset, on_s3: str, tmp_path: Path) -> None:

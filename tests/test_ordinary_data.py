@@ -124,6 +124,16 @@ LAYOUTS = {
         },
         HELD,
     ),
+    "train.csv, test.csv, in UTF-16, of the same names in other letters": (
+        {f"{split}/{c}{n}.JPG": PHOTOS[n] for split in ("train", "test") for c in ("cat", "dog") for n in range(4)}
+        | {
+            f"{split}.csv": (
+                "file,label\n" + "".join(f"{c}{n}.jpg,{c}\n" for c in ("cat", "dog") for n in range(4))
+            ).encode("utf-16")
+            for split in ("train", "test")
+        },
+        HELD | of("test"),
+    ),
 }
 
 
@@ -161,6 +171,17 @@ REFUSED_LAYOUTS = {
         {"1.jpg": PHOTOS[0], "t.csv": b"file,label\n7.jpg,cat\n8.jpg,dog\n"},
         "2 x there is no such image",
     ),
+    "a table of one label": (
+        {"1.jpg": PHOTOS[0], "2.jpg": PHOTOS[1], "t.csv": b"file,label\n1.jpg,cat\n2.jpg,cat\n"},
+        "know one label, 'cat'",
+    ),
+    "folds": (tree("fold0/", "fold1/"), "is no folder of classes: the classes would be fold0, fold1"),
+    "val without classes": (
+        tree("train/") | {"val/1.jpg": PHOTOS[1], "val/2.jpg": PHOTOS[2]},
+        "val holds no class folders: sort its images into folders called as those of train",
+    ),
+    "a class that is no UTF-8": (tree("", classes=("cat", "d\udcf6g")), "the class 'd\\udcf6g' has a name that cannot"),
+    "a class of two lines": (tree("", classes=("cat", "d\ng")), "the class 'd\\ng' has a name that cannot be printed"),
     "a table of captions": (
         {f"{n}.jpg": PHOTOS[n % 24] for n in range(30)}
         | {"t.csv": b"file,label\n" + b"".join(b"%d.jpg,photo number %d\n" % (n, n) for n in range(30))},

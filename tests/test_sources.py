@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import struct
 import sys
 import tarfile
@@ -453,6 +454,31 @@ def test_kaggle_images_and_lines_that_have_no_counterpart(tmp_path: Path, capsys
     assert "ILSVRC2012_val_00000001: LOC_val_solution.csv names it, but it is not there" in output
     (root / "LOC_val_solution.csv").unlink()
     assert "LOC_val_solution.csv is missing" in fails(capsys, root)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("Image,Label\nILSVRC2012_val_00000001,n01440764\n", "its columns are ImageId and PredictionString"),
+        ("", "its columns are ImageId and PredictionString|names it|does not name it"),
+        ("ImageId,PredictionString\nILSVRC2012_val_00000001,\n", "names no class for ILSVRC2012_val_00000001"),
+        ("ImageId,PredictionString\nILSVRC2012_val_00000001\n", "its columns are ImageId and PredictionString"),
+        ("ImageId,PredictionString\nILSVRC2012_val_00000001,'\x00\n", "LOC_val_solution.csv"),
+    ],
+)
+def test_kaggle_solutions_that_are_none(
+    text: str, cause: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = layouts.kaggle(tmp_path / "kaggle", layouts.small_tree())
+    (root / "LOC_val_solution.csv").write_text(text)
+    assert re.search(cause, fails(capsys, root))
+
+
+@pytest.mark.parametrize("number", [b"x", b"9999", b"-1", b"1.5", "²".encode(), b"9" * 5000, b"\xe9"])
+def test_a_devkits_truth_that_is_no_number(number: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = layouts.ilsvrc(tmp_path / "tars", layouts.small_tree())
+    (root / "ILSVRC2012_validation_ground_truth.txt").write_bytes(b"\n".join([b"1"] * 8 + [number]))
+    assert f"the ground truth holds the id '{number[:40].decode(errors='replace')}'" in fails(capsys, root)
 
 
 def test_one_key_in_several_tars_and_twice_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

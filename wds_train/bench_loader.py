@@ -36,6 +36,7 @@ CLASSES = 10
 # What is measured, and its decimals.
 FIGURES = {
     "images": 0,  # that came
+    "fallbacks": 0,  # ranges of ours that took a second request: none, or S3 does not answer the addresses that we sign
     "img_per_s": 0,  # from the request of the first batch to the last
     "open_s": 2,
     "first_batch_s": 2,  # from opening the loader on
@@ -178,6 +179,8 @@ def _table(result: dict[str, Any]) -> str:
             f"| {one['workers_pss_mb']} | "
             + (f"{ratio['img_per_s']:.2f} | {ratio['cpu_ms_per_img']:.2f} |" if ratio else "| |")
         )
+    if fallen := result["loaders"][OURS]["fallbacks"]:
+        lines.append(f"{fallen} ranges of {OURS} a pass took a second request: S3 did not answer their signed address")
     return "\n".join(lines + [f"skipped {name}: {why}" for name, why in result["skipped"].items()])
 
 

@@ -110,12 +110,14 @@ def measure(name: str, wanted: Pass) -> dict[str, float]:
     ended = time.perf_counter()
     if not images:
         raise WdsTrainError(f"{name} yielded no images")
+    fallbacks = getattr(loader, "fallbacks", 0)  # of ours alone: no other loader has signed addresses to fall back from
     del loader
     gc.collect()  # ends the workers: the kernel counts a child's CPU time only when it has ended
     for worker in multiprocessing.active_children():
         worker.join(30)
     return {
         "images": images,
+        "fallbacks": fallbacks,
         "img_per_s": images / (ended - opened),
         "open_s": opened - began,
         "first_batch_s": first - began,

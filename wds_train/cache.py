@@ -32,7 +32,8 @@ class BlockCache:
         self._start = index.offset[first]
         self._length = index.offset[last] + index.length[last] - self._start
         self._kept = int(np.searchsorted(np.cumsum(self._length), max_bytes, side="right"))
-        self._full = threading.Lock()  # taken by the first who finds the disk full, for ever
+        # Taken for ever by the first who finds that the disk takes no more, or that it cannot be read.
+        self._full, self._broken = threading.Lock(), threading.Lock()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -52,10 +53,15 @@ class BlockCache:
         """Where the sample's block starts in its shard, and the block's bytes, from the disk or else from the store."""
         block = self._block(sample)
         start, length, path = int(self._start[block]), int(self._length[block]), self._path(block)
-        with contextlib.suppress(OSError):
-            data = path.read_bytes()
-            if len(data) == length:
-                return start, data
+        if not self._broken.locked():
+            try:
+                data = path.read_bytes()
+                if len(data) == length:
+                    return start, data
+            except FileNotFoundError:
+                pass
+            except OSError as error:  # a disk that fails may take seconds for each
+                self._give_up(self._broken, error, "it is used no more")
         data = self._split.store.read(self._split.shard_names[self._split.index.shard[sample]], start, length)
         self._keep(path, data)
         return start, data
@@ -66,7 +72,7 @@ class BlockCache:
             self._path(self._block(sample)).unlink(missing_ok=True)
 
     def _keep(self, path: Path, data: bytes) -> None:
-        if self._full.locked():
+        if self._full.locked() or self._broken.locked():
             return
         partial = path.with_name(
             f".{path.name}.{os.getpid()}-{threading.get_ident()}"
@@ -78,8 +84,11 @@ class BlockCache:
             # A full disk costs speed, never the run. No more is added: each try would write most of a block in vain.
             with contextlib.suppress(OSError):  # on a disk that became read-only
                 partial.unlink(missing_ok=True)
-            if self._full.acquire(blocking=False):  # of several threads that fail at one moment, one says so
-                print(f"cache: {path.parent}: {error.strerror}; nothing more is added to it", file=sys.stderr)
+            self._give_up(self._full, error, "nothing more is added to it")
+
+    def _give_up(self, for_ever: threading.Lock, error: OSError, what: str) -> None:
+        if for_ever.acquire(blocking=False):  # of several threads that fail at one moment, one says so
+            print(f"cache: {self._folder}: {error.strerror}; {what}, and the training goes on", file=sys.stderr)
 
     def _block(self, sample: int) -> int:
         return int(self.block_of(np.asarray(sample)))

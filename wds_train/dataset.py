@@ -8,11 +8,30 @@ from pathlib import Path
 
 from wds_train import manifest as manifests
 from wds_train.errors import DataError, NotFound
-from wds_train.manifest import DatasetManifest, Index
+from wds_train.manifest import DatasetManifest, Index, Shard
 from wds_train.store import Store, open_store
 from wds_train.tario import SampleIndex, flaws, read_index
 
-REREADS = 3  # of bytes that were damaged on the way, over new connections
+REREADS = 3
+
+
+def readings(store: Store) -> Iterator[None]:
+    """The times that bytes are read which come damaged: once, and up to `REREADS` times more over new connections, since
+    what damages bytes is likelier to be on a connection's way.
+    """
+    yield
+    for _ in range(REREADS):
+        store.reconnect()
+        yield
+
+
+def read_whole(store: Store, named: Index | Shard) -> bytes:
+    """The bytes of an object that a manifest names: those of its sha256, if any reading brings them."""
+    for _ in readings(store):
+        data = store.read(named.name)
+        if hashlib.sha256(data).hexdigest() == named.sha256:
+            break
+    return data
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class Dataset:
     def open(cls, url: str) -> "Dataset":
         store = open_store(url)
         try:
-            data = store.read(manifests.NAME)
+            return cls(store, _manifest(store))
         except NotFound as error:
             name = store.url.rpartition("/")[2]
             here = (
@@ -50,7 +69,6 @@ class Dataset:
                 f"there is no dataset at {store.url} (no {manifests.NAME}){here}; "
                 f"check the address, or make one: wds-train shards SOURCE {url}"
             ) from error
-        return cls(store, DatasetManifest.from_json(data, f"{store.url}/{manifests.NAME}"))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -61,20 +79,11 @@ class Dataset:
         shards = [(shard.bytes, shard.samples) for shard in self.manifest.split(name).shards]
         return flaws(index, shards, len(self.manifest.classes))
 
-    def _index(self, named: Index) -> bytes:
-        """The bytes of an index, read anew where they were damaged on the way."""
-        for _ in range(REREADS):
-            data = self.store.read(named.name)
-            if hashlib.sha256(data).hexdigest() == named.sha256:
-                break
-            self.store.reconnect()
-        return data
-
     def split(self, name: str) -> SplitReader:
         """The split's reader; `DataError` when the index is damaged or disagrees with the manifest."""
         split = self.manifest.split(name)
         where = f"{self.store.url}/{split.index.name}"
-        data = self._index(split.index)
+        data = read_whole(self.store, split.index)
         if hashlib.sha256(data).hexdigest() != split.index.sha256:
             raise DataError(
                 f"{where} is not the index that the manifest names (its sha256 differs); convert the dataset again"
@@ -84,3 +93,12 @@ class Dataset:
             raise DataError(f"{where}: {flaw}; convert the dataset again")
         samples = tuple(shard.samples for shard in split.shards)
         return SplitReader(self.store, name, tuple(shard.name for shard in split.shards), samples, index)
+
+
+def _manifest(store: Store) -> DatasetManifest:
+    for _ in readings(store):
+        try:
+            return DatasetManifest.from_json(store.read(manifests.NAME), f"{store.url}/{manifests.NAME}")
+        except DataError as error:
+            damage = error
+    raise damage

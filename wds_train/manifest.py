@@ -8,6 +8,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ KIND = "wds-train dataset"
 NAME = "manifest.json"
 # A shard that replaces one of the same place in an overwritten dataset: train/shard-000007.1f2e3d4c.tar.
 SHA256 = re.compile("[0-9a-f]{64}")
+MOST = 1 << 62  # bytes or samples: sums of a few still fit into 64 bits
+# In a name, they would break a line, or write over what a terminal shows; half a surrogate cannot be written at all.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 SPLIT_NAME = re.compile("[A-Za-z0-9_-]{1,60}")
 REPLACEMENT = re.compile(r"(?<=/shard-\d{6})\.[0-9a-f]{8}(?=\.tar$)")
 
@@ -108,10 +112,9 @@ class DatasetManifest:
             raise DataError(f"{where} is not JSON: {error}") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise DataError(f"{where} is not a {KIND} manifest; convert the dataset with `wds-train shards`")
-        if content.get("format") != FORMAT:
-            raise DataError(
-                f"{where} has format {content.get('format')}, this wds-train reads format {FORMAT}; upgrade it"
-            )
+        if (found := content.get("format")) != FORMAT:
+            shown = found if isinstance(found, int) else "of another kind"
+            raise DataError(f"{where} has format {shown}, this wds-train reads format {FORMAT}; upgrade it")
         try:
             manifest = cls(
                 classes=tuple(ClassInfo(**entry) for entry in content["classes"]),
@@ -124,7 +127,7 @@ class DatasetManifest:
             )
             flaw = next(_flaws(manifest), None)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise DataError(f"{where} is damaged: {error!r}; convert the dataset again") from error
+            raise DataError(f"{where} is damaged: {error!r:.200}; convert the dataset again") from error
         if flaw:
             raise DataError(f"{where} is damaged: {flaw}; convert the dataset again")
         if manifest.fingerprint != content.get("fingerprint"):
@@ -142,30 +145,44 @@ def _flaws(manifest: DatasetManifest) -> Iterator[str]:
     if not manifest.splits:
         yield "splits is empty"
     for n, entry in enumerate(manifest.classes):
-        if not (isinstance(entry.id, str) and isinstance(entry.name, str)):
-            yield f"classes[{n}] is {entry.id!r}, {entry.name!r}, which are no texts"
+        if not all(isinstance(text, str) and not UNPRINTABLE.search(text) for text in (entry.id, entry.name)):
+            yield f"classes[{n}] is {entry.id!r:.60}, {entry.name!r:.60}, which are no texts that can be printed"
     for name, kind in (("source", str), ("seed", int), ("image_policy", dict), ("conversion", dict)):
         if not isinstance(value := getattr(manifest, name), kind):
             yield f"{name} is {value!r:.60}, not of type {kind.__name__}"
+        elif isinstance(value, dict) and any(isinstance(each, dict | list) for each in value.values()):
+            yield f"{name} holds more than plain values"
+    twice = [name for name, count in Counter(each.name for each in _named(manifest)).items() if count > 1]
+    if twice:
+        yield f"the object {twice[0]!r:.60} is named twice"
     for split, found in manifest.splits.items():
         if not SPLIT_NAME.fullmatch(split):
             yield f"a split is called {split!r:.60}"
         if not found.shards:
             yield f"splits.{split}.shards is empty"
-        objects: list[Shard | Index] = [*found.shards, found.index]
-        for named in objects + ([manifest.report] if manifest.report else []):
-            yield from _object_flaws(named, f"splits.{split}")
+    for named in _named(manifest):
+        yield from _object_flaws(named)
 
 
-def _object_flaws(entry: Shard | Index, where: str) -> Iterator[str]:
-    if not isinstance(entry.name, str) or not entry.name or entry.name.startswith("/") or ".." in entry.name.split("/"):
-        yield f"{where} names the object {entry.name!r:.60}, which is no key inside the dataset"
-    for name in ("bytes", "samples"):
-        value = getattr(entry, name, 1)
-        if type(value) is not int or value < 0:
-            yield f"{where}: {name} of {entry.name!r:.60} is {value!r:.60}, not a number of {name}"
+def _named(manifest: DatasetManifest) -> Iterator[Shard | Index]:
+    for split in manifest.splits.values():
+        yield from split.shards
+        yield split.index
+    if manifest.report:
+        yield manifest.report
+
+
+def _object_flaws(entry: Shard | Index) -> Iterator[str]:
+    name = entry.name
+    inside = isinstance(name, str) and not UNPRINTABLE.search(name) and not {"", ".", ".."} & {*name.split("/")}
+    if not inside or name == NAME:
+        yield f"it names the object {name!r:.60}, which is no key inside the dataset"
+    for field_name in ("bytes", "samples"):
+        value = getattr(entry, field_name, 1)
+        if type(value) is not int or not 0 <= value < MOST:
+            yield f"{field_name} of {name!r:.60} is {value!r:.60}, not a number of {field_name}"
     if not isinstance(entry.sha256, str) or not SHA256.fullmatch(entry.sha256):
-        yield f"{where}: sha256 of {entry.name!r:.60} is {entry.sha256!r:.80}"
+        yield f"sha256 of {name!r:.60} is {entry.sha256!r:.80}"
 
 
 def _split(entry: dict[str, Any]) -> Split:

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from wds_train.augment import Box, center_crop, random_resized_crop
 from wds_train.cache import BlockCache
-from wds_train.dataset import REREADS, Dataset, SplitReader
+from wds_train.dataset import Dataset, SplitReader, readings
 from wds_train.decode import decode_crop
 from wds_train.errors import DataError, RunError, UsageError, WdsTrainError
 from wds_train.order import EpochOrder, Ids, lane_count, permutation, rekeyed
@@ -324,8 +324,9 @@ class Fetcher:
         # Again, from the store: a byte that flipped on the way or in the cache comes right, one in the store does not.
         if self._cache is not None:
             self._cache.drop(sample)
-        for _ in range(REREADS):
-            self._split.store.reconnect()  # what damages bytes is likelier to be on this connection's way
+        times = readings(self._split.store)
+        next(times)  # `record` was the first
+        for _ in times:
             again = memoryview(self._split.store.read(shard, int(index.offset[sample]), int(index.length[sample])))
             try:
                 return image_of(index, sample, again)
@@ -531,6 +532,12 @@ class Loader:
             worker_init_fn=_init_worker,
         )
         self._begun: Iterator[Decoded | WdsTrainError] | None = None
+        self._store = split.store
+
+    @property
+    def fallbacks(self) -> int:
+        """How many ranges took a second request, of this process and its workers (`Store.fallbacks`)."""
+        return self._store.fallbacks
 
     def start(self) -> None:
         """Fork the workers and begin reading. To be called before this process has threads or uses a GPU, neither of
@@ -588,6 +595,10 @@ class Mixture:
 
     def __init__(self, loaders: "list[Loader]", seed: int) -> None:
         self._loaders, self._seed = loaders, seed
+
+    @property
+    def fallbacks(self) -> int:
+        return sum(loader.fallbacks for loader in self._loaders)
 
     def start(self) -> None:
         for loader in self._loaders:

@@ -93,6 +93,10 @@ class Entry(NamedTuple):
 class Store(Protocol):
     url: str
 
+    @property
+    def fallbacks(self) -> int:
+        """How many ranges took a second request, since the address that was signed for them was not answered with them."""
+
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """The object's bytes [start, start + length); `NotFound`, or `StoreError` when fewer exist.
 
@@ -147,6 +151,8 @@ def open_store(url: str) -> Store:
 
 class LocalStore:
     """A directory."""
+
+    fallbacks = 0
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -320,7 +326,6 @@ class S3Store:
 
     @property
     def fallbacks(self) -> int:
-        """How many ranges took a second request, through boto3, since the signed address was not answered with them."""
         return int(self._fallbacks[0])
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -29,6 +29,7 @@ END_BYTES = 2 * TAR_BLOCK  # zeros
 # no odd characters (it must survive every tool), and short enough for a plain ustar header.
 KEY = re.compile(r"[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*")
 KEY_LENGTH = 90
+MAX_KEY = 4096  # bytes, in tars of others: what a path may have
 
 SCHEMA = pa.schema(
     [
@@ -202,7 +203,8 @@ def read_index(data: bytes, where: str) -> SampleIndex:
     try:
         # Not with threads: with torch loaded, a process that ends soon after Arrow began some ends in SIGABRT at times.
         # Not pq.read_table either: it imports pandas.
-        table = pq.ParquetFile(pa.BufferReader(data)).read(SCHEMA.names, use_threads=False)
+        table = pq.ParquetFile(pa.BufferReader(data)).read(SCHEMA.names, use_threads=False).select(SCHEMA.names)
+        table.validate(full=True)  # of texts that are no UTF-8, the first that is asked for would be a traceback
         if table.schema != SCHEMA:  # a cast that changes nothing still imports a module that takes 90 ms
             table = table.cast(SCHEMA)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
@@ -234,7 +236,10 @@ def flaws(index: SampleIndex, shards: Sequence[tuple[int, int]], classes: int) -
         "offset": (index.offset >= 0, "is negative"),
         "length": ((index.length > 0) & (index.length <= size), "is not in the shard"),
         "offset ": ((index.offset <= size) & (end <= size), "lies beyond the shard's end with its length"),
-        "data_offset": (index.data_offset > index.offset, "is not behind the sample's start"),
+        "data_offset": (
+            (index.data_offset > index.offset) & (index.data_offset < end),
+            "is not behind the sample's start, or not in it",
+        ),
         "data_length": (
             (index.data_length > 0) & (index.data_length <= index.length) & (image_end <= end),
             "is not in the sample",
@@ -250,8 +255,28 @@ def flaws(index: SampleIndex, shards: Sequence[tuple[int, int]], classes: int) -
             yield f"row {row}: {name.strip()} {value} {what}" + (
                 f", and {(~fine).sum() - 1} rows more" if (~fine).sum() > 1 else ""
             )
+    if (odd := _odd_key(index.key)) is not None:
+        yield f"row {odd}: key {index.key_of(odd)[:60]!r} is no name of a line"
     if rows and not (index.label.min() >= 0 and index.label.max() < classes):
         yield f"it holds labels {index.label.min()}..{index.label.max()}, the dataset has {classes} classes"
+
+
+def _odd_key(keys: pa.ChunkedArray) -> int | None:
+    """The first row whose key is empty, longer than a path, or holds control characters. On the bytes, in no time: a list
+    of a million texts takes a second.
+    """
+    before = 0
+    for chunk in keys.chunks:
+        if len(chunk):
+            ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset :][: len(chunk) + 1]
+            text = np.frombuffer(chunk.buffers()[2] or b"", np.uint8)[: ends[-1]]
+            odd = np.flatnonzero((np.diff(ends) == 0) | (np.diff(ends) > MAX_KEY))
+            control = np.searchsorted(ends, np.flatnonzero((text < 32) | (text == 127)), side="right") - 1
+            rows = np.concatenate([odd, control[control >= 0]])
+            if len(rows):
+                return before + int(rows.min())
+        before += len(chunk)
+    return None
 
 
 def image_of(index: SampleIndex, sample: int, record: memoryview) -> memoryview:

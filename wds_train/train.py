@@ -373,6 +373,7 @@ class _Session:
                 "time/img_s": self._options.recipe.batch / (waited + spent),
                 "time/data_wait": waited / (waited + spent),
             }
+            timing |= {"s3/fallbacks": self._loader.fallbacks} if self._loader.fallbacks else {}
             self._tracker.log(record, timing | self._drain_commit_timing())
         self._progress.step(done, shown)
 
@@ -400,6 +401,7 @@ class _Session:
             f"epoch {epoch:3d}/{epochs}  loss {loss:.3f}  "
             f"top-1 {metrics['val/top1']:.2f} %  EMA {metrics['val/top1_ema']:.2f} %"
             + (f"  {lost} unreadable" if lost else "")
+            + (f"  {self._loader.fallbacks} ranges asked for twice" if self._loader.fallbacks else "")
         )
         done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
         self._commit(metrics, **done)
