@@ -9,7 +9,7 @@ PEERS  := .venv-peers
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train test crash-test check fix bench-peers lock s3-stop clean
+.PHONY: help setup shards train test test-cpus crash-test check fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -37,6 +37,11 @@ train: setup ## train; again after an interruption: goes on where it stopped (RU
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)
+
+test-cpus: setup ## every test as on four CPUs that can do less (an hour)
+	for cpu in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2; do \
+	  echo $$cpu; env $$cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS) || exit 1; \
+	done
 
 crash-test: setup ## kill small trainings 300 times, twenty takeovers, twenty races (10 to 20 minutes)
 	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=20 $(BIN)/python -m pytest -q -s tests/test_crash.py tests/test_run_faults.py $(ARGS)

@@ -1,9 +1,14 @@
 """The embedded S3 server: shared, found again, replaced when dead, stopped by the last who leaves."""
 
 import contextlib
+import http.client
+import itertools
 import json
+import random
 import shutil
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +29,17 @@ sys.stdin.read()
 """
 
 
+# What SeaweedFS's servers answer, by its own documentation; `x/known` is the object that the test has written.
+PATHS = [
+    *("/", "/ui/index.html", "/status", "/healthz", "/metrics", "/stats/counter", "/stats/memory", "/stats/disk"),
+    *("/debug/pprof/", "/cluster/status", "/cluster/healthz", "/dir/status", "/dir/assign", "/submit", "/vol/status"),
+    *("/dir/assign?collection=embedded", "/col/delete?collection=embedded", "/vol/grow?count=1", "/vol/vacuum"),
+    *("/embedded", "/embedded?list-type=2", "/embedded/x/known", "/x/known", "/buckets/", "/buckets/embedded/x/"),
+    *("/buckets/embedded/x/known", "/buckets/embedded/x/known?metadata=true", "/buckets/embedded/x/new", "/.tus/"),
+    "/?Action=ListUsers",
+]
+
+
 @contextlib.contextmanager
 def user() -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process that uses the embedded server, and the URL that it found."""
@@ -35,6 +51,55 @@ def user() -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.stdin.close()
         process.stdout.close()
         process.wait()
+
+
+def listening(pid: int) -> tuple[set[tuple[str, int]], set[Path]]:
+    """Where a process listens: TCP addresses and Unix sockets."""
+    mine = {path.stat().st_ino for path in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    found = [row[1].split(":") for row in rows if row[3] == "0A" and int(row[9]) in mine]
+    hosts = [socket.inet_ntoa(struct.pack("=I", int(host, 16))) if len(host) == 8 else host for host, _ in found]
+    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    unix = {Path(row[7]) for row in sockets if row[3] == "00010000" and int(row[6]) in mine}
+    return {(host, int(port, 16)) for host, (_, port) in zip(hosts, found, strict=True)}, unix
+
+
+def stored_as(folder: Path, content: bytes) -> str:
+    """The name that the volume server keeps `content` under, as only the owner of its files can know."""
+    ((file, data),) = ((path, raw) for path in folder.glob("*.dat") if content in (raw := path.read_bytes()))
+    cookie, number = struct.unpack_from(">IQ", data, data.index(content) - 20)
+    return f"{file.stem.rpartition('_')[2]},{number:x}{cookie:08x}"
+
+
+def asked(port: int, scheme: str, method: str, path: str) -> int | None:
+    """The status of an answer to a stranger; None if there was none."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    if scheme == "https":
+        context = ssl._create_unverified_context()
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=context)
+    try:
+        connection.request(method, path, b"overwritten" if method in ("PUT", "POST") else None)
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def speaks_grpc(port: int) -> bool:
+    """Whether the port answers the opening of HTTP/2 with its own settings, in the clear or by TLS without a certificate."""
+    context = ssl._create_unverified_context()
+    context.set_alpn_protocols(["h2"])
+    for wrap in (contextlib.nullcontext, context.wrap_socket):
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", port), 5) as plain,
+            wrap(plain) as peer,
+        ):
+            peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5))
+            if peer.recv(9)[3:4] == b"\x04":
+                return True
+    return False
 
 
 def test_processes_share_a_server_even_a_killed_one_s_and_the_last_to_leave_stops_it(embedded_home: Path) -> None:
@@ -101,8 +166,10 @@ def test_a_server_that_cannot_start_is_reported_with_the_end_of_its_log(tmp_path
 
 
 def test_a_missing_program_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
     monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(WdsTrainError, match="needs the program openssl; install it, or set a bucket"):
+        devserver.ensure_running(tmp_path)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(WdsTrainError, match=r"\(weed\) is not installed; run `make setup`"):
         devserver.ensure_running(tmp_path)
 
@@ -117,3 +184,33 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(WdsTrainError, match=rf"cannot create {tmp_path}/file/s3 .*: Not a directory"):
         devserver.ensure_running(tmp_path / "file" / "s3")
+
+
+def test_only_the_s3_port_serves_and_only_with_keys(tmp_path: Path) -> None:
+    """A known object, asked for without keys at every port of the server, by every path that SeaweedFS knows."""
+    tmp_path.chmod(0o755)  # as older versions made it
+    endpoint = devserver.ensure_running(tmp_path)
+    store, secret = S3Store("embedded", "x", endpoint), random.Random(0).randbytes(1000)
+    store.write("known", secret)
+    (pid,) = devserver._pids(tmp_path)
+    addresses, sockets = listening(pid)
+    assert {port for _, port in addresses} == {*endpoint.ports, *(port + 10_000 for port in endpoint.ports)}
+    assert {host for host, _ in addresses} == {"127.0.0.1"}
+    assert sockets and all(path.stat().st_mode & 0o077 == 0 for path in sockets)
+    file = stored_as(tmp_path / "data", secret)
+    paths = [f"/{file}", f"/dir/lookup?fileId={file}", f"/dir/lookup?volumeId={file.partition(',')[0]}", *PATHS]
+    ports = sorted(port for _, port in addresses)
+    asks = [*itertools.product(ports, ["http"], ["GET", "PUT", "POST", "DELETE"], paths)]
+    asks += itertools.product(ports, ["https"], ["GET"], ["/"])
+    answered = {ask for ask in asks if (status := asked(*ask)) is not None and status < 400}
+    _, volume, filer, s3 = endpoint.ports
+    # How much room the disk has, and that they live.
+    harmless = {(port, path) for port in (volume, s3) for path in ("/status", "/healthz")}
+    assert {(port, path) for port, _, _, path in answered} == harmless
+    assert [port for port in ports if speaks_grpc(port)] == []
+    program = devserver._command(tmp_path, endpoint.ports)[0]
+    command = [program, "filer.cat", f"http://127.0.0.1:{filer}/buckets/embedded/x/known"]
+    assert secret not in subprocess.run(command, check=False, stdout=subprocess.PIPE, cwd="/", timeout=60).stdout
+    assert [entry.key for entry in store.list()] == ["known"] and store.read("known") == secret
+    assert tmp_path.stat().st_mode & 0o077 == 0
+    devserver.stop(tmp_path)

@@ -20,6 +20,7 @@ from wds_train.cli import main
 from wds_train.dataset import Dataset
 from wds_train.model import create_model
 from wds_train.pipeline import EvalPlan, EvalTransform, Loader
+from wds_train.scoring import metrics, percent
 from wds_train.weights import Weights
 
 SETTINGS = (
@@ -140,6 +141,13 @@ def test_an_exported_file_scores_as_its_run(
     weights_of(runs["flip"], "ema", tmp_path)
     of_file = evaluated(capsys, digits, str(tmp_path / "ema.safetensors"))
     assert of_file == evaluated(capsys, digits, runs["flip"], "--weights", "ema", "--step", 44)
+
+
+def test_percentages_of_equal_counts_are_equal_wherever_they_are_computed() -> None:
+    found = [metrics(torch.tensor([0.0, hits, hits, 360], dtype=torch.float64), 360) for hits in range(361)]
+    expected = [percent(hits, 360) for hits in range(361)]
+    assert [each["top1"] for each in found] == [each["top5"] for each in found] == expected
+    assert expected == [100 * hits / 360 for hits in range(361)]
 
 
 def test_counts_by_class_and_confused_pairs(

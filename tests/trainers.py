@@ -159,6 +159,9 @@ def _main(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> No
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(environment | job.environment, WANDB_MODE="disabled", WDS_HOME=job.folder)
+    # As in a command that a person starts. From the fork server's context, a killed process would leave the semaphore of
+    # tqdm's lock.
+    multiprocessing.set_start_method("fork", force=True)
     import torch
 
     from wds_train.engine import Trainer

@@ -4,6 +4,9 @@ Commands that need it share one server. Each holds a shared lock on `users.lock`
 even on SIGKILL; whoever leaves last, alone on that lock, stops the server. A server left behind by a killed command is
 found through `server.json` and used again; one that no longer answers is replaced. The data needs no care: what
 SeaweedFS acknowledged survives kill -9.
+
+Only its S3 port serves, whoever has the keys of `server.json`. Its other ports want keys that the server alone has, made
+anew at each start, and its folder is the user's alone.
 """
 
 import atexit
@@ -35,6 +38,10 @@ READY_SECONDS = 60.0
 MIN_FREE_BYTES = 512 << 20
 RESERVED_BYTES = 256 << 20
 PORT_TAKEN = "address already in use"
+CERTIFICATE, KEY = "tls.crt", "tls.key"
+OPENSSL = (
+    "openssl req -x509 -config /dev/null -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=wds -days 9999"
+)
 GRPC_OFFSET = 10_000  # SeaweedFS adds it to every port for its gRPC twin
 
 
@@ -66,6 +73,7 @@ def ensure_running(root: Path | None = None) -> Endpoint:
     root = (root or home() / "s3").absolute()
     try:
         root.mkdir(parents=True, exist_ok=True)
+        root.chmod(0o700)  # files of servers before this rule are readable by all
     except OSError as error:
         raise WdsTrainError(f"cannot create {root} for the embedded S3 server: {error.strerror}") from error
     with _starting(root):
@@ -207,19 +215,45 @@ def _launch(root: Path, endpoint: Endpoint) -> Endpoint:
     identities = {"identities": [{"name": "wds", "credentials": [keys], "actions": ["Admin"]}]}
     _write_private(root / "identities.json", identities)
     _write_private(root / "server.json", asdict(endpoint))
+    command = _command(root, endpoint.ports)
+    _certify(root)
     with (root / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            _command(root, endpoint.ports),
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             cwd=root,
             # A soft limit: with 400 MiB, collecting garbage took a third of the speed of uploads.
-            env=os.environ | {"GOMEMLIMIT": "2GiB"},
+            env=os.environ | {"GOMEMLIMIT": "2GiB"} | _locks(),
+            umask=0o077,  # its Unix sockets in /tmp have no other lock
             start_new_session=True,  # Ctrl-C must reach the trainer alone, which still needs the server to commit
         )
     _wait_ready(endpoint, process, root)
     return endpoint
+
+
+def _certify(root: Path) -> None:
+    """A fresh key and its certificate, by which the parts of one server know one another."""
+    command = [*OPENSSL.split(), "-keyout", KEY, "-out", CERTIFICATE]
+    try:
+        subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise WdsTrainError("the embedded S3 server needs the program openssl; install it, or set a bucket") from error
+    except subprocess.CalledProcessError as error:
+        raise WdsTrainError(f"openssl cannot make a certificate in {root}: {error.stderr.strip()}") from error
+
+
+def _locks() -> dict[str, str]:
+    """SeaweedFS's settings for ports that answer its own parts alone. Not flags, which everybody sees in the process list.
+
+    What the volume server stores goes by tokens. gRPC wants the certificate from its clients, and so does the master's
+    page, which no flag turns off.
+    """
+    tokens = {f"WEED_JWT_SIGNING_{name}": secrets.token_hex(32) for name in ("KEY", "READ_KEY")}
+    parts = [f"WEED_GRPC_{part}" for part in ("MASTER", "VOLUME", "FILER", "S3", "CLIENT")] + ["WEED_HTTPS_MASTER"]
+    files = {f"{part}_{name}": file for part in parts for name, file in (("CERT", CERTIFICATE), ("KEY", KEY))}
+    return tokens | files | {"WEED_GRPC_CA": CERTIFICATE, "WEED_HTTPS_MASTER_CA": CERTIFICATE}
 
 
 def _command(root: Path, ports: tuple[int, ...]) -> list[str]:
@@ -232,6 +266,7 @@ def _command(root: Path, ports: tuple[int, ...]) -> list[str]:
         "dir": f"{root}/data",
         "ip": "127.0.0.1",
         "ip.bind": "127.0.0.1",
+        "disableHttp": "true",  # the filer's, which takes and gives every object
         "master.port": master,
         "master.volumeSizeLimitMB": 1024,
         "master.volumePreallocate": "false",

@@ -23,7 +23,7 @@ from wds_train.manifest import ClassInfo
 from wds_train.model import create_model, refuse_sizes
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Lost
 from wds_train.recipe import Recipe, with_settings
-from wds_train.scoring import EVAL_BATCH, Predictor, metrics, sums
+from wds_train.scoring import EVAL_BATCH, Predictor, metrics, percent, sums
 from wds_train.state import best
 from wds_train.status import SCORES, choose, find_run
 from wds_train.weights import SUFFIX, Weights
@@ -226,7 +226,7 @@ def _report(scored: _Scored, split: SplitReader, classes: tuple[ClassInfo, ...])
     hits = np.bincount(labels[scored.predicted == labels], minlength=count)
     rows = [
         {"label": i, "id": entry.id, "name": entry.name, "samples": int(samples[i]), "correct": int(hits[i])}
-        | {"top1": 100 * int(hits[i]) / int(samples[i]) if samples[i] else None}
+        | {"top1": percent(int(hits[i]), int(samples[i])) if samples[i] else None}
         for i, entry in enumerate(classes)
     ]
     wrong = (scored.predicted != labels) & (scored.predicted >= 0)
