@@ -15,6 +15,7 @@ from wds_train import lease as leases
 from wds_train import state as states
 from wds_train.checkpoint import Run, Snapshot
 from wds_train.errors import Interrupted, RunError
+from wds_train.lease import read_run
 from wds_train.model import create_model
 from wds_train.presets import preset
 from wds_train.recipe import with_settings
@@ -191,6 +192,14 @@ def test_every_nth_epoch_is_kept_if_asked(store: Store, said: list[str]) -> None
     assert [entry.key[12:21] for entry in store.list("ckpt/")] == [f"{step:09d}" for step in (1, 3, 6, 8, 80)]
 
 
+class Killed(BaseException):
+    """No code of ours catches it."""
+
+
+def killed(*_: object, **__: object) -> None:
+    raise Killed
+
+
 def flipped(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
@@ -218,6 +227,62 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     commit(later, 2)
     assert [record["step"] for record in later.history()] == [1, 2]  # what is trained again is logged once
     assert [checkpoint.progress.step for checkpoint in later.manifest.checkpoints] == [1, 2]
+
+
+@pytest.mark.parametrize("damage", [flipped, None], ids=["flip", "gone"])
+def test_a_rollback_to_what_is_damaged_changes_nothing(
+    store: Store, said: list[str], damage: Callable[[bytes], bytes] | None
+) -> None:
+    run = Run.claim(store, FRESH, said.append)
+    for step in (1, 2, 3):
+        commit(run, step, float(step == 1))
+    run.end("interrupted")
+    key = run.manifest.checkpoints[1].object.key
+    data = store.read(key)
+    store.delete(key)
+    if damage is not None:
+        store.write(key, damage(data))
+    before = {entry.key: store.read(entry.key) for entry in store.list()}
+    with pytest.raises(RunError, match=rf"{key} is .*; the usable checkpoints are those of step 1, 3$"):
+        Run.roll_back(store, 2, said.append)
+    assert {entry.key: store.read(entry.key) for entry in store.list()} == before
+
+
+def test_a_rollback_deletes_what_is_newer_once_the_manifest_is_safe(
+    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill at any write or deletion leaves the run as it was, or as it is to be."""
+    run = Run.claim(store, FRESH, said.append)
+    for step in (1, 2, 3):
+        commit(run, step, float(step == 1))
+    run.end("interrupted")
+    named, usable = run.manifest.keys, []
+    for verb in ("write", "delete"):
+        monkeypatch.setattr(store, verb, killed)
+        with pytest.raises(Killed):
+            Run.roll_back(store, 2, said.append)
+        monkeypatch.undo()
+        monkeypatch.setattr(leases, "is_gone", lambda owner: True)
+        assert {entry.key for entry in store.list()} == named | {states.NAME}
+        usable.append([c.progress.step for c in read_run(store)[0].checkpoints])
+    assert usable == [[1, 2, 3], [1, 2]]
+    before, after = Run.roll_back(store, 1, said.append)
+    assert ([len(m.checkpoints) for m in (before, after)], said) == ([2, 1], [])
+    later = Run.claim(store, FRESH, said.append)
+    assert later.restore(said.append).progress.step == 1  # type: ignore[union-attr]
+    assert [line for line in said if "-000000002-" in line] == []  # what the rollback dropped, it has removed itself
+    assert {entry.key for entry in store.list()} == later.manifest.keys | {states.NAME}
+
+
+def test_one_that_was_rolled_back_writes_no_more(store: Store, said: list[str]) -> None:
+    old = Run.claim(store, FRESH, said.append)
+    commit(old, 1)
+    commit(old, 2)
+    Run.roll_back(store, 1, said.append)
+    old.commit(snapshot(3), {}, [])
+    with pytest.raises(Interrupted, match="has claimed"):
+        old.wait()
+    assert [c.progress.step for c in read_run(store)[0].checkpoints] == [1]
 
 
 def test_all_damaged_is_an_error_and_never_a_fresh_run(store: Store, said: list[str]) -> None:

@@ -3,6 +3,7 @@ them is used. Single ones, and mutants by the thousand and by seed.
 """
 
 import copy
+import functools
 import hashlib
 import json
 import random
@@ -124,6 +125,11 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
     return code, captured.out + captured.err
 
 
+@functools.cache
+def trainer_of_the_run() -> Trainer:
+    return Trainer(RECIPE, 2, 11, torch.device("cpu"), resumes=True)
+
+
 def resumed_at(run: Path, said: list[str]) -> int:
     """As `wds-train train` begins: the claim, the restore, and the first step of the optimizer."""
     store = open_store(str(run))
@@ -131,7 +137,7 @@ def resumed_at(run: Path, said: list[str]) -> int:
     snapshot = claimed.restore(said.append)
     if snapshot is None:
         return 0
-    trainer = Trainer(RECIPE, 2, 11, torch.device("cpu"), resumes=True)
+    trainer = trainer_of_the_run()
     trainer.restore(snapshot)
     for parameter in trainer.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -329,7 +335,7 @@ def test_mutated_runs_meet_every_command(
         else:
             write_manifest(run, content)
             put(run, mutate_checkpoint(newest, rng))
-        command = eval_command if number % 40 == 0 else rng.choice(commands)
+        command = eval_command if number % 200 == 0 else rng.choice(commands)
         if command == ["train"]:
             try:
                 resumed += resumed_at(run, []) > 0
