@@ -15,16 +15,24 @@ from wds_train import lease as leases
 from wds_train import state as states
 from wds_train.checkpoint import Run, Snapshot
 from wds_train.errors import Interrupted, RunError
+from wds_train.lease import read_run
+from wds_train.model import create_model
 from wds_train.presets import preset
 from wds_train.recipe import with_settings
 from wds_train.state import Checkpoint, Object, Progress, RunManifest, keep
 from wds_train.store import Store, open_store
 
-FRESH = RunManifest(run="r", recipe=preset("digits").to_dict(), dataset={"url": "d", "fingerprint": "f"}, wandb_id="w")
+RECIPE = with_settings(preset("digits"), ["model.name=test_resnet"])
+DATASET = {"url": "d", "fingerprint": "f", "classes": 10}
+FRESH = RunManifest(run="r", recipe=RECIPE.to_dict(), dataset=DATASET, wandb_id="w")
+WEIGHTS = create_model(RECIPE.model, 10, 0, torch.device("cpu")).state_dict()
 
 
 def snapshot(step: int) -> Snapshot:
-    return Snapshot({"model/w": torch.full((4,), float(step))}, {"scaler": {}}, Progress(step, evaluated=step))
+    filled = {
+        f"{part}/{name}": torch.full_like(value, step) for part in ("model", "ema") for name, value in WEIGHTS.items()
+    }
+    return Snapshot(filled, {"scalars": {}, "scaler": {}}, Progress(step, evaluated=step))
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -56,7 +64,8 @@ def test_what_is_committed_is_restored(store: Store, said: list[str]) -> None:
     later = Run.claim(store, FRESH, said.append)
     restored = later.restore(said.append)
     assert restored is not None
-    assert torch.equal(restored.tensors["model/w"], torch.full((4,), 2.0))
+    assert restored.tensors.keys() == snapshot(2).tensors.keys()
+    assert all((value == 2).all() for value in restored.tensors.values())
     assert restored.progress == Progress(2, evaluated=2)
     assert [record["step"] for record in later.history()] == [1, 2]
     assert (later.manifest.fence, said) == (2, [])
@@ -125,7 +134,7 @@ def test_an_owner_that_lives_is_waited_for_however_long(
 
 def test_a_run_that_kept_nothing_takes_other_settings(store: Store, said: list[str]) -> None:
     """A mistyped setting is found when the model is made, which is after the claim."""
-    other = replace(FRESH, recipe=with_settings(preset("digits"), ["optimizer.lr=0.3"]).to_dict())
+    other = replace(FRESH, recipe=with_settings(RECIPE, ["optimizer.lr=0.3"]).to_dict())
     Run.claim(store, FRESH, said.append).end("failed")
     run = Run.claim(store, other, said.append)
     assert run.manifest.recipe == other.recipe
@@ -183,6 +192,14 @@ def test_every_nth_epoch_is_kept_if_asked(store: Store, said: list[str]) -> None
     assert [entry.key[12:21] for entry in store.list("ckpt/")] == [f"{step:09d}" for step in (1, 3, 6, 8, 80)]
 
 
+class Killed(BaseException):
+    """No code of ours catches it."""
+
+
+def killed(*_: object, **__: object) -> None:
+    raise Killed
+
+
 def flipped(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
@@ -212,6 +229,62 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert [checkpoint.progress.step for checkpoint in later.manifest.checkpoints] == [1, 2]
 
 
+@pytest.mark.parametrize("damage", [flipped, None], ids=["flip", "gone"])
+def test_a_rollback_to_what_is_damaged_changes_nothing(
+    store: Store, said: list[str], damage: Callable[[bytes], bytes] | None
+) -> None:
+    run = Run.claim(store, FRESH, said.append)
+    for step in (1, 2, 3):
+        commit(run, step, float(step == 1))
+    run.end("interrupted")
+    key = run.manifest.checkpoints[1].object.key
+    data = store.read(key)
+    store.delete(key)
+    if damage is not None:
+        store.write(key, damage(data))
+    before = {entry.key: store.read(entry.key) for entry in store.list()}
+    with pytest.raises(RunError, match=rf"{key} is .*; the usable checkpoints are those of step 1, 3$"):
+        Run.roll_back(store, 2, said.append)
+    assert {entry.key: store.read(entry.key) for entry in store.list()} == before
+
+
+def test_a_rollback_deletes_what_is_newer_once_the_manifest_is_safe(
+    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill at any write or deletion leaves the run as it was, or as it is to be."""
+    run = Run.claim(store, FRESH, said.append)
+    for step in (1, 2, 3):
+        commit(run, step, float(step == 1))
+    run.end("interrupted")
+    named, usable = run.manifest.keys, []
+    for verb in ("write", "delete"):
+        monkeypatch.setattr(store, verb, killed)
+        with pytest.raises(Killed):
+            Run.roll_back(store, 2, said.append)
+        monkeypatch.undo()
+        monkeypatch.setattr(leases, "is_gone", lambda owner: True)
+        assert {entry.key for entry in store.list()} == named | {states.NAME}
+        usable.append([c.progress.step for c in read_run(store)[0].checkpoints])
+    assert usable == [[1, 2, 3], [1, 2]]
+    before, after = Run.roll_back(store, 1, said.append)
+    assert ([len(m.checkpoints) for m in (before, after)], said) == ([2, 1], [])
+    later = Run.claim(store, FRESH, said.append)
+    assert later.restore(said.append).progress.step == 1  # type: ignore[union-attr]
+    assert [line for line in said if "-000000002-" in line] == []  # what the rollback dropped, it has removed itself
+    assert {entry.key for entry in store.list()} == later.manifest.keys | {states.NAME}
+
+
+def test_one_that_was_rolled_back_writes_no_more(store: Store, said: list[str]) -> None:
+    old = Run.claim(store, FRESH, said.append)
+    commit(old, 1)
+    commit(old, 2)
+    Run.roll_back(store, 1, said.append)
+    old.commit(snapshot(3), {}, [])
+    with pytest.raises(Interrupted, match="has claimed"):
+        old.wait()
+    assert [c.progress.step for c in read_run(store)[0].checkpoints] == [1]
+
+
 def test_all_damaged_is_an_error_and_never_a_fresh_run(store: Store, said: list[str]) -> None:
     run = Run.claim(store, FRESH, said.append)
     for step in (1, 2):
@@ -225,11 +298,11 @@ def test_all_damaged_is_an_error_and_never_a_fresh_run(store: Store, said: list[
 def test_another_recipe_or_dataset_is_refused_with_both_values(store: Store, said: list[str]) -> None:
     Run.claim(store, FRESH, said.append)
     before = store.read(states.NAME)
-    other = replace(FRESH, recipe=with_settings(preset("digits"), ["optimizer.lr=0.3"]).to_dict())
+    other = replace(FRESH, recipe=with_settings(RECIPE, ["optimizer.lr=0.3"]).to_dict())
     with pytest.raises(RunError, match=r"optimizer.lr: 0.1 \(saved\), 0.3 \(now\)"):
         Run.claim(store, other, said.append)
     with pytest.raises(RunError, match=r"dataset: .*'fingerprint': 'f'.* \(saved\), .*'fingerprint': 'g'"):
-        Run.claim(store, replace(FRESH, dataset={"url": "d", "fingerprint": "g"}), said.append)
+        Run.claim(store, replace(FRESH, dataset=DATASET | {"fingerprint": "g"}), said.append)
     assert store.read(states.NAME) == before
 
 

@@ -263,7 +263,7 @@ def test_an_unreadable_sample_is_named_and_counts_as_wrong(
             2,
             "--size = 16 cannot work: vit_tiny_patch16_224 takes no images of that size (Input height",
         ),
-        (["{folder}/misfit.safetensors"], 1, "do not fit the model test_resnet: Error(s) in loading state_dict"),
+        (["{folder}/misfit.safetensors"], 1, "do not fit the model test_resnet: bn1.bias is absent"),
         (["{run}", "--per-class", "/nowhere/c.csv"], 2, "/nowhere/c.csv cannot be written: No such file or directory"),
     ],
 )

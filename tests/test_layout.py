@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "wds_train").glob("*.py")) + sorted((ROOT / "shards").glob("*.py"))
 # A module may import those before it. The pure ones use stdlib and numpy alone.
-PURE = ["errors", "recipe", "presets", "schedule", "manifest", "order", "state", "cost"]
+PURE = ["errors", "typed", "recipe", "presets", "schedule", "manifest", "order", "state", "cost"]
 OUTSIDE = [
     "addresses",
     "devserver",
@@ -25,6 +25,7 @@ OUTSIDE = [
     "decode",
     "mixing",
     "model",
+    "fit",
     "distributed",
     "tracker",
     "spot",

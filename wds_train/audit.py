@@ -1,4 +1,4 @@
-"""What is in a dataset, and whether it is whole: `wds-train inspect` and `wds-train verify`."""
+"""What is in a dataset, and whether it, or a run, is whole: `wds-train inspect` and `wds-train verify`."""
 
 import argparse
 import hashlib
@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from wds_train import state as states
+from wds_train import status
 from wds_train.contact_sheet import contact_sheet
 from wds_train.dataset import Dataset, read_whole, readings
 from wds_train.errors import DataError, NotFound
-from wds_train.manifest import Index, Shard
-from wds_train.store import Store
+from wds_train.manifest import NAME, Index, Shard
+from wds_train.store import Store, open_store
 from wds_train.tario import SampleIndex, members, read_index
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -106,7 +108,28 @@ class Damage:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    dataset = Dataset.open(args.dataset)
+    """`args.addresses` are what DATASET_OR_RUN may mean; whatever lies there is read."""
+    found = {url: manifest for url in args.addresses if (manifest := _manifest_at(url)) is not None}
+    if not found:
+        raise NotFound(
+            f"there is no dataset and no run at {' or '.join(args.addresses)} (no {NAME}); check the address"
+        )
+    return max(status.run_verify(url) if _is_run(manifest) else _verify_dataset(url) for url, manifest in found.items())
+
+
+def _manifest_at(url: str) -> bytes | None:
+    try:
+        return open_store(url).read(NAME)
+    except NotFound:
+        return None
+
+
+def _is_run(manifest: bytes) -> bool:
+    return states.KIND.encode() in manifest  # also of one that is no whole JSON any more
+
+
+def _verify_dataset(url: str) -> int:
+    dataset = Dataset.open(url)
     found = 0
     for damage in verify(dataset):
         print(damage, flush=True)

@@ -29,12 +29,21 @@ from safetensors.torch import save as save_tensors
 from wds_train import lease as leases
 from wds_train import state as states
 from wds_train.errors import AccessDenied, Conflict, Interrupted, NotFinite, NotFound, RunError, StoreError
+from wds_train.fit import refuse_other_state
 from wds_train.lease import Say, read_run, this_process, until_free
-from wds_train.state import Checkpoint, Object, Progress, RunManifest, Segment
+from wds_train.state import Checkpoint, Object, Progress, RunManifest, Segment, steps
 from wds_train.store import Store
+from wds_train.typed import refuse_depth, typed
 
 RETRY_SECONDS = 60.0  # longest pause between attempts at a commit, each of which has the store's own retries within
 QUEUE_SECONDS = 10.0  # longest wait of the training for the commit before, ere it is replaced by the new one
+# What of a checkpoint is no tensor; `teacher` and `classes` are not in all.
+EXTRA = {
+    "scalars": dict[str, Any],
+    "scaler": dict[str, float],
+    "teacher": str,
+    "classes": tuple[tuple[str, str], ...],
+}
 
 
 @dataclass(frozen=True)
@@ -60,16 +69,83 @@ class Snapshot:
 
     @classmethod
     def decode(cls, data: bytes, progress: Progress) -> "Snapshot":
-        """Raises `RunError` when `data` is no checkpoint of `progress`."""
+        """Raises `RunError` with the field when `data` is no checkpoint of `progress`."""
         try:
             size = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + size])["__metadata__"]
-            snapshot = cls(load_tensors(data), json.loads(header["extra"]), Progress(**json.loads(header["progress"])))
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"not a checkpoint: {error!r}") from error
+            header = typed(dict[str, dict[str, Any]], json.loads(data[8 : 8 + size]), "header").get("__metadata__", {})
+            parts = {name: json.loads(typed(str, header.get(name), name)) for name in ("extra", "progress")}
+            refuse_depth(parts)
+            extra = typed(dict[str, Any], parts["extra"], "extra")
+            extra = {name: typed(EXTRA.get(name, Any), value, f"extra.{name}") for name, value in extra.items()}
+            snapshot = cls(load_tensors(data), extra, typed(Progress, parts["progress"], "progress"))
+        except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+            raise RunError(f"it is no checkpoint: {error if type(error) is ValueError else repr(error)}") from error
         if snapshot.progress != progress:
             raise RunError(f"it holds {snapshot.progress}, the manifest says {progress}")
         return snapshot
+
+    def refuse_misfit(self, run: RunManifest) -> None:
+        """`RunError` with the field when it is not of the run's model and optimizer."""
+        recipe, noted = run.settings, self.extra.get("classes")
+        classes = run.dataset.get("classes", len(noted or ()))
+        if noted is not None and len(noted) != classes:
+            raise RunError(f"extra.classes names {len(noted)} classes, the run's dataset has {classes}")
+        if missing := {"scalars", "scaler"} - self.extra.keys():
+            raise RunError(f"extra.{missing.pop()} is missing")
+        refuse_other_state(self.tensors, self.extra["scalars"], recipe, classes)
+
+
+def read_object(store: Store, named: Object) -> bytes:
+    """The bytes of an object that a manifest names; `RunError` when they are missing, or not those it names."""
+    try:
+        data = store.read(named.key)
+    except NotFound as error:
+        raise RunError(f"{store.url}/{named.key} is missing") from error
+    found = Object(named.key, len(data), hashlib.sha256(data).hexdigest())
+    if found != named:
+        raise RunError(
+            f"{store.url}/{named.key} is damaged: it has {found.bytes} bytes of sha256 {found.sha256}, "
+            f"committed were {named.bytes} of {named.sha256}"
+        )
+    return data
+
+
+def read_checkpoint(store: Store, run: RunManifest, named: Checkpoint) -> Snapshot:
+    """A checkpoint that `run` names; `RunError` when a training could not go on from it."""
+    data = read_object(store, named.object)
+    try:
+        snapshot = Snapshot.decode(data, named.progress)
+        snapshot.refuse_misfit(run)
+    except RunError as error:
+        raise RunError(f"{store.url}/{named.object.key} is damaged: {error}") from error
+    return snapshot
+
+
+def read_chosen(store: Store, run: RunManifest, chosen: Checkpoint) -> Snapshot:
+    """As `read_checkpoint`, of what a person asked for: the error names the steps whose checkpoints could be used."""
+    try:
+        return read_checkpoint(store, run, chosen)
+    except RunError as error:
+        usable = [each for each in run.checkpoints if each != chosen and flaw_of(store, run, each) is None]
+        raise RunError(f"{error}; the usable checkpoints are those of step {steps(usable)}") from error
+
+
+def flaw_of(store: Store, run: RunManifest, named: Checkpoint) -> RunError | None:
+    """Why a checkpoint cannot be used, if it cannot."""
+    try:
+        read_checkpoint(store, run, named)
+    except RunError as error:
+        return error
+    return None
+
+
+def read_records(store: Store, segment: Segment) -> list[dict[str, Any]]:
+    """The records of a segment of metrics, a line each; `RunError` when it is damaged."""
+    data = read_object(store, segment.object)
+    try:
+        return [typed(dict[str, float], json.loads(line), "a record") for line in data.splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{store.url}/{segment.object.key} is damaged: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -161,10 +237,23 @@ class Run:
                 return run
 
     @classmethod
-    def take(cls, store: Store, say: Say) -> "Run":
-        """Claim an existing run, whatever its recipe, to change its manifest; `RunError` when another instance holds it."""
-        found, tag = until_free(store, *read_run(store), wait=False, say=say)
-        return cls._take(store, found, {"if_match": tag}, say, 0)
+    def roll_back(cls, store: Store, step: int, say: Say) -> tuple[RunManifest, RunManifest]:
+        """Make the checkpoint of `step` the newest, forgetting what was committed after it; the manifests before and after.
+        `RunError` when it cannot be used, or an instance holds the run: then nothing has changed.
+
+        One swap both claims the run, so that no earlier owner writes again, and takes it back; only then is deleted what
+        came after.
+        """
+        before, tag = until_free(store, *read_run(store), wait=False, say=say)
+        after = before.back_to(step)
+        read_chosen(store, before, after.checkpoints[-1])
+        if after == before:
+            return before, before
+        claimed = replace(after.claimed(this_process(), leases.LEASE_SECONDS, time.time()), status=after.status)
+        after = claimed.stamped(secrets.token_hex(16), time.time(), 0.0)
+        tag = store.write(states.NAME, after.to_json(), if_match=tag)
+        cls(store, after, tag, say=say)._collect(before)
+        return before, after
 
     @classmethod
     def _take(cls, store: Store, found: RunManifest, condition: dict[str, Any], say: Say, keep_every: int) -> "Run":
@@ -180,8 +269,8 @@ class Run:
         """
         for checkpoint in reversed(self.manifest.checkpoints):
             try:
-                snapshot = Snapshot.decode(self.read(checkpoint.object), checkpoint.progress)
-            except (NotFound, RunError) as error:
+                snapshot = read_checkpoint(self.store, self.manifest, checkpoint)
+            except RunError as error:
                 say(f"checkpoint {checkpoint.object.key} cannot be used ({error}); trying the one before")
                 continue
             if checkpoint != self.manifest.checkpoints[-1]:
@@ -195,20 +284,11 @@ class Run:
 
     def read(self, named: Object) -> bytes:
         """The bytes of an object that the manifest names; `RunError` when they are not those it names."""
-        data = self.store.read(named.key)
-        found = Object(named.key, len(data), hashlib.sha256(data).hexdigest())
-        if found != named:
-            raise RunError(
-                f"{self.store.url}/{named.key} is damaged: it has {found.bytes} bytes of sha256 {found.sha256}, "
-                f"committed were {named.bytes} of {named.sha256}"
-            )
-        return data
+        return read_object(self.store, named)
 
     def history(self) -> list[dict[str, Any]]:
         """All committed metrics, a record per line logged, oldest first."""
-        return [
-            json.loads(line) for segment in self.manifest.metrics for line in self.read(segment.object).splitlines()
-        ]
+        return [record for segment in self.manifest.metrics for record in read_records(self.store, segment)]
 
     def start_renewing(self) -> None:
         """To be called once this process forks no more: a forked child would inherit the lock, perhaps held. From here on
@@ -266,12 +346,7 @@ class Run:
         """Give the run up, as `status`. The caller has waited for what was under way."""
         self._closed.set()
         if self._leads and (self.manifest.status != status or changes):
-            self._write(lambda manifest: replace(manifest, status=status, **changes))
-
-    def roll_back(self, step: int) -> None:
-        """Make the checkpoint of `step` the newest, forgetting what was committed after it."""
-        self._write(lambda manifest: manifest.back_to(step))
-        self._collect_orphans()
+            self._write(lambda manifest: replace(manifest.ended(status), **changes))
 
     def _upload(self) -> None:
         """The body of the commit thread."""
@@ -323,7 +398,7 @@ class Run:
 
     def _collect(self, before: RunManifest) -> None:
         """Delete what the manifest named before and names no more. Failing costs storage until the next claim."""
-        for dropped in {c.object.key for c in before.checkpoints} - {c.object.key for c in self.manifest.checkpoints}:
+        for dropped in sorted(before.keys - self.manifest.keys):
             try:
                 self.store.delete(dropped)
             except StoreError as error:
@@ -382,7 +457,7 @@ class Run:
 
     def _collect_orphans(self) -> None:
         """Delete what a killed instance uploaded and never named. Safe for fences up to ours: they can name nothing more."""
-        named = {c.object.key for c in self.manifest.checkpoints} | {s.object.key for s in self.manifest.metrics}
+        named = self.manifest.keys
         for prefix in ("ckpt/", "metrics/"):
             for entry in list(self.store.list(prefix)):
                 fence = entry.key.removeprefix(prefix).partition("-")[0]

@@ -62,10 +62,19 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("address", metavar="DATASET_OR_RUN", help="s3://bucket/prefix, a directory, or a name")
+    parser.add_argument(
+        "--bucket", metavar="s3://B/P", help="where datasets/ and runs/ live ($WDS_BUCKET; else the embedded S3 server)"
+    )
+    parser.set_defaults(run_command=_verify)
+
+
+def _verify(args: argparse.Namespace) -> int:
     from wds_train import audit
 
-    _add_dataset(parser)
-    parser.set_defaults(run_command=_with_dataset(audit.run_verify))
+    meant = {located(args.address, kind, args.bucket): None for kind in ("datasets", "runs")}
+    args.addresses = [announced(address, args.address) for address in meant]
+    return audit.run_verify(args)
 
 
 def _add_order(parser: argparse.ArgumentParser) -> None:
@@ -368,7 +377,7 @@ def _positive(text: str) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "shards": ("convert images to tar shards, index and manifest", _add_shards),
     "inspect": ("what a dataset holds", _add_inspect),
-    "verify": ("re-read every byte of a dataset", _add_verify),
+    "verify": ("re-read every byte of a dataset or a run", _add_verify),
     "order": ("print the samples of an epoch in training order", _add_order),
     "train": ("train, or go on with a run", _add_train),
     "recipes": ("list the recipes, or print one in full", _add_recipes),

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from wds_train.checkpoint import Snapshot
 from wds_train.distributed import Ranks
 from wds_train.errors import DataError, NotFinite, RunError, UsageError
+from wds_train.fit import section
 from wds_train.losses import Criterion, distilled
 from wds_train.mixing import Mixing
 from wds_train.model import Ema, create_model, create_optimizer, refuse_sizes
@@ -242,15 +243,13 @@ class Trainer:
                 "learn from; put the file back, or start another --run"
             )
         try:
-            self.model.load_state_dict(_section(snapshot.tensors, "model/"))
-            self.ema.module.load_state_dict(_section(snapshot.tensors, "ema/"))
+            self.model.load_state_dict(section(snapshot.tensors, "model/"))
+            self.ema.module.load_state_dict(section(snapshot.tensors, "ema/"))
             self._restore_optimizer(snapshot)
+            if self.scaler.is_enabled() and snapshot.extra["scaler"]:  # empty after another precision: a scale anew
+                self.scaler.load_state_dict(snapshot.extra["scaler"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise RunError(f"the checkpoint does not fit the model {self.recipe.model.name}: {error}") from error
-        if (
-            self.scaler.is_enabled() and snapshot.extra["scaler"]
-        ):  # empty after another precision: begin with a scale anew
-            self.scaler.load_state_dict(snapshot.extra["scaler"])
         self.progress = snapshot.progress
         if self.ranks.leads:
             self.loss_sum.fill_(self.progress.loss_sum * self.ranks.size)  # the mean over the ranks stays what it was
@@ -261,7 +260,7 @@ class Trainer:
         entries = snapshot.tensors | snapshot.extra["scalars"]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Any]] = {}
-        for name, value in _section(entries, "optimizer/").items():
+        for name, value in section(entries, "optimizer/").items():
             index, slot = name.split("/")
             like = parameters[int(index)]
             if torch.is_tensor(value) and value.shape == like.shape:
@@ -269,7 +268,7 @@ class Trainer:
                 value = torch.empty_like(like).copy_(value)  # noqa: PLW2901
             state.setdefault(int(index), {})[slot] = value
         groups = self.optimizer.state_dict()["param_groups"]
-        groups = [group | _section(entries, f"group/{index}/") for index, group in enumerate(groups)]
+        groups = [group | section(entries, f"group/{index}/") for index, group in enumerate(groups)]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -280,7 +279,3 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     """
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor, non_blocking=True)
-
-
-def _section(entries: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}

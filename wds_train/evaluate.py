@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from wds_train.dataset import Dataset, SplitReader
-from wds_train.errors import DataError, RunError, UsageError
+from wds_train.errors import DataError, UsageError
 from wds_train.manifest import ClassInfo
 from wds_train.model import create_model, refuse_sizes
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Lost
@@ -202,10 +202,7 @@ class _Member:
         self._view, recipe = view, weights.recipe
         self._model = create_model(recipe.model, len(weights.classes), recipe.seed, device).eval()
         self._predictor = Predictor(recipe.data, device, side=view.side, flip=view.flip)
-        try:
-            self._model.load_state_dict(weights.tensors)
-        except RuntimeError as error:
-            raise RunError(f"the weights of {weights.run} do not fit the model {recipe.model.name}: {error}") from error
+        self._model.load_state_dict(weights.tensors)
         refuse_sizes(self._model, recipe.model.name, {"--size": view.side})
 
     def logits(self, found: dict[EvalTransform, Batch]) -> torch.Tensor:

@@ -12,7 +12,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from wds_train.errors import UsageError
+from wds_train.errors import RunError, UsageError
+from wds_train.typed import typed
 
 
 @dataclass(frozen=True)
@@ -245,24 +246,13 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Recipe":
-        """The recipe that `to_dict` gave; what it does not name, having been added since, is the default. `UsageError`
-        for a name that there is no more.
+        """The recipe that `to_dict` gave; what it does not name, having been added since, is the default. `RunError` for
+        a name that there is no more, or a value that is none of its field's.
         """
-        return _from_dict(cls, tree)
-
-
-def _from_dict(kind: Any, tree: dict[str, Any]) -> Any:
-    hints, values = typing.get_type_hints(kind), {}
-    for name, value in tree.items():
-        if name not in hints:
-            raise UsageError(
-                f"the recipe holds {name!r}, which this wds-train does not know; use the one that wrote it"
-            )
-        inner = hints[name]
-        values[name] = _from_dict(inner, value) if dataclasses.is_dataclass(inner) else value
-        if isinstance(value, list):
-            values[name] = tuple(value)
-    return kind(**values)
+        try:
+            return typed(cls, tree, "recipe")
+        except (ValueError, UsageError) as error:
+            raise RunError(str(error)) from error
 
 
 def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:

@@ -8,17 +8,29 @@ status gives it up.
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import reduce
 from typing import Any
 
 from wds_train.errors import RunError, UsageError
+from wds_train.recipe import Recipe
+from wds_train.typed import refuse_depth, typed
 
 FORMAT = 1
 KIND = "wds-train run"
 NAME = "manifest.json"
 STATUSES = ("running", "interrupted", "failed", "done")
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# Nothing else may be named: what a manifest names and its successor does not is deleted.
+CHECKPOINT_KEYS = re.compile(r"ckpt/\d+-\d+-\d+\.safetensors")
+SEGMENT_KEYS = re.compile(r"metrics/\d+-\d+-\d+\.jsonl")
+SHA256 = re.compile("[0-9a-f]{64}")
+LONGEST_LEASE = 3600.0  # seconds; a claimant waits for as long as a manifest says
+MOST_CLASSES = 1 << 24
+RESULT = ("val/top1", "val/top1_ema")  # every validation gives them, among others
+ADDED = {"earlier", "rollbacks", "result"}  # to the manifest, since its first version
+DATASET = {"url": str, "fingerprint": str, "classes": int, "mix": tuple[dict[str, Any], ...]}
 LISTED = 100  # attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever
 KEPT = 2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
 
@@ -161,12 +173,41 @@ class RunManifest:
         new = () if segment is None or segment in self.metrics else (segment,)
         return replace(self, checkpoints=kept, metrics=self.metrics + new)
 
+    @property
+    def settings(self) -> Recipe:
+        """The recipe; `RunError` with the field when it is none that this version can train by."""
+        try:
+            return Recipe.from_dict(self.recipe)
+        except RunError as error:
+            raise RunError(f"the manifest of run {self.run} is damaged, or another version's: {error}") from error
+
+    @property
+    def objects(self) -> tuple[Object, ...]:
+        """All that the manifest names."""
+        return (*(c.object for c in self.checkpoints), *(s.object for s in self.metrics))
+
+    @property
+    def keys(self) -> set[str]:
+        return {named.key for named in self.objects}
+
+    def ended(self, status: str) -> "RunManifest":
+        """A run that goes back to its last step is done without another validation: its result is that step's."""
+        result = self.result
+        if status == "done" and self.checkpoints:
+            result = self.checkpoints[-1].metrics | result
+        return replace(self, status=status, result=result)
+
     def back_to(self, step: int) -> "RunManifest":
-        """The manifest as of the newest checkpoint of `step`; `UsageError` when there is none."""
+        """The manifest as of the newest checkpoint of `step`; `UsageError` when there is none. A run that is done is done
+        still when nothing came after.
+        """
         kept = [c for c in self.checkpoints if c.progress.step <= step]
         if not kept or kept[-1].progress.step != step:
-            steps = ", ".join(str(n) for n in sorted({c.progress.step for c in self.checkpoints})) or "none"
-            raise UsageError(f"run {self.run} has no checkpoint of step {step}; it has those of {steps}")
+            raise UsageError(
+                f"run {self.run} has no checkpoint of step {step}; it has those of {steps(self.checkpoints)}"
+            )
+        if self.status == "done" and len(kept) == len(self.checkpoints):
+            return self
         return replace(self.up_to(kept[-1]), status="interrupted", result={}, rollbacks=0)
 
     def up_to(self, checkpoint: Checkpoint) -> "RunManifest":
@@ -184,34 +225,58 @@ class RunManifest:
         """Read a manifest found at `where`; `RunError` when it is another kind, a newer format, or damaged."""
         try:
             content = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{where} is not JSON: {error}") from error
         if not isinstance(content, dict) or content.pop("kind", None) != KIND:
             raise RunError(f"{where} is not a {KIND} manifest; choose another run name")
         if (version := content.pop("format", None)) != FORMAT:
-            raise RunError(f"{where} has format {version}, this wds-train reads format {FORMAT}; upgrade it")
+            raise RunError(f"{where} has format {version!r:.60}, this wds-train reads format {FORMAT}; upgrade it")
         try:
-            content["checkpoints"] = tuple(_checkpoint(entry) for entry in content["checkpoints"])
-            content["metrics"] = tuple(Segment(**entry | {"object": _object(entry)}) for entry in content["metrics"])
-            content["attempts"] = tuple(Attempt(**entry) for entry in content["attempts"])
-            content["earlier"] = Totals(**content.get("earlier", {}))
-            content["owner"] = Owner(**content["owner"])
-            manifest = cls(**content)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{where} is damaged: {error!r}") from error
-        if manifest.status not in STATUSES or type(manifest.fence) is not int or "fingerprint" not in manifest.dataset:
+            refuse_depth(content)
+            # A default would begin anew where the checkpoints are missing, and delete them.
+            for missing in {each.name for each in fields(cls)} - content.keys() - ADDED:
+                raise ValueError(f"{missing} is missing")
+            manifest = typed(cls, content)
+            manifest = manifest.ended(manifest.status)
+            for flaw in _flaws(manifest):
+                raise ValueError(flaw)
+        except ValueError as error:
             raise RunError(
-                f"{where} is damaged: status {manifest.status!r}, fence {manifest.fence!r}, dataset {manifest.dataset!r}"
-            )
+                f"{where} is damaged: {error}; restore it from a backup, or choose another run name"
+            ) from error
         return manifest
 
 
-def _object(entry: dict[str, Any]) -> Object:
-    return Object(**entry["object"])
+def _flaws(run: RunManifest) -> Iterator[str]:
+    """What no manifest of ours holds though its types are right: a sentence each, with the field and its value."""
+    for name, value in run.dataset.items():
+        typed(DATASET.get(name, Any), value, f"dataset.{name}")
+    classes = run.dataset.get("classes", 1)
+    named = [("checkpoints", c.object, CHECKPOINT_KEYS) for c in run.checkpoints]
+    named += [("metrics", s.object, SEGMENT_KEYS) for s in run.metrics]
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("run", run.run, bool(NAMES.fullmatch(run.run)), "a run's name"),
+        ("dataset.fingerprint", run.dataset.get("fingerprint"), "fingerprint" in run.dataset, "a text"),
+        ("dataset.classes", classes, 0 < classes < MOST_CLASSES, "a number of classes"),
+        ("fence", run.fence, run.fence >= 0, "at least 0"),
+        ("lease", run.lease, 0 <= run.lease <= LONGEST_LEASE, f"0 to {LONGEST_LEASE:g} seconds"),
+        ("status", run.status, run.status in STATUSES, f"one of {', '.join(STATUSES)}"),
+        ("result", run.result, run.status != "done" or {*RESULT} <= {*run.result}, f"one with {' and '.join(RESULT)}"),
+    ]
+    for where, at, keys in named:
+        rules += [
+            (f"{where}: object.key", at.key, bool(keys.fullmatch(at.key)), f"of the form {keys.pattern}"),
+            (f"{where}: bytes of {at.key}", at.bytes, at.bytes >= 0, "at least 0"),
+            (f"{where}: sha256 of {at.key}", at.sha256, bool(SHA256.fullmatch(at.sha256)), "64 hexadecimal digits"),
+        ]
+    for name, value, holds, rule in rules:
+        if not holds:
+            yield f"{name} is {value!r:.60}, not {rule}"
 
 
-def _checkpoint(entry: dict[str, Any]) -> Checkpoint:
-    return Checkpoint(_object(entry), Progress(**entry["progress"]), dict(entry["metrics"]))
+def steps(checkpoints: Iterable[Checkpoint]) -> str:
+    """Their steps, for people."""
+    return ", ".join(str(step) for step in sorted({c.progress.step for c in checkpoints})) or "none"
 
 
 def name_of(url: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from wds_train.errors import NotFound, UsageError
+from wds_train.errors import NotFound, RunError, UsageError
 from wds_train.lease import is_gone, read_run
 from wds_train.state import Checkpoint, RunManifest, best
 from wds_train.store import Store, open_store
@@ -43,7 +43,7 @@ def run_checkpoints(args: argparse.Namespace) -> int:
     manifest, _ = find_run(args.run)
     print("step\tepochs\tMB\ttop-1\tEMA top-1\tkey")
     for checkpoint in manifest.checkpoints:
-        scores = [f"{checkpoint.metrics[name]:.2f}" if checkpoint.metrics else "-" for name in SCORES.values()]
+        scores = [f"{score[name]:.2f}" if name in (score := checkpoint.metrics) else "-" for name in SCORES.values()]
         size = f"{checkpoint.object.bytes / 1e6:.1f}"
         print(checkpoint.progress.step, checkpoint.progress.evaluated, size, *scores, checkpoint.object.key, sep="\t")
     return 0
@@ -52,11 +52,46 @@ def run_checkpoints(args: argparse.Namespace) -> int:
 def run_rollback(args: argparse.Namespace) -> int:
     from wds_train.checkpoint import Run
 
-    manifest, store = find_run(args.run)
-    manifest.back_to(args.to)  # a wrong step is refused before the claim
-    Run.take(store, print).roll_back(args.to)
-    print(f"{store.url} is at step {args.to} again; the next `wds-train train` goes on from there")
+    _, store = find_run(args.run)
+    before, after = Run.roll_back(store, args.to, print)
+    if after == before:
+        print(f"{store.url} is done, and step {args.to} its last; nothing is changed")
+        return 0
+    dropped = f"{len(before.checkpoints) - len(after.checkpoints)} newer checkpoints"
+    print(f"{store.url} is at step {args.to} again, without {dropped}; the next `wds-train train` goes on from there")
     return 0
+
+
+def run_verify(url: str) -> int:
+    """Read all that a run names; a line for each object that is damaged, and the checkpoint that a resume would use."""
+    from wds_train.checkpoint import flaw_of, read_records
+
+    manifest, store = find_run(url)
+    flaws = [flaw_of(store, manifest, checkpoint) for checkpoint in manifest.checkpoints]
+    usable = [c for c, flaw in zip(manifest.checkpoints, flaws, strict=True) if flaw is None]
+    damaged = [str(flaw) for flaw in flaws if flaw is not None]
+    for segment in manifest.metrics:
+        try:
+            read_records(store, segment)
+        except RunError as error:
+            damaged.append(str(error))
+    for line in damaged:
+        print(line)
+    size = sum(named.bytes for named in manifest.objects)
+    state = f"{len(damaged)} damaged" if damaged else "whole"
+    print(
+        f"{store.url}: {state}; {len(manifest.checkpoints)} checkpoints, {len(manifest.metrics)} segments of metrics, "
+        f"{size / 1e6:,.1f} MB"
+    )
+    if usable:
+        print(f"a resume uses the checkpoint of step {usable[-1].progress.step}, {usable[-1].object.key}")
+    else:
+        print(
+            "there is no checkpoint that a resume could use"
+            if damaged
+            else "a resume begins anew: nothing is committed"
+        )
+    return 1 if damaged else 0
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -64,6 +99,8 @@ def run_export(args: argparse.Namespace) -> int:
 
     if args.to.suffix != SUFFIX:
         raise UsageError(f"--to {args.to} must end in {SUFFIX}")
+    if not args.to.parent.is_dir():
+        raise UsageError(f"--to {args.to}: there is no folder {args.to.parent}; make it first")
     manifest, store = find_run(args.run)
     weights = Weights.of_checkpoint(store, manifest, choose(manifest, args.best, args.step), args.best)
     weights.save(args.to)
@@ -93,7 +130,7 @@ def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str
         "status": status,
         "step": newest.progress.step if newest else 0,
         "epochs": newest.progress.evaluated if newest else 0,
-        "of_epochs": manifest.recipe["schedule"]["epochs"],
+        "of_epochs": manifest.settings.schedule.epochs,
         "metrics": manifest.result or (scored[-1].metrics if scored else {}),
         "owner": str(manifest.owner),
         "lease_s": manifest.lease,

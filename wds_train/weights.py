@@ -1,20 +1,23 @@
 """A trained model's weights, with all that it takes to use them: out of a run's checkpoint, or of an exported file."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as encoded
 
-from wds_train.checkpoint import Run, Snapshot
+from wds_train.checkpoint import read_chosen
 from wds_train.errors import NotFound, RunError, UsageError
+from wds_train.fit import refuse_other_weights, section
 from wds_train.manifest import ClassInfo
 from wds_train.recipe import Recipe
 from wds_train.state import Checkpoint, RunManifest
 from wds_train.store import Store
+from wds_train.typed import typed
 
 SUFFIX = ".safetensors"  # timm tells the format by the name
 
@@ -36,47 +39,59 @@ class Weights:
 
     @classmethod
     def of_checkpoint(cls, store: Store, manifest: RunManifest, chosen: Checkpoint, kind: str) -> "Weights":
-        """`RunError` when the checkpoint is damaged, or of a version that did not note the classes."""
-        snapshot = Snapshot.decode(Run(store, manifest, "").read(chosen.object), chosen.progress)
+        """`RunError` when the checkpoint is damaged, with the steps of those that are not, or of a version that did not
+        note the classes.
+        """
+        snapshot = read_chosen(store, manifest, chosen)
         if "classes" not in snapshot.extra:
             raise RunError(
                 f"{store.url}/{chosen.object.key} does not hold its classes, being of an older wds-train; train again"
             )
         part = {"raw": "model/", "ema": "ema/"}[kind]
         return cls(
-            {name.removeprefix(part): value for name, value in snapshot.tensors.items() if name.startswith(part)},
+            section(snapshot.tensors, part),
             kind,
             store.url,
             chosen.progress.step,
             chosen.progress.evaluated,
             chosen.metrics,
-            Recipe.from_dict(manifest.recipe),
+            manifest.settings,
             tuple(ClassInfo(*entry) for entry in snapshot.extra["classes"]),
         )
 
     def save(self, path: Path) -> None:
         """Write a file for `timm.create_model(NAME, checkpoint_path=path)`, which `read` reads, too."""
         own = asdict(replace(self, tensors={})) | {"recipe": self.recipe.to_dict()}
-        try:
-            save_file(self.tensors, path, {"config": json.dumps(self._timm_config()), "wds-train": json.dumps(own)})
+        data = encoded(self.tensors, {"config": json.dumps(self._timm_config()), "wds-train": json.dumps(own)})
+        unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:  # safetensors' own `save_file` leaves a file that nobody else may read
+            unfinished.write_bytes(data)
+            unfinished.replace(path)
         except OSError as error:
+            unfinished.unlink(missing_ok=True)
             raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
     @classmethod
     def read(cls, path: Path) -> "Weights":
-        """`NotFound` when there is no such file, `RunError` when `save` did not write it."""
+        """`NotFound` when there is no such file, `RunError` when `save` did not write it, or it lacks weights."""
         try:
             with safe_open(path, "pt") as file:
                 own = json.loads((file.metadata() or {})["wds-train"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
-            classes = tuple(ClassInfo(**entry) for entry in own.pop("classes"))
-            return cls(**own | {"tensors": tensors, "recipe": Recipe.from_dict(own["recipe"]), "classes": classes})
+            weights = replace(typed(cls, own), tensors=tensors)
+            typed(Literal["raw", "ema"], weights.kind, "kind")
         except FileNotFoundError as error:
             raise NotFound(f"there is no file {path}; `wds-train export RUN --to {path}` makes one") from error
         except (SafetensorError, OSError) as error:
             raise RunError(f"{path} is no safetensors file: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError, UsageError) as error:
             raise RunError(f"{path} was not written by this version of `wds-train export` ({error!r})") from error
+        model = weights.recipe.model
+        try:
+            refuse_other_weights(tensors, model, len(weights.classes))
+        except RunError as error:
+            raise RunError(f"the weights of {path} do not fit the model {model.name}: {error}") from error
+        return weights
 
     def timm_call(self, path: Path) -> str:
         """The Python expression that makes the model from the file at `path`."""
