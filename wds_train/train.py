@@ -120,12 +120,14 @@ def _ending(run: Run, stop: StopRequest, deterministic: bool) -> Iterator[None]:
     except WdsTrainError as caught:
         stop.doing = f"the last word to {run.store.url}"
         error, status = _judged(run, caught, deterministic)
+        if run.manifest.status != "done":
+            tell(error)
+            if status is not None:
+                _finish_commits(run)
         if run.manifest.status == "done":
-            say(f"{error}; the run is done all the same")
+            say(f"the run is done all the same ({error})")
             return
-        tell(error)
         if status is not None:
-            _finish_commits(run)
             _give_up(run, status)
         raise error from caught
 
@@ -217,7 +219,7 @@ def _go_back(run: Run, error: NotFinite, deterministic: bool) -> tuple[WdsTrainE
     if run.manifest.rollbacks == ROLLBACKS:
         return RunError(f"{error}; {ROLLBACKS} returns to a checkpoint did not help"), "failed"
     done = run.manifest.rollbacks + 1
-    run.end("interrupted", rollbacks=done)
+    _give_up(run, "interrupted", rollbacks=done)
     newest = run.manifest.checkpoints[-1].progress.step
     return Interrupted(f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})"), None
 
@@ -228,10 +230,10 @@ def _finish_commits(run: Run) -> None:
         run.wait(LAST_SECONDS / 2)
 
 
-def _give_up(run: Run, status: str) -> None:
+def _give_up(run: Run, status: str, **changes: Any) -> None:
     """Say in the manifest how it ended. If the store does not let us, the lease runs out by itself."""
     try:
-        run.end(status)
+        run.end(status, **changes)
     except (StoreError, Interrupted) as error:
         say(f"{run.store.url} could not be marked as {status}: {error}")
 
@@ -484,18 +486,20 @@ class _Session:
             _give_up(self._run, "interrupted")
         self._stop.doing = "another rank"
         self._ranks.total(1)  # the others wait for the leader's commit; the first that leaves ends them all
-        raise Interrupted(
-            f"stopped by {self._stop.cause} at step {progress.step} of {self._total}, {self._outcome(committed)}"
-        )
+        raise Interrupted(f"stopped by {self._stop.cause} {self._outcome(committed)}")
 
     def _outcome(self, committed: bool) -> str:
-        """What became of the state, and what the same command will do."""
-        where = self._run.store.url
-        if not self._trainer.progress.step:
-            return "before the first; the same command begins anew"
+        """Where the training was, what became of its state, and what the same command will do."""
+        step, where = self._trainer.progress.step, self._run.store.url
+        if not step:
+            return f"before the first of {self._total} steps; the same command begins anew"
+        at = f"at step {step} of {self._total}"
         if committed:
-            return f"state committed to {where}; the same command goes on from there"
-        return f"whose state could not be committed in time; the same command goes on from the newest checkpoint of {where}"
+            return f"{at}, state committed to {where}; the same command goes on from there"
+        return (
+            f"{at}, whose state could not be committed in time; the same command goes on from the newest checkpoint of "
+            f"{where}"
+        )
 
 
 def _sizes(options: TrainOptions) -> list[int]:
