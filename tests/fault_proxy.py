@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 PIECE = 1 << 16
 
-Kind = Literal["reset", "status", "stall", "truncate", "drip", "flip", "flip_up", "lost_ack"]
+Kind = Literal["reset", "status", "hang", "stall", "truncate", "drip", "flip", "flip_up", "lost_ack"]
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Fault:
 
     reset: the connection dies, after `after` bytes of the answer's body (before the request is sent on, if 0).
     status: the server is not asked; `status` and `code` are the answer.
+    hang: the server is not asked, and the connection stays open without an answer.
     stall: the answer's body stops after `after` bytes and the connection stays open.
     truncate: the answer's body ends after `after` bytes, and the connection with it.
     drip: the answer's body comes at one byte each `pause` seconds after `after` bytes.
@@ -146,6 +147,8 @@ class FaultProxy:
         fault = self._draw(*what, address.query)
         if fault and fault.kind == "reset" and not fault.after:
             raise _Broken("reset")
+        if fault and fault.kind == "hang":
+            await asyncio.sleep(3600)
         if fault and fault.kind == "status":
             await self._refuse(fault, head, client_in, client_out)
             return

@@ -284,3 +284,10 @@ def test_a_manifest_is_its_own_round_trip(run: Path) -> None:
     assert RunManifest.from_json(data, "here").to_json() == data
     with pytest.raises(RunError, match="here is not JSON"):
         RunManifest.from_json(data[:-5], "here")
+
+
+@pytest.mark.parametrize("price", ["nan", "inf", "-1", "much"])
+def test_a_price_that_is_none_is_refused(run: Path, capsys: pytest.CaptureFixture[str], price: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["status", str(run), f"--price={price}"])
+    assert f"'{price}' is not a price: give dollars per hour, 0 or more" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from wds_train.cli import main
+from wds_train.cli import entry, main
 from wds_train.lease import read_run
 from wds_train.store import open_store
 
@@ -158,7 +159,7 @@ class Training:
 def _main(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> None:
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
-    os.environ.update(environment | job.environment, WANDB_MODE="disabled", WDS_HOME=job.folder)
+    os.environ.update(environment | {"WANDB_MODE": "disabled", "WDS_HOME": job.folder} | job.environment)
     # As in a command that a person starts. From the fork server's context, a killed process would leave the semaphore of
     # tqdm's lock.
     multiprocessing.set_start_method("fork", force=True)
@@ -179,7 +180,8 @@ def _main(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> No
         _revalidate()
     settings = [part for setting in (*job.defaults, *job.settings) for part in ("--set", setting)]
     training = ["train", "--dataset", job.dataset, "--run", job.run, "--workers", str(job.workers), *settings]
-    raise SystemExit(main([*(job.command or training), *job.arguments]))
+    sys.argv[1:] = [*(job.command or training), *job.arguments]
+    entry()
 
 
 def _module(name: str) -> Any:

@@ -17,6 +17,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from safetensors.torch import save as save_tensors
 
 from wds_train import lease as leases
 from wds_train import state as states
-from wds_train.errors import AccessDenied, Conflict, Interrupted, NotFinite, NotFound, RunError, StoreError
+from wds_train.errors import AccessDenied, Conflict, Interrupted, NotFinite, NotFound, RunError, StoreError, Unavailable
 from wds_train.fit import refuse_other_state
 from wds_train.lease import Say, read_run, this_process, until_free
 from wds_train.state import Checkpoint, Object, Progress, RunManifest, Segment, steps
@@ -36,6 +37,8 @@ from wds_train.store import Store
 from wds_train.typed import refuse_depth, typed
 
 RETRY_SECONDS = 60.0  # longest pause between attempts at a commit, each of which has the store's own retries within
+LAST_WORD_SECONDS = 5.0
+READERS = 8  # of metrics, at a time
 QUEUE_SECONDS = 10.0  # longest wait of the training for the commit before, ere it is replaced by the new one
 # What of a checkpoint is no tensor; `teacher` and `classes` are not in all.
 EXTRA = {
@@ -287,8 +290,18 @@ class Run:
         return read_object(self.store, named)
 
     def history(self) -> list[dict[str, Any]]:
-        """All committed metrics, a record per line logged, oldest first."""
-        return [record for segment in self.manifest.metrics for record in read_records(self.store, segment)]
+        """All committed metrics that can be read, a record per line logged, oldest first; the others are named."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return [record for records in pool.map(self._records_of, self.manifest.metrics) for record in records]
+
+    def _records_of(self, segment: Segment) -> list[dict[str, Any]]:
+        try:
+            return read_records(self.store, segment)
+        except Unavailable:
+            raise
+        except (StoreError, RunError) as error:
+            self._say(f"metrics {segment.object.key} cannot be used ({error}); the curves go without them")
+            return []
 
     def start_renewing(self) -> None:
         """To be called once this process forks no more: a forked child would inherit the lock, perhaps held. From here on
@@ -343,10 +356,27 @@ class Run:
                 self._changed.wait(left)
 
     def end(self, status: str, **changes: Any) -> None:
-        """Give the run up, as `status`. The caller has waited for what was under way."""
+        """Give the run up, as `status`. The caller has waited for what was under way. `Unavailable` when the store does not
+        take it within LAST_WORD_SECONDS: the process is about to end, and the lease runs out by itself.
+        """
         self._closed.set()
-        if self._leads and (self.manifest.status != status or changes):
-            self._write(lambda manifest: replace(manifest.ended(status), **changes))
+        if not self._leads or (self.manifest.status == status and not changes):
+            return
+        failed: list[Exception] = []
+
+        def write() -> None:
+            try:
+                self._write(lambda manifest: replace(manifest.ended(status), **changes))
+            except Exception as error:
+                failed.append(error)
+
+        writer = threading.Thread(target=write, name="last word", daemon=True)
+        writer.start()
+        writer.join(LAST_WORD_SECONDS)
+        if writer.is_alive():
+            raise Unavailable(f"{self.store.url} did not answer within {LAST_WORD_SECONDS:g} s")
+        if failed:
+            raise failed[0]
 
     def _upload(self) -> None:
         """The body of the commit thread."""

@@ -3,12 +3,16 @@
 import argparse
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from wds_train.addresses import announced, located
-from wds_train.errors import Interrupted, NotFound, WdsTrainError
+from wds_train.errors import Interrupted, NotFound, WdsTrainError, tell
+
+LEAVE_SECONDS = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,11 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = _parser(arguments).parse_args(arguments)
         args.arguments = arguments
         return args.run_command(args)
-    except Interrupted as stop:
-        print(f"wds-train: {stop}", file=sys.stderr)
-        return stop.exit_code
     except WdsTrainError as error:
-        print(f"wds-train: error: {error}", file=sys.stderr)
+        tell(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("wds-train: stopped at once; what was committed before stands", file=sys.stderr)
@@ -31,6 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has gone: not an error, and Python must not complain about it while it exits either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def entry() -> NoReturn:
+    """The process `wds-train`. After a training it is gone within LEAVE_SECONDS: threads that still wait for a store, or for
+    W&B, would hold up Python's own end.
+    """
+    code = main()
+    if sys.argv[1:2] == ["train"]:
+        from wds_train.spot import leave
+
+        last = threading.Timer(LEAVE_SECONDS, leave, [code])
+        last.daemon = True
+        last.start()
+    sys.exit(code)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -218,7 +233,7 @@ def _train(args: argparse.Namespace) -> int:
     from wds_train.recipe import with_settings
     from wds_train.spot import StopRequest
 
-    stop = StopRequest()
+    stop = StopRequest().listen()
     init = [f"model.init={args.init}"] if args.init else []
     recipe = with_settings(preset(args.recipe), args.settings + init)  # before the imports: a typo answers at once
     # Growing images ask for other sizes all the time, which fragments the GPU's memory otherwise. Read by PyTorch's import.
@@ -390,4 +405,4 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -167,8 +167,9 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     place |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "WDS_LAUNCHER": str(os.getpid())}
     ranks: list[subprocess.Popen[bytes]] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: _send(ranks, number))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # by `nohup`
+            signal.signal(number, lambda number, _: _send(ranks, number))
     for rank in range(processes):
         environment = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes it on, once.
@@ -203,9 +204,11 @@ def _outcome(ranks: list[subprocess.Popen[bytes]]) -> int:
 
 
 def die_with_launcher() -> None:
-    """Have the kernel send SIGTERM to this rank when its launcher dies; it would train on, unseen, otherwise."""
+    """Have the kernel send SIGHUP to this rank when its launcher dies; it would train on, unseen, otherwise. The kernel sends
+    it at the death of each of the launcher's threads in turn, and of SIGHUP alone any number counts as one.
+    """
     launcher = os.environ.get("WDS_LAUNCHER")
     if launcher and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
         if os.getppid() != int(launcher):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)

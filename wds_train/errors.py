@@ -16,9 +16,13 @@ Foreign exceptions (botocore, OSError, pyarrow) are translated where they enter,
 A message says what was wrong, the value, and what to do.
 """
 
+import sys
+
 
 class WdsTrainError(Exception):
     exit_code = 1
+    told = False
+    """Whether `tell` has printed it."""
 
 
 class UsageError(WdsTrainError):
@@ -63,3 +67,10 @@ class Interrupted(WdsTrainError):
 
 class RanksLost(Interrupted):
     pass
+
+
+def tell(error: WdsTrainError) -> None:
+    """Print what it says, once."""
+    if not error.told:
+        error.told = True
+        print(f"wds-train: {'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr, flush=True)

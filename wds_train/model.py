@@ -24,7 +24,9 @@ def memory_layout(device: torch.device) -> torch.memory_format:
 
 
 def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.device) -> nn.Module:
-    """The timm model with weights drawn from `seed`, in the device's `memory_layout`. `model.init` is not looked at."""
+    """The timm model with weights drawn from `seed`, in the device's `memory_layout`; on the device "meta" without any.
+    `model.init` is not looked at.
+    """
     if not timm.is_model(recipe.name):
         raise UsageError(f"timm has no model {recipe.name!r}" + _near(recipe.name, timm.list_models()))
     layers = recipe.layers()
@@ -38,7 +40,8 @@ def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.dev
         arguments["drop_path_rate"] = recipe.drop_path
     seed_torch(seed, "init")
     try:
-        model = timm.create_model(recipe.name, num_classes=classes, **arguments)
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            model = timm.create_model(recipe.name, num_classes=classes, **arguments)
     except TypeError as error:
         raise UsageError(f"{recipe.name} cannot be built with model.drop_path = {recipe.drop_path}: {error}") from error
     return model.to(device).to(memory_format=memory_layout(device))

@@ -9,18 +9,23 @@ https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/rebalance-recommendations.ht
 import contextlib
 import http.client
 import json
+import multiprocessing
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from types import FrameType, TracebackType
-from typing import Self
+from typing import NoReturn, Self
 from urllib.parse import urlsplit
 
 from wds_train.errors import Interrupted
 
+GRACE_SECONDS = 90.0  # from a signal to the end: the least that supervisors and EC2 wait between asking and killing
+LOOK_SECONDS = 0.5  # between two looks at the deadline
 POLL_SECONDS = 5.0
 ANSWER_SECONDS = 0.4  # the service is on this machine and answers in milliseconds
 NOTICE_SECONDS = 120.0
@@ -31,27 +36,71 @@ Ask = Callable[[str, str, dict[str, str]], tuple[int, bytes]]
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT, and read between steps. The same signal again stops at once. Made before the imports
-    that take seconds, so that a signal during these is not lost.
+    """That a training is to end, why, and by when: the loop reads it between steps, and a thread of its own ends the process
+    when the time is up, whatever hangs. The first cause is the one that is told, the earliest deadline the one that counts.
+
+    Asked by SIGTERM, SIGINT, SIGHUP (a terminal that was closed) and whoever calls `ask`. SIGTERM or SIGINT again stops at
+    once; SIGHUP comes twice by itself, from the kernel and from the shell.
     """
 
     def __init__(self) -> None:
-        self.signal: str | None = None
-        signal.signal(signal.SIGTERM, self._set)
-        signal.signal(signal.SIGINT, self._set)
+        self.cause: str | None = None
+        self.deadline = float("inf")
+        self.doing = "the start"
+        """What the training is at, to be named when it hangs."""
+        self.code = Interrupted.exit_code
+        self._signals: set[int] = set()
+
+    def listen(self) -> Self:
+        """Heed signals. To be called before the imports that take seconds, so that one during these is not lost."""
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        # `nohup` ignores it. A rank heeds it in any case: it says that the launcher died, and no terminal sends it there.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN or "WDS_LAUNCHER" in os.environ:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, self._set)
+        # Python's handlers wait for the main thread, which may hang in C code; what arrives here does not.
+        arrived, arrive = os.pipe()
+        os.set_blocking(arrive, False)
+        signal.set_wakeup_fd(arrive, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))  # a loader worker's signals are its own
+        threading.Thread(target=self._watch, args=(arrived, set(numbers)), name="deadline", daemon=True).start()
+        return self
+
+    def ask(self, cause: str, seconds: float | None = None) -> None:
+        """Ask the training to end within `seconds`, by default GRACE_SECONDS."""
+        self.cause = self.cause or cause
+        self.deadline = min(self.deadline, time.monotonic() + (GRACE_SECONDS if seconds is None else seconds))
+
+    @property
+    def left(self) -> float:
+        """The seconds until the deadline."""
+        return self.deadline - time.monotonic()
 
     def _set(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.signal == name:
+        if number in self._signals:
+            if number == signal.SIGHUP:
+                return
             raise KeyboardInterrupt
-        self.signal = name
-        # Not print(): its buffer may be in use in the very code that the signal interrupted.
-        os.write(2, f"{name}: stopping at the next step, state committed; once more stops at once\n".encode())
+        self._signals.add(number)
+        self.ask(name)
+        again = "" if number == signal.SIGHUP else "; once more stops at once"
+        _tell(f"{name}: stopping at the next step, state committed{again}\n")
+
+    def _watch(self, arrived: int, numbers: set[signal.Signals]) -> None:
+        """The body of the thread that ends the process."""
+        while (left := self.left) > 0:
+            if select.select([arrived], [], [], min(left, LOOK_SECONDS))[0] and numbers & set(os.read(arrived, 512)):
+                self.deadline = min(self.deadline, time.monotonic() + GRACE_SECONDS)
+        cause = self.cause or "a signal"
+        _tell(f"wds-train: {cause}: the time is up while {self.doing} hangs; what was committed before stands\n")
+        leave(self.code)
 
     def check(self) -> None:
         """Raise `Interrupted` if asked to stop. For the time before the training, when there is nothing to commit."""
-        if self.signal:
-            raise Interrupted(f"stopped by {self.signal} before the training began; nothing was changed")
+        if self.cause:
+            raise Interrupted(f"stopped by {self.cause} before the training began; nothing was changed")
 
     def sleep(self, seconds: float) -> None:
         """`time.sleep`, with `check`s."""
@@ -62,18 +111,36 @@ class StopRequest:
         self.check()
 
 
+def _tell(line: str) -> None:
+    """Not print(): its buffer may be in use in the very code that a signal interrupted. Where nobody listens any more, as in
+    a terminal that was closed, no later line may fail either: it would end the training before its last commit.
+    """
+    try:
+        os.write(2, line.encode())
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for output in (1, 2):
+            os.dup2(nowhere, output)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process and its loader workers now: no thread is waited for, and nothing is put in order."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(code)
+
+
 class SpotWatch:
     """Looks for the notice in a thread, as a context manager; the training loop reads the attributes.
 
-    `notice`: the `time.monotonic()` at which the instance goes, or None. `rebalance`: whether EC2 has recommended to
-    move. `watching`: False once it is clear that this is no EC2 instance, known before the block begins, in under a
-    second. A service that fails later means that nothing is known, never that the instance goes.
+    A notice asks `stop` to end the training by the time at which the instance goes. `rebalance`: whether EC2 has recommended
+    to move. Elsewhere than on EC2 the thread ends in under a second. A service that fails later means that nothing is
+    known, never that the instance goes.
     """
 
-    def __init__(self, ask: Ask | None = None, every: float = POLL_SECONDS) -> None:
-        self.notice: float | None = None
+    def __init__(self, stop: StopRequest, ask: Ask | None = None, every: float = POLL_SECONDS) -> None:
         self.rebalance = False
-        self.watching = False
+        self._stop = stop
         self._ask = ask or _ask
         self._every = every
         self._token: str | None = None
@@ -81,28 +148,28 @@ class SpotWatch:
         self._thread = threading.Thread(target=self._watch, name="spot", daemon=True)
 
     def __enter__(self) -> Self:
-        self.watching = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true" and self._is_ec2()
-        if self.watching:
+        if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true":
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stopped.set()
 
-    def look(self) -> None:
-        """Look once. What cannot be learnt stays as it was."""
+    def look(self) -> bool:
+        """Look once; whether there is a notice. What cannot be learnt stays as it was."""
         with contextlib.suppress(OSError, http.client.HTTPException):
             self.rebalance |= self._read("events/recommendations/rebalance") is not None
         with contextlib.suppress(OSError, http.client.HTTPException):
             action = self._read("spot/instance-action")
-            if action is not None and self.notice is None:
-                self.notice = time.monotonic() + _seconds_left(action)
+            if action is not None:
+                self._stop.ask("the spot notice", _seconds_left(action))
+                return True
+        return False
 
     def _watch(self) -> None:
-        while self.notice is None:
-            self.look()
-            if self._stopped.wait(self._every):
-                return
+        if self._is_ec2():
+            while not self.look() and not self._stopped.wait(self._every):
+                pass
 
     def _is_ec2(self) -> bool:
         for _ in range(2):
@@ -130,12 +197,14 @@ class SpotWatch:
 
 
 def _seconds_left(action: bytes) -> float:
-    """From now to the time in {"action": "terminate", "time": "2026-01-31T08:22:00Z"}; by default what AWS promises."""
+    """From now to the time in {"action": "terminate", "time": "2026-01-31T08:22:00Z"}; by default what AWS promises, as
+    where that time is past already: then this machine's clock is wrong.
+    """
     try:
-        end = datetime.fromisoformat(json.loads(action)["time"])
-        return min(max((end - datetime.now(UTC)).total_seconds(), 0.0), NOTICE_SECONDS)
+        left = (datetime.fromisoformat(json.loads(action)["time"]) - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError, KeyError):
         return NOTICE_SECONDS
+    return left if 0 < left < NOTICE_SECONDS else NOTICE_SECONDS
 
 
 def _ask(method: str, path: str, headers: dict[str, str]) -> tuple[int, bytes]:

@@ -18,8 +18,18 @@ SCORES = {"raw": "val/top1", "ema": "val/top1_ema"}
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument(
-        "--price", type=float, metavar="USD", help="price of an instance hour, to sum up the cost so far"
+        "--price", type=_dollars, metavar="USD", help="price of an instance hour, to sum up the cost so far"
     )
+
+
+def _dollars(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a price: give dollars per hour, 0 or more")
+    return value
 
 
 def add_rollback_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,27 +5,33 @@ import logging
 import netrc
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import wandb
 from tqdm import tqdm
 
+from wds_train.devserver import home
 from wds_train.state import RunManifest
 
 LOG_SECONDS = 30.0  # between lines where there is no terminal
+FINISH_SECONDS = 20.0  # for W&B to take what it has not yet, once the run is done
+HASTY_SECONDS = 3.0  # the same, when the training was interrupted or failed
+# Its own: 30 s to begin, and as long for the last records as anybody waits; without, `finish` waits for ever.
+LIMITS: dict[str, Any] = {"init_timeout": 30, "finish_timeout": FINISH_SECONDS, "console": "off"}
 
 Record = dict[str, Any]
 
 
 def say(message: str) -> None:
     """A line for the person, above the progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that was closed must not end the training
+        tqdm.write(message, file=sys.stderr)
 
 
 class Progress:
@@ -49,7 +55,8 @@ class Progress:
         rate = (done - self._first) / max(now - self._start, 1e-9)
         if loss is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {rate * self._batch:.0f} img/s", refresh=False)
-        self._bar.update(done - self._bar.n)
+        with contextlib.suppress(OSError):  # as `say`
+            self._bar.update(done - self._bar.n)
         if self._shown and self._bar.disable and now >= self._next_line:
             left = (self._total - done) / max(rate, 1e-9)
             shown = "" if loss is None else f", loss {loss:.3f}"
@@ -62,58 +69,81 @@ class Progress:
 
 @dataclass
 class Tracker:
-    """Collects records for the next commit, and passes them on to W&B, whose troubles never reach the training."""
+    """Collects records for the next commit, and passes them on to W&B, whose troubles never reach the training: a thread
+    makes every call of it, and records wait in a queue until W&B is there.
+    """
 
     run: RunManifest
-    folder: Path
     pending: list[Record] = field(default_factory=list)
-    _wandb: Any = None
+    where: str | None = None
+    """The run's page, or the folder of an offline run; None without W&B."""
+    _queue: SimpleQueue[Record | int] = field(default_factory=SimpleQueue)
+    _thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        with self._harmless("start"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            os.environ.setdefault("WANDB_SILENT", "true")
-            logging.getLogger("wandb").setLevel(logging.ERROR)
-            self._wandb = wandb.init(**_wandb_settings(self.run, self.folder))
-            # Steps below W&B's own counter are dropped, and a resumed run logs some again: count by our step instead.
-            self._wandb.define_metric("*", step_metric="step")
         return self
+
+    def start(self) -> None:
+        """Begin to pass records on. To be called once this process forks no more."""
+        if os.environ.get("WANDB_MODE") != "disabled":
+            self._thread = threading.Thread(target=self._pass_on, name="W&B", daemon=True)
+            self._thread.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._wandb is not None:
-            with self._harmless("finish"):
-                self._wandb.finish(exit_code=0 if kind is None else 1)
+        if self._thread is not None and kind is not KeyboardInterrupt:
+            seconds = FINISH_SECONDS if kind is None else HASTY_SECONDS
+            self._queue.put(0 if kind is None else 1)
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                say(f"W&B did not end within {seconds:g} s and is left behind; the metrics are with the run")
 
     def log(self, record: Record, timing: Record) -> None:
         """`record` is kept with the run and must be the same for a resumed and an unbroken run; `timing` need not."""
         self.pending.append(record)
-        if self._wandb is not None:
-            with self._harmless("log"):
-                self._wandb.log(record | timing)
+        if self._thread is not None and self._thread.is_alive():
+            self._queue.put(record | timing)
 
     def drain(self) -> list[Record]:
         records, self.pending = self.pending, []
         return records
 
-    @property
-    def where(self) -> str | None:
-        """The run's page, or the folder of an offline run; None without W&B."""
-        return None if self._wandb is None else self._wandb.url or os.path.relpath(Path(self._wandb.dir).parent)
-
-    @contextlib.contextmanager
-    def _harmless(self, what: str) -> Iterator[None]:
+    def _pass_on(self) -> None:
+        """The body of the thread. W&B's exit code, an int, is the last that comes."""
         try:
-            yield
+            run = _begin(self.run, home())
+            self.where = run.url or os.path.relpath(Path(run.dir).parent)
+            while not isinstance(entry := self._queue.get(), int):
+                run.log(entry)
+            run.finish(exit_code=entry)
         except Exception as error:
-            self._wandb = None
-            say(f"W&B: {what} failed ({error}); training goes on without it, its metrics stay with the run")
+            self.where = None
+            say(f"W&B failed ({error}); training goes on without it, its metrics stay with the run")
 
 
-def _wandb_settings(run: RunManifest, folder: Path) -> dict[str, Any]:
-    """Online with a login, else offline. W&B ignores `resume` offline: each attempt gets an id, and they share a group."""
+def _begin(manifest: RunManifest, folder: Path) -> Any:
+    """W&B's run: online with a login, offline where there is none, or no answer."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+    import wandb  # seconds, and only here: who disabled it does not wait
+
+    folder.mkdir(parents=True, exist_ok=True)
     mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    try:
+        run = wandb.init(**_settings(manifest, folder, mode), settings=wandb.Settings(**LIMITS))
+    except Exception as error:
+        if mode != "online":
+            raise
+        say(f"W&B does not answer ({error}); going on offline")
+        run = wandb.init(**_settings(manifest, folder, "offline"), settings=wandb.Settings(**LIMITS))
+    # Steps below W&B's own counter are dropped, and a resumed run logs some again: count by our step instead.
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _settings(run: RunManifest, folder: Path, mode: str) -> dict[str, Any]:
+    """W&B ignores `resume` offline: each attempt gets an id, and they share a group."""
     identity = {"id": run.wandb_id, "resume": "allow"} if mode == "online" else {"id": f"{run.wandb_id}-{run.fence}"}
     return identity | {
         "project": os.environ.get("WANDB_PROJECT", "wds-train"),
@@ -122,7 +152,6 @@ def _wandb_settings(run: RunManifest, folder: Path) -> dict[str, Any]:
         "dir": str(folder),
         "config": run.recipe | {"dataset": run.dataset},
         "mode": mode,
-        "settings": wandb.Settings(init_timeout=30, console="off"),
     }
 
 

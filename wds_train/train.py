@@ -27,18 +27,19 @@ from wds_train.engine import Trainer
 from wds_train.errors import (
     Interrupted,
     NotFinite,
+    NotFound,
     RanksLost,
     RunError,
     StoreError,
     Unavailable,
     UsageError,
     WdsTrainError,
+    tell,
 )
+from wds_train.lease import read_run
 from wds_train.memory import fit_accumulation
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Mixture, TrainPlan, TrainTransform, shares
-from wds_train.policies import policies
 from wds_train.recipe import Recipe
-from wds_train.report import draw_curves
 from wds_train.scoring import EVAL_BATCH, Precision
 from wds_train.spot import SpotWatch, StopRequest
 from wds_train.state import RunManifest, name_of
@@ -47,7 +48,7 @@ from wds_train.tracker import Progress, Tracker, say
 
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
-GRACE_SECONDS = 90.0  # for the last commit: the least that supervisors and EC2 wait between asking and killing
+LAST_MOMENT = 2.0  # seconds of the last commit's time that are left to say how it went
 ROLLBACKS = 2  # per run, after a loss that is not finite
 
 
@@ -86,42 +87,75 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     ranks = Ranks.of_environment()
     if options.deterministic:
         _be_deterministic()
-    policies(options.recipe.data, options.recipe.data.size)  # a policy that does not exist must not claim the run
     dataset = Dataset.open(options.dataset)
-    mixed = [_of_same_classes(Dataset.open(url), dataset) for url, _ in options.mix]
+    datasets = [dataset, *(_of_same_classes(Dataset.open(url), dataset) for url, _ in options.mix)]
     cache = None
     if options.cache_dir:
         cache = BlockCache(options.cache_dir, options.cache_bytes, dataset.split("train"), dataset.fingerprint)
     stop.check()
-    run, snapshot = _lead(options, _fresh_run(options, dataset, mixed), stop, ranks)
+    stop.doing = f"the claim of {options.run}"
+    run, snapshot = _lead(options, datasets, stop, ranks)
+    tracker = Tracker(run.manifest)
     if run.manifest.status == "done":
         if ranks.leads:
             say(f"run {options.run} is done already; to train again, choose another run: make train RUN=another")
-            _close(run, run.manifest.result, options, None)
-        return run.manifest.result
+    else:
+        try:
+            with tracker, _ending(run, stop, options.deterministic):
+                _Session(options, datasets, run, snapshot, stop, cache=cache, ranks=ranks, tracker=tracker).run_to_end()
+        finally:
+            ranks.close()
+    if ranks.leads:
+        _close(run, options, tracker.where)
+    return run.manifest.result
+
+
+@contextlib.contextmanager
+def _ending(run: Run, stop: StopRequest, deterministic: bool) -> Iterator[None]:
+    """How a training ends that does not get to its end: the cause is told, and then the manifest says so, too, if the store
+    takes that last word within seconds. A run that is done stays done, whatever fails after its last commit.
+    """
     try:
-        return _Session(options, [dataset, *mixed], run, snapshot, stop, cache=cache, ranks=ranks).run_to_end()
-    except NotFinite as error:
-        raise _go_back(run, error, options.deterministic) from error
-    except RanksLost:
-        _finish_commits(run)
-        _give_up(run, "interrupted")
-        raise
-    except WdsTrainError as error:
-        _fail(run, error)
-        raise
-    finally:
-        ranks.close()
+        yield
+    except WdsTrainError as caught:
+        stop.doing = f"the last word to {run.store.url}"
+        error, status = _judged(run, caught, deterministic)
+        if run.manifest.status != "done":
+            tell(error)
+            if status is not None:
+                _finish_commits(run)
+        if run.manifest.status == "done":
+            say(f"the run is done all the same ({error})")
+            return
+        if status is not None:
+            _give_up(run, status)
+        raise error from caught
 
 
-def _lead(options: TrainOptions, fresh: RunManifest, stop: StopRequest, ranks: Ranks) -> tuple[Run, Snapshot | None]:
+def _judged(run: Run, error: WdsTrainError, deterministic: bool) -> tuple[WdsTrainError, str | None]:
+    """What to tell of `error`, and the status that it gives the run. None where the manifest says it already, is another
+    instance's, or lies in a store that does not answer, which takes no last word either.
+    """
+    if isinstance(error, NotFinite):
+        return _go_back(run, error, deterministic)
+    if isinstance(error, RanksLost):
+        return error, "interrupted"
+    return error, None if isinstance(error, Interrupted | Unavailable) else "failed"
+
+
+def _lead(
+    options: TrainOptions, datasets: list[Dataset], stop: StopRequest, ranks: Ranks
+) -> tuple[Run, Snapshot | None]:
     """The run, claimed, and its newest usable checkpoint; the other ranks follow."""
     store = open_store(options.run)
     if not ranks.leads:
         return _follow(store, ranks.announced(stop.sleep))
     try:
+        _refuse(options, datasets, store, ranks)
+        fresh = _fresh_run(options, datasets)
         run = Run.claim(store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every)
-        snapshot = None if run.manifest.status == "done" else _restored(run)
+        with _ending(run, stop, options.deterministic):
+            snapshot = None if run.manifest.status == "done" else run.restore(say)
     except BaseException:
         ranks.announce({})
         raise
@@ -131,12 +165,29 @@ def _lead(options: TrainOptions, fresh: RunManifest, stop: StopRequest, ranks: R
     return run, snapshot
 
 
-def _restored(run: Run) -> Snapshot | None:
-    try:
-        return run.restore(say)
-    except WdsTrainError as error:
-        _fail(run, error)
-        raise
+def _refuse(options: TrainOptions, datasets: list[Dataset], store: Store, ranks: Ranks) -> None:
+    """Raise what could not work, before the claim: a name must stay free, and a run as it is. The model is made without
+    memory for its weights, and called without arithmetic (PyTorch's device "meta"), which takes a fraction of a second.
+    """
+    resumes = False
+    with contextlib.suppress(NotFound):
+        found, _ = read_run(store)
+        if found.status == "done":
+            return
+        resumes = bool(found.checkpoints)  # the weights that it began from may be gone by now
+    steps = _steps(options, datasets)
+    for dataset, size in zip(datasets, _sizes(options), strict=True):
+        _plan(options, dataset, size, range(steps * options.recipe.schedule.epochs), ranks)
+    Trainer(
+        options.recipe,
+        len(datasets[0].manifest.classes),
+        steps,
+        torch.device("meta"),
+        Ranks(ranks.rank, ranks.size),
+        accumulate=options.accumulate or 1,
+        precision=options.precision,
+        resumes=resumes,
+    )
 
 
 def _follow(store: Store, announced: dict[str, Any]) -> tuple[Run, Snapshot | None]:
@@ -158,21 +209,19 @@ def _be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _go_back(run: Run, error: NotFinite, deterministic: bool) -> WdsTrainError:
-    """What to raise after a loss that is not finite, which was not committed. On a GPU the next attempt, from the newest
+def _go_back(run: Run, error: NotFinite, deterministic: bool) -> tuple[WdsTrainError, str | None]:
+    """As `_judged`, after a loss that is not finite, which was not committed. On a GPU the next attempt, from the newest
     checkpoint, may round otherwise and pass; where the same arithmetic would only fail again, it is not tried.
     """
     _finish_commits(run)
     if not run.manifest.checkpoints or deterministic or not torch.cuda.is_available():
-        _give_up(run, "failed")
-        return error
+        return error, "failed"
     if run.manifest.rollbacks == ROLLBACKS:
-        _give_up(run, "failed")
-        return RunError(f"{error}; {ROLLBACKS} returns to a checkpoint did not help")
+        return RunError(f"{error}; {ROLLBACKS} returns to a checkpoint did not help"), "failed"
     done = run.manifest.rollbacks + 1
-    run.end("interrupted", rollbacks=done)
+    _give_up(run, "interrupted", rollbacks=done)
     newest = run.manifest.checkpoints[-1].progress.step
-    return Interrupted(f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})")
+    return Interrupted(f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})"), None
 
 
 def _finish_commits(run: Run) -> None:
@@ -181,17 +230,10 @@ def _finish_commits(run: Run) -> None:
         run.wait(LAST_SECONDS / 2)
 
 
-def _fail(run: Run, error: WdsTrainError) -> None:
-    """Mark the run as failed, if that is what `error` means. A store that does not answer takes no last word either."""
-    if not isinstance(error, Interrupted | Unavailable):
-        _finish_commits(run)
-        _give_up(run, "failed")
-
-
-def _give_up(run: Run, status: str) -> None:
+def _give_up(run: Run, status: str, **changes: Any) -> None:
     """Say in the manifest how it ended. If the store does not let us, the lease runs out by itself."""
     try:
-        run.end(status)
+        run.end(status, **changes)
     except (StoreError, Interrupted) as error:
         say(f"{run.store.url} could not be marked as {status}: {error}")
 
@@ -205,7 +247,8 @@ def _of_same_classes(other: Dataset, dataset: Dataset) -> Dataset:
     return other
 
 
-def _fresh_run(options: TrainOptions, dataset: Dataset, mixed: list[Dataset]) -> RunManifest:
+def _fresh_run(options: TrainOptions, datasets: list[Dataset]) -> RunManifest:
+    dataset, *mixed = datasets
     return RunManifest(
         run=name_of(options.run),
         recipe=options.recipe.to_dict(),
@@ -235,15 +278,15 @@ class _Session:
         *,
         cache: BlockCache | None,
         ranks: Ranks,
+        tracker: Tracker,
     ) -> None:
         recipe, dataset = options.recipe, datasets[0]
-        self._options, self._run, self._stop, self._ranks = options, run, stop, ranks
+        self._options, self._run, self._stop, self._ranks, self._tracker = options, run, stop, ranks, tracker
         self._classes = [[entry.id, entry.name] for entry in dataset.manifest.classes]
         run.max_uncommitted = options.max_uncommitted_minutes * 60
         start = snapshot.progress.step if snapshot else 0
         val_split, data = dataset.split("val"), recipe.data
-        sizes = shares(recipe.batch, [share for _, share in options.mix], data.repeats)
-        steps = dataset.manifest.split("train").samples // sizes[0]
+        steps = _steps(options, datasets)
         self._total = recipe.schedule.epochs * steps
         self._val_samples = len(val_split)
         loaders = [
@@ -255,7 +298,7 @@ class _Session:
                 cache=cache if each is dataset else None,
                 ranks=ranks,
             )
-            for each, size in zip(datasets, sizes, strict=True)
+            for each, size in zip(datasets, _sizes(options), strict=True)
         ]
         self._loader = Mixture(loaders, recipe.seed) if len(loaders) > 1 else loaders[0]
         val_plan = EvalPlan(len(val_split), min(recipe.batch, EVAL_BATCH), ranks.rank, ranks.size)
@@ -264,6 +307,10 @@ class _Session:
             self._loader.start()
         self._val_loader.start()
         run.start_renewing()
+        stop.doing = "the training"
+        if ranks.leads:
+            tracker.start()
+            run.history()  # which names what is damaged
         ranks.connect()
         classes = len(dataset.manifest.classes)
         self._trainer = Trainer(
@@ -288,11 +335,11 @@ class _Session:
             self._trainer.restore(snapshot)
             self._say(f"resuming at step {start} of {self._total} (epoch {start / steps:.2f})")
 
-    def run_to_end(self) -> dict[str, float]:
-        leads = self._ranks.leads
-        tracker = Tracker(self._run.manifest, home())
-        with SpotWatch() as self._spot, tracker if leads else contextlib.nullcontext(tracker) as self._tracker:
-            self._progress = Progress(self._total, self._trainer.progress.step, self._options.recipe.batch, shown=leads)
+    def run_to_end(self) -> None:
+        with SpotWatch(self._stop) as self._spot:
+            self._progress = Progress(
+                self._total, self._trainer.progress.step, self._options.recipe.batch, shown=self._ranks.leads
+            )
             try:
                 self._train()
             except _Stopped:
@@ -300,14 +347,13 @@ class _Session:
             finally:
                 self._progress.close()
             while not self._run.wait(0.2):
-                if self._stopped_by():
+                if self._stop.cause:
                     self._interrupt()
             self._run.end("done")
-            where = self._tracker.where
-        if leads:
-            _close(self._run, self._run.manifest.result, self._options, where)
-        self._ranks.total(1)  # all leave together: a rank that leaves earlier looks like one that was lost
-        return self._run.manifest.result
+            self._stop.code = 0
+            self._stop.doing = "another rank"
+            self._ranks.total(1)  # all leave together: a rank that leaves earlier looks like one that was lost
+            self._stop.doing = "what comes after the run"
 
     def _train(self) -> None:
         trainer, epoch_steps = self._trainer, self._trainer.steps_per_epoch
@@ -337,13 +383,10 @@ class _Session:
             )
         old = time.monotonic() - self._saved_at >= self._options.commit_minutes * 60
         due = self._ranks.leads and old and not self._run.busy
-        stopped, commits = self._ranks.total(self._stopped_by() is not None, due)
+        stopped, commits = self._ranks.total(self._stop.cause is not None, due)
         if stopped:
             raise _Stopped
         return commits > 0
-
-    def _stopped_by(self) -> str | None:
-        return "the spot notice" if self._spot.notice is not None else self._stop.signal
 
     def _say(self, message: str) -> None:
         if self._ranks.leads:
@@ -432,38 +475,64 @@ class _Session:
 
     def _interrupt(self) -> None:
         """Commit, unless this very state is committed or on its way, and leave; unless it was the last that was missing."""
-        end = min(time.monotonic() + GRACE_SECONDS, self._spot.notice or float("inf"))
+        self._stop.ask("another rank")
+        self._stop.doing = f"the last commit to {self._run.store.url}"
         progress = self._trainer.progress
         if (progress.step, progress.evaluated) != (self._saved.step, self._saved.evaluated):
             self._trainer.epoch_loss()
             self._commit({}, status="interrupted")
-        stopped = f"stopped by {self._stopped_by() or 'another rank'} at step {progress.step} of {self._total}"
-        committed = self._run.wait(end - time.monotonic())
+        committed = self._run.wait(self._stop.left - LAST_MOMENT)
+        if self._run.manifest.status == "done":
+            return
         if committed:
-            self._run.end("interrupted")
+            _give_up(self._run, "interrupted")
+        self._stop.doing = "another rank"
         self._ranks.total(1)  # the others wait for the leader's commit; the first that leaves ends them all
-        if not committed:
-            raise Interrupted(
-                f"{stopped}, whose state could not be committed in time; the same command goes on from the newest "
-                f"checkpoint of {self._run.store.url}"
-            )
-        raise Interrupted(f"{stopped}, state committed to {self._run.store.url}; the same command goes on from there")
+        raise Interrupted(f"stopped by {self._stop.cause} {self._outcome(committed)}")
+
+    def _outcome(self, committed: bool) -> str:
+        """Where the training was, what became of its state, and what the same command will do."""
+        step, where = self._trainer.progress.step, self._run.store.url
+        if not step:
+            return f"before the first of {self._total} steps; the same command begins anew"
+        at = f"at step {step} of {self._total}"
+        if committed:
+            return f"{at}, state committed to {where}; the same command goes on from there"
+        return (
+            f"{at}, whose state could not be committed in time; the same command goes on from the newest checkpoint of "
+            f"{where}"
+        )
+
+
+def _sizes(options: TrainOptions) -> list[int]:
+    """How many images of every batch each dataset gives."""
+    return shares(options.recipe.batch, [share for _, share in options.mix], options.recipe.data.repeats)
+
+
+def _steps(options: TrainOptions, datasets: list[Dataset]) -> int:
+    """Of an epoch, which is the first dataset's."""
+    return datasets[0].manifest.split("train").samples // _sizes(options)[0]
+
+
+def _plan(
+    options: TrainOptions, dataset: Dataset, size: int, steps: range, ranks: Ranks
+) -> tuple[TrainPlan, TrainTransform]:
+    """What `size` images of every batch are read from `dataset` by, for `steps` at least."""
+    recipe, shards = options.recipe, dataset.manifest.split("train").shards
+    repeats, shard_samples = recipe.data.repeats, tuple(shard.samples for shard in shards)
+    samples = size // repeats
+    per_pass = max(1, sum(shard_samples) // samples)  # a split of less than a batch is TrainPlan's to refuse
+    passes = range(-(-steps.stop // per_pass))
+    place = {"rank": ranks.rank, "world": ranks.size, "from_step": steps.start}
+    plan = TrainPlan(shard_samples, dataset.fingerprint, recipe.seed, samples, passes, repeats=repeats, **place)
+    return plan, TrainTransform(recipe, steps_per_epoch=steps.stop // recipe.schedule.epochs)
 
 
 def _loader(
     options: TrainOptions, dataset: Dataset, size: int, steps: range, *, cache: BlockCache | None, ranks: Ranks
 ) -> Loader:
-    """`size` images of every batch from `dataset`, for `steps` at least."""
-    recipe, split = options.recipe, dataset.split("train")
-    repeats = recipe.data.repeats
-    samples = size // repeats
-    per_pass = max(1, len(split) // samples)  # a split of less than a batch is TrainPlan's to refuse
-    passes = range(-(-steps.stop // per_pass))
-    place = {"rank": ranks.rank, "world": ranks.size, "from_step": steps.start}
-    plan = TrainPlan(split.shard_samples, dataset.fingerprint, recipe.seed, samples, passes, repeats=repeats, **place)
-    transform = TrainTransform(recipe, steps_per_epoch=steps.stop // recipe.schedule.epochs)
-    workers = options.workers and max(1, round(options.workers * size / recipe.batch))
-    return Loader(split, plan, transform, workers, cache)
+    workers = options.workers and max(1, round(options.workers * size / options.recipe.batch))
+    return Loader(dataset.split("train"), *_plan(options, dataset, size, steps, ranks), workers, cache)
 
 
 class _Stopped(Exception):
@@ -481,12 +550,15 @@ def _introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ra
     )
 
 
-def _close(run: Run, result: dict[str, float], options: TrainOptions, wandb_at: str | None) -> None:
+def _close(run: Run, options: TrainOptions, wandb_at: str | None) -> None:
     """Say how it went, where things are, and what to type next."""
-    picture = _picture(run, options)
+    result = run.manifest.result
     say(f"top-1 {result['val/top1']:.2f} % raw, {result['val/top1_ema']:.2f} % EMA")
     say(f"state    {options.run}")
-    say(f"curves   {picture}")
+    try:
+        say(f"curves   {_picture(run, options)}")
+    except Exception as error:  # whatever it is: the run is done, and no restart would make it more so
+        say(f"curves   could not be drawn ({error}); the run is done all the same")
     if wandb_at:
         say(
             f"W&B      {wandb_at}"
@@ -497,6 +569,8 @@ def _close(run: Run, result: dict[str, float], options: TrainOptions, wandb_at: 
 
 def _picture(run: Run, options: TrainOptions) -> Path:
     """Two runs of one name in different stores get different folders."""
+    from wds_train.report import draw_curves  # a plotting library that cannot start must not keep a training from it
+
     place = f"{run.manifest.run}-{hashlib.sha256(options.run.encode()).hexdigest()[:6]}"
     path = home() / "runs" / place / "curves.png"
     draw_curves(run.history(), options.recipe, f"{options.run}: {run.manifest.recipe['name']}", path)

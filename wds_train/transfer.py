@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from wds_train.recipe import Recipe
 from wds_train.weights import Weights
 
 TIMM = "timm:"
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 def initialise(model: nn.Module, recipe: Recipe) -> str:
     """Give `model`, of `recipe.model`, the weights that `model.init` names; what to tell the user of it. A head for
-    another number of classes stays as it is; `UsageError` when anything else does not fit.
+    another number of classes stays as it is; `UsageError` when anything else does not fit. On the device "meta", no more
+    than that is found out.
     """
-    setting = recipe.model.init
-    source, _ = _load("model.init", setting)
+    setting, device = recipe.model.init, next(model.parameters()).device
+    source, _ = _load("model.init", setting, META if device == META else CPU)
     own, theirs = model.state_dict(), source.state_dict()
     head = [name for name in own.keys() | theirs.keys() if name.startswith(_heads(model))]
     left = head if any(_shape(own, name) != _shape(theirs, name) for name in head) else []
@@ -37,7 +40,9 @@ def initialise(model: nn.Module, recipe: Recipe) -> str:
             + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
             + ". Set model.name and its layer options as those weights have them"
         )
-    model.load_state_dict(own | {name: value for name, value in theirs.items() if name not in left})
+    model.load_state_dict(
+        own | {name: value for name, value in theirs.items() if name not in left}, assign=device == META
+    )
     if left:
         return f"the weights are {setting}'s, but for the head, which has other classes and starts at random"
     return f"the weights are {setting}'s, with the head"
@@ -48,13 +53,13 @@ class Teacher:
 
     def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:
         name = recipe.distill.teacher
-        model, (mean, std) = _load("distill.teacher", name)
+        model, (mean, std) = _load("distill.teacher", name, META if device == META else CPU)
         if model.num_classes != classes:
             raise UsageError(
                 f"distill.teacher = {name!r} knows {model.num_classes} classes, the dataset has {classes}; choose a teacher "
                 "that was trained on these classes"
             )
-        self.fingerprint = _fingerprint(model)
+        self.fingerprint = "" if device == META else _fingerprint(model)
         model = model.eval().requires_grad_(False)
         self._model = model.to(device).to(memory_format=memory_layout(device))
         # Images come normalised for the student, and the teacher may have learned with another mean and deviation.
@@ -68,13 +73,17 @@ class Teacher:
         return self._model(images * self._scale + self._shift).float()
 
 
-def _load(setting: str, source: str) -> tuple[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """The model that `source` names, with its weights, on the CPU; the mean and deviation that its images had."""
+def _load(
+    setting: str, source: str, device: torch.device
+) -> tuple[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """The model that `source` names, with its weights, on the CPU; the mean and deviation that its images had. On the
+    device "meta" the weights are fetched, and then let go.
+    """
     if not source.startswith(TIMM):
         weights = Weights.read(Path(source))
         recipe = weights.recipe
-        model = create_model(recipe.model, len(weights.classes), recipe.seed, torch.device("cpu"))
-        model.load_state_dict(weights.tensors)
+        model = create_model(recipe.model, len(weights.classes), recipe.seed, device)
+        model.load_state_dict(weights.tensors, assign=device == META)
         return model, (recipe.data.mean, recipe.data.std)
     name = source.removeprefix(TIMM)
     if not timm.is_model(name) or not timm.is_model_pretrained(name):
@@ -84,7 +93,9 @@ def _load(setting: str, source: str) -> tuple[nn.Module, tuple[tuple[float, ...]
             + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
     try:
-        model = timm.create_model(name, pretrained=True)
+        with device, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
+            model = timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever the hub's client and its HTTP library raise: it depends on their versions
         raise StoreError(
             f"{setting} = {source!r}: the weights could not be fetched ({type(error).__name__}: "
