@@ -199,6 +199,9 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the arithmetic"
     )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto: the GPUs, if there are any (default)"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the model: minutes at the start, faster then")
     parser.add_argument("--no-wait", action="store_true", help="fail at once when another instance holds the run")
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: bit-equal, more slowly")
@@ -216,13 +219,17 @@ def _train(args: argparse.Namespace) -> int:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from torch.cuda import device_count
 
-    from wds_train.distributed import launch
+    from wds_train.distributed import launch, refuse_unusable_gpu
     from wds_train.train import TrainOptions, train
+
+    cpu = args.device == "cpu"
+    if not cpu:
+        refuse_unusable_gpu()
 
     dataset = _default_dataset(args) if args.dataset is None else _dataset_url(args.dataset, args.bucket)
     run = _run_url(args.recipe if args.run is None else args.run, args.bucket)
     mix = tuple((_dataset_url(each, args.bucket), share) for each, share in args.mix)
-    if "RANK" not in os.environ and (processes := args.processes or device_count()) > 1:
+    if "RANK" not in os.environ and (processes := args.processes or (1 if cpu else device_count())) > 1:
         return launch([*args.arguments, "--dataset", dataset, "--run", run], processes)
     options = TrainOptions(
         dataset,
@@ -240,6 +247,7 @@ def _train(args: argparse.Namespace) -> int:
         accumulate=args.accumulate,
         precision=args.precision,
         compile=args.compile,
+        cpu=cpu,
     )
     train(options, stop)
     return 0
