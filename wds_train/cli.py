@@ -102,7 +102,7 @@ def _order(args: argparse.Namespace) -> int:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from wds_train import bench, bench_loader, bench_train
+    from wds_train import bench, bench_gpu, bench_loader, bench_train
 
     benches = parser.add_subparsers(metavar="BENCH", required=True)
     decode = benches.add_parser("decode", help="decode, random resized crop and flip, on one core")
@@ -114,6 +114,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     train = benches.add_parser("train", help="training steps on one device, beside a plain loop over timm's parts")
     bench_train.add_arguments(train)
     train.set_defaults(run_command=bench_train.run)
+    gpu = benches.add_parser("gpu", help="all that needs a GPU: speed, memory, resume, accuracy; a table in the end")
+    bench_gpu.add_arguments(gpu)
+    gpu.set_defaults(run_command=bench_gpu.run)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

@@ -89,6 +89,8 @@ class Ranks:
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         with lost_ranks():
             backend, device = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+            if os.environ.get("WDS_BACKEND") == "gloo":  # NCCL takes no two ranks on one GPU, as `bench gpu` tries it
+                backend, device = "gloo", None
             dist.init_process_group(
                 backend, store=self._store, rank=self.rank, world_size=self.size, timeout=SILENCE, device_id=device
             )

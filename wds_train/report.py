@@ -72,15 +72,15 @@ def _finish_schedule(axes: Any, recipe: Recipe, until: float) -> None:
     right.set_ylabel("resolution, px", color="C0")
 
 
-def new_figure(width: float) -> Any:
-    """An empty matplotlib figure, `width` inches wide. `UsageError` without matplotlib, which only pictures need: it takes
+def new_figure(width: float, height: float = 3.6) -> Any:
+    """An empty matplotlib figure, in inches. `UsageError` without matplotlib, which only pictures need: it takes
     a second to import, and is not imported before.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(f"matplotlib, which draws the pictures, cannot be imported: {error}; install it") from error
-    return Figure(figsize=(width, 3.6), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Any, path: Path) -> None:
