@@ -54,6 +54,9 @@ COMPOSED = [
     "bench_pass",
     "bench_loader",
     "bench_train",
+    "bench_commit",
+    "bench_gpu_parts",
+    "bench_gpu",
     "cli",
 ]
 LAYERS = PURE + OUTSIDE + COMPOSED

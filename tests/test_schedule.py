@@ -115,3 +115,11 @@ def test_swa_is_the_plain_mean(every: int) -> None:
             average = decay * average + (1 - decay) * step
             given += [step] if step >= total / 2 else []
     assert average == pytest.approx(np.mean(given))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_a_flat_rate_before_the_way_down(kind: str) -> None:
+    schedule = ScheduleRecipe(kind=kind, epochs=10, warmup_epochs=1, flat=0.5)  # type: ignore[arg-type]
+    assert [lr_share(schedule, step, 1) for step in range(6)] == [0, 1, 1, 1, 1, 1]
+    plain = ScheduleRecipe(kind=kind, epochs=5, warmup_epochs=0)  # type: ignore[arg-type]
+    assert [lr_share(schedule, 5 + step, 1) for step in range(5)] == [lr_share(plain, step, 1) for step in range(5)]

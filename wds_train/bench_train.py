@@ -6,11 +6,11 @@ No loader: its rate is `wds-train bench loader`'s, and a training's records hold
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -21,9 +21,10 @@ from timm.optim import create_optimizer_v2
 from tqdm import tqdm
 
 from wds_train.engine import Trainer
-from wds_train.pipeline import Batch
+from wds_train.pipeline import Batch, on_device
 from wds_train.presets import preset
 from wds_train.recipe import Recipe, with_settings
+from wds_train.scoring import Precision, amp_dtype
 
 CLASSES = 1000
 STEPS_PER_EPOCH = 1000
@@ -59,19 +60,13 @@ def bench_train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for side in sizes:
-        ways = _ways(recipe, side, device, compiled=compiled)
-        for step in ways.values():
-            _seconds(step, WARM_UP, device)
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in tqdm(range(repeats), desc=f"{side} px", disable=None, leave=False):
-            for name, step in ways.items():
-                seconds[name].append(_seconds(step, steps, device))
-        for name, each in seconds.items():
-            rows.append({"size": side, "way": name, "img_s": recipe.batch * steps / statistics.median(each)})
+        ways: dict[str, Step] = {}
+        for compiles in (False, True)[: 1 + compiled]:
+            ways |= ways_of(recipe, side, device, compiled=compiles)
+        for name, rate in rates(ways, recipe.batch, steps, repeats, device).items():
+            rows.append({"size": side, "way": name, "img_s": rate})
     return {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "model": recipe.model.name,
         "batch": recipe.batch,
         "versions": {name: version(name) for name in ("torch", "timm")},
@@ -79,28 +74,62 @@ def bench_train(
     }
 
 
-def _ways(recipe: Recipe, side: int, device: torch.device, *, compiled: bool) -> dict[str, Step]:
-    ways: dict[str, Step] = {}
-    for suffix, compiles in [("", False), (", compiled", True)][: 1 + compiled]:
-        ways[f"wds-train{suffix}"] = _ours(recipe, side, device, compiled=compiles)
-        for layout, order in (("NHWC", torch.channels_last), ("NCHW", torch.contiguous_format)):
-            ways[f"timm's parts, {layout}{suffix}"] = _timms(recipe, side, device, order, compiled=compiles)
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def rates(ways: dict[str, Step], batch: int, steps: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Images per second of every way, each step being `batch` of them: medians over `repeats`, in which all take turns."""
+    for step in ways.values():
+        _seconds(step, WARM_UP, device)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in tqdm(range(repeats), disable=None, leave=False):
+        for name, step in ways.items():
+            seconds[name].append(_seconds(step, steps, device))
+    return {name: batch * steps / statistics.median(each) for name, each in seconds.items()}
+
+
+def ways_of(
+    recipe: Recipe, side: int, device: torch.device, *, compiled: bool, precision: Precision = "auto"
+) -> dict[str, Step]:
+    suffix = ", compiled" if compiled else ""
+    ways = {f"wds-train{suffix}": _ours(recipe, side, device, compiled=compiled, precision=precision)}
+    for layout, order in (("NHWC", torch.channels_last), ("NCHW", torch.contiguous_format)):
+        step = _timms(recipe, side, device, order, compiled=compiled, precision=precision)
+        ways[f"timm's parts, {layout}{suffix}"] = step
     return ways
 
 
-def _ours(recipe: Recipe, side: int, device: torch.device, *, compiled: bool) -> Step:
-    data = replace(recipe.data, size=side, start_size=0)
-    trainer = Trainer(replace(recipe, data=data), CLASSES, STEPS_PER_EPOCH, device, compile=compiled)
-    rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.integers(0, 256, (recipe.batch, side, side, 3), dtype=np.uint8))
-    labels = torch.from_numpy(rng.integers(0, CLASSES, recipe.batch))
+def random_batch(batch: int, side: int, device: torch.device) -> Batch:
+    """Of step 0, in memory that `device` copies from."""
+    rng, ids = np.random.default_rng(0), np.arange(batch)
+    images = torch.from_numpy(rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(0, CLASSES, batch))
     if device.type == "cuda":
-        images = images.pin_memory()
-    ids = np.arange(recipe.batch)
-    return lambda: trainer.step(Batch(trainer.progress.step, ids, ids, images, labels))
+        images, labels = images.pin_memory(), labels.pin_memory()
+    return Batch(0, ids, ids, images, labels)
 
 
-def _timms(recipe: Recipe, side: int, device: torch.device, layout: torch.memory_format, *, compiled: bool) -> Step:
+def _ours(recipe: Recipe, side: int, device: torch.device, *, compiled: bool, precision: Precision) -> Step:
+    data = replace(recipe.data, size=side, start_size=0)
+    trainer = Trainer(
+        replace(recipe, data=data), CLASSES, STEPS_PER_EPOCH, device, compile=compiled, precision=precision
+    )
+    given = random_batch(recipe.batch, side, device)
+    # As a training gets them: every batch copied anew from the host, beside the step before.
+    batches = on_device((replace(given, step=step) for step in itertools.count()), device)
+    return lambda: trainer.step(next(batches))
+
+
+def _timms(
+    recipe: Recipe,
+    side: int,
+    device: torch.device,
+    layout: torch.memory_format,
+    *,
+    compiled: bool,
+    precision: Precision,
+) -> Step:
     # The same layers as ours: blur-pool and the like are options of the model, not of the loop.
     model = Trainer(recipe, CLASSES, STEPS_PER_EPOCH, device).model.to(memory_format=layout).train()
     optimizer = create_optimizer_v2(model, opt=recipe.optimizer.name, lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -108,10 +137,11 @@ def _timms(recipe: Recipe, side: int, device: torch.device, layout: torch.memory
     labels = torch.randint(0, CLASSES, (recipe.batch,), device=device)
     loss_of = torch.nn.CrossEntropyLoss()
     forward = torch.compile(model) if compiled else model
+    amp = amp_dtype(device, precision)
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+        with torch.autocast(device.type, amp, enabled=amp is not None):
             loss = loss_of(forward(images), labels)
         loss.backward()
         optimizer.step()

@@ -126,7 +126,7 @@ def _order(args: argparse.Namespace) -> int:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from wds_train import bench, bench_loader, bench_train
+    from wds_train import bench, bench_gpu, bench_loader, bench_train
 
     benches = parser.add_subparsers(metavar="BENCH", required=True)
     decode = benches.add_parser("decode", help="decode, random resized crop and flip, on one core")
@@ -138,6 +138,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     train = benches.add_parser("train", help="training steps on one device, beside a plain loop over timm's parts")
     bench_train.add_arguments(train)
     train.set_defaults(run_command=bench_train.run)
+    gpu = benches.add_parser("gpu", help="all that needs a GPU: speed, memory, resume, accuracy; a table in the end")
+    bench_gpu.add_arguments(gpu)
+    gpu.set_defaults(run_command=bench_gpu.run)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +226,9 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the arithmetic"
     )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto: the GPUs, if there are any (default)"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the model: minutes at the start, faster then")
     parser.add_argument("--no-wait", action="store_true", help="fail at once when another instance holds the run")
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: bit-equal, more slowly")
@@ -240,13 +246,17 @@ def _train(args: argparse.Namespace) -> int:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from torch.cuda import device_count
 
-    from wds_train.distributed import launch
+    from wds_train.distributed import launch, refuse_unusable_gpu
     from wds_train.train import TrainOptions, train
+
+    cpu = args.device == "cpu"
+    if not cpu:
+        refuse_unusable_gpu()
 
     dataset = _default_dataset(args) if args.dataset is None else _dataset_url(args.dataset, args.bucket)
     run = _run_url(args.recipe if args.run is None else args.run, args.bucket)
     mix = tuple((_dataset_url(each, args.bucket), share) for each, share in args.mix)
-    if "RANK" not in os.environ and (processes := args.processes or device_count()) > 1:
+    if "RANK" not in os.environ and (processes := args.processes or (1 if cpu else device_count())) > 1:
         return launch([*args.arguments, "--dataset", dataset, "--run", run], processes)
     options = TrainOptions(
         dataset,
@@ -264,6 +274,7 @@ def _train(args: argparse.Namespace) -> int:
         accumulate=args.accumulate,
         precision=args.precision,
         compile=args.compile,
+        cpu=cpu,
     )
     train(options, stop)
     return 0

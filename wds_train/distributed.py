@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -31,21 +32,23 @@ PR_SET_PDEATHSIG = 1
 
 
 class Ranks:
-    """Process `rank` of `size`, `local` on this machine. One alone, or not connected, answers everything on the spot."""
+    """Process `rank` of `size`, `local` on this machine; with `cpu`, one that uses no GPU. One alone, or not connected,
+    answers everything on the spot.
+    """
 
-    def __init__(self, rank: int = 0, size: int = 1, local: int = 0) -> None:
-        self.rank, self.size, self.local = rank, size, local
+    def __init__(self, rank: int = 0, size: int = 1, local: int = 0, *, cpu: bool = False) -> None:
+        self.rank, self.size, self.local, self._cpu = rank, size, local, cpu
         self._store: dist.Store | None = None
         self._group: Any = None
 
     @classmethod
-    def of_environment(cls) -> Self:
+    def of_environment(cls, *, cpu: bool = False) -> Self:
         rank, size, local = (
             _variable(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
         if not 0 <= rank < size:
             raise UsageError(f"RANK = {rank} cannot work with WORLD_SIZE = {size}; start with torchrun")
-        return cls(rank, size, local)
+        return cls(rank, size, local, cpu=cpu)
 
     @property
     def leads(self) -> bool:
@@ -54,7 +57,7 @@ class Ranks:
     @property
     def device(self) -> torch.device:
         """This process's GPU; without GPUs, the CPU."""
-        if not torch.cuda.is_available():
+        if self._cpu or not torch.cuda.is_available():
             return torch.device("cpu")
         if self.local >= torch.cuda.device_count():
             raise UsageError(
@@ -85,7 +88,9 @@ class Ranks:
         # Of layers whose gradients DDP has to copy, a matter of microseconds: nothing that its reader could mend.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         with lost_ranks():
-            backend, device = ("nccl", self.device) if torch.cuda.is_available() else ("gloo", None)
+            backend, device = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+            if os.environ.get("WDS_BACKEND") == "gloo":  # NCCL takes no two ranks on one GPU, as `bench gpu` tries it
+                backend, device = "gloo", None
             dist.init_process_group(
                 backend, store=self._store, rank=self.rank, world_size=self.size, timeout=SILENCE, device_id=device
             )
@@ -139,6 +144,39 @@ def _variable(name: str, default: int) -> int:
     if not text.isdecimal():
         raise UsageError(f"{name} = {text!r} in the environment is not a whole number; torchrun sets it, or unset it")
     return int(text)
+
+
+def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
+    """`UsageError` when this machine has an NVIDIA GPU that PyTorch cannot use: the training would go on unseen on the CPU,
+    which takes a hundred times as long.
+    """
+    driver = _nvidia_driver()
+    if torch.cuda.is_available() or not (driver or any(dev.glob("nvidia[0-9]*"))):
+        return
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs alone"
+    try:
+        torch.zeros(1, device="cuda")
+    except (RuntimeError, AssertionError) as error:  # the latter of a build for CPUs
+        reason = str(error).strip().split(". ")[0].splitlines()[0]
+    else:
+        return
+    remedy = (
+        "update the driver, or install a PyTorch for an older CUDA" if torch.version.cuda else "install one for CUDA"
+    )
+    raise UsageError(
+        f"this machine has a GPU (driver {driver or 'unknown'}) that PyTorch {torch.__version__}, {built}, cannot use: "
+        f"{reason}; {remedy} (https://pytorch.org/get-started/locally), or give --device cpu to train on the CPU"
+    )
+
+
+def _nvidia_driver() -> str:
+    """The version that `nvidia-smi` names; empty without it, or where it finds no GPU."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return (done.stdout.splitlines() or [""])[0].strip()
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from wds_train.state import Progress
 from wds_train.transfer import Teacher, initialise
 
 COMPILER = "inductor"  # of torch.compile
+# Of an optimizer's groups: its weights, and how the device at hand computes, which is not for the next one to repeat.
+_OF_THE_DEVICE = ("params", "fused", "foreach")
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Trainer:
     resumes: bool = False
 
     def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            _tune_cuda()
         self._mix = Mixing(self.recipe, self.classes, self.device, self.ranks.rank, self.ranks.size)
         if not 1 <= self.accumulate <= self.samples:
             raise UsageError(
@@ -223,7 +227,7 @@ class Trainer:
         }
         # The groups too: timm's LAMB counts its steps there, and would repeat its bias correction after a resume.
         for i, group in enumerate(optimizer["param_groups"]):
-            entries |= {f"group/{i}/{name}": value for name, value in group.items() if name != "params"}
+            entries |= {f"group/{i}/{name}": value for name, value in group.items() if name not in _OF_THE_DEVICE}
         # A copy of each on its own: safetensors refuses views and shared storage, and the training goes on writing.
         tensors = {name: _on_host(value) for name, value in entries.items() if torch.is_tensor(value)}
         if self.device.type == "cuda":
@@ -268,8 +272,16 @@ class Trainer:
                 value = torch.empty_like(like).copy_(value)  # noqa: PLW2901
             state.setdefault(int(index), {})[slot] = value
         groups = self.optimizer.state_dict()["param_groups"]
-        groups = [group | section(entries, f"group/{index}/") for index, group in enumerate(groups)]
+        groups = [group | _saved_group(entries, index) for index, group in enumerate(groups)]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _tune_cuda() -> None:
+    """cuDNN tries its algorithms on every new size and keeps the fastest, which need not be the same the next time; TF32 for
+    what autocast leaves in float32.
+    """
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 @torch.no_grad()
@@ -279,3 +291,8 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     """
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor, non_blocking=True)
+
+
+def _saved_group(entries: dict[str, Any], index: int) -> dict[str, Any]:
+    saved = section(entries, f"group/{index}/")
+    return {name: value for name, value in saved.items() if name not in _OF_THE_DEVICE}  # older checkpoints hold them

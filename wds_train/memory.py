@@ -50,6 +50,10 @@ def _pass_over(trainer: Trainer, samples: int, side: int) -> None:
     weights = list(trainer.model.parameters())
     # Room for what the optimizer will hold, which comes into being with the first step: two copies, as Adam's.
     reserved = [] if trainer.optimizer.state else [torch.empty_like(weight) for weight in weights for _ in range(2)]
+    # And for the pixels of the whole batch, and of the next one, which is copied ahead.
+    pixels = trainer.samples * side * side * 3
+    reserved += [torch.empty(pixels, device=trainer.device)]
+    reserved += [torch.empty(2 * pixels, dtype=torch.uint8, device=trainer.device)]
     images = torch.zeros(samples, side, side, 3, dtype=torch.uint8)
     labels = torch.zeros(samples, dtype=torch.int64, device=trainer.device)
     trainer.loss(trainer.model, trainer.normalised(images), labels).backward()

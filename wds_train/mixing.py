@@ -10,7 +10,7 @@ from timm.data.random_erasing import RandomErasing
 
 from wds_train.errors import UsageError
 from wds_train.order import mix_groups
-from wds_train.randomness import derived_randomness
+from wds_train.randomness import generators_kept, point_generators
 from wds_train.recipe import Recipe
 
 
@@ -46,8 +46,9 @@ class Mixing:
             return images, labels
         targets = []
         parts = zip(images.split(self._size), labels.split(self._size), strict=True)
-        for number, (part, target) in enumerate(parts, start=self._first):
-            with derived_randomness(self._device, self._seed, step, "group", number):
+        with generators_kept(self._device):
+            for number, (part, target) in enumerate(parts, start=self._first):
+                point_generators(self._device, self._seed, step, "group", number)
                 if self._erase is not None:
                     self._erase(part)
                 targets.append(self._mixup(part, target)[1] if self._mixup is not None else target)

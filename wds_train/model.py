@@ -1,15 +1,17 @@
 """What is trained: a timm model, its optimizer and its EMA, built so that a recipe and a seed decide every weight."""
 
 import difflib
+from typing import Any
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.utils import ModelEmaV2
 from torch import nn
+from torch.optim import SGD, Adam, AdamW
 
 from wds_train.errors import UsageError
-from wds_train.randomness import seed_torch
+from wds_train.order import key
 from wds_train.recipe import EmaRecipe, ModelRecipe, Recipe
 
 # Second derivatives; lists of factors and a generator of its own.
@@ -17,8 +19,9 @@ _NOT_RESUMABLE = ("adahessian", "kron")
 
 
 def memory_layout(device: torch.device) -> torch.memory_format:
-    """channels_last on a GPU: 1.47 x the speed on an RTX 3090 (timm's results/benchmark-train-amp-nhwc). On a CPU it is
-    slower: 383 ms against 348 ms for ResNet50, forward and backward over 64 images of 32 px, 2 threads.
+    """channels_last on a GPU: 1.47 x the speed on an RTX 3090 (timm's results/benchmark-train-amp-nhwc). Not on a CPU, where
+    it is faster here and slower there (docs/benchmarks.md): a choice by measurement would differ from one start of a run
+    to the next, and its bits with it.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
@@ -38,7 +41,7 @@ def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.dev
         arguments["aa_layer"] = getattr(timm.layers, arguments["aa_layer"])
     if recipe.drop_path:
         arguments["drop_path_rate"] = recipe.drop_path
-    seed_torch(seed, "init")
+    torch.default_generator.manual_seed(key(seed, "init") % (1 << 63))  # the CPU's, where the weights are drawn
     try:
         with torch.device("meta" if device.type == "meta" else "cpu"):
             model = timm.create_model(recipe.name, num_classes=classes, **arguments)
@@ -77,10 +80,23 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         raise UsageError(cause + _near(wanted.name, usable))
     try:
         return create_optimizer_v2(
-            model, opt=wanted.name, lr=recipe.peak_lr, weight_decay=wanted.weight_decay, momentum=wanted.momentum
+            model,
+            opt=wanted.name,
+            lr=recipe.peak_lr,
+            weight_decay=wanted.weight_decay,
+            momentum=wanted.momentum,
+            **_implementation(wanted.name, next(model.parameters()).device),
         )
     except (ValueError, AssertionError) as error:
         raise UsageError(f"timm's optimizer {wanted.name!r} cannot be used here: {error}") from error
+
+
+def _implementation(name: str, device: torch.device) -> dict[str, Any]:
+    """On a GPU, one kernel for all weights where torch has it, which also lets fp16 skip a step without asking the GPU;
+    timm's own optimizers choose their multi-tensor forms themselves. CPUs keep what they had, to the last bit.
+    """
+    fused = device.type == "cuda" and get_optimizer_class(name, bind_defaults=False) in (SGD, Adam, AdamW)
+    return {"fused": True} if fused else {}
 
 
 def _near(name: str, known: list[str]) -> str:
@@ -102,5 +118,5 @@ class Ema(ModelEmaV2):
     def update(self, model: nn.Module) -> None:
         """average += (1 - decay) * (weight - average); BatchNorm's step counters are copied, not averaged."""
         torch._foreach_lerp_([a for a, _ in self._floats], [w for _, w in self._floats], 1 - self.decay)
-        for average, counter in self._counters:
-            average.copy_(counter)
+        if self._counters:  # torch takes no empty list
+            torch._foreach_copy_([average for average, _ in self._counters], [counter for _, counter in self._counters])

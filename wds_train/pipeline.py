@@ -10,7 +10,7 @@
 
 and in the trainer's process:
 
-    merge                  the parts of one step, of all workers, copied in lane order (into pinned memory, with a GPU): Batch
+    merge                  the parts of one step, of all workers, copied in lane order (into pinned memory, for a GPU): Batch
 
 The stages are a `webdataset.DataPipeline` behind `webdataset.WebLoader`. Nothing is consumed that a state would have
 to hold: a loader starts at any step, and its batches are the same for every number of ranks and workers.
@@ -493,18 +493,46 @@ def _as_it_is(decoded: Decoded | WdsTrainError) -> Decoded | WdsTrainError:
     return decoded
 
 
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """Memory for uint8 images: pinned, with a GPU; else NumPy's, which asks for huge pages: small ones, faulted in one by
-    one, make the copy of a batch take 4 times as long.
+def _empty(shape: tuple[int, ...], *, pinned: bool) -> torch.Tensor:
+    """Memory for uint8 images: pinned, for a GPU, from PyTorch's pool, which hands a freed piece out again once the copies
+    from it are done; else NumPy's, which asks for huge pages: small ones, faulted in one by one, make the copy of a batch
+    take 4 times as long.
     """
-    if torch.cuda.is_available():
+    if pinned:
         return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
     return torch.from_numpy(np.empty(shape, np.uint8))
 
 
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, with images and labels on `device`. On a GPU each is copied by a stream of its own, one ahead of the
+    batch that is worked on. The batches' memory should be pinned: the copies would wait for the GPU otherwise.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream, ahead = torch.cuda.Stream(device), deque[tuple[Batch, torch.cuda.Event]]()
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            images, labels = (each.to(device, non_blocking=True) for each in (batch.images, batch.labels))
+        ahead.append((replace(batch, images=images, labels=labels), stream.record_event()))
+        if len(ahead) > 1:
+            yield _arrived(*ahead.popleft())
+    while ahead:
+        yield _arrived(*ahead.popleft())
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """`batch`, for the current stream to use after the copy; its memory is not used anew before that stream is done."""
+    current = torch.cuda.current_stream(batch.images.device)
+    current.wait_event(copied)
+    for each in (batch.images, batch.labels):
+        each.record_stream(current)
+    return batch
+
+
 class Loader:
     """Batches of `plan`. With `workers` > 0 they are decoded in that many processes, kept for every iteration. A batch
-    of a `TrainPlan` is merged from all workers' parts of the step.
+    of a `TrainPlan` is merged from all workers' parts of the step; with `pinned`, in memory that a GPU copies from.
     """
 
     def __init__(
@@ -514,6 +542,8 @@ class Loader:
         transform: Transform | None,
         workers: int,
         cache: BlockCache | None = None,
+        *,
+        pinned: bool = False,
     ) -> None:
         if isinstance(plan, TrainPlan):
             workers = min(workers, len(plan.lanes(0, 1)))
@@ -531,6 +561,7 @@ class Loader:
             multiprocessing_context="fork" if workers else None,
             worker_init_fn=_init_worker,
         )
+        self._pinned = pinned
         self._begun: Iterator[Decoded | WdsTrainError] | None = None
         self._store = split.store
 
@@ -572,16 +603,17 @@ class Loader:
         """The workers' parts of one step as one batch; they hold ascending lanes, so their order is the lanes'."""
         assert len({each.part.step for each in decoded}) == 1, f"workers out of step: {[d.part.step for d in decoded]}"
         ids, side = np.concatenate([each.part.ids for each in decoded]), decoded[0].side
-        images = _empty((len(ids), side, side, 3))
+        images = _empty((len(ids), side, side, 3), pinned=self._pinned)
         slots = [self._slots(each.worker, each.slot, len(each.part.ids), side) for each in decoded]
         # torch.cat would wake a pool of threads, which take the workers' cores.
         np.concatenate(slots, out=images.numpy())
+        labels = torch.from_numpy(np.concatenate([each.labels for each in decoded]))
         return Batch(
             decoded[0].part.step,
             np.concatenate([each.part.positions for each in decoded]),
             ids,
             images,
-            torch.from_numpy(np.concatenate([each.labels for each in decoded])),
+            labels.pin_memory() if self._pinned else labels,
             [lost for each in decoded for lost in each.lost],
         )
 
@@ -593,8 +625,8 @@ class Mixture:
     integer. `seed` decides how a batch is interleaved, because mixup pairs samples by their place.
     """
 
-    def __init__(self, loaders: "list[Loader]", seed: int) -> None:
-        self._loaders, self._seed = loaders, seed
+    def __init__(self, loaders: "list[Loader]", seed: int, *, pinned: bool = False) -> None:
+        self._loaders, self._seed, self._pinned = loaders, seed, pinned
 
     @property
     def fallbacks(self) -> int:
@@ -613,8 +645,8 @@ class Mixture:
     def _interleave(self, parts: tuple[Batch, ...]) -> Batch:
         step, sizes = parts[0].step, [len(part.ids) for part in parts]
         places = np.split(permutation(sum(sizes), self._seed, "mixture", step), np.cumsum(sizes)[:-1])
-        images = _empty((sum(sizes), *parts[0].images.shape[1:]))
-        labels = torch.empty(sum(sizes), dtype=torch.int64)
+        images = _empty((sum(sizes), *parts[0].images.shape[1:]), pinned=self._pinned)
+        labels = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=self._pinned)
         positions, ids = np.empty(sum(sizes), np.int64), np.empty(sum(sizes), np.int64)
         for part, place in zip(parts, places, strict=True):
             images[place], labels[place] = part.images, part.labels

@@ -10,9 +10,18 @@ import torch
 from wds_train.order import key
 
 
-def seed_torch(*parts: str | int) -> None:
-    """Point torch's generators at `parts`. Layers such as dropout draw from them and take no generator of their own."""
-    torch.manual_seed(key(*parts) % (1 << 63))
+def point_generators(device: torch.device, *parts: str | int) -> None:
+    """Point the global generators of Python, NumPy and torch, the CPU's and `device`'s, at `parts`. Layers such as dropout
+    draw from torch's, timm's Mixup from NumPy's, its RandomErasing from Python's and torch's.
+    """
+    bits = key(*parts)
+    random.seed(bits)
+    np.random.seed(bits % (1 << 32))
+    # torch.manual_seed would go through every backend, for a hundred times as long.
+    torch.default_generator.manual_seed(bits % (1 << 63))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(bits % (1 << 63))
 
 
 @contextmanager
@@ -29,11 +38,9 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def derived_randomness(device: torch.device, *parts: str | int) -> Iterator[None]:
-    """Within, every draw is a function of `parts`, so that a resumed run draws what the unbroken one drew: dropout's from
-    torch, those of timm's Mixup from NumPy, of its RandomErasing from Python and torch. Afterwards all are as before.
+    """Within, every draw is a function of `parts`, so that a resumed run draws what the unbroken one drew. Afterwards all
+    are as before.
     """
     with generators_kept(device):
-        seed_torch(*parts)
-        random.seed(key(*parts))
-        np.random.seed(key(*parts) % (1 << 32))
+        point_generators(device, *parts)
         yield

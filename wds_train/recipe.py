@@ -112,6 +112,8 @@ class ScheduleRecipe:
     warmup_prefix: bool = True
     """Whether the cosine begins when the warm-up ends; otherwise at step 0, hidden by the warm-up until then (timm's
     default)."""
+    flat: float = 0.0
+    """Share of the training, warm-up included, during which the peak is kept before `cosine` or `linear` come down."""
     final_lr: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     step_epochs: tuple[float, ...] = ()
@@ -214,6 +216,7 @@ class Recipe:
                 f"less than schedule.epochs ({schedule.epochs})",
             ),
             ("schedule.warmup_start", 0 <= schedule.warmup_start <= 1, "a share of the peak"),
+            ("schedule.flat", 0 <= schedule.flat < 1, "a share of the training"),
             ("schedule.final_lr", 0 <= schedule.final_lr <= 1, "a share of the peak"),
             ("schedule.step_epochs", list(schedule.step_epochs) == sorted(schedule.step_epochs), "ascending"),
             ("schedule.step_factor", 0 < schedule.step_factor <= 1, "in (0, 1]"),

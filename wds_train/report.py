@@ -4,9 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from wds_train.errors import UsageError
 from wds_train.recipe import Recipe
 from wds_train.schedule import image_side, lr_at
@@ -18,7 +15,7 @@ def draw_curves(history: list[dict[str, Any]], recipe: Recipe, title: str, path:
     """Loss, accuracy and learning rate over epochs, from a run's records, as a PNG at `path`; and the side of the
     training images, where it changes.
     """
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = new_figure(12)
     loss, accuracy, rate = figure.subplots(1, 3)
     steps = [record for record in history if "train/loss" in record]
     epochs = [record for record in history if "val/top1" in record]
@@ -38,17 +35,17 @@ def draw_curves(history: list[dict[str, Any]], recipe: Recipe, title: str, path:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_schedule(recipe: Recipe, path: Path) -> None:
     """Learning rate and resolution of a whole training, as a PNG at `path`."""
-    figure, epochs = Figure(figsize=(7, 3.6), layout="constrained"), recipe.schedule.epochs
+    figure, epochs = new_figure(7), recipe.schedule.epochs
     axes, points = figure.subplots(), [epochs * i / POINTS for i in range(POINTS)]
     axes.plot(points, [lr_at(recipe, epoch) for epoch in points], color="C3")
     _finish_schedule(axes, recipe, epochs)
     figure.suptitle(f"recipe {recipe.name}: {epochs} epochs of batches of {recipe.batch}")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _finish_schedule(axes: Any, recipe: Recipe, until: float) -> None:
@@ -75,11 +72,22 @@ def _finish_schedule(axes: Any, recipe: Recipe, until: float) -> None:
     right.set_ylabel("resolution, px", color="C0")
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """`UsageError` when `path` cannot be written."""
+def new_figure(width: float, height: float = 3.6) -> Any:
+    """An empty matplotlib figure, in inches. `UsageError` without matplotlib, which only pictures need: it takes
+    a second to import, and is not imported before.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(f"matplotlib, which draws the pictures, cannot be imported: {error}; install it") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Any, path: Path) -> None:
+    """As a PNG. `UsageError` when `path` cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        FigureCanvasAgg(figure).print_png(path)
+        figure.savefig(path, format="png")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 

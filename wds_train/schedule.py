@@ -9,8 +9,8 @@ SIZE_STEP = 32  # pixels: the stride of most models' last feature map
 
 def lr_share(schedule: ScheduleRecipe, step: int, steps_per_epoch: int) -> float:
     """The share of the peak learning rate at optimizer step `step` (from 0): a warm-up from `warmup_start` that reaches
-    1 at its end, then down to `final_lr` in half a cosine (Loshchilov & Hutter 2016, arXiv:1608.03983), in a straight
-    line, or by `step_factor` at each of `step_epochs`.
+    1 at its end, then, `flat` being over, down to `final_lr` in half a cosine (Loshchilov & Hutter 2016,
+    arXiv:1608.03983), in a straight line, or by `step_factor` at each of `step_epochs`.
     """
     epoch, warmup = step / steps_per_epoch, schedule.warmup_epochs
     if epoch < warmup:
@@ -20,8 +20,8 @@ def lr_share(schedule: ScheduleRecipe, step: int, steps_per_epoch: int) -> float
         return schedule.warmup_start + (1 - schedule.warmup_start) * risen
     if schedule.kind == "step":
         return math.prod(schedule.step_factor for after in schedule.step_epochs if epoch >= after)
-    begin = warmup if schedule.warmup_prefix else 0.0
-    progress = (epoch - begin) / (schedule.epochs - begin)
+    begin = max(warmup if schedule.warmup_prefix else 0.0, schedule.flat * schedule.epochs)
+    progress = max(0.0, epoch - begin) / (schedule.epochs - begin)
     fallen = progress if schedule.kind == "linear" else _half_cosine(progress)
     return 1 + (schedule.final_lr - 1) * fallen
 

@@ -38,7 +38,17 @@ from wds_train.errors import (
 )
 from wds_train.lease import read_run
 from wds_train.memory import fit_accumulation
-from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Mixture, TrainPlan, TrainTransform, shares
+from wds_train.pipeline import (
+    Batch,
+    EvalPlan,
+    EvalTransform,
+    Loader,
+    Mixture,
+    TrainPlan,
+    TrainTransform,
+    on_device,
+    shares,
+)
 from wds_train.recipe import Recipe
 from wds_train.scoring import EVAL_BATCH, Precision
 from wds_train.spot import SpotWatch, StopRequest
@@ -71,6 +81,8 @@ class TrainOptions:
     """Micro-batches per rank and step; None: as few as fit into the GPU's memory."""
     precision: Precision = "auto"
     compile: bool = False
+    cpu: bool = False
+    """Whether to leave the GPUs alone."""
 
     def __post_init__(self) -> None:
         name_of(self.run)
@@ -84,7 +96,7 @@ class TrainOptions:
 def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     """Train, or go on with, `options.run`; the final metrics. Raises `Interrupted` once asked to stop, state committed."""
     die_with_launcher()
-    ranks = Ranks.of_environment()
+    ranks = Ranks.of_environment(cpu=options.cpu)
     if options.deterministic:
         _be_deterministic()
     dataset = Dataset.open(options.dataset)
@@ -206,7 +218,6 @@ def _be_deterministic() -> None:
     """Only algorithms that give the same bits each time; on GPUs slower, on CPUs no other than the usual ones."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's condition, read when CUDA starts
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def _go_back(run: Run, error: NotFinite, deterministic: bool) -> tuple[WdsTrainError, str | None]:
@@ -265,6 +276,26 @@ def _fresh_run(options: TrainOptions, datasets: list[Dataset]) -> RunManifest:
     )
 
 
+@dataclass
+class Pace:
+    """Of the steps since the last record, which all ended with the GPU idle: a single step's time would hold the work of
+    those that the GPU was still doing, or none of its own.
+    """
+
+    steps: int = 0
+    waited: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, waited: float, worked: float) -> None:
+        self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + waited + worked
+
+    def drain(self, batch: int) -> dict[str, float]:
+        """Images a second, and the share of the time that was waited for data."""
+        timing = {"time/img_s": self.steps * batch / self.seconds, "time/data_wait": self.waited / self.seconds}
+        self.steps, self.waited, self.seconds = 0, 0.0, 0.0
+        return timing
+
+
 class _Session:
     """One process's work on a run, from its claim to its end or interruption."""
 
@@ -280,7 +311,7 @@ class _Session:
         ranks: Ranks,
         tracker: Tracker,
     ) -> None:
-        recipe, dataset = options.recipe, datasets[0]
+        recipe, dataset, on_gpu = options.recipe, datasets[0], ranks.device.type == "cuda"
         self._options, self._run, self._stop, self._ranks, self._tracker = options, run, stop, ranks, tracker
         self._classes = [[entry.id, entry.name] for entry in dataset.manifest.classes]
         run.max_uncommitted = options.max_uncommitted_minutes * 60
@@ -300,9 +331,10 @@ class _Session:
             )
             for each, size in zip(datasets, _sizes(options), strict=True)
         ]
-        self._loader = Mixture(loaders, recipe.seed) if len(loaders) > 1 else loaders[0]
+        self._loader = Mixture(loaders, recipe.seed, pinned=on_gpu) if len(loaders) > 1 else loaders[0]
         val_plan = EvalPlan(len(val_split), min(recipe.batch, EVAL_BATCH), ranks.rank, ranks.size)
-        self._val_loader = Loader(val_split, val_plan, EvalTransform(data.eval_size, data.eval_crop), options.workers)
+        seen = EvalTransform(data.eval_size, data.eval_crop)
+        self._val_loader = Loader(val_split, val_plan, seen, options.workers, pinned=on_gpu)
         if start < self._total:
             self._loader.start()
         self._val_loader.start()
@@ -324,7 +356,7 @@ class _Session:
             compile=options.compile,
             resumes=snapshot is not None,
         )
-        if options.accumulate is None and ranks.device.type == "cuda":  # a CPU's memory holds any batch it can work on
+        if options.accumulate is None and on_gpu:  # a CPU's memory holds any batch it can work on
             self._trainer.accumulate = round(ranks.largest(fit_accumulation(self._trainer)))
         self._say(_introduction(options, dataset, steps, ranks))
         for note in self._trainer.notes:
@@ -361,7 +393,8 @@ class _Session:
         self._saved_at = time.monotonic()
         self._rebalance_said = False
         self._commit_timing: dict[str, float] = {}
-        batches = self._timed(iter(self._loader))
+        self._pace = Pace()
+        batches = self._timed(on_device(self._loader, trainer.device))
         while trainer.progress.evaluated * epoch_steps < self._total:
             if self._look_up():
                 trainer.epoch_loss()
@@ -406,18 +439,17 @@ class _Session:
         with lost_ranks():
             loss = self._trainer.step(batch)
         done, shown = self._trainer.progress.step, None
+        record: dict[str, Any] = {}
         if self._logs(done):
             shown = self._ranks.total(loss.item())[0] / self._ranks.size
             self._trainer.epoch_loss()
-            spent = time.perf_counter() - start
             record = {"step": done, "epoch": done / self._trainer.steps_per_epoch, "train/loss": shown}
             record |= {"train/lr": self._trainer.lr(done - 1), "train/grad_norm": self._trainer.grad_norm.item()}
-            timing = {
-                "time/img_s": self._options.recipe.batch / (waited + spent),
-                "time/data_wait": waited / (waited + spent),
-            }
+        self._pace.add(waited, time.perf_counter() - start)
+        if record:
+            timing = self._pace.drain(self._options.recipe.batch) | self._drain_commit_timing()
             timing |= {"s3/fallbacks": self._loader.fallbacks} if self._loader.fallbacks else {}
-            self._tracker.log(record, timing | self._drain_commit_timing())
+            self._tracker.log(record, timing)
         self._progress.step(done, shown)
 
     def _logs(self, step: int) -> bool:
@@ -429,7 +461,7 @@ class _Session:
         trainer = self._trainer
         loss = trainer.epoch_loss()
         with lost_ranks():
-            metrics = trainer.evaluate(self._looking_up(self._val_loader), self._val_samples)
+            metrics = trainer.evaluate(self._looking_up(on_device(self._val_loader, trainer.device)), self._val_samples)
         lost = trainer.epoch_lost()
         trainer.evaluated()
         epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
@@ -449,7 +481,7 @@ class _Session:
         done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
         self._commit(metrics, **done)
 
-    def _looking_up(self, batches: Loader) -> Iterator[Batch]:
+    def _looking_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The ranks' numbers of batches differ by one: they look up together before those that all have."""
         shared = -(-self._val_samples // min(self._options.recipe.batch, EVAL_BATCH)) // self._ranks.size
         for number, batch in enumerate(batches):
@@ -532,7 +564,8 @@ def _loader(
     options: TrainOptions, dataset: Dataset, size: int, steps: range, *, cache: BlockCache | None, ranks: Ranks
 ) -> Loader:
     workers = options.workers and max(1, round(options.workers * size / options.recipe.batch))
-    return Loader(dataset.split("train"), *_plan(options, dataset, size, steps, ranks), workers, cache)
+    pinned = ranks.device.type == "cuda" and not options.mix
+    return Loader(dataset.split("train"), *_plan(options, dataset, size, steps, ranks), workers, cache, pinned=pinned)
 
 
 class _Stopped(Exception):
