@@ -8,7 +8,7 @@ import torch
 from test_engine import batch, recipe, trainer
 
 from wds_train.distributed import Ranks, refuse_unusable_gpu
-from wds_train.engine import Trainer
+from wds_train.engine import Trainer, refuse_nondeterministic
 from wds_train.errors import UsageError
 from wds_train.model import create_optimizer
 from wds_train.pipeline import Batch, on_device
@@ -113,3 +113,19 @@ def test_the_pace_is_that_of_all_steps_since_the_last_record() -> None:
     assert pace.drain(8) == {"time/img_s": 4.0, "time/data_wait": 0.125}
     pace.add(0.0, 2.0)
     assert pace.drain(8) == {"time/img_s": 4.0, "time/data_wait": 0.0}
+
+
+def test_what_has_no_deterministic_gradient_is_refused_before_the_first_step() -> None:
+    blurred = recipe("model.blur_pool=true", "data.eval_size=64", "data.size=64")
+    with pytest.raises(UsageError, match=r"--deterministic cannot work with model.blur_pool = True on a GPU"):
+        refuse_nondeterministic(blurred, torch.device("cuda"))
+    refuse_nondeterministic(blurred, torch.device("cpu"))
+    refuse_nondeterministic(recipe(), torch.device("cuda"))
+
+
+@needs_none
+def test_gpus_that_a_variable_hides_are_named_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UsageError, match=r"unset CUDA_VISIBLE_DEVICES \(now ''\)"):
+        refuse_unusable_gpu(tmp_path)

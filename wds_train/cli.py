@@ -244,7 +244,11 @@ def _train(args: argparse.Namespace) -> int:
     recipe = with_settings(preset(args.recipe), args.settings + init)  # before the imports: a typo answers at once
     # Growing images ask for other sizes all the time, which fragments the GPU's memory otherwise. Read by PyTorch's import.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    from torch.cuda import device_count
+    dataset = _default_dataset(args) if args.dataset is None else _dataset_url(args.dataset, args.bucket)
+    run = _run_url(args.recipe if args.run is None else args.run, args.bucket)
+    mix = tuple((_dataset_url(each, args.bucket), share) for each, share in args.mix)
+
+    from torch.cuda import device_count  # seconds, after what can be said without it
 
     from wds_train.distributed import launch, refuse_unusable_gpu
     from wds_train.train import TrainOptions, train
@@ -252,10 +256,6 @@ def _train(args: argparse.Namespace) -> int:
     cpu = args.device == "cpu"
     if not cpu:
         refuse_unusable_gpu()
-
-    dataset = _default_dataset(args) if args.dataset is None else _dataset_url(args.dataset, args.bucket)
-    run = _run_url(args.recipe if args.run is None else args.run, args.bucket)
-    mix = tuple((_dataset_url(each, args.bucket), share) for each, share in args.mix)
     if "RANK" not in os.environ and (processes := args.processes or (1 if cpu else device_count())) > 1:
         return launch([*args.arguments, "--dataset", dataset, "--run", run], processes)
     options = TrainOptions(

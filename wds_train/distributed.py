@@ -150,19 +150,22 @@ def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
     """`UsageError` when this machine has an NVIDIA GPU that PyTorch cannot use: the training would go on unseen on the CPU,
     which takes a hundred times as long.
     """
+    if torch.cuda.is_available():
+        return
     driver = _nvidia_driver()
-    if torch.cuda.is_available() or not (driver or any(dev.glob("nvidia[0-9]*"))):
+    if not (driver or any(dev.glob("nvidia[0-9]*"))):
         return
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs alone"
+    reason = "no more is known"
     try:
         torch.zeros(1, device="cuda")
     except (RuntimeError, AssertionError) as error:  # the latter of a build for CPUs
         reason = str(error).strip().split(". ")[0].splitlines()[0]
-    else:
-        return
     remedy = (
         "update the driver, or install a PyTorch for an older CUDA" if torch.version.cuda else "install one for CUDA"
     )
+    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        remedy = f"unset CUDA_VISIBLE_DEVICES (now {hidden!r}), {remedy}"
     raise UsageError(
         f"this machine has a GPU (driver {driver or 'unknown'}) that PyTorch {torch.__version__}, {built}, cannot use: "
         f"{reason}; {remedy} (https://pytorch.org/get-started/locally), or give --device cpu to train on the CPU"

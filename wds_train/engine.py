@@ -54,6 +54,8 @@ class Trainer:
     def __post_init__(self) -> None:
         if self.device.type == "cuda":
             _tune_cuda()
+        if torch.are_deterministic_algorithms_enabled():
+            refuse_nondeterministic(self.recipe, self.device)
         self._mix = Mixing(self.recipe, self.classes, self.device, self.ranks.rank, self.ranks.size)
         if not 1 <= self.accumulate <= self.samples:
             raise UsageError(
@@ -274,6 +276,15 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         groups = [group | _saved_group(entries, index) for index, group in enumerate(groups)]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def refuse_nondeterministic(recipe: Recipe, device: torch.device) -> None:
+    """`UsageError` for what PyTorch would only refuse in the midst of the first step."""
+    if recipe.model.blur_pool and device.type == "cuda":
+        raise UsageError(
+            "--deterministic cannot work with model.blur_pool = True on a GPU: PyTorch has no deterministic gradient of the "
+            "padding by reflection before it; leave out --deterministic, or --set model.blur_pool=false under another --run"
+        )
 
 
 def _tune_cuda() -> None:

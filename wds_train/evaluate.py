@@ -170,10 +170,11 @@ def _score(chosen: list[Weights], views: list[_View], split: SplitReader, batch:
         raise DataError(f"the split {split.name!r} of {split.store.url} has no samples")
     transforms = {view.transform for view in views}
     plan, workers = EvalPlan(len(split), batch), max(1, workers // len(transforms)) if workers else 0
-    loaders = {transform: Loader(split, plan, transform, workers) for transform in transforms}
+    pinned = torch.cuda.is_available()
+    loaders = {transform: Loader(split, plan, transform, workers, pinned=pinned) for transform in transforms}
     for loader in loaders.values():
         loader.start()  # before PyTorch has threads, which a fork does not survive
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if pinned else "cpu")
     members = [_Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     predicted, seen, lost = np.empty(len(split), np.int64), np.zeros(len(split), np.int64), []
