@@ -101,7 +101,7 @@ def shard_name(split: str, number: int, mark: str) -> str:
 
 @dataclass(frozen=True)
 class Begun:
-    """`.wip/plan.json`: a conversion that is under way, by whoever. `plan` as `Conversion.plan`; `mark` as in `ShardTask`;
+    """`.wip/plan.json`: a conversion that is under way, by whoever. `plan` as `Plan.settings`; `mark` as in `ShardTask`;
     `names` are the objects that it writes, `stale` those of others that it replaces.
     """
 
@@ -204,31 +204,36 @@ def _from_record(data: bytes, plan: str) -> ShardDone | None:
         return None
 
 
-class Conversion:
-    """One source on its way into one store. `plan` is what must be equal for two conversions to be the same."""
+class Plan:
+    """What a source becomes: `parts` are the rows of every shard, by split. Two conversions whose `settings` are equal are
+    the same, and make the same bytes; `digest` is their sha256.
+    """
 
-    def __init__(self, source: Source, store: Store, options: Options) -> None:
+    def __init__(self, source: Source, options: Options) -> None:
         if options.hold_out:
             if "train" not in source.splits or "val" in source.splits:
                 there = ", ".join(source.splits)
                 raise UsageError(f"{source.description} has {there}: nothing can be held out; leave --hold-out away")
             source = hold_out(source, options.hold_out)
-        self.source, self.store, self.options = source, store, options
+        self.source, self.options = source, options
         self.parts = {split: _cut(rows, split, options) for split, rows in source.splits.items()}
-        self.plan: dict[str, Any] = {
+        self.settings: dict[str, Any] = {
             "source": source.description,
             "seed": options.seed,
             "image_policy": options.policy.to_json(),
             "conversion": {"source_sha256": source.digest(), "shard_bytes": options.shard_bytes}
             | ({"hold_out": options.hold_out} if options.hold_out else {}),
         }
-        self.digest = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
-        self.mark = ""
-        self._replaces: str | None = None  # the tag of the manifest that ours takes the place of
+        self.digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
-    def windows(self, finished: set[tuple[str, int]]) -> Iterator[Iterable[ShardTask]]:
-        """The shards that are not `finished`, in groups: each must be done before the next is asked for, since a
-        stream's spool holds the images of one group at a time.
+    def names(self, mark: str) -> list[str]:
+        """Every object of the dataset but the manifest. `mark` as in `Begun`."""
+        shards = [shard_name(split, n, mark) for split, parts in self.parts.items() for n in range(len(parts))]
+        return [*shards, *(f"{split}/index{mark}.parquet" for split in self.parts), f"report{mark}.json"]
+
+    def windows(self, finished: set[tuple[str, int]]) -> Iterator[Iterable[tuple[str, int, pa.Table]]]:
+        """(split, number, rows) of the shards that are not `finished`, in groups: each must be done before the next is
+        asked for, since a stream's spool holds the images of one group at a time.
         """
         missing = [
             (split, number, ids)
@@ -238,14 +243,14 @@ class Conversion:
         ]
         stream = self.source.stream
         if stream is None:
-            yield (self._task(split, number, self._rows(split, ids)) for split, number, ids in missing)
+            yield ((split, number, self._rows(split, ids)) for split, number, ids in missing)
             return
         for split, group in _groups(missing, self._size, stream.spool.limit):
             stream.spool.clear()
             rows = stream.fetch(pa.concat_tables([self._rows(split, ids) for _, ids in group]), split)
             starts = np.cumsum([0] + [len(ids) for _, ids in group]).tolist()
             yield [  # take, not slice: a pickled slice carries the whole table
-                self._task(split, number, take(rows, range(start, start + len(ids))))
+                (split, number, take(rows, range(start, start + len(ids))))
                 for (number, ids), start in zip(group, starts[:-1], strict=True)
             ]
 
@@ -255,31 +260,46 @@ class Conversion:
     def _size(self, split: str, ids: np.ndarray) -> int:
         return int(to_numpy(self.source.splits[split]["length"])[ids].sum())
 
-    def _task(self, split: str, number: int, rows: pa.Table) -> ShardTask:
-        return ShardTask(self.store, self.digest, split, number, rows, self.options.policy, self.mark)
+
+class Conversion:
+    """A plan on its way into a store."""
+
+    def __init__(self, plan: Plan, store: Store) -> None:
+        self.plan, self.store = plan, store
+        self.mark = ""
+        self._replaces: str | None = None  # the tag of the manifest that ours takes the place of
+
+    def tasks(self, finished: set[tuple[str, int]]) -> Iterator[Iterator[ShardTask]]:
+        """The shards that are not `finished`, in the plan's windows."""
+        policy = self.plan.options.policy
+        for window in self.plan.windows(finished):
+            yield (
+                ShardTask(self.store, self.plan.digest, split, number, rows, policy, self.mark)
+                for split, number, rows in window
+            )
 
     def begin(self, *, overwrite: bool) -> list[ShardDone] | None:
         """What earlier runs finished; None when the dataset is complete. Refused when another one is there, or files of
         somebody else's under the names that would be written.
         """
         made = self._read_manifest()
-        if made is not None and self._settings(made) == self.plan:
+        if made is not None and self._settings(made) == self.plan.settings:
             return None
         if made is not None and not overwrite:
             raise self._other_settings(manifests.NAME, self._settings(made))
         while True:
             begun, tag = self._read_begun()
-            if begun is not None and begun.plan == self.plan:
+            if begun is not None and begun.plan == self.plan.settings:
                 self.mark = begun.mark
                 return self._finished()
             if begun is not None and not overwrite:
                 raise self._other_settings(PLAN, begun.plan)
             replaced = (made.objects() if made else set()) | ({*begun.names, *begun.stale} if begun else set())
-            self.mark = f".{self.digest[:8]}" if replaced else ""
-            mine = self._names()
+            self.mark = f".{self.plan.digest[:8]}" if replaced else ""
+            mine = self.plan.names(self.mark)
             if not replaced:
                 self._refuse_foreign(mine)
-            plan = Begun(self.plan, self.mark, mine, sorted(replaced - {*mine}))
+            plan = Begun(self.plan.settings, self.mark, mine, sorted(replaced - {*mine}))
             with contextlib.suppress(Conflict):  # another one began at this moment: look again
                 self.store.write(PLAN, plan.to_json(), **({"if_match": tag} if tag else {"if_absent": True}))
 
@@ -293,14 +313,14 @@ class Conversion:
     def finish(self, done: list[ShardDone]) -> DatasetManifest:
         """Write index, report and, when all of them are there, the manifest; then remove what it does not name."""
         splits = {}
-        for split in self.parts:
+        for split in self.plan.parts:
             mine = sorted((part for part in done if part.split == split), key=lambda part: part.number)
             table = pa.Table.from_batches([batch for part in mine for batch in part.index.to_batches()], SCHEMA)
             index = self._put(f"{split}/index{self.mark}.parquet", write_index(table))
             splits[split] = Split(tuple(part.shard for part in mine), index)
-        notes = self.source.notes + [note for part in done for note in part.notes]
+        notes = self.plan.source.notes + [note for part in done for note in part.notes]
         report = self._put(f"report{self.mark}.json", report_json(notes, sum(part.altered for part in done)))
-        made = DatasetManifest(self.source.classes, splits, report=report, **self.plan)
+        made = DatasetManifest(self.plan.source.classes, splits, report=report, **self.plan.settings)
         condition: dict[str, Any] = {"if_match": self._replaces} if self._replaces else {"if_absent": True}
         try:
             self.store.write(manifests.NAME, made.to_json(), **condition)
@@ -316,21 +336,16 @@ class Conversion:
         """Remove what the plan names, its own or what it replaced, and `made` does not; then the plan and its records.
         Nothing else is ours.
         """
-        for split in self.parts:
+        for split in self.plan.parts:
             self.store.abort_uploads(f"{split}/shard-")
         begun, _ = self._read_begun()
-        if begun is None or begun.plan != self.plan:  # another conversion's by now
+        if begun is None or begun.plan != self.plan.settings:  # another conversion's by now
             return
         stale = {*begun.names, *begun.stale} - made.objects()
         records = {entry.key for entry in self.store.list(WIP) if RECORD.fullmatch(entry.key)}
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(self.store.delete, stale | records))
         self.store.delete(PLAN)  # last: it names what there is to remove
-
-    def _names(self) -> list[str]:
-        """Every object of the dataset but the manifest."""
-        shards = [shard_name(split, n, self.mark) for split, parts in self.parts.items() for n in range(len(parts))]
-        return [*shards, *(f"{split}/index{self.mark}.parquet" for split in self.parts), f"report{self.mark}.json"]
 
     def _refuse_foreign(self, names: list[str]) -> None:
         folders = sorted({name.rpartition("/")[0] for name in names})
@@ -358,11 +373,11 @@ class Conversion:
 
     def _settings(self, made: DatasetManifest) -> dict[str, Any]:
         found = asdict(made)
-        return {name: found[name] for name in self.plan}
+        return {name: found[name] for name in self.plan.settings}
 
     def _other_settings(self, where: str, there: dict[str, Any]) -> UsageError:
         return UsageError(
-            f"{self.store.url}/{where} was begun with other settings: {_differences(there, self.plan)}; "
+            f"{self.store.url}/{where} was begun with other settings: {_differences(there, self.plan.settings)}; "
             "use the same ones, another destination, or --overwrite to replace it"
         )
 
@@ -372,7 +387,7 @@ class Conversion:
             return [done for done in pool.map(self._confirmed, records) if done]
 
     def _confirmed(self, record: str) -> ShardDone | None:
-        done = _from_record(self.store.read(record), self.digest)
+        done = _from_record(self.store.read(record), self.plan.digest)
         if done is None or done.shard.name != shard_name(done.split, done.number, self.mark):
             return None
         try:

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from shards.convert import Conversion
+from shards.convert import Plan
 from shards.images import check
 from shards.source import read_bytes, take
 from wds_train.errors import DataError
@@ -17,16 +17,16 @@ DOLLARS_PER_GB_MONTH = 0.023
 DOLLARS_PER_PUT = 0.005 / 1000
 
 
-def print_plan(conversion: Conversion, processes: int) -> None:
+def print_plan(plan: Plan, processes: int) -> None:
     """Shards, bytes, time and cost, from the rows and a few images that are tried out; nothing is written."""
-    ratio, seconds = _try_out(conversion)
+    ratio, seconds = _try_out(plan)
     total = shards = 0
-    for split, parts in conversion.parts.items():
-        rows = conversion.source.splits[split]
+    for split, parts in plan.parts.items():
+        rows = plan.source.splits[split]
         size = int(record_bytes((to_numpy(rows["length"]) * ratio).astype(np.int64)).sum())
         print(f"{split}: {rows.num_rows:,} samples, {len(parts)} shards, {size / 1e6:,.1f} MB")
         total, shards = total + size, shards + len(parts)
-    minutes = seconds * conversion.source.samples / processes / 60
+    minutes = seconds * plan.source.samples / processes / 60
     print(
         f"about {minutes:,.1f} minutes of work with {processes} processes, and the time to upload {total / 1e9:,.2f} GB"
     )
@@ -35,9 +35,9 @@ def print_plan(conversion: Conversion, processes: int) -> None:
     )
 
 
-def _try_out(conversion: Conversion) -> tuple[float, float]:
+def _try_out(plan: Plan) -> tuple[float, float]:
     """How much of an image's bytes is kept, and seconds per image, from a few images of the first split."""
-    rows = next(iter(conversion.source.splits.values()))
+    rows = next(iter(plan.source.splits.values()))
     chosen = take(rows, permutation(rows.num_rows, "dry run")[:SAMPLED]).to_pylist()
     began, before, after = time.perf_counter(), 0, 0
     for row in chosen:
@@ -45,7 +45,7 @@ def _try_out(conversion: Conversion) -> tuple[float, float]:
             continue
         data = read_bytes(row["path"], row["offset"], row["length"])
         try:
-            after += len(check(data, conversion.options.policy).data)
+            after += len(check(data, plan.options.policy).data)
             before += len(data)
         except DataError:
             continue

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shards.convert import Conversion, Options, ShardDone, run_tasks
+from shards.convert import Conversion, Options, Plan, ShardDone, run_tasks
 from shards.estimate import print_plan
 from shards.images import ImagePolicy
 from shards.index import index_in_place, write_dataset
@@ -90,13 +90,14 @@ def run(args: argparse.Namespace) -> int:
     with Spool(args.spool or home() / "spool", url, int(args.spool_gb * 1e9)) as spool:
         wanted = Wanted(args.image_column, args.label_column, args.reencode)
         source = open_source(args.source, spool, args.form, wanted)
-        conversion = Conversion(source, store, _options(args, source))
+        plan = Plan(source, _options(args, source))
         met = source.samples + sum(note.what == "left out" for note in source.notes)
         _judge(source.notes, met, args.max_bad)
-        _print_understood(conversion)
+        _print_understood(plan)
         if args.dry_run:
-            print_plan(conversion, args.processes)
+            print_plan(plan, args.processes)
             return 0
+        conversion = Conversion(plan, store)
         done = conversion.begin(overwrite=args.overwrite)
         if done is None:
             print(f"{store.url} is complete already: {_counts(conversion.complete())}")
@@ -111,9 +112,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_understood(conversion: Conversion) -> None:
+def _print_understood(plan: Plan) -> None:
     """What the source was taken for, before the work: a person sees at once when it is not what it is."""
-    source, share = conversion.source, conversion.options.hold_out
+    source, share = plan.source, plan.options.hold_out
     names = ", ".join(entry.name.partition(",")[0] for entry in source.classes[:SHOWN])
     counts = ", ".join(f"{split} {rows.num_rows:,}" for split, rows in source.splits.items())
     print(
@@ -150,16 +151,16 @@ def _options(args: argparse.Namespace, source: Source) -> Options:
 def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Namespace) -> list[ShardDone]:
     """All shards: those `done`, and the rest, made now."""
     finished = {(part.split, part.number) for part in done}
-    missing = sum(map(len, conversion.parts.values())) - len(finished)
+    missing = sum(map(len, conversion.plan.parts.values())) - len(finished)
     if finished:
         print(f"{len(finished)} of {len(finished) + missing} shards are finished already")
     try:
         with (
             opened(args.executor, min(args.processes, missing)) as (executor, at_once),
-            _Progress(conversion) as progress,
+            _Progress(conversion.plan.source.samples) as progress,
         ):
             progress.add(done)
-            for tasks in conversion.windows(finished):
+            for tasks in conversion.tasks(finished):
                 for part in run_tasks(executor, tasks, 2 * at_once):
                     done.append(part)
                     progress.add([part])
@@ -175,8 +176,8 @@ class _Progress:
 
     SECONDS = 30.0
 
-    def __init__(self, conversion: Conversion) -> None:
-        self._bar = tqdm(total=conversion.source.samples, unit="img", disable=not sys.stderr.isatty())
+    def __init__(self, images: int) -> None:
+        self._bar = tqdm(total=images, unit="img", disable=not sys.stderr.isatty())
         self._began = self._printed = time.monotonic()
         self._images = self._bytes = 0
 

@@ -136,7 +136,9 @@ def test_what_a_worker_holds_does_not_grow_with_the_dataset(digits: Dataset, mon
         store = Counted(Path(digits.store.url))
         split = replace(digits.split("train"), store=store)
         plan = TrainPlan(split.shard_samples[:shards], digits.fingerprint, 0, 1, range(1))
-        assert sum(len(part.ids) for part in plan.parts(Fetcher(split), 0, 1)) == sum(split.shard_samples[:shards])
+        assert sum(len(part.ids) for part in plan.parts(Fetcher(split)(plan.requests(0, 1)), 0, 1)) == sum(
+            split.shard_samples[:shards]
+        )
         assert store.held == 0
         peaks.append(store.peak)
     window = WINDOW * split.index.length.mean()

@@ -145,7 +145,7 @@ def test_the_s3_server_is_killed(
     monkeypatch.setenv("WDS_S3_PATIENCE", "1")
     url = "s3://embedded/datasets/x"
     for goal in (5, 30):
-        store = S3Store("embedded", "datasets/x")  # starts the server again
+        store = open_store("s3://embedded/datasets/x")  # starts the server again
         process = start(folder, url, "--shard-mb", SHARD_MB, "--processes", "2")
         while process.poll() is None and records(store) < goal:
             time.sleep(0.002)
@@ -154,7 +154,7 @@ def test_the_s3_server_is_killed(
         assert process.returncode == 1 and b"S3 server" in error, error
         assert b"Traceback" not in error
     assert run(folder, url, "--shard-mb", SHARD_MB) == 0
-    store = S3Store("embedded", "datasets/x")
+    store = open_store("s3://embedded/datasets/x")
     assert content(store) == unbroken
 
 

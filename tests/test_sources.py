@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from shards import huggingface, torchvision_source
-from shards.convert import Conversion, Options, make_shard
+from shards.convert import Conversion, Options, Plan, make_shard
 from shards.make_shards import main
 from shards.source import KEY_LENGTH, key_of, read_bytes
 from shards.sources import name_of, open_source
@@ -146,10 +146,12 @@ def test_a_stream_larger_than_the_spool_is_read_in_passes(tmp_path: Path, capsys
     with Spool(tmp_path / "spool", "x", limit) as spool:
         source = open_source(str(root), spool)
         assert source.stream is not None
-        conversion = Conversion(source, LocalStore(tmp_path / "passes"), Options(shard_bytes=int(0.01 * (1 << 20))))
+        conversion = Conversion(
+            Plan(source, Options(shard_bytes=int(0.01 * (1 << 20)))), LocalStore(tmp_path / "passes")
+        )
         done, windows = conversion.begin(overwrite=False), 0
         assert done == []
-        for window in conversion.windows(set()):
+        for window in conversion.tasks(set()):
             windows += 1
             assert 0 < (spool.folder / "images").stat().st_size <= limit + 1
             done += map(make_shard, window)
@@ -175,9 +177,9 @@ def test_hub_datasets_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     splits = datasets.load_dataset("parquet", data_files=files, streaming=True, cache_dir=str(tmp_path / "cache"))
     with Spool(tmp_path / "spool", "x") as spool:
         source = huggingface.from_iterable("some/id", splits, spool)
-        conversion = Conversion(source, LocalStore(tmp_path / "out"), Options())
+        conversion = Conversion(Plan(source, Options()), LocalStore(tmp_path / "out"))
         conversion.begin(overwrite=False)
-        conversion.finish([make_shard(task) for window in conversion.windows(set()) for task in window])
+        conversion.finish([make_shard(task) for window in conversion.tasks(set()) for task in window])
     assert samples(tmp_path / "out") == expected(tree)
     assert Dataset.open(str(tmp_path / "out")).manifest.source == "huggingface some/id"
 
@@ -639,6 +641,6 @@ def test_sources_change_under_the_conversion(folder: Path) -> None:
     with Spool(folder.parent, "x") as spool:
         assert open_source(str(folder), spool).digest() != before, "a file of the same size was replaced unseen"
     path.write_bytes(path.read_bytes()[:-5])
-    conversion = Conversion(source, LocalStore(folder.parent / "out"), Options())
+    conversion = Conversion(Plan(source, Options()), LocalStore(folder.parent / "out"))
     with pytest.raises(DataError, match=f"{path} ends at byte"):
-        [make_shard(task) for window in conversion.windows(set()) for task in window]
+        [make_shard(task) for window in conversion.tasks(set()) for task in window]

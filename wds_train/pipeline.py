@@ -3,7 +3,7 @@
     requests   (order.py)  for every lane of this worker, the windows that come next, in the order of the step that
                            first needs them: Request(step, epoch, lane, ids)
     fetch      (store.py)  ranged GETs of whole blocks by a few threads, a bounded number of bytes ahead; every
-                           sample's CRC is checked, a damaged one is fetched again: Window(request, records)
+                           sample's CRC is checked, a damaged one is fetched again: Fetched(request, records)
     assemble               step by step, the next samples of each lane: Part(step, places, ids, records)
     decode     (decode.py) crop, resize and flip straight into the worker's slot of shared memory, then the policies of
                            the recipe (policies.py), in place: Decoded
@@ -25,7 +25,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
@@ -109,22 +109,30 @@ class Decoded(NamedTuple):
     slot: int
 
 
-class Plan(Protocol):
-    """What one worker reads: its requests, and how they are cut into parts."""
-
-    def parts(
-        self, fetch: "Callable[[Iterable[Request]], Iterator[Window]]", worker: int, workers: int
-    ) -> Iterator[Part]: ...
-
-    def part_samples(self, workers: int) -> int:
-        """The most samples that a part of one of `workers` holds."""
-
-
-class Window(NamedTuple):
+class Fetched(NamedTuple):
     """A request and its samples' image bytes, in the request's order."""
 
     request: Request
     records: "list[memoryview | DataError]"
+
+
+class Plan(Protocol):
+    """What each of a rank's workers reads, and how it is cut into parts."""
+
+    def useful_workers(self, workers: int) -> int:
+        """How many of `workers` have something to read."""
+
+    def parts_per_batch(self, workers: int) -> int:
+        """How many parts, of as many workers, a batch is merged from."""
+
+    def part_samples(self, workers: int) -> int:
+        """The most samples that a part of one of `workers` holds."""
+
+    def requests(self, worker: int, workers: int) -> Iterator[Request]:
+        """What `worker` of `workers` reads, in the order of need."""
+
+    def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
+        """What its requests brought, cut into parts."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,12 @@ class TrainPlan:
             global_batch=self.global_batch,
         )
 
+    def useful_workers(self, workers: int) -> int:
+        return min(workers, len(self.lanes(0, 1)))
+
+    def parts_per_batch(self, workers: int) -> int:
+        return max(1, workers)
+
     def part_samples(self, workers: int) -> int:
         return len(self.lanes(0, workers)) * (self.global_batch // lane_count(self.global_batch)) * self.repeats
 
@@ -183,19 +197,20 @@ class TrainPlan:
         own = range(self.rank * lanes // self.world, (self.rank + 1) * lanes // self.world)
         return [int(lane) for lane in np.array_split(own, workers)[worker]]
 
-    def parts(
-        self, fetch: Callable[[Iterable[Request]], Iterator[Window]], worker: int, workers: int
-    ) -> Iterator[Part]:
+    def requests(self, worker: int, workers: int) -> Iterator[Request]:
+        lanes = self.lanes(worker, workers)
+        return heapq.merge(*(self._lane_requests(lane) for lane in lanes), key=lambda request: request[:2])
+
+    def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
         lanes = self.lanes(worker, workers)
         per_lane = self.global_batch // lane_count(self.global_batch)
         places = np.concatenate([np.arange(lane * per_lane, (lane + 1) * per_lane) for lane in lanes])
-        windows = fetch(self._requests(lanes))
         waiting: dict[int, deque[tuple[int, memoryview | DataError]]] = {lane: deque() for lane in lanes}
         for step in range(self.from_step, self.epochs.stop * self.steps_per_epoch):
             taken: list[tuple[int, memoryview | DataError]] = []
             for lane in lanes:
                 while len(waiting[lane]) < per_lane:  # requests come in the order of need, so the next one fills a lane
-                    request, records = next(windows)
+                    request, records = next(fetched)
                     waiting[request.lane].extend(zip(request.ids.tolist(), records, strict=True))
                     del records  # or the window stays in memory, all consumed, while the one after the next is read
                 taken += [waiting[lane].popleft() for _ in range(per_lane)]
@@ -203,9 +218,6 @@ class TrainPlan:
             ids = np.array([sample for sample, _ in taken], dtype=np.int64)
             part = Part(step, epoch, epoch_step * self.global_batch + places, ids, [record for _, record in taken])
             yield _repeated(part, self.repeats)
-
-    def _requests(self, lanes: list[int]) -> Iterator[Request]:
-        return heapq.merge(*(self._lane_requests(lane) for lane in lanes), key=lambda request: request[:2])
 
     def _lane_requests(self, lane: int) -> Iterator[Request]:
         for epoch in self.epochs:
@@ -237,15 +249,21 @@ class EvalPlan:
     rank: int = 0
     world: int = 1
 
+    def useful_workers(self, workers: int) -> int:
+        return workers
+
+    def parts_per_batch(self, workers: int) -> int:
+        return 1
+
     def part_samples(self, workers: int) -> int:
         return self.batch
 
-    def parts(
-        self, fetch: Callable[[Iterable[Request]], Iterator[Window]], worker: int, workers: int
-    ) -> Iterator[Part]:
-        own = range(self.rank, -(-self.samples // self.batch), self.world)[worker::workers]
-        requests = (Request(b, 0, 0, np.arange(b * self.batch, min((b + 1) * self.batch, self.samples))) for b in own)
-        for request, records in fetch(requests):
+    def requests(self, worker: int, workers: int) -> Iterator[Request]:
+        for b in range(self.rank, -(-self.samples // self.batch), self.world)[worker::workers]:
+            yield Request(b, 0, 0, np.arange(b * self.batch, min((b + 1) * self.batch, self.samples)))
+
+    def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
+        for request, records in fetched:
             yield Part(request.step, 0, request.ids, request.ids, records)
 
 
@@ -275,7 +293,7 @@ class Fetcher:
         self._split = split
         self._cache = cache
 
-    def __call__(self, requests: Iterable[Request]) -> Iterator[Window]:
+    def __call__(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         pool, memory = ThreadPoolExecutor(FETCH_THREADS), _Memory()
         pending: deque[tuple[Request, int, list[Future[dict[int, memoryview | DataError]]]]] = deque()
         ahead = 0
@@ -287,9 +305,9 @@ class Fetcher:
                 ahead += size
                 while ahead > AHEAD_BYTES and len(pending) > 1:
                     ahead -= pending[0][1]
-                    yield _window(*pending.popleft())
+                    yield _fetched(*pending.popleft())
             while pending:
-                yield _window(*pending.popleft())
+                yield _fetched(*pending.popleft())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -335,11 +353,11 @@ class Fetcher:
         return damage
 
 
-def _window(request: Request, _: int, runs: list[Future[dict[int, memoryview | DataError]]]) -> Window:
+def _fetched(request: Request, _: int, runs: list[Future[dict[int, memoryview | DataError]]]) -> Fetched:
     found: dict[int, memoryview | DataError] = {}
     for run in runs:
         found |= run.result()
-    return Window(request, [found[sample] for sample in request.ids.tolist()])
+    return Fetched(request, [found[sample] for sample in request.ids.tolist()])
 
 
 class Transform(Protocol):
@@ -429,9 +447,7 @@ class Decoder:
         self._transform = transform
         self._slots = slots
 
-    def __call__(self, parts: Iterable[Part]) -> Iterator[Decoded]:
-        info = torch.utils.data.get_worker_info()
-        worker = info.id if info else 0
+    def __call__(self, parts: Iterable[Part], worker: int) -> Iterator[Decoded]:
         for number, part in enumerate(parts):
             yield self._decode(part, worker, number % SLOTS)
 
@@ -460,16 +476,19 @@ class Decoder:
             self._transform.augment(epoch, position, out)
 
 
-class _Source:
-    """The first stages of the pipeline: picks this worker's share."""
+class _Stages:
+    """Requests, fetch, assemble and decode, of this very worker."""
 
-    def __init__(self, plan: Plan, fetch: Fetcher) -> None:
-        self._plan, self._fetch = plan, fetch
+    def __init__(self, plan: Plan, fetch: Fetcher, decode: Decoder) -> None:
+        self._plan, self._fetch, self._decode = plan, fetch, decode
 
-    def __call__(self) -> Iterator[Part]:
+    def __call__(self) -> Iterator[Decoded]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        return self._plan.parts(self._fetch, worker, workers)
+        requests = self._plan.requests(worker, workers)
+        fetched = self._fetch(requests)
+        parts = self._plan.parts(fetched, worker, workers)
+        return self._decode(parts, worker)
 
 
 def _init_worker(_: int) -> None:
@@ -538,20 +557,19 @@ class Loader:
     def __init__(
         self,
         split: SplitReader,
-        plan: TrainPlan | EvalPlan,
+        plan: Plan,
         transform: Transform | None,
         workers: int,
         cache: BlockCache | None = None,
         *,
         pinned: bool = False,
     ) -> None:
-        if isinstance(plan, TrainPlan):
-            workers = min(workers, len(plan.lanes(0, 1)))
-        self._parts_per_batch = max(1, workers) if isinstance(plan, TrainPlan) else 1
+        workers = plan.useful_workers(workers)
+        self._parts_per_batch = plan.parts_per_batch(workers)
         self._slots = Slots(workers, plan.part_samples(max(1, workers)), transform.side if transform else 0)
-        decode = Decoder(split, transform, self._slots)
+        stages = _Stages(plan, Fetcher(split, cache), Decoder(split, transform, self._slots))
         self._pipeline = wds.WebLoader(
-            wds.DataPipeline(_Source(plan, Fetcher(split, cache)), decode, _errors_as_values),
+            wds.DataPipeline(stages, _errors_as_values),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,

@@ -138,10 +138,12 @@ class Store(Protocol):
 
 
 def open_store(url: str) -> Store:
-    """The store at `s3://bucket/prefix` or in a local directory. `s3://embedded/...` is the embedded server's."""
+    """The store at `s3://bucket/prefix` or in a local directory. `s3://embedded/...` is the embedded server's, which is
+    started if it does not run.
+    """
     if url.startswith("s3://"):
         bucket, _, prefix = checked(url, "the address").removeprefix("s3://").partition("/")
-        return S3Store(bucket, prefix.strip("/"))
+        return S3Store(bucket, prefix.strip("/"), ensure_running() if bucket == EMBEDDED_BUCKET else None)
     if url.startswith("file:///"):
         return LocalStore(Path(url.removeprefix("file://")))
     if "://" in url:
@@ -300,36 +302,23 @@ def _replace(path: Path, file: BinaryIO, pieces: Iterable[Body]) -> None:
     os.close(folder)
 
 
-class S3Store:
-    """A prefix of an S3 bucket, through boto3. Credentials and endpoint come from the usual AWS settings, except for
-    the bucket `embedded`, which always means the embedded server. Safe to use from threads and after a fork.
-
-    What fails for want of an answer is repeated for `PATIENCE_SECONDS` (or $WDS_S3_PATIENCE), a read for a second more
-    per `SLOWEST` bytes, and ends in `Unavailable`; a refusal (403, 404, 409, 412, 416) is final at once.
+class S3Connection:
+    """What the requests below a prefix of a bucket share: a boto3 client, another one after a fork, in the bucket's own
+    region once an answer has told it; repetition; and the translation of what goes wrong. Credentials and endpoint come
+    from the usual AWS settings, or from `endpoint`.
     """
 
-    def __init__(self, bucket: str, prefix: str, endpoint: Endpoint | None = None) -> None:
-        self.bucket = bucket
-        self.prefix = prefix
+    def __init__(self, bucket: str, prefix: str, endpoint: Endpoint | None) -> None:
+        self.bucket, self.prefix, self.endpoint = bucket, prefix, endpoint
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.patience = float(os.environ.get("WDS_S3_PATIENCE", PATIENCE_SECONDS))
-        self._endpoint = ensure_running() if bucket == EMBEDDED_BUCKET and endpoint is None else endpoint
-        self._answered = False
+        self.answered = False
+        self.signed: dict[str, tuple[str, float]] = {}
+        self.http = _sender({})
         self._client: S3Client | None = None
         self._client_pid = 0
         self._session: boto3.session.Session | None = None
-        self._http = _sender({})
         self._region: str | None = None  # the settings', then the bucket's own, once an answer has told it
-        self._signed: dict[str, tuple[str, float]] = {}
-        # Shared with the processes that are forked from this one: loader workers read, their trainer tells.
-        self._fallbacks = np.ndarray((1,), np.int64, mmap.mmap(-1, 8))
-
-    @property
-    def fallbacks(self) -> int:
-        return int(self._fallbacks[0])
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _shared, (self.bucket, self.prefix, self._endpoint)
 
     @property
     def client(self) -> "S3Client":
@@ -337,19 +326,221 @@ class S3Store:
         client = self._client
         if client is None or self._client_pid != os.getpid():
             self._client, self._client_pid = client, _ = self._connect(), os.getpid()
-            self._http = _sender({} if self._endpoint else get_environ_proxies(client.meta.endpoint_url))
+            self.http = _sender({} if self.endpoint else get_environ_proxies(client.meta.endpoint_url))
         return client
 
+    def reconnect(self) -> None:
+        self._client = None
+
+    def ask(self, verb: str, key: str, **details: Any) -> dict[str, Any]:
+        """boto3's answer to one request, repeated until there is one."""
+        _inside(key, self.url)
+        retry = self.retry()
+        while True:
+            try:
+                with self.translated(key):
+                    answer: dict[str, Any] = getattr(self.client, verb)(Bucket=self.bucket, **details)
+                self.answered = True
+                return answer
+            except Unavailable as error:
+                retry.pause(error)
+
+    def retry(self) -> "Retry":
+        return Retry(self.patience if self.answered else min(self.patience, FIRST_SECONDS))
+
+    @contextlib.contextmanager
+    def translated(self, key: str) -> Iterator[None]:
+        name = f"{self.url}/{key}".rstrip("/")
+        try:
+            yield
+        except boto_errors.ClientError as error:
+            self.answered = True
+            translated = _translate(error, name)
+            if isinstance(translated, Unavailable) and self.endpoint and self.endpoint.is_full():
+                full = f"no space left on the disk of {self.endpoint.root}, where the embedded S3 server keeps {name}"
+                raise StoreError(f"{full}; free some and run again") from error
+            raise translated from error
+        except NO_CREDENTIALS as error:
+            raise AccessDenied(
+                f"no AWS credentials for {name} ({_brief(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "or give the instance a role"
+            ) from error
+        except boto_errors.ParamValidationError as error:
+            raise UsageError(f"{name} is not a usable S3 address: {_brief(error)}") from error
+        except BROKEN as error:
+            raise Unavailable(
+                f"{name}: the S3 server does not answer ({_brief(error)}); check the network and AWS_ENDPOINT_URL"
+            ) from error
+        except boto_errors.BotoCoreError as error:
+            raise StoreError(f"{name}: {_brief(error)}") from error
+
+    def _connect(self) -> "S3Client":
+        # Retries are ours alone: boto3's would multiply them, and resume no body.
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": 1},
+            connect_timeout=5,
+            read_timeout=SOCKET_SECONDS,
+            max_pool_connections=32,
+            response_checksum_validation="when_required",  # it holds only for whole bodies, which resuming has none of
+            # As boto3 does over https: bodies go with a CRC. It would hash them for plain http too, which hides nothing.
+            s3={"payload_signing_enabled": False},
+            proxies={} if self.endpoint else None,
+            signature_version="s3v4",  # boto3 signs addresses by Version 2 in older regions, which newer buckets refuse
+        )
+        try:
+            # Kept over a fork: it holds S3's parsed service model, which costs a loader worker half a second to read.
+            # Kept only once it has made a client: until then, boto3 lets no two threads use it.
+            session = self._session or self._sign_in()
+            url = self.endpoint.url if self.endpoint else None
+            client = session.client("s3", config=config, endpoint_url=url, region_name=self._region)
+            client.meta.events.register("response-received.s3", self._learn_region)
+            self._session, self._region = session, client.meta.region_name
+            return client
+        except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
+            raise UsageError(
+                f"the AWS settings cannot be used for {self.url} ({_brief(error)}); "
+                "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
+            ) from error
+
+    def _learn_region(self, response_dict: dict[str, Any] | None, **_: object) -> None:
+        """Connect anew in the region that S3 names when it was asked in another: botocore follows it for the one request
+        alone, and every range would cost two. `response_dict` is None when no answer came.
+        """
+        region = response_dict["headers"].get("x-amz-bucket-region") if response_dict else None
+        if region and region != self._region:
+            self._region = region
+            self.signed.clear()
+            self._client = None
+
+    def _sign_in(self) -> boto3.session.Session:
+        if self.endpoint is None:
+            return boto3.session.Session()
+        return boto3.session.Session(self.endpoint.access_key, self.endpoint.secret_key, region_name="us-east-1")
+
+    def full_key(self, key: str) -> str:
+        """`key`, of an object below the prefix, as the bucket has it."""
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+
+class S3Reader:
+    """Reads of objects: a body that breaks off is resumed where it broke, a range goes to an address signed for many."""
+
+    def __init__(self, connection: S3Connection) -> None:
+        self._connection = connection
+        # Shared with the processes that are forked from this one: loader workers read, their trainer tells.
+        self._fallbacks = np.ndarray((1,), np.int64, mmap.mmap(-1, 8))
+
+    @property
+    def fallbacks(self) -> int:
+        return int(self._fallbacks[0])
+
+    def read(self, key: str, body: "_Body") -> "_Body":
+        retry = self._connection.retry()
+        while True:
+            had = body.size
+            try:
+                with self._connection.translated(key):
+                    self._read_on(key, body)
+                return body
+            except _OutOfRange as error:
+                raise _too_short(f"{self._connection.url}/{key}", body.start, body.length) from error
+            except Unavailable as error:
+                # Bodies break off: go on from the byte that came last.
+                retry.pause(error, body.expected, progressed=body.size > had)
+
+    def _read_on(self, key: str, body: "_Body") -> None:
+        """Append to `body` what is missing of it. What comes later must be of the same version of the object."""
+        first = body.start + body.size
+        wanted = {"IfMatch": body.tag} if body.tag else {}
+        if first or body.length is not None:
+            wanted["Range"] = f"bytes={first}-" + ("" if body.length is None else str(body.start + body.length - 1))
+        tag, size, answered_range, answer = self._get(key, wanted)
+        self._connection.answered = True
+        body.tag, body.expected = tag, body.size + size
+        too_much = body.length is not None and body.expected > body.length
+        if "Range" in wanted and (too_much or not answered_range.startswith(f"bytes {first}-")):
+            raise StoreError(f"{self._connection.url}/{key}: this S3 server ignores ranges; it cannot be used")
+        if body.length is not None and body.expected < body.length:
+            raise _OutOfRange
+        began = time.monotonic()
+        with contextlib.closing(answer) as stream:
+            # urllib3's `read1`; `read` returns only when all that was asked for is there, however slowly it comes.
+            while piece := stream.read1(PIECE_BYTES):
+                body.take(piece)
+                if time.monotonic() - began > SOCKET_SECONDS + body.size / SLOWEST:
+                    raise Unavailable(f"{self._connection.url}/{key} comes at less than {SLOWEST} bytes per second")
+        if body.size < body.expected:  # an early end is no error to urllib3
+            raise Unavailable(f"{self._connection.url}/{key} broke off after {body.size} of {body.expected} bytes")
+
+    def _get(self, key: str, wanted: dict[str, str]) -> tuple[str, int, str, Any]:
+        """Tag, size in bytes, Content-Range and body (a urllib3 response) of one GET.
+
+        A range goes to an address signed once for many reads, through botocore's own HTTP session: boto3 takes twice
+        the CPU for a range of 1 MB, most of it to sign and to parse. Any other answer than the range is boto3's to get
+        again and to judge: it names the error, follows a bucket to its region, and renews credentials.
+        """
+        connection = self._connection
+        where = {"Bucket": connection.bucket, "Key": connection.full_key(_inside(key, connection.url))}
+        client = connection.client
+        if "Range" in wanted:
+            headers = {"If-Match" if name == "IfMatch" else name: value for name, value in wanted.items()}
+            found = connection.http.send(
+                AWSRequest("GET", self._signed_url(client, where), headers, stream_output=True).prepare()
+            )
+            if found.status_code == 206:
+                size = int(found.headers["Content-Length"])
+                return found.headers["ETag"], size, found.headers["Content-Range"], found.raw
+            found.raw.close()
+            self._fallbacks[0] += 1
+            connection.signed.pop(where["Key"], None)
+        answer = client.get_object(**where, **wanted)  # type: ignore[arg-type]
+        return answer["ETag"], answer["ContentLength"], answer.get("ContentRange", ""), answer["Body"]._raw_stream  # type: ignore[attr-defined]
+
+    def _signed_url(self, client: "S3Client", where: dict[str, str]) -> str:
+        url, since = self._connection.signed.get(where["Key"], ("", 0.0))
+        if not url or time.monotonic() - since > SIGNED_SECONDS / 2:
+            url = client.generate_presigned_url("get_object", Params=where, ExpiresIn=SIGNED_SECONDS)
+            self._connection.signed[where["Key"]] = url, time.monotonic()
+        return url
+
+
+class S3Store:
+    """A prefix of an S3 bucket, through boto3. Safe to use from threads and after a fork.
+
+    What fails for want of an answer is repeated for `PATIENCE_SECONDS` (or $WDS_S3_PATIENCE), a read for a second more
+    per `SLOWEST` bytes, and ends in `Unavailable`; a refusal (403, 404, 409, 412, 416) is final at once.
+    """
+
+    def __init__(self, bucket: str, prefix: str, endpoint: Endpoint | None = None) -> None:
+        self._s3 = S3Connection(bucket, prefix, endpoint)
+        self.bucket, self.prefix, self.url = bucket, prefix, self._s3.url
+        self._reader = S3Reader(self._s3)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _shared, (self.bucket, self.prefix, self._s3.endpoint)
+
+    @property
+    def client(self) -> "S3Client":
+        return self._s3.client
+
+    @property
+    def fallbacks(self) -> int:
+        """How many ranges took a second request, through boto3, since the signed address was not answered with them."""
+        return self._reader.fallbacks
+
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        return b"" if length == 0 else b"".join(self._read(key, _Body(start, length)).pieces)
+        return b"" if length == 0 else b"".join(self._reader.read(key, _Body(start, length)).pieces)
 
     def read_into(self, key: str, start: int, target: memoryview) -> None:
         if target:
-            self._read(key, _Body(start, len(target), target))
+            self._reader.read(key, _Body(start, len(target), target))
 
     def read_tagged(self, key: str) -> tuple[bytes, str]:
-        body = self._read(key, _Body(0, None))
+        body = self._reader.read(key, _Body(0, None))
         return b"".join(body.pieces), body.tag
+
+    def reconnect(self) -> None:
+        self._s3.reconnect()
 
     def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
@@ -375,111 +566,45 @@ class S3Store:
         self.write(key, _contents(path))
 
     def head(self, key: str) -> tuple[int, str]:
-        answer = self._ask("head_object", key, Key=self._key(key))
+        answer = self._s3.ask("head_object", key, Key=self._s3.full_key(key))
         return answer["ContentLength"], answer["ETag"]
-
-    def reconnect(self) -> None:
-        self._client = None
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         found: list[Entry] = []
         more: dict[str, str] = {}
         while True:
-            page = self._ask("list_objects_v2", prefix, Prefix=self._key(prefix), **more)
-            found += [Entry(entry["Key"][len(self._key("")) :], entry["Size"]) for entry in page.get("Contents", ())]
+            page = self._s3.ask("list_objects_v2", prefix, Prefix=self._s3.full_key(prefix), **more)
+            found += [
+                Entry(entry["Key"][len(self._s3.full_key("")) :], entry["Size"]) for entry in page.get("Contents", ())
+            ]
             if not page["IsTruncated"]:
                 break
             more = {"ContinuationToken": page["NextContinuationToken"]}
         yield from sorted(found)  # AWS sorts by key already, SeaweedFS folder by folder
 
     def delete(self, key: str) -> None:
-        self._ask("delete_object", key, Key=self._key(key))
+        self._s3.ask("delete_object", key, Key=self._s3.full_key(key))
 
-    def _key(self, key: str) -> str:
-        return f"{self.prefix}/{key}" if self.prefix else key
-
-    def _read(self, key: str, body: "_Body") -> "_Body":
-        retry = self._retry()
-        while True:
-            had = body.size
-            try:
-                with self._translated(key):
-                    self._read_on(key, body)
-                return body
-            except _OutOfRange as error:
-                raise _too_short(f"{self.url}/{key}", body.start, body.length) from error
-            except Unavailable as error:
-                # Bodies break off: go on from the byte that came last.
-                retry.pause(error, body.expected, progressed=body.size > had)
-
-    def _read_on(self, key: str, body: "_Body") -> None:
-        """Append to `body` what is missing of it. What comes later must be of the same version of the object."""
-        first = body.start + body.size
-        wanted = {"IfMatch": body.tag} if body.tag else {}
-        if first or body.length is not None:
-            wanted["Range"] = f"bytes={first}-" + ("" if body.length is None else str(body.start + body.length - 1))
-        tag, size, answered_range, answer = self._get(key, wanted)
-        self._answered = True
-        body.tag, body.expected = tag, body.size + size
-        too_much = body.length is not None and body.expected > body.length
-        if "Range" in wanted and (too_much or not answered_range.startswith(f"bytes {first}-")):
-            raise StoreError(f"{self.url}/{key}: this S3 server ignores ranges; it cannot be used")
-        if body.length is not None and body.expected < body.length:
-            raise _OutOfRange
-        began = time.monotonic()
-        with contextlib.closing(answer) as stream:
-            # urllib3's `read1`; `read` returns only when all that was asked for is there, however slowly it comes.
-            while piece := stream.read1(PIECE_BYTES):
-                body.take(piece)
-                if time.monotonic() - began > SOCKET_SECONDS + body.size / SLOWEST:
-                    raise Unavailable(f"{self.url}/{key} comes at less than {SLOWEST} bytes per second")
-        if body.size < body.expected:  # an early end is no error to urllib3
-            raise Unavailable(f"{self.url}/{key} broke off after {body.size} of {body.expected} bytes")
-
-    def _get(self, key: str, wanted: dict[str, str]) -> tuple[str, int, str, Any]:
-        """Tag, size in bytes, Content-Range and body (a urllib3 response) of one GET.
-
-        A range goes to an address signed once for many reads, through botocore's own HTTP session: boto3 takes twice
-        the CPU for a range of 1 MB, most of it to sign and to parse. Any other answer than the range is boto3's to get
-        again and to judge: it names the error, follows a bucket to its region, and renews credentials.
-        """
-        where = {"Bucket": self.bucket, "Key": self._key(_inside(key, self.url))}
-        client = self.client
-        if "Range" in wanted:
-            headers = {"If-Match" if name == "IfMatch" else name: value for name, value in wanted.items()}
-            found = self._http.send(
-                AWSRequest("GET", self._signed_url(client, where), headers, stream_output=True).prepare()
-            )
-            if found.status_code == 206:
-                size = int(found.headers["Content-Length"])
-                return found.headers["ETag"], size, found.headers["Content-Range"], found.raw
-            found.raw.close()
-            self._fallbacks[0] += 1
-            self._signed.pop(where["Key"], None)
-        answer = client.get_object(**where, **wanted)  # type: ignore[arg-type]
-        return answer["ETag"], answer["ContentLength"], answer.get("ContentRange", ""), answer["Body"]._raw_stream  # type: ignore[attr-defined]
-
-    def _signed_url(self, client: "S3Client", where: dict[str, str]) -> str:
-        url, since = self._signed.get(where["Key"], ("", 0.0))
-        if not url or time.monotonic() - since > SIGNED_SECONDS / 2:
-            url = client.generate_presigned_url("get_object", Params=where, ExpiresIn=SIGNED_SECONDS)
-            self._signed[where["Key"]] = url, time.monotonic()
-        return url
+    def abort_uploads(self, prefix: str) -> None:
+        found = self._s3.ask("list_multipart_uploads", "", Prefix=self._s3.full_key(prefix))
+        for upload in found.get("Uploads", ()):
+            where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            self._s3.ask("abort_multipart_upload", upload["Key"], **where)
 
     def _write_parts(self, key: str, pieces: Iterable[Body], condition: dict[str, str]) -> str:
         """A multipart upload: nothing is visible before its end, and nothing remains of one that failed."""
-        where = {"Key": self._key(key)}
+        where = {"Key": self._s3.full_key(key)}
         upload = where | {
-            "UploadId": self._ask("create_multipart_upload", key, **where, ChecksumAlgorithm="CRC32")["UploadId"]
+            "UploadId": self._s3.ask("create_multipart_upload", key, **where, ChecksumAlgorithm="CRC32")["UploadId"]
         }
         try:
             size, parts = self._send_parts(key, pieces, upload["UploadId"])
-            tag = self._ask("complete_multipart_upload", key, **upload, MultipartUpload={"Parts": parts}, **condition)[
-                "ETag"
-            ]
+            tag = self._s3.ask(
+                "complete_multipart_upload", key, **upload, MultipartUpload={"Parts": parts}, **condition
+            )["ETag"]
         except BaseException:
             # Once only: when the server is gone, the bucket's lifecycle rule has to do it.
-            with contextlib.suppress(StoreError), self._translated(key):
+            with contextlib.suppress(StoreError), self._s3.translated(key):
                 self.client.abort_multipart_upload(Bucket=self.bucket, **upload)
             raise
         stored = self.head(key)
@@ -506,7 +631,7 @@ class S3Store:
     def _send(self, verb: str, key: str, body: Body, **details: Any) -> dict[str, Any]:
         """Send `body` with its checksum, which the server compares, and answers if it stores it."""
         crc, content = _crc32(body), bytes(body) if isinstance(body, memoryview) else body
-        answer = self._ask(verb, key, Key=self._key(key), Body=content, ChecksumCRC32=crc, **details)
+        answer = self._s3.ask(verb, key, Key=self._s3.full_key(key), Body=content, ChecksumCRC32=crc, **details)
         if answer.get("ChecksumCRC32", crc) != crc:
             raise StoreError(f"{self.url}/{key}: the S3 server stored other bytes than it was sent")
         return answer | {"ChecksumCRC32": crc}
@@ -523,97 +648,6 @@ class S3Store:
         except NotFound:
             return None
         return tag if same else None
-
-    def abort_uploads(self, prefix: str) -> None:
-        found = self._ask("list_multipart_uploads", "", Prefix=self._key(prefix))
-        for upload in found.get("Uploads", ()):
-            where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-            self._ask("abort_multipart_upload", upload["Key"], **where)
-
-    def _ask(self, verb: str, key: str, **details: Any) -> dict[str, Any]:
-        """boto3's answer to one request, repeated until there is one."""
-        _inside(key, self.url)
-        retry = self._retry()
-        while True:
-            try:
-                with self._translated(key):
-                    answer: dict[str, Any] = getattr(self.client, verb)(Bucket=self.bucket, **details)
-                self._answered = True
-                return answer
-            except Unavailable as error:
-                retry.pause(error)
-
-    def _retry(self) -> "Retry":
-        return Retry(self.patience if self._answered else min(self.patience, FIRST_SECONDS))
-
-    def _connect(self) -> "S3Client":
-        # Retries are ours alone: boto3's would multiply them, and resume no body.
-        config = Config(
-            retries={"mode": "standard", "total_max_attempts": 1},
-            connect_timeout=5,
-            read_timeout=SOCKET_SECONDS,
-            max_pool_connections=32,
-            response_checksum_validation="when_required",  # it holds only for whole bodies, which resuming has none of
-            # As boto3 does over https: bodies go with a CRC. It would hash them for plain http too, which hides nothing.
-            s3={"payload_signing_enabled": False},
-            proxies={} if self._endpoint else None,
-            signature_version="s3v4",  # boto3 signs addresses by Version 2 in older regions, which newer buckets refuse
-        )
-        try:
-            # Kept over a fork: it holds S3's parsed service model, which costs a loader worker half a second to read.
-            # Kept only once it has made a client: until then, boto3 lets no two threads use it.
-            session = self._session or self._sign_in()
-            url = self._endpoint.url if self._endpoint else None
-            client = session.client("s3", config=config, endpoint_url=url, region_name=self._region)
-            client.meta.events.register("response-received.s3", self._learn_region)
-            self._session, self._region = session, client.meta.region_name
-            return client
-        except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
-            raise UsageError(
-                f"the AWS settings cannot be used for {self.url} ({_brief(error)}); "
-                "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
-            ) from error
-
-    def _learn_region(self, response_dict: dict[str, Any] | None, **_: object) -> None:
-        """Connect anew in the region that S3 names when it was asked in another: botocore follows it for the one request
-        alone, and every range would cost two. `response_dict` is None when no answer came.
-        """
-        region = response_dict["headers"].get("x-amz-bucket-region") if response_dict else None
-        if region and region != self._region:
-            self._region = region
-            self._signed.clear()
-            self._client = None
-
-    def _sign_in(self) -> boto3.session.Session:
-        if self._endpoint is None:
-            return boto3.session.Session()
-        return boto3.session.Session(self._endpoint.access_key, self._endpoint.secret_key, region_name="us-east-1")
-
-    @contextlib.contextmanager
-    def _translated(self, key: str) -> Iterator[None]:
-        name = f"{self.url}/{key}".rstrip("/")
-        try:
-            yield
-        except boto_errors.ClientError as error:
-            self._answered = True
-            translated = _translate(error, name)
-            if isinstance(translated, Unavailable) and self._endpoint and self._endpoint.is_full():
-                full = f"no space left on the disk of {self._endpoint.root}, where the embedded S3 server keeps {name}"
-                raise StoreError(f"{full}; free some and run again") from error
-            raise translated from error
-        except NO_CREDENTIALS as error:
-            raise AccessDenied(
-                f"no AWS credentials for {name} ({_brief(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "or give the instance a role"
-            ) from error
-        except boto_errors.ParamValidationError as error:
-            raise UsageError(f"{name} is not a usable S3 address: {_brief(error)}") from error
-        except BROKEN as error:
-            raise Unavailable(
-                f"{name}: the S3 server does not answer ({_brief(error)}); check the network and AWS_ENDPOINT_URL"
-            ) from error
-        except boto_errors.BotoCoreError as error:
-            raise StoreError(f"{name}: {_brief(error)}") from error
 
 
 @functools.cache
