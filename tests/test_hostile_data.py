@@ -507,7 +507,7 @@ MANIFESTS: dict[str, tuple[Callable[[Any], None], str]] = {
     "a format that is deep": (put(nested(900), "format"), "has format"),
     "a fingerprint that is deep": (put(nested(900), "report"), "is damaged"),
     "a kind that is deep": (put(nested(900), "kind"), "is not a wds-train dataset manifest"),
-    "another kind": (put("wds-train run", "kind"), "is not a wds-train dataset manifest"),
+    "another kind": (put("another", "kind"), "is not a wds-train dataset manifest"),
     "a newer format": (put(2, "format"), "has format 2, this wds-train reads format 1"),
 }
 

@@ -16,12 +16,13 @@ from outcomes import assert_nothing_named_is_missing, assert_same_end
 from trainers import EPOCHS, POISON, STEPS_PER_EPOCH, Job, Training, all_ended
 
 from wds_train.checkpoint import Run, Snapshot
-from wds_train.errors import Interrupted, NotFinite, RunError
+from wds_train.errors import Interrupted, NotFinite, RunError, WdsTrainError
 from wds_train.lease import read_run
+from wds_train.spot import StopRequest
 from wds_train.state import Progress, RunManifest
 from wds_train.status import describe
 from wds_train.store import S3Store, Store, open_store
-from wds_train.train import _go_back
+from wds_train.train import _ending
 
 LONG = ("schedule.epochs=400",)
 OFTEN = ("--commit-minutes", "0.0001")
@@ -99,6 +100,12 @@ def test_an_interruption_commits_no_broken_weights(small: str, tmp_path: Path) -
     assert read_run(store)[0].status == "failed"
 
 
+def ended_by_a_loss_of_nan(run: Run, *, deterministic: bool) -> WdsTrainError:
+    with pytest.raises(WdsTrainError) as caught, _ending(run, StopRequest(), deterministic):
+        raise NotFinite("the loss is nan")
+    return caught.value
+
+
 def test_on_a_gpu_the_run_goes_back_twice_and_then_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("wds_train.lease.is_gone", lambda owner: True)
@@ -108,11 +115,11 @@ def test_on_a_gpu_the_run_goes_back_twice_and_then_fails(tmp_path: Path, monkeyp
     first.commit(Snapshot({}, {"scaler": {}}, Progress(7)), {}, [])
     first.wait()
     for number in (1, 2):
-        error = _go_back(Run.claim(store, fresh, print), NotFinite("the loss is nan"), deterministic=False)
+        error = ended_by_a_loss_of_nan(Run.claim(store, fresh, print), deterministic=False)
         assert isinstance(error, Interrupted)
         assert str(error) == f"the loss is nan; the next start goes back to step 7 (return {number} of 2)"
         assert read_run(store)[0].status == "interrupted"
-    error = _go_back(Run.claim(store, fresh, print), NotFinite("the loss is nan"), deterministic=False)
+    error = ended_by_a_loss_of_nan(Run.claim(store, fresh, print), deterministic=False)
     assert isinstance(error, RunError)
     assert str(error) == "the loss is nan; 2 returns to a checkpoint did not help"
     assert read_run(store)[0].status == "failed"
@@ -128,7 +135,7 @@ def test_a_failure_does_not_throw_away_the_commit_under_way(tmp_path: Path, monk
 
     monkeypatch.setattr(store, "write", slowly)
     run.commit(Snapshot({}, {"scaler": {}}, Progress(7)), {}, [])
-    _go_back(run, NotFinite("the loss is nan"), deterministic=True)
+    ended_by_a_loss_of_nan(run, deterministic=True)
     manifest, _ = read_run(store)
     assert (manifest.status, [c.progress.step for c in manifest.checkpoints]) == ("failed", [7])
 
