@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -120,30 +121,8 @@ def train_timm(recipe: Recipe, images: Path, workers: int) -> tuple[float, float
     """The same of the plain loop."""
     torch.manual_seed(recipe.seed)
     np.random.seed(recipe.seed)  # Mixup's
-    data, wanted, schedule = recipe.data, recipe.optimizer, recipe.schedule
-    folders = {
-        split: create_dataset("", root=images, split=split, is_training=split == "train") for split in ("train", "val")
-    }
-    both = {
-        "input_size": (3, data.size, data.size),
-        "batch_size": recipe.batch,
-        "interpolation": "bilinear",
-        "mean": data.mean,
-        "std": data.std,
-        "num_workers": workers,
-        "use_prefetcher": False,
-    }
-    train = create_loader(
-        folders["train"],
-        is_training=True,
-        scale=data.scale,
-        ratio=data.ratio,
-        hflip=data.flip,
-        color_jitter=None,
-        **both,
-    )
-    val = create_loader(folders["val"], crop_pct=data.eval_crop, **both)
-    classes = len(folders["train"].reader.class_to_idx)
+    wanted, schedule = recipe.optimizer, recipe.schedule
+    train, val, classes = timm_loaders(recipe, images, workers)
     model = timm.create_model(recipe.model.name, num_classes=classes)
     ema = ModelEmaV2(model)
     optimizer = create_optimizer_v2(
@@ -152,8 +131,8 @@ def train_timm(recipe: Recipe, images: Path, workers: int) -> tuple[float, float
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=schedule.kind,
-        num_epochs=schedule.epochs - schedule.warmup_epochs,  # timm counts them from the warm-up's end
-        warmup_epochs=schedule.warmup_epochs,
+        num_epochs=schedule.epochs - int(schedule.warmup_epochs),  # timm counts them from the warm-up's end
+        warmup_epochs=int(schedule.warmup_epochs),
         warmup_lr=schedule.warmup_start * recipe.peak_lr,
         warmup_prefix=True,
         min_lr=schedule.final_lr * recipe.peak_lr,
@@ -183,10 +162,39 @@ def train_timm(recipe: Recipe, images: Path, workers: int) -> tuple[float, float
     return top1(model, val), top1(ema.module, val)
 
 
+def timm_loaders(recipe: Recipe, images: Path, workers: int) -> tuple[Any, Any, int]:
+    """timm's loaders of both splits, and the number of classes."""
+    data = recipe.data
+    folders = {
+        split: create_dataset("", root=str(images), split=split, is_training=split == "train")
+        for split in ("train", "val")
+    }
+    both: dict[str, Any] = {
+        "input_size": (3, data.size, data.size),
+        "batch_size": recipe.batch,
+        "interpolation": "bilinear",
+        "mean": data.mean,
+        "std": data.std,
+        "num_workers": workers,
+        "use_prefetcher": False,
+    }
+    train = create_loader(
+        folders["train"],
+        is_training=True,
+        scale=data.scale,
+        ratio=data.ratio,
+        hflip=data.flip,
+        color_jitter=None,  # type: ignore[arg-type]
+        **both,
+    )
+    val = create_loader(folders["val"], crop_pct=data.eval_crop, **both)
+    return train, val, len(folders["train"].reader.class_to_idx)
+
+
 @torch.inference_mode()
-def top1(model: nn.Module, val: torch.utils.data.DataLoader) -> float:
+def top1(model: nn.Module, val: Any) -> float:
     model.eval()
-    hits = [(model(pixels).argmax(dim=1) == labels).sum().item() for pixels, labels in val]
+    hits: list[float] = [(model(pixels).argmax(dim=1) == labels).sum().item() for pixels, labels in val]
     return 100 * sum(hits) / len(val.dataset)
 
 

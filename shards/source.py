@@ -11,18 +11,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from shards.spool import Spool
 from wds_train.errors import AccessDenied, DataError
 from wds_train.manifest import UNPRINTABLE, ClassInfo
 from wds_train.tario import KEY_LENGTH, to_array, to_batch, to_numpy
-
-if TYPE_CHECKING:
-    from shards.stream import Stream
 
 # `path`, `offset`, `length`: where the image's bytes are. Offset 0 is a file of its own.
 ROWS = pa.schema(
@@ -123,6 +121,20 @@ class Rows:
             self._pending.clear()
 
 
+class Stream(Protocol):
+    """Brings the images of a source that can only be read from front to back."""
+
+    @property
+    def spool(self) -> Spool:
+        """Where they lie for a while."""
+
+    def held_out(self, keys: set[str]) -> "Stream":
+        """This stream, its samples of `train` that have `keys` in `val`."""
+
+    def fetch(self, wanted: pa.Table, split: str) -> pa.Table:
+        """`wanted`, rows of `split`, with the places in the spool where their images now lie."""
+
+
 @dataclass(frozen=True)
 class Source:
     """`description` goes into the manifest; `stamp` changes when a file of the source does."""
@@ -132,7 +144,7 @@ class Source:
     splits: dict[str, pa.Table]
     notes: list[Note] = field(default_factory=list)
     stamp: str = ""
-    stream: "Stream | None" = None  # rows have no places yet; this brings them
+    stream: Stream | None = None  # rows have no places yet; this brings them
 
     @property
     def samples(self) -> int:

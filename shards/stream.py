@@ -28,13 +28,13 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stream:
+class ItemStream:
     """`read` yields the same items in the same order each time."""
 
     read: Callable[[], Iterator[Item]]
     spool: Spool
 
-    def held_out(self, keys: set[str]) -> "Stream":
+    def held_out(self, keys: set[str]) -> "ItemStream":
         """This stream, its samples of `train` that have `keys` in `val`."""
 
         def read() -> Iterator[Item]:
@@ -42,7 +42,7 @@ class Stream:
                 held = item.split == "train" and key_of(item.name) in keys
                 yield item._replace(split="val") if held else item
 
-        return Stream(read, self.spool)
+        return ItemStream(read, self.spool)
 
     def fetch(self, wanted: pa.Table, split: str) -> pa.Table:
         """`wanted`, rows of `split`, with the places in the spool where their images now lie."""
@@ -83,4 +83,4 @@ def spooled(
             found.rows.add(key_of(item.name), item.label, path, offset, length)
     spool.flush()
     source = from_scans(description, classes, [*scans.values()])
-    return source if fits else replace(source, stream=Stream(read, spool))
+    return source if fits else replace(source, stream=ItemStream(read, spool))

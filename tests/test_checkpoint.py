@@ -52,8 +52,8 @@ def owners_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def commit(run: Run, step: int, top1: float = 0.0) -> None:
-    run.commit(snapshot(step), {"val/top1": top1, "val/top1_ema": top1}, [{"step": step}])
-    run.wait()
+    run.committer.commit(snapshot(step), {"val/top1": top1, "val/top1_ema": top1}, [{"step": step}])
+    run.committer.wait()
 
 
 def test_what_is_committed_is_restored(store: Store, said: list[str]) -> None:
@@ -84,17 +84,17 @@ def test_a_commit_names_its_own_records_and_no_later_ones(
 
     monkeypatch.setattr(store, "write", held)
     run = Run.claim(store, FRESH, said.append)
-    run.commit(snapshot(1), {}, [{"step": 1}])
-    run.commit(snapshot(2), {}, [{"step": 2}])  # the next, while the first is under way
+    run.committer.commit(snapshot(1), {}, [{"step": 1}])
+    run.committer.commit(snapshot(2), {}, [{"step": 2}])  # the next, while the first is under way
     for step in (3, 4):
         passed.release()
-        run.commit(snapshot(step), {}, [{"step": step}])
+        run.committer.commit(snapshot(step), {}, [{"step": step}])
         while len(run.manifest.checkpoints) < 1 or run.manifest.checkpoints[-1].progress.step < step - 2:
             time.sleep(0.01)
         assert [record["step"] for record in run.history()] == list(range(1, step - 1))
     for _ in range(2):
         passed.release()
-    run.wait()
+    run.committer.wait()
     assert [record["step"] for record in run.history()] == [1, 2, 3, 4]
 
 
@@ -167,7 +167,7 @@ def test_a_kill_after_the_last_commit_leaves_nothing_for_ever(
     run = Run.claim(store, FRESH, said.append)
     for step in (1, 2):
         commit(run, step, 90.0 - step)
-    monkeypatch.setattr(Run, "_collect", lambda *_: None)  # as if killed before it
+    monkeypatch.setattr("wds_train.checkpoint.collect", lambda *_: None)  # as if killed before it
     for step in (3, 4):
         commit(run, step, 90.0 - step)
     run.end("done")
@@ -184,10 +184,10 @@ def test_every_nth_epoch_is_kept_if_asked(store: Store, said: list[str]) -> None
     commit(run, 1, 90.0)
     for step in range(2, 9):
         commit(run, step)
-        run.commit(
+        run.committer.commit(
             replace(snapshot(step), progress=Progress(10 * step, evaluated=step)), {}, []
         )  # within the next epoch
-        run.wait()
+        run.committer.wait()
     assert [checkpoint.progress.step for checkpoint in run.manifest.checkpoints] == [1, 3, 6, 8, 80]
     assert [entry.key[12:21] for entry in store.list("ckpt/")] == [f"{step:09d}" for step in (1, 3, 6, 8, 80)]
 

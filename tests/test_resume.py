@@ -15,12 +15,12 @@ from fault_proxy import FaultProxy
 from outcomes import assert_nothing_named_is_missing, assert_same_end
 from trainers import EPOCHS, POISON, STEPS_PER_EPOCH, Job, Training, all_ended
 
-from wds_train.checkpoint import Run, Snapshot
+from wds_train.checkpoint import Run, Snapshot, read_object
+from wds_train.commands.status import describe
 from wds_train.errors import Interrupted, NotFinite, RunError, WdsTrainError
 from wds_train.lease import read_run
 from wds_train.spot import StopRequest
 from wds_train.state import Progress, RunManifest
-from wds_train.status import describe
 from wds_train.store import S3Store, Store, open_store
 from wds_train.train import _ending
 
@@ -45,7 +45,7 @@ def end(job: Job) -> tuple[int, str]:
 
 def snapshots(store: Store) -> list[Snapshot]:
     run = Run(store, *read_run(store))
-    return [Snapshot.decode(run.read(c.object), c.progress) for c in run.manifest.checkpoints]
+    return [Snapshot.decode(read_object(run.store, c.object), c.progress) for c in run.manifest.checkpoints]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_failure_does_not_throw_away_the_commit_under_way(tmp_path: Path, monk
         return write(key, *arguments, **named)
 
     monkeypatch.setattr(store, "write", slowly)
-    run.commit(Snapshot({}, {"scaler": {}}, Progress(7)), {}, [])
+    run.committer.commit(Snapshot({}, {"scaler": {}}, Progress(7)), {}, [])
     ended_by_a_loss_of_nan(run, deterministic=True)
     manifest, _ = read_run(store)
     assert (manifest.status, [c.progress.step for c in manifest.checkpoints]) == ("failed", [7])

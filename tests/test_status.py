@@ -15,11 +15,11 @@ from trainers import Job, Training
 
 from wds_train import state as states
 from wds_train.cli import main
+from wds_train.commands.status import describe
 from wds_train.dataset import Dataset
 from wds_train.errors import RunError
 from wds_train.pipeline import EvalPlan, EvalTransform, Loader
 from wds_train.state import RunManifest
-from wds_train.status import describe
 
 SETTINGS = (
     "model.blur_pool=true",

@@ -55,11 +55,11 @@ POINTS = {
     "validated": ("engine", "Trainer", "evaluate", "after"),
     "before the snapshot": ("engine", "Trainer", "snapshot", "before"),
     "after the snapshot": ("engine", "Trainer", "snapshot", "after"),
-    "uploading": ("store", "S3Store", "_send", "before"),
+    "uploading": ("store", "S3Writer", "_send", "before"),
     "between uploads and manifest": ("checkpoint", "RunManifest", "with_commit", "before"),
-    "before the manifest": ("checkpoint", "Run", "_write", "before"),
-    "after the manifest": ("checkpoint", "Run", "_write", "after"),
-    "before the garbage": ("checkpoint", "Run", "_collect", "before"),
+    "before the manifest": ("checkpoint", "Writer", "write", "before"),
+    "after the manifest": ("checkpoint", "Writer", "write", "after"),
+    "before the garbage": ("checkpoint", "", "collect", "before"),
     "in the garbage": ("store", "S3Store", "delete", "after"),
 }
 

@@ -1,98 +1,21 @@
-"""What is in a dataset, and whether it, or a run, is whole: `wds-train inspect` and `wds-train verify`."""
+"""Whether a dataset is whole: every byte is read anew and compared."""
 
-import argparse
 import hashlib
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from wds_train import state as states
-from wds_train import status
-from wds_train.contact_sheet import contact_sheet
 from wds_train.dataset import Dataset, read_whole, readings
 from wds_train.errors import DataError, NotFound
-from wds_train.manifest import NAME, Index, Shard
-from wds_train.store import Store, open_store
+from wds_train.manifest import Index, Shard
+from wds_train.store import Store
 from wds_train.tario import SampleIndex, members, read_index
 
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 CHUNK = 8 << 20
 SHARDS_AT_ONCE = 4
-
-
-def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--grid", type=Path, metavar="FILE", help="also write a contact sheet of the images, a PNG")
-
-
-def run_inspect(args: argparse.Namespace) -> int:
-    dataset = Dataset.open(args.dataset)
-    facts = inspect(dataset)
-    print(json.dumps(facts, indent=1, ensure_ascii=False) if args.json else _table(facts))
-    if args.grid:
-        contact_sheet(dataset, next(iter(dataset.manifest.splits)), args.grid)
-    return 0
-
-
-def inspect(dataset: Dataset) -> dict[str, Any]:
-    """Counts, classes, bytes and quantiles of the images' sizes, from manifest and index alone."""
-    manifest = dataset.manifest
-    return {
-        "dataset": dataset.store.url,
-        "fingerprint": manifest.fingerprint,
-        "source": manifest.source,
-        "seed": manifest.seed,
-        "image_policy": manifest.image_policy,
-        "classes": [{"id": entry.id, "name": entry.name} for entry in manifest.classes],
-        "bytes": sum(split.bytes for split in manifest.splits.values()),
-        "splits": {name: _split(dataset, name) for name in manifest.splits},
-    }
-
-
-def _split(dataset: Dataset, name: str) -> dict[str, Any]:
-    split, index = dataset.manifest.split(name), dataset.split(name).index
-    counts = np.bincount(index.label, minlength=len(dataset.manifest.classes))
-    columns: dict[str, np.ndarray] = {"width": index.width, "height": index.height, "image_bytes": index.data_length}
-    return {
-        "samples": split.samples,
-        "shards": len(split.shards),
-        "bytes": split.bytes,
-        "per_class": {entry.id: int(n) for entry, n in zip(dataset.manifest.classes, counts, strict=True)},
-        "quantiles": {"of": QUANTILES} | {name: _quantiles(column) for name, column in columns.items()},
-    }
-
-
-def _quantiles(column: np.ndarray) -> list[int]:
-    return [int(value) for value in np.quantile(column, QUANTILES)] if len(column) else []
-
-
-def _table(facts: dict[str, Any]) -> str:
-    names = ", ".join(entry["name"].partition(",")[0] for entry in facts["classes"][:10])
-    lines = [
-        f"dataset      {facts['dataset']}",
-        f"fingerprint  {facts['fingerprint']}",
-        f"source       {facts['source']}, seed {facts['seed']}, images {facts['image_policy']}",
-        f"classes      {len(facts['classes'])}: {names}" + (", ..." if len(facts["classes"]) > 10 else ""),
-    ]
-    for name, split in facts["splits"].items():
-        counts = split["per_class"].values()
-        lines.append(
-            f"{name:12} {split['samples']:,} samples, {split['shards']} shards, {split['bytes'] / 1e6:,.1f} MB, "
-            f"{min(counts):,}..{max(counts):,} a class"
-        )
-        sizes = split["quantiles"]
-        lines += [
-            f"  {column:12}" + " ".join(f"{value:>9,}" for value in sizes[column])
-            for column in ("width", "height", "image_bytes")
-        ]
-    lines.append("  quantile    " + " ".join(f"{share:>9.0%}" for share in QUANTILES))
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -105,41 +28,6 @@ class Damage:
 
     def __str__(self) -> str:
         return f"{self.shard}{f' {self.key}' if self.key else ''}: {self.cause}"
-
-
-def run_verify(args: argparse.Namespace) -> int:
-    """`args.addresses` are what DATASET_OR_RUN may mean; whatever lies there is read."""
-    found = {url: manifest for url in args.addresses if (manifest := _manifest_at(url)) is not None}
-    if not found:
-        raise NotFound(
-            f"there is no dataset and no run at {' or '.join(args.addresses)} (no {NAME}); check the address"
-        )
-    return max(status.run_verify(url) if _is_run(manifest) else _verify_dataset(url) for url, manifest in found.items())
-
-
-def _manifest_at(url: str) -> bytes | None:
-    try:
-        return open_store(url).read(NAME)
-    except NotFound:
-        return None
-
-
-def _is_run(manifest: bytes) -> bool:
-    return states.KIND.encode() in manifest  # also of one that is no whole JSON any more
-
-
-def _verify_dataset(url: str) -> int:
-    dataset = Dataset.open(url)
-    found = 0
-    for damage in verify(dataset):
-        print(damage, flush=True)
-        found += 1
-    samples = sum(split.samples for split in dataset.manifest.splits.values())
-    size = sum(split.bytes for split in dataset.manifest.splits.values())
-    print(
-        f"{dataset.store.url}: {f'{found} damaged' if found else 'whole'}; {samples:,} samples, {size / 1e6:,.1f} MB read"
-    )
-    return 1 if found else 0
 
 
 def verify(dataset: Dataset) -> Iterator[Damage]:

@@ -35,9 +35,9 @@ def bench_commit(trainer: Trainer, store: Store) -> dict[str, Any]:
         began = time.perf_counter()
         snapshot = trainer.snapshot()
         assert snapshot is not None, "one process alone leads"
-        run.commit(replace(snapshot, progress=Progress(step=step)), {}, [])
+        run.committer.commit(replace(snapshot, progress=Progress(step=step)), {}, [])
         stalls.append(1000 * (time.perf_counter() - began))
-        run.wait()
+        run.committer.wait()
         uploads.append(time.perf_counter() - began)
     size = run.manifest.checkpoints[-1].object.bytes
     run.end("interrupted")

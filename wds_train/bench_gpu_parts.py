@@ -26,7 +26,7 @@ from wds_train.bench_commit import bench_commit
 from wds_train.bench_pass import in_child
 from wds_train.bench_peers import OURS, Pass
 from wds_train.bench_train import CLASSES, STEPS_PER_EPOCH, random_batch, rates, ways_of
-from wds_train.checkpoint import Run, Snapshot
+from wds_train.checkpoint import Snapshot, read_object
 from wds_train.dataset import Dataset
 from wds_train.engine import Trainer
 from wds_train.errors import WdsTrainError
@@ -321,7 +321,7 @@ def _final(run: Path) -> Snapshot:
     store = open_store(str(run))
     manifest, _ = read_run(store)
     newest = manifest.checkpoints[-1]
-    return Snapshot.decode(Run(store, manifest, "").read(newest.object), newest.progress)
+    return Snapshot.decode(read_object(store, newest.object), newest.progress)
 
 
 def accumulation(work: Work, rows: Rows) -> None:

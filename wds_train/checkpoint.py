@@ -151,6 +151,93 @@ def read_records(store: Store, segment: Segment) -> list[dict[str, Any]]:
         raise RunError(f"{store.url}/{segment.object.key} is damaged: {error}") from error
 
 
+class Writer:
+    """The one that may write a run's manifest: this process, while the manifest carries the fence that it claimed with.
+
+    `fatal` is what ended that, found in a thread; `leads` is False in a rank other than 0, which writes nothing.
+    """
+
+    def __init__(self, store: Store, manifest: RunManifest, tag: str, *, say: Say = print, leads: bool = True) -> None:
+        self.store, self.manifest, self.leads = store, manifest, leads
+        self.fatal: Exception | None = None
+        self._tag, self._say = tag, say
+        self._claimed_at = self._written_at = time.monotonic()
+        self._writing = threading.Lock()
+        self._closed = threading.Event()
+
+    def start_renewing(self) -> None:
+        """Renew the lease from here on. To be called once this process forks no more: a forked child would inherit the
+        lock, perhaps held.
+        """
+        if self.leads:
+            threading.Thread(target=self._renew, name="lease", daemon=True).start()
+
+    def close(self) -> None:
+        """Renew the lease no more."""
+        self._closed.set()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the lease has run out since the last write."""
+        return time.monotonic() - self._written_at > self.manifest.lease
+
+    def write(self, change: Callable[[RunManifest], RunManifest]) -> None:
+        """Swap the manifest for what `change` makes of it; `Interrupted` when another instance has claimed the run.
+
+        Our own fence in the manifest after a lost swap means that an earlier write of ours arrived, though its answer
+        did not, or that the server refused two writes at one moment (409): take it up and try again.
+        """
+        with self._writing:
+            for _ in range(3):
+                seconds = time.monotonic() - self._claimed_at
+                manifest = change(self.manifest).stamped(secrets.token_hex(16), time.time(), seconds)
+                try:
+                    self._tag = self.store.write(states.NAME, manifest.to_json(), if_match=self._tag)
+                except Conflict as error:
+                    self._take_up(error)
+                else:
+                    self.manifest, self._written_at = manifest, time.monotonic()
+                    return
+        raise StoreError(f"{self.store.url}/{states.NAME} could not be written: the server kept refusing")
+
+    def _take_up(self, error: Conflict) -> None:
+        try:
+            found, tag = read_run(self.store)
+        except NotFound as gone:
+            raise RunError(f"{self.store.url}/{states.NAME} was deleted while this instance was training") from gone
+        if found.fence != self.manifest.fence:
+            raise Interrupted(
+                f"another instance ({found.owner}) has claimed {self.store.url}; this one stops and changes nothing more"
+            ) from error
+        self.manifest, self._tag = found, tag
+
+    def _renew(self) -> None:
+        """The body of the lease thread. What the store fails to write now it may write later: others may claim the run
+        by then, which the next write that passes finds out.
+        """
+        every = self.manifest.lease / leases.RENEWALS
+        while not self._closed.wait(max(0.0, self._written_at + every - time.monotonic())):
+            if time.monotonic() - self._written_at < every:
+                continue  # a commit has renewed it
+            try:
+                self.write(lambda manifest: manifest)
+            except StoreError as error:
+                self._say(f"the lease of {self.store.url} could not be renewed ({error}); trying again")
+                self._closed.wait(every)
+            except Exception as error:
+                self.fatal = error
+                return
+
+
+def collect(store: Store, before: RunManifest, after: RunManifest, say: Say) -> None:
+    """Delete what the manifest named before and names no more. Failing costs storage until the next claim."""
+    for dropped in sorted(before.keys - after.keys):
+        try:
+            store.delete(dropped)
+        except StoreError as error:
+            say(f"{dropped} could not be removed ({error}); the next start removes it")
+
+
 @dataclass(frozen=True)
 class _Commit:
     """`records` is how many of the run's uncommitted records belong to it; `taken` is a monotonic time, seconds."""
@@ -162,12 +249,131 @@ class _Commit:
     taken: float
 
 
-class Run:
-    """A run that this process has claimed, or only reads; one that does not lead (a rank other than 0) ends in silence.
+class Committer:
+    """Commits snapshots in a thread of its own, while the training goes on.
 
     Two commits are in hand at most: one under way and the next. One that fails for want of the store is tried again
     until it succeeds or a newer one takes its place, and the training goes on meanwhile; `check` raises what ends it.
     """
+
+    def __init__(self, writer: Writer, *, say: Say, keep_every: int) -> None:
+        self.failures = 0
+        self.max_uncommitted = float("inf")
+        self.upload_s: float | None = None
+        self._writer, self._say, self._keep_every = writer, say, keep_every
+        self._safe_at = time.monotonic()
+        self._changed = threading.Condition()
+        self._next: _Commit | None = None
+        self._current: _Commit | None = None
+        self._records: list[dict[str, Any]] = []
+        self._failure: StoreError | None = None
+        self._fruitless = 0
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """From here on there is training to lose."""
+        self._safe_at = time.monotonic()
+
+    def commit(
+        self, snapshot: Snapshot, metrics: dict[str, float], records: list[dict[str, Any]], **changes: Any
+    ) -> None:
+        """Start committing `snapshot`; `changes` are other fields of the manifest. Raises what `check` raises."""
+        taken = time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: self._next is None or self._failure or self._writer.fatal, QUEUE_SECONDS)
+            self.check()
+            self._records += records
+            self._next = _Commit(snapshot, metrics, len(self._records), changes, taken)
+            self._changed.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="commit", daemon=True)
+                self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a commit is under way."""
+        return self._next is not None or self._current is not None
+
+    def check(self) -> None:
+        """Raise what ends this instance's work: `Interrupted` when another one has claimed the run, `NotFinite`, and
+        `RunError` when the oldest state that is not safe has waited for longer than `max_uncommitted` seconds.
+        """
+        if self._writer.fatal is not None:
+            raise self._writer.fatal
+        waited = time.monotonic() - self._safe_at
+        if self.busy and waited > self.max_uncommitted:
+            raise RunError(
+                f"nothing could be committed for {waited / 60:.1f} minutes (--max-uncommitted-minutes allows "
+                f"{self.max_uncommitted / 60:g}): {self._failure or 'the upload is too slow'}. Stopping before more is "
+                "lost; repair that and run again, to go on from the newest checkpoint"
+            )
+
+    def wait(self, seconds: float = float("inf")) -> bool:
+        """Wait until nothing is under way, but for `seconds` at most; whether it is so. Raises what `check` raises."""
+        end = time.monotonic() + seconds
+        with self._changed:
+            while True:
+                self.check()
+                left = min(end - time.monotonic(), 0.5)
+                if not self.busy or left <= 0:
+                    return not self.busy
+                self._changed.wait(left)
+
+    def _work(self) -> None:
+        """The body of the commit thread."""
+        while self._writer.fatal is None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next is not None)
+                job = self._current = self._next
+                self._next = None
+            assert job is not None
+            error: Exception | None = None
+            try:
+                self._commit(job)
+            except Exception as caught:
+                error = caught
+            with self._changed:
+                self._current = None
+                self._settle(job, error)
+                self._changed.notify_all()
+            if self._failure is not None:
+                time.sleep(min(RETRY_SECONDS, 2.0**self._fruitless))
+
+    def _settle(self, job: _Commit, error: Exception | None) -> None:
+        if error is None:
+            self._failure, self._fruitless, self._safe_at = None, 0, job.taken
+            del self._records[: job.records]
+            if self._next is not None:
+                self._next = replace(self._next, records=self._next.records - job.records)
+        elif isinstance(error, StoreError):
+            self._failure, self._fruitless, self.failures = error, self._fruitless + 1, self.failures + 1
+            self._next = self._next or job
+            self._say(f"commit of step {job.snapshot.progress.step} failed ({error}); training goes on, trying again")
+        else:
+            self._writer.fatal = error
+
+    def _commit(self, job: _Commit) -> None:
+        began, writer = time.perf_counter(), self._writer
+        job.snapshot.check_finite()
+        if writer.is_late:
+            writer.write(lambda manifest: manifest)  # is the run still ours?
+        at = job.snapshot.progress
+        place = f"{writer.manifest.fence:06d}-{at.step:09d}-{at.evaluated:06d}"
+        checkpoint = Checkpoint(self._put(f"ckpt/{place}.safetensors", job.snapshot.encode()), at, job.metrics)
+        lines = "".join(json.dumps(record) + "\n" for record in self._records[: job.records]).encode()
+        segment = Segment(self._put(f"metrics/{place}.jsonl", lines), at.step, at.evaluated) if lines else None
+        before = writer.manifest
+        writer.write(lambda found: replace(found.with_commit(checkpoint, segment, self._keep_every), **job.changes))
+        self.upload_s = time.perf_counter() - began
+        collect(writer.store, before, writer.manifest, self._say)
+
+    def _put(self, key: str, data: bytes) -> Object:
+        self._writer.store.write(key, data, if_absent=True)
+        return Object(key, len(data), hashlib.sha256(data).hexdigest())
+
+
+class Run:
+    """A run that this process has claimed, or only reads; one that does not lead (a rank other than 0) ends in silence."""
 
     def __init__(
         self,
@@ -179,25 +385,13 @@ class Run:
         keep_every: int = 0,
         leads: bool = True,
     ) -> None:
-        self._leads = leads
-        self.store = store
-        self.manifest = manifest
-        self.failures = 0
-        self.max_uncommitted = float("inf")
-        self.upload_s: float | None = None
-        self._tag, self._say, self._keep_every = tag, say, keep_every
-        self._claimed_at = self._written_at = self._safe_at = time.monotonic()
-        self._writing = threading.Lock()
-        self._changed = threading.Condition()
-        self._next: _Commit | None = None
-        self._current: _Commit | None = None
-        self._records: list[dict[str, Any]] = []
-        self._failure: StoreError | None = None
-        self._fruitless = 0
-        self._fatal: Exception | None = None
-        self._uploader = threading.Thread(target=self._upload, name="commit", daemon=True)
-        self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)
-        self._closed = threading.Event()
+        self.store, self._say = store, say
+        self.writer = Writer(store, manifest, tag, say=say, leads=leads)
+        self.committer = Committer(self.writer, say=say, keep_every=keep_every)
+
+    @property
+    def manifest(self) -> RunManifest:
+        return self.writer.manifest
 
     @classmethod
     def claim(
@@ -239,8 +433,8 @@ class Run:
                 run._collect_orphans()
                 return run
 
-    @classmethod
-    def roll_back(cls, store: Store, step: int, say: Say) -> tuple[RunManifest, RunManifest]:
+    @staticmethod
+    def roll_back(store: Store, step: int, say: Say) -> tuple[RunManifest, RunManifest]:
         """Make the checkpoint of `step` the newest, forgetting what was committed after it; the manifests before and after.
         `RunError` when it cannot be used, or an instance holds the run: then nothing has changed.
 
@@ -254,8 +448,8 @@ class Run:
             return before, before
         claimed = replace(after.claimed(this_process(), leases.LEASE_SECONDS, time.time()), status=after.status)
         after = claimed.stamped(secrets.token_hex(16), time.time(), 0.0)
-        tag = store.write(states.NAME, after.to_json(), if_match=tag)
-        cls(store, after, tag, say=say)._collect(before)
+        store.write(states.NAME, after.to_json(), if_match=tag)
+        collect(store, before, after, say)
         return before, after
 
     @classmethod
@@ -277,17 +471,13 @@ class Run:
                 say(f"checkpoint {checkpoint.object.key} cannot be used ({error}); trying the one before")
                 continue
             if checkpoint != self.manifest.checkpoints[-1]:
-                self._write(partial(RunManifest.up_to, checkpoint=checkpoint))
+                self.writer.write(partial(RunManifest.up_to, checkpoint=checkpoint))
             return snapshot
         if self.manifest.checkpoints:
             raise RunError(
                 f"every checkpoint of {self.store.url} is damaged; restore one from a backup or start another run"
             )
         return None
-
-    def read(self, named: Object) -> bytes:
-        """The bytes of an object that the manifest names; `RunError` when they are not those it names."""
-        return read_object(self.store, named)
 
     def history(self) -> list[dict[str, Any]]:
         """All committed metrics that can be read, a record per line logged, oldest first; the others are named."""
@@ -303,187 +493,33 @@ class Run:
             self._say(f"metrics {segment.object.key} cannot be used ({error}); the curves go without them")
             return []
 
-    def start_renewing(self) -> None:
-        """To be called once this process forks no more: a forked child would inherit the lock, perhaps held. From here on
-        there is training to lose.
-        """
-        self._safe_at = time.monotonic()
-        if self._leads:
-            self._renewer.start()
-
-    def commit(
-        self, snapshot: Snapshot, metrics: dict[str, float], records: list[dict[str, Any]], **changes: Any
-    ) -> None:
-        """Start committing `snapshot`; `changes` are other fields of the manifest. Raises what `check` raises."""
-        taken = time.monotonic()
-        with self._changed:
-            self._changed.wait_for(lambda: self._next is None or self._failure or self._fatal, QUEUE_SECONDS)
-            self.check()
-            self._records += records
-            self._next = _Commit(snapshot, metrics, len(self._records), changes, taken)
-            self._changed.notify_all()
-            if not self._uploader.is_alive():
-                self._uploader.start()
-
-    @property
-    def busy(self) -> bool:
-        """Whether a commit is under way."""
-        return self._next is not None or self._current is not None
-
-    def check(self) -> None:
-        """Raise what ends this instance's work: `Interrupted` when another one has claimed the run, `NotFinite`, and
-        `RunError` when the oldest state that is not safe has waited for longer than `max_uncommitted` seconds.
-        """
-        if self._fatal is not None:
-            raise self._fatal
-        waited = time.monotonic() - self._safe_at
-        if self.busy and waited > self.max_uncommitted:
-            raise RunError(
-                f"nothing could be committed for {waited / 60:.1f} minutes (--max-uncommitted-minutes allows "
-                f"{self.max_uncommitted / 60:g}): {self._failure or 'the upload is too slow'}. Stopping before more is "
-                "lost; repair that and run again, to go on from the newest checkpoint"
-            )
-
-    def wait(self, seconds: float = float("inf")) -> bool:
-        """Wait until nothing is under way, but for `seconds` at most; whether it is so. Raises what `check` raises."""
-        end = time.monotonic() + seconds
-        with self._changed:
-            while True:
-                self.check()
-                left = min(end - time.monotonic(), 0.5)
-                if not self.busy or left <= 0:
-                    return not self.busy
-                self._changed.wait(left)
+    def begin(self) -> None:
+        """From here on the lease is renewed, and there is training to lose. This process must not fork any more."""
+        self.committer.begin()
+        self.writer.start_renewing()
 
     def end(self, status: str, **changes: Any) -> None:
         """Give the run up, as `status`. The caller has waited for what was under way. `Unavailable` when the store does not
         take it within LAST_WORD_SECONDS: the process is about to end, and the lease runs out by itself.
         """
-        self._closed.set()
-        if not self._leads or (self.manifest.status == status and not changes):
+        self.writer.close()
+        if not self.writer.leads or (self.manifest.status == status and not changes):
             return
         failed: list[Exception] = []
 
         def write() -> None:
             try:
-                self._write(lambda manifest: replace(manifest.ended(status), **changes))
+                self.writer.write(lambda manifest: replace(manifest.ended(status), **changes))
             except Exception as error:
                 failed.append(error)
 
-        writer = threading.Thread(target=write, name="last word", daemon=True)
-        writer.start()
-        writer.join(LAST_WORD_SECONDS)
-        if writer.is_alive():
+        last = threading.Thread(target=write, name="last word", daemon=True)
+        last.start()
+        last.join(LAST_WORD_SECONDS)
+        if last.is_alive():
             raise Unavailable(f"{self.store.url} did not answer within {LAST_WORD_SECONDS:g} s")
         if failed:
             raise failed[0]
-
-    def _upload(self) -> None:
-        """The body of the commit thread."""
-        while self._fatal is None:
-            with self._changed:
-                self._changed.wait_for(lambda: self._next is not None)
-                job = self._current = self._next
-                self._next = None
-            assert job is not None
-            error: Exception | None = None
-            try:
-                self._commit(job)
-            except Exception as caught:
-                error = caught
-            with self._changed:
-                self._current = None
-                self._settle(job, error)
-                self._changed.notify_all()
-            if self._failure is not None:
-                time.sleep(min(RETRY_SECONDS, 2.0**self._fruitless))
-
-    def _settle(self, job: _Commit, error: Exception | None) -> None:
-        if error is None:
-            self._failure, self._fruitless, self._safe_at = None, 0, job.taken
-            del self._records[: job.records]
-            if self._next is not None:
-                self._next = replace(self._next, records=self._next.records - job.records)
-        elif isinstance(error, StoreError):
-            self._failure, self._fruitless, self.failures = error, self._fruitless + 1, self.failures + 1
-            self._next = self._next or job
-            self._say(f"commit of step {job.snapshot.progress.step} failed ({error}); training goes on, trying again")
-        else:
-            self._fatal = error
-
-    def _commit(self, job: _Commit) -> None:
-        began = time.perf_counter()
-        job.snapshot.check_finite()
-        if time.monotonic() - self._written_at > self.manifest.lease:
-            self._write(lambda manifest: manifest)  # the lease has run out: is the run still ours?
-        at = job.snapshot.progress
-        place = f"{self.manifest.fence:06d}-{at.step:09d}-{at.evaluated:06d}"
-        checkpoint = Checkpoint(self._put(f"ckpt/{place}.safetensors", job.snapshot.encode()), at, job.metrics)
-        lines = "".join(json.dumps(record) + "\n" for record in self._records[: job.records]).encode()
-        segment = Segment(self._put(f"metrics/{place}.jsonl", lines), at.step, at.evaluated) if lines else None
-        before = self.manifest
-        self._write(lambda found: replace(found.with_commit(checkpoint, segment, self._keep_every), **job.changes))
-        self.upload_s = time.perf_counter() - began
-        self._collect(before)
-
-    def _collect(self, before: RunManifest) -> None:
-        """Delete what the manifest named before and names no more. Failing costs storage until the next claim."""
-        for dropped in sorted(before.keys - self.manifest.keys):
-            try:
-                self.store.delete(dropped)
-            except StoreError as error:
-                self._say(f"{dropped} could not be removed ({error}); the next start removes it")
-
-    def _put(self, key: str, data: bytes) -> Object:
-        self.store.write(key, data, if_absent=True)
-        return Object(key, len(data), hashlib.sha256(data).hexdigest())
-
-    def _write(self, change: Callable[[RunManifest], RunManifest]) -> None:
-        """Swap the manifest for what `change` makes of it; `Interrupted` when another instance has claimed the run.
-
-        Our own fence in the manifest after a lost swap means that an earlier write of ours arrived, though its answer
-        did not, or that the server refused two writes at one moment (409): take it up and try again.
-        """
-        with self._writing:
-            for _ in range(3):
-                seconds = time.monotonic() - self._claimed_at
-                manifest = change(self.manifest).stamped(secrets.token_hex(16), time.time(), seconds)
-                try:
-                    self._tag = self.store.write(states.NAME, manifest.to_json(), if_match=self._tag)
-                except Conflict as error:
-                    self._take_up(error)
-                else:
-                    self.manifest, self._written_at = manifest, time.monotonic()
-                    return
-        raise StoreError(f"{self.store.url}/{states.NAME} could not be written: the server kept refusing")
-
-    def _take_up(self, error: Conflict) -> None:
-        try:
-            found, tag = read_run(self.store)
-        except NotFound as gone:
-            raise RunError(f"{self.store.url}/{states.NAME} was deleted while this instance was training") from gone
-        if found.fence != self.manifest.fence:
-            raise Interrupted(
-                f"another instance ({found.owner}) has claimed {self.store.url}; this one stops and changes nothing more"
-            ) from error
-        self.manifest, self._tag = found, tag
-
-    def _renew(self) -> None:
-        """The body of the lease thread. What the store fails to write now it may write later: others may claim the run
-        by then, which the next write that passes finds out.
-        """
-        every = self.manifest.lease / leases.RENEWALS
-        while not self._closed.wait(max(0.0, self._written_at + every - time.monotonic())):
-            if time.monotonic() - self._written_at < every:
-                continue  # a commit has renewed it
-            try:
-                self._write(lambda manifest: manifest)
-            except StoreError as error:
-                self._say(f"the lease of {self.store.url} could not be renewed ({error}); trying again")
-                self._closed.wait(every)
-            except Exception as error:
-                self._fatal = error
-                return
 
     def _collect_orphans(self) -> None:
         """Delete what a killed instance uploaded and never named. Safe for fences up to ours: they can name nothing more."""

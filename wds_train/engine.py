@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wds_train.checkpoint import Snapshot
@@ -19,7 +20,7 @@ from wds_train.mixing import Mixing
 from wds_train.model import Ema, create_model, create_optimizer, refuse_sizes
 from wds_train.pipeline import Batch
 from wds_train.randomness import derived_randomness
-from wds_train.recipe import Recipe
+from wds_train.recipe import DataRecipe, Recipe
 from wds_train.schedule import average_decay, lr_share
 from wds_train.scoring import Precision, Predictor, amp_dtype, metrics, sums
 from wds_train.state import Progress
@@ -62,11 +63,7 @@ class Trainer:
                 f"a rank's {self.samples} samples of a batch cannot be cut into {self.accumulate} micro-batches"
             )
         self.model = create_model(self.recipe.model, self.classes, self.recipe.seed, self.device)
-        data = self.recipe.data
-        sides = {
-            f"data.{name}": getattr(data, name) for name in ("size", "start_size", "eval_size") if getattr(data, name)
-        }
-        refuse_sizes(self.model, self.recipe.model.name, sides)
+        refuse_sizes(self.model, self.recipe.model.name, _sides(self.recipe.data))
         self.notes = [initialise(self.model, self.recipe)] if self.recipe.model.init and not self.resumes else []
         self._teacher = Teacher(self.recipe, self.classes, self.device) if self.recipe.distill.teacher else None
         self._parallel = self.ranks.parallel(self.model)
@@ -79,7 +76,7 @@ class Trainer:
             self.device.type, enabled=amp_dtype(self.device, self.precision) == torch.float16
         )
         self._criterion = Criterion(self.recipe.loss)
-        self._predictor = Predictor(
+        self.predictor = Predictor(
             self.recipe.data, self.device, flip=self.recipe.data.eval_flip, precision=self.precision
         )
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -97,7 +94,7 @@ class Trainer:
         self._parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
         labels = batch.labels.to(self.device, non_blocking=True)
-        images, targets = self._mix(step, self.normalised(batch.images), labels)
+        images, targets = self._mix(step, self.predictor.normalised(batch.images), labels)
         with derived_randomness(self.device, self.recipe.seed, "step", step, self.ranks.rank):
             loss = self._backward(images, targets)
         self._clip()
@@ -120,10 +117,6 @@ class Trainer:
         """How many samples of each global batch are this rank's."""
         return self.recipe.batch // self.ranks.size
 
-    def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """As `Predictor.normalised`."""
-        return self._predictor.normalised(images)
-
     def _backward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Leave the gradients of the mean loss over `images` in the parameters; that loss, detached."""
         micros = list(zip(images.tensor_split(self.accumulate), targets.tensor_split(self.accumulate), strict=True))
@@ -139,7 +132,7 @@ class Trainer:
 
     def loss(self, model: Callable[..., torch.Tensor], images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean loss of `model`, which is this trainer's, on normalised images."""
-        with self._predictor.autocast():
+        with self.predictor.autocast():
             logits = model(images).float()
             taught = None if self._teacher is None else self._teacher.logits(images)
         loss = self._criterion(logits, targets)
@@ -159,15 +152,8 @@ class Trainer:
         """Count the step; at an epoch's first step the sums begin anew."""
         done = self.progress
         lost = done.lost + len(batch.lost)
-        self._check_lost(lost, "; ".join(f"{entry.shard}, key {entry.key}: {entry.cause}" for entry in batch.lost))
+        _refuse_lost(self, lost, "; ".join(f"{entry.shard}, key {entry.key}: {entry.cause}" for entry in batch.lost))
         self.progress = replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=lost)
-
-    def _check_lost(self, lost: int, named: str) -> None:
-        if lost > self.recipe.data.max_bad * self.steps_per_epoch * self.recipe.batch:
-            raise DataError(
-                f"{lost} samples of this epoch could not be read, more than the allowed share data.max_bad = "
-                f"{self.recipe.data.max_bad}; the last: {named}. Check the dataset with `wds-train verify`"
-            )
 
     def epoch_loss(self) -> float:
         """Mean training loss of the epoch so far, over all ranks; `NotFinite` when it, or a gradient, is not; `DataError`
@@ -176,19 +162,9 @@ class Trainer:
         # One copy from the device for both.
         loss_sum, norm = torch.stack([self.loss_sum, self._largest_norm.double()]).tolist()
         loss_sum, lost = self.ranks.total(loss_sum, self.progress.lost)
-        self._check_lost(int(lost), "named by the ranks that met them")
+        _refuse_lost(self, int(lost), "named by the ranks that met them")
         mean = loss_sum / self.ranks.size / max(1, self.progress.loss_steps)
-        optimizer, at = self.recipe.optimizer, f"by step {self.progress.step}"
-        remedy = f"lower optimizer.lr (now {optimizer.lr})"
-        if not math.isfinite(mean):
-            raise NotFinite(
-                f"the training loss is {mean} {at}; {remedy} or lengthen schedule.warmup_epochs, under another --run"
-            )
-        if not math.isfinite(norm):
-            raise NotFinite(
-                f"the norm of the gradients is {norm} {at}, with a mean loss of {mean:.4g}; {remedy} or set "
-                f"optimizer.clip_norm (now {optimizer.clip_norm}), under another --run"
-            )
+        _refuse_infinite(mean, norm, self.recipe, self.progress.step)
         return mean
 
     def epoch_lost(self) -> int:
@@ -207,8 +183,8 @@ class Trainer:
         models = {"": self.model.eval(), "_ema": self.ema.module.eval()}
         totals = torch.zeros((len(models), 4), dtype=torch.float64, device=self.device)
         for batch in batches:
-            pixels = self._predictor.normalised(batch.images)
-            totals += torch.stack([sums(self._predictor.logits(model, pixels), batch) for model in models.values()])
+            pixels = self.predictor.normalised(batch.images)
+            totals += torch.stack([sums(self.predictor.logits(model, pixels), batch) for model in models.values()])
         everywhere = torch.tensor(self.ranks.total(*totals.flatten().tolist()), dtype=torch.float64)
         return {
             f"val/{name}{suffix}": value
@@ -221,15 +197,7 @@ class Trainer:
         loss_sum, lost = self.ranks.total(self.loss_sum.item() / self.ranks.size, self.progress.lost)
         if not self.ranks.leads:
             return None
-        entries = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        entries |= {f"ema/{name}": value for name, value in self.ema.module.state_dict().items()}
-        optimizer = self.optimizer.state_dict()
-        entries |= {
-            f"optimizer/{i}/{slot}": value for i, slots in optimizer["state"].items() for slot, value in slots.items()
-        }
-        # The groups too: timm's LAMB counts its steps there, and would repeat its bias correction after a resume.
-        for i, group in enumerate(optimizer["param_groups"]):
-            entries |= {f"group/{i}/{name}": value for name, value in group.items() if name not in _OF_THE_DEVICE}
+        entries = _entries(self.model, self.ema.module, self.optimizer)
         # A copy of each on its own: safetensors refuses views and shared storage, and the training goes on writing.
         tensors = {name: _on_host(value) for name, value in entries.items() if torch.is_tensor(value)}
         if self.device.type == "cuda":
@@ -251,7 +219,7 @@ class Trainer:
         try:
             self.model.load_state_dict(section(snapshot.tensors, "model/"))
             self.ema.module.load_state_dict(section(snapshot.tensors, "ema/"))
-            self._restore_optimizer(snapshot)
+            _load_optimizer(self.optimizer, snapshot.tensors | snapshot.extra["scalars"])
             if self.scaler.is_enabled() and snapshot.extra["scaler"]:  # empty after another precision: a scale anew
                 self.scaler.load_state_dict(snapshot.extra["scaler"])
         except (RuntimeError, KeyError, ValueError) as error:
@@ -262,20 +230,64 @@ class Trainer:
         else:
             self.progress = replace(self.progress, lost=0)
 
-    def _restore_optimizer(self, snapshot: Snapshot) -> None:
-        entries = snapshot.tensors | snapshot.extra["scalars"]
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        state: dict[int, dict[str, Any]] = {}
-        for name, value in section(entries, "optimizer/").items():
-            index, slot = name.split("/")
-            like = parameters[int(index)]
-            if torch.is_tensor(value) and value.shape == like.shape:
-                # In the parameter's own memory layout; otherwise every later update would mix layouts, slowly.
-                value = torch.empty_like(like).copy_(value)  # noqa: PLW2901
-            state.setdefault(int(index), {})[slot] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        groups = [group | _saved_group(entries, index) for index, group in enumerate(groups)]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+def _entries(model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that a training's state is made of, by the names that a checkpoint has for it."""
+    entries = {f"model/{name}": value for name, value in model.state_dict().items()}
+    entries |= {f"ema/{name}": value for name, value in average.state_dict().items()}
+    state, groups = optimizer.state_dict().values()
+    entries |= {f"optimizer/{i}/{slot}": value for i, slots in state.items() for slot, value in slots.items()}
+    # The groups too: timm's LAMB counts its steps there, and would repeat its bias correction after a resume.
+    for i, group in enumerate(groups):
+        entries |= {f"group/{i}/{name}": value for name, value in group.items() if name not in _OF_THE_DEVICE}
+    return entries
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, entries: dict[str, Any]) -> None:
+    """Give `optimizer` what `_entries` took from another of its kind."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in section(entries, "optimizer/").items():
+        index, slot = name.split("/")
+        like = parameters[int(index)]
+        if torch.is_tensor(value) and value.shape == like.shape:
+            # In the parameter's own memory layout; otherwise every later update would mix layouts, slowly.
+            value = torch.empty_like(like).copy_(value)  # noqa: PLW2901
+        state.setdefault(int(index), {})[slot] = value
+    groups = optimizer.state_dict()["param_groups"]
+    groups = [group | _saved_group(entries, index) for index, group in enumerate(groups)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _sides(data: DataRecipe) -> dict[str, int]:
+    """The sides of images, in pixels, by the settings that ask for them."""
+    names = ("size", "start_size", "eval_size")
+    return {f"data.{name}": getattr(data, name) for name in names if getattr(data, name)}
+
+
+def _refuse_lost(trainer: Trainer, lost: int, named: str) -> None:
+    """`DataError` when more samples of the epoch are unreadable than the recipe allows; `named`: which these were."""
+    most = trainer.recipe.data.max_bad
+    if lost > most * trainer.steps_per_epoch * trainer.recipe.batch:
+        raise DataError(
+            f"{lost} samples of this epoch could not be read, more than the allowed share data.max_bad = "
+            f"{most}; the last: {named}. Check the dataset with `wds-train verify`"
+        )
+
+
+def _refuse_infinite(loss: float, norm: float, recipe: Recipe, step: int) -> None:
+    """`NotFinite` when the mean loss, or the largest norm of the gradients, is not."""
+    optimizer, at = recipe.optimizer, f"by step {step}"
+    remedy = f"lower optimizer.lr (now {optimizer.lr})"
+    if not math.isfinite(loss):
+        raise NotFinite(
+            f"the training loss is {loss} {at}; {remedy} or lengthen schedule.warmup_epochs, under another --run"
+        )
+    if not math.isfinite(norm):
+        raise NotFinite(
+            f"the norm of the gradients is {norm} {at}, with a mean loss of {loss:.4g}; {remedy} or set "
+            f"optimizer.clip_norm (now {optimizer.clip_norm}), under another --run"
+        )
 
 
 def refuse_nondeterministic(recipe: Recipe, device: torch.device) -> None:

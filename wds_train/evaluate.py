@@ -1,4 +1,4 @@
-"""`wds-train eval`: the accuracy of a model, or of several together, on a split; by class, and which classes it confuses.
+"""The accuracy of a model, or of several together, on a split; by class, and which classes it confuses.
 
 Every member of an ensemble sees the samples at its own size and normalisation; batches are those of the training's
 validation, so that the same weights give the same numbers.
@@ -6,7 +6,6 @@ validation, so that the same weights give the same numbers.
 
 import argparse
 import csv
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,80 +22,18 @@ from wds_train.manifest import ClassInfo
 from wds_train.model import create_model, refuse_sizes
 from wds_train.pipeline import Batch, EvalPlan, EvalTransform, Loader, Lost
 from wds_train.recipe import Recipe, with_settings
-from wds_train.scoring import EVAL_BATCH, Predictor, metrics, percent, sums
+from wds_train.scoring import Predictor, metrics, percent, sums
 from wds_train.state import best
 from wds_train.status import SCORES, choose, find_run
 from wds_train.weights import SUFFIX, Weights
+from wds_train.weights_of import weights_of
 
 SHOWN = 10  # classes, pairs and unreadable samples that are printed
 CROPS_SHARE = 0.875  # --tta crops: most of the large square's side that one crop takes
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", required=True, metavar="DATASET", help="s3://bucket/prefix or a directory")
-    parser.add_argument("--split", default="val", metavar="NAME")
-    parser.add_argument(
-        "--weights",
-        choices=["best", *SCORES],
-        default="best",
-        help="of a run: the raw or the EMA ones, of their best epoch; by default those of the higher top-1",
-    )
-    parser.add_argument("--step", type=int, metavar="N", help="of a run: those of the checkpoint of this step")
-    parser.add_argument(
-        "--size", type=int, metavar="PX", help="side of the images (default: the recipe's data.eval_size)"
-    )
-    parser.add_argument(
-        "--crop", type=float, metavar="SHARE", help="share of the shorter side (default: data.eval_crop)"
-    )
-    parser.add_argument(
-        "--tta",
-        choices=["none", "flip", "crops"],
-        help="average the logits of the image and its mirror image, or of five crops and theirs (default: flip where "
-        "the recipe has data.eval_flip)",
-    )
-    parser.add_argument(
-        "--ensemble",
-        nargs="+",
-        default=[],
-        metavar="RUN_OR_FILE",
-        help="average the probabilities with those of other models",
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON, with all classes")
-    parser.add_argument("--per-class", type=Path, metavar="FILE.csv", help="write a row per class")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and classes.csv there")
-
-
-def run(args: argparse.Namespace) -> int:
-    """`args.models` are files and runs' addresses."""
-    chosen = [_weights(each, args.weights, args.step) for each in args.models]
-    dataset = Dataset.open(args.dataset)
-    for weights in chosen:
-        _refuse_other_classes(weights, dataset)
-    views = [_View.of(weights.recipe, args) for weights in chosen]
-    split = dataset.split(args.split)
-    scored = _score(chosen, views, split, args.batch or min(chosen[0].recipe.batch, EVAL_BATCH), args.workers)
-    report = {
-        "dataset": dataset.store.url,
-        "fingerprint": dataset.fingerprint,
-        "split": args.split,
-        "members": [_member(*member) for member in zip(chosen, views, strict=True)],
-    } | _report(scored, split, dataset.manifest.classes)
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    print(text if args.json else "\n".join(_lines(report)))
-    try:
-        if args.per_class:
-            _write_classes(args.per_class, report["classes"])
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "eval.json").write_text(text + "\n")
-            _write_classes(args.out / "classes.csv", report["classes"])
-    except OSError as error:
-        raise UsageError(f"{error.filename} cannot be written: {error.strerror or error}") from error
-    return 0
-
-
 @dataclass(frozen=True)
-class _View:
+class View:
     """What a member sees of an image: `side` pixels of the central `crop` share, or with `decoded` > `side`, crops of
     `side` out of a central square of `decoded`.
     """
@@ -107,7 +44,7 @@ class _View:
     flip: bool
 
     @classmethod
-    def of(cls, recipe: Recipe, args: argparse.Namespace) -> "_View":
+    def of(cls, recipe: Recipe, args: argparse.Namespace) -> "View":
         """The recipe's, but for what the flags say; `UsageError` when that cannot work."""
         changes = {"data.eval_size": args.size, "data.eval_crop": args.crop}
         data = with_settings(recipe, [f"{name}={value}" for name, value in changes.items() if value is not None]).data
@@ -124,7 +61,7 @@ class _View:
 
 
 @dataclass(frozen=True)
-class _Scored:
+class Scored:
     """`totals` float64 [4], as `scoring.sums`; `predicted` int64 [samples], -1 where a sample could not be read."""
 
     totals: torch.Tensor
@@ -132,7 +69,7 @@ class _Scored:
     lost: list[Lost]
 
 
-def _weights(source: str, kind: str, step: int | None) -> Weights:
+def chosen_weights(source: str, kind: str, step: int | None) -> Weights:
     """Those of a file, or of a run: by default the kind with the higher top-1."""
     if source.endswith(SUFFIX):
         weights = Weights.read(Path(source))
@@ -146,10 +83,10 @@ def _weights(source: str, kind: str, step: int | None) -> Weights:
         found = manifest.checkpoints if step is None else (choose(manifest, kind, step),)
         tops = {each: top.metrics[name] for each, name in SCORES.items() if (top := best(found, name))}
         kind = max(tops, key=lambda each: tops[each], default="ema")
-    return Weights.of_checkpoint(store, manifest, choose(manifest, kind, step), kind)
+    return weights_of(store, manifest, choose(manifest, kind, step), kind)
 
 
-def _refuse_other_classes(weights: Weights, dataset: Dataset) -> None:
+def refuse_other_classes(weights: Weights, dataset: Dataset) -> None:
     ours, theirs = [[entry.id for entry in found] for found in (weights.classes, dataset.manifest.classes)]
     if ours == theirs:
         return
@@ -164,7 +101,7 @@ def _refuse_other_classes(weights: Weights, dataset: Dataset) -> None:
     )
 
 
-def _score(chosen: list[Weights], views: list[_View], split: SplitReader, batch: int, workers: int) -> _Scored:
+def score(chosen: list[Weights], views: list[View], split: SplitReader, batch: int, workers: int) -> Scored:
     """One pass over the split; members that see the same pixels share a loader."""
     if not len(split):
         raise DataError(f"the split {split.name!r} of {split.store.url} has no samples")
@@ -188,7 +125,7 @@ def _score(chosen: list[Weights], views: list[_View], split: SplitReader, batch:
         seen[one.ids] += 1
         lost += one.lost
     assert (seen == 1).all(), f"samples {np.flatnonzero(seen != 1)[:5]} did not come exactly once"
-    return _Scored(totals, predicted, lost)
+    return Scored(totals, predicted, lost)
 
 
 def _together(loaders: dict[EvalTransform, Loader]) -> Iterator[dict[EvalTransform, Batch]]:
@@ -199,7 +136,7 @@ def _together(loaders: dict[EvalTransform, Loader]) -> Iterator[dict[EvalTransfo
 class _Member:
     """One model on `device`, and its own view of the images."""
 
-    def __init__(self, weights: Weights, view: _View, device: torch.device) -> None:
+    def __init__(self, weights: Weights, view: View, device: torch.device) -> None:
         self._view, recipe = view, weights.recipe
         self._model = create_model(recipe.model, len(weights.classes), recipe.seed, device).eval()
         self._predictor = Predictor(recipe.data, device, side=view.side, flip=view.flip)
@@ -218,7 +155,7 @@ def _mean_probabilities(logits: list[torch.Tensor]) -> torch.Tensor:
     return torch.logsumexp(torch.stack([each.log_softmax(dim=1) for each in logits]), dim=0) - math.log(len(logits))
 
 
-def _report(scored: _Scored, split: SplitReader, classes: tuple[ClassInfo, ...]) -> dict[str, Any]:
+def report_of(scored: Scored, split: SplitReader, classes: tuple[ClassInfo, ...]) -> dict[str, Any]:
     labels, count = split.index.label.astype(np.int64), len(classes)
     samples = np.bincount(labels, minlength=count)
     hits = np.bincount(labels[scored.predicted == labels], minlength=count)
@@ -250,14 +187,14 @@ def _title(entry: ClassInfo) -> str:
     return entry.name if entry.name == entry.id else f"{entry.name} ({entry.id})"
 
 
-def _write_classes(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_classes(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _member(weights: Weights, view: _View) -> dict[str, Any]:
+def describe_member(weights: Weights, view: View) -> dict[str, Any]:
     return {
         "run": weights.run,
         "weights": weights.kind,
@@ -271,7 +208,7 @@ def _member(weights: Weights, view: _View) -> dict[str, Any]:
     }
 
 
-def _lines(report: dict[str, Any]) -> list[str]:
+def report_lines(report: dict[str, Any]) -> list[str]:
     lines = [f"dataset     {report['dataset']}, {report['split']}: {report['samples']:,} samples"]
     for each in report["members"]:
         views = f", mean of {each['views']} views" if each["views"] > 1 else ""

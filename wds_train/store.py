@@ -161,7 +161,7 @@ class LocalStore:
         self.url = str(self.root)
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        with self._translated(key), self._opened(key) as file:
+        with self._translated(key), _opened(self._path(key)) as file:
             file.seek(start)
             data = file.read(-1 if length is None else length)
         if len(data) < (bool(start) if length is None else length):
@@ -169,7 +169,7 @@ class LocalStore:
         return data
 
     def read_into(self, key: str, start: int, target: memoryview) -> None:
-        with self._translated(key), self._opened(key) as file:
+        with self._translated(key), _opened(self._path(key)) as file:
             file.seek(start)
             if file.readinto(target) < len(target):
                 raise _too_short(f"{self.url}/{key}", start, len(target))
@@ -205,7 +205,7 @@ class LocalStore:
         self.write(key, _contents(path))
 
     def head(self, key: str) -> tuple[int, str]:
-        with self._translated(key), self._opened(key) as file:
+        with self._translated(key), _opened(self._path(key)) as file:
             return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
     def reconnect(self) -> None:
@@ -215,7 +215,9 @@ class LocalStore:
         folder, _, start = prefix.rpartition("/")
         tops = [path for path in (self.root / folder).glob("*") if path.name.startswith(start)]
         with self._translated(prefix):
-            yield from sorted(entry for top in tops for path in (top, *top.rglob("*")) for entry in self._entry(path))
+            yield from sorted(
+                entry for top in tops for path in (top, *top.rglob("*")) for entry in _entry(self.root, path)
+            )
 
     def delete(self, key: str) -> None:
         with self._translated(key), contextlib.suppress(NotADirectoryError):
@@ -229,17 +231,6 @@ class LocalStore:
 
     def _path(self, key: str) -> Path:
         return self.root / _inside(key, self.url)
-
-    def _opened(self, key: str) -> io.BufferedReader:
-        path = self._path(key)
-        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # opening a FIFO waits for ever
-            raise StoreError(f"{path} is no plain file; remove it")
-        return path.open("rb")
-
-    def _entry(self, path: Path) -> Iterator[Entry]:
-        with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
-            if path.is_file() and not path.name.startswith(UNFINISHED):
-                yield Entry(path.relative_to(self.root).as_posix(), path.stat().st_size)
 
     def _tag(self, key: str) -> str | None:
         try:
@@ -261,6 +252,18 @@ class LocalStore:
                     f"no space left on the disk of {self.url} while writing {key}; free some and run again"
                 ) from error
             raise StoreError(f"{self.url}/{key}: {error}") from error
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # opening a FIFO waits for ever
+        raise StoreError(f"{path} is no plain file; remove it")
+    return path.open("rb")
+
+
+def _entry(root: Path, path: Path) -> Iterator[Entry]:
+    with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+        if path.is_file() and not path.name.startswith(UNFINISHED):
+            yield Entry(path.relative_to(root).as_posix(), path.stat().st_size)
 
 
 @contextlib.contextmanager
@@ -344,6 +347,10 @@ class S3Connection:
                 return answer
             except Unavailable as error:
                 retry.pause(error)
+
+    def head(self, key: str) -> tuple[int, str]:
+        answer = self.ask("head_object", key, Key=self.full_key(key))
+        return answer["ContentLength"], answer["ETag"]
 
     def retry(self) -> "Retry":
         return Retry(self.patience if self.answered else min(self.patience, FIRST_SECONDS))
@@ -434,7 +441,18 @@ class S3Reader:
     def fallbacks(self) -> int:
         return int(self._fallbacks[0])
 
-    def read(self, key: str, body: "_Body") -> "_Body":
+    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        return b"" if length == 0 else b"".join(self._received(key, _Body(start, length)).pieces)
+
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        if target:
+            self._received(key, _Body(start, len(target), target))
+
+    def read_tagged(self, key: str) -> tuple[bytes, str]:
+        body = self._received(key, _Body(0, None))
+        return b"".join(body.pieces), body.tag
+
+    def _received(self, key: str, body: "_Body") -> "_Body":
         retry = self._connection.retry()
         while True:
             had = body.size
@@ -504,43 +522,11 @@ class S3Reader:
         return url
 
 
-class S3Store:
-    """A prefix of an S3 bucket, through boto3. Safe to use from threads and after a fork.
+class S3Writer:
+    """Writes of objects: large ones in parts, of which several are on their way at a time; each with a checksum."""
 
-    What fails for want of an answer is repeated for `PATIENCE_SECONDS` (or $WDS_S3_PATIENCE), a read for a second more
-    per `SLOWEST` bytes, and ends in `Unavailable`; a refusal (403, 404, 409, 412, 416) is final at once.
-    """
-
-    def __init__(self, bucket: str, prefix: str, endpoint: Endpoint | None = None) -> None:
-        self._s3 = S3Connection(bucket, prefix, endpoint)
-        self.bucket, self.prefix, self.url = bucket, prefix, self._s3.url
-        self._reader = S3Reader(self._s3)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _shared, (self.bucket, self.prefix, self._s3.endpoint)
-
-    @property
-    def client(self) -> "S3Client":
-        return self._s3.client
-
-    @property
-    def fallbacks(self) -> int:
-        """How many ranges took a second request, through boto3, since the signed address was not answered with them."""
-        return self._reader.fallbacks
-
-    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        return b"" if length == 0 else b"".join(self._reader.read(key, _Body(start, length)).pieces)
-
-    def read_into(self, key: str, start: int, target: memoryview) -> None:
-        if target:
-            self._reader.read(key, _Body(start, len(target), target))
-
-    def read_tagged(self, key: str) -> tuple[bytes, str]:
-        body = self._reader.read(key, _Body(0, None))
-        return b"".join(body.pieces), body.tag
-
-    def reconnect(self) -> None:
-        self._s3.reconnect()
+    def __init__(self, connection: S3Connection, reader: S3Reader) -> None:
+        self._s3, self._reader = connection, reader
 
     def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
@@ -553,7 +539,7 @@ class S3Store:
         except (Conflict, NotFound) as error:
             tag = self._tag_of(key, memoryview(body))
             if tag is None:
-                raise Conflict(f"{self.url}/{key} was written by another writer") from error
+                raise Conflict(f"{self._s3.url}/{key} was written by another writer") from error
             return tag
 
     def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
@@ -561,35 +547,6 @@ class S3Store:
         if second is None:
             return self.write(key, first)
         return self._write_parts(key, itertools.chain((first, second), pieces), {})
-
-    def upload(self, key: str, path: Path) -> None:
-        self.write(key, _contents(path))
-
-    def head(self, key: str) -> tuple[int, str]:
-        answer = self._s3.ask("head_object", key, Key=self._s3.full_key(key))
-        return answer["ContentLength"], answer["ETag"]
-
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        found: list[Entry] = []
-        more: dict[str, str] = {}
-        while True:
-            page = self._s3.ask("list_objects_v2", prefix, Prefix=self._s3.full_key(prefix), **more)
-            found += [
-                Entry(entry["Key"][len(self._s3.full_key("")) :], entry["Size"]) for entry in page.get("Contents", ())
-            ]
-            if not page["IsTruncated"]:
-                break
-            more = {"ContinuationToken": page["NextContinuationToken"]}
-        yield from sorted(found)  # AWS sorts by key already, SeaweedFS folder by folder
-
-    def delete(self, key: str) -> None:
-        self._s3.ask("delete_object", key, Key=self._s3.full_key(key))
-
-    def abort_uploads(self, prefix: str) -> None:
-        found = self._s3.ask("list_multipart_uploads", "", Prefix=self._s3.full_key(prefix))
-        for upload in found.get("Uploads", ()):
-            where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-            self._s3.ask("abort_multipart_upload", upload["Key"], **where)
 
     def _write_parts(self, key: str, pieces: Iterable[Body], condition: dict[str, str]) -> str:
         """A multipart upload: nothing is visible before its end, and nothing remains of one that failed."""
@@ -605,11 +562,11 @@ class S3Store:
         except BaseException:
             # Once only: when the server is gone, the bucket's lifecycle rule has to do it.
             with contextlib.suppress(StoreError), self._s3.translated(key):
-                self.client.abort_multipart_upload(Bucket=self.bucket, **upload)
+                self._s3.client.abort_multipart_upload(Bucket=self._s3.bucket, **upload)
             raise
-        stored = self.head(key)
+        stored = self._s3.head(key)
         if stored[1] == tag and stored[0] != size:
-            raise StoreError(f"{self.url}/{key}: {size} bytes were sent, but {stored[0]} stored")
+            raise StoreError(f"{self._s3.url}/{key}: {size} bytes were sent, but {stored[0]} stored")
         return tag
 
     def _send_parts(self, key: str, pieces: Iterable[Body], upload: str) -> tuple[int, Sequence[Any]]:
@@ -633,21 +590,93 @@ class S3Store:
         crc, content = _crc32(body), bytes(body) if isinstance(body, memoryview) else body
         answer = self._s3.ask(verb, key, Key=self._s3.full_key(key), Body=content, ChecksumCRC32=crc, **details)
         if answer.get("ChecksumCRC32", crc) != crc:
-            raise StoreError(f"{self.url}/{key}: the S3 server stored other bytes than it was sent")
+            raise StoreError(f"{self._s3.url}/{key}: the S3 server stored other bytes than it was sent")
         return answer | {"ChecksumCRC32": crc}
 
     def _tag_of(self, key: str, body: memoryview) -> str | None:
         """The object's tag if it holds `body`, else None."""
         try:
-            size, tag = self.head(key)
+            size, tag = self._s3.head(key)
             starts = range(0, size, PART_BYTES)
             same = size == len(body) and all(
-                self.read(key, start, min(PART_BYTES, size - start)) == body[start : start + PART_BYTES]
+                self._reader.read(key, start, min(PART_BYTES, size - start)) == body[start : start + PART_BYTES]
                 for start in starts
             )
         except NotFound:
             return None
         return tag if same else None
+
+
+class S3Store:
+    """A prefix of an S3 bucket, through boto3. Safe to use from threads and after a fork.
+
+    What fails for want of an answer is repeated for `PATIENCE_SECONDS` (or $WDS_S3_PATIENCE), a read for a second more
+    per `SLOWEST` bytes, and ends in `Unavailable`; a refusal (403, 404, 409, 412, 416) is final at once.
+    """
+
+    def __init__(self, bucket: str, prefix: str, endpoint: Endpoint | None = None) -> None:
+        self._s3 = S3Connection(bucket, prefix, endpoint)
+        self.bucket, self.prefix, self.url = bucket, prefix, self._s3.url
+        self._reader = S3Reader(self._s3)
+        self._writer = S3Writer(self._s3, self._reader)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _shared, (self.bucket, self.prefix, self._s3.endpoint)
+
+    @property
+    def client(self) -> "S3Client":
+        return self._s3.client
+
+    @property
+    def fallbacks(self) -> int:
+        """How many ranges took a second request, through boto3, since the signed address was not answered with them."""
+        return self._reader.fallbacks
+
+    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        return self._reader.read(key, start, length)
+
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        self._reader.read_into(key, start, target)
+
+    def read_tagged(self, key: str) -> tuple[bytes, str]:
+        return self._reader.read_tagged(key)
+
+    def reconnect(self) -> None:
+        self._s3.reconnect()
+
+    def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        return self._writer.write(key, body, if_absent=if_absent, if_match=if_match)
+
+    def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
+        return self._writer.write_pieces(key, pieces)
+
+    def upload(self, key: str, path: Path) -> None:
+        self.write(key, _contents(path))
+
+    def head(self, key: str) -> tuple[int, str]:
+        return self._s3.head(key)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        found: list[Entry] = []
+        more: dict[str, str] = {}
+        while True:
+            page = self._s3.ask("list_objects_v2", prefix, Prefix=self._s3.full_key(prefix), **more)
+            found += [
+                Entry(entry["Key"][len(self._s3.full_key("")) :], entry["Size"]) for entry in page.get("Contents", ())
+            ]
+            if not page["IsTruncated"]:
+                break
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+        yield from sorted(found)  # AWS sorts by key already, SeaweedFS folder by folder
+
+    def delete(self, key: str) -> None:
+        self._s3.ask("delete_object", key, Key=self._s3.full_key(key))
+
+    def abort_uploads(self, prefix: str) -> None:
+        found = self._s3.ask("list_multipart_uploads", "", Prefix=self._s3.full_key(prefix))
+        for upload in found.get("Uploads", ()):
+            where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            self._s3.ask("abort_multipart_upload", upload["Key"], **where)
 
 
 @functools.cache

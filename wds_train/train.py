@@ -12,14 +12,14 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from wds_train.cache import BlockCache
-from wds_train.checkpoint import Run, Snapshot
+from wds_train.checkpoint import Run, Snapshot, read_object
 from wds_train.dataset import Dataset
 from wds_train.devserver import home
 from wds_train.distributed import LAST_SECONDS, Ranks, die_with_launcher, lost_ranks
@@ -101,9 +101,6 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
         _be_deterministic()
     dataset = Dataset.open(options.dataset)
     datasets = [dataset, *(_of_same_classes(Dataset.open(url), dataset) for url, _ in options.mix)]
-    cache = None
-    if options.cache_dir:
-        cache = BlockCache(options.cache_dir, options.cache_bytes, dataset.split("train"), dataset.fingerprint)
     stop.check()
     stop.doing = f"the claim of {options.run}"
     run, snapshot = _lead(options, datasets, stop, ranks)
@@ -114,7 +111,11 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     else:
         try:
             with tracker, _ending(run, stop, options.deterministic):
-                _Session(options, datasets, run, snapshot, stop, cache=cache, ranks=ranks, tracker=tracker).run_to_end()
+                session = _Session(options, datasets, run, stop, ranks=ranks, tracker=tracker)
+                session.fork(snapshot.progress.step if snapshot else 0)
+                session.connect()
+                session.restore(snapshot)
+                session.run_to_end()
         finally:
             ranks.close()
     if ranks.leads:
@@ -190,14 +191,22 @@ def _refuse(options: TrainOptions, datasets: list[Dataset], store: Store, ranks:
     steps = _steps(options, datasets)
     for dataset, size in zip(datasets, _sizes(options), strict=True):
         _plan(options, dataset, size, range(steps * options.recipe.schedule.epochs), ranks)
-    Trainer(
+    on_meta = replace(options, compile=False)
+    _trainer(on_meta, datasets, torch.device("meta"), Ranks(ranks.rank, ranks.size), resumes=resumes)
+
+
+def _trainer(
+    options: TrainOptions, datasets: list[Dataset], device: torch.device, ranks: Ranks, *, resumes: bool
+) -> Trainer:
+    return Trainer(
         options.recipe,
         len(datasets[0].manifest.classes),
-        steps,
-        torch.device("meta"),
-        Ranks(ranks.rank, ranks.size),
+        _steps(options, datasets),
+        device,
+        ranks,
         accumulate=options.accumulate or 1,
         precision=options.precision,
+        compile=options.compile,
         resumes=resumes,
     )
 
@@ -211,7 +220,7 @@ def _follow(store: Store, announced: dict[str, Any]) -> tuple[Run, Snapshot | No
     if announced["progress"] is None:
         return run, None
     chosen = next(c for c in reversed(manifest.checkpoints) if asdict(c.progress) == announced["progress"])
-    return run, Snapshot.decode(run.read(chosen.object), chosen.progress)
+    return run, Snapshot.decode(read_object(store, chosen.object), chosen.progress)
 
 
 def _be_deterministic() -> None:
@@ -238,7 +247,7 @@ def _go_back(run: Run, error: NotFinite, deterministic: bool) -> tuple[WdsTrainE
 def _finish_commits(run: Run) -> None:
     """Wait for the commit under way, which is of an earlier and sound state: up to an epoch would be lost with it."""
     with contextlib.suppress(WdsTrainError):
-        run.wait(LAST_SECONDS / 2)
+        run.committer.wait(LAST_SECONDS / 2)
 
 
 def _give_up(run: Run, status: str, **changes: Any) -> None:
@@ -297,75 +306,60 @@ class Pace:
 
 
 class _Session:
-    """One process's work on a run, from its claim to its end or interruption."""
+    """One process's work on a run, from its claim to its end or interruption: `fork`, `connect`, `restore`, `run_to_end`."""
 
     def __init__(
         self,
         options: TrainOptions,
         datasets: list[Dataset],
         run: Run,
-        snapshot: Snapshot | None,
         stop: StopRequest,
         *,
-        cache: BlockCache | None,
         ranks: Ranks,
         tracker: Tracker,
     ) -> None:
-        recipe, dataset, on_gpu = options.recipe, datasets[0], ranks.device.type == "cuda"
         self._options, self._run, self._stop, self._ranks, self._tracker = options, run, stop, ranks, tracker
-        self._classes = [[entry.id, entry.name] for entry in dataset.manifest.classes]
-        run.max_uncommitted = options.max_uncommitted_minutes * 60
-        start = snapshot.progress.step if snapshot else 0
-        val_split, data = dataset.split("val"), recipe.data
-        steps = _steps(options, datasets)
-        self._total = recipe.schedule.epochs * steps
-        self._val_samples = len(val_split)
-        loaders = [
-            _loader(
-                options,
-                each,
-                size,
-                range(start, self._total),
-                cache=cache if each is dataset else None,
-                ranks=ranks,
-            )
-            for each, size in zip(datasets, _sizes(options), strict=True)
-        ]
-        self._loader = Mixture(loaders, recipe.seed, pinned=on_gpu) if len(loaders) > 1 else loaders[0]
-        val_plan = EvalPlan(len(val_split), min(recipe.batch, EVAL_BATCH), ranks.rank, ranks.size)
-        seen = EvalTransform(data.eval_size, data.eval_crop)
-        self._val_loader = Loader(val_split, val_plan, seen, options.workers, pinned=on_gpu)
+        self._datasets = datasets
+        self._classes = [[entry.id, entry.name] for entry in datasets[0].manifest.classes]
+        self._epoch_steps = _steps(options, datasets)
+        self._total = options.recipe.schedule.epochs * self._epoch_steps
+        self._val_samples = datasets[0].manifest.split("val").samples
+
+    def fork(self, start: int) -> None:
+        """Begin to read, for the steps from `start` on. Before this process has threads or uses a GPU: loader workers are
+        forked, and a forked child survives neither.
+        """
+        self._loader = _loader(self._options, self._datasets, range(start, self._total), self._ranks)
+        self._val_loader = _val_loader(self._options, self._datasets[0], self._ranks)
         if start < self._total:
             self._loader.start()
         self._val_loader.start()
-        run.start_renewing()
-        stop.doing = "the training"
-        if ranks.leads:
-            tracker.start()
-            run.history()  # which names what is damaged
-        ranks.connect()
-        classes = len(dataset.manifest.classes)
-        self._trainer = Trainer(
-            recipe,
-            classes,
-            steps,
-            ranks.device,
-            ranks,
-            accumulate=options.accumulate or 1,
-            precision=options.precision,
-            compile=options.compile,
-            resumes=snapshot is not None,
-        )
-        if options.accumulate is None and on_gpu:  # a CPU's memory holds any batch it can work on
-            self._trainer.accumulate = round(ranks.largest(fit_accumulation(self._trainer)))
-        self._say(_introduction(options, dataset, steps, ranks))
-        for note in self._trainer.notes:
+
+    def connect(self) -> None:
+        """Hold the run, and meet the other ranks and W&B: from here on there are threads."""
+        self._run.committer.max_uncommitted = self._options.max_uncommitted_minutes * 60
+        self._run.begin()
+        self._stop.doing = "the training"
+        if self._ranks.leads:
+            self._tracker.start()
+            self._run.history()  # which names what is damaged
+        self._ranks.connect()
+
+    def restore(self, snapshot: Snapshot | None) -> None:
+        """Make the trainer, as `snapshot` left it."""
+        options, ranks = self._options, self._ranks
+        trainer = self._trainer = _trainer(options, self._datasets, ranks.device, ranks, resumes=snapshot is not None)
+        if options.accumulate is None and ranks.device.type == "cuda":  # a CPU's memory holds any batch it can work on
+            trainer.accumulate = round(ranks.largest(fit_accumulation(trainer)))
+        self._say(_introduction(options, self._datasets[0], self._epoch_steps, ranks))
+        for note in trainer.notes:
             self._say(f"weights  {note}")
-        if self._trainer.accumulate > 1:
-            self._say(f"memory   each batch in {self._trainer.accumulate} micro-batches")
+        if trainer.accumulate > 1:
+            self._say(f"memory   each batch in {trainer.accumulate} micro-batches")
         if snapshot:
-            self._trainer.restore(snapshot)
-            self._say(f"resuming at step {start} of {self._total} (epoch {start / steps:.2f})")
+            trainer.restore(snapshot)
+            step = trainer.progress.step
+            self._say(f"resuming at step {step} of {self._total} (epoch {step / self._epoch_steps:.2f})")
 
     def run_to_end(self) -> None:
         with SpotWatch(self._stop) as self._spot:
@@ -378,7 +372,7 @@ class _Session:
                 self._interrupt()
             finally:
                 self._progress.close()
-            while not self._run.wait(0.2):
+            while not self._run.committer.wait(0.2):
                 if self._stop.cause:
                     self._interrupt()
             self._run.end("done")
@@ -388,13 +382,13 @@ class _Session:
             self._stop.doing = "what comes after the run"
 
     def _train(self) -> None:
-        trainer, epoch_steps = self._trainer, self._trainer.steps_per_epoch
+        trainer, epoch_steps = self._trainer, self._epoch_steps
         self._saved = trainer.progress
         self._saved_at = time.monotonic()
         self._rebalance_said = False
         self._commit_timing: dict[str, float] = {}
         self._pace = Pace()
-        batches = self._timed(on_device(self._loader, trainer.device))
+        batches = _timed(on_device(self._loader, trainer.device))
         while trainer.progress.evaluated * epoch_steps < self._total:
             if self._look_up():
                 trainer.epoch_loss()
@@ -408,14 +402,14 @@ class _Session:
         """Whether it is time for a commit. Raises what ends the training: `_Stopped` when any rank was asked to stop, and
         what `Run.check` raises. All ranks look up at the same step, and come to the same answer.
         """
-        self._run.check()
+        self._run.committer.check()
         if self._spot.rebalance and not self._rebalance_said:
             self._rebalance_said = True
             say(
                 "EC2 recommends to move: this spot instance is at an elevated risk of being taken back; training goes on"
             )
         old = time.monotonic() - self._saved_at >= self._options.commit_minutes * 60
-        due = self._ranks.leads and old and not self._run.busy
+        due = self._ranks.leads and old and not self._run.committer.busy
         stopped, commits = self._ranks.total(self._stop.cause is not None, due)
         if stopped:
             raise _Stopped
@@ -425,13 +419,6 @@ class _Session:
         if self._ranks.leads:
             say(message)
 
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-        """Each batch with the seconds that the training waited for it."""
-        while True:
-            start = time.perf_counter()
-            batch = next(batches)
-            yield batch, time.perf_counter() - start
-
     def _step(self, batch: Batch, waited: float) -> None:
         start = time.perf_counter()
         for lost in batch.lost:
@@ -440,10 +427,10 @@ class _Session:
             loss = self._trainer.step(batch)
         done, shown = self._trainer.progress.step, None
         record: dict[str, Any] = {}
-        if self._logs(done):
+        if _is_logged(done, self._epoch_steps):
             shown = self._ranks.total(loss.item())[0] / self._ranks.size
             self._trainer.epoch_loss()
-            record = {"step": done, "epoch": done / self._trainer.steps_per_epoch, "train/loss": shown}
+            record = {"step": done, "epoch": done / self._epoch_steps, "train/loss": shown}
             record |= {"train/lr": self._trainer.lr(done - 1), "train/grad_norm": self._trainer.grad_norm.item()}
         self._pace.add(waited, time.perf_counter() - start)
         if record:
@@ -451,10 +438,6 @@ class _Session:
             timing |= {"s3/fallbacks": self._loader.fallbacks} if self._loader.fallbacks else {}
             self._tracker.log(record, timing)
         self._progress.step(done, shown)
-
-    def _logs(self, step: int) -> bool:
-        """A function of the step alone, so that a resumed run logs what the unbroken one does."""
-        return step % min(LOG_STEPS, max(1, self._trainer.steps_per_epoch // LOGS_PER_EPOCH)) == 0
 
     def _end_epoch(self) -> None:
         """Validate and commit."""
@@ -465,13 +448,8 @@ class _Session:
         lost = trainer.epoch_lost()
         trainer.evaluated()
         epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
-        record = {
-            "step": trainer.progress.step,
-            "epoch": float(epoch),
-            "epoch/loss": loss,
-            "epoch/lost": lost,
-        } | metrics
-        self._tracker.log(record, {})
+        record = {"step": trainer.progress.step, "epoch": float(epoch), "epoch/loss": loss, "epoch/lost": lost}
+        self._tracker.log(record | metrics, {})
         self._say(
             f"epoch {epoch:3d}/{epochs}  loss {loss:.3f}  "
             f"top-1 {metrics['val/top1']:.2f} %  EMA {metrics['val/top1_ema']:.2f} %"
@@ -494,15 +472,16 @@ class _Session:
         snapshot, records = self._trainer.snapshot(), self._tracker.drain()
         if snapshot is not None:
             snapshot.extra["classes"] = self._classes
-            self._run.commit(snapshot, metrics, records, **changes)
+            self._run.committer.commit(snapshot, metrics, records, **changes)
         self._saved, self._saved_at = self._trainer.progress, time.monotonic()
         self._commit_timing["commit/stall_ms"] = (time.perf_counter() - start) * 1000
 
     def _drain_commit_timing(self) -> dict[str, float]:
         """What the newest commits cost: `stall_ms` the training's pause, `upload_s` the work in the background."""
         timing, self._commit_timing = self._commit_timing, {}
-        if self._run.upload_s is not None:
-            timing["commit/upload_s"], self._run.upload_s = self._run.upload_s, None
+        committer = self._run.committer
+        if committer.upload_s is not None:
+            timing["commit/upload_s"], committer.upload_s = committer.upload_s, None
         return timing
 
     def _interrupt(self) -> None:
@@ -513,27 +492,41 @@ class _Session:
         if (progress.step, progress.evaluated) != (self._saved.step, self._saved.evaluated):
             self._trainer.epoch_loss()
             self._commit({}, status="interrupted")
-        committed = self._run.wait(self._stop.left - LAST_MOMENT)
+        committed = self._run.committer.wait(self._stop.left - LAST_MOMENT)
         if self._run.manifest.status == "done":
             return
         if committed:
             _give_up(self._run, "interrupted")
         self._stop.doing = "another rank"
         self._ranks.total(1)  # the others wait for the leader's commit; the first that leaves ends them all
-        raise Interrupted(f"stopped by {self._stop.cause} {self._outcome(committed)}")
+        outcome = _outcome(progress.step, self._total, self._run.store.url, committed)
+        raise Interrupted(f"stopped by {self._stop.cause} {outcome}")
 
-    def _outcome(self, committed: bool) -> str:
-        """Where the training was, what became of its state, and what the same command will do."""
-        step, where = self._trainer.progress.step, self._run.store.url
-        if not step:
-            return f"before the first of {self._total} steps; the same command begins anew"
-        at = f"at step {step} of {self._total}"
-        if committed:
-            return f"{at}, state committed to {where}; the same command goes on from there"
-        return (
-            f"{at}, whose state could not be committed in time; the same command goes on from the newest checkpoint of "
-            f"{where}"
-        )
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that the training waited for it."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches)
+        yield batch, time.perf_counter() - start
+
+
+def _is_logged(step: int, epoch_steps: int) -> bool:
+    """A function of the step alone, so that a resumed run logs what the unbroken one does."""
+    return step % min(LOG_STEPS, max(1, epoch_steps // LOGS_PER_EPOCH)) == 0
+
+
+def _outcome(step: int, total: int, where: str, committed: bool) -> str:
+    """Where the training was, what became of its state, and what the same command will do."""
+    if not step:
+        return f"before the first of {total} steps; the same command begins anew"
+    at = f"at step {step} of {total}"
+    if committed:
+        return f"{at}, state committed to {where}; the same command goes on from there"
+    return (
+        f"{at}, whose state could not be committed in time; the same command goes on from the newest checkpoint of "
+        f"{where}"
+    )
 
 
 def _sizes(options: TrainOptions) -> list[int]:
@@ -560,12 +553,25 @@ def _plan(
     return plan, TrainTransform(recipe, steps_per_epoch=steps.stop // recipe.schedule.epochs)
 
 
-def _loader(
-    options: TrainOptions, dataset: Dataset, size: int, steps: range, *, cache: BlockCache | None, ranks: Ranks
-) -> Loader:
-    workers = options.workers and max(1, round(options.workers * size / options.recipe.batch))
-    pinned = ranks.device.type == "cuda" and not options.mix
-    return Loader(dataset.split("train"), *_plan(options, dataset, size, steps, ranks), workers, cache, pinned=pinned)
+def _loader(options: TrainOptions, datasets: list[Dataset], steps: range, ranks: Ranks) -> Loader | Mixture:
+    """What the training reads, for `steps` at least; the first dataset's through the cache, if there is one."""
+    on_gpu, loaders = ranks.device.type == "cuda", []
+    for dataset, size in zip(datasets, _sizes(options), strict=True):
+        split, workers = dataset.split("train"), options.workers
+        cache = None
+        if options.cache_dir and dataset is datasets[0]:
+            cache = BlockCache(options.cache_dir, options.cache_bytes, split, dataset.fingerprint)
+        workers = workers and max(1, round(workers * size / options.recipe.batch))
+        plan, transform = _plan(options, dataset, size, steps, ranks)
+        loaders.append(Loader(split, plan, transform, workers, cache, pinned=on_gpu and len(datasets) == 1))
+    return Mixture(loaders, options.recipe.seed, pinned=on_gpu) if len(loaders) > 1 else loaders[0]
+
+
+def _val_loader(options: TrainOptions, dataset: Dataset, ranks: Ranks) -> Loader:
+    split, data = dataset.split("val"), options.recipe.data
+    plan = EvalPlan(len(split), min(options.recipe.batch, EVAL_BATCH), ranks.rank, ranks.size)
+    transform = EvalTransform(data.eval_size, data.eval_crop)
+    return Loader(split, plan, transform, options.workers, pinned=ranks.device.type == "cuda")
 
 
 class _Stopped(Exception):

@@ -10,13 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encoded
 
-from wds_train.checkpoint import read_chosen
 from wds_train.errors import NotFound, RunError, UsageError
-from wds_train.fit import refuse_other_weights, section
+from wds_train.fit import refuse_other_weights
 from wds_train.manifest import ClassInfo
 from wds_train.recipe import Recipe
-from wds_train.state import Checkpoint, RunManifest
-from wds_train.store import Store
 from wds_train.typed import typed
 
 SUFFIX = ".safetensors"  # timm tells the format by the name
@@ -36,28 +33,6 @@ class Weights:
     metrics: dict[str, float]
     recipe: Recipe
     classes: tuple[ClassInfo, ...]
-
-    @classmethod
-    def of_checkpoint(cls, store: Store, manifest: RunManifest, chosen: Checkpoint, kind: str) -> "Weights":
-        """`RunError` when the checkpoint is damaged, with the steps of those that are not, or of a version that did not
-        note the classes.
-        """
-        snapshot = read_chosen(store, manifest, chosen)
-        if "classes" not in snapshot.extra:
-            raise RunError(
-                f"{store.url}/{chosen.object.key} does not hold its classes, being of an older wds-train; train again"
-            )
-        part = {"raw": "model/", "ema": "ema/"}[kind]
-        return cls(
-            section(snapshot.tensors, part),
-            kind,
-            store.url,
-            chosen.progress.step,
-            chosen.progress.evaluated,
-            chosen.metrics,
-            manifest.settings,
-            tuple(ClassInfo(*entry) for entry in snapshot.extra["classes"]),
-        )
 
     def save(self, path: Path) -> None:
         """Write a file for `timm.create_model(NAME, checkpoint_path=path)`, which `read` reads, too."""

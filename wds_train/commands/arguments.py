@@ -1,0 +1,72 @@
+"""The arguments that several commands have, and their types. A type says what is wrong with a value; argparse prints it."""
+
+import argparse
+import os
+
+from wds_train.addresses import announced, located
+from wds_train.state import name_of
+
+
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """DATASET, which `dataset_url` makes an address."""
+    parser.add_argument("dataset", metavar="DATASET", help="s3://bucket/prefix, a directory (/... or ./...), or a name")
+    add_bucket(parser, "datasets/ lives")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """RUN, which `run_url` makes an address."""
+    parser.add_argument("run", metavar="RUN", help="a name, or s3://bucket/prefix, or a directory")
+    add_bucket(parser, "runs/ lives")
+
+
+def add_bucket(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--bucket", metavar="s3://B/P", help=f"where {what} ($WDS_BUCKET; else the embedded S3 server)")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """By default a process per core that this one may use, less one for the work itself."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    default = max(1, min(16, len(os.sched_getaffinity(0)) // ranks - 1))
+    parser.add_argument("--workers", type=count, default=default, metavar="W", help="loader processes (%(default)s)")
+
+
+def dataset_url(dataset: str, bucket: str | None) -> str:
+    """`dataset`, an address already, or the name of one under `bucket`/datasets."""
+    return announced(located(dataset, "datasets", bucket), dataset)
+
+
+def run_url(run: str, bucket: str | None) -> str:
+    """`run`, an address already, or the name of one under `bucket`/runs."""
+    name_of(run)
+    return announced(located(run, "runs", bucket), run)
+
+
+def count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    return count(text, least=1)
+
+
+def share_of(text: str) -> tuple[str, float]:
+    url, _, share = text.rpartition("=")
+    try:
+        value = float(share)
+    except ValueError:
+        value = 0.0
+    if not url or not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not DATASET=SHARE with a share between 0 and 1")
+    return url, value
+
+
+def dollars(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a price: give dollars per hour, 0 or more")
+    return value

@@ -1,0 +1,91 @@
+"""`wds-train eval`: the accuracy of a model, or of several together, on a split; by class, and which classes it confuses."""
+
+import argparse
+import json
+from pathlib import Path
+
+from wds_train.commands.arguments import add_bucket, add_workers, dataset_url, positive, run_url
+from wds_train.dataset import Dataset
+from wds_train.errors import UsageError
+from wds_train.evaluate import (
+    View,
+    chosen_weights,
+    describe_member,
+    refuse_other_classes,
+    report_lines,
+    report_of,
+    score,
+    write_classes,
+)
+from wds_train.scoring import EVAL_BATCH
+from wds_train.status import SCORES
+from wds_train.weights import SUFFIX
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN_OR_FILE", help="a run as elsewhere, or a file of `wds-train export`")
+    add_bucket(parser, "runs/ lives")
+    add_workers(parser)
+    parser.add_argument("--batch", type=positive, metavar="B", help="samples at a time (default: as in the training)")
+    parser.add_argument("--dataset", required=True, metavar="DATASET", help="s3://bucket/prefix or a directory")
+    parser.add_argument("--split", default="val", metavar="NAME")
+    parser.add_argument(
+        "--weights",
+        choices=["best", *SCORES],
+        default="best",
+        help="of a run: the raw or the EMA ones, of their best epoch; by default those of the higher top-1",
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="of a run: those of the checkpoint of this step")
+    parser.add_argument(
+        "--size", type=int, metavar="PX", help="side of the images (default: the recipe's data.eval_size)"
+    )
+    parser.add_argument(
+        "--crop", type=float, metavar="SHARE", help="share of the shorter side (default: data.eval_crop)"
+    )
+    parser.add_argument(
+        "--tta",
+        choices=["none", "flip", "crops"],
+        help="average the logits of the image and its mirror image, or of five crops and theirs (default: flip where "
+        "the recipe has data.eval_flip)",
+    )
+    parser.add_argument(
+        "--ensemble",
+        nargs="+",
+        default=[],
+        metavar="RUN_OR_FILE",
+        help="average the probabilities with those of other models",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, with all classes")
+    parser.add_argument("--per-class", type=Path, metavar="FILE.csv", help="write a row per class")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and classes.csv there")
+
+
+def run(args: argparse.Namespace) -> int:
+    bucket = args.bucket
+    models = [each if each.endswith(SUFFIX) else run_url(each, bucket) for each in (args.run, *args.ensemble)]
+    where = dataset_url(args.dataset, bucket)
+    chosen = [chosen_weights(each, args.weights, args.step) for each in models]
+    dataset = Dataset.open(where)
+    for weights in chosen:
+        refuse_other_classes(weights, dataset)
+    views = [View.of(weights.recipe, args) for weights in chosen]
+    split = dataset.split(args.split)
+    scored = score(chosen, views, split, args.batch or min(chosen[0].recipe.batch, EVAL_BATCH), args.workers)
+    report = {
+        "dataset": dataset.store.url,
+        "fingerprint": dataset.fingerprint,
+        "split": args.split,
+        "members": [describe_member(*member) for member in zip(chosen, views, strict=True)],
+    } | report_of(scored, split, dataset.manifest.classes)
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    print(text if args.json else "\n".join(report_lines(report)))
+    try:
+        if args.per_class:
+            write_classes(args.per_class, report["classes"])
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "eval.json").write_text(text + "\n")
+            write_classes(args.out / "classes.csv", report["classes"])
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be written: {error.strerror or error}") from error
+    return 0

@@ -1,0 +1,31 @@
+"""`wds-train export`: a run's weights as a file that timm loads."""
+
+import argparse
+from pathlib import Path
+
+from wds_train.commands.arguments import add_run, run_url
+from wds_train.errors import UsageError
+from wds_train.status import SCORES, choose, find_run
+from wds_train.weights import SUFFIX
+from wds_train.weights_of import weights_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--best", choices=SCORES, default="ema", help="which weights, by default of their best epoch")
+    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint of this step instead")
+    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.to.suffix != SUFFIX:
+        raise UsageError(f"--to {args.to} must end in {SUFFIX}")
+    if not args.to.parent.is_dir():
+        raise UsageError(f"--to {args.to}: there is no folder {args.to.parent}; make it first")
+    manifest, store = find_run(run_url(args.run, args.bucket))
+    weights = weights_of(store, manifest, choose(manifest, args.best, args.step), args.best)
+    weights.save(args.to)
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in weights.metrics.items()) or "not validated"
+    print(f"{args.to}: {weights.kind} weights of step {weights.step} ({scores})")
+    print(f"load it with {weights.timm_call(args.to)}")
+    return 0

@@ -1,0 +1,36 @@
+"""`wds-train order`: the samples of an epoch in training order, read through the real loader."""
+
+import argparse
+
+from wds_train.commands.arguments import add_dataset, count, dataset_url, positive
+from wds_train.dataset import Dataset
+from wds_train.pipeline import stream_order
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_dataset(parser)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epoch", type=int, default=0)
+    parser.add_argument(
+        "--global-batch", type=positive, default=256, metavar="B", help="samples per step over all ranks"
+    )
+    parser.add_argument("--world", type=positive, default=1, metavar="R", help="ranks to read as")
+    parser.add_argument("--workers", type=count, default=0, metavar="W", help="loader workers per rank")
+    parser.add_argument("--from-step", type=count, default=0, metavar="K", help="first step of the epoch to print")
+    parser.add_argument("--steps", type=count, metavar="N", help="how many steps; all that remain by default")
+
+
+def run(args: argparse.Namespace) -> int:
+    lines = stream_order(
+        Dataset.open(dataset_url(args.dataset, args.bucket)),
+        seed=args.seed,
+        epoch=args.epoch,
+        global_batch=args.global_batch,
+        world=args.world,
+        workers=args.workers,
+        from_step=args.from_step,
+        steps=args.steps,
+    )
+    for line in lines:
+        print("\t".join(map(str, line)))
+    return 0

@@ -1,0 +1,23 @@
+"""`wds-train rollback`: an older checkpoint becomes the newest."""
+
+import argparse
+
+from wds_train.checkpoint import Run
+from wds_train.commands.arguments import add_run, run_url
+from wds_train.status import find_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--to", type=int, required=True, metavar="STEP", help="the step of one of its checkpoints")
+
+
+def run(args: argparse.Namespace) -> int:
+    _, store = find_run(run_url(args.run, args.bucket))
+    before, after = Run.roll_back(store, args.to, print)
+    if after == before:
+        print(f"{store.url} is done, and step {args.to} its last; nothing is changed")
+        return 0
+    dropped = f"{len(before.checkpoints) - len(after.checkpoints)} newer checkpoints"
+    print(f"{store.url} is at step {args.to} again, without {dropped}; the next `wds-train train` goes on from there")
+    return 0

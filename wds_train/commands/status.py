@@ -1,0 +1,89 @@
+"""`wds-train status`: how far a run is, who trains it, what it cost."""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from typing import Any
+
+from wds_train.commands.arguments import add_run, dollars, run_url
+from wds_train.lease import is_gone
+from wds_train.state import Checkpoint, RunManifest, best
+from wds_train.status import SCORES, find_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument(
+        "--price", type=dollars, metavar="USD", help="price of an instance hour, to sum up the cost so far"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    manifest, _ = find_run(run_url(args.run, args.bucket))
+    status = describe(manifest, time.time(), args.price)
+    print(json.dumps(status, indent=1) if args.json else "\n".join(_lines(status)))
+    return 0
+
+
+def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str, Any]:
+    """What `status --json` prints. A run's status is the manifest's, but for a "running" one whose process is gone
+    ("lost") or has written nothing for longer than its lease ("silent"): a kill, or a store that fails, leaves no last
+    word. Ages compare two machines' clocks and are for people only; hours are those between each attempt's claim and its
+    last sign of life.
+    """
+    newest = manifest.checkpoints[-1] if manifest.checkpoints else None
+    scored = [checkpoint for checkpoint in manifest.checkpoints if checkpoint.metrics]
+    totals, silent_s = manifest.totals(), now - manifest.written
+    hours = totals.seconds / 3600
+    status = manifest.status
+    if status == "running" and is_gone(manifest.owner):
+        status = "lost"
+    elif status == "running" and silent_s > manifest.lease:
+        status = "silent"
+    return {
+        "run": manifest.run,
+        "status": status,
+        "step": newest.progress.step if newest else 0,
+        "epochs": newest.progress.evaluated if newest else 0,
+        "of_epochs": manifest.settings.schedule.epochs,
+        "metrics": manifest.result or (scored[-1].metrics if scored else {}),
+        "owner": str(manifest.owner),
+        "lease_s": manifest.lease,
+        "lease_age_s": round(silent_s, 1),
+        "fence": manifest.fence,
+        "attempts": totals.attempts,
+        "interruptions": totals.interruptions,
+        "failures": totals.failures,
+        "rollbacks": manifest.rollbacks,
+        "hours": round(hours, 4),
+        "dollars": None if price is None else round(hours * price, 2),
+        "checkpoints": [_row(checkpoint) for checkpoint in manifest.checkpoints],
+        "best": {
+            kind: found.progress.step for kind, name in SCORES.items() if (found := best(manifest.checkpoints, name))
+        },
+    }
+
+
+def _row(checkpoint: Checkpoint) -> dict[str, Any]:
+    return asdict(checkpoint.object) | {
+        "step": checkpoint.progress.step,
+        "epochs": checkpoint.progress.evaluated,
+        "metrics": checkpoint.metrics,
+    }
+
+
+def _lines(status: dict[str, Any]) -> list[str]:
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in status["metrics"].items()) or "none yet"
+    stored = sum(row["bytes"] for row in status["checkpoints"]) / 1e6
+    dollars = "" if status["dollars"] is None else f", ${status['dollars']:.2f}"
+    return [
+        f"run          {status['run']}: {status['status']}",
+        f"progress     step {status['step']}, {status['epochs']} of {status['of_epochs']} epochs validated",
+        f"metrics      {scores}",
+        f"owner        {status['owner']}, last heard of {status['lease_age_s']:.0f} s ago (lease {status['lease_s']:g} s)",
+        f"checkpoints  {len(status['checkpoints'])}, {stored:.1f} MB",
+        f"attempts     {status['attempts']}, of which {status['interruptions']} interrupted, {status['failures']} failed",
+        f"time         {status['hours']:.2f} hours{dollars}",
+    ]

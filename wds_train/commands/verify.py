@@ -1,0 +1,84 @@
+"""`wds-train verify`: every byte of a dataset or a run is read anew."""
+
+import argparse
+
+from wds_train import state as states
+from wds_train.addresses import announced, located
+from wds_train.audit import verify
+from wds_train.checkpoint import flaw_of, read_records
+from wds_train.commands.arguments import add_bucket
+from wds_train.dataset import Dataset
+from wds_train.errors import NotFound, RunError
+from wds_train.manifest import NAME
+from wds_train.status import find_run
+from wds_train.store import open_store
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("address", metavar="DATASET_OR_RUN", help="s3://bucket/prefix, a directory, or a name")
+    add_bucket(parser, "datasets/ and runs/ live")
+
+
+def run(args: argparse.Namespace) -> int:
+    """A name may be a dataset's and a run's: whatever lies there is read."""
+    meant = dict.fromkeys(located(args.address, kind, args.bucket) for kind in ("datasets", "runs"))
+    addresses = [announced(address, args.address) for address in meant]
+    found = {url: manifest for url in addresses if (manifest := _manifest_at(url)) is not None}
+    if not found:
+        raise NotFound(f"there is no dataset and no run at {' or '.join(addresses)} (no {NAME}); check the address")
+    return max(_verify_run(url) if _is_run(manifest) else _verify_dataset(url) for url, manifest in found.items())
+
+
+def _manifest_at(url: str) -> bytes | None:
+    try:
+        return open_store(url).read(NAME)
+    except NotFound:
+        return None
+
+
+def _is_run(manifest: bytes) -> bool:
+    return states.KIND.encode() in manifest  # also of one that is no whole JSON any more
+
+
+def _verify_dataset(url: str) -> int:
+    dataset = Dataset.open(url)
+    found = 0
+    for damage in verify(dataset):
+        print(damage, flush=True)
+        found += 1
+    samples = sum(split.samples for split in dataset.manifest.splits.values())
+    size = sum(split.bytes for split in dataset.manifest.splits.values())
+    print(
+        f"{dataset.store.url}: {f'{found} damaged' if found else 'whole'}; {samples:,} samples, {size / 1e6:,.1f} MB read"
+    )
+    return 1 if found else 0
+
+
+def _verify_run(url: str) -> int:
+    """Read all that a run names; a line for each object that is damaged, and the checkpoint that a resume would use."""
+    manifest, store = find_run(url)
+    flaws = [flaw_of(store, manifest, checkpoint) for checkpoint in manifest.checkpoints]
+    usable = [c for c, flaw in zip(manifest.checkpoints, flaws, strict=True) if flaw is None]
+    damaged = [str(flaw) for flaw in flaws if flaw is not None]
+    for segment in manifest.metrics:
+        try:
+            read_records(store, segment)
+        except RunError as error:
+            damaged.append(str(error))
+    for line in damaged:
+        print(line)
+    size = sum(named.bytes for named in manifest.objects)
+    state = f"{len(damaged)} damaged" if damaged else "whole"
+    print(
+        f"{store.url}: {state}; {len(manifest.checkpoints)} checkpoints, {len(manifest.metrics)} segments of metrics, "
+        f"{size / 1e6:,.1f} MB"
+    )
+    if usable:
+        print(f"a resume uses the checkpoint of step {usable[-1].progress.step}, {usable[-1].object.key}")
+    else:
+        print(
+            "there is no checkpoint that a resume could use"
+            if damaged
+            else "a resume begins anew: nothing is committed"
+        )
+    return 1 if damaged else 0
