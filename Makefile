@@ -44,7 +44,7 @@ test-cpus: setup ## every test as on four CPUs that can do less (an hour)
 	done
 
 crash-test: setup ## kill small trainings 300 times, twenty takeovers, twenty races (10 to 20 minutes)
-	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=20 $(BIN)/python -m pytest -q -s tests/test_crash.py tests/test_run_faults.py $(ARGS)
+	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=20 $(BIN)/python -m pytest -q -s tests/crash/test_crash.py tests/crash/test_run_faults.py $(ARGS)
 
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -70,7 +70,7 @@ lock: setup ## compile the pinned, hashed requirements anew
 	echo uv | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-uv.lock
 
 s3-stop: setup ## stop the embedded S3 server
-	$(BIN)/python -m wds_train.devserver stop
+	$(BIN)/python -m wds_train.storage.embedded stop
 
 clean: s3-stop ## remove what was installed, and all data of the embedded S3 server
 	rm -rf $(VENV) $(PEERS) .wds

@@ -4,12 +4,14 @@ import time
 
 import numpy as np
 
-from shards.convert import Plan
 from shards.images import check
-from shards.source import read_bytes, take
+from shards.plan import Plan
+from shards.sources.base import take
+from shards.sources.scan import read_bytes
 from wds_train.errors import DataError
-from wds_train.order import permutation
-from wds_train.tario import record_bytes, to_numpy
+from wds_train.format.arrow import to_numpy
+from wds_train.format.shard import record_bytes
+from wds_train.rng import permutation
 
 SAMPLED = 64
 # S3 Standard in us-east-1, first 50 TB, and a PUT (aws.amazon.com/s3/pricing).

@@ -19,8 +19,8 @@ from PIL import (
 )
 
 from wds_train.errors import DataError
-from wds_train.pillow import orientation, to_rgb, upright
-from wds_train.tario import MAX_PIXELS
+from wds_train.format.index import MAX_PIXELS
+from wds_train.transforms.pillow import orientation, to_rgb, upright
 
 # Named one by one: Pillow loads its rarer plugins only when an image fits none of the others, ours must always be there.
 PLUGINS = (

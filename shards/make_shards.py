@@ -1,7 +1,6 @@
 """`wds-train shards`: a dataset becomes tar shards on S3, once."""
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -10,21 +9,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shards.convert import Conversion, Options, Plan, ShardDone, run_tasks
+from shards.convert import Conversion
 from shards.estimate import print_plan
+from shards.executors import opened, prepare, run_tasks
 from shards.images import ImagePolicy
-from shards.index import index_in_place, write_dataset
-from shards.labels import classes_of
+from shards.index_in_place import index_in_place, write_dataset
 from shards.overlap import refuse_overlap
-from shards.source import Note, Source, Wanted, reasons, report_json
-from shards.sources import DIGITS, FORMATS, name_of, open_source, source_root
-from shards.spool import Spool
-from shards.workers import opened, prepare
-from wds_train.addresses import announced, located
-from wds_train.devserver import home
+from shards.pack import ShardDone
+from shards.plan import Options, Plan
+from shards.report import judge, print_notes, report_json
+from shards.sources.base import Source, Wanted
+from shards.sources.labels import classes_of
+from shards.sources.open import DIGITS, FORMATS, name_of, open_source, source_root
+from shards.sources.spool import Spool
 from wds_train.errors import DataError, Interrupted, UsageError, WdsTrainError
-from wds_train.manifest import DatasetManifest
-from wds_train.store import open_store
+from wds_train.format.manifest import DatasetManifest
+from wds_train.home import home
+from wds_train.storage.address import announced, located
+from wds_train.storage.open import open_store
 
 MIB = 1 << 20
 INDEX = "index"
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         source = open_source(args.source, spool, args.form, wanted)
         plan = Plan(source, _options(args, source))
         met = source.samples + sum(note.what == "left out" for note in source.notes)
-        _judge(source.notes, met, args.max_bad)
+        judge(source.notes, met, args.max_bad)
         _print_understood(plan)
         if args.dry_run:
             print_plan(plan, args.processes)
@@ -104,9 +106,9 @@ def run(args: argparse.Namespace) -> int:
             return 0
         done = _convert(conversion, done, args)
         notes = source.notes + [note for part in done for note in part.notes]
-        _judge(notes, met, args.max_bad)
+        judge(notes, met, args.max_bad)
         made = conversion.finish(done)
-    _print_notes(notes, made.report.name if made.report else "")
+    print_notes(notes, made.report.name if made.report else "")
     print(f"{store.url}: {_counts(made)}, in {time.monotonic() - began:.0f} s")
     print(f"fingerprint {made.fingerprint}")
     return 0
@@ -200,27 +202,6 @@ class _Progress:
             print(f"{self._images:,} of {self._bar.total:,} images, {rate:.0f} MB/s", file=sys.stderr, flush=True)
 
 
-def _judge(notes: list[Note], found: int, max_bad: float) -> None:
-    """Stop when more was left out than may be. `found`: all samples that the source's scan met."""
-    bad = [note for note in notes if note.what == "left out"]
-    if len(bad) <= max_bad * found + 1e-9:  # 0.07 * 100 is 7.000000000000001, and 0.29 * 100 is 28.999999999999996
-        return
-    _print_notes(bad)
-    if len(bad) >= found:
-        raise DataError(f"none of {found} samples can be used{reasons(bad)}; repair them")
-    raise DataError(
-        f"{len(bad)} samples cannot be used, of {found} at most {int(max_bad * found + 1e-9)} may; repair or remove "
-        f"them, or leave them out: --max-bad {math.ceil(len(bad) / found * 1000) / 1000:g}"
-    )
-
-
-def _print_notes(notes: list[Note], report: str = "report.json", most: int = 20) -> None:
-    for note in notes[:most]:
-        print(f"{note.what:9} {note.split:6} {note.origin}: {note.cause}")
-    if len(notes) > most:
-        print(f"... and {len(notes) - most} more; {report} beside the manifest has all of them")
-
-
 def _counts(made: DatasetManifest) -> str:
     parts = [
         f"{name} {split.samples:,} samples in {len(split.shards)} shard{'s' * (len(split.shards) != 1)}"
@@ -239,8 +220,8 @@ def _index(args: argparse.Namespace) -> int:
     left_out = sum(note.what == "left out" for note in notes)
     if not samples + left_out:
         raise DataError(f"the tars of {store.url} hold no samples with an image and a label")
-    _judge(notes, samples + left_out, args.max_bad)
-    _print_notes(notes)
+    judge(notes, samples + left_out, args.max_bad)
+    print_notes(notes)
     labels = {row["label"] for found in splits.values() for row in found.rows}
     classes, numbers = classes_of(labels, samples, store.url)
     for row in (row for found in splits.values() for row in found.rows):

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from wds_train.addresses import is_embedded
-from wds_train.devserver import home
 from wds_train.errors import UsageError
-from wds_train.store import Store
+from wds_train.home import home
+from wds_train.storage.address import is_embedded
+from wds_train.storage.base import Store
 
 
 def refuse_overlap(source: Path | None, store: Store) -> None:

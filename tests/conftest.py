@@ -12,10 +12,10 @@ import pytest
 import trainers  # says what the fork server imports
 from fault_proxy import FaultProxy
 
-from wds_train import devserver
 from wds_train.cli import main
-from wds_train.dataset import Dataset
-from wds_train.devserver import Endpoint
+from wds_train.data.dataset import Dataset
+from wds_train.storage import embedded
+from wds_train.storage.embedded import Endpoint
 
 AWS_SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3")
 
@@ -32,8 +32,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     root = tmp_path_factory.mktemp("s3")
-    yield devserver.ensure_running(root)
-    devserver.stop(root)
+    yield embedded.ensure_running(root)
+    embedded.stop(root)
     shutil.rmtree(root)
 
 
@@ -75,7 +75,7 @@ def embedded_home(tmp_path: Path, aws_env: pytest.MonkeyPatch) -> Iterator[Path]
     """A WDS_HOME of its own; the embedded server that a test or its subprocesses start in it dies with the test."""
     aws_env.setenv("WDS_HOME", str(tmp_path / "home"))
     yield tmp_path / "home"
-    devserver.stop()
+    embedded.stop()
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,12 @@ import hashlib
 
 import torch
 
-from wds_train.checkpoint import Run, Snapshot
+from wds_train.checkpoint.lease import read_run
+from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.errors import NotFound
-from wds_train.lease import read_run
-from wds_train.store import Store, open_store
+from wds_train.storage.base import Store
+from wds_train.storage.open import open_store
 
 
 def assert_nothing_named_is_missing(store: Store) -> None:

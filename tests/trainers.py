@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from wds_train.checkpoint.lease import read_run
 from wds_train.cli import entry, main
-from wds_train.lease import read_run
-from wds_train.store import open_store
+from wds_train.storage.open import open_store
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["wds_train.train", "wds_train.cli"])
+CONTEXT.set_forkserver_preload(["wds_train.training.train", "wds_train.cli"])
 
 SETTINGS = [
     "model.name=test_resnet",
@@ -46,28 +46,28 @@ POISON = -1
 
 # Where a process can be made to stop: (module, owner of the function, function, before or after it).
 POINTS = {
-    "claimed": ("checkpoint", "Run", "_take", "after"),
-    "resuming": ("engine", "Trainer", "restore", "before"),
-    "resumed": ("engine", "Trainer", "restore", "after"),
-    "before a step": ("engine", "Trainer", "step", "before"),
-    "after a step": ("engine", "Trainer", "step", "after"),
-    "validating": ("engine", "", "sums", "before"),
-    "validated": ("engine", "Trainer", "evaluate", "after"),
-    "before the snapshot": ("engine", "Trainer", "snapshot", "before"),
-    "after the snapshot": ("engine", "Trainer", "snapshot", "after"),
-    "uploading": ("store", "S3Writer", "_send", "before"),
-    "between uploads and manifest": ("checkpoint", "RunManifest", "with_commit", "before"),
-    "before the manifest": ("checkpoint", "Writer", "write", "before"),
-    "after the manifest": ("checkpoint", "Writer", "write", "after"),
-    "before the garbage": ("checkpoint", "", "collect", "before"),
-    "in the garbage": ("store", "S3Store", "delete", "after"),
+    "claimed": ("checkpoint.run", "Run", "_take", "after"),
+    "resuming": ("training.engine", "Trainer", "restore", "before"),
+    "resumed": ("training.engine", "Trainer", "restore", "after"),
+    "before a step": ("training.engine", "Trainer", "step", "before"),
+    "after a step": ("training.engine", "Trainer", "step", "after"),
+    "validating": ("training.engine", "", "sums", "before"),
+    "validated": ("training.engine", "Trainer", "evaluate", "after"),
+    "before the snapshot": ("training.engine", "Trainer", "snapshot", "before"),
+    "after the snapshot": ("training.engine", "Trainer", "snapshot", "after"),
+    "uploading": ("storage.s3_write", "S3Writer", "_send", "before"),
+    "between uploads and manifest": ("checkpoint.manifest", "RunManifest", "with_commit", "before"),
+    "before the manifest": ("checkpoint.writer", "Writer", "write", "before"),
+    "after the manifest": ("checkpoint.writer", "Writer", "write", "after"),
+    "before the garbage": ("checkpoint.committer", "", "collect", "before"),
+    "in the garbage": ("storage.s3", "S3Store", "delete", "after"),
 }
 
 
 @dataclass(frozen=True)
 class Job:
     """One attempt, or with `command` another command of wds-train. The process sends itself `sent` when it passes `point` for the `nth` time. `constants` are set in
-    modules of wds_train: {"lease.LEASE_SECONDS": 2.0}. With `revalidate`, it begins by printing what the state that it
+    modules of wds_train: {"checkpoint.lease.LEASE_SECONDS": 2.0}. With `revalidate`, it begins by printing what the state that it
     resumed from scores.
     """
 
@@ -165,12 +165,12 @@ def _main(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> No
     multiprocessing.set_start_method("fork", force=True)
     import torch
 
-    from wds_train.engine import Trainer
-    from wds_train.spot import SpotWatch
+    from wds_train.training.engine import Trainer
+    from wds_train.training.spot import SpotWatch
 
     torch.set_num_threads(1)
     for name, value in job.constants.items():
-        module, constant = name.split(".")
+        module, _, constant = name.rpartition(".")
         setattr(_module(module), constant, value)
     SpotWatch.__init__.__defaults__ = (None, 0.02)  # looks for the notice more often
     _log_steps(Trainer, steps_log)
@@ -203,7 +203,7 @@ def _log_steps(trainer: Any, path: str) -> None:
 
 
 def _revalidate() -> None:
-    from wds_train.train import _Session
+    from wds_train.training.loop import Session as _Session
 
     begin = _Session._train
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "verify": ("wds_train.commands.verify", "re-read every byte of a dataset or a run"),
     "order": ("wds_train.commands.order", "print the samples of an epoch in training order"),
     "train": ("wds_train.commands.train", "train, or go on with a run"),
-    "recipes": ("wds_train.recipes", "list the recipes, or print one in full"),
+    "recipes": ("wds_train.commands.recipes", "list the recipes, or print one in full"),
     "eval": ("wds_train.commands.eval", "the accuracy of a run's weights or of an exported file, alone or together"),
     "status": ("wds_train.commands.status", "how far a run is, who trains it, what it cost"),
     "checkpoints": ("wds_train.commands.checkpoints", "list a run's checkpoints"),
@@ -53,7 +53,7 @@ def entry() -> NoReturn:
     """
     code = main()
     if sys.argv[1:2] == ["train"]:
-        from wds_train.spot import leave
+        from wds_train.training.stop import leave
 
         last = threading.Timer(LEAVE_SECONDS, leave, [code])
         last.daemon = True

@@ -3,8 +3,8 @@
 import argparse
 import os
 
-from wds_train.addresses import announced, located
-from wds_train.state import name_of
+from wds_train.checkpoint.manifest import name_of
+from wds_train.storage.address import announced, located
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,10 @@
 
 import argparse
 
-from wds_train import bench, bench_gpu, bench_loader, bench_train
+from wds_train.bench import decode as bench
+from wds_train.bench import gpu as bench_gpu
+from wds_train.bench import loader as bench_loader
+from wds_train.bench import train as bench_train
 
 BENCHES = {
     "decode": (bench, "decode, random resized crop and flip, on one core"),

@@ -2,8 +2,8 @@
 
 import argparse
 
+from wds_train.checkpoint.find import SCORES, find_run
 from wds_train.commands.arguments import add_run, run_url
-from wds_train.status import SCORES, find_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,22 +4,14 @@ import argparse
 import json
 from pathlib import Path
 
+from wds_train.checkpoint.find import SCORES
 from wds_train.commands.arguments import add_bucket, add_workers, dataset_url, positive, run_url
-from wds_train.dataset import Dataset
+from wds_train.data.dataset import Dataset
 from wds_train.errors import UsageError
-from wds_train.evaluate import (
-    View,
-    chosen_weights,
-    describe_member,
-    refuse_other_classes,
-    report_lines,
-    report_of,
-    score,
-    write_classes,
-)
-from wds_train.scoring import EVAL_BATCH
-from wds_train.status import SCORES
-from wds_train.weights import SUFFIX
+from wds_train.evaluation.evaluate import View, chosen_weights, refuse_other_classes, score
+from wds_train.evaluation.report import describe_member, report_lines, report_of, write_classes
+from wds_train.evaluation.scoring import EVAL_BATCH
+from wds_train.models.weights import SUFFIX
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

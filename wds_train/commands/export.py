@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
+from wds_train.checkpoint.find import SCORES, choose, find_run
+from wds_train.checkpoint.read import weights_of
 from wds_train.commands.arguments import add_run, run_url
 from wds_train.errors import UsageError
-from wds_train.status import SCORES, choose, find_run
-from wds_train.weights import SUFFIX
-from wds_train.weights_of import weights_of
+from wds_train.models.weights import SUFFIX
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from wds_train.commands.arguments import add_dataset, dataset_url
-from wds_train.contact_sheet import contact_sheet
-from wds_train.dataset import Dataset
+from wds_train.data.dataset import Dataset
+from wds_train.tracking.contact_sheet import contact_sheet
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 

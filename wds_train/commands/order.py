@@ -3,8 +3,8 @@
 import argparse
 
 from wds_train.commands.arguments import add_dataset, count, dataset_url, positive
-from wds_train.dataset import Dataset
-from wds_train.pipeline import stream_order
+from wds_train.data.dataset import Dataset
+from wds_train.data.stream import stream_order
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,9 +2,9 @@
 
 import argparse
 
-from wds_train.checkpoint import Run
+from wds_train.checkpoint.find import find_run
+from wds_train.checkpoint.run import Run
 from wds_train.commands.arguments import add_run, run_url
-from wds_train.status import find_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

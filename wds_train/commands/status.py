@@ -6,10 +6,10 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from wds_train.checkpoint.find import SCORES, find_run
+from wds_train.checkpoint.lease import is_gone
+from wds_train.checkpoint.manifest import Checkpoint, RunManifest, best
 from wds_train.commands.arguments import add_run, dollars, run_url
-from wds_train.lease import is_gone
-from wds_train.state import Checkpoint, RunManifest, best
-from wds_train.status import SCORES, find_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

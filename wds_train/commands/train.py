@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 from wds_train.commands.arguments import add_bucket, add_workers, count, dataset_url, positive, run_url, share_of
+from wds_train.config.presets import preset
+from wds_train.config.settings import with_settings
 from wds_train.errors import NotFound
-from wds_train.presets import preset
-from wds_train.recipe import with_settings
-from wds_train.spot import StopRequest
+from wds_train.training.stop import StopRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,8 +105,10 @@ def run(args: argparse.Namespace) -> int:
 
     from torch.cuda import device_count  # seconds, after what can be said without it
 
-    from wds_train.distributed import launch, refuse_unusable_gpu
-    from wds_train.train import TrainOptions, train
+    from wds_train.training.launch import launch
+    from wds_train.training.options import TrainOptions
+    from wds_train.training.ranks import refuse_unusable_gpu
+    from wds_train.training.train import train
 
     cpu = args.device == "cpu"
     if not cpu:
@@ -140,7 +142,7 @@ def _default_dataset(args: argparse.Namespace) -> str:
     url = dataset_url(args.recipe, args.bucket)
     if args.recipe == "digits":
         from shards import make_shards
-        from wds_train.dataset import Dataset
+        from wds_train.data.dataset import Dataset
 
         try:
             Dataset.open(url)

@@ -2,16 +2,16 @@
 
 import argparse
 
-from wds_train import state as states
-from wds_train.addresses import announced, located
-from wds_train.audit import verify
-from wds_train.checkpoint import flaw_of, read_records
+from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint.find import find_run
+from wds_train.checkpoint.read import flaw_of, read_records
 from wds_train.commands.arguments import add_bucket
-from wds_train.dataset import Dataset
+from wds_train.data.dataset import Dataset
+from wds_train.data.verify import verify
 from wds_train.errors import NotFound, RunError
-from wds_train.manifest import NAME
-from wds_train.status import find_run
-from wds_train.store import open_store
+from wds_train.format.manifest import NAME
+from wds_train.storage.address import announced, located
+from wds_train.storage.open import open_store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,97 @@
+"""Where shards are made: in processes of this machine, or on a Dask cluster."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed, wait
+from multiprocessing import forkserver
+
+from shards.pack import ShardDone, ShardTask, make_shard
+from wds_train.errors import UsageError
+
+DASK = "dask://"
+# A server that is forked from, not this process: a fork of this one would inherit the locks of boto3's and pyarrow's
+# threads in whatever state they are. Unlike spawn, it imports everything once, and while the source is scanned.
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def prepare() -> None:
+    """Start what workers come from, so that it is ready when they are needed."""
+    # All that the main module imports, since workers import that again; but not itself, of which runpy would warn.
+    CONTEXT.set_forkserver_preload(["shards.convert", "shards.index_in_place", "shards.sources.open", "tqdm"])
+    forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def opened(address: str | None, processes: int) -> Iterator[tuple[Executor | None, int]]:
+    """An executor, None for this very process, and how many tasks it runs at once."""
+    if address is not None:
+        with _dask(address) as (executor, at_once):
+            yield executor, at_once
+    elif processes <= 1:
+        yield None, 1
+    else:
+        executor = ProcessPoolExecutor(processes, CONTEXT, initializer=_begin, initargs=(dict(os.environ),))
+        try:
+            yield executor, processes
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _dask(address: str) -> Iterator[tuple[Executor, int]]:
+    if not address.startswith(DASK):
+        raise UsageError(f"--executor {address!r} is not of the form {DASK}HOST:PORT")
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UsageError(
+            "--executor needs the package `distributed`; install it: .venv/bin/uv pip install distributed"
+        ) from error
+    try:
+        client = Client(f"tcp://{address.removeprefix(DASK)}", timeout=10)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no Dask scheduler answers at {address} ({error}); start one, or correct the address"
+        ) from error
+    with client:
+        # pure=False: Dask would otherwise give back the result of an equal task that was cancelled or lost.
+        yield client.get_executor(pure=False, retries=2), max(1, sum(client.nthreads().values()))
+
+
+def _begin(environment: dict[str, str]) -> None:
+    """Take the parent's environment: the server that workers fork from may have started before credentials were set.
+    And die with the parent: workers of a killed conversion would wait for tasks for ever, and write beside the next one.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_tasks(executor: Executor | None, tasks: Iterable[ShardTask], in_flight: int) -> Iterator[ShardDone]:
+    """Make every shard, at most `in_flight` at a time; in this process when there is no executor."""
+    if executor is None:
+        yield from map(make_shard, tasks)
+        return
+    pending = set()
+    try:
+        for task in tasks:
+            pending.add(executor.submit(make_shard, task))
+            if len(pending) >= in_flight:
+                ready, pending = wait(pending, return_when="FIRST_COMPLETED")
+                yield from (future.result() for future in ready)
+        yield from (future.result() for future in as_completed(pending))
+    finally:
+        for future in pending:
+            future.cancel()

@@ -1,0 +1,143 @@
+"""One shard: its images read, checked, packed and uploaded, confirmed and recorded."""
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.images import ImagePolicy, check
+from shards.plan import shard_name
+from shards.report import Note
+from shards.sources.scan import read_bytes
+from wds_train.errors import DataError, NotFound, StoreError
+from wds_train.format.index import index_table
+from wds_train.format.manifest import Shard
+from wds_train.format.shard import Sample, ShardWriter
+from wds_train.storage.base import PART_BYTES, Store
+
+WIP = ".wip/"
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """All that makes shard `number` of `split`: the rows of its samples, in order. `plan` is the plan's digest, `mark`
+    what is put into the names of objects that replace others.
+    """
+
+    store: Store
+    plan: str
+    split: str
+    number: int
+    rows: pa.Table
+    policy: ImagePolicy
+    mark: str = ""
+
+    @property
+    def name(self) -> str:
+        return shard_name(self.split, self.number, self.mark)
+
+    @property
+    def record(self) -> str:
+        return f"{WIP}{self.split}/shard-{self.number:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A finished shard, as its record in `.wip/` holds it. `tag` is the object's version in the store."""
+
+    shard: Shard
+    split: str
+    number: int
+    tag: str
+    notes: list[Note]
+    altered: int
+    index: pa.Table
+
+
+class Packing:
+    """The images of one shard, read, checked and packed while the shard's first bytes are already on their way."""
+
+    def __init__(self, task: ShardTask) -> None:
+        self.task = task
+        self.notes: list[Note] = []
+        self.altered = self.bytes = 0
+        self.digest = hashlib.sha256()
+        self.writer = ShardWriter(task.number)
+
+    def pieces(self) -> Iterator[bytearray]:
+        warnings.filterwarnings("ignore", module="PIL")  # about odd EXIF, of which the orientation is all that is used
+        for row in self.task.rows.to_pylist():
+            self._add(row)
+            if self.writer.waiting >= PART_BYTES:
+                yield self._hashed(self.writer.take())
+        yield self._hashed(self.writer.finish())
+
+    def _hashed(self, piece: bytearray) -> bytearray:
+        self.digest.update(piece)
+        self.bytes += len(piece)
+        return piece
+
+    def _add(self, row: dict[str, Any]) -> None:
+        split, origin = self.task.split, row["key"] if row["offset"] else row["path"]
+        data = read_bytes(row["path"], row["offset"], row["length"])
+        try:
+            image = check(data, self.task.policy)
+        except DataError as error:
+            self.notes.append(Note(split, origin, "left out", str(error)))
+            return
+        if image.oddity:
+            self.notes.append(Note(split, origin, "kept", image.oddity))
+        self.altered += image.altered
+        self.writer.add(Sample(row["key"], row["label"], image.data, image.extension, image.width, image.height))
+
+
+def make_shard(task: ShardTask) -> ShardDone:
+    """Read, check, pack and upload the images of one shard, confirm it, and record it."""
+    try:
+        done = _make(task)
+    except NotFound:  # an answer was lost on the way; made again, it is the same
+        done = _make(task)
+    task.store.write(task.record, _to_record(done, task.plan))
+    return done
+
+
+def _make(task: ShardTask) -> ShardDone:
+    packing = Packing(task)
+    tag = task.store.write_pieces(task.name, packing.pieces())
+    confirm(task.store, task.name, packing.bytes, tag)
+    rows = packing.writer.rows
+    shard = Shard(task.name, packing.bytes, len(rows), packing.digest.hexdigest())
+    return ShardDone(shard, task.split, task.number, tag, packing.notes, packing.altered, index_table(rows))
+
+
+def confirm(store: Store, name: str, size: int, tag: str) -> None:
+    """See that the store has the object as it was written."""
+    if store.head(name) != (size, tag):
+        raise StoreError(f"{store.url}/{name} is not what was uploaded; does something else write there? run again")
+
+
+def _to_record(done: ShardDone, plan: str) -> bytes:
+    facts = {"plan": plan} | {name: value for name, value in vars(done).items() if name != "index"}
+    facts |= {"shard": asdict(done.shard), "notes": [vars(note) for note in done.notes]}
+    sink = io.BytesIO()
+    pq.write_table(done.index.replace_schema_metadata({"wds-train": json.dumps(facts)}), sink)
+    return sink.getvalue()
+
+
+def from_record(data: bytes, plan: str) -> ShardDone | None:
+    """The finished shard, or None when the record belongs to another plan or is damaged."""
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        facts = json.loads(table.schema.metadata[b"wds-train"])
+        if facts.pop("plan") != plan:
+            return None
+        facts |= {"shard": Shard(**facts["shard"]), "notes": [Note(**note) for note in facts["notes"]]}
+        return ShardDone(index=table.replace_schema_metadata(None), **facts)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+        return None

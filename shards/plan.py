@@ -1,0 +1,127 @@
+"""What a conversion is to make, and in which names: equal plans make equal bytes."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shards.images import ImagePolicy
+from shards.sources.base import Source, take
+from shards.sources.splits import hold_out
+from wds_train.errors import UsageError
+from wds_train.format.arrow import to_numpy
+from wds_train.format.shard import END_BYTES, record_bytes
+from wds_train.rng import permutation
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the dataset's bytes besides its source. `shard_bytes`: a shard's size is at most this. `hold_out`: the
+    share of a source without `val` that becomes it.
+    """
+
+    seed: int = 0
+    shard_bytes: int = 128 << 20
+    policy: ImagePolicy = field(default_factory=ImagePolicy)
+    hold_out: float = 0.0
+
+
+def shard_name(split: str, number: int, mark: str) -> str:
+    return f"{split}/shard-{number:06d}{mark}.tar"
+
+
+class Plan:
+    """What a source becomes: `parts` are the rows of every shard, by split. Two conversions whose `settings` are equal are
+    the same, and make the same bytes; `digest` is their sha256.
+    """
+
+    def __init__(self, source: Source, options: Options) -> None:
+        if options.hold_out:
+            if "train" not in source.splits or "val" in source.splits:
+                there = ", ".join(source.splits)
+                raise UsageError(f"{source.description} has {there}: nothing can be held out; leave --hold-out away")
+            source = hold_out(source, options.hold_out)
+        self.source, self.options = source, options
+        self.parts = {split: _cut(rows, split, options) for split, rows in source.splits.items()}
+        self.settings: dict[str, Any] = {
+            "source": source.description,
+            "seed": options.seed,
+            "image_policy": options.policy.to_json(),
+            "conversion": {"source_sha256": source.digest(), "shard_bytes": options.shard_bytes}
+            | ({"hold_out": options.hold_out} if options.hold_out else {}),
+        }
+        self.digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    def names(self, mark: str) -> list[str]:
+        """Every object of the dataset but the manifest. `mark` as in `Begun`."""
+        shards = [shard_name(split, n, mark) for split, parts in self.parts.items() for n in range(len(parts))]
+        return [*shards, *(f"{split}/index{mark}.parquet" for split in self.parts), f"report{mark}.json"]
+
+    def windows(self, finished: set[tuple[str, int]]) -> Iterator[Iterable[tuple[str, int, pa.Table]]]:
+        """(split, number, rows) of the shards that are not `finished`, in groups: each must be done before the next is
+        asked for, since a stream's spool holds the images of one group at a time.
+        """
+        missing = [
+            (split, number, ids)
+            for split, parts in self.parts.items()
+            for number, ids in enumerate(parts)
+            if (split, number) not in finished
+        ]
+        stream = self.source.stream
+        if stream is None:
+            yield ((split, number, self._rows(split, ids)) for split, number, ids in missing)
+            return
+        for split, group in _groups(missing, self._size, stream.spool.limit):
+            stream.spool.clear()
+            rows = stream.fetch(pa.concat_tables([self._rows(split, ids) for _, ids in group]), split)
+            starts = np.cumsum([0] + [len(ids) for _, ids in group]).tolist()
+            yield [  # take, not slice: a pickled slice carries the whole table
+                (split, number, take(rows, range(start, start + len(ids))))
+                for (number, ids), start in zip(group, starts[:-1], strict=True)
+            ]
+
+    def _rows(self, split: str, ids: np.ndarray) -> pa.Table:
+        return take(self.source.splits[split], ids)
+
+    def _size(self, split: str, ids: np.ndarray) -> int:
+        return int(to_numpy(self.source.splits[split]["length"])[ids].sum())
+
+
+def _cut(rows: pa.Table, split: str, options: Options) -> list[np.ndarray]:
+    """The rows of every shard: all of the split's, shuffled by the seed, in as few shards as can be, of equal size, so
+    that no process is left with a whole shard when the others are done. Samples of more than half a shard make it larger.
+    """
+    if not rows.num_rows:
+        return []
+    order = permutation(rows.num_rows, "shards", options.seed, split)
+    records = record_bytes(to_numpy(rows["length"])[order])
+    ends, limit = np.cumsum(records), max(options.shard_bytes - END_BYTES, 2 * int(records.max()))
+    count = -(-int(ends[-1]) // limit)
+    while True:
+        cuts = np.unique(np.searchsorted(ends, ends[-1] * np.arange(1, count) / count))
+        cuts = cuts[cuts > 0]
+        if np.add.reduceat(records, np.concatenate([[0], cuts])).max() <= limit:
+            return np.split(order, cuts)
+        count += 1
+
+
+def _groups(
+    missing: list[tuple[str, int, np.ndarray]], size: Callable[[str, np.ndarray], int], limit: int
+) -> Iterator[tuple[str, list[tuple[int, np.ndarray]]]]:
+    """`missing` (split, shard number, rows) in runs of one split whose images take at most `limit` bytes."""
+    group: list[tuple[int, np.ndarray]] = []
+    total, current = 0, ""
+    for split, number, ids in missing:
+        more = size(split, ids)
+        if more > limit:
+            raise UsageError(f"one shard takes {more} bytes, the spool holds {limit}; raise --spool-gb")
+        if group and (split != current or total + more > limit):
+            yield current, group
+            group, total = [], 0
+        group, total, current = [*group, (number, ids)], total + more, split
+    if group:
+        yield current, group

@@ -1,0 +1,62 @@
+"""What is not in the dataset as it is in the source, and why: collected on the way, judged, printed, and kept beside the manifest."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from wds_train.errors import DataError
+
+
+@dataclass(frozen=True)
+class Note:
+    """A file or sample that is not in the dataset as the source holds it. `what`: `left out` (counts against the
+    tolerance), `ignored` (no sample at all), `altered`, or `kept` (untouched, but odd).
+    """
+
+    split: str
+    origin: str
+    what: str
+    cause: str
+
+
+def readable(name: str) -> str:
+    """`name`, which may be no UTF-8 or hold control characters, as something that can be printed in a line."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+
+
+def reasons(notes: Sequence[Note], most: int = 5) -> str:
+    """Why what is left out or ignored is: the causes, most frequent first, each with an example."""
+    causes = Counter(note.cause for note in notes if note.what in ("left out", "ignored"))
+    example = {note.cause: note.origin for note in reversed(notes)}
+    told = [f"{count} x {cause} ({example[cause]})" for cause, count in causes.most_common(most)]
+    return f": {'; '.join(told)}" if told else ""
+
+
+def report_json(notes: Iterable[Note], reencoded: int) -> bytes:
+    """`report.json`: every file and sample that is not in the dataset as it is in the source, and why."""
+    rows = [vars(note) for note in sorted(notes, key=lambda note: (note.what, note.split, note.origin, note.cause))]
+    content = {"reencoded": reencoded, "samples": rows}
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def judge(notes: list[Note], found: int, max_bad: float) -> None:
+    """Stop when more was left out than may be. `found`: all samples that the source's scan met."""
+    bad = [note for note in notes if note.what == "left out"]
+    if len(bad) <= max_bad * found + 1e-9:  # 0.07 * 100 is 7.000000000000001, and 0.29 * 100 is 28.999999999999996
+        return
+    print_notes(bad)
+    if len(bad) >= found:
+        raise DataError(f"none of {found} samples can be used{reasons(bad)}; repair them")
+    raise DataError(
+        f"{len(bad)} samples cannot be used, of {found} at most {int(max_bad * found + 1e-9)} may; repair or remove "
+        f"them, or leave them out: --max-bad {math.ceil(len(bad) / found * 1000) / 1000:g}"
+    )
+
+
+def print_notes(notes: list[Note], report: str = "report.json", most: int = 20) -> None:
+    for note in notes[:most]:
+        print(f"{note.what:9} {note.split:6} {note.origin}: {note.cause}")
+    if len(notes) > most:
+        print(f"... and {len(notes) - most} more; {report} beside the manifest has all of them")

@@ -1,0 +1,269 @@
+"""Tars as sources: read where they lie, through their headers. Nothing is unpacked, no link followed, nothing executed."""
+
+import gzip
+import json
+import os
+import stat
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.sources.base import Source, Wanted, is_litter
+from shards.sources.labels import classes_of, label_text
+from shards.sources.names import choose_splits, split_word
+from shards.sources.scan import SplitScan, read_bytes
+from shards.sources.splits import from_scans, relabelled, to_classes
+from shards.sources.spool import Spool
+from wds_train.errors import AccessDenied, DataError, UsageError
+from wds_train.format import manifest as manifests
+from wds_train.format.manifest import ClassInfo, DatasetManifest
+from wds_train.format.shard import IMAGE_EXTENSIONS
+from wds_train.format.tar import Member, members
+
+MAX_LABEL = 1 << 16
+OUTSIDE = "its name points outside the archive"
+CHUNK = 1 << 20
+TARS = (".tar", ".tar.gz", ".tgz")
+LABELS = ("cls", "json", "label", "class", "txt")  # the members that may hold a sample's label, the first that is there
+LABEL_FIELDS = ("label", "cls", "class", "class_name", "category")
+PLAIN_STEMS = {"image", "img", "label", "cls", "class", "target", "meta", "metadata"}
+CLASS_LISTS = ("classes.txt", "classes.json", "labels.txt", "class_names.txt")
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder; `DataError` for what is no file either: opening a FIFO would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; remove it") from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DataError(f"{path} is no plain file; remove it")
+    return stat.S_ISDIR(mode)
+
+
+def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
+    """The members of the tar at `path`, or of the one inside it at [start, start + size)."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            end = os.fstat(file.fileno()).st_size if size is None else start + size
+            yield from members(lambda offset, length: os.pread(file.fileno(), length, offset), start, end)
+    except PermissionError as error:
+        raise AccessDenied(f"no permission to read {path}; check its owner and mode") from error
+    except (DataError, OSError) as error:
+        raise DataError(f"{path} cannot be used as a tar: {error}") from error
+
+
+def outside(name: str) -> bool:
+    """Whether a member of this name, unpacked by others, would not stay where it is unpacked."""
+    return name.startswith("/") or ".." in name.split("/")
+
+
+def is_safe(found: SplitScan, origin: str, member: Member) -> bool:
+    """Whether the member is a plain file with a plain name; noted when not (folders and litter are passed over)."""
+    if member.kind == "directory" or is_litter(member.name):
+        return False
+    if member.kind != "file":
+        found.note(f"{origin}: {member.name}", "left out", f"a {member.kind}, not a file")
+    elif outside(member.name):
+        found.note(f"{origin}: {member.name}", "left out", OUTSIDE)
+    else:
+        return True
+    return False
+
+
+class WdsSample:
+    """Members of one key: where its image lies, and its label. `members` by extension, in small letters."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.members: dict[str, Member] = {}
+
+    @property
+    def image(self) -> Member | None:
+        """`.jpg` and its like; else a name that ends so, as in `000.image.jpg`."""
+        known = {name: member for name, member in self.members.items() if name in IMAGE_EXTENSIONS}
+        known = known or {n: m for n, m in self.members.items() if n.rpartition(".")[2] in IMAGE_EXTENSIONS}
+        return next(iter(known.values()), None)
+
+    @property
+    def is_none(self) -> bool:
+        """Whether it is no sample at all, but a file that lies beside them."""
+        return self.image is None and not set(self.members) & {"cls", "json"}
+
+    @property
+    def labels(self) -> dict[str, Member]:
+        """The members that may hold the label, by what they are called: 7.cls, 7.label.cls and 7.label.txt, too."""
+        parts = {name.rpartition(".")[2]: member for name, member in self.members.items()}
+        parts |= {name.partition(".")[0]: member for name, member in self.members.items() if name.startswith("label.")}
+        return {name: parts[name] for name in LABELS if name in parts}
+
+    def label(self, read: Callable[[int, int], bytes], names: Collection[str] = LABELS[:-1]) -> str:
+        """From the first of `names` that is there: from `.json`, its field label, cls or class; `DataError` for none."""
+        name, member = next(((n, m) for n, m in self.labels.items() if n in names), ("", None))
+        if member is None or not member.size:
+            raise DataError("no .cls or .json member with a label")
+        if member.size > MAX_LABEL:
+            raise DataError(f"its label member .{name} has {member.size} bytes, at most {MAX_LABEL} can be read")
+        text = read(member.data_offset, member.size)
+        return label_text(text if name == "txt" else _parsed(text))
+
+
+def _parsed(text: bytes) -> Any:
+    """What a `.cls` or `.json` says: JSON, from which the label is taken, or else the bare text."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if isinstance(content, dict):
+        content = next((content[name] for name in LABEL_FIELDS if name in content), None)
+    return content if not isinstance(content, float) else text
+
+
+def group(plain: Iterator[Member]) -> Iterator[WdsSample]:
+    """Members in a row whose names are equal up to the first dot of the base name: webdataset's rule."""
+    sample: WdsSample | None = None
+    for member in plain:
+        key, extension = _parts(member)
+        if sample is None or sample.key != key or extension in sample.members:
+            if sample is not None:
+                yield sample
+            sample = WdsSample(key)
+        sample.members[extension] = member
+    if sample is not None:
+        yield sample
+
+
+def gather(plain: Iterator[Member]) -> Iterator[WdsSample]:
+    """As `group`, but for members that need not lie side by side; a member that a sample has already begins another."""
+    samples: dict[str, list[WdsSample]] = {}
+    for member in plain:
+        key, extension = _parts(member)
+        known = samples.setdefault(key, [])
+        sample = next((each for each in known if extension not in each.members), None)
+        if sample is None:
+            known.append(sample := WdsSample(key))
+        sample.members[extension] = member
+    yield from (sample for known in samples.values() for sample in known)
+
+
+def _parts(member: Member) -> tuple[str, str]:
+    """Key and extension: of 7/image.jpg and 7/label.cls, too, which are one sample."""
+    folder, slash, base = member.name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    if folder and stem.lower() in PLAIN_STEMS:
+        return folder, extension.lower()
+    return folder + slash + stem, extension.lower()
+
+
+def webdataset(root: Path, spool: Spool, wanted: Wanted) -> Source:
+    """Existing WebDataset tars: every .tar, .tar.gz or .tgz below the folder `root`, or the one file."""
+    below = (
+        sorted(path for path in root.rglob("*") if path.name.endswith(TARS) and not is_litter(path.name))
+        if root.is_dir()
+        else [root]
+    )
+    paths = [path for path in below if not _is_folder(path)]
+    if not paths or not root.exists():
+        raise UsageError(f"{root} holds no .tar files")
+    words = {path: split_word(path.relative_to(root if root.is_dir() else root.parent).as_posix()) for path in paths}
+    chosen = choose_splits(words.values())
+    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in chosen.values()}
+    labels: dict[str, int] = {}  # in the order in which they come
+    for path, word in words.items():
+        if word not in chosen:
+            scans[next(iter(scans))].note(path, "ignored", f"the split {word!r} is not used")
+            continue
+        found = scans[chosen[word]]
+        found.stamp.add(path.name, path.stat())
+        _scan_wds(found, path, spool, labels)
+    samples = sum(found.rows.table().num_rows for found in scans.values())
+    classes, numbers = wds_classes(root if root.is_dir() else root.parent, labels, samples)
+    source = from_scans(f"webdataset {root.name}", classes, [*scans.values()])
+    return relabelled(source, np.array([numbers[text] for text in labels], np.int32))
+
+
+def _scan_wds(found: SplitScan, path: Path, spool: Spool, labels: dict[str, int]) -> None:
+    others: Counter[str] = Counter()
+    plain_tar = path.name.endswith(".tar")
+
+    def read(offset: int, length: int) -> bytes:
+        return read_bytes(str(place), offset, length)
+
+    place = path if plain_tar else unpacked(path, spool)
+    plain = (member for member in tar_members(place) if is_safe(found, str(path), member))
+    samples = [*gather(plain)]
+    # Beside any other label, a .txt is a caption.
+    names = LABELS[-1:] if not any(set(sample.labels) - {*LABELS[-1:]} for sample in samples) else LABELS[:-1]
+    for sample in samples:
+        origin, image = f"{path}: {sample.key}", sample.image
+        known = {*IMAGE_EXTENSIONS, *LABELS}
+        others.update(name for name in sample.members if name.rpartition(".")[2] not in known)
+        if image is None:
+            if not sample.is_none:
+                found.note(origin, "left out", "no image member")
+            continue
+        try:
+            text = sample.label(read, names)
+        except DataError as error:
+            found.note(origin, "left out", str(error))
+            continue
+        label = labels.setdefault(text, len(labels))
+        found.add(label, image.name, str(place), image.data_offset, image.size)
+    for extension, count in others.items():
+        found.note(path, "ignored", f"{count} members .{extension}")
+
+
+def unpacked(path: Path, spool: Spool) -> Path:
+    """The plain tar in the compressed one at `path`, in the spool; of at most the spool's size, whatever it claims."""
+    target = spool.file(path.name)
+    left = spool.limit - spool.bytes
+    try:
+        with gzip.open(path) as packed, target.open("wb") as file:
+            while piece := packed.read(CHUNK):
+                left -= len(piece)
+                if left < 0:
+                    raise UsageError(
+                        f"{path} unpacks to more than the spool may hold; raise --spool-gb, or unpack it yourself"
+                    )
+                file.write(piece)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be unpacked: {error}; make it anew") from error
+    spool.bytes = spool.limit - left
+    return target
+
+
+def wds_classes(root: Path, labels: Collection[str], samples: int) -> tuple[tuple[ClassInfo, ...], dict[str, int]]:
+    """The classes, and the label of each text in `labels`: those that a manifest of ours or a list beside the tars names,
+    or else what follows from the labels.
+    """
+    known, where = _named_classes(root)
+    if known is None:
+        return classes_of(labels, samples, str(root))
+    numbers = {str(number): number for number in range(len(known))}
+    numbers = numbers if numbers.keys() >= set(labels) else {entry.id: n for n, entry in enumerate(known)}
+    if odd := sorted(set(labels) - numbers.keys()):
+        raise DataError(f"{root} holds the label {odd[0]}, {where} names {len(known)} classes and not that one")
+    return known, numbers
+
+
+def _named_classes(root: Path) -> tuple[tuple[ClassInfo, ...] | None, Path]:
+    manifest = root / manifests.NAME
+    if manifest.is_file():
+        return DatasetManifest.from_json(manifest.read_bytes(), str(manifest)).classes, manifest
+    for path in (root / name for name in CLASS_LISTS):
+        if path.is_file():
+            try:
+                text = path.read_text()
+                names = json.loads(text) if path.suffix == ".json" else text.split("\n")
+                if isinstance(names, dict):
+                    names = [names[str(number)] for number in range(len(names))]
+                return to_classes([label_text(name) for name in names if name != ""]), path
+            except (ValueError, KeyError, TypeError, RecursionError, OSError, DataError) as error:
+                raise DataError(
+                    f"{path} does not name the classes ({error!r}); it takes a name a line, or a JSON list of names"
+                ) from error
+    return None, root

@@ -1,0 +1,76 @@
+"""Recipes: typed settings, and refusals with the value."""
+
+import dataclasses
+import json
+
+import pytest
+
+from wds_train.config.presets import PRESETS, Preset, preset
+from wds_train.config.recipe import Recipe
+from wds_train.config.settings import setting_names, with_settings
+from wds_train.errors import UsageError
+
+
+def test_settings_change_one_field_each_with_its_type() -> None:
+    changed = with_settings(
+        preset("digits"), ["optimizer.lr=0.02", "schedule.epochs=3", "data.scale=0.5,0.9", "seed=7"]
+    )
+    assert (changed.optimizer.lr, changed.schedule.epochs, changed.data.scale, changed.seed) == (0.02, 3, (0.5, 0.9), 7)
+    assert changed.model == preset("digits").model
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimizer.lrr=1", r"--set knows no 'optimizer.lrr'; did you mean optimizer.lr"),
+        ("epochs=1", r"--set knows no 'epochs'; did you mean schedule.epochs"),
+        ("name=x", r"--set knows no 'name'"),
+        ("optimizer.lr", r"--set 'optimizer.lr' must read NAME=VALUE"),
+        ("optimizer.lr=fast", r"--set optimizer.lr='fast' is not a number"),
+        ("schedule.epochs=1.5", r"--set schedule.epochs='1.5' is not an int"),
+        ("data.scale=0.5", r"--set data.scale='0.5' must hold 2 values"),
+        ("optimizer.lr=nan", r"optimizer.lr = nan cannot work"),
+        ("batch=0", r"batch = 0 cannot work: it must be a positive number"),
+        ("schedule.kind=cos", r"--set schedule.kind='cos' is none of cosine, linear, step, onecycle"),
+        ("schedule.step_epochs=3,2", r"schedule.step_epochs = \(3.0, 2.0\) cannot work: it must be ascending"),
+        ("data.start_size=64", r"data.start_size = 64 cannot work: it must be 0, or 8 to 32"),
+        ("data.repeats=3", r"batch = 64 cannot work: it must be divisible by data.repeats \(3\)"),
+        ("data.eval_flip=yes", r"--set data.eval_flip='yes' must be true or false"),
+        ("loss.smoothing=1", r"loss.smoothing = 1.0 cannot work"),
+        ("data.size=0", r"data.size = 0 cannot work: it must be at least 8 pixels"),
+        (
+            "schedule.warmup_epochs=16",
+            r"schedule.warmup_epochs = 16.0 cannot work: it must be less than schedule.epochs \(16\)",
+        ),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        with_settings(preset("digits"), [setting])
+
+
+def test_an_odd_batch_with_mixup_is_refused() -> None:
+    with pytest.raises(UsageError, match="batch = 63 cannot work: it must be even, because mixup pairs samples"):
+        with_settings(preset("digits"), ["mix.mixup=0.2", "batch=63"])
+
+
+def test_an_unknown_recipe_names_those_that_exist() -> None:
+    with pytest.raises(UsageError, match=r"there is no recipe 'digit'; did you mean digits\?"):
+        preset("digit")
+    with pytest.raises(UsageError, match="there is no recipe 'a'; there are quick, standard, strong, max, seed,"):
+        preset("a")
+
+
+@pytest.mark.parametrize("named", PRESETS.values(), ids=PRESETS)
+def test_a_recipe_survives_json(named: Preset) -> None:
+    content = named.recipe.to_dict()
+    assert json.loads(json.dumps(content)) == content
+
+
+def test_every_field_of_a_section_is_documented_and_settable() -> None:
+    leaves = sum(
+        len(dataclasses.fields(getattr(Recipe("x"), f.name)))
+        for f in dataclasses.fields(Recipe)
+        if "." not in f.name and dataclasses.is_dataclass(getattr(Recipe("x"), f.name))
+    )
+    assert len([name for name in setting_names() if "." in name]) == leaves

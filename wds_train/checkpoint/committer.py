@@ -1,0 +1,161 @@
+"""Commits in the background: upload the checkpoint and the metrics, swap the manifest, delete what it dropped."""
+
+import hashlib
+import json
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from wds_train.checkpoint.lease import Say
+from wds_train.checkpoint.manifest import Checkpoint, Object, RunManifest, Segment
+from wds_train.checkpoint.snapshot import Snapshot
+from wds_train.checkpoint.writer import Writer
+from wds_train.errors import RunError, StoreError
+from wds_train.storage.base import Store
+
+RETRY_SECONDS = 60.0  # longest pause between attempts at a commit, each of which has the store's own retries within
+QUEUE_SECONDS = 10.0  # longest wait of the training for the commit before, ere it is replaced by the new one
+
+
+def collect(store: Store, before: RunManifest, after: RunManifest, say: Say) -> None:
+    """Delete what the manifest named before and names no more. Failing costs storage until the next claim."""
+    for dropped in sorted(before.keys - after.keys):
+        try:
+            store.delete(dropped)
+        except StoreError as error:
+            say(f"{dropped} could not be removed ({error}); the next start removes it")
+
+
+@dataclass(frozen=True)
+class _Commit:
+    """`records` is how many of the run's uncommitted records belong to it; `taken` is a monotonic time, seconds."""
+
+    snapshot: Snapshot
+    metrics: dict[str, float]
+    records: int
+    changes: dict[str, Any]
+    taken: float
+
+
+class Committer:
+    """Commits snapshots in a thread of its own, while the training goes on.
+
+    Two commits are in hand at most: one under way and the next. One that fails for want of the store is tried again
+    until it succeeds or a newer one takes its place, and the training goes on meanwhile; `check` raises what ends it.
+    """
+
+    def __init__(self, writer: Writer, *, say: Say, keep_every: int) -> None:
+        self.failures = 0
+        self.max_uncommitted = float("inf")
+        self.upload_s: float | None = None
+        self._writer, self._say, self._keep_every = writer, say, keep_every
+        self._safe_at = time.monotonic()
+        self._changed = threading.Condition()
+        self._next: _Commit | None = None
+        self._current: _Commit | None = None
+        self._records: list[dict[str, Any]] = []
+        self._failure: StoreError | None = None
+        self._fruitless = 0
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """From here on there is training to lose."""
+        self._safe_at = time.monotonic()
+
+    def commit(
+        self, snapshot: Snapshot, metrics: dict[str, float], records: list[dict[str, Any]], **changes: Any
+    ) -> None:
+        """Start committing `snapshot`; `changes` are other fields of the manifest. Raises what `check` raises."""
+        taken = time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: self._next is None or self._failure or self._writer.fatal, QUEUE_SECONDS)
+            self.check()
+            self._records += records
+            self._next = _Commit(snapshot, metrics, len(self._records), changes, taken)
+            self._changed.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="commit", daemon=True)
+                self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a commit is under way."""
+        return self._next is not None or self._current is not None
+
+    def check(self) -> None:
+        """Raise what ends this instance's work: `Interrupted` when another one has claimed the run, `NotFinite`, and
+        `RunError` when the oldest state that is not safe has waited for longer than `max_uncommitted` seconds.
+        """
+        if self._writer.fatal is not None:
+            raise self._writer.fatal
+        waited = time.monotonic() - self._safe_at
+        if self.busy and waited > self.max_uncommitted:
+            raise RunError(
+                f"nothing could be committed for {waited / 60:.1f} minutes (--max-uncommitted-minutes allows "
+                f"{self.max_uncommitted / 60:g}): {self._failure or 'the upload is too slow'}. Stopping before more is "
+                "lost; repair that and run again, to go on from the newest checkpoint"
+            )
+
+    def wait(self, seconds: float = float("inf")) -> bool:
+        """Wait until nothing is under way, but for `seconds` at most; whether it is so. Raises what `check` raises."""
+        end = time.monotonic() + seconds
+        with self._changed:
+            while True:
+                self.check()
+                left = min(end - time.monotonic(), 0.5)
+                if not self.busy or left <= 0:
+                    return not self.busy
+                self._changed.wait(left)
+
+    def _work(self) -> None:
+        """The body of the commit thread."""
+        while self._writer.fatal is None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next is not None)
+                job = self._current = self._next
+                self._next = None
+            assert job is not None
+            error: Exception | None = None
+            try:
+                self._commit(job)
+            except Exception as caught:
+                error = caught
+            with self._changed:
+                self._current = None
+                self._settle(job, error)
+                self._changed.notify_all()
+            if self._failure is not None:
+                time.sleep(min(RETRY_SECONDS, 2.0**self._fruitless))
+
+    def _settle(self, job: _Commit, error: Exception | None) -> None:
+        if error is None:
+            self._failure, self._fruitless, self._safe_at = None, 0, job.taken
+            del self._records[: job.records]
+            if self._next is not None:
+                self._next = replace(self._next, records=self._next.records - job.records)
+        elif isinstance(error, StoreError):
+            self._failure, self._fruitless, self.failures = error, self._fruitless + 1, self.failures + 1
+            self._next = self._next or job
+            self._say(f"commit of step {job.snapshot.progress.step} failed ({error}); training goes on, trying again")
+        else:
+            self._writer.fatal = error
+
+    def _commit(self, job: _Commit) -> None:
+        began, writer = time.perf_counter(), self._writer
+        job.snapshot.check_finite()
+        if writer.is_late:
+            writer.write(lambda manifest: manifest)  # is the run still ours?
+        at = job.snapshot.progress
+        place = f"{writer.manifest.fence:06d}-{at.step:09d}-{at.evaluated:06d}"
+        checkpoint = Checkpoint(self._put(f"ckpt/{place}.safetensors", job.snapshot.encode()), at, job.metrics)
+        lines = "".join(json.dumps(record) + "\n" for record in self._records[: job.records]).encode()
+        segment = Segment(self._put(f"metrics/{place}.jsonl", lines), at.step, at.evaluated) if lines else None
+        before = writer.manifest
+        writer.write(lambda found: replace(found.with_commit(checkpoint, segment, self._keep_every), **job.changes))
+        self.upload_s = time.perf_counter() - began
+        collect(writer.store, before, writer.manifest, self._say)
+
+    def _put(self, key: str, data: bytes) -> Object:
+        self._writer.store.write(key, data, if_absent=True)
+        return Object(key, len(data), hashlib.sha256(data).hexdigest())

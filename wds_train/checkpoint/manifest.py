@@ -1,0 +1,305 @@
+"""The run manifest: `manifest.json` of a run, the one mutable object, changed only by compare-and-swap.
+
+It names every checkpoint and every segment of metrics with size and sha256; what it does not name does not exist.
+`fence` counts the claims: an instance writes only while the manifest carries the fence that it claimed with. While
+`status` is "running" the run is its owner's, who writes the manifest anew several times per `lease` seconds; any other
+status gives it up.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import reduce
+from typing import Any
+
+from wds_train.config.recipe import Recipe
+from wds_train.errors import RunError, UsageError
+from wds_train.typed import refuse_depth, typed
+
+FORMAT = 1
+KIND = "wds-train run"
+NAME = "manifest.json"
+STATUSES = ("running", "interrupted", "failed", "done")
+NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# Nothing else may be named: what a manifest names and its successor does not is deleted.
+CHECKPOINT_KEYS = re.compile(r"ckpt/\d+-\d+-\d+\.safetensors")
+SEGMENT_KEYS = re.compile(r"metrics/\d+-\d+-\d+\.jsonl")
+SHA256 = re.compile("[0-9a-f]{64}")
+LONGEST_LEASE = 3600.0  # seconds; a claimant waits for as long as a manifest says
+MOST_CLASSES = 1 << 24
+RESULT = ("val/top1", "val/top1_ema")  # every validation gives them, among others
+ADDED = {"earlier", "rollbacks", "result"}  # to the manifest, since its first version
+DATASET = {"url": str, "fingerprint": str, "classes": int, "mix": tuple[dict[str, Any], ...]}
+LISTED = 100  # attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever
+KEPT = 2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is, and the sums of its running epoch. `step` optimizer steps are done and `evaluated` epochs
+    validated; `loss_sum` is over the epoch's `loss_steps` steps, `lost` counts its unreadable samples.
+    """
+
+    step: int = 0
+    evaluated: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    lost: int = 0
+
+
+@dataclass(frozen=True)
+class Object:
+    key: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`metrics` are those of the validation at this step, empty when there was none."""
+
+    object: Object
+    progress: Progress
+    metrics: dict[str, float] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Metrics logged up to `step` and `evaluated`, those of a `Progress`."""
+
+    object: Object
+    step: int
+    evaluated: int
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process. `machine` is unique to a boot and a PID namespace, "" where that cannot be known; `started` is in
+    clock ticks since the boot, and tells the process from a later one of the same PID.
+    """
+
+    host: str = ""
+    machine: str = ""
+    pid: int = 0
+    started: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.host}, process {self.pid}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One instance's work: from `started` (Unix time, for people only) for `seconds`, up to its last sign of life.
+    `ended` is a status, or "lost" when it just fell silent.
+    """
+
+    host: str
+    started: float
+    seconds: float = 0.0
+    ended: str = "running"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of attempts. `interruptions` are those that ended as "interrupted" or "lost"."""
+
+    attempts: int = 0
+    interruptions: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+
+    def plus(self, attempt: Attempt) -> "Totals":
+        return Totals(
+            self.attempts + 1,
+            self.interruptions + (attempt.ended in ("interrupted", "lost")),
+            self.failures + (attempt.ended == "failed"),
+            round(self.seconds + attempt.seconds, 1),
+        )
+
+
+@dataclass(frozen=True)
+class RunManifest:
+    """`attempts` are the newest LISTED, `earlier` sums up those before them. `written` is Unix time, for people only;
+    `rollbacks` counts the returns to a checkpoint after a loss that was not finite.
+    """
+
+    run: str
+    recipe: dict[str, Any]
+    dataset: dict[str, Any]
+    wandb_id: str
+    fence: int = 0
+    owner: Owner = Owner()
+    lease: float = 0.0
+    nonce: str = ""
+    written: float = 0.0
+    status: str = "running"
+    rollbacks: int = 0
+    checkpoints: tuple[Checkpoint, ...] = ()
+    metrics: tuple[Segment, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    earlier: Totals = Totals()
+    result: dict[str, float] = field(default_factory=dict)
+
+    def claimed(self, owner: Owner, lease: float, now: float) -> "RunManifest":
+        """The manifest of its next owner, the attempt of the one before ended."""
+        before = tuple(replace(a, ended="lost") if a.ended == "running" else a for a in self.attempts)
+        earlier = reduce(Totals.plus, before[: 1 - LISTED], self.earlier)
+        attempts = (*before[1 - LISTED :], Attempt(owner.host, now))
+        return replace(
+            self,
+            fence=self.fence + 1,
+            owner=owner,
+            lease=lease,
+            status="running",
+            attempts=attempts,
+            earlier=earlier,
+            written=now,
+        )
+
+    def totals(self) -> Totals:
+        """Of all attempts."""
+        return reduce(Totals.plus, self.attempts, self.earlier)
+
+    def stamped(self, nonce: str, now: float, seconds: float) -> "RunManifest":
+        """As it is written `seconds` into the last attempt."""
+        last = replace(self.attempts[-1], seconds=round(seconds, 1), ended=self.status)
+        return replace(self, nonce=nonce, written=now, attempts=(*self.attempts[:-1], last))
+
+    def with_commit(self, checkpoint: Checkpoint, segment: Segment | None, keep_every: int = 0) -> "RunManifest":
+        """The manifest after a commit, holding the checkpoints that `keep` names. Adding the same again changes nothing."""
+        others = [c for c in self.checkpoints if c.object.key != checkpoint.object.key]
+        kept = keep((*others, checkpoint), keep_every)
+        new = () if segment is None or segment in self.metrics else (segment,)
+        return replace(self, checkpoints=kept, metrics=self.metrics + new)
+
+    @property
+    def settings(self) -> Recipe:
+        """The recipe; `RunError` with the field when it is none that this version can train by."""
+        try:
+            return Recipe.from_dict(self.recipe)
+        except RunError as error:
+            raise RunError(f"the manifest of run {self.run} is damaged, or another version's: {error}") from error
+
+    @property
+    def objects(self) -> tuple[Object, ...]:
+        """All that the manifest names."""
+        return (*(c.object for c in self.checkpoints), *(s.object for s in self.metrics))
+
+    @property
+    def keys(self) -> set[str]:
+        return {named.key for named in self.objects}
+
+    def ended(self, status: str) -> "RunManifest":
+        """A run that goes back to its last step is done without another validation: its result is that step's."""
+        result = self.result
+        if status == "done" and self.checkpoints:
+            result = self.checkpoints[-1].metrics | result
+        return replace(self, status=status, result=result)
+
+    def back_to(self, step: int) -> "RunManifest":
+        """The manifest as of the newest checkpoint of `step`; `UsageError` when there is none. A run that is done is done
+        still when nothing came after.
+        """
+        kept = [c for c in self.checkpoints if c.progress.step <= step]
+        if not kept or kept[-1].progress.step != step:
+            raise UsageError(
+                f"run {self.run} has no checkpoint of step {step}; it has those of {steps(self.checkpoints)}"
+            )
+        if self.status == "done" and len(kept) == len(self.checkpoints):
+            return self
+        return replace(self.up_to(kept[-1]), status="interrupted", result={}, rollbacks=0)
+
+    def up_to(self, checkpoint: Checkpoint) -> "RunManifest":
+        """The manifest without what was committed after `checkpoint`, one of its own."""
+        kept = self.checkpoints[: self.checkpoints.index(checkpoint) + 1]
+        at = checkpoint.progress
+        metrics = tuple(s for s in self.metrics if (s.step, s.evaluated) <= (at.step, at.evaluated))
+        return replace(self, checkpoints=kept, metrics=metrics)
+
+    def to_json(self) -> bytes:
+        return (json.dumps({"format": FORMAT, "kind": KIND} | asdict(self), indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "RunManifest":
+        """Read a manifest found at `where`; `RunError` when it is another kind, a newer format, or damaged."""
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{where} is not JSON: {error}") from error
+        if not isinstance(content, dict) or content.pop("kind", None) != KIND:
+            raise RunError(f"{where} is not a {KIND} manifest; choose another run name")
+        if (version := content.pop("format", None)) != FORMAT:
+            raise RunError(f"{where} has format {version!r:.60}, this wds-train reads format {FORMAT}; upgrade it")
+        try:
+            refuse_depth(content)
+            # A default would begin anew where the checkpoints are missing, and delete them.
+            for missing in {each.name for each in fields(cls)} - content.keys() - ADDED:
+                raise ValueError(f"{missing} is missing")
+            manifest = typed(cls, content)
+            manifest = manifest.ended(manifest.status)
+            for flaw in _flaws(manifest):
+                raise ValueError(flaw)
+        except ValueError as error:
+            raise RunError(
+                f"{where} is damaged: {error}; restore it from a backup, or choose another run name"
+            ) from error
+        return manifest
+
+
+def _flaws(run: RunManifest) -> Iterator[str]:
+    """What no manifest of ours holds though its types are right: a sentence each, with the field and its value."""
+    for name, value in run.dataset.items():
+        typed(DATASET.get(name, Any), value, f"dataset.{name}")
+    classes = run.dataset.get("classes", 1)
+    named = [("checkpoints", c.object, CHECKPOINT_KEYS) for c in run.checkpoints]
+    named += [("metrics", s.object, SEGMENT_KEYS) for s in run.metrics]
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("run", run.run, bool(NAMES.fullmatch(run.run)), "a run's name"),
+        ("dataset.fingerprint", run.dataset.get("fingerprint"), "fingerprint" in run.dataset, "a text"),
+        ("dataset.classes", classes, 0 < classes < MOST_CLASSES, "a number of classes"),
+        ("fence", run.fence, run.fence >= 0, "at least 0"),
+        ("lease", run.lease, 0 <= run.lease <= LONGEST_LEASE, f"0 to {LONGEST_LEASE:g} seconds"),
+        ("status", run.status, run.status in STATUSES, f"one of {', '.join(STATUSES)}"),
+        ("result", run.result, run.status != "done" or {*RESULT} <= {*run.result}, f"one with {' and '.join(RESULT)}"),
+    ]
+    for where, at, keys in named:
+        rules += [
+            (f"{where}: object.key", at.key, bool(keys.fullmatch(at.key)), f"of the form {keys.pattern}"),
+            (f"{where}: bytes of {at.key}", at.bytes, at.bytes >= 0, "at least 0"),
+            (f"{where}: sha256 of {at.key}", at.sha256, bool(SHA256.fullmatch(at.sha256)), "64 hexadecimal digits"),
+        ]
+    for name, value, holds, rule in rules:
+        if not holds:
+            yield f"{name} is {value!r:.60}, not {rule}"
+
+
+def steps(checkpoints: Iterable[Checkpoint]) -> str:
+    """Their steps, for people."""
+    return ", ".join(str(step) for step in sorted({c.progress.step for c in checkpoints})) or "none"
+
+
+def name_of(url: str) -> str:
+    """The name of the run at `url`, its last part; `UsageError` when it would make trouble in keys, paths or W&B."""
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    if not NAMES.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot be a run's name: use at most 100 letters, digits, '.', '_' and '-', a letter or digit first"
+        )
+    return name
+
+
+def best(checkpoints: tuple[Checkpoint, ...], metric: str) -> Checkpoint | None:
+    """The checkpoint with the highest `metric`, the earliest of equals; None when none has it."""
+    scored = [checkpoint for checkpoint in checkpoints if metric in checkpoint.metrics]
+    return max(scored, key=lambda checkpoint: checkpoint.metrics[metric], default=None)
+
+
+def keep(checkpoints: tuple[Checkpoint, ...], every: int = 0) -> tuple[Checkpoint, ...]:
+    """Those worth their storage: the newest KEPT, the best by raw and by EMA top-1, and, with `every`, those of each
+    `every`th epoch's validation; oldest first.
+    """
+    kept = {*checkpoints[-KEPT:], best(checkpoints, "val/top1"), best(checkpoints, "val/top1_ema")}
+    if every:
+        kept |= {c for c in checkpoints if c.metrics and c.progress.evaluated % every == 0}
+    return tuple(checkpoint for checkpoint in checkpoints if checkpoint in kept)

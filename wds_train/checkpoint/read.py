@@ -1,0 +1,89 @@
+"""Reading what a run's manifest names: nothing is claimed, and no thread is started."""
+
+import hashlib
+import json
+from typing import Any
+
+from wds_train.checkpoint.manifest import Checkpoint, Object, RunManifest, Segment, steps
+from wds_train.checkpoint.snapshot import Snapshot
+from wds_train.errors import NotFound, RunError
+from wds_train.format.manifest import ClassInfo
+from wds_train.models.fit import section
+from wds_train.models.weights import Weights
+from wds_train.storage.base import Store
+from wds_train.typed import typed
+
+
+def read_object(store: Store, named: Object) -> bytes:
+    """The bytes of an object that a manifest names; `RunError` when they are missing, or not those it names."""
+    try:
+        data = store.read(named.key)
+    except NotFound as error:
+        raise RunError(f"{store.url}/{named.key} is missing") from error
+    found = Object(named.key, len(data), hashlib.sha256(data).hexdigest())
+    if found != named:
+        raise RunError(
+            f"{store.url}/{named.key} is damaged: it has {found.bytes} bytes of sha256 {found.sha256}, "
+            f"committed were {named.bytes} of {named.sha256}"
+        )
+    return data
+
+
+def read_checkpoint(store: Store, run: RunManifest, named: Checkpoint) -> Snapshot:
+    """A checkpoint that `run` names; `RunError` when a training could not go on from it."""
+    data = read_object(store, named.object)
+    try:
+        snapshot = Snapshot.decode(data, named.progress)
+        snapshot.refuse_misfit(run)
+    except RunError as error:
+        raise RunError(f"{store.url}/{named.object.key} is damaged: {error}") from error
+    return snapshot
+
+
+def read_chosen(store: Store, run: RunManifest, chosen: Checkpoint) -> Snapshot:
+    """As `read_checkpoint`, of what a person asked for: the error names the steps whose checkpoints could be used."""
+    try:
+        return read_checkpoint(store, run, chosen)
+    except RunError as error:
+        usable = [each for each in run.checkpoints if each != chosen and flaw_of(store, run, each) is None]
+        raise RunError(f"{error}; the usable checkpoints are those of step {steps(usable)}") from error
+
+
+def flaw_of(store: Store, run: RunManifest, named: Checkpoint) -> RunError | None:
+    """Why a checkpoint cannot be used, if it cannot."""
+    try:
+        read_checkpoint(store, run, named)
+    except RunError as error:
+        return error
+    return None
+
+
+def read_records(store: Store, segment: Segment) -> list[dict[str, Any]]:
+    """The records of a segment of metrics, a line each; `RunError` when it is damaged."""
+    data = read_object(store, segment.object)
+    try:
+        return [typed(dict[str, float], json.loads(line), "a record") for line in data.splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{store.url}/{segment.object.key} is damaged: {error}") from error
+
+
+def weights_of(store: Store, manifest: RunManifest, chosen: Checkpoint, kind: str) -> Weights:
+    """The `kind` ("raw" or "ema") weights of a checkpoint; `RunError` when it is damaged, with the steps of those that are
+    not, or of a version that did not note the classes.
+    """
+    snapshot = read_chosen(store, manifest, chosen)
+    if "classes" not in snapshot.extra:
+        raise RunError(
+            f"{store.url}/{chosen.object.key} does not hold its classes, being of an older wds-train; train again"
+        )
+    part = {"raw": "model/", "ema": "ema/"}[kind]
+    return Weights(
+        section(snapshot.tensors, part),
+        kind,
+        store.url,
+        chosen.progress.step,
+        chosen.progress.evaluated,
+        chosen.metrics,
+        manifest.settings,
+        tuple(ClassInfo(*entry) for entry in snapshot.extra["classes"]),
+    )

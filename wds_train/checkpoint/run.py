@@ -1,0 +1,218 @@
+"""A run on S3: claimed by one instance, committed to in the background, resumed by the next.
+
+claim    read the manifest, wait until nobody holds the run, raise its fence, write it back by compare-and-swap
+renew    in a thread, several times per lease: the manifest with another nonce, for claimants to see a sign of life
+commit   copy the state to host memory at a step boundary (the training goes on), then in a thread: upload the
+         checkpoint, upload the metrics, swap the manifest, and only then delete what the new manifest dropped
+restore  the newest checkpoint whose size, sha256 and tensors are right; damaged ones are passed over and named
+
+An instance that another one has replaced meets a foreign fence at its next write, and writes nothing more. What it may
+have uploaded at that moment carries its own fence in the key: named by nobody, and removed at the next claim.
+"""
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from wds_train.checkpoint import lease as leases
+from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint.committer import Committer, collect
+from wds_train.checkpoint.lease import Say, read_run, this_process, until_free
+from wds_train.checkpoint.manifest import RunManifest, Segment
+from wds_train.checkpoint.read import read_checkpoint, read_chosen, read_records
+from wds_train.checkpoint.snapshot import Snapshot
+from wds_train.checkpoint.writer import Writer
+from wds_train.errors import AccessDenied, Conflict, NotFound, RunError, StoreError, Unavailable
+from wds_train.storage.base import Store
+
+LAST_WORD_SECONDS = 5.0
+READERS = 8  # of metrics, at a time
+
+
+class Run:
+    """A run that this process has claimed, or only reads; one that does not lead (a rank other than 0) ends in silence."""
+
+    def __init__(
+        self,
+        store: Store,
+        manifest: RunManifest,
+        tag: str,
+        *,
+        say: Say = print,
+        keep_every: int = 0,
+        leads: bool = True,
+    ) -> None:
+        self.store, self._say = store, say
+        self.writer = Writer(store, manifest, tag, say=say, leads=leads)
+        self.committer = Committer(self.writer, say=say, keep_every=keep_every)
+
+    @property
+    def manifest(self) -> RunManifest:
+        return self.writer.manifest
+
+    @classmethod
+    def claim(
+        cls,
+        store: Store,
+        fresh: RunManifest,
+        say: Say,
+        *,
+        wait: bool = True,
+        pause: Callable[[float], None] = time.sleep,
+        keep_every: int = 0,
+    ) -> "Run":
+        """Claim the run at `store`, or create it as `fresh`; a run that is done is only read. `RunError` when it is of
+        another recipe or dataset, or another instance holds it and `wait` is False.
+        """
+        while True:
+            try:
+                found, tag = read_run(store)
+            except NotFound:
+                found = fresh
+                condition: dict[str, Any] = {"if_absent": True}
+            else:
+                if not found.checkpoints and found.status in ("failed", "interrupted"):
+                    # Given up with nothing to keep: a mistyped setting must not hold the name for ever.
+                    found = replace(found, recipe=fresh.recipe, dataset=fresh.dataset)
+                _refuse_mismatch(found, fresh, store.url)
+                found, tag = until_free(store, found, tag, wait=wait, say=say, pause=pause)
+                if found.status == "done":
+                    run = cls(store, found, tag, say=say)
+                    with contextlib.suppress(StoreError):  # who may only read a finished run leaves it as it is
+                        run._collect_orphans()  # of a kill right after the last commit
+                    return run
+                condition = {"if_match": tag}
+            try:
+                run = cls._take(store, found, condition, say, keep_every)
+            except Conflict:
+                pause(0.1)  # another claimant was faster: look again
+            else:
+                run._collect_orphans()
+                return run
+
+    @staticmethod
+    def roll_back(store: Store, step: int, say: Say) -> tuple[RunManifest, RunManifest]:
+        """Make the checkpoint of `step` the newest, forgetting what was committed after it; the manifests before and after.
+        `RunError` when it cannot be used, or an instance holds the run: then nothing has changed.
+
+        One swap both claims the run, so that no earlier owner writes again, and takes it back; only then is deleted what
+        came after.
+        """
+        before, tag = until_free(store, *read_run(store), wait=False, say=say)
+        after = before.back_to(step)
+        read_chosen(store, before, after.checkpoints[-1])
+        if after == before:
+            return before, before
+        claimed = replace(after.claimed(this_process(), leases.LEASE_SECONDS, time.time()), status=after.status)
+        after = claimed.stamped(secrets.token_hex(16), time.time(), 0.0)
+        store.write(states.NAME, after.to_json(), if_match=tag)
+        collect(store, before, after, say)
+        return before, after
+
+    @classmethod
+    def _take(cls, store: Store, found: RunManifest, condition: dict[str, Any], say: Say, keep_every: int) -> "Run":
+        nonce = secrets.token_hex(16)
+        claimed = replace(found.claimed(this_process(), leases.LEASE_SECONDS, time.time()), nonce=nonce)
+        tag = store.write(states.NAME, claimed.to_json(), **condition)
+        return cls(store, claimed, tag, say=say, keep_every=keep_every)
+
+    def restore(self, say: Say) -> Snapshot | None:
+        """The newest usable checkpoint, or None when the run has committed none. `RunError` when all are damaged.
+
+        The manifest forgets damaged ones, and the metrics that came after the one before: they will be logged again.
+        """
+        for checkpoint in reversed(self.manifest.checkpoints):
+            try:
+                snapshot = read_checkpoint(self.store, self.manifest, checkpoint)
+            except RunError as error:
+                say(f"checkpoint {checkpoint.object.key} cannot be used ({error}); trying the one before")
+                continue
+            if checkpoint != self.manifest.checkpoints[-1]:
+                self.writer.write(partial(RunManifest.up_to, checkpoint=checkpoint))
+            return snapshot
+        if self.manifest.checkpoints:
+            raise RunError(
+                f"every checkpoint of {self.store.url} is damaged; restore one from a backup or start another run"
+            )
+        return None
+
+    def history(self) -> list[dict[str, Any]]:
+        """All committed metrics that can be read, a record per line logged, oldest first; the others are named."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return [record for records in pool.map(self._records_of, self.manifest.metrics) for record in records]
+
+    def _records_of(self, segment: Segment) -> list[dict[str, Any]]:
+        try:
+            return read_records(self.store, segment)
+        except Unavailable:
+            raise
+        except (StoreError, RunError) as error:
+            self._say(f"metrics {segment.object.key} cannot be used ({error}); the curves go without them")
+            return []
+
+    def begin(self) -> None:
+        """From here on the lease is renewed, and there is training to lose. This process must not fork any more."""
+        self.committer.begin()
+        self.writer.start_renewing()
+
+    def end(self, status: str, **changes: Any) -> None:
+        """Give the run up, as `status`. The caller has waited for what was under way. `Unavailable` when the store does not
+        take it within LAST_WORD_SECONDS: the process is about to end, and the lease runs out by itself.
+        """
+        self.writer.close()
+        if not self.writer.leads or (self.manifest.status == status and not changes):
+            return
+        failed: list[Exception] = []
+
+        def write() -> None:
+            try:
+                self.writer.write(lambda manifest: replace(manifest.ended(status), **changes))
+            except Exception as error:
+                failed.append(error)
+
+        last = threading.Thread(target=write, name="last word", daemon=True)
+        last.start()
+        last.join(LAST_WORD_SECONDS)
+        if last.is_alive():
+            raise Unavailable(f"{self.store.url} did not answer within {LAST_WORD_SECONDS:g} s")
+        if failed:
+            raise failed[0]
+
+    def _collect_orphans(self) -> None:
+        """Delete what a killed instance uploaded and never named. Safe for fences up to ours: they can name nothing more."""
+        named = self.manifest.keys
+        for prefix in ("ckpt/", "metrics/"):
+            for entry in list(self.store.list(prefix)):
+                fence = entry.key.removeprefix(prefix).partition("-")[0]
+                if entry.key not in named and fence <= f"{self.manifest.fence:06d}":
+                    self.store.delete(entry.key)
+                    self._say(f"removed {entry.key}, which no manifest names: left by an interrupted upload or removal")
+            # Without leave to list unfinished uploads, the bucket's lifecycle rule has to remove them.
+            with contextlib.suppress(AccessDenied):
+                self.store.abort_uploads(prefix)
+
+
+def _refuse_mismatch(found: RunManifest, fresh: RunManifest, where: str) -> None:
+    saved, current = _flat(found.recipe), _flat(fresh.recipe)
+    different = [
+        f"{name}: {saved.get(name)} (saved), {current.get(name)} (now)"
+        for name in saved | current
+        if saved.get(name) != current.get(name)
+    ]
+    if any(found.dataset.get(name) != fresh.dataset.get(name) for name in ("fingerprint", "mix")):
+        different.append(f"dataset: {found.dataset} (saved), {fresh.dataset} (now)")
+    if different:
+        raise RunError(f"{where} was started with other settings; {'; '.join(different)}. Use these, or another --run")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,91 @@
+"""Writing a run's manifest: compare-and-swap, by the one whose fence it carries."""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+
+from wds_train.checkpoint import lease as leases
+from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint.lease import Say, read_run
+from wds_train.checkpoint.manifest import RunManifest
+from wds_train.errors import Conflict, Interrupted, NotFound, RunError, StoreError
+from wds_train.storage.base import Store
+
+
+class Writer:
+    """The one that may write a run's manifest: this process, while the manifest carries the fence that it claimed with.
+
+    `fatal` is what ended that, found in a thread; `leads` is False in a rank other than 0, which writes nothing.
+    """
+
+    def __init__(self, store: Store, manifest: RunManifest, tag: str, *, say: Say = print, leads: bool = True) -> None:
+        self.store, self.manifest, self.leads = store, manifest, leads
+        self.fatal: Exception | None = None
+        self._tag, self._say = tag, say
+        self._claimed_at = self._written_at = time.monotonic()
+        self._writing = threading.Lock()
+        self._closed = threading.Event()
+
+    def start_renewing(self) -> None:
+        """Renew the lease from here on. To be called once this process forks no more: a forked child would inherit the
+        lock, perhaps held.
+        """
+        if self.leads:
+            threading.Thread(target=self._renew, name="lease", daemon=True).start()
+
+    def close(self) -> None:
+        """Renew the lease no more."""
+        self._closed.set()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the lease has run out since the last write."""
+        return time.monotonic() - self._written_at > self.manifest.lease
+
+    def write(self, change: Callable[[RunManifest], RunManifest]) -> None:
+        """Swap the manifest for what `change` makes of it; `Interrupted` when another instance has claimed the run.
+
+        Our own fence in the manifest after a lost swap means that an earlier write of ours arrived, though its answer
+        did not, or that the server refused two writes at one moment (409): take it up and try again.
+        """
+        with self._writing:
+            for _ in range(3):
+                seconds = time.monotonic() - self._claimed_at
+                manifest = change(self.manifest).stamped(secrets.token_hex(16), time.time(), seconds)
+                try:
+                    self._tag = self.store.write(states.NAME, manifest.to_json(), if_match=self._tag)
+                except Conflict as error:
+                    self._take_up(error)
+                else:
+                    self.manifest, self._written_at = manifest, time.monotonic()
+                    return
+        raise StoreError(f"{self.store.url}/{states.NAME} could not be written: the server kept refusing")
+
+    def _take_up(self, error: Conflict) -> None:
+        try:
+            found, tag = read_run(self.store)
+        except NotFound as gone:
+            raise RunError(f"{self.store.url}/{states.NAME} was deleted while this instance was training") from gone
+        if found.fence != self.manifest.fence:
+            raise Interrupted(
+                f"another instance ({found.owner}) has claimed {self.store.url}; this one stops and changes nothing more"
+            ) from error
+        self.manifest, self._tag = found, tag
+
+    def _renew(self) -> None:
+        """The body of the lease thread. What the store fails to write now it may write later: others may claim the run
+        by then, which the next write that passes finds out.
+        """
+        every = self.manifest.lease / leases.RENEWALS
+        while not self._closed.wait(max(0.0, self._written_at + every - time.monotonic())):
+            if time.monotonic() - self._written_at < every:
+                continue  # a commit has renewed it
+            try:
+                self.write(lambda manifest: manifest)
+            except StoreError as error:
+                self._say(f"the lease of {self.store.url} could not be renewed ({error}); trying again")
+                self._closed.wait(every)
+            except Exception as error:
+                self.fatal = error
+                return

@@ -1,0 +1,256 @@
+"""Recipes: everything that decides a training's outcome except the data. Frozen, typed, and kept in the run's manifest.
+
+`--set section.field=value` changes one field. `presets.py` has the recipes to begin with.
+"""
+
+import dataclasses
+import json
+import math
+import operator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from wds_train.errors import RunError, UsageError
+from wds_train.typed import typed
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    name: str = "resnet50"
+    """A timm model name."""
+    init: str = ""
+    """Weights to start from: `timm:NAME`, timm's pretrained ones, or a file of `wds-train export`. Empty: random."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block (timm scales it down towards the first)."""
+    blur_pool: bool = False
+    """Blur before subsampling (Zhang 2019, arXiv:1904.11486); ResNets only, as the next two."""
+    deep_stem: bool = False
+    """ResNet-D's stem of three convolutions, and average pooling in shortcuts (He et al. 2018, arXiv:1812.01187)."""
+    squeeze_excite: bool = False
+    """Squeeze-and-excitation in every block (Hu et al. 2017, arXiv:1709.01507)."""
+
+    def layers(self) -> dict[str, dict[str, Any]]:
+        """The layer options that are on, each with what timm's `create_model` takes for it (timm/models/resnet.py:
+        resnetblur50, resnet50d, seresnet50); `aa_layer` is the name of a class of timm.layers.
+        """
+        known: dict[str, dict[str, Any]] = {
+            "blur_pool": {"aa_layer": "BlurPool2d"},
+            "deep_stem": {"stem_width": 32, "stem_type": "deep", "avg_down": True},
+            "squeeze_excite": {"block_args": {"attn_layer": "se"}},
+        }
+        return {name: arguments for name, arguments in known.items() if getattr(self, name)}
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Those of all layer options together."""
+        return {name: value for arguments in self.layers().values() for name, value in arguments.items()}
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    size: int = 224
+    """Side of the training images, pixels; with `start_size`, of the last epochs'."""
+    start_size: int = 0
+    """Side of the first epochs' images, which grows to `size` in steps of 32 during `size_ramp`; 0: `size` throughout."""
+    size_ramp: tuple[float, float] = (0.74, 0.86)
+    """Shares of the epochs between which the side grows."""
+    eval_size: int = 224
+    """Side of the validation images, pixels."""
+    eval_crop: float = 0.875
+    """Share of the shorter side that validation keeps."""
+    eval_flip: bool = False
+    """Validate on the mean of the logits of each image and its mirror image."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """RandomResizedCrop: smallest and largest area share."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """RandomResizedCrop: smallest and largest aspect ratio, width / height."""
+    flip: float = 0.5
+    """Probability of a horizontal flip. 0 where left and right differ, as in digits."""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Largest changes of brightness, contrast, saturation (shares) and hue (turns), as torchvision's ColorJitter."""
+    auto_augment: str = ""
+    """A policy: timm's `rand-m6-mstd0.5-inc1` (RandAugment) or `original` (AutoAugment), or `trivial`
+    (TrivialAugmentWide, of torchvision). Empty: none."""
+    erasing: float = 0.0
+    """Probability that a rectangle of an image is erased, with normal noise (timm's RandomErasing, mode `pixel`)."""
+    repeats: int = 1
+    """Repeated augmentation (Hoffer et al. 2019, arXiv:1901.09335): how often each sample stands in its batch, each time
+    augmented anew. A pass over the dataset then takes so many epochs."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per-channel mean of pixels in [0, 1], ImageNet's by default."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per-channel standard deviation of pixels in [0, 1]."""
+    max_bad: float = 0.001
+    """Share of an epoch's samples that may be unreadable before the run stops."""
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    name: str = "sgd"
+    """A timm optimizer name. timm's `sgd` is Nesterov, `momentum` is plain."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    lr_batch: int = 0
+    """The global batch that `lr` is for: another batch scales it in proportion. 0: `lr` is taken as it is."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    """Not applied to biases and normalisation layers."""
+    clip_norm: float = 0.0
+    """Largest norm of all gradients together; 0: no limit."""
+
+
+@dataclass(frozen=True)
+class ScheduleRecipe:
+    kind: Literal["cosine", "linear", "step", "onecycle"] = "cosine"
+    """How the learning rate comes down after the warm-up. `onecycle` is `cosine` with a warm-up of the same shape."""
+    epochs: int = 90
+    warmup_epochs: float = 5.0
+    """Epochs of warm-up to the peak."""
+    warmup_start: float = 0.0
+    """Learning rate at step 0, as a share of the peak."""
+    warmup_prefix: bool = True
+    """Whether the cosine begins when the warm-up ends; otherwise at step 0, hidden by the warm-up until then (timm's
+    default)."""
+    flat: float = 0.0
+    """Share of the training, warm-up included, during which the peak is kept before `cosine` or `linear` come down."""
+    final_lr: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    step_epochs: tuple[float, ...] = ()
+    """`step`: the epochs after which the learning rate is multiplied by `step_factor`."""
+    step_factor: float = 0.1
+
+
+@dataclass(frozen=True)
+class MixRecipe:
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's Beta distribution; 0 is off."""
+    prob: float = 1.0
+    """Probability that a group of samples is mixed at all."""
+    switch_prob: float = 0.5
+    """With both on: probability of CutMix."""
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    kind: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """`bce`: a binary cross-entropy per class, averaged over samples and classes (arXiv:2110.00476)."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    bce_threshold: float = 0.0
+    """`bce`: mixed targets above it count as 1, the others as 0; 0: they are taken as they are."""
+
+
+@dataclass(frozen=True)
+class EmaRecipe:
+    kind: Literal["ema", "swa"] = "ema"
+    """`ema`: an exponential moving average of the weights; `swa`: their plain mean (arXiv:1803.05407)."""
+    decay: float = 0.9999
+    """`ema`: decay per update, which the warm-up min(decay, (1 + n) / (10 + n)) ends at."""
+    every: int = 1
+    """Optimizer steps between two updates."""
+    swa_start: float = 0.75
+    """`swa`: share of the training after which the mean begins; until then it is the weights themselves."""
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    teacher: str = ""
+    """A model to learn from as well: `timm:NAME` with timm's pretrained weights, or a file of `wds-train export`."""
+    weight: float = 0.5
+    """Share of the loss that is the teacher's: weight * T^2 * KL(teacher / T || student / T) (arXiv:1503.02531)."""
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    batch: int = 256
+    """Global batch: samples per optimizer step over all ranks."""
+    seed: int = 0
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    mix: MixRecipe = field(default_factory=MixRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    ema: EmaRecipe = field(default_factory=EmaRecipe)
+    distill: DistillRecipe = field(default_factory=DistillRecipe)
+
+    def __post_init__(self) -> None:
+        data, schedule = self.data, self.schedule
+        mixes = self.mix.mixup > 0 or self.mix.cutmix > 0
+        rules: list[tuple[str, bool, str]] = [
+            ("batch", self.batch > 0, "a positive number of samples"),
+            ("batch", not mixes or self.batch % 2 == 0, "even, because mixup pairs samples"),
+            ("batch", self.batch % max(1, data.repeats) == 0, f"divisible by data.repeats ({data.repeats})"),
+            ("data.size", data.size >= 8, "at least 8 pixels"),
+            ("data.start_size", data.start_size == 0 or 8 <= data.start_size <= data.size, f"0, or 8 to {data.size}"),
+            ("data.size_ramp", 0 <= data.size_ramp[0] <= data.size_ramp[1] <= 1, "ascending, in [0, 1]"),
+            ("data.eval_size", data.eval_size >= 8, "at least 8 pixels"),
+            ("data.eval_crop", 0 < data.eval_crop <= 1, "in (0, 1]"),
+            ("data.scale", 0 < data.scale[0] <= data.scale[1] <= 1, "ascending, in (0, 1]"),
+            ("data.ratio", 0 < data.ratio[0] <= data.ratio[1], "ascending and positive"),
+            ("data.flip", 0 <= data.flip <= 1, "a probability"),
+            (
+                "data.color_jitter",
+                min(data.color_jitter) >= 0 and data.color_jitter[3] <= 0.5,
+                "0 or more, the hue to .5",
+            ),
+            ("data.erasing", 0 <= data.erasing <= 1, "a probability"),
+            ("data.repeats", data.repeats >= 1, "at least 1"),
+            ("data.std", min(data.std) > 0, "positive"),
+            ("data.max_bad", 0 <= data.max_bad <= 1, "a share"),
+            ("model.drop_path", 0 <= self.model.drop_path < 1, "in [0, 1)"),
+            ("optimizer.lr", 0 < self.optimizer.lr < math.inf, "a positive number"),
+            ("optimizer.lr_batch", self.optimizer.lr_batch >= 0, "a number of samples, or 0"),
+            ("optimizer.momentum", 0 <= self.optimizer.momentum < 1, "in [0, 1)"),
+            ("optimizer.weight_decay", 0 <= self.optimizer.weight_decay < math.inf, "0 or more"),
+            ("optimizer.clip_norm", 0 <= self.optimizer.clip_norm < math.inf, "0 or more"),
+            ("schedule.epochs", schedule.epochs > 0, "at least 1"),
+            (
+                "schedule.warmup_epochs",
+                0 <= schedule.warmup_epochs < schedule.epochs,
+                f"less than schedule.epochs ({schedule.epochs})",
+            ),
+            ("schedule.warmup_start", 0 <= schedule.warmup_start <= 1, "a share of the peak"),
+            ("schedule.flat", 0 <= schedule.flat < 1, "a share of the training"),
+            ("schedule.final_lr", 0 <= schedule.final_lr <= 1, "a share of the peak"),
+            ("schedule.step_epochs", list(schedule.step_epochs) == sorted(schedule.step_epochs), "ascending"),
+            ("schedule.step_factor", 0 < schedule.step_factor <= 1, "in (0, 1]"),
+            ("mix.mixup", 0 <= self.mix.mixup < math.inf, "0 or more"),
+            ("mix.cutmix", 0 <= self.mix.cutmix < math.inf, "0 or more"),
+            ("mix.prob", 0 <= self.mix.prob <= 1, "a probability"),
+            ("mix.switch_prob", 0 <= self.mix.switch_prob <= 1, "a probability"),
+            ("loss.smoothing", 0 <= self.loss.smoothing < 1, "in [0, 1)"),
+            ("loss.bce_threshold", 0 <= self.loss.bce_threshold < 1, "in [0, 1)"),
+            ("ema.decay", 0 <= self.ema.decay < 1, "in [0, 1)"),
+            ("ema.every", self.ema.every >= 1, "at least 1"),
+            ("ema.swa_start", 0 <= self.ema.swa_start < 1, "a share of the training"),
+            ("distill.weight", 0 <= self.distill.weight <= 1, "a share of the loss"),
+            ("distill.temperature", 0 < self.distill.temperature < math.inf, "positive"),
+        ]
+        for name, holds, rule in rules:
+            if not holds:
+                value = operator.attrgetter(name)(self)
+                raise UsageError(f"{name} = {value!r} cannot work: it must be {rule}")
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate at this recipe's batch."""
+        per_batch = self.optimizer.lr_batch
+        return self.optimizer.lr * (self.batch / per_batch if per_batch else 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON would hold it: tuples become lists, so that it equals its own round trip."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Recipe":
+        """The recipe that `to_dict` gave; what it does not name, having been added since, is the default. `RunError` for
+        a name that there is no more, or a value that is none of its field's.
+        """
+        try:
+            return typed(cls, tree, "recipe")
+        except (ValueError, UsageError) as error:
+            raise RunError(str(error)) from error

@@ -1,0 +1,42 @@
+"""A step's images, labels and places."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from wds_train.rng import Ids
+
+
+class Lost(NamedTuple):
+    """A sample that could not be used, and why."""
+
+    sample: int
+    shard: str
+    key: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` uint8 [n, height, width, 3] RGB, `labels` int64 [n], in global-batch order; `lost` names the samples
+    whose image could not be read, once for each image: their pixels are grey.
+    """
+
+    step: int
+    positions: Ids
+    ids: Ids
+    images: torch.Tensor
+    labels: torch.Tensor
+    lost: list[Lost] = field(default_factory=list)
+
+
+def empty_images(shape: tuple[int, ...], *, pinned: bool) -> torch.Tensor:
+    """Memory for uint8 images: pinned, for a GPU, from PyTorch's pool, which hands a freed piece out again once the copies
+    from it are done; else NumPy's, which asks for huge pages: small ones, faulted in one by one, make the copy of a batch
+    take 4 times as long.
+    """
+    if pinned:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    return torch.from_numpy(np.empty(shape, np.uint8))

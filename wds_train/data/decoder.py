@@ -1,0 +1,85 @@
+"""Decoding into shared memory."""
+
+import math
+import mmap
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wds_train.data.batch import Lost
+from wds_train.data.dataset import SplitReader
+from wds_train.data.plan import Part
+from wds_train.errors import DataError
+from wds_train.transforms.decode import decode_crop
+from wds_train.transforms.sample import Transform
+
+PREFETCHED_PARTS = 4  # per worker, in shared memory: evens out steps whose images are slow to decode
+SLOTS = PREFETCHED_PARTS + 1
+
+
+class Decoded(NamedTuple):
+    """A part whose pixels lie in a slot of the `Slots`. `labels` int64 [n]."""
+
+    part: Part
+    labels: NDArray[np.int64]
+    lost: list[Lost]
+    side: int
+    worker: int
+    slot: int
+
+
+class Slots:
+    """Shared memory for decoded pixels: SLOTS of the largest part's size for every worker, used in turn.
+
+    DataLoader could carry tensors itself, in a new piece of shared memory for each, whose pages both processes would
+    have to fault in again and again. Slots need no lock: DataLoader lets a worker run PREFETCHED_PARTS ahead of the
+    part that was last taken, which is copied before the next is asked for, so that one slot more is always free.
+    """
+
+    def __init__(self, workers: int, samples: int, side: int) -> None:
+        # Shared with the workers by fork, and not through /dev/shm, of which a container often has 64 MB.
+        shape = (max(1, workers), SLOTS, samples * side * side * 3)
+        self._pixels: NDArray[np.uint8] = np.ndarray(shape, np.uint8, mmap.mmap(-1, max(1, math.prod(shape))))
+
+    def __call__(self, worker: int, slot: int, samples: int, side: int) -> NDArray[np.uint8]:
+        """The slot as uint8 [samples, side, side, 3]."""
+        return self._pixels[worker, slot, : samples * side * side * 3].reshape(samples, side, side, 3)
+
+
+class Decoder:
+    """Decodes parts into slots. With no transform, they stay empty: the order alone is wanted."""
+
+    def __init__(self, split: SplitReader, transform: Transform | None, slots: Slots) -> None:
+        self._split = split
+        self._transform = transform
+        self._slots = slots
+
+    def __call__(self, parts: Iterable[Part], worker: int) -> Iterator[Decoded]:
+        for number, part in enumerate(parts):
+            yield self._decode(part, worker, number % SLOTS)
+
+    def _decode(self, part: Part, worker: int, slot: int) -> Decoded:
+        side = self._transform.size(part.step) if self._transform else 0
+        pixels, lost = self._slots(worker, slot, len(part.ids), side), []
+        for place, (sample, record) in enumerate(zip(part.ids.tolist(), part.records, strict=True)):
+            try:
+                self._fill(pixels[place], part.epoch, int(part.positions[place]), sample, record)
+            except DataError as error:
+                pixels[place] = 128
+                shard = self._split.shard_names[self._split.index.shard[sample]]
+                lost.append(Lost(sample, shard, self._split.index.key_of(sample), str(error)))
+        labels = self._split.index.label[part.ids].astype(np.int64)
+        return Decoded(part._replace(records=[]), labels, lost, side, worker, slot)
+
+    def _fill(
+        self, out: NDArray[np.uint8], epoch: int, position: int, sample: int, record: memoryview | DataError
+    ) -> None:
+        if isinstance(record, DataError):
+            raise record
+        if self._transform is not None:
+            index = self._split.index
+            box, flip = self._transform.crop(epoch, position, int(index.width[sample]), int(index.height[sample]))
+            decode_crop(record, box, out, flip=flip)
+            self._transform.augment(epoch, position, out)

@@ -1,0 +1,114 @@
+"""Ranged GETs of whole blocks, a bounded number of bytes ahead; every sample's CRC is checked."""
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from wds_train.data.cache import BlockCache
+from wds_train.data.dataset import SplitReader, readings
+from wds_train.data.plan import Fetched, Request
+from wds_train.errors import DataError
+from wds_train.format.index import image_of
+from wds_train.rng import Ids
+
+FETCH_THREADS = 8
+AHEAD_BYTES = 32 << 20  # per worker: enough to cover the store's latency, little beside the windows themselves
+SLAB_BYTES = 32 << 20
+GAP_BYTES = 64 << 10  # fetching a hole this small costs less than another request
+
+
+class _Memory:
+    """Memory to read into, cut from slabs. A slab is given back when nothing that was cut from it is in use any more;
+    what is cut from one is read, and used up, at about the same time. Left to malloc, which scatters such pieces over an
+    arena for every thread, the workers of docs/benchmarks.md take an eighth more memory.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = memoryview(b"")
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes of any content."""
+        with self._lock:
+            if size > len(self._left):
+                self._left = np.empty(max(size, SLAB_BYTES), np.uint8).data
+            taken, self._left = self._left[:size], self._left[size:]
+            return taken
+
+
+class Fetcher:
+    """Reads the image bytes of requests, a bounded number of bytes ahead, in order."""
+
+    def __init__(self, split: SplitReader, cache: BlockCache | None = None) -> None:
+        self._split = split
+        self._cache = cache
+
+    def __call__(self, requests: Iterable[Request]) -> Iterator[Fetched]:
+        pool, memory = ThreadPoolExecutor(FETCH_THREADS), _Memory()
+        pending: deque[tuple[Request, int, list[Future[dict[int, memoryview | DataError]]]]] = deque()
+        ahead = 0
+        try:
+            for request in requests:
+                size = int(self._split.index.length[request.ids].sum())
+                runs = [pool.submit(self._read_run, run, memory) for run in self._runs(request.ids)]
+                pending.append((request, size, runs))
+                ahead += size
+                while ahead > AHEAD_BYTES and len(pending) > 1:
+                    ahead -= pending[0][1]
+                    yield _fetched(*pending.popleft())
+            while pending:
+                yield _fetched(*pending.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _runs(self, ids: Ids) -> list[Ids]:
+        """`ids` sorted and cut where the shard changes or a hole is not worth fetching: one GET each. With a cache,
+        cut at blocks, which are what it keeps.
+        """
+        ids, index = np.sort(ids), self._split.index
+        hole = index.offset[ids[1:]] - (index.offset[ids[:-1]] + index.length[ids[:-1]])
+        cut = (index.shard[ids[1:]] != index.shard[ids[:-1]]) | (hole > GAP_BYTES)
+        if self._cache is not None:
+            cut |= np.diff(self._cache.block_of(ids)) != 0
+        return np.split(ids, np.flatnonzero(cut) + 1)
+
+    def _read_run(self, ids: Ids, memory: _Memory) -> dict[int, memoryview | DataError]:
+        index, shard = self._split.index, self._split.shard_names[self._split.index.shard[ids[0]]]
+        if self._cache is not None and self._cache.keeps(ids[0]):
+            first, found = self._cache.read(ids[0])
+            data = memoryview(found)
+        else:
+            first = int(index.offset[ids[0]])
+            data = memory.take(int(index.offset[ids[-1]] + index.length[ids[-1]]) - first)
+            self._split.store.read_into(shard, first, data)
+        return {
+            i: self._image(i, shard, data[int(index.offset[i]) - first :][: int(index.length[i])]) for i in ids.tolist()
+        }
+
+    def _image(self, sample: int, shard: str, record: memoryview) -> memoryview | DataError:
+        index = self._split.index
+        with contextlib.suppress(DataError):
+            return image_of(index, sample, record)
+        # Again, from the store: a byte that flipped on the way or in the cache comes right, one in the store does not.
+        if self._cache is not None:
+            self._cache.drop(sample)
+        times = readings(self._split.store)
+        next(times)  # `record` was the first
+        for _ in times:
+            again = memoryview(self._split.store.read(shard, int(index.offset[sample]), int(index.length[sample])))
+            try:
+                return image_of(index, sample, again)
+            except DataError as error:
+                damage = error
+        return damage
+
+
+def _fetched(request: Request, _: int, runs: list[Future[dict[int, memoryview | DataError]]]) -> Fetched:
+    found: dict[int, memoryview | DataError] = {}
+    for run in runs:
+        found |= run.result()
+    return Fetched(request, [found[sample] for sample in request.ids.tolist()])

@@ -1,0 +1,46 @@
+"""Batches that take fixed shares of several datasets."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from wds_train.data.batch import Batch, empty_images
+from wds_train.data.loader import Loader
+from wds_train.rng import permutation
+
+
+class Mixture:
+    """Batches that take fixed shares of several loaders, one of each dataset, whose plans have the shares as batches.
+
+    Every dataset keeps its own exact order and its own epochs, and step s takes step s of each: the state is still one
+    integer. `seed` decides how a batch is interleaved, because mixup pairs samples by their place.
+    """
+
+    def __init__(self, loaders: "list[Loader]", seed: int, *, pinned: bool = False) -> None:
+        self._loaders, self._seed, self._pinned = loaders, seed, pinned
+
+    @property
+    def fallbacks(self) -> int:
+        return sum(loader.fallbacks for loader in self._loaders)
+
+    def start(self) -> None:
+        for loader in self._loaders:
+            loader.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        for parts in zip(
+            *self._loaders, strict=False
+        ):  # it ends with the first dataset's plan, which counts the epochs
+            yield self._interleave(parts)
+
+    def _interleave(self, parts: tuple[Batch, ...]) -> Batch:
+        step, sizes = parts[0].step, [len(part.ids) for part in parts]
+        places = np.split(permutation(sum(sizes), self._seed, "mixture", step), np.cumsum(sizes)[:-1])
+        images = empty_images((sum(sizes), *parts[0].images.shape[1:]), pinned=self._pinned)
+        labels = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=self._pinned)
+        positions, ids = np.empty(sum(sizes), np.int64), np.empty(sum(sizes), np.int64)
+        for part, place in zip(parts, places, strict=True):
+            images[place], labels[place] = part.images, part.labels
+            positions[place], ids[place] = part.positions, part.ids
+        return Batch(step, positions, ids, images, labels, [lost for part in parts for lost in part.lost])

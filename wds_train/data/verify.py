@@ -1,0 +1,165 @@
+"""Whether a dataset is whole: every byte is read anew and compared."""
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from wds_train.data.dataset import Dataset, read_whole, readings
+from wds_train.errors import DataError, NotFound
+from wds_train.format.index import SampleIndex, read_index
+from wds_train.format.manifest import Index, Shard
+from wds_train.format.tar import members
+from wds_train.storage.base import Store
+
+CHUNK = 8 << 20
+SHARDS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What `verify` found: `key` is empty when it is not one sample's."""
+
+    shard: str
+    key: str
+    cause: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}{f' {self.key}' if self.key else ''}: {self.cause}"
+
+
+def verify(dataset: Dataset) -> Iterator[Damage]:
+    """Read every byte that the manifest names, and report what is not what manifest, index and tar say together."""
+    if report := dataset.manifest.report:
+        yield from _verify_object(dataset.store, report)
+    for name, split in dataset.manifest.splits.items():
+        yield from _verify_object(dataset.store, split.index)
+        try:
+            index = _split_index(dataset, name)
+        except (DataError, NotFound) as error:
+            yield Damage(split.index.name, "", str(error))
+            continue
+        if found := [*dataset.flaws(name, index)]:  # an index that says where nothing is tells nothing of the samples
+            yield from (Damage(split.index.name, "", flaw) for flaw in found)
+            for shard in split.shards:
+                yield from _verify_object(dataset.store, shard)
+            continue
+        whose = {shard.sha256: shard.name for shard in split.shards}
+        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+            jobs = [pool.submit(_verify_shard, dataset, shard, index, n, whose) for n, shard in enumerate(split.shards)]
+            for job in jobs:
+                yield from job.result()
+
+
+def _verify_object(store: Store, named: Index | Shard) -> Iterator[Damage]:
+    try:
+        data = read_whole(store, named)
+    except NotFound:
+        yield Damage(named.name, "", "it is missing")
+        return
+    if (len(data), hashlib.sha256(data).hexdigest()) != (named.bytes, named.sha256):
+        yield Damage(named.name, "", "it is not what the manifest names: its size or sha256 differs")
+
+
+def _split_index(dataset: Dataset, name: str) -> SampleIndex:
+    """The index even when it is not the one that the manifest names: it may still tell which samples differ."""
+    index = dataset.manifest.split(name).index
+    return read_index(read_whole(dataset.store, index), f"{dataset.store.url}/{index.name}")
+
+
+def _verify_shard(
+    dataset: Dataset, shard: Shard, index: SampleIndex, number: int, whose: dict[str, str]
+) -> list[Damage]:
+    store, rows = dataset.store, np.flatnonzero(index.shard == number)
+    try:
+        size, _ = store.head(shard.name)
+    except NotFound:
+        return [Damage(shard.name, "", f"it is missing, with {shard.samples} samples")]
+    for _ in readings(store):  # what lies between the samples has no checksum but the shard's
+        found, sha256 = _verify_samples(dataset, shard.name, size, index, rows)
+        if found or sha256 == shard.sha256:
+            break
+    if len(rows) != shard.samples:
+        found.append(Damage(shard.name, "", f"the index has {len(rows)} samples, the manifest {shard.samples}"))
+    if sha256 == shard.sha256:
+        return found
+    if sha256 in whose:  # every sample differs: one line says more than all of them
+        return [Damage(shard.name, "", f"it holds the bytes of {whose[sha256]}")]
+    cut = f"it has {size} bytes, the manifest says {shard.bytes}; " if size != shard.bytes else ""
+    where = f"{len(found)} samples are named above" if found else "the damage is outside the samples"
+    return [*found, Damage(shard.name, "", f"{cut}its sha256 differs from the manifest's; {where}")]
+
+
+def _verify_samples(
+    dataset: Dataset, name: str, size: int, index: SampleIndex, rows: np.ndarray
+) -> tuple[list[Damage], str]:
+    """The damaged ones of the samples `rows` of an object, and the sha256 of all of it, reading it once."""
+    store, ids = dataset.store, [entry.id for entry in dataset.manifest.classes]
+    ends = index.offset[rows] + index.length[rows]
+    starts = np.concatenate([[0], ends])[:-1]
+    usable = (ends <= size) & (index.offset[rows] >= starts)
+    cause = f"the shard ends at byte {size}, before the sample does, or the index has it out of order"
+    found = [Damage(name, index.key_of(row), cause) for row in rows[~usable]]
+    rows, digest, at = rows[usable], hashlib.sha256(), 0
+    for first, last in _runs(index, rows):
+        start, stop = int(index.offset[rows[first]]), int(index.offset[rows[last]] + index.length[rows[last]])
+        for _ in readings(store):
+            data = store.read(name, start, stop - start)
+            damaged = []
+            for row in rows[first : last + 1].tolist():
+                offset = int(index.offset[row]) - start
+                cause = _sample_damage(data[offset : offset + int(index.length[row])], index, row, ids)
+                damaged += [Damage(name, index.key_of(row), cause)] if cause else []
+            if not damaged:
+                break
+        found += damaged
+        digest.update(_read(store, name, at, start))
+        digest.update(data)
+        at = stop
+    digest.update(_read(store, name, at, size))
+    return found, digest.hexdigest()
+
+
+def _runs(index: SampleIndex, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and last place of the runs of `rows` that are read at once: about CHUNK bytes each."""
+    first = 0
+    for place in range(len(rows)):
+        end = index.offset[rows[place]] + index.length[rows[place]]
+        if end - index.offset[rows[first]] >= CHUNK or place == len(rows) - 1:
+            yield first, place
+            first = place + 1
+
+
+def _read(store: Store, name: str, start: int, stop: int) -> bytes:
+    return store.read(name, start, stop - start) if stop > start else b""
+
+
+def _plain(label: bytes) -> str:
+    """A `.cls` of others may hold the class's name, as text or as JSON."""
+    return label.decode(errors="replace").strip().strip('"')
+
+
+def _sample_damage(record: bytes, index: SampleIndex, row: int, ids: Sequence[str]) -> str:
+    """Why the sample is not what its row says, or nothing. `ids`: the classes'."""
+    if zlib.crc32(record) != index.crc32[row]:
+        return "its bytes do not match the checksum in the index"
+    # The record alone is not an archive: two zero blocks end it as one.
+    data = record + bytes(1024)
+    try:
+        parts = list(members(lambda offset, length: data[offset : offset + length], 0, len(data)))
+    except DataError as error:
+        return str(error)
+    image = next((part for part in parts if part.data_offset == index.data_offset[row] - index.offset[row]), None)
+    if image is None or image.size != index.data_length[row]:
+        return "its image is not where the index says"
+    label = next((part for part in parts if part.name.endswith(".cls")), None)
+    inside = record[label.data_offset : label.data_offset + label.size] if label is not None else b""
+    if label is not None and _plain(inside) not in (str(index.label[row]), ids[index.label[row]]):
+        return f"its label is {inside.decode(errors='replace')!r} in the shard and {index.label[row]} in the index"
+    key = index.key_of(row)
+    if any(not part.name.startswith((f"{key}.", f"{key}/")) for part in parts):
+        return f"the shard calls it {parts[0].name!r}"
+    return ""

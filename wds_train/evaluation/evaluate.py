@@ -1,0 +1,155 @@
+"""The accuracy of a model, or of several together, on a split; by class, and which classes it confuses.
+
+Every member of an ensemble sees the samples at its own size and normalisation; batches are those of the training's
+validation, so that the same weights give the same numbers.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wds_train.checkpoint.find import SCORES, choose, find_run
+from wds_train.checkpoint.manifest import best
+from wds_train.checkpoint.read import weights_of
+from wds_train.config.recipe import Recipe
+from wds_train.config.settings import with_settings
+from wds_train.data.batch import Batch, Lost
+from wds_train.data.dataset import Dataset, SplitReader
+from wds_train.data.loader import Loader
+from wds_train.data.plan import EvalPlan
+from wds_train.errors import DataError, UsageError
+from wds_train.evaluation.scoring import Predictor, sums
+from wds_train.models.model import create_model, refuse_sizes
+from wds_train.models.weights import SUFFIX, Weights
+from wds_train.transforms.sample import EvalTransform
+
+CROPS_SHARE = 0.875  # --tta crops: most of the large square's side that one crop takes
+
+
+@dataclass(frozen=True)
+class View:
+    """What a member sees of an image: `side` pixels of the central `crop` share, or with `decoded` > `side`, crops of
+    `side` out of a central square of `decoded`.
+    """
+
+    side: int
+    crop: float
+    decoded: int
+    flip: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, args: argparse.Namespace) -> "View":
+        """The recipe's, but for what the flags say; `UsageError` when that cannot work."""
+        changes = {"data.eval_size": args.size, "data.eval_crop": args.crop}
+        data = with_settings(recipe, [f"{name}={value}" for name, value in changes.items() if value is not None]).data
+        flip = data.eval_flip if args.tta is None else args.tta != "none"
+        if args.tta != "crops":
+            return cls(data.eval_size, data.eval_crop, data.eval_size, flip)
+        # Where the recipe's crop leaves a margin, the whole square at the same scale; otherwise an enlarged one.
+        decoded = math.ceil(data.eval_size / min(data.eval_crop, CROPS_SHARE))
+        return cls(data.eval_size, min(1.0, data.eval_crop * decoded / data.eval_size), decoded, flip)
+
+    @property
+    def transform(self) -> EvalTransform:
+        return EvalTransform(self.decoded, self.crop)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`totals` float64 [4], as `scoring.sums`; `predicted` int64 [samples], -1 where a sample could not be read."""
+
+    totals: torch.Tensor
+    predicted: NDArray[np.int64]
+    lost: list[Lost]
+
+
+def chosen_weights(source: str, kind: str, step: int | None) -> Weights:
+    """Those of a file, or of a run: by default the kind with the higher top-1."""
+    if source.endswith(SUFFIX):
+        weights = Weights.read(Path(source))
+        if kind not in ("best", weights.kind) or step not in (None, weights.step):
+            raise UsageError(
+                f"{source} holds the {weights.kind} weights of step {weights.step} alone; leave out --weights and --step"
+            )
+        return weights
+    manifest, store = find_run(source)
+    if kind == "best":
+        found = manifest.checkpoints if step is None else (choose(manifest, kind, step),)
+        tops = {each: top.metrics[name] for each, name in SCORES.items() if (top := best(found, name))}
+        kind = max(tops, key=lambda each: tops[each], default="ema")
+    return weights_of(store, manifest, choose(manifest, kind, step), kind)
+
+
+def refuse_other_classes(weights: Weights, dataset: Dataset) -> None:
+    ours, theirs = [[entry.id for entry in found] for found in (weights.classes, dataset.manifest.classes)]
+    if ours == theirs:
+        return
+    if len(ours) != len(theirs):
+        what = f"knows {len(ours)} classes, the dataset has {len(theirs)}"
+    else:
+        label = next(label for label, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+        what = f"has {ours[label]!r} as class {label}, the dataset {theirs[label]!r}"
+    raise UsageError(
+        f"the model of {weights.run} cannot be evaluated on {dataset.store.url}: it {what}; use a dataset of the "
+        "classes that it was trained on"
+    )
+
+
+def score(chosen: list[Weights], views: list[View], split: SplitReader, batch: int, workers: int) -> Scored:
+    """One pass over the split; members that see the same pixels share a loader."""
+    if not len(split):
+        raise DataError(f"the split {split.name!r} of {split.store.url} has no samples")
+    transforms = {view.transform for view in views}
+    plan, workers = EvalPlan(len(split), batch), max(1, workers // len(transforms)) if workers else 0
+    pinned = torch.cuda.is_available()
+    loaders = {transform: Loader(split, plan, transform, workers, pinned=pinned) for transform in transforms}
+    for loader in loaders.values():
+        loader.start()  # before PyTorch has threads, which a fork does not survive
+    device = torch.device("cuda" if pinned else "cpu")
+    members = [_Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    predicted, seen, lost = np.empty(len(split), np.int64), np.zeros(len(split), np.int64), []
+    for found in _together(loaders):
+        joint = _mean_probabilities([member.logits(found) for member in members])
+        broken = {entry.sample: entry for each in found.values() for entry in each.lost}
+        one = replace(next(iter(found.values())), lost=list(broken.values()))
+        totals += sums(joint, one)
+        predicted[one.ids] = joint.argmax(dim=1).cpu().numpy()
+        predicted[list(broken)] = -1
+        seen[one.ids] += 1
+        lost += one.lost
+    assert (seen == 1).all(), f"samples {np.flatnonzero(seen != 1)[:5]} did not come exactly once"
+    return Scored(totals, predicted, lost)
+
+
+def _together(loaders: dict[EvalTransform, Loader]) -> Iterator[dict[EvalTransform, Batch]]:
+    for batches in zip(*loaders.values(), strict=True):
+        yield dict(zip(loaders, batches, strict=True))
+
+
+class _Member:
+    """One model on `device`, and its own view of the images."""
+
+    def __init__(self, weights: Weights, view: View, device: torch.device) -> None:
+        self._view, recipe = view, weights.recipe
+        self._model = create_model(recipe.model, len(weights.classes), recipe.seed, device).eval()
+        self._predictor = Predictor(recipe.data, device, side=view.side, flip=view.flip)
+        self._model.load_state_dict(weights.tensors)
+        refuse_sizes(self._model, recipe.model.name, {"--size": view.side})
+
+    def logits(self, found: dict[EvalTransform, Batch]) -> torch.Tensor:
+        """float32 [n, classes]."""
+        return self._predictor.logits(self._model, self._predictor.normalised(found[self._view.transform].images))
+
+
+def _mean_probabilities(logits: list[torch.Tensor]) -> torch.Tensor:
+    """The logarithm of the members' mean probability; one member's logits as they are, to the last bit."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.logsumexp(torch.stack([each.log_softmax(dim=1) for each in logits]), dim=0) - math.log(len(logits))

@@ -1,0 +1,33 @@
+"""Arrow arrays and tables from NumPy's, and back."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+
+def to_array(values: Sequence[Any] | NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """Numbers, or text in UTF-8, as an Arrow array. By way of buffers: `pa.array`, and whatever else takes values from
+    Python, imports pandas where there is one, for .4 s in every process.
+    """
+    if kind != pa.string():
+        numbers = np.ascontiguousarray(values, kind.to_pandas_dtype())  # a NumPy type, whatever its name says
+        return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
+    text = [value.encode() for value in values]
+    ends = np.cumsum([0, *map(len, text)])
+    assert ends[-1] < 1 << 31, "what an Arrow array of strings can hold"
+    parts = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(text))]
+    return pa.Array.from_buffers(kind, len(text), parts)
+
+
+def to_batch(columns: Iterable[Sequence[Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """`columns` in the order of `schema`, without empty cells."""
+    arrays = [to_array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def to_numpy(numbers: pa.ChunkedArray) -> NDArray[Any]:
+    """A column without empty cells, without pandas (see `to_array`)."""
+    return np.from_dlpack(numbers.combine_chunks())

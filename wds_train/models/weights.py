@@ -1,0 +1,99 @@
+"""A trained model's weights, with all that it takes to use them: out of a run's checkpoint, or of an exported file."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as encoded
+
+from wds_train.config.recipe import Recipe
+from wds_train.errors import NotFound, RunError, UsageError
+from wds_train.format.manifest import ClassInfo
+from wds_train.models.fit import refuse_other_weights
+from wds_train.typed import typed
+
+SUFFIX = ".safetensors"  # timm tells the format by the name
+
+
+@dataclass(frozen=True)
+class Weights:
+    """`tensors` is the state of a model by name, on the CPU: the `kind` ("raw" or "ema") weights of `step` of `run`, with
+    the `metrics` of their validation, if there was one. `classes` are in the order of the model's outputs.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    kind: str
+    run: str
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    recipe: Recipe
+    classes: tuple[ClassInfo, ...]
+
+    def save(self, path: Path) -> None:
+        """Write a file for `timm.create_model(NAME, checkpoint_path=path)`, which `read` reads, too."""
+        own = asdict(replace(self, tensors={})) | {"recipe": self.recipe.to_dict()}
+        data = encoded(self.tensors, {"config": json.dumps(self._timm_config()), "wds-train": json.dumps(own)})
+        unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:  # safetensors' own `save_file` leaves a file that nobody else may read
+            unfinished.write_bytes(data)
+            unfinished.replace(path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> "Weights":
+        """`NotFound` when there is no such file, `RunError` when `save` did not write it, or it lacks weights."""
+        try:
+            with safe_open(path, "pt") as file:
+                own = json.loads((file.metadata() or {})["wds-train"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+            weights = replace(typed(cls, own), tensors=tensors)
+            typed(Literal["raw", "ema"], weights.kind, "kind")
+        except FileNotFoundError as error:
+            raise NotFound(f"there is no file {path}; `wds-train export RUN --to {path}` makes one") from error
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path} is no safetensors file: {error}") from error
+        except (KeyError, ValueError, RecursionError, UsageError) as error:
+            raise RunError(f"{path} was not written by this version of `wds-train export` ({error!r})") from error
+        model = weights.recipe.model
+        try:
+            refuse_other_weights(tensors, model, len(weights.classes))
+        except RunError as error:
+            raise RunError(f"the weights of {path} do not fit the model {model.name}: {error}") from error
+        return weights
+
+    def timm_call(self, path: Path) -> str:
+        """The Python expression that makes the model from the file at `path`."""
+        model = self.recipe.model
+        values = {
+            name: f"timm.layers.{value}" if name == "aa_layer" else repr(value)
+            for name, value in model.timm_arguments().items()
+        }
+        more = "".join(f", {name}={value}" for name, value in values.items())
+        return (
+            f"timm.create_model({model.name!r}, num_classes={len(self.classes)}, checkpoint_path={str(path)!r}{more})"
+        )
+
+    def _timm_config(self) -> dict[str, Any]:
+        """In the names of timm's `config.json` (timm/models/_hub.py, save_config_for_hf)."""
+        data, classes = self.recipe.data, len(self.classes)
+        return {
+            "architecture": self.recipe.model.name,
+            "num_classes": classes,
+            # Without them timm would load a blur-pooled model as a plain one, in silence: its filters are no weights.
+            "model_args": self.recipe.model.timm_arguments(),
+            "pretrained_cfg": {
+                "num_classes": classes,
+                "input_size": [3, data.eval_size, data.eval_size],
+                "interpolation": "bilinear",
+                "crop_pct": data.eval_crop,
+                "mean": data.mean,
+                "std": data.std,
+            },
+        }

@@ -1,0 +1,331 @@
+"""The embedded S3 server: SeaweedFS, from its PyPI package, on loopback ports, its data under `.wds/s3`.
+
+Commands that need it share one server. Each holds a shared lock on `users.lock` while it lives, which the kernel drops
+even on SIGKILL; whoever leaves last, alone on that lock, stops the server. A server left behind by a killed command is
+found through `server.json` and used again; one that no longer answers is replaced. The data needs no care: what
+SeaweedFS acknowledged survives kill -9.
+
+Only its S3 port serves, whoever has the keys of `server.json`. Its other ports want keys that the server alone has, made
+anew at each start, and its folder is the user's alone.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from wds_train.errors import UsageError, WdsTrainError
+from wds_train.home import home
+from wds_train.storage.address import EMBEDDED_BUCKET
+
+READY_SECONDS = 60.0
+MIN_FREE_BYTES = 512 << 20
+RESERVED_BYTES = 256 << 20
+PORT_TAKEN = "address already in use"
+CERTIFICATE, KEY = "tls.crt", "tls.key"
+OPENSSL = (
+    "openssl req -x509 -config /dev/null -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=wds -days 9999"
+)
+GRPC_OFFSET = 10_000  # SeaweedFS adds it to every port for its gRPC twin
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the server is and how to sign for it; `ports`: its master, volume, filer and S3 ports; `root`: its folder."""
+
+    url: str
+    access_key: str
+    secret_key: str
+    ports: tuple[int, ...]
+    root: str
+
+    def is_full(self) -> bool:
+        """Whether its disk has less left than it keeps free; it then answers writes with an internal error."""
+        return Path(self.root).exists() and shutil.disk_usage(self.root).free < RESERVED_BYTES
+
+
+_held: dict[Path, IO[str]] = {}
+
+
+def ensure_running(root: Path | None = None) -> Endpoint:
+    """The endpoint of the server over `root`, started if none answers. It lives at least as long as this process."""
+    root = (root or home() / "s3").absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        root.chmod(0o700)  # files of servers before this rule are readable by all
+    except OSError as error:
+        raise WdsTrainError(f"cannot create {root} for the embedded S3 server: {error.strerror}") from error
+    with _starting(root):
+        _hold(root)
+        endpoint = _read(root)
+        if endpoint is None or not _serves(endpoint, root):
+            _kill(root)
+            endpoint = _start(root, endpoint)
+    return endpoint
+
+
+def stop(root: Path | None = None) -> bool:
+    """Stop the server over `root` whoever uses it; False if none ran."""
+    return _kill((root or home() / "s3").absolute())
+
+
+@contextlib.contextmanager
+def _starting(root: Path) -> Iterator[None]:
+    with (root / "start.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _hold(root: Path) -> None:
+    if root not in _held:
+        _held[root] = (root / "users.lock").open("w")
+        fcntl.flock(_held[root], fcntl.LOCK_SH)
+        atexit.register(_leave, root, os.getpid())
+
+
+def _leave(root: Path, owner: int) -> None:
+    if os.getpid() != owner:  # a forked child inherits the atexit entry, but the server is not its to stop
+        return
+    # The folder may be gone by now, and its locks with it: then nobody else can have come to use the server.
+    with contextlib.suppress(BlockingIOError), _starting(root) if root.exists() else contextlib.nullcontext():
+        fcntl.flock(_held.pop(root), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _kill(root)
+
+
+def _read(root: Path) -> Endpoint | None:
+    try:
+        saved = json.loads((root / "server.json").read_text())
+        return Endpoint(**saved | {"ports": tuple(saved["ports"])})
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _serves(endpoint: Endpoint, root: Path) -> bool:
+    """Whether the server runs and answers. A busy one is given time: killing it would fail whoever uses it now."""
+    deadline = time.monotonic() + READY_SECONDS
+    while _pids(root) and time.monotonic() < deadline:
+        with contextlib.suppress(BotoCoreError, ClientError):
+            _client(endpoint).list_buckets()
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _client(endpoint: Endpoint):  # type: ignore[no-untyped-def]
+    return boto3.session.Session(endpoint.access_key, endpoint.secret_key, region_name="us-east-1").client(
+        "s3",
+        endpoint_url=endpoint.url,
+        # An HTTP proxy named in the environment must not get what is meant for this machine.
+        config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={}),
+    )
+
+
+def _kill(root: Path) -> bool:
+    """SIGKILL: SeaweedFS takes 15-25 s over SIGTERM and loses nothing either way."""
+    pids = _pids(root)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            process = os.pidfd_open(pid)
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [])  # until its ports and files are free, which takes longer than its name
+            os.close(process)
+    return bool(pids)
+
+
+def _pids(root: Path) -> list[int]:
+    """The servers over `root`, known by their command line: a file could name a reused pid, or miss a server whose
+    starter was killed before it wrote the file, and two servers over one folder would spoil it.
+    """
+    mark = f"-dir={root}/data".encode()
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if mark in _arguments(path)]
+
+
+def _arguments(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().split(b"\0")
+    except OSError:  # the process has ended meanwhile
+        return []
+
+
+def _free_ports() -> tuple[int, ...]:
+    """Four free loopback ports whose gRPC twins are free too, below the range the kernel hands out by itself."""
+    ports: list[int] = []
+    while len(ports) < 4:
+        port = 11_000 + secrets.randbelow(11_000)
+        if port not in ports and _is_free(port) and _is_free(port + GRPC_OFFSET):
+            ports.append(port)
+    return tuple(ports)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last server may linger
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _start(root: Path, last: Endpoint | None) -> Endpoint:
+    """Start a server, where the last one was if its ports are free: its clients then find it again."""
+    if shutil.disk_usage(root).free < MIN_FREE_BYTES:
+        raise WdsTrainError(
+            f"less than {MIN_FREE_BYTES >> 20} MiB are free on the disk of {root}; the embedded S3 server needs room: "
+            "free some, or set WDS_HOME to a folder on another disk"
+        )
+    (root / "data").mkdir(exist_ok=True)
+    if last and all(_is_free(port) and _is_free(port + GRPC_OFFSET) for port in last.ports):
+        return _launch(root, last)
+    # Another program may take a port between our look and the server's bind; three draws make that a non-event.
+    for remaining in (2, 1, 0):
+        ports = _free_ports()
+        try:
+            url, keys = f"http://127.0.0.1:{ports[-1]}", (secrets.token_hex(10), secrets.token_hex(20))
+            return _launch(root, Endpoint(url, *keys, ports, str(root)))
+        except WdsTrainError as error:
+            if remaining == 0 or PORT_TAKEN not in str(error):
+                raise
+    raise AssertionError("unreachable")
+
+
+def _launch(root: Path, endpoint: Endpoint) -> Endpoint:
+    keys = {"accessKey": endpoint.access_key, "secretKey": endpoint.secret_key}
+    identities = {"identities": [{"name": "wds", "credentials": [keys], "actions": ["Admin"]}]}
+    _write_private(root / "identities.json", identities)
+    _write_private(root / "server.json", asdict(endpoint))
+    command = _command(root, endpoint.ports)
+    _certify(root)
+    with (root / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=root,
+            # A soft limit: with 400 MiB, collecting garbage took a third of the speed of uploads.
+            env=os.environ | {"GOMEMLIMIT": "2GiB"} | _locks(),
+            umask=0o077,  # its Unix sockets in /tmp have no other lock
+            start_new_session=True,  # Ctrl-C must reach the trainer alone, which still needs the server to commit
+        )
+    _wait_ready(endpoint, process, root)
+    return endpoint
+
+
+def _certify(root: Path) -> None:
+    """A fresh key and its certificate, by which the parts of one server know one another."""
+    command = [*OPENSSL.split(), "-keyout", KEY, "-out", CERTIFICATE]
+    try:
+        subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise WdsTrainError("the embedded S3 server needs the program openssl; install it, or set a bucket") from error
+    except subprocess.CalledProcessError as error:
+        raise WdsTrainError(f"openssl cannot make a certificate in {root}: {error.stderr.strip()}") from error
+
+
+def _locks() -> dict[str, str]:
+    """SeaweedFS's settings for ports that answer its own parts alone. Not flags, which everybody sees in the process list.
+
+    What the volume server stores goes by tokens. gRPC wants the certificate from its clients, and so does the master's
+    page, which no flag turns off.
+    """
+    tokens = {f"WEED_JWT_SIGNING_{name}": secrets.token_hex(32) for name in ("KEY", "READ_KEY")}
+    parts = [f"WEED_GRPC_{part}" for part in ("MASTER", "VOLUME", "FILER", "S3", "CLIENT")] + ["WEED_HTTPS_MASTER"]
+    files = {f"{part}_{name}": file for part in parts for name, file in (("CERT", CERTIFICATE), ("KEY", KEY))}
+    return tokens | files | {"WEED_GRPC_CA": CERTIFICATE, "WEED_HTTPS_MASTER_CA": CERTIFICATE}
+
+
+def _command(root: Path, ports: tuple[int, ...]) -> list[str]:
+    master, volume, filer, s3 = ports
+    weed = Path(sys.executable).parent / "weed"
+    program = str(weed) if weed.exists() else shutil.which("weed")
+    if program is None:
+        raise WdsTrainError("the embedded S3 server (weed) is not installed; run `make setup`")
+    flags = {
+        "dir": f"{root}/data",
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "disableHttp": "true",  # the filer's, which takes and gives every object
+        "master.port": master,
+        "master.volumeSizeLimitMB": 1024,
+        "master.volumePreallocate": "false",
+        "master.telemetry": "false",
+        "master.electionTimeout": "1s",
+        "volume.port": volume,
+        "volume.max": 2000,  # each bucket takes 7; what they hold is bounded by the disk alone
+        "volume.minFreeSpace": f"{RESERVED_BYTES >> 20}MiB",
+        "volume.preStopSeconds": 0,
+        "filer.port": filer,
+        "filer.maxMB": 1,  # the size of its chunks: of a range, it reads every chunk whole that the range touches
+        "s3.port": s3,
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.config": f"{root}/identities.json",
+    }
+    return [program, "-logtostderr", "server", "-s3", *(f"-{name}={value}" for name, value in flags.items())]
+
+
+def _wait_ready(endpoint: Endpoint, process: subprocess.Popen[bytes], root: Path) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    client = _client(endpoint)
+    while True:
+        with contextlib.suppress(BotoCoreError, ClientError):
+            if EMBEDDED_BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
+                client.create_bucket(Bucket=EMBEDDED_BUCKET)
+            # Only a byte written proves that the volume server has joined, at times 5 s after all else answers.
+            client.put_object(Bucket=EMBEDDED_BUCKET, Key=".ready", Body=b"1")
+            client.delete_object(Bucket=EMBEDDED_BUCKET, Key=".ready")
+            return
+        stopped, taken = process.poll() is not None, PORT_TAKEN in _log(root)
+        if stopped or taken or time.monotonic() > deadline:
+            _kill(root)
+            what = f"stopped with code {process.wait()}" if stopped else f"did not answer in {READY_SECONDS:.0f} s"
+            what = f"met a port in use ({PORT_TAKEN})" if taken else what
+            raise WdsTrainError(f"the embedded S3 server {what}; the end of {root}/server.log:\n{_log_tail(root)}")
+        time.sleep(0.1)
+
+
+def _log(root: Path) -> str:
+    return (root / "server.log").read_text(errors="replace")
+
+
+def _log_tail(root: Path, lines: int = 8) -> str:
+    return "\n".join(_log(root).splitlines()[-lines:])
+
+
+def _write_private(path: Path, content: object) -> None:
+    new = path.with_suffix(".new")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(content, file)
+    new.replace(path)
+
+
+def main() -> None:
+    """`python -m wds_train.storage.embedded stop`: what `make s3-stop` runs."""
+    if sys.argv[1:] != ["stop"]:
+        raise SystemExit(f"usage: python -m wds_train.storage.embedded stop, not {sys.argv[1:]}")
+    try:
+        print("stopped the embedded S3 server" if stop() else "no embedded S3 server is running here")
+    except UsageError as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""A store in a local directory."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from wds_train.errors import AccessDenied, Conflict, NotFound, StoreError
+from wds_train.storage.base import Body, Entry, contents, inside, too_short
+
+UNFINISHED = ".tmp-"  # begins the names of local files that are being written
+
+
+class LocalStore:
+    """A directory."""
+
+    fallbacks = 0
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.url = str(self.root)
+
+    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        with self._translated(key), _opened(self._path(key)) as file:
+            file.seek(start)
+            data = file.read(-1 if length is None else length)
+        if len(data) < (bool(start) if length is None else length):
+            raise too_short(f"{self.url}/{key}", start, length)
+        return data
+
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        with self._translated(key), _opened(self._path(key)) as file:
+            file.seek(start)
+            if file.readinto(target) < len(target):
+                raise too_short(f"{self.url}/{key}", start, len(target))
+
+    def read_tagged(self, key: str) -> tuple[bytes, str]:
+        data = self.read(key)
+        return data, hashlib.sha256(data).hexdigest()
+
+    def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        tag, path = hashlib.sha256(body).hexdigest(), self._path(key)
+        with self._translated(key), _locked(path.with_name(UNFINISHED + path.name)) as file:
+            found = self._tag(key) if if_absent or if_match else None
+            if (if_absent and found is not None) or (if_match and found != if_match):
+                if found != tag:
+                    raise Conflict(f"{self.url}/{key} was written by another writer")
+            else:
+                _replace(path, file, [body])
+        return tag
+
+    def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
+        digest, path = hashlib.sha256(), self._path(key)
+
+        def hashed() -> Iterator[Body]:
+            for piece in pieces:
+                digest.update(piece)
+                yield piece
+
+        with self._translated(key), _locked(path.with_name(UNFINISHED + path.name)) as file:
+            _replace(path, file, hashed())
+        return digest.hexdigest()
+
+    def upload(self, key: str, path: Path) -> None:
+        self.write(key, contents(path))
+
+    def head(self, key: str) -> tuple[int, str]:
+        with self._translated(key), _opened(self._path(key)) as file:
+            return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+    def reconnect(self) -> None:
+        pass
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        folder, _, start = prefix.rpartition("/")
+        tops = [path for path in (self.root / folder).glob("*") if path.name.startswith(start)]
+        with self._translated(prefix):
+            yield from sorted(
+                entry for top in tops for path in (top, *top.rglob("*")) for entry in _entry(self.root, path)
+            )
+
+    def delete(self, key: str) -> None:
+        with self._translated(key), contextlib.suppress(NotADirectoryError):
+            self._path(key).unlink(missing_ok=True)
+
+    def abort_uploads(self, prefix: str) -> None:
+        folder, _, start = prefix.rpartition("/")
+        for path in (self.root / folder).rglob(f"{UNFINISHED}{start}*"):
+            with _locked(path):  # waits for a writer that lives, and removes what a killed one left
+                pass
+
+    def _path(self, key: str) -> Path:
+        return self.root / inside(key, self.url)
+
+    def _tag(self, key: str) -> str | None:
+        try:
+            return self.head(key)[1]
+        except NotFound:
+            return None
+
+    @contextlib.contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise NotFound(f"{self.url}/{key} does not exist") from error
+        except PermissionError as error:
+            raise AccessDenied(f"no permission for {error.filename or self.url}; check its owner and mode") from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreError(
+                    f"no space left on the disk of {self.url} while writing {key}; free some and run again"
+                ) from error
+            raise StoreError(f"{self.url}/{key}: {error}") from error
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # opening a FIFO waits for ever
+        raise StoreError(f"{path} is no plain file; remove it")
+    return path.open("rb")
+
+
+def _entry(root: Path, path: Path) -> Iterator[Entry]:
+    with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+        if path.is_file() and not path.name.startswith(UNFINISHED):
+            yield Entry(path.relative_to(root).as_posix(), path.stat().st_size)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """The empty file `path`, this writer's alone until the block ends, when it is removed if it is still there.
+
+    A kill releases the lock, and what it leaves behind the next writer of the same key takes over.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _names(path, file):  # while we waited, the writer before us renamed this very file into place
+                continue
+            file.truncate(0)
+            try:
+                yield file
+            finally:
+                if _names(path, file):  # else it is the next writer's by now
+                    path.unlink()
+            return
+
+
+def _names(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _replace(path: Path, file: BinaryIO, pieces: Iterable[Body]) -> None:
+    """Put `pieces` at `path` by way of `file`, a file beside it."""
+    file.writelines(pieces)
+    file.flush()
+    os.fsync(file.fileno())  # before the rename, or a power cut leaves `path` empty
+    Path(file.name).replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # or a power cut undoes the rename, of which a manifest may already tell
+    os.close(folder)

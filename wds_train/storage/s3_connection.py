@@ -1,0 +1,209 @@
+"""What the requests below a prefix of a bucket share."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import boto3
+import botocore.exceptions as boto_errors
+from botocore.config import Config
+from botocore.httpsession import URLLib3Session
+from botocore.utils import get_environ_proxies
+from urllib3.exceptions import HTTPError
+
+from wds_train.errors import AccessDenied, Conflict, NotFound, StoreError, Unavailable, UsageError
+from wds_train.storage.base import inside
+from wds_train.storage.embedded import Endpoint
+from wds_train.storage.retry import Retry
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+PATIENCE_SECONDS = 120.0  # for a server that has answered before; $WDS_S3_PATIENCE overrides
+FIRST_SECONDS = 15.0  # for one that never has: the address may be wrong
+SOCKET_SECONDS = 20.0  # without a byte
+
+QUERY = re.compile(r"\?[^\s?'\"()<>]*=[^\s'\"()<>]*")
+
+# What is worth another try: the network, a server in trouble, and bytes damaged on their way to it.
+BROKEN = (boto_errors.HTTPClientError, boto_errors.ConnectionError, HTTPError)
+RETRIED = {408, 429, 500, 502, 503, 504}
+RETRIED_CODES = {"SlowDown", "RequestTimeout", "Throttling", "BadDigest", "XAmzContentChecksumMismatch"}
+NO_CREDENTIALS = (
+    boto_errors.NoCredentialsError,
+    boto_errors.PartialCredentialsError,
+    boto_errors.CredentialRetrievalError,
+)
+# 409 is a write that raced another; 404 is what AWS answers to If-Match on a missing key, where SeaweedFS says 412.
+CAS_LOST = {409, 412}
+DENIED = {401, 403}
+GRANT = (
+    "let the AWS credentials read and write there, and list the bucket "
+    "(without s3:ListBucket a missing object looks like a denied one)"
+)
+REMEDIES = {
+    "ExpiredToken": "the credentials have expired: renew them",
+    "InvalidToken": "the session token is not valid: renew the credentials",
+    "InvalidAccessKeyId": "there is no such access key: check AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the secret key is not the access key's: check AWS_SECRET_ACCESS_KEY",
+    "RequestTimeTooSkewed": "this machine's clock is wrong: set it, for example with `timedatectl set-ntp true`",
+}
+
+
+class S3Connection:
+    """What the requests below a prefix of a bucket share: a boto3 client, another one after a fork, in the bucket's own
+    region once an answer has told it; repetition; and the translation of what goes wrong. Credentials and endpoint come
+    from the usual AWS settings, or from `endpoint`.
+    """
+
+    def __init__(self, bucket: str, prefix: str, endpoint: Endpoint | None) -> None:
+        self.bucket, self.prefix, self.endpoint = bucket, prefix, endpoint
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self.patience = float(os.environ.get("WDS_S3_PATIENCE", PATIENCE_SECONDS))
+        self.answered = False
+        self.signed: dict[str, tuple[str, float]] = {}
+        self.http = _sender({})
+        self._client: S3Client | None = None
+        self._client_pid = 0
+        self._session: boto3.session.Session | None = None
+        self._region: str | None = None  # the settings', then the bucket's own, once an answer has told it
+
+    @property
+    def client(self) -> "S3Client":
+        # A connection pool shared with a forked parent would mix the answers of both on one socket.
+        client = self._client
+        if client is None or self._client_pid != os.getpid():
+            self._client, self._client_pid = client, _ = self._connect(), os.getpid()
+            self.http = _sender({} if self.endpoint else get_environ_proxies(client.meta.endpoint_url))
+        return client
+
+    def reconnect(self) -> None:
+        self._client = None
+
+    def ask(self, verb: str, key: str, **details: Any) -> dict[str, Any]:
+        """boto3's answer to one request, repeated until there is one."""
+        inside(key, self.url)
+        retry = self.retry()
+        while True:
+            try:
+                with self.translated(key):
+                    answer: dict[str, Any] = getattr(self.client, verb)(Bucket=self.bucket, **details)
+                self.answered = True
+                return answer
+            except Unavailable as error:
+                retry.pause(error)
+
+    def head(self, key: str) -> tuple[int, str]:
+        answer = self.ask("head_object", key, Key=self.full_key(key))
+        return answer["ContentLength"], answer["ETag"]
+
+    def retry(self) -> "Retry":
+        return Retry(self.patience if self.answered else min(self.patience, FIRST_SECONDS))
+
+    @contextlib.contextmanager
+    def translated(self, key: str) -> Iterator[None]:
+        name = f"{self.url}/{key}".rstrip("/")
+        try:
+            yield
+        except boto_errors.ClientError as error:
+            self.answered = True
+            translated = _translate(error, name)
+            if isinstance(translated, Unavailable) and self.endpoint and self.endpoint.is_full():
+                full = f"no space left on the disk of {self.endpoint.root}, where the embedded S3 server keeps {name}"
+                raise StoreError(f"{full}; free some and run again") from error
+            raise translated from error
+        except NO_CREDENTIALS as error:
+            raise AccessDenied(
+                f"no AWS credentials for {name} ({_brief(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "or give the instance a role"
+            ) from error
+        except boto_errors.ParamValidationError as error:
+            raise UsageError(f"{name} is not a usable S3 address: {_brief(error)}") from error
+        except BROKEN as error:
+            raise Unavailable(
+                f"{name}: the S3 server does not answer ({_brief(error)}); check the network and AWS_ENDPOINT_URL"
+            ) from error
+        except boto_errors.BotoCoreError as error:
+            raise StoreError(f"{name}: {_brief(error)}") from error
+
+    def _connect(self) -> "S3Client":
+        # Retries are ours alone: boto3's would multiply them, and resume no body.
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": 1},
+            connect_timeout=5,
+            read_timeout=SOCKET_SECONDS,
+            max_pool_connections=32,
+            response_checksum_validation="when_required",  # it holds only for whole bodies, which resuming has none of
+            # As boto3 does over https: bodies go with a CRC. It would hash them for plain http too, which hides nothing.
+            s3={"payload_signing_enabled": False},
+            proxies={} if self.endpoint else None,
+            signature_version="s3v4",  # boto3 signs addresses by Version 2 in older regions, which newer buckets refuse
+        )
+        try:
+            # Kept over a fork: it holds S3's parsed service model, which costs a loader worker half a second to read.
+            # Kept only once it has made a client: until then, boto3 lets no two threads use it.
+            session = self._session or self._sign_in()
+            url = self.endpoint.url if self.endpoint else None
+            client = session.client("s3", config=config, endpoint_url=url, region_name=self._region)
+            client.meta.events.register("response-received.s3", self._learn_region)
+            self._session, self._region = session, client.meta.region_name
+            return client
+        except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
+            raise UsageError(
+                f"the AWS settings cannot be used for {self.url} ({_brief(error)}); "
+                "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
+            ) from error
+
+    def _learn_region(self, response_dict: dict[str, Any] | None, **_: object) -> None:
+        """Connect anew in the region that S3 names when it was asked in another: botocore follows it for the one request
+        alone, and every range would cost two. `response_dict` is None when no answer came.
+        """
+        region = response_dict["headers"].get("x-amz-bucket-region") if response_dict else None
+        if region and region != self._region:
+            self._region = region
+            self.signed.clear()
+            self._client = None
+
+    def _sign_in(self) -> boto3.session.Session:
+        if self.endpoint is None:
+            return boto3.session.Session()
+        return boto3.session.Session(self.endpoint.access_key, self.endpoint.secret_key, region_name="us-east-1")
+
+    def full_key(self, key: str) -> str:
+        """`key`, of an object below the prefix, as the bucket has it."""
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+
+def _sender(proxies: dict[str, str]) -> URLLib3Session:
+    """botocore's HTTP session, with the certificates that boto3 would use."""
+    bundle: Any = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE") or True
+    limits: Any = (5, SOCKET_SECONDS)  # seconds to connect, and without a byte
+    return URLLib3Session(verify=bundle, proxies=proxies, timeout=limits, max_pool_connections=32)
+
+
+class OutOfRange(StoreError):
+    """The object ends before the range that was asked for."""
+
+
+def _translate(error: boto_errors.ClientError, name: str) -> StoreError:
+    code = error.response.get("Error", {}).get("Code", "")
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if code == "NoSuchBucket":  # no `NotFound`: a run would be taken for a fresh one
+        return StoreError(f"the bucket of {name} does not exist; create it, or correct the name")
+    if code in REMEDIES or status in DENIED:
+        return AccessDenied(f"access to {name} was denied ({code}): {REMEDIES.get(code, GRANT)}")
+    if status == 404:
+        return NotFound(f"{name} does not exist")
+    if status in CAS_LOST:
+        return Conflict(f"{name} was changed by another writer ({code})")
+    if status == 416:
+        return OutOfRange(f"{name} is shorter than the range that was asked for")
+    answered = f"{name}: the S3 server answered {status} {code}: {_brief(error)}"
+    return Unavailable(answered) if status in RETRIED or code in RETRIED_CODES else StoreError(answered)
+
+
+def _brief(error: BaseException) -> str:
+    """The text of a foreign error, without the query strings of addresses: a signed one is a key to the object."""
+    return re.sub(r"\s+", " ", QUERY.sub("?...", str(error)))[:200]

@@ -1,0 +1,104 @@
+"""Writes of objects to S3."""
+
+import base64
+import contextlib
+import itertools
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from wds_train.errors import Conflict, NotFound, StoreError
+from wds_train.storage.base import PART_BYTES, UPLOAD_THREADS, Body
+from wds_train.storage.s3_connection import S3Connection
+from wds_train.storage.s3_read import S3Reader
+
+
+class S3Writer:
+    """Writes of objects: large ones in parts, of which several are on their way at a time; each with a checksum."""
+
+    def __init__(self, connection: S3Connection, reader: S3Reader) -> None:
+        self._s3, self._reader = connection, reader
+
+    def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
+        try:
+            if len(body) > PART_BYTES:
+                whole = memoryview(body)
+                starts = range(0, len(body), PART_BYTES)
+                return self._write_parts(key, (whole[start : start + PART_BYTES] for start in starts), condition)
+            return self._send("put_object", key, body, **condition)["ETag"]
+        except (Conflict, NotFound) as error:
+            tag = self._tag_of(key, memoryview(body))
+            if tag is None:
+                raise Conflict(f"{self._s3.url}/{key} was written by another writer") from error
+            return tag
+
+    def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
+        first, second = next(pieces, b""), next(pieces, None)
+        if second is None:
+            return self.write(key, first)
+        return self._write_parts(key, itertools.chain((first, second), pieces), {})
+
+    def _write_parts(self, key: str, pieces: Iterable[Body], condition: dict[str, str]) -> str:
+        """A multipart upload: nothing is visible before its end, and nothing remains of one that failed."""
+        where = {"Key": self._s3.full_key(key)}
+        upload = where | {
+            "UploadId": self._s3.ask("create_multipart_upload", key, **where, ChecksumAlgorithm="CRC32")["UploadId"]
+        }
+        try:
+            size, parts = self._send_parts(key, pieces, upload["UploadId"])
+            tag = self._s3.ask(
+                "complete_multipart_upload", key, **upload, MultipartUpload={"Parts": parts}, **condition
+            )["ETag"]
+        except BaseException:
+            # Once only: when the server is gone, the bucket's lifecycle rule has to do it.
+            with contextlib.suppress(StoreError), self._s3.translated(key):
+                self._s3.client.abort_multipart_upload(Bucket=self._s3.bucket, **upload)
+            raise
+        stored = self._s3.head(key)
+        if stored[1] == tag and stored[0] != size:
+            raise StoreError(f"{self._s3.url}/{key}: {size} bytes were sent, but {stored[0]} stored")
+        return tag
+
+    def _send_parts(self, key: str, pieces: Iterable[Body], upload: str) -> tuple[int, Sequence[Any]]:
+        """Send the parts of a multipart upload; their size in bytes together, and what completes it."""
+
+        def send(part: int, piece: Body) -> dict[str, Any]:
+            answer = self._send("upload_part", key, piece, UploadId=upload, PartNumber=part)
+            return {"PartNumber": part, "ETag": answer["ETag"], "ChecksumCRC32": answer["ChecksumCRC32"]}
+
+        size, parts, pending = 0, [], deque[Future[dict[str, Any]]]()
+        with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
+            for part, piece in enumerate(pieces, 1):
+                size += len(piece)
+                pending.append(pool.submit(send, part, piece))
+                if len(pending) == UPLOAD_THREADS:
+                    parts.append(pending.popleft().result())
+            return size, parts + [future.result() for future in pending]
+
+    def _send(self, verb: str, key: str, body: Body, **details: Any) -> dict[str, Any]:
+        """Send `body` with its checksum, which the server compares, and answers if it stores it."""
+        crc, content = _crc32(body), bytes(body) if isinstance(body, memoryview) else body
+        answer = self._s3.ask(verb, key, Key=self._s3.full_key(key), Body=content, ChecksumCRC32=crc, **details)
+        if answer.get("ChecksumCRC32", crc) != crc:
+            raise StoreError(f"{self._s3.url}/{key}: the S3 server stored other bytes than it was sent")
+        return answer | {"ChecksumCRC32": crc}
+
+    def _tag_of(self, key: str, body: memoryview) -> str | None:
+        """The object's tag if it holds `body`, else None."""
+        try:
+            size, tag = self._s3.head(key)
+            starts = range(0, size, PART_BYTES)
+            same = size == len(body) and all(
+                self._reader.read(key, start, min(PART_BYTES, size - start)) == body[start : start + PART_BYTES]
+                for start in starts
+            )
+        except NotFound:
+            return None
+        return tag if same else None
+
+
+def _crc32(body: Body) -> str:
+    return base64.b64encode(zlib.crc32(body).to_bytes(4)).decode()

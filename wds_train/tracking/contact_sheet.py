@@ -1,0 +1,45 @@
+"""A PNG with a row of thumbnails per class."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from wds_train.data.dataset import Dataset, SplitReader
+from wds_train.errors import UsageError, WdsTrainError
+
+ROWS, COLUMNS, SIDE, TEXT = 20, 10, 96, 14
+
+
+def contact_sheet(dataset: Dataset, split: str, path: Path) -> None:
+    """Write to `path` the first COLUMNS images of at most ROWS classes of `split`, evenly taken from all of them."""
+    reader = dataset.split(split)
+    count = len(dataset.manifest.classes)
+    chosen = sorted({round(place) for place in np.linspace(0, count - 1, min(ROWS, count))})
+    sheet = Image.new("RGB", (COLUMNS * SIDE, len(chosen) * (SIDE + TEXT)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(chosen):
+        top = row * (SIDE + TEXT)
+        entry = dataset.manifest.classes[label]
+        title = entry.name if entry.name == entry.id else f"{entry.name}  ({entry.id})"
+        draw.text((4, top + 1), f"{label}  {title}", "black")
+        for column, sample in enumerate(np.flatnonzero(reader.index.label == label)[:COLUMNS]):
+            sheet.paste(_thumbnail(reader, int(sample)), (column * SIDE, top + TEXT))
+    try:
+        sheet.save(path, "PNG")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}); give another --grid FILE") from error
+
+
+def _thumbnail(reader: SplitReader, sample: int) -> Image.Image:
+    """The image, or a crossed box for one that cannot be read."""
+    try:
+        shard = reader.shard_names[reader.index.shard[sample]]
+        start, length = int(reader.index.data_offset[sample]), int(reader.index.data_length[sample])
+        image = Image.open(io.BytesIO(reader.store.read(shard, start, length)))
+        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (SIDE - 2, SIDE - 2))
+    except (OSError, ValueError, SyntaxError, WdsTrainError):
+        box = Image.new("RGB", (SIDE - 2, SIDE - 2), "lightgrey")
+        ImageDraw.Draw(box).line([(0, 0), (SIDE, SIDE)], "red", 3)
+        return box

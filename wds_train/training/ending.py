@@ -1,0 +1,77 @@
+"""How a training ends that does not get to its end."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from wds_train.checkpoint.run import Run
+from wds_train.errors import Interrupted, NotFinite, RanksLost, RunError, StoreError, Unavailable, WdsTrainError, tell
+from wds_train.tracking.console import say
+from wds_train.training.ranks import LAST_SECONDS
+from wds_train.training.stop import StopRequest
+
+ROLLBACKS = 2  # per run, after a loss that is not finite
+
+
+@contextlib.contextmanager
+def ending(run: Run, stop: StopRequest, deterministic: bool) -> Iterator[None]:
+    """How a training ends that does not get to its end: the cause is told, and then the manifest says so, too, if the store
+    takes that last word within seconds. A run that is done stays done, whatever fails after its last commit.
+    """
+    try:
+        yield
+    except WdsTrainError as caught:
+        stop.doing = f"the last word to {run.store.url}"
+        error, status = _judged(run, caught, deterministic)
+        if run.manifest.status != "done":
+            tell(error)
+            if status is not None:
+                _finish_commits(run)
+        if run.manifest.status == "done":
+            say(f"the run is done all the same ({error})")
+            return
+        if status is not None:
+            give_up(run, status)
+        raise error from caught
+
+
+def _judged(run: Run, error: WdsTrainError, deterministic: bool) -> tuple[WdsTrainError, str | None]:
+    """What to tell of `error`, and the status that it gives the run. None where the manifest says it already, is another
+    instance's, or lies in a store that does not answer, which takes no last word either.
+    """
+    if isinstance(error, NotFinite):
+        return _go_back(run, error, deterministic)
+    if isinstance(error, RanksLost):
+        return error, "interrupted"
+    return error, None if isinstance(error, Interrupted | Unavailable) else "failed"
+
+
+def _go_back(run: Run, error: NotFinite, deterministic: bool) -> tuple[WdsTrainError, str | None]:
+    """As `_judged`, after a loss that is not finite, which was not committed. On a GPU the next attempt, from the newest
+    checkpoint, may round otherwise and pass; where the same arithmetic would only fail again, it is not tried.
+    """
+    _finish_commits(run)
+    if not run.manifest.checkpoints or deterministic or not torch.cuda.is_available():
+        return error, "failed"
+    if run.manifest.rollbacks == ROLLBACKS:
+        return RunError(f"{error}; {ROLLBACKS} returns to a checkpoint did not help"), "failed"
+    done = run.manifest.rollbacks + 1
+    give_up(run, "interrupted", rollbacks=done)
+    newest = run.manifest.checkpoints[-1].progress.step
+    return Interrupted(f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})"), None
+
+
+def _finish_commits(run: Run) -> None:
+    """Wait for the commit under way, which is of an earlier and sound state: up to an epoch would be lost with it."""
+    with contextlib.suppress(WdsTrainError):
+        run.committer.wait(LAST_SECONDS / 2)
+
+
+def give_up(run: Run, status: str, **changes: Any) -> None:
+    """Say in the manifest how it ended. If the store does not let us, the lease runs out by itself."""
+    try:
+        run.end(status, **changes)
+    except (StoreError, Interrupted) as error:
+        say(f"{run.store.url} could not be marked as {status}: {error}")

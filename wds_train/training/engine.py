@@ -1,0 +1,276 @@
+"""The arithmetic of training: one optimizer step, one validation, and the state that both leave behind."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from wds_train.checkpoint.manifest import Progress
+from wds_train.checkpoint.snapshot import Snapshot
+from wds_train.config.recipe import DataRecipe, Recipe
+from wds_train.config.schedule import average_decay, lr_share
+from wds_train.data.batch import Batch
+from wds_train.errors import DataError, NotFinite, RunError, UsageError
+from wds_train.evaluation.scoring import Precision, Predictor, amp_dtype, metrics, sums
+from wds_train.global_rng import derived_randomness
+from wds_train.models.fit import section
+from wds_train.models.losses import Criterion, distilled
+from wds_train.models.model import Ema, create_model, create_optimizer, refuse_sizes
+from wds_train.models.pretrained import Teacher, initialise
+from wds_train.training.ranks import Ranks
+from wds_train.training.state import entries_of, load_optimizer, on_host
+from wds_train.transforms.mixing import Mixing
+
+COMPILER = "inductor"  # of torch.compile
+
+
+@dataclass
+class Trainer:
+    """A model in training on one device; a rank's batches are samples [rank * batch / size, ...) of the global ones.
+    `steps_per_epoch` is what the schedule counts epochs by. A batch is worked on in `accumulate` micro-batches, whose
+    gradients add up to its own; a resume on other hardware may change that. With `resumes`, `restore` is to follow, and
+    the weights of `model.init` are not read. `notes` is what to tell the user of how the model was made.
+
+    The running epoch's loss is summed on the device, and copied into `progress` only by `snapshot`: reading it at every
+    step would make the CPU wait for the GPU.
+    """
+
+    recipe: Recipe
+    classes: int
+    steps_per_epoch: int
+    device: torch.device
+    ranks: Ranks = field(default_factory=Ranks)
+    accumulate: int = 1
+    precision: Precision = "auto"
+    compile: bool = False
+    resumes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            _tune_cuda()
+        if torch.are_deterministic_algorithms_enabled():
+            refuse_nondeterministic(self.recipe, self.device)
+        self._mix = Mixing(self.recipe, self.classes, self.device, self.ranks.rank, self.ranks.size)
+        if not 1 <= self.accumulate <= self.samples:
+            raise UsageError(
+                f"a rank's {self.samples} samples of a batch cannot be cut into {self.accumulate} micro-batches"
+            )
+        self.model = create_model(self.recipe.model, self.classes, self.recipe.seed, self.device)
+        refuse_sizes(self.model, self.recipe.model.name, _sides(self.recipe.data))
+        self.notes = [initialise(self.model, self.recipe)] if self.recipe.model.init and not self.resumes else []
+        self._teacher = Teacher(self.recipe, self.classes, self.device) if self.recipe.distill.teacher else None
+        self._parallel = self.ranks.parallel(self.model)
+        self._called: Callable[..., torch.Tensor] = self._parallel
+        if self.compile:
+            self._called = torch.compile(self._parallel, backend=COMPILER)
+        self.ema = Ema(self.model, self.recipe.ema)
+        self.optimizer = create_optimizer(self.recipe, self.model)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=amp_dtype(self.device, self.precision) == torch.float16
+        )
+        self._criterion = Criterion(self.recipe.loss)
+        self.predictor = Predictor(
+            self.recipe.data, self.device, flip=self.recipe.data.eval_flip, precision=self.precision
+        )
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
+        self._largest_norm = torch.zeros((), device=self.device)
+        self.progress = Progress()
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """One optimizer step; its loss, a float32 scalar on the device."""
+        step = self.progress.step
+        assert batch.step == step, f"the loader gave step {batch.step}, the trainer is at {step}"
+        lr = self.lr(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        self._parallel.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        images, targets = self._mix(step, self.predictor.normalised(batch.images), labels)
+        with derived_randomness(self.device, self.recipe.seed, "step", step, self.ranks.rank):
+            loss = self._backward(images, targets)
+        self._clip()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        decay = average_decay(self.recipe.ema, step, self.recipe.schedule.epochs * self.steps_per_epoch)
+        if decay is not None:
+            self.ema.decay = decay
+            self.ema.update(self.model)
+        self.loss_sum += loss
+        self._advance(batch)
+        return loss
+
+    def lr(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, before any layer's own `lr_scale`."""
+        return self.recipe.peak_lr * lr_share(self.recipe.schedule, step, self.steps_per_epoch)
+
+    @property
+    def samples(self) -> int:
+        """How many samples of each global batch are this rank's."""
+        return self.recipe.batch // self.ranks.size
+
+    def _backward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Leave the gradients of the mean loss over `images` in the parameters; that loss, detached."""
+        micros = list(zip(images.tensor_split(self.accumulate), targets.tensor_split(self.accumulate), strict=True))
+        total = torch.zeros((), device=self.device)
+        for number, (part, target) in enumerate(micros, start=1):
+            # The ranks exchange gradients at the last alone; those of the others are only added up.
+            ranks = self._parallel if isinstance(self._parallel, DistributedDataParallel) else None
+            with ranks.no_sync() if ranks and number < len(micros) else contextlib.nullcontext():
+                loss = self.loss(self._called, part, target) * (len(part) / len(images))
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def loss(self, model: Callable[..., torch.Tensor], images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean loss of `model`, which is this trainer's, on normalised images."""
+        with self.predictor.autocast():
+            logits = model(images).float()
+            taught = None if self._teacher is None else self._teacher.logits(images)
+        loss = self._criterion(logits, targets)
+        return loss if taught is None else distilled(self.recipe.distill, loss, logits, taught)
+
+    def _clip(self) -> None:
+        """Scale the gradients down to `clip_norm`. `grad_norm` is their norm before, float32 on the device."""
+        self.scaler.unscale_(self.optimizer)
+        weights = [weight for weight in self.model.parameters() if weight.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if self.recipe.optimizer.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(weights, self.recipe.optimizer.clip_norm, self.grad_norm)
+        if not self.scaler.is_enabled():  # a scaler skips the step, and tries a smaller scale
+            self._largest_norm = torch.maximum(self._largest_norm, self.grad_norm)
+
+    def _advance(self, batch: Batch) -> None:
+        """Count the step; at an epoch's first step the sums begin anew."""
+        done = self.progress
+        lost = done.lost + len(batch.lost)
+        _refuse_lost(self, lost, "; ".join(f"{entry.shard}, key {entry.key}: {entry.cause}" for entry in batch.lost))
+        self.progress = replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=lost)
+
+    def epoch_loss(self) -> float:
+        """Mean training loss of the epoch so far, over all ranks; `NotFinite` when it, or a gradient, is not; `DataError`
+        when the ranks together could not read more samples than the recipe allows.
+        """
+        # One copy from the device for both.
+        loss_sum, norm = torch.stack([self.loss_sum, self._largest_norm.double()]).tolist()
+        loss_sum, lost = self.ranks.total(loss_sum, self.progress.lost)
+        _refuse_lost(self, int(lost), "named by the ranks that met them")
+        mean = loss_sum / self.ranks.size / max(1, self.progress.loss_steps)
+        _refuse_infinite(mean, norm, self.recipe, self.progress.step)
+        return mean
+
+    def epoch_lost(self) -> int:
+        """The unreadable samples of the epoch so far, of all ranks."""
+        return int(self.ranks.total(self.progress.lost)[0])
+
+    def evaluated(self) -> None:
+        """The epoch is validated: its sums are done with."""
+        self.progress = Progress(step=self.progress.step, evaluated=self.progress.evaluated + 1)
+        self.loss_sum.zero_()
+
+    @torch.inference_mode()
+    def evaluate(self, batches: Iterable[Batch], samples: int) -> dict[str, float]:
+        """Top-1 and top-5 in percent and the mean cross-entropy, of the raw and the EMA weights, over one pass."""
+        self.ranks.adopt(self.model, self.ema.module)
+        models = {"": self.model.eval(), "_ema": self.ema.module.eval()}
+        totals = torch.zeros((len(models), 4), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            pixels = self.predictor.normalised(batch.images)
+            totals += torch.stack([sums(self.predictor.logits(model, pixels), batch) for model in models.values()])
+        everywhere = torch.tensor(self.ranks.total(*totals.flatten().tolist()), dtype=torch.float64)
+        return {
+            f"val/{name}{suffix}": value
+            for suffix, total in zip(models, everywhere.view(len(models), 4), strict=True)
+            for name, value in metrics(total, samples).items()
+        }
+
+    def snapshot(self) -> Snapshot | None:
+        """A copy of the state in host memory; training may go on at once. All ranks take part, the leader gets it."""
+        loss_sum, lost = self.ranks.total(self.loss_sum.item() / self.ranks.size, self.progress.lost)
+        if not self.ranks.leads:
+            return None
+        entries = entries_of(self.model, self.ema.module, self.optimizer)
+        # A copy of each on its own: safetensors refuses views and shared storage, and the training goes on writing.
+        tensors = {name: on_host(value) for name, value in entries.items() if torch.is_tensor(value)}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        # A dtype among a group's settings (timm's Adafactor) is the optimizer's own, as it was made.
+        scalars = {n: value for n, value in entries.items() if n not in tensors and not isinstance(value, torch.dtype)}
+        extra = json.loads(json.dumps({"scalars": scalars, "scaler": self.scaler.state_dict()}))
+        if self._teacher is not None:
+            extra["teacher"] = self._teacher.fingerprint
+        return Snapshot(tensors, extra, replace(self.progress, loss_sum=loss_sum, lost=int(lost)))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Become what `snapshot` holds; `RunError` when it is of another model, optimizer or teacher."""
+        if self._teacher is not None and snapshot.extra.get("teacher") != self._teacher.fingerprint:
+            raise RunError(
+                f"distill.teacher = {self.recipe.distill.teacher!r} holds other weights than those that this run began to "
+                "learn from; put the file back, or start another --run"
+            )
+        try:
+            self.model.load_state_dict(section(snapshot.tensors, "model/"))
+            self.ema.module.load_state_dict(section(snapshot.tensors, "ema/"))
+            load_optimizer(self.optimizer, snapshot.tensors | snapshot.extra["scalars"])
+            if self.scaler.is_enabled() and snapshot.extra["scaler"]:  # empty after another precision: a scale anew
+                self.scaler.load_state_dict(snapshot.extra["scaler"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise RunError(f"the checkpoint does not fit the model {self.recipe.model.name}: {error}") from error
+        self.progress = snapshot.progress
+        if self.ranks.leads:
+            self.loss_sum.fill_(self.progress.loss_sum * self.ranks.size)  # the mean over the ranks stays what it was
+        else:
+            self.progress = replace(self.progress, lost=0)
+
+
+def _sides(data: DataRecipe) -> dict[str, int]:
+    """The sides of images, in pixels, by the settings that ask for them."""
+    names = ("size", "start_size", "eval_size")
+    return {f"data.{name}": getattr(data, name) for name in names if getattr(data, name)}
+
+
+def _refuse_lost(trainer: Trainer, lost: int, named: str) -> None:
+    """`DataError` when more samples of the epoch are unreadable than the recipe allows; `named`: which these were."""
+    most = trainer.recipe.data.max_bad
+    if lost > most * trainer.steps_per_epoch * trainer.recipe.batch:
+        raise DataError(
+            f"{lost} samples of this epoch could not be read, more than the allowed share data.max_bad = "
+            f"{most}; the last: {named}. Check the dataset with `wds-train verify`"
+        )
+
+
+def _refuse_infinite(loss: float, norm: float, recipe: Recipe, step: int) -> None:
+    """`NotFinite` when the mean loss, or the largest norm of the gradients, is not."""
+    optimizer, at = recipe.optimizer, f"by step {step}"
+    remedy = f"lower optimizer.lr (now {optimizer.lr})"
+    if not math.isfinite(loss):
+        raise NotFinite(
+            f"the training loss is {loss} {at}; {remedy} or lengthen schedule.warmup_epochs, under another --run"
+        )
+    if not math.isfinite(norm):
+        raise NotFinite(
+            f"the norm of the gradients is {norm} {at}, with a mean loss of {loss:.4g}; {remedy} or set "
+            f"optimizer.clip_norm (now {optimizer.clip_norm}), under another --run"
+        )
+
+
+def refuse_nondeterministic(recipe: Recipe, device: torch.device) -> None:
+    """`UsageError` for what PyTorch would only refuse in the midst of the first step."""
+    if recipe.model.blur_pool and device.type == "cuda":
+        raise UsageError(
+            "--deterministic cannot work with model.blur_pool = True on a GPU: PyTorch has no deterministic gradient of the "
+            "padding by reflection before it; leave out --deterministic, or --set model.blur_pool=false under another --run"
+        )
+
+
+def _tune_cuda() -> None:
+    """cuDNN tries its algorithms on every new size and keeps the fastest, which need not be the same the next time; TF32 for
+    what autocast leaves in float32.
+    """
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -1,0 +1,282 @@
+"""The steps, the epochs and the commits of one process's work on a run.
+
+The loop looks at signals, the spot notice and the clock between steps only, so that what is committed is always a whole
+step; while validating, between batches: the validation is then repeated after the resume.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.snapshot import Snapshot
+from wds_train.data.batch import Batch
+from wds_train.data.cache import BlockCache
+from wds_train.data.dataset import Dataset
+from wds_train.data.loader import on_device
+from wds_train.errors import Interrupted
+from wds_train.evaluation.scoring import EVAL_BATCH
+from wds_train.tracking.console import Bar, say
+from wds_train.tracking.wandb import Tracker
+from wds_train.training.ending import give_up
+from wds_train.training.memory import fit_accumulation
+from wds_train.training.options import TrainOptions
+from wds_train.training.ranks import Ranks, lost_ranks
+from wds_train.training.setup import epoch_steps, introduction, make_loader, make_trainer, make_val_loader
+from wds_train.training.spot import SpotWatch
+from wds_train.training.stop import StopRequest
+
+LOGS_PER_EPOCH = 4
+LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
+LAST_MOMENT = 2.0  # seconds of the last commit's time that are left to say how it went
+
+
+@dataclass
+class Pace:
+    """Of the steps since the last record, which all ended with the GPU idle: a single step's time would hold the work of
+    those that the GPU was still doing, or none of its own.
+    """
+
+    steps: int = 0
+    waited: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, waited: float, worked: float) -> None:
+        self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + waited + worked
+
+    def drain(self, batch: int) -> dict[str, float]:
+        """Images a second, and the share of the time that was waited for data."""
+        timing = {"time/img_s": self.steps * batch / self.seconds, "time/data_wait": self.waited / self.seconds}
+        self.steps, self.waited, self.seconds = 0, 0.0, 0.0
+        return timing
+
+
+class Session:
+    """One process's work on a run, from its claim to its end or interruption: `fork`, `connect`, `restore`, `run_to_end`."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        datasets: list[Dataset],
+        run: Run,
+        stop: StopRequest,
+        *,
+        ranks: Ranks,
+        tracker: Tracker,
+    ) -> None:
+        self._options, self._run, self._stop, self._ranks, self._tracker = options, run, stop, ranks, tracker
+        self._datasets = datasets
+        self._classes = [[entry.id, entry.name] for entry in datasets[0].manifest.classes]
+        self._epoch_steps = epoch_steps(options, datasets)
+        self._total = options.recipe.schedule.epochs * self._epoch_steps
+        self._val_samples = datasets[0].manifest.split("val").samples
+
+    def fork(self, start: int, cache: BlockCache | None) -> None:
+        """Begin to read, for the steps from `start` on. Before this process has threads or uses a GPU: loader workers are
+        forked, and a forked child survives neither.
+        """
+        self._loader = make_loader(self._options, self._datasets, range(start, self._total), self._ranks, cache)
+        self._val_loader = make_val_loader(self._options, self._datasets[0], self._ranks)
+        if start < self._total:
+            self._loader.start()
+        self._val_loader.start()
+
+    def connect(self) -> None:
+        """Hold the run, and meet the other ranks and W&B: from here on there are threads."""
+        self._run.committer.max_uncommitted = self._options.max_uncommitted_minutes * 60
+        self._run.begin()
+        self._stop.doing = "the training"
+        if self._ranks.leads:
+            self._tracker.start()
+            self._run.history()  # which names what is damaged
+        self._ranks.connect()
+
+    def restore(self, snapshot: Snapshot | None) -> None:
+        """Make the trainer, as `snapshot` left it."""
+        options, ranks = self._options, self._ranks
+        trainer = self._trainer = make_trainer(
+            options, self._datasets, ranks.device, ranks, resumes=snapshot is not None
+        )
+        if options.accumulate is None and ranks.device.type == "cuda":  # a CPU's memory holds any batch it can work on
+            trainer.accumulate = round(ranks.largest(fit_accumulation(trainer)))
+        self._say(introduction(options, self._datasets[0], self._epoch_steps, ranks))
+        for note in trainer.notes:
+            self._say(f"weights  {note}")
+        if trainer.accumulate > 1:
+            self._say(f"memory   each batch in {trainer.accumulate} micro-batches")
+        if snapshot:
+            trainer.restore(snapshot)
+            step = trainer.progress.step
+            self._say(f"resuming at step {step} of {self._total} (epoch {step / self._epoch_steps:.2f})")
+
+    def run_to_end(self) -> None:
+        with SpotWatch(self._stop) as self._spot:
+            self._progress = Bar(
+                self._total, self._trainer.progress.step, self._options.recipe.batch, shown=self._ranks.leads
+            )
+            try:
+                self._train()
+            except _Stopped:
+                self._interrupt()
+            finally:
+                self._progress.close()
+            while not self._run.committer.wait(0.2):
+                if self._stop.cause:
+                    self._interrupt()
+            self._run.end("done")
+            self._stop.code = 0
+            self._stop.doing = "another rank"
+            self._ranks.total(1)  # all leave together: a rank that leaves earlier looks like one that was lost
+            self._stop.doing = "what comes after the run"
+
+    def _train(self) -> None:
+        trainer, epoch_steps = self._trainer, self._epoch_steps
+        self._saved = trainer.progress
+        self._saved_at = time.monotonic()
+        self._rebalance_said = False
+        self._commit_timing: dict[str, float] = {}
+        self._pace = Pace()
+        batches = _timed(on_device(self._loader, trainer.device))
+        while trainer.progress.evaluated * epoch_steps < self._total:
+            if self._look_up():
+                trainer.epoch_loss()
+                self._commit({})
+            if trainer.progress.step == (trainer.progress.evaluated + 1) * epoch_steps:
+                self._end_epoch()
+            else:
+                self._step(*next(batches))
+
+    def _look_up(self) -> bool:
+        """Whether it is time for a commit. Raises what ends the training: `_Stopped` when any rank was asked to stop, and
+        what `Run.check` raises. All ranks look up at the same step, and come to the same answer.
+        """
+        self._run.committer.check()
+        if self._spot.rebalance and not self._rebalance_said:
+            self._rebalance_said = True
+            say(
+                "EC2 recommends to move: this spot instance is at an elevated risk of being taken back; training goes on"
+            )
+        old = time.monotonic() - self._saved_at >= self._options.commit_minutes * 60
+        due = self._ranks.leads and old and not self._run.committer.busy
+        stopped, commits = self._ranks.total(self._stop.cause is not None, due)
+        if stopped:
+            raise _Stopped
+        return commits > 0
+
+    def _say(self, message: str) -> None:
+        if self._ranks.leads:
+            say(message)
+
+    def _step(self, batch: Batch, waited: float) -> None:
+        start = time.perf_counter()
+        for lost in batch.lost:
+            say(f"unreadable sample: {lost.shard}, key {lost.key}: {lost.cause}")
+        with lost_ranks():
+            loss = self._trainer.step(batch)
+        done, shown = self._trainer.progress.step, None
+        record: dict[str, Any] = {}
+        if _is_logged(done, self._epoch_steps):
+            shown = self._ranks.total(loss.item())[0] / self._ranks.size
+            self._trainer.epoch_loss()
+            record = {"step": done, "epoch": done / self._epoch_steps, "train/loss": shown}
+            record |= {"train/lr": self._trainer.lr(done - 1), "train/grad_norm": self._trainer.grad_norm.item()}
+        self._pace.add(waited, time.perf_counter() - start)
+        if record:
+            timing = self._pace.drain(self._options.recipe.batch) | self._drain_commit_timing()
+            timing |= {"s3/fallbacks": self._loader.fallbacks} if self._loader.fallbacks else {}
+            self._tracker.log(record, timing)
+        self._progress.step(done, shown)
+
+    def _end_epoch(self) -> None:
+        """Validate and commit."""
+        trainer = self._trainer
+        loss = trainer.epoch_loss()
+        with lost_ranks():
+            metrics = trainer.evaluate(self._looking_up(on_device(self._val_loader, trainer.device)), self._val_samples)
+        lost = trainer.epoch_lost()
+        trainer.evaluated()
+        epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
+        record = {"step": trainer.progress.step, "epoch": float(epoch), "epoch/loss": loss, "epoch/lost": lost}
+        self._tracker.log(record | metrics, {})
+        self._say(
+            f"epoch {epoch:3d}/{epochs}  loss {loss:.3f}  "
+            f"top-1 {metrics['val/top1']:.2f} %  EMA {metrics['val/top1_ema']:.2f} %"
+            + (f"  {lost} unreadable" if lost else "")
+            + (f"  {self._loader.fallbacks} ranges asked for twice" if self._loader.fallbacks else "")
+        )
+        done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
+        self._commit(metrics, **done)
+
+    def _looking_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The ranks' numbers of batches differ by one: they look up together before those that all have."""
+        shared = -(-self._val_samples // min(self._options.recipe.batch, EVAL_BATCH)) // self._ranks.size
+        for number, batch in enumerate(batches):
+            if number < shared:
+                self._look_up()
+            yield batch
+
+    def _commit(self, metrics: dict[str, float], **changes: Any) -> None:
+        start = time.perf_counter()
+        snapshot, records = self._trainer.snapshot(), self._tracker.drain()
+        if snapshot is not None:
+            snapshot.extra["classes"] = self._classes
+            self._run.committer.commit(snapshot, metrics, records, **changes)
+        self._saved, self._saved_at = self._trainer.progress, time.monotonic()
+        self._commit_timing["commit/stall_ms"] = (time.perf_counter() - start) * 1000
+
+    def _drain_commit_timing(self) -> dict[str, float]:
+        """What the newest commits cost: `stall_ms` the training's pause, `upload_s` the work in the background."""
+        timing, self._commit_timing = self._commit_timing, {}
+        committer = self._run.committer
+        if committer.upload_s is not None:
+            timing["commit/upload_s"], committer.upload_s = committer.upload_s, None
+        return timing
+
+    def _interrupt(self) -> None:
+        """Commit, unless this very state is committed or on its way, and leave; unless it was the last that was missing."""
+        self._stop.ask("another rank")
+        self._stop.doing = f"the last commit to {self._run.store.url}"
+        progress = self._trainer.progress
+        if (progress.step, progress.evaluated) != (self._saved.step, self._saved.evaluated):
+            self._trainer.epoch_loss()
+            self._commit({}, status="interrupted")
+        committed = self._run.committer.wait(self._stop.left - LAST_MOMENT)
+        if self._run.manifest.status == "done":
+            return
+        if committed:
+            give_up(self._run, "interrupted")
+        self._stop.doing = "another rank"
+        self._ranks.total(1)  # the others wait for the leader's commit; the first that leaves ends them all
+        outcome = _outcome(progress.step, self._total, self._run.store.url, committed)
+        raise Interrupted(f"stopped by {self._stop.cause} {outcome}")
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that the training waited for it."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches)
+        yield batch, time.perf_counter() - start
+
+
+def _is_logged(step: int, epoch_steps: int) -> bool:
+    """A function of the step alone, so that a resumed run logs what the unbroken one does."""
+    return step % min(LOG_STEPS, max(1, epoch_steps // LOGS_PER_EPOCH)) == 0
+
+
+def _outcome(step: int, total: int, where: str, committed: bool) -> str:
+    """Where the training was, what became of its state, and what the same command will do."""
+    if not step:
+        return f"before the first of {total} steps; the same command begins anew"
+    at = f"at step {step} of {total}"
+    if committed:
+        return f"{at}, state committed to {where}; the same command goes on from there"
+    return (
+        f"{at}, whose state could not be committed in time; the same command goes on from the newest checkpoint of "
+        f"{where}"
+    )
+
+
+class _Stopped(Exception):
+    """Asked to stop, between two steps or two batches of a validation."""

@@ -1,0 +1,40 @@
+"""How a training works, apart from what its recipe decides."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from wds_train.checkpoint.manifest import name_of
+from wds_train.config.recipe import Recipe
+from wds_train.errors import UsageError
+from wds_train.evaluation.scoring import Precision
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    dataset: str
+    run: str
+    recipe: Recipe
+    workers: int
+    mix: tuple[tuple[str, float], ...] = ()
+    """Other datasets, and the share of every batch that each gives."""
+    cache_dir: Path | None = None
+    cache_bytes: int = 0
+    commit_minutes: float = 10.0
+    max_uncommitted_minutes: float = 60.0
+    keep_every: int = 0
+    wait: bool = True
+    deterministic: bool = False
+    accumulate: int | None = None
+    """Micro-batches per rank and step; None: as few as fit into the GPU's memory."""
+    precision: Precision = "auto"
+    compile: bool = False
+    cpu: bool = False
+    """Whether to leave the GPUs alone."""
+
+    def __post_init__(self) -> None:
+        name_of(self.run)
+        if not 0 < self.commit_minutes < self.max_uncommitted_minutes:
+            raise UsageError(
+                f"--commit-minutes {self.commit_minutes:g} must be more than 0 and less than --max-uncommitted-minutes "
+                f"{self.max_uncommitted_minutes:g}"
+            )

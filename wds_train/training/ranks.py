@@ -1,0 +1,192 @@
+"""Several processes that train one model, each on its GPU (or its share of the cores): what they tell one another.
+
+A process learns its place from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...), and
+so does every process that `launch` starts on one machine. Rank 0 leads: it alone claims, commits and reports the run.
+"""
+
+import json
+import os
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from wds_train.errors import RanksLost, UsageError
+
+FIRST_WORD = "run"
+SILENCE = timedelta(minutes=10)  # a rank that says nothing for so long has died without closing its connections
+LAST_SECONDS = 30.0  # for the other ranks to end once one has failed: time for the leader's commit under way
+
+
+class Ranks:
+    """Process `rank` of `size`, `local` on this machine; with `cpu`, one that uses no GPU. One alone, or not connected,
+    answers everything on the spot.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local: int = 0, *, cpu: bool = False) -> None:
+        self.rank, self.size, self.local, self._cpu = rank, size, local, cpu
+        self._store: dist.Store | None = None
+        self._group: Any = None
+
+    @classmethod
+    def of_environment(cls, *, cpu: bool = False) -> Self:
+        rank, size, local = (
+            _variable(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+        if not 0 <= rank < size:
+            raise UsageError(f"RANK = {rank} cannot work with WORLD_SIZE = {size}; start with torchrun")
+        return cls(rank, size, local, cpu=cpu)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """This process's GPU; without GPUs, the CPU."""
+        if self._cpu or not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.local >= torch.cuda.device_count():
+            raise UsageError(
+                f"LOCAL_RANK = {self.local}, but this machine has {torch.cuda.device_count()} GPUs; start fewer processes"
+            )
+        return torch.device("cuda", self.local)
+
+    def announce(self, content: dict[str, Any]) -> None:
+        """The leader's first word to the others; before `connect`, which threads come with."""
+        if self.size > 1:
+            with lost_ranks():
+                self._store = _meeting()
+                self._store.set(FIRST_WORD, json.dumps(content))
+
+    def announced(self, pause: Callable[[float], None]) -> dict[str, Any]:
+        """What the leader announces. It may wait for hours until the run is free; `pause` may raise what ends that."""
+        with lost_ranks():
+            self._store = _meeting()
+            while not self._store.check([FIRST_WORD]):
+                pause(0.2)
+            return json.loads(self._store.get(FIRST_WORD))
+
+    def connect(self) -> None:
+        """Join the other ranks. To be called once this process forks no more."""
+        if self.size == 1:
+            return
+        assert self._store is not None, "connect() comes after announce()"
+        # Of layers whose gradients DDP has to copy, a matter of microseconds: nothing that its reader could mend.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        with lost_ranks():
+            backend, device = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+            if os.environ.get("WDS_BACKEND") == "gloo":  # NCCL takes no two ranks on one GPU, as `bench gpu` tries it
+                backend, device = "gloo", None
+            dist.init_process_group(
+                backend, store=self._store, rank=self.rank, world_size=self.size, timeout=SILENCE, device_id=device
+            )
+            self._group = dist.new_group(backend="gloo", timeout=SILENCE)  # for the host's words: no GPU is waited for
+
+    def total(self, *values: float) -> list[float]:
+        """The sum over all ranks of each value, in float64."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        return self._reduced((value,), dist.ReduceOp.MAX)[0]
+
+    def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
+        if self._group is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        with lost_ranks():
+            dist.all_reduce(tensor, how, group=self._group)
+        return tensor.tolist()
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """`model`, whose backward pass averages the gradients over all ranks; with the leader's weights and buffers."""
+        if self._group is None:
+            return model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def adopt(self, *models: nn.Module) -> None:
+        """Give all ranks the leader's buffers: each rank's BatchNorm has seen other samples."""
+        if self._group is None:
+            return
+        with lost_ranks():
+            for buffer in (buffer for model in models for buffer in model.buffers()):
+                dist.broadcast(buffer, 0)
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group = None
+            dist.destroy_process_group()
+
+
+def _meeting() -> dist.Store:
+    """Where the ranks of this start meet. torchrun keeps its store over restarts, with the words of those who are gone."""
+    store = next(dist.rendezvous("env://", timeout=SILENCE))[0]
+    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.environ['WORLD_SIZE']}"
+    return dist.PrefixStore(f"wds-train-{start}", store)
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{name} = {text!r} in the environment is not a whole number; torchrun sets it, or unset it")
+    return int(text)
+
+
+def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
+    """`UsageError` when this machine has an NVIDIA GPU that PyTorch cannot use: the training would go on unseen on the CPU,
+    which takes a hundred times as long.
+    """
+    if torch.cuda.is_available():
+        return
+    driver = _nvidia_driver()
+    if not (driver or any(dev.glob("nvidia[0-9]*"))):
+        return
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs alone"
+    reason = "no more is known"
+    try:
+        torch.zeros(1, device="cuda")
+    except (RuntimeError, AssertionError) as error:  # the latter of a build for CPUs
+        reason = str(error).strip().split(". ")[0].splitlines()[0]
+    remedy = (
+        "update the driver, or install a PyTorch for an older CUDA" if torch.version.cuda else "install one for CUDA"
+    )
+    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        remedy = f"unset CUDA_VISIBLE_DEVICES (now {hidden!r}), {remedy}"
+    raise UsageError(
+        f"this machine has a GPU (driver {driver or 'unknown'}) that PyTorch {torch.__version__}, {built}, cannot use: "
+        f"{reason}; {remedy} (https://pytorch.org/get-started/locally), or give --device cpu to train on the CPU"
+    )
+
+
+def _nvidia_driver() -> str:
+    """The version that `nvidia-smi` names; empty without it, or where it finds no GPU."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return (done.stdout.splitlines() or [""])[0].strip()
+
+
+@contextmanager
+def lost_ranks() -> Iterator[None]:
+    """What the backends raise when another rank is gone: gloo a bare RuntimeError, with its own file's name in it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise RanksLost(
+            f"contact with the other ranks is lost ({reason}); the same command, on any number of GPUs, goes on from the "
+            "newest checkpoint"
+        ) from error

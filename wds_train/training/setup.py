@@ -1,0 +1,145 @@
+"""What a training is made of, and what is refused before it claims its run."""
+
+import contextlib
+import secrets
+from dataclasses import replace
+
+import torch
+
+from wds_train.checkpoint.lease import read_run
+from wds_train.checkpoint.manifest import RunManifest, name_of
+from wds_train.data.cache import BlockCache
+from wds_train.data.dataset import Dataset
+from wds_train.data.loader import Loader
+from wds_train.data.mixture import Mixture
+from wds_train.data.plan import EvalPlan, TrainPlan, shares
+from wds_train.errors import NotFound, UsageError
+from wds_train.evaluation.scoring import EVAL_BATCH
+from wds_train.storage.base import Store
+from wds_train.training.engine import Trainer
+from wds_train.training.options import TrainOptions
+from wds_train.training.ranks import Ranks
+from wds_train.transforms.sample import EvalTransform, TrainTransform
+
+
+def refuse(options: TrainOptions, datasets: list[Dataset], store: Store, ranks: Ranks) -> None:
+    """Raise what could not work, before the claim: a name must stay free, and a run as it is. The model is made without
+    memory for its weights, and called without arithmetic (PyTorch's device "meta"), which takes a fraction of a second.
+    """
+    resumes = False
+    with contextlib.suppress(NotFound):
+        found, _ = read_run(store)
+        if found.status == "done":
+            return
+        resumes = bool(found.checkpoints)  # the weights that it began from may be gone by now
+    steps = epoch_steps(options, datasets)
+    for dataset, size in zip(datasets, sizes(options), strict=True):
+        _plan(options, dataset, size, range(steps * options.recipe.schedule.epochs), ranks)
+    on_meta = replace(options, compile=False)
+    make_trainer(on_meta, datasets, torch.device("meta"), Ranks(ranks.rank, ranks.size), resumes=resumes)
+
+
+def make_trainer(
+    options: TrainOptions, datasets: list[Dataset], device: torch.device, ranks: Ranks, *, resumes: bool
+) -> Trainer:
+    return Trainer(
+        options.recipe,
+        len(datasets[0].manifest.classes),
+        epoch_steps(options, datasets),
+        device,
+        ranks,
+        accumulate=options.accumulate or 1,
+        precision=options.precision,
+        compile=options.compile,
+        resumes=resumes,
+    )
+
+
+def of_same_classes(other: Dataset, dataset: Dataset) -> Dataset:
+    if other.manifest.classes != dataset.manifest.classes:
+        raise UsageError(
+            f"{other.store.url} cannot be mixed into {dataset.store.url}: its {len(other.manifest.classes)} classes are not "
+            f"the same {len(dataset.manifest.classes)}, in the same order; convert it with the same class list"
+        )
+    return other
+
+
+def fresh_run(options: TrainOptions, datasets: list[Dataset]) -> RunManifest:
+    dataset, *mixed = datasets
+    return RunManifest(
+        run=name_of(options.run),
+        recipe=options.recipe.to_dict(),
+        dataset={
+            "url": dataset.store.url,
+            "fingerprint": dataset.fingerprint,
+            "classes": len(dataset.manifest.classes),
+            "mix": [
+                {"fingerprint": other.fingerprint, "share": share}
+                for other, (_, share) in zip(mixed, options.mix, strict=True)
+            ],
+        },
+        wandb_id=secrets.token_hex(4),
+    )
+
+
+def sizes(options: TrainOptions) -> list[int]:
+    """How many images of every batch each dataset gives."""
+    return shares(options.recipe.batch, [share for _, share in options.mix], options.recipe.data.repeats)
+
+
+def epoch_steps(options: TrainOptions, datasets: list[Dataset]) -> int:
+    """Of an epoch, which is the first dataset's."""
+    return datasets[0].manifest.split("train").samples // sizes(options)[0]
+
+
+def _plan(
+    options: TrainOptions, dataset: Dataset, size: int, steps: range, ranks: Ranks
+) -> tuple[TrainPlan, TrainTransform]:
+    """What `size` images of every batch are read from `dataset` by, for `steps` at least."""
+    recipe, shards = options.recipe, dataset.manifest.split("train").shards
+    repeats, shard_samples = recipe.data.repeats, tuple(shard.samples for shard in shards)
+    samples = size // repeats
+    per_pass = max(1, sum(shard_samples) // samples)  # a split of less than a batch is TrainPlan's to refuse
+    passes = range(-(-steps.stop // per_pass))
+    place = {"rank": ranks.rank, "world": ranks.size, "from_step": steps.start}
+    plan = TrainPlan(shard_samples, dataset.fingerprint, recipe.seed, samples, passes, repeats=repeats, **place)
+    return plan, TrainTransform(recipe, steps_per_epoch=steps.stop // recipe.schedule.epochs)
+
+
+def make_cache(options: TrainOptions, dataset: Dataset) -> BlockCache | None:
+    """The cache of the first dataset's blocks, if one is asked for; an error when it cannot be had."""
+    if not options.cache_dir:
+        return None
+    return BlockCache(options.cache_dir, options.cache_bytes, dataset.split("train"), dataset.fingerprint)
+
+
+def make_loader(
+    options: TrainOptions, datasets: list[Dataset], steps: range, ranks: Ranks, cache: BlockCache | None
+) -> Loader | Mixture:
+    """What the training reads, for `steps` at least; the first dataset's through `cache`, if there is one."""
+    on_gpu, loaders = ranks.device.type == "cuda", []
+    for dataset, size in zip(datasets, sizes(options), strict=True):
+        plan, transform = _plan(options, dataset, size, steps, ranks)
+        workers = options.workers and max(1, round(options.workers * size / options.recipe.batch))
+        own = cache if dataset is datasets[0] else None
+        split = dataset.split("train")
+        loaders.append(Loader(split, plan, transform, workers, own, pinned=on_gpu and len(datasets) == 1))
+    return Mixture(loaders, options.recipe.seed, pinned=on_gpu) if len(loaders) > 1 else loaders[0]
+
+
+def make_val_loader(options: TrainOptions, dataset: Dataset, ranks: Ranks) -> Loader:
+    split, data = dataset.split("val"), options.recipe.data
+    plan = EvalPlan(len(split), min(options.recipe.batch, EVAL_BATCH), ranks.rank, ranks.size)
+    transform = EvalTransform(data.eval_size, data.eval_crop)
+    return Loader(split, plan, transform, options.workers, pinned=ranks.device.type == "cuda")
+
+
+def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ranks) -> str:
+    recipe, splits, device = options.recipe, dataset.manifest.splits, ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        f"dataset  {dataset.store.url}: {splits['train'].samples:,} train, {splits['val'].samples:,} val, "
+        f"{len(dataset.manifest.classes)} classes\n"
+        f"run      {options.run}: recipe {recipe.name}, {recipe.model.name}, {recipe.schedule.epochs} epochs of "
+        f"{steps} steps of {recipe.batch}, on {f'{ranks.size} x ' if ranks.size > 1 else ''}{name}"
+    )

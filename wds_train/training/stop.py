@@ -1,0 +1,111 @@
+"""What asks a training to stop, and by when it has to be gone."""
+
+import multiprocessing
+import os
+import select
+import signal
+import threading
+import time
+from functools import partial
+from types import FrameType
+from typing import NoReturn, Self
+
+from wds_train.errors import Interrupted
+
+GRACE_SECONDS = 90.0  # from a signal to the end: the least that supervisors and EC2 wait between asking and killing
+LOOK_SECONDS = 0.5  # between two looks at the deadline
+
+
+class StopRequest:
+    """That a training is to end, why, and by when: the loop reads it between steps, and a thread of its own ends the process
+    when the time is up, whatever hangs. The first cause is the one that is told, the earliest deadline the one that counts.
+
+    Asked by SIGTERM, SIGINT, SIGHUP (a terminal that was closed) and whoever calls `ask`. SIGTERM or SIGINT again stops at
+    once; SIGHUP comes twice by itself, from the kernel and from the shell.
+    """
+
+    def __init__(self) -> None:
+        self.cause: str | None = None
+        self.deadline = float("inf")
+        self.doing = "the start"
+        """What the training is at, to be named when it hangs."""
+        self.code = Interrupted.exit_code
+        self._signals: set[int] = set()
+
+    def listen(self) -> Self:
+        """Heed signals. To be called before the imports that take seconds, so that one during these is not lost."""
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        # `nohup` ignores it. A rank heeds it in any case: it says that the launcher died, and no terminal sends it there.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN or "WDS_LAUNCHER" in os.environ:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, self._set)
+        # Python's handlers wait for the main thread, which may hang in C code; what arrives here does not.
+        arrived, arrive = os.pipe()
+        os.set_blocking(arrive, False)
+        signal.set_wakeup_fd(arrive, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))  # a loader worker's signals are its own
+        threading.Thread(target=self._watch, args=(arrived, set(numbers)), name="deadline", daemon=True).start()
+        return self
+
+    def ask(self, cause: str, seconds: float | None = None) -> None:
+        """Ask the training to end within `seconds`, by default GRACE_SECONDS."""
+        self.cause = self.cause or cause
+        self.deadline = min(self.deadline, time.monotonic() + (GRACE_SECONDS if seconds is None else seconds))
+
+    @property
+    def left(self) -> float:
+        """The seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def _set(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if number in self._signals:
+            if number == signal.SIGHUP:
+                return
+            raise KeyboardInterrupt
+        self._signals.add(number)
+        self.ask(name)
+        again = "" if number == signal.SIGHUP else "; once more stops at once"
+        _tell(f"{name}: stopping at the next step, state committed{again}\n")
+
+    def _watch(self, arrived: int, numbers: set[signal.Signals]) -> None:
+        """The body of the thread that ends the process."""
+        while (left := self.left) > 0:
+            if select.select([arrived], [], [], min(left, LOOK_SECONDS))[0] and numbers & set(os.read(arrived, 512)):
+                self.deadline = min(self.deadline, time.monotonic() + GRACE_SECONDS)
+        cause = self.cause or "a signal"
+        _tell(f"wds-train: {cause}: the time is up while {self.doing} hangs; what was committed before stands\n")
+        leave(self.code)
+
+    def check(self) -> None:
+        """Raise `Interrupted` if asked to stop. For the time before the training, when there is nothing to commit."""
+        if self.cause:
+            raise Interrupted(f"stopped by {self.cause} before the training began; nothing was changed")
+
+    def sleep(self, seconds: float) -> None:
+        """`time.sleep`, with `check`s."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(left, 0.2))
+        self.check()
+
+
+def _tell(line: str) -> None:
+    """Not print(): its buffer may be in use in the very code that a signal interrupted. Where nobody listens any more, as in
+    a terminal that was closed, no later line may fail either: it would end the training before its last commit.
+    """
+    try:
+        os.write(2, line.encode())
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for output in (1, 2):
+            os.dup2(nowhere, output)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process and its loader workers now: no thread is waited for, and nothing is put in order."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(code)

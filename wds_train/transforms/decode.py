@@ -1,0 +1,176 @@
+"""Encoded bytes -> a crop, resized, in place: uint8 HWC RGB into the batch array.
+
+JPEG goes through simplejpeg (libjpeg-turbo), down to the crop's last row (`jpeg.py`); PNG, WebP, GIF and four-colour
+JPEG through Pillow. A crop of over twice the output's size is resized by PyTorch's anti-aliased filter, which equals
+Pillow's; a smaller one by OpenCV's bilinear, which still reads every pixel. All of them release the GIL.
+docs/benchmarks.md has the figures, what that costs in PSNR, and what else was tried.
+
+Colours are those of Pillow's `convert("RGB")`: transparency and colour profiles are ignored; of 16 bits the upper 8 are
+kept. Boxes are in the pixels of the upright image: EXIF's orientation is applied.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from wds_train.errors import DataError
+from wds_train.format.index import MAX_PIXELS
+from wds_train.transforms import jpeg
+from wds_train.transforms.crop import Box
+from wds_train.transforms.pillow import to_rgb, upright
+
+# From this factor on, plain bilinear skips source pixels. 1 makes every reduction anti-aliased.
+BILINEAR_UP_TO = 2
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+
+cv2.setNumThreads(0)  # loader workers are the parallelism; OpenCV's own threads would fight them for the cores
+# Pillow warns of odd files that it reads all the same; a line for each would bury the run's own.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class ImageInfo(NamedTuple):
+    """`width` and `height` of the upright image, in pixels."""
+
+    width: int
+    height: int
+
+
+def probe(data: bytes | memoryview) -> ImageInfo:
+    """What the image's header says; `DataError` when it is no image that can be read, or one of over MAX_PIXELS."""
+    if header := _jpeg_header(data):
+        return _upright_size(header)
+    return ImageInfo(*_open(data).size)
+
+
+def decode_crop(data: bytes | memoryview, box: Box, out: NDArray[np.uint8], *, flip: bool = False) -> None:
+    """Write `box` of the image, resized to `out`'s [height, width, 3] and mirrored if `flip`, into `out`.
+
+    `DataError` when the image is damaged, cut off, unreadable, of over MAX_PIXELS, or does not contain `box`. Damage
+    below the crop may go unseen, and so may altered bits that still make sense: only a checksum finds those.
+    It reads the header itself, at no cost that can be measured: `probe` is for those who need the size first.
+    """
+    if (header := _jpeg_header(data)) is None:
+        _resize(_pillow_crop(data, box), out, (False, False, flip))
+        return
+    transposed, mirror_rows, mirror_columns = ORIENTATIONS[header.orientation]
+    left, top, width, height = _checked(box, info := _upright_size(header))
+    if mirror_columns:
+        left = info.width - left - width
+    if mirror_rows:
+        top = info.height - top - height
+    if transposed:
+        left, top, width, height = top, left, height, width
+    pixels = jpeg.decode_rows(memoryview(data), header, top + height)
+    _resize(pixels[top : top + height, left : left + width], out, (transposed, mirror_rows, mirror_columns != flip))
+
+
+# How the stored image becomes the upright one, by EXIF orientation: transpose it? then mirror its rows? its columns?
+ORIENTATIONS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+FLIP_CODES = {(True, False): 0, (False, True): 1, (True, True): -1}  # OpenCV's, by (mirror rows, mirror columns)
+
+
+def _resize(pixels: NDArray[np.uint8], out: NDArray[np.uint8], turn: tuple[bool, bool, bool]) -> None:
+    """Resize `pixels`, uint8 [height, width, 3], turn the result as ORIENTATIONS says, and write it into `out`."""
+    assert out.flags.c_contiguous  # OpenCV would fill a copy of any other, and leave `out` as it was
+    transposed, mirror_rows, mirror_columns = turn
+    height, width = out.shape[1::-1] if transposed else out.shape[:2]
+    if pixels.shape[0] > BILINEAR_UP_TO * height or pixels.shape[1] > BILINEAR_UP_TO * width:
+        small = _resize_antialiased(pixels, height, width)
+    elif any(turn):
+        small = np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
+    else:
+        cv2.resize(pixels, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+        return
+    if transposed:
+        small = np.asarray(cv2.transpose(small), np.uint8)
+    if mirror_rows or mirror_columns:
+        cv2.flip(small, FLIP_CODES[mirror_rows, mirror_columns], dst=out)
+    else:
+        out[...] = small
+
+
+def _resize_antialiased(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    # Batched before permuted: in any other order PyTorch does not see channels-last strides and goes a slower way.
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).unsqueeze(0).permute(0, 3, 1, 2)
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def _jpeg_header(data: bytes | memoryview) -> jpeg.Header | None:
+    """The header of a JPEG that simplejpeg reads right, grey or of three colours; None for all else."""
+    if len(data) == 0:
+        raise DataError("it is empty (0 bytes)")
+    if data[:2] != jpeg.START:
+        return None
+    header = jpeg.read_header(memoryview(data))
+    _check_size(header.width, header.height)
+    return header if header.components in (1, 3) else None
+
+
+def _upright_size(header: jpeg.Header) -> ImageInfo:
+    transposed = ORIENTATIONS[header.orientation][0]
+    return ImageInfo(header.height, header.width) if transposed else ImageInfo(header.width, header.height)
+
+
+def _check_size(width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise DataError(
+            f"it has {width}x{height} pixels, 1 to {MAX_PIXELS} are allowed; "
+            "shrink it, or raise MAX_PIXELS in wds_train/format/index.py"
+        )
+
+
+def _checked(box: Box, info: ImageInfo) -> Box:
+    left, top, width, height = box
+    if min(left, top) < 0 or min(width, height) < 1 or left + width > info.width or top + height > info.height:
+        raise DataError(
+            f"its size is {info.width}x{info.height}, which does not contain the crop {tuple(box)}: "
+            "the index is not of this image; make the index again"
+        )
+    return box
+
+
+def _pillow_crop(data: bytes | memoryview, box: Box) -> NDArray[np.uint8]:
+    """`box` of the upright image, uint8 [height, width, 3]."""
+    image = _open(data)
+    left, top, width, height = _checked(box, ImageInfo(*image.size))
+    image = image.crop((left, top, left + width, top + height))
+    return np.array(to_rgb(image))  # a copy: PyTorch warns of read-only arrays, which asarray gives
+
+
+def _open(data: bytes | memoryview) -> Image.Image:
+    """The upright image."""
+    with _foreign_errors(data):
+        image: Image.Image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+        _check_size(*image.size)
+        image.load()  # here, where what damage raises becomes a `DataError`
+        return upright(image, data)
+
+
+@contextmanager
+def _foreign_errors(data: bytes | memoryview) -> Iterator[None]:
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"it is no JPEG, PNG, WebP or GIF; it begins with {bytes(data[:8])!r}") from error
+    except Exception as error:  # on damaged bytes Pillow's readers raise nearly anything: struct.error, KeyError, ...
+        raise DataError(f"it cannot be decoded: {error}") from error
