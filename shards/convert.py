@@ -26,7 +26,7 @@ from shards.report import report_json
 from wds_train.errors import Conflict, DataError, NotFound, UsageError
 from wds_train.format import manifest as manifests
 from wds_train.format.index import SCHEMA, write_index
-from wds_train.format.manifest import DatasetManifest, Index, Split
+from wds_train.format.manifest import DatasetManifest, Index, Split, read_manifest
 from wds_train.storage.base import Store
 
 PLAN = f"{WIP}plan.json"
@@ -155,8 +155,8 @@ class Conversion:
 
     def _read_manifest(self) -> DatasetManifest | None:
         with contextlib.suppress(NotFound):
-            data, self._replaces = self.store.read_tagged(manifests.NAME)
-            return DatasetManifest.from_json(data, f"{self.store.url}/{manifests.NAME}")
+            made, self._replaces = read_manifest(self.store)
+            return made
         return None
 
     def _read_begun(self) -> tuple[Begun | None, str]:

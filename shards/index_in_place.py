@@ -15,7 +15,7 @@ from shards.sources.tars import OUTSIDE, WdsSample, group, outside
 from wds_train.errors import Conflict, DataError, NotFound, UsageError
 from wds_train.format import manifest as manifests
 from wds_train.format.index import write_index
-from wds_train.format.manifest import ClassInfo, DatasetManifest, Index, Shard, Split
+from wds_train.format.manifest import ClassInfo, DatasetManifest, Index, Shard, Split, read_manifest
 from wds_train.format.tar import members
 from wds_train.storage.base import Entry, Store
 
@@ -150,8 +150,8 @@ def write_dataset(
     """
     there, condition = None, dict[str, Any](if_absent=True)
     with contextlib.suppress(NotFound):
-        data, tag = store.read_tagged(manifests.NAME)
-        there, condition = DatasetManifest.from_json(data, f"{store.url}/{manifests.NAME}"), {"if_match": tag}
+        there, tag = read_manifest(store)
+        condition = {"if_match": tag}
     parts = {
         split: Split(tuple(found.shards), _put(store, f"{split}/index", ".parquet", write_index(found.rows)))
         for split, found in splits.items()

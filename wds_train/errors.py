@@ -16,7 +16,9 @@ Foreign exceptions (botocore, OSError, pyarrow) are translated where they enter,
 A message says what was wrong, the value, and what to do.
 """
 
+import difflib
 import sys
+from collections.abc import Iterable
 
 
 class WdsTrainError(Exception):
@@ -67,6 +69,18 @@ class Interrupted(WdsTrainError):
 
 class RanksLost(Interrupted):
     pass
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.6) -> str:
+    """The end of a message that knows no `name`: the question after the nearest of `known`, or nothing if none is near."""
+    near = difflib.get_close_matches(name, [*known], most, cutoff)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def unwritable(path: object, error: OSError, remedy: str = "") -> UsageError:
+    """What to raise where a file that a person asked for, at `path`, cannot be written."""
+    cause = error.strerror or error
+    return UsageError(f"{path} cannot be written" + (f" ({cause}); {remedy}" if remedy else f": {cause}"))
 
 
 def tell(error: WdsTrainError) -> None:

@@ -134,7 +134,7 @@ def test_validation_against_a_plain_count(digits: Dataset) -> None:
     hits = hits5 = 0
     with torch.inference_mode():
         for each in loader:
-            logits = running.model(running.predictor.normalised(each.images))
+            logits = running.model(running.normalise(each.images))
             for row, label in zip(logits.tolist(), each.labels.tolist(), strict=True):
                 place = sorted(row, reverse=True).index(row[label])
                 hits, hits5 = hits + (place == 0), hits5 + (place < 5)

@@ -92,7 +92,7 @@ def test_the_teacher_sees_the_mixed_images_in_its_own_normalisation(tmp_path: Pa
     path = exported(tmp_path, "data.mean=0.5,0.4,0.3", "data.std=0.2,0.3,0.4")
     running = trainer(f"distill.teacher={path}", "distill.weight=1", "ema.decay=0.9")
     student = copy.deepcopy(running.model).train()
-    images, _ = running._mix(0, running.predictor.normalised(batch(0).images), batch(0).labels)
+    images, _ = running._mix(0, running.normalise(batch(0).images), batch(0).labels)
     pixels = images * 0.35 + 0.3  # the digits preset's deviation and mean
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
     teacher = create_model(recipe().model, 10, 7, CPU).eval()

@@ -28,6 +28,7 @@ from wds_train.bench.train import CLASSES, STEPS_PER_EPOCH, random_batch, rates,
 from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.read import read_object
 from wds_train.checkpoint.snapshot import Snapshot
+from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
@@ -35,7 +36,6 @@ from wds_train.data.dataset import Dataset
 from wds_train.data.loader import Loader, on_device
 from wds_train.data.plan import TrainPlan
 from wds_train.errors import WdsTrainError
-from wds_train.evaluation.scoring import Precision
 from wds_train.storage import embedded
 from wds_train.storage.open import open_store
 from wds_train.storage.s3 import S3Store

@@ -20,12 +20,13 @@ import torch
 from timm.optim import create_optimizer_v2
 from tqdm import tqdm
 
+from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
 from wds_train.data.batch import Batch
 from wds_train.data.loader import on_device
-from wds_train.evaluation.scoring import Precision, amp_dtype
+from wds_train.models.normalise import amp_dtype
 from wds_train.training.engine import Trainer
 
 CLASSES = 1000

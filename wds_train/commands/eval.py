@@ -7,7 +7,7 @@ from pathlib import Path
 from wds_train.checkpoint.find import SCORES
 from wds_train.commands.arguments import add_bucket, add_workers, dataset_url, positive, run_url
 from wds_train.data.dataset import Dataset
-from wds_train.errors import UsageError
+from wds_train.errors import unwritable
 from wds_train.evaluation.evaluate import View, chosen_weights, refuse_other_classes, score
 from wds_train.evaluation.report import describe_member, report_lines, report_of, write_classes
 from wds_train.evaluation.scoring import EVAL_BATCH
@@ -79,5 +79,5 @@ def run(args: argparse.Namespace) -> int:
             (args.out / "eval.json").write_text(text + "\n")
             write_classes(args.out / "classes.csv", report["classes"])
     except OSError as error:
-        raise UsageError(f"{error.filename} cannot be written: {error.strerror or error}") from error
+        raise unwritable(error.filename, error) from error
     return 0

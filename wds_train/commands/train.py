@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import typing
 from pathlib import Path
 
 from wds_train.commands.arguments import add_bucket, add_workers, count, dataset_url, positive, run_url, share_of
+from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
 from wds_train.config.settings import with_settings
 from wds_train.errors import NotFound
@@ -82,9 +84,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="cut each process's part of a batch into N micro-batches (default: as few as fit into the GPU's memory)",
     )
-    parser.add_argument(
-        "--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the arithmetic"
-    )
+    parser.add_argument("--precision", choices=typing.get_args(Precision), default="auto", help="of the arithmetic")
     parser.add_argument(
         "--device", choices=("auto", "cpu"), default="auto", help="auto: the GPUs, if there are any (default)"
     )

@@ -4,7 +4,6 @@
 spot prices of late 2025. (m): measured by this project. The EMA's decay is ours where the source has none.
 """
 
-import difflib
 from dataclasses import dataclass, replace
 
 from wds_train.config.recipe import (
@@ -17,7 +16,7 @@ from wds_train.config.recipe import (
     Recipe,
     ScheduleRecipe,
 )
-from wds_train.errors import UsageError
+from wds_train.errors import UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,6 @@ PRESETS = {each.recipe.name: each for each in _ALL}
 def preset(name: str) -> Recipe:
     """The recipe of that name; `UsageError` with the nearest names when there is none."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
-        raise UsageError(f"there is no recipe {name!r}; {hint}")
+        hint = did_you_mean(name, PRESETS, 2) or f"; there are {', '.join(PRESETS)}"
+        raise UsageError(f"there is no recipe {name!r}{hint}")
     return PRESETS[name].recipe

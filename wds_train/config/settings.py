@@ -1,13 +1,12 @@
 """`--set section.field=value`: one field of a recipe, by its name."""
 
 import dataclasses
-import difflib
 import operator
 import typing
 from typing import Any, Literal
 
 from wds_train.config.recipe import Recipe
-from wds_train.errors import UsageError
+from wds_train.errors import UsageError, did_you_mean
 
 
 def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
@@ -50,8 +49,8 @@ def setting_of(recipe: Recipe, name: str) -> str:
 def _field_type(name: str) -> Any:
     known = setting_names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        raise UsageError(f"--set knows no {name!r}; did you mean {' or '.join(near or sorted(known))}?")
+        hint = did_you_mean(name, known, cutoff=0.4) or f"; did you mean {' or '.join(sorted(known))}?"
+        raise UsageError(f"--set knows no {name!r}{hint}")
     return known[name]
 
 

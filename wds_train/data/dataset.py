@@ -9,7 +9,7 @@ from pathlib import Path
 from wds_train.errors import DataError, NotFound
 from wds_train.format import manifest as manifests
 from wds_train.format.index import SampleIndex, flaws, read_index
-from wds_train.format.manifest import DatasetManifest, Index, Shard
+from wds_train.format.manifest import DatasetManifest, Index, Shard, read_manifest
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 
@@ -99,7 +99,7 @@ class Dataset:
 def _manifest(store: Store) -> DatasetManifest:
     for _ in readings(store):
         try:
-            return DatasetManifest.from_json(store.read(manifests.NAME), f"{store.url}/{manifests.NAME}")
+            return read_manifest(store)[0]
         except DataError as error:
             damage = error
     raise damage

@@ -26,6 +26,7 @@ from wds_train.data.plan import EvalPlan
 from wds_train.errors import DataError, UsageError
 from wds_train.evaluation.scoring import Predictor, sums
 from wds_train.models.model import create_model, refuse_sizes
+from wds_train.models.normalise import Normaliser
 from wds_train.models.weights import SUFFIX, Weights
 from wds_train.transforms.sample import EvalTransform
 
@@ -139,13 +140,14 @@ class _Member:
     def __init__(self, weights: Weights, view: View, device: torch.device) -> None:
         self._view, recipe = view, weights.recipe
         self._model = create_model(recipe.model, len(weights.classes), recipe.seed, device).eval()
-        self._predictor = Predictor(recipe.data, device, side=view.side, flip=view.flip)
+        self._normalise = Normaliser(recipe.data, device)
+        self._predictor = Predictor(device, side=view.side, flip=view.flip)
         self._model.load_state_dict(weights.tensors)
         refuse_sizes(self._model, recipe.model.name, {"--size": view.side})
 
     def logits(self, found: dict[EvalTransform, Batch]) -> torch.Tensor:
         """float32 [n, classes]."""
-        return self._predictor.logits(self._model, self._predictor.normalised(found[self._view.transform].images))
+        return self._predictor.logits(self._model, self._normalise(found[self._view.transform].images))
 
 
 def _mean_probabilities(logits: list[torch.Tensor]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wds_train.errors import DataError
+from wds_train.storage.base import Store
 
 FORMAT = 1
 KIND = "wds-train dataset"
@@ -136,6 +137,12 @@ class DatasetManifest:
                 f"it says {content.get('fingerprint')}; convert the dataset again"
             )
         return manifest
+
+
+def read_manifest(store: Store) -> tuple[DatasetManifest, str]:
+    """The manifest of the dataset at `store` and its tag; `NotFound` when there is no dataset."""
+    data, tag = store.read_tagged(NAME)
+    return DatasetManifest.from_json(data, f"{store.url}/{NAME}"), tag
 
 
 def _flaws(manifest: DatasetManifest) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """What is trained: a timm model, its optimizer and its EMA, built so that a recipe and a seed decide every weight."""
 
-import difflib
 from typing import Any
 
 import timm
@@ -11,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
 from wds_train.config.recipe import EmaRecipe, ModelRecipe, Recipe
-from wds_train.errors import UsageError
+from wds_train.errors import UsageError, did_you_mean
 from wds_train.rng import key
 
 # Second derivatives; lists of factors and a generator of its own.
@@ -31,7 +30,7 @@ def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.dev
     `model.init` is not looked at.
     """
     if not timm.is_model(recipe.name):
-        raise UsageError(f"timm has no model {recipe.name!r}" + _near(recipe.name, timm.list_models()))
+        raise UsageError(f"timm has no model {recipe.name!r}" + did_you_mean(recipe.name, timm.list_models()))
     layers = recipe.layers()
     if layers and timm.models.model_entrypoint(recipe.name).__module__ != "timm.models.resnet":
         asked = " and ".join(f"model.{name}" for name in layers)
@@ -77,7 +76,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         cause = f"timm has no optimizer {wanted.name!r}"
         if wanted.name in known:
             cause = f"timm's optimizer {wanted.name!r} cannot be used: its state does not fit in a checkpoint"
-        raise UsageError(cause + _near(wanted.name, usable))
+        raise UsageError(cause + did_you_mean(wanted.name, usable))
     try:
         return create_optimizer_v2(
             model,
@@ -97,11 +96,6 @@ def _implementation(name: str, device: torch.device) -> dict[str, Any]:
     """
     fused = device.type == "cuda" and get_optimizer_class(name, bind_defaults=False) in (SGD, Adam, AdamW)
     return {"fused": True} if fused else {}
-
-
-def _near(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 class Ema(ModelEmaV2):

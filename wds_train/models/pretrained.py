@@ -1,6 +1,5 @@
 """Weights of another training: to start from (`model.init`) and to learn from (`distill.teacher`)."""
 
-import difflib
 import hashlib
 import warnings
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from wds_train.config.recipe import Recipe
-from wds_train.errors import StoreError, UsageError
+from wds_train.errors import StoreError, UsageError, did_you_mean
 from wds_train.models.model import create_model, memory_layout
 from wds_train.models.weights import Weights
 
@@ -87,10 +86,9 @@ def _load(
         return model, (recipe.data.mean, recipe.data.std)
     name = source.removeprefix(TIMM)
     if not timm.is_model(name) or not timm.is_model_pretrained(name):
-        near = difflib.get_close_matches(name, timm.list_pretrained(), n=3)
         raise UsageError(
             f"{setting} = {source!r}: timm has no pretrained weights of that name"
-            + (f"; did you mean {' or '.join(near)}?" if near else "")
+            + did_you_mean(name, timm.list_pretrained())
         )
     try:
         with device, warnings.catch_warnings():

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encoded
 
 from wds_train.config.recipe import Recipe
-from wds_train.errors import NotFound, RunError, UsageError
+from wds_train.errors import NotFound, RunError, UsageError, unwritable
 from wds_train.format.manifest import ClassInfo
 from wds_train.models.fit import refuse_other_weights
 from wds_train.typed import typed
@@ -44,7 +44,7 @@ class Weights:
             unfinished.replace(path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
-            raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise unwritable(path, error) from error
 
     @classmethod
     def read(cls, path: Path) -> "Weights":

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from wds_train.data.dataset import Dataset, SplitReader
-from wds_train.errors import UsageError, WdsTrainError
+from wds_train.errors import WdsTrainError, unwritable
 
 ROWS, COLUMNS, SIDE, TEXT = 20, 10, 96, 14
 
@@ -29,7 +29,7 @@ def contact_sheet(dataset: Dataset, split: str, path: Path) -> None:
     try:
         sheet.save(path, "PNG")
     except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}); give another --grid FILE") from error
+        raise unwritable(path, error, "give another --grid FILE") from error
 
 
 def _thumbnail(reader: SplitReader, sample: int) -> Image.Image:

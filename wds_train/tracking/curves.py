@@ -6,7 +6,7 @@ from typing import Any
 
 from wds_train.config.recipe import Recipe
 from wds_train.config.schedule import image_side, lr_at
-from wds_train.errors import UsageError
+from wds_train.errors import UsageError, unwritable
 
 POINTS = 1000  # of a curve
 
@@ -84,12 +84,12 @@ def new_figure(width: float, height: float = 3.6) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """As a PNG. `UsageError` when `path` cannot be written."""
+    """Write `figure` as a PNG; `UsageError` where `path` lets nothing be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise unwritable(path, error) from error
 
 
 def _plot(axes: Any, records: list[dict[str, Any]], name: str, label: str, **style: Any) -> None:

@@ -11,15 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wds_train.checkpoint.manifest import Progress
 from wds_train.checkpoint.snapshot import Snapshot
+from wds_train.config.precision import Precision
 from wds_train.config.recipe import DataRecipe, Recipe
 from wds_train.config.schedule import average_decay, lr_share
 from wds_train.data.batch import Batch
 from wds_train.errors import DataError, NotFinite, RunError, UsageError
-from wds_train.evaluation.scoring import Precision, Predictor, amp_dtype, metrics, sums
+from wds_train.evaluation.scoring import Predictor, metrics, sums
 from wds_train.global_rng import derived_randomness
 from wds_train.models.fit import section
 from wds_train.models.losses import Criterion, distilled
 from wds_train.models.model import Ema, create_model, create_optimizer, refuse_sizes
+from wds_train.models.normalise import Normaliser, amp_dtype, autocast
 from wds_train.models.pretrained import Teacher, initialise
 from wds_train.training.ranks import Ranks
 from wds_train.training.state import entries_of, load_optimizer, on_host
@@ -69,13 +71,11 @@ class Trainer:
             self._called = torch.compile(self._parallel, backend=COMPILER)
         self.ema = Ema(self.model, self.recipe.ema)
         self.optimizer = create_optimizer(self.recipe, self.model)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=amp_dtype(self.device, self.precision) == torch.float16
-        )
+        self._amp = amp_dtype(self.device, self.precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._amp == torch.float16)
         self._criterion = Criterion(self.recipe.loss)
-        self.predictor = Predictor(
-            self.recipe.data, self.device, flip=self.recipe.data.eval_flip, precision=self.precision
-        )
+        self.normalise = Normaliser(self.recipe.data, self.device)
+        self._predictor = Predictor(self.device, flip=self.recipe.data.eval_flip, precision=self.precision)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
         self._largest_norm = torch.zeros((), device=self.device)
@@ -91,7 +91,7 @@ class Trainer:
         self._parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
         labels = batch.labels.to(self.device, non_blocking=True)
-        images, targets = self._mix(step, self.predictor.normalised(batch.images), labels)
+        images, targets = self._mix(step, self.normalise(batch.images), labels)
         with derived_randomness(self.device, self.recipe.seed, "step", step, self.ranks.rank):
             loss = self._backward(images, targets)
         self._clip()
@@ -129,7 +129,7 @@ class Trainer:
 
     def loss(self, model: Callable[..., torch.Tensor], images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean loss of `model`, which is this trainer's, on normalised images."""
-        with self.predictor.autocast():
+        with autocast(self.device, self._amp):
             logits = model(images).float()
             taught = None if self._teacher is None else self._teacher.logits(images)
         loss = self._criterion(logits, targets)
@@ -180,8 +180,8 @@ class Trainer:
         models = {"": self.model.eval(), "_ema": self.ema.module.eval()}
         totals = torch.zeros((len(models), 4), dtype=torch.float64, device=self.device)
         for batch in batches:
-            pixels = self.predictor.normalised(batch.images)
-            totals += torch.stack([sums(self.predictor.logits(model, pixels), batch) for model in models.values()])
+            pixels = self.normalise(batch.images)
+            totals += torch.stack([sums(self._predictor.logits(model, pixels), batch) for model in models.values()])
         everywhere = torch.tensor(self.ranks.total(*totals.flatten().tolist()), dtype=torch.float64)
         return {
             f"val/{name}{suffix}": value

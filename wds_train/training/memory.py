@@ -56,5 +56,5 @@ def _pass_over(trainer: Trainer, samples: int, side: int) -> None:
     reserved += [torch.empty(2 * pixels, dtype=torch.uint8, device=trainer.device)]
     images = torch.zeros(samples, side, side, 3, dtype=torch.uint8)
     labels = torch.zeros(samples, dtype=torch.int64, device=trainer.device)
-    trainer.loss(trainer.model, trainer.predictor.normalised(images), labels).backward()
+    trainer.loss(trainer.model, trainer.normalise(images), labels).backward()
     del reserved

@@ -1,0 +1,5 @@
+"""What the arithmetic computes in: the choice of a machine, not of a recipe."""
+
+from typing import Literal
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
