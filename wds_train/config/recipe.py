@@ -6,12 +6,18 @@
 import dataclasses
 import json
 import math
-import operator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wds_train.errors import RunError, UsageError
 from wds_train.typed import typed
+
+
+def _check(part: Any, section: str, *rules: tuple[str, bool, str]) -> None:
+    """`UsageError` with the first field of `part`, whose name `section` completes, that does not keep its rule."""
+    for name, holds, rule in rules:
+        if not holds:
+            raise UsageError(f"{section}{name} = {getattr(part, name)!r} cannot work: it must be {rule}")
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,9 @@ class ModelRecipe:
     """ResNet-D's stem of three convolutions, and average pooling in shortcuts (He et al. 2018, arXiv:1812.01187)."""
     squeeze_excite: bool = False
     """Squeeze-and-excitation in every block (Hu et al. 2017, arXiv:1709.01507)."""
+
+    def __post_init__(self) -> None:
+        _check(self, "model.", ("drop_path", 0 <= self.drop_path < 1, "in [0, 1)"))
 
     def layers(self) -> dict[str, dict[str, Any]]:
         """The layer options that are on, each with what timm's `create_model` takes for it (timm/models/resnet.py:
@@ -82,6 +91,25 @@ class DataRecipe:
     max_bad: float = 0.001
     """Share of an epoch's samples that may be unreadable before the run stops."""
 
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "data.",
+            ("size", self.size >= 8, "at least 8 pixels"),
+            ("start_size", self.start_size == 0 or 8 <= self.start_size <= self.size, f"0, or 8 to {self.size}"),
+            ("size_ramp", 0 <= self.size_ramp[0] <= self.size_ramp[1] <= 1, "ascending, in [0, 1]"),
+            ("eval_size", self.eval_size >= 8, "at least 8 pixels"),
+            ("eval_crop", 0 < self.eval_crop <= 1, "in (0, 1]"),
+            ("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "ascending, in (0, 1]"),
+            ("ratio", 0 < self.ratio[0] <= self.ratio[1], "ascending and positive"),
+            ("flip", 0 <= self.flip <= 1, "a probability"),
+            ("color_jitter", min(self.color_jitter) >= 0 and self.color_jitter[3] <= 0.5, "0 or more, the hue to .5"),
+            ("erasing", 0 <= self.erasing <= 1, "a probability"),
+            ("repeats", self.repeats >= 1, "at least 1"),
+            ("std", min(self.std) > 0, "positive"),
+            ("max_bad", 0 <= self.max_bad <= 1, "a share"),
+        )
+
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
@@ -96,6 +124,17 @@ class OptimizerRecipe:
     """Not applied to biases and normalisation layers."""
     clip_norm: float = 0.0
     """Largest norm of all gradients together; 0: no limit."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "optimizer.",
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("lr_batch", self.lr_batch >= 0, "a number of samples, or 0"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("clip_norm", 0 <= self.clip_norm < math.inf, "0 or more"),
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +157,19 @@ class ScheduleRecipe:
     """`step`: the epochs after which the learning rate is multiplied by `step_factor`."""
     step_factor: float = 0.1
 
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "schedule.",
+            ("epochs", self.epochs > 0, "at least 1"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"less than schedule.epochs ({self.epochs})"),
+            ("warmup_start", 0 <= self.warmup_start <= 1, "a share of the peak"),
+            ("flat", 0 <= self.flat < 1, "a share of the training"),
+            ("final_lr", 0 <= self.final_lr <= 1, "a share of the peak"),
+            ("step_epochs", list(self.step_epochs) == sorted(self.step_epochs), "ascending"),
+            ("step_factor", 0 < self.step_factor <= 1, "in (0, 1]"),
+        )
+
 
 @dataclass(frozen=True)
 class MixRecipe:
@@ -130,6 +182,16 @@ class MixRecipe:
     switch_prob: float = 0.5
     """With both on: probability of CutMix."""
 
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "mix.",
+            ("mixup", 0 <= self.mixup < math.inf, "0 or more"),
+            ("cutmix", 0 <= self.cutmix < math.inf, "0 or more"),
+            ("prob", 0 <= self.prob <= 1, "a probability"),
+            ("switch_prob", 0 <= self.switch_prob <= 1, "a probability"),
+        )
+
 
 @dataclass(frozen=True)
 class LossRecipe:
@@ -139,6 +201,14 @@ class LossRecipe:
     """Label smoothing."""
     bce_threshold: float = 0.0
     """`bce`: mixed targets above it count as 1, the others as 0; 0: they are taken as they are."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "loss.",
+            ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),
+            ("bce_threshold", 0 <= self.bce_threshold < 1, "in [0, 1)"),
+        )
 
 
 @dataclass(frozen=True)
@@ -152,6 +222,15 @@ class EmaRecipe:
     swa_start: float = 0.75
     """`swa`: share of the training after which the mean begins; until then it is the weights themselves."""
 
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "ema.",
+            ("decay", 0 <= self.decay < 1, "in [0, 1)"),
+            ("every", self.every >= 1, "at least 1"),
+            ("swa_start", 0 <= self.swa_start < 1, "a share of the training"),
+        )
+
 
 @dataclass(frozen=True)
 class DistillRecipe:
@@ -160,6 +239,14 @@ class DistillRecipe:
     weight: float = 0.5
     """Share of the loss that is the teacher's: weight * T^2 * KL(teacher / T || student / T) (arXiv:1503.02531)."""
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "distill.",
+            ("weight", 0 <= self.weight <= 1, "a share of the loss"),
+            ("temperature", 0 < self.temperature < math.inf, "positive"),
+        )
 
 
 @dataclass(frozen=True)
@@ -178,62 +265,14 @@ class Recipe:
     distill: DistillRecipe = field(default_factory=DistillRecipe)
 
     def __post_init__(self) -> None:
-        data, schedule = self.data, self.schedule
-        mixes = self.mix.mixup > 0 or self.mix.cutmix > 0
-        rules: list[tuple[str, bool, str]] = [
+        mixes, repeats = self.mix.mixup > 0 or self.mix.cutmix > 0, self.data.repeats
+        _check(
+            self,
+            "",
             ("batch", self.batch > 0, "a positive number of samples"),
             ("batch", not mixes or self.batch % 2 == 0, "even, because mixup pairs samples"),
-            ("batch", self.batch % max(1, data.repeats) == 0, f"divisible by data.repeats ({data.repeats})"),
-            ("data.size", data.size >= 8, "at least 8 pixels"),
-            ("data.start_size", data.start_size == 0 or 8 <= data.start_size <= data.size, f"0, or 8 to {data.size}"),
-            ("data.size_ramp", 0 <= data.size_ramp[0] <= data.size_ramp[1] <= 1, "ascending, in [0, 1]"),
-            ("data.eval_size", data.eval_size >= 8, "at least 8 pixels"),
-            ("data.eval_crop", 0 < data.eval_crop <= 1, "in (0, 1]"),
-            ("data.scale", 0 < data.scale[0] <= data.scale[1] <= 1, "ascending, in (0, 1]"),
-            ("data.ratio", 0 < data.ratio[0] <= data.ratio[1], "ascending and positive"),
-            ("data.flip", 0 <= data.flip <= 1, "a probability"),
-            (
-                "data.color_jitter",
-                min(data.color_jitter) >= 0 and data.color_jitter[3] <= 0.5,
-                "0 or more, the hue to .5",
-            ),
-            ("data.erasing", 0 <= data.erasing <= 1, "a probability"),
-            ("data.repeats", data.repeats >= 1, "at least 1"),
-            ("data.std", min(data.std) > 0, "positive"),
-            ("data.max_bad", 0 <= data.max_bad <= 1, "a share"),
-            ("model.drop_path", 0 <= self.model.drop_path < 1, "in [0, 1)"),
-            ("optimizer.lr", 0 < self.optimizer.lr < math.inf, "a positive number"),
-            ("optimizer.lr_batch", self.optimizer.lr_batch >= 0, "a number of samples, or 0"),
-            ("optimizer.momentum", 0 <= self.optimizer.momentum < 1, "in [0, 1)"),
-            ("optimizer.weight_decay", 0 <= self.optimizer.weight_decay < math.inf, "0 or more"),
-            ("optimizer.clip_norm", 0 <= self.optimizer.clip_norm < math.inf, "0 or more"),
-            ("schedule.epochs", schedule.epochs > 0, "at least 1"),
-            (
-                "schedule.warmup_epochs",
-                0 <= schedule.warmup_epochs < schedule.epochs,
-                f"less than schedule.epochs ({schedule.epochs})",
-            ),
-            ("schedule.warmup_start", 0 <= schedule.warmup_start <= 1, "a share of the peak"),
-            ("schedule.flat", 0 <= schedule.flat < 1, "a share of the training"),
-            ("schedule.final_lr", 0 <= schedule.final_lr <= 1, "a share of the peak"),
-            ("schedule.step_epochs", list(schedule.step_epochs) == sorted(schedule.step_epochs), "ascending"),
-            ("schedule.step_factor", 0 < schedule.step_factor <= 1, "in (0, 1]"),
-            ("mix.mixup", 0 <= self.mix.mixup < math.inf, "0 or more"),
-            ("mix.cutmix", 0 <= self.mix.cutmix < math.inf, "0 or more"),
-            ("mix.prob", 0 <= self.mix.prob <= 1, "a probability"),
-            ("mix.switch_prob", 0 <= self.mix.switch_prob <= 1, "a probability"),
-            ("loss.smoothing", 0 <= self.loss.smoothing < 1, "in [0, 1)"),
-            ("loss.bce_threshold", 0 <= self.loss.bce_threshold < 1, "in [0, 1)"),
-            ("ema.decay", 0 <= self.ema.decay < 1, "in [0, 1)"),
-            ("ema.every", self.ema.every >= 1, "at least 1"),
-            ("ema.swa_start", 0 <= self.ema.swa_start < 1, "a share of the training"),
-            ("distill.weight", 0 <= self.distill.weight <= 1, "a share of the loss"),
-            ("distill.temperature", 0 < self.distill.temperature < math.inf, "positive"),
-        ]
-        for name, holds, rule in rules:
-            if not holds:
-                value = operator.attrgetter(name)(self)
-                raise UsageError(f"{name} = {value!r} cannot work: it must be {rule}")
+            ("batch", self.batch % repeats == 0, f"divisible by data.repeats ({repeats})"),
+        )
 
     @property
     def peak_lr(self) -> float:

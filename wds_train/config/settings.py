@@ -21,7 +21,7 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
             raise UsageError(f"--set {setting!r} must read NAME=VALUE")
         flat[name] = _parse(_field_type(name), name, text)
     top = {name: value for name, value in flat.items() if "." not in name}
-    for section in {name.split(".")[0] for name in flat if "." in name}:
+    for section in dict.fromkeys(name.split(".")[0] for name in flat if "." in name):
         changes = {name.split(".")[1]: value for name, value in flat.items() if name.startswith(section + ".")}
         top[section] = dataclasses.replace(getattr(recipe, section), **changes)
     return dataclasses.replace(recipe, **top)
