@@ -35,8 +35,8 @@ RECORD = re.compile(r"\.wip/[a-z]+/shard-\d{6}\.parquet")
 
 @dataclass(frozen=True)
 class Begun:
-    """`.wip/plan.json`: a conversion that is under way, by whoever. `plan` as `Plan.settings`; `mark` as in `ShardTask`;
-    `names` are the objects that it writes, `stale` those of others that it replaces.
+    """`.wip/plan.json`: a conversion that is under way, by whoever. `plan` is its `Plan.settings`, `mark` that of its
+    `ShardTask`s; `names` are the objects that it writes, `stale` those of others that it replaces.
     """
 
     plan: dict[str, Any]

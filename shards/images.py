@@ -52,9 +52,10 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """`resize_shorter`: pixels; images whose shorter side is longer are encoded anew as JPEG of `quality`; None leaves
-    every byte alone. `verify`: `header` reads what the image says of itself, `full` decodes every pixel. `reencode`: images
-    of formats that shards do not hold become JPEG of `quality`, which the loader decodes fastest.
+    """What is done to the source's images. `resize_shorter`: pixels; images whose shorter side is longer are encoded
+    anew as JPEG of `quality`; None leaves every byte alone. `verify`: `header` reads what the image says of itself,
+    `full` decodes every pixel. `reencode`: images of formats that shards do not hold become JPEG of `quality`, which
+    the loader decodes fastest.
     """
 
     resize_shorter: int | None = None
@@ -63,14 +64,16 @@ class ImagePolicy:
     reencode: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest holds it; what is off and came later is left out, so that older datasets still agree."""
+        """The policy as the manifest holds it; what is off and came later is left out, so that older datasets still
+        agree.
+        """
         return {name: value for name, value in asdict(self).items() if name != "reencode" or value}
 
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """`width` and `height` in pixels of the upright image. `altered`: encoded anew. `oddity`: what people may want to
-    know of an image that is kept as it is.
+    """An image as the shard gets it. `width` and `height` in pixels of the upright image. `altered`: encoded anew.
+    `oddity`: what people may want to know of an image that is kept as it is.
     """
 
     data: bytes
@@ -131,7 +134,7 @@ def _oddity(image: ImageFile.ImageFile, turn: int) -> str:
 
 
 def _reencoded(image: Image.Image, data: bytes, policy: ImagePolicy, oddity: str = "") -> CheckedImage:
-    """As a JPEG, upright and in RGB, its shorter side `policy.resize_shorter` at most."""
+    """The image as a JPEG, upright and in RGB, its shorter side `policy.resize_shorter` at most."""
     small, shorter = to_rgb(upright(image, data)), policy.resize_shorter
     if shorter and min(small.size) > shorter:
         scale = shorter / min(small.size)

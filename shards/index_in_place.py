@@ -43,12 +43,12 @@ class Forward:
         return bytes(self._data[offset - self._start : stop - self._start])
 
     def forget(self, offset: int) -> None:
-        """Nothing before `offset` will be read again."""
+        """Let go of what lies before `offset`, which will not be read again."""
         del self._data[: offset - self._start]
         self._start = offset
 
     def sha256(self) -> str:
-        """Of the whole object, which is read to its end."""
+        """The sha256 of the whole object, which is read to its end."""
         while (at := self._start + len(self._data)) < self.entry.bytes:
             self.read(at, CHUNK)
             self.forget(min(at + CHUNK, self.entry.bytes))

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_understood(plan: Plan) -> None:
-    """What the source was taken for, before the work: a person sees at once when it is not what it is."""
+    """Print what the source was taken for, before the work: a person sees at once when it is not what it is."""
     source, share = plan.source, plan.options.hold_out
     names = ", ".join(entry.name.partition(",")[0] for entry in source.classes[:SHOWN])
     counts = ", ".join(f"{split} {rows.num_rows:,}" for split, rows in source.splits.items())
@@ -159,13 +159,13 @@ def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Names
     try:
         with (
             opened(args.executor, min(args.processes, missing)) as (executor, at_once),
-            _Progress(conversion.plan.source.samples) as progress,
+            _Bar(conversion.plan.source.samples) as bar,
         ):
-            progress.add(done)
+            bar.add(done)
             for tasks in conversion.tasks(finished):
                 for part in run_tasks(executor, tasks, 2 * at_once):
                     done.append(part)
-                    progress.add([part])
+                    bar.add([part])
     except BrokenProcessPool as error:
         raise DataError("a worker process died, out of memory perhaps; run again with fewer --processes") from error
     except KeyboardInterrupt as error:
@@ -173,21 +173,21 @@ def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Names
     return done
 
 
-class _Progress:
+class _Bar:
     """A bar in a terminal; in a log, a line now and then."""
 
     SECONDS = 30.0
 
     def __init__(self, images: int) -> None:
-        self._bar = tqdm(total=images, unit="img", disable=not sys.stderr.isatty())
+        self._tqdm = tqdm(total=images, unit="img", disable=not sys.stderr.isatty())
         self._began = self._printed = time.monotonic()
         self._images = self._bytes = 0
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "_Bar":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._tqdm.close()
 
     def add(self, parts: list[ShardDone]) -> None:
         images = sum(part.shard.samples for part in parts)
@@ -195,11 +195,11 @@ class _Progress:
         self._bytes += sum(part.shard.bytes for part in parts)
         now = time.monotonic()
         rate = self._bytes / 1e6 / max(now - self._began, 1e-3)
-        self._bar.set_postfix_str(f"{rate:.0f} MB/s", refresh=False)
-        self._bar.update(images)
-        if self._bar.disable and now - self._printed > self.SECONDS:
+        self._tqdm.set_postfix_str(f"{rate:.0f} MB/s", refresh=False)
+        self._tqdm.update(images)
+        if self._tqdm.disable and now - self._printed > self.SECONDS:
             self._printed = now
-            print(f"{self._images:,} of {self._bar.total:,} images, {rate:.0f} MB/s", file=sys.stderr, flush=True)
+            print(f"{self._images:,} of {self._tqdm.total:,} images, {rate:.0f} MB/s", file=sys.stderr, flush=True)
 
 
 def _counts(made: DatasetManifest) -> str:

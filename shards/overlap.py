@@ -9,8 +9,8 @@ from wds_train.storage.base import Store
 
 
 def refuse_overlap(source: Path | None, store: Store) -> None:
-    """`UsageError` when the destination lies in the source, or the source in it: shards would replace what is still to be
-    read, or lie among the images ever after. Links are followed, and two names of one folder are one.
+    """Raise `UsageError` when the destination lies in the source, or the source in it: shards would replace what is
+    still to be read, or lie among the images ever after. Links are followed, and two names of one folder are one.
     """
     if source is None:
         return

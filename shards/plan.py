@@ -57,13 +57,13 @@ class Plan:
         self.digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
     def names(self, mark: str) -> list[str]:
-        """Every object of the dataset but the manifest. `mark` as in `Begun`."""
+        """Every object of the dataset but the manifest. `mark` is that of `Begun`."""
         shards = [shard_name(split, n, mark) for split, parts in self.parts.items() for n in range(len(parts))]
         return [*shards, *(f"{split}/index{mark}.parquet" for split in self.parts), f"report{mark}.json"]
 
     def windows(self, finished: set[tuple[str, int]]) -> Iterator[Iterable[tuple[str, int, pa.Table]]]:
-        """(split, number, rows) of the shards that are not `finished`, in groups: each must be done before the next is
-        asked for, since a stream's spool holds the images of one group at a time.
+        """Yields (split, number, rows) of the shards that are not `finished`, in groups: each must be done before the
+        next is asked for, since a stream's spool holds the images of one group at a time.
         """
         missing = [
             (split, number, ids)
@@ -112,7 +112,7 @@ def _cut(rows: pa.Table, split: str, options: Options) -> list[np.ndarray]:
 def _groups(
     missing: list[tuple[str, int, np.ndarray]], size: Callable[[str, np.ndarray], int], limit: int
 ) -> Iterator[tuple[str, list[tuple[int, np.ndarray]]]]:
-    """`missing` (split, shard number, rows) in runs of one split whose images take at most `limit` bytes."""
+    """The `missing` (split, shard number, rows) in runs of one split whose images take at most `limit` bytes."""
     group: list[tuple[int, np.ndarray]] = []
     total, current = 0, ""
     for split, number, ids in missing:

@@ -22,7 +22,7 @@ class Note:
 
 
 def readable(name: str) -> str:
-    """`name`, which may be no UTF-8 or hold control characters, as something that can be printed in a line."""
+    """The `name`, which may be no UTF-8 or hold control characters, as something that can be printed in a line."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
@@ -35,7 +35,7 @@ def reasons(notes: Sequence[Note], most: int = 5) -> str:
 
 
 def report_json(notes: Iterable[Note], reencoded: int) -> bytes:
-    """`report.json`: every file and sample that is not in the dataset as it is in the source, and why."""
+    """The content of `report.json`: every file and sample that is not in the dataset as it is in the source, and why."""
     rows = [vars(note) for note in sorted(notes, key=lambda note: (note.what, note.split, note.origin, note.cause))]
     content = {"reencoded": reencoded, "samples": rows}
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -84,7 +84,7 @@ def unwritable(path: object, error: OSError, remedy: str = "") -> UsageError:
 
 
 def tell(error: WdsTrainError) -> None:
-    """Print what it says, once."""
+    """Print what `error` says, unless that was done before."""
     if not error.told:
         error.told = True
         print(f"wds-train: {'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr, flush=True)

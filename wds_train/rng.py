@@ -23,7 +23,8 @@ def generator(*parts: str | int) -> np.random.Generator:
 
 
 def rekeyed(*parts: str | int) -> np.random.Generator:
-    """As `generator(*parts)`, but only until the thread's next call, which gives the same one with another key.
+    """The thread's one generator, borrowed: it draws what `generator(*parts)` would until the thread's next call gives it
+    another key.
 
     Between two decodes, which leave nothing of all this in the CPU's caches, a crop's box takes 24 us so, and 41 with a
     Philox made for it.

@@ -60,7 +60,7 @@ def _dataclass(kind: Any, tree: dict[str, Any], name: str) -> Any:
 
 
 def refuse_depth(value: Any, levels: int = LEVELS) -> None:
-    """`ValueError` when lists and objects are nested in `value` deeper than `levels`."""
+    """Raise `ValueError` when lists and objects are nested in `value` deeper than `levels`."""
     within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for each in within:
         if levels == 0:

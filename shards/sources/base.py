@@ -54,18 +54,18 @@ class Stream(Protocol):
 
     @property
     def spool(self) -> Spool:
-        """Where they lie for a while."""
+        """Where the images lie for a while."""
 
     def held_out(self, keys: set[str]) -> "Stream":
         """This stream, its samples of `train` that have `keys` in `val`."""
 
     def fetch(self, wanted: pa.Table, split: str) -> pa.Table:
-        """`wanted`, rows of `split`, with the places in the spool where their images now lie."""
+        """The `wanted` rows of `split`, with the places in the spool where their images now lie."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """`description` goes into the manifest; `stamp` changes when a file of the source does."""
+    """A dataset as it was found. `description` goes into the manifest; `stamp` changes when a file of the source does."""
 
     description: str
     classes: tuple[ClassInfo, ...]
@@ -79,7 +79,9 @@ class Source:
         return sum(table.num_rows for table in self.splits.values())
 
     def digest(self) -> str:
-        """sha256 over every row's key, label and length, and the stamp: two equal ones convert to the same bytes."""
+        """A sha256 over every row's key, label and length, and the stamp: sources with equal ones convert to the same
+        bytes.
+        """
         digest = hashlib.sha256(self.stamp.encode())
         for split, table in self.splits.items():
             digest.update(split.encode())

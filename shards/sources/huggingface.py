@@ -43,7 +43,7 @@ class Columns:
 
 
 def find_columns(features: dict[str, Any], where: str, wanted: Wanted) -> Columns:
-    """From `datasets` features as JSON: name -> {"_type": ...}."""
+    """The columns that `datasets` features name, given as JSON: name -> {"_type": ...}."""
     kinds = {name: kind.get("_type") if isinstance(kind, dict) else None for name, kind in features.items()}
     images = [name for name, kind in kinds.items() if kind == "Image"] or [n for n in IMAGE_COLUMNS if n in kinds]
     labels = [name for name in LABEL_COLUMNS if name in kinds] or [
@@ -79,7 +79,7 @@ def local(root: Path, spool: Spool, wanted: Wanted) -> Source:
 
 
 def _files(root: Path) -> list[tuple[str, Path]]:
-    """(split, path) of every data file, arrow before Parquet, in the order of their names."""
+    """Yields (split, path) of every data file, arrow before Parquet, in the order of their names."""
     for suffix in (".arrow", ".parquet"):
         paths = [root] if root.is_file() else sorted(p for p in root.rglob(f"*{suffix}") if _is_data(p))
         base = root.parent if root.is_file() else root
@@ -91,7 +91,9 @@ def _files(root: Path) -> list[tuple[str, Path]]:
 
 
 def _is_data(path: Path) -> bool:
-    """`save_to_disk` leaves results of `map` beside the data; its state.json tells them apart."""
+    """Whether the file is data: `save_to_disk` leaves results of `map` beside the data; its state.json tells them
+    apart.
+    """
     state = path.with_name("state.json")
     return not state.is_file() or path.name in {e["filename"] for e in json.loads(state.read_text())["_data_files"]}
 
@@ -185,7 +187,9 @@ def _mapped(path: Path) -> pa.Buffer:
 
 
 def _label(value: Any, labels: dict[str, int]) -> int:
-    """-1, which no class has, for a missing label: HF's own mark for test images. -2 for one that is none of `labels`."""
+    """The label's number; -1, which no class has, for a missing one, as HF marks test images, and -2 for one that is
+    none of `labels`.
+    """
     if value in NO_LABEL:
         return -1
     return labels.get(str(value).strip(), value if isinstance(value, int) else -2)
@@ -255,7 +259,7 @@ def hub(name: str, spool: Spool, wanted: Wanted) -> Source:
 
 
 def from_iterable(name: str, splits: Any, spool: Spool, wanted: Wanted = ANYTHING) -> Source:
-    """`splits`: split name -> a `datasets.IterableDataset`, whose images are then taken without decoding."""
+    """The source of `splits`: split name -> a `datasets.IterableDataset`, whose images are then taken without decoding."""
     import datasets
 
     chosen = choose_splits(splits)

@@ -77,7 +77,9 @@ def find_splits(root: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def _splits_in(folder: Path) -> dict[str, Path]:
-    """train, val and test as far as they are folders in `folder`; empty where there is no train that holds class folders."""
+    """The folders train, val and test as far as they are folders in `folder`; empty where there is no train that holds
+    class folders.
+    """
     words: dict[str, list[Path]] = {}
     for each in _subfolders(folder):
         if found := SPLIT_FOLDER.fullmatch(each.name):
@@ -126,7 +128,9 @@ def _is_class(entry: os.DirEntry[str]) -> bool:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or leads to one. A link to itself is neither: it is noted like any file that cannot be read."""
+    """Whether `path` is a folder or leads to one. A link to itself is neither: it is noted like any file that cannot be
+    read.
+    """
     try:
         return entry.is_dir()
     except OSError:

@@ -16,7 +16,9 @@ FEW = 20  # samples, of which nothing follows
 
 
 def label_text(value: Any) -> str:
-    """`value` of a table's cell, a JSON field or a file as a label; `DataError` for what is neither a name nor a number."""
+    """The `value` of a table's cell, a JSON field or a file as a label; `DataError` for what is neither a name nor a
+    number.
+    """
     shown = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     text = str(shown).strip() if isinstance(shown, str | int) else ""
     if UNPRINTABLE.search(text) or not text:

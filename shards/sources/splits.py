@@ -31,7 +31,7 @@ def from_scans(description: str, classes: tuple[ClassInfo, ...], scans: Sequence
 
 
 def relabelled(source: Source, labels: np.ndarray) -> Source:
-    """`source`, whose label n is now `labels[n]` (int32)."""
+    """The `source`, whose label n is now `labels[n]` (int32)."""
 
     def changed(rows: pa.Table) -> pa.Table:
         new = to_array(labels[to_numpy(rows["label"])] if rows.num_rows else [], pa.int32())
@@ -41,8 +41,9 @@ def relabelled(source: Source, labels: np.ndarray) -> Source:
 
 
 def hold_out(source: Source, share: float) -> Source:
-    """`source`, which has no `val`, with `share` of each class of `train` for one: the samples whose keys' hashes are
-    the lowest, at least one, and never the class's only one. Neither the machine nor the seed of the shuffle matters.
+    """The `source`, which has no `val`, with `share` of each class of `train` for one: the samples whose keys' hashes
+    are the lowest, at least one, and never the class's only one. Neither the machine nor the seed of the shuffle
+    matters.
     """
     rows = source.splits["train"]
     keys, labels = rows["key"].to_pylist(), to_numpy(rows["label"])
@@ -58,8 +59,8 @@ def hold_out(source: Source, share: float) -> Source:
 
 
 def checked(source: Source) -> Source:
-    """`source`, if it can become a dataset, each sample of a split with a key of its own; `DataError` for no samples or no
-    classes.
+    """The `source`, if it can become a dataset, each sample of a split with a key of its own; `DataError` for no
+    samples or no classes.
     """
     if not source.classes or not source.samples:
         raise DataError(
@@ -69,7 +70,9 @@ def checked(source: Source) -> Source:
 
 
 def _distinct(rows: pa.Table) -> pa.Table:
-    """`rows`, of which those that share a key (a.jpg beside a.png, one name in two tars) get others, but for the first."""
+    """The `rows`, of which those that share a key (a.jpg beside a.png, one name in two tars) get others, but for the
+    first.
+    """
     if pc.count_distinct(rows["key"]).as_py() == rows.num_rows:
         return rows
     seen, keys = Counter[str](), list[str]()

@@ -32,7 +32,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class ItemStream:
-    """`read` yields the same items in the same order each time."""
+    """A stream of items. `read` yields the same items in the same order each time."""
 
     read: Callable[[], Iterator[Item]]
     spool: Spool
@@ -48,7 +48,7 @@ class ItemStream:
         return ItemStream(read, self.spool)
 
     def fetch(self, wanted: pa.Table, split: str) -> pa.Table:
-        """`wanted`, rows of `split`, with the places in the spool where their images now lie."""
+        """The `wanted` rows of `split`, with the places in the spool where their images now lie."""
         sizes = dict(zip(wanted["key"].to_pylist(), wanted["length"].to_pylist(), strict=True))
         places: dict[str, tuple[str, int, int]] = {}
         for item in self.read():
@@ -56,9 +56,9 @@ class ItemStream:
             if item.split == split and sizes.get(key) == len(item.image):
                 places[key] = self.spool.append(item.image)
         self.spool.flush()
-        lost = next((key for key in sizes if key not in places), None)
-        if lost is not None:
-            raise DataError(f"the sample {lost!r} of {split} was in the stream at first and is not now; convert again")
+        gone = next((key for key in sizes if key not in places), None)
+        if gone is not None:
+            raise DataError(f"the sample {gone!r} of {split} was in the stream at first and is not now; convert again")
         found = [places[key] for key in sizes]
         paths = to_array([place[0] for place in found], pa.string())
         offsets = to_array([place[1] for place in found], pa.int64())

@@ -137,7 +137,7 @@ class _Images:
 
 
 def _rows(path: Path, wanted: Wanted) -> Iterator[tuple[str, str, str]]:
-    """(file, label, split or '') of every row; `UsageError` when the columns cannot be told."""
+    """Yields (file, label, split or '') of every row; `UsageError` when the columns cannot be told."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")

@@ -35,7 +35,7 @@ CLASS_LISTS = ("classes.txt", "classes.json", "labels.txt", "class_names.txt")
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether it is a folder; `DataError` for what is no file either: opening a FIFO would wait for ever."""
+    """Whether `path` is a folder; `DataError` for what is no file either: opening a FIFO would wait for ever."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -84,14 +84,14 @@ class WdsSample:
 
     @property
     def image(self) -> Member | None:
-        """`.jpg` and its like; else a name that ends so, as in `000.image.jpg`."""
+        """The member `.jpg` or its like; else one whose name ends so, as in `000.image.jpg`."""
         known = {name: member for name, member in self.members.items() if name in IMAGE_EXTENSIONS}
         known = known or {n: m for n, m in self.members.items() if n.rpartition(".")[2] in IMAGE_EXTENSIONS}
         return next(iter(known.values()), None)
 
     @property
     def is_none(self) -> bool:
-        """Whether it is no sample at all, but a file that lies beside them."""
+        """Whether it is no sample at all, but a file that lies beside samples."""
         return self.image is None and not set(self.members) & {"cls", "json"}
 
     @property
@@ -102,7 +102,9 @@ class WdsSample:
         return {name: parts[name] for name in LABELS if name in parts}
 
     def label(self, read: Callable[[int, int], bytes], names: Collection[str] = LABELS[:-1]) -> str:
-        """From the first of `names` that is there: from `.json`, its field label, cls or class; `DataError` for none."""
+        """The label in the first of `names` that is there: from `.json`, its field label, cls or class; `DataError` for
+        none.
+        """
         name, member = next(((n, m) for n, m in self.labels.items() if n in names), ("", None))
         if member is None or not member.size:
             raise DataError("no .cls or .json member with a label")
@@ -138,7 +140,9 @@ def group(plain: Iterator[Member]) -> Iterator[WdsSample]:
 
 
 def gather(plain: Iterator[Member]) -> Iterator[WdsSample]:
-    """As `group`, but for members that need not lie side by side; a member that a sample has already begins another."""
+    """The samples of members that need not lie side by side, as those of `group` must; a member that a sample has
+    already begins another.
+    """
     samples: dict[str, list[WdsSample]] = {}
     for member in plain:
         key, extension = _parts(member)

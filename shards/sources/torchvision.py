@@ -38,7 +38,7 @@ def torchvision(name: str, root: Path, spool: Spool) -> Source:
 
 
 def _open(kind: Any, root: Path, split: str) -> Any:
-    """That split of the dataset; None when it has none but `train`, which it must have."""
+    """The split of the dataset; None when it has none but `train`, which it must have."""
     by_flag = "train" in inspect.signature(kind).parameters  # the older classes: train=False is their test set
     if by_flag and split == "val":
         return None
@@ -58,7 +58,7 @@ def _word(entry: Any) -> str:
 
 
 def _samples(part: Any) -> list[tuple[str, int]]:
-    """(path, label) of every image, where the dataset keeps them as files."""
+    """The (path, label) of every image, where the dataset keeps them as files."""
     return getattr(part, "samples", None) or getattr(part, "_samples", None) or []
 
 

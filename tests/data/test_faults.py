@@ -82,7 +82,7 @@ def test_an_epoch_under_random_faults_gives_the_same_samples(
         Fault("stall", "GET", ".tar", after=2000, times=forever, share=0.01),
     ]
     faulty = list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, workers))
-    assert [batch.lost for batch in faulty] == [[] for _ in clean]
+    assert [batch.unreadable for batch in faulty] == [[] for _ in clean]
     assert all(torch.equal(batch.images, images) for batch, images in zip(faulty, clean, strict=True))
 
 
@@ -91,7 +91,7 @@ def test_a_byte_flipped_on_the_way_is_fetched_again(digits: Dataset, on_s3: str,
     fault_proxy.faults.append(Fault("flip", "GET", ".tar", after=700))
     batches = list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, 0))
     assert fault_proxy.faults[0].times == 0
-    assert [batch.lost for batch in batches if batch.lost] == []
+    assert [batch.unreadable for batch in batches if batch.unreadable] == []
 
 
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_a_network_that_flips_bytes_changes_nothing(
     for _ in range(3):  # a few dozen requests each
         dataset = Dataset.open(on_s3)
         batches = list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, 0))
-        assert [batch.lost for batch in batches if batch.lost] == []
+        assert [batch.unreadable for batch in batches if batch.unreadable] == []
         assert all(torch.equal(batch.images, images) for batch, images in zip(batches, clean, strict=True))
         assert lines(dataset) == lines(digits)
         assert [str(damage) for damage in verify(dataset)] == []
@@ -196,7 +196,7 @@ class Cached:
         plan = plan_of(self.dataset, epochs=range(epoch, epoch + 1))
         plan = replace(plan, from_step=epoch * plan.steps_per_epoch)
         for batch in Loader(self.split, plan, TRANSFORM, workers, self.cache):
-            assert not batch.lost
+            assert not batch.unreadable
             yield batch.images
 
 

@@ -187,10 +187,10 @@ def test_a_flipped_byte_is_named_and_the_rest_unchanged(digits: Dataset, tmp_pat
     clean = list(Loader(digits.split("train"), plan_of(digits, epochs=range(2)), TRANSFORM, 0))
     split = bad.split("train")
     seen = list(Loader(split, plan_of(bad, epochs=range(2)), TRANSFORM, 2))
-    lost = [(batch.step, entry) for batch in seen for entry in batch.lost]
-    assert {entry.key for _, entry in lost} == {split.index.key_of(5)}
-    assert {entry.shard for _, entry in lost} == {"train/shard-000000.tar"}
-    assert "checksum" in lost[0][1].cause
+    unreadable = [(batch.step, entry) for batch in seen for entry in batch.unreadable]
+    assert {entry.key for _, entry in unreadable} == {split.index.key_of(5)}
+    assert {entry.shard for _, entry in unreadable} == {"train/shard-000000.tar"}
+    assert "checksum" in unreadable[0][1].cause
     for one, other in zip(seen, clean, strict=True):
         good = ~np.isin(one.ids, [5])
         assert torch.equal(one.images[good], other.images[good])

@@ -11,7 +11,7 @@ from wds_train.config.presets import preset
 from wds_train.config.recipe import EmaRecipe, Recipe
 from wds_train.config.schedule import average_decay
 from wds_train.config.settings import with_settings
-from wds_train.data.batch import Batch, Lost
+from wds_train.data.batch import Batch, Unreadable
 from wds_train.data.dataset import Dataset
 from wds_train.data.loader import Loader
 from wds_train.data.plan import EvalPlan
@@ -38,10 +38,10 @@ def trainer(*settings: str) -> Trainer:
     return Trainer(recipe(*settings), 10, steps_per_epoch=10, device=CPU)
 
 
-def batch(step: int, lost: int = 0) -> Batch:
+def batch(step: int, unreadable: int = 0) -> Batch:
     rng = np.random.default_rng(step)
     images, ids = torch.from_numpy(rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)), np.arange(8)
-    named = [Lost(i, "train/shard-000000.tar", f"key{i}", "it is broken") for i in range(lost)]
+    named = [Unreadable(i, "train/shard-000000.tar", f"key{i}", "it is broken") for i in range(unreadable)]
     return Batch(step, ids, ids, images, torch.from_numpy(rng.integers(0, 10, 8)), named)
 
 
@@ -144,20 +144,20 @@ def test_validation_against_a_plain_count(digits: Dataset) -> None:
         running.evaluate(loader, 361)
 
 
-def test_a_lost_validation_sample_counts_as_wrong() -> None:
+def test_an_unreadable_validation_sample_counts_as_wrong() -> None:
     running = trainer()
-    whole, part = batch(0), batch(0, lost=8)
+    whole, part = batch(0), batch(0, unreadable=8)
     assert running.evaluate([part], 8)["val/top5"] == 0.0
     assert running.evaluate([whole], 8)["val/top5"] > 0.0
 
 
-def test_too_many_lost_samples_stop_the_run() -> None:
-    running = trainer("data.max_bad=0.05")  # 80 samples an epoch: 4 may be lost
-    running.step(batch(0, lost=4))
+def test_too_many_unreadable_samples_stop_the_run() -> None:
+    running = trainer("data.max_bad=0.05")  # 80 samples an epoch: 4 may be unreadable
+    running.step(batch(0, unreadable=4))
     with pytest.raises(
         DataError, match=r"5 samples .* data.max_bad = 0.05; the last: train/shard-000000.tar, key key0: it is broken"
     ):
-        running.step(batch(1, lost=1))
+        running.step(batch(1, unreadable=1))
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:

@@ -55,12 +55,12 @@ def test_as_many_as_the_memory_needs(most: int, asked: list[int], accumulate: in
     running, untouched = trainer(*settings), trainer(*settings)
     memory = _Small(running.model, most)
     generator = torch.get_rng_state()
-    assert fit_accumulation(running) == running.accumulate == accumulate
+    assert (fit_accumulation(running), running.accumulate) == (accumulate, 1)
     assert memory.asked == asked
     assert torch.equal(torch.get_rng_state(), generator)
     assert_same_state(running, untouched)
     assert all(weight.grad is None for weight in running.model.parameters())
-    untouched.accumulate = accumulate
+    running.accumulate = untouched.accumulate = accumulate
     running.step(batch(0))
     untouched.step(batch(0))
     assert_same_state(running, untouched)

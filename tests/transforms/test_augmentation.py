@@ -150,8 +150,8 @@ def test_a_damaged_sample_is_lost_once_for_each_copy(digits: Dataset, tmp_path: 
         shard.write(b"?")
     bad = Dataset.open(str(tmp_path / "bad"))
     batches = loaded(bad, replace(PLAIN, repeats=3, auto_augment="trivial"), workers=2)
-    (hit,) = [batch for batch in batches if batch.lost]
-    assert [entry.sample for entry in hit.lost] == [5] * 3
+    (hit,) = [batch for batch in batches if batch.unreadable]
+    assert [entry.sample for entry in hit.unreadable] == [5] * 3
     assert [(image == 128).all().item() for image in hit.images] == (hit.ids == 5).tolist()
 
 

@@ -1,6 +1,6 @@
 """What a commit of a training's state costs: the pause of the training, and the upload in the background.
 
-.venv/bin/python -m wds_train.bench_commit            (a ResNet50's, to an embedded S3 server of its own)
+.venv/bin/python -m wds_train.bench.commit            (a ResNet50's, to an embedded S3 server of its own)
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """Conversion side by side with litdata's `optimize`: the same images, processes and S3 server, runs interleaved.
 
-    python -m shards.bench_convert FOLDER --litdata /path/to/venv/bin/python --images 3000 --processes 2
+    python -m wds_train.bench.convert FOLDER --litdata /path/to/venv/bin/python --images 3000 --processes 2
 
 FOLDER holds images anywhere below it; they are hard-linked into ten classes, over and over, until there are enough.
 litdata lives in an environment of its own, since it brings pins of its own. Each converts a few images first, which is
@@ -58,8 +58,8 @@ if __name__ == "__main__":
 
 
 class Run(NamedTuple):
-    """`cpu_seconds` and `peak_mib` are those of the tool's own processes, starting Python included; `server_seconds` are
-    the CPU time of the S3 server meanwhile.
+    """What one conversion took. `cpu_seconds` and `peak_mib` are those of the tool's own processes, starting Python
+    included; `server_seconds` are the CPU time of the S3 server meanwhile.
     """
 
     seconds: float
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _link(folder: Path, root: Path, images: int) -> Path:
-    """`images` hard links to the images of `folder`, in class folders."""
+    """Make `images` hard links to the images of `folder`, in class folders."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
         raise UsageError(f"{folder} holds no images; give a folder of JPEG or PNG files")

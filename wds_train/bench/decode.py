@@ -121,7 +121,7 @@ def pillow_crop(data: bytes, box: Box, size: int) -> Pixels:
 
 
 def psnr(a: Pixels, b: Pixels) -> float:
-    """10 log10(255^2 / mean squared error), in dB; 100 for equal images."""
+    """The peak signal-to-noise ratio, 10 log10(255^2 / mean squared error), in dB; 100 for equal images."""
     error = np.mean(np.square(a.astype(np.float64) - b))
     return 100.0 if error == 0 else float(10 * np.log10(255**2 / error))
 

@@ -1,6 +1,6 @@
 """`wds-train bench gpu`: all that needs a GPU, by one command, into one folder of JSON, a Markdown table and pictures.
 
-Each part has a process of its own (../wds_train/bench/gpu_parts.py), and is not repeated where its file says that it is complete. One that
+Each part has a process of its own (gpu_parts.py), and is not repeated where its file says that it is complete. One that
 cannot run, or fails, says so in a line, and the others run.
 """
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse_another(path: Path, asked: dict[str, Any]) -> None:
-    """`UsageError` when the figures that are there are of something else: the table would mix them."""
+    """Raise `UsageError` when the figures that are there are of something else: the table would mix them."""
     if path.exists() and json.loads(path.read_text()) != asked:
         raise UsageError(
             f"--out {path.parent} holds figures of other --data or --smoke than {asked}; name another folder"
@@ -109,7 +109,7 @@ def _dataset(data: Path, out: Path) -> tuple[str, str]:
 
 
 def _run(part: str, work: Work) -> str:
-    """What to say of the part, once it is through."""
+    """Run the part to its end; what to say of it."""
     path = work.out / f"{part}.json"
     if _read(path).get("complete"):
         return "measured already"

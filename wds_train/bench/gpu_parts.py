@@ -110,8 +110,8 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """One part's: the address of the dataset, empty if there is none; why there is none; the folder of the results; until
-    when, on the monotonic clock, it may take.
+    """What one part is given: the address of the dataset, empty if there is none; why there is none; the folder of the
+    results; until when, on the monotonic clock, it may take.
     """
 
     dataset: str
@@ -170,7 +170,7 @@ class Rows:
 
 
 def run_part(name: str, work: Work) -> None:
-    """In a process of its own. What cannot be measured is noted in the part's file."""
+    """Measure a part, in a process of its own. What cannot be measured is noted in the part's file."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no training is left behind
     rows = Rows(name, work)
     try:
@@ -250,7 +250,9 @@ def _fed(dataset: str, recipe: Recipe, workers: int, steps: int, device: torch.d
 
 @contextlib.contextmanager
 def _watched_gpu() -> Iterator[dict[str, Any]]:
-    """Filled, at the end, with the mean utilisation that nvidia-smi tells of; with nothing where there is none."""
+    """A dict that is filled, at the end, with the mean utilisation that nvidia-smi tells of; with nothing where there
+    is none.
+    """
     figures: dict[str, Any] = {}
     done, seen = threading.Event(), list[float]()
 
@@ -298,7 +300,9 @@ def _fresh(folder: Path) -> Path:
 
 
 def resume(work: Work, rows: Rows) -> None:
-    """(d) Killed after the first epoch and resumed, beside a run that never was: equal to the last bit, or how far apart."""
+    """(d) A run that is killed after the first epoch and resumed, beside a run that never was: equal to the last bit,
+    or how far apart.
+    """
     for flag in work.scale.resumed:
         rows.measure(flag or "as usual", _killed_and_resumed, work, (flag,) if flag else ())
 
@@ -336,14 +340,14 @@ def accumulation(work: Work, rows: Rows) -> None:
     def measured() -> dict[str, Any]:
         recipe = work.recipe("imagenette", f"batch={scale.large_batch}", f"data.size={scale.sizes[0]}")
         trainer = Trainer(recipe, CLASSES, STEPS_PER_EPOCH, device)
-        micro_batches = fit_accumulation(trainer)
+        trainer.accumulate = fit_accumulation(trainer)
         given = random_batch(scale.large_batch, scale.sizes[0], device)
         trainer.step(given)
         trainer.epoch_loss()
         began = time.perf_counter()
         trainer.step(replace(given, step=1))
         trainer.epoch_loss()
-        figures: dict[str, Any] = {"batch": scale.large_batch, "micro_batches": micro_batches}
+        figures: dict[str, Any] = {"batch": scale.large_batch, "micro_batches": trainer.accumulate}
         figures["img_per_s"] = round(scale.large_batch / (time.perf_counter() - began), 1)
         if device.type == "cuda":
             figures["memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
@@ -426,7 +430,7 @@ def _trained(work: Work, epochs: int, seed: int, settings: tuple[str, ...]) -> d
 
 
 class _Training:
-    """`wds-train train` in a process of its own, of the recipe `imagenette`."""
+    """Runs `wds-train train` in a process of its own, of the recipe `imagenette`."""
 
     def __init__(
         self,
@@ -463,7 +467,7 @@ class _Training:
             self.end()
 
     def kill_after_commit(self) -> None:
-        """With SIGKILL, as soon as the manifest names a checkpoint."""
+        """Kill it, with SIGKILL, as soon as the manifest names a checkpoint."""
         store = open_store(str(self._run))
         try:
             while self._process.exitcode is None and time.monotonic() < self._until:
@@ -477,7 +481,7 @@ class _Training:
             self._process.join()
 
     def end(self) -> None:
-        """Nothing is left of it; what it committed stands."""
+        """End it, so that nothing is left of it; what it committed stands."""
         if self._process.exitcode is None:
             self._process.terminate()
             self._process.join(20)

@@ -98,7 +98,7 @@ def bench_loader(wanted: Pass, cores: list[int], repeats: int, *, peers: bool) -
     try:
         for repeat in range(-1, repeats):  # the turn numbered -1 writes the copies
             for name in [name for name in passes if name not in skipped]:
-                _progress(f"{name}: " + ("copy" if repeat < 0 else f"pass {repeat + 1} of {repeats}"))
+                _say(f"{name}: " + ("copy" if repeat < 0 else f"pass {repeat + 1} of {repeats}"))
                 try:
                     figures = one_pass("copy" if repeat < 0 else "measure", name, wanted, cores, environment)
                 except WdsTrainError as error:
@@ -114,12 +114,14 @@ def bench_loader(wanted: Pass, cores: list[int], repeats: int, *, peers: bool) -
 
 
 def one_pass(task: str, name: str, wanted: Pass, cores: list[int], environment: dict[str, str]) -> dict[str, float]:
-    """As `in_child`, for a peer up to three times: mosaicml-streaming reads a shard before it is whole now and then."""
+    """The figures of `in_child`, which is tried up to three times for a peer: mosaicml-streaming reads a shard before
+    it is whole now and then.
+    """
     for _ in range(0 if name == OURS else 2):
         try:
             return in_child(task, name, wanted, cores, environment)
         except WdsTrainError as error:
-            _progress(f"{name} failed ({error}); again")
+            _say(f"{name} failed ({error}); again")
     return in_child(task, name, wanted, cores, environment)
 
 
@@ -185,7 +187,7 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"skipped {name}: {why}" for name, why in result["skipped"].items()])
 
 
-def _progress(text: str) -> None:
+def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

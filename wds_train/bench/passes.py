@@ -1,4 +1,4 @@
-"""One pass of a loader in a process of its own: its rates, CPU time and memory. `python -m wds_train.bench_pass` is that
+"""One pass of a loader in a process of its own: its rates, CPU time and memory. `python -m wds_train.bench.passes` is that
 process.
 """
 
@@ -51,7 +51,7 @@ def in_child(task: str, name: str, wanted: Pass, cores: list[int], environment: 
 
 @contextlib.contextmanager
 def _pinned(cores: list[int] | None) -> Iterator[None]:
-    """A process started meanwhile may use only `cores`, and so may all threads of its libraries."""
+    """Within, a process that is started may use only `cores`, and so may all threads of its libraries."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores or before)
     try:
@@ -97,7 +97,7 @@ def cause(stderr: str) -> str:
 
 
 def measure(name: str, wanted: Pass) -> dict[str, float]:
-    """One pass in this process; imports are not counted."""
+    """Make one pass in this process; imports are not counted."""
     for module in CONTENDERS[name].modules:
         importlib.import_module(module)
     cpu, began = _cpu_seconds(), time.perf_counter()

@@ -47,8 +47,8 @@ class Pass:
 
 
 class Contender(NamedTuple):
-    """`modules` are imported before the clock starts; `copy` writes `dataset`'s samples into a local folder in the loader's own format;
-    `batches` opens the loader, an iterable of batches.
+    """A loader that takes part. `modules` are imported before the clock starts; `copy` writes `dataset`'s samples into
+    a local folder in the loader's own format; `batches` opens the loader, an iterable of batches.
     """
 
     modules: tuple[str, ...]
@@ -103,7 +103,7 @@ class _Augment:
         self._transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(FLIP), transforms.PILToTensor()])
 
     def __call__(self, image: Image.Image | bytes) -> "torch.Tensor":
-        """uint8 [3, side, side]."""
+        """The augmented image, uint8 [3, side, side]."""
         if isinstance(image, bytes):
             image = Image.open(io.BytesIO(image))
         return self._transform(image.convert("RGB"))
@@ -144,7 +144,7 @@ def _webdataset(wanted: Pass) -> Iterable[Any]:
 
 
 def _curl(dataset: Dataset, shard: str) -> str:
-    """webdataset knows no s3://; this is its `pipe:`, with a URL signed for a day."""
+    """The address for webdataset, which knows no s3://: its `pipe:`, with a URL signed for a day."""
     store = dataset.store
     if not isinstance(store, S3Store):
         raise UsageError(

@@ -104,7 +104,7 @@ def ways_of(
 
 
 def random_batch(batch: int, side: int, device: torch.device) -> Batch:
-    """Of step 0, in memory that `device` copies from."""
+    """A batch of noise for step 0, in memory that `device` copies from."""
     rng, ids = np.random.default_rng(0), np.arange(batch)
     images = torch.from_numpy(rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8))
     labels = torch.from_numpy(rng.integers(0, CLASSES, batch))

@@ -29,7 +29,9 @@ def collect(store: Store, before: RunManifest, after: RunManifest, say: Say) -> 
 
 @dataclass(frozen=True)
 class _Commit:
-    """`records` is how many of the run's uncommitted records belong to it; `taken` is a monotonic time, seconds."""
+    """A commit that is in hand. `records` is how many of the run's uncommitted records belong to it; `taken` is a
+    monotonic time, seconds.
+    """
 
     snapshot: Snapshot
     metrics: dict[str, float]
@@ -60,7 +62,7 @@ class Committer:
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
-        """From here on there is training to lose."""
+        """Begin to count for how long nothing was committed: from here on there is training to lose."""
         self._safe_at = time.monotonic()
 
     def commit(

@@ -57,7 +57,9 @@ class Object:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`metrics` are those of the validation at this step, empty when there was none."""
+    """The state of a training after a step. `metrics` are those of the validation at this step, empty when there was
+    none.
+    """
 
     object: Object
     progress: Progress
@@ -102,7 +104,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Totals:
-    """Of attempts. `interruptions` are those that ended as "interrupted" or "lost"."""
+    """What the attempts of a run come to. `interruptions` are those that ended as "interrupted" or "lost"."""
 
     attempts: int = 0
     interruptions: int = 0
@@ -120,8 +122,8 @@ class Totals:
 
 @dataclass(frozen=True)
 class RunManifest:
-    """`attempts` are the newest LISTED, `earlier` sums up those before them. `written` is Unix time, for people only;
-    `rollbacks` counts the returns to a checkpoint after a loss that was not finite.
+    """All that is known of a run. `attempts` are the newest LISTED, `earlier` sums up those before them. `written` is
+    Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not finite.
     """
 
     run: str
@@ -158,11 +160,11 @@ class RunManifest:
         )
 
     def totals(self) -> Totals:
-        """Of all attempts."""
+        """What all attempts come to."""
         return reduce(Totals.plus, self.attempts, self.earlier)
 
     def stamped(self, nonce: str, now: float, seconds: float) -> "RunManifest":
-        """As it is written `seconds` into the last attempt."""
+        """The manifest as it is written `seconds` into the last attempt."""
         last = replace(self.attempts[-1], seconds=round(seconds, 1), ended=self.status)
         return replace(self, nonce=nonce, written=now, attempts=(*self.attempts[:-1], last))
 
@@ -191,7 +193,9 @@ class RunManifest:
         return {named.key for named in self.objects}
 
     def ended(self, status: str) -> "RunManifest":
-        """A run that goes back to its last step is done without another validation: its result is that step's."""
+        """The manifest with `status`. A run that goes back to its last step is done without another validation: its
+        result is that step's.
+        """
         result = self.result
         if status == "done" and self.checkpoints:
             result = self.checkpoints[-1].metrics | result
@@ -275,7 +279,7 @@ def _flaws(run: RunManifest) -> Iterator[str]:
 
 
 def steps(checkpoints: Iterable[Checkpoint]) -> str:
-    """Their steps, for people."""
+    """The steps of `checkpoints`, for people."""
     return ", ".join(str(step) for step in sorted({c.progress.step for c in checkpoints})) or "none"
 
 
@@ -296,8 +300,8 @@ def best(checkpoints: tuple[Checkpoint, ...], metric: str) -> Checkpoint | None:
 
 
 def keep(checkpoints: tuple[Checkpoint, ...], every: int = 0) -> tuple[Checkpoint, ...]:
-    """Those worth their storage: the newest KEPT, the best by raw and by EMA top-1, and, with `every`, those of each
-    `every`th epoch's validation; oldest first.
+    """The checkpoints that are worth their storage: the newest KEPT, the best by raw and by EMA top-1, and, with
+    `every`, those of each `every`th epoch's validation; oldest first.
     """
     kept = {*checkpoints[-KEPT:], best(checkpoints, "val/top1"), best(checkpoints, "val/top1_ema")}
     if every:

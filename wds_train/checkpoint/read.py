@@ -41,7 +41,9 @@ def read_checkpoint(store: Store, run: RunManifest, named: Checkpoint) -> Snapsh
 
 
 def read_chosen(store: Store, run: RunManifest, chosen: Checkpoint) -> Snapshot:
-    """As `read_checkpoint`, of what a person asked for: the error names the steps whose checkpoints could be used."""
+    """The checkpoint that a person asked for, as `read_checkpoint` gives it; the error names the steps whose
+    checkpoints could be used.
+    """
     try:
         return read_checkpoint(store, run, chosen)
     except RunError as error:

@@ -157,7 +157,7 @@ class Run:
             return []
 
     def begin(self) -> None:
-        """From here on the lease is renewed, and there is training to lose. This process must not fork any more."""
+        """Renew the lease from here on: now there is training to lose. This process must not fork any more."""
         self.committer.begin()
         self.writer.start_renewing()
 

@@ -32,13 +32,13 @@ class Snapshot:
     progress: Progress
 
     def encode(self) -> bytes:
-        """As safetensors: nothing in it can execute when it is read."""
+        """The snapshot as safetensors: nothing in it can execute when it is read."""
         header = {"extra": json.dumps(self.extra), "progress": json.dumps(asdict(self.progress))}
         return save_tensors(self.tensors, header)
 
     def check_finite(self) -> None:
-        """`NotFinite` when a tensor holds what is no number: the last step can have broken weights that the loss, which
-        comes before the update, does not show yet.
+        """Raise `NotFinite` when a tensor holds what is no number: the last step can have broken weights that the loss,
+        which comes before the update, does not show yet.
         """
         for name, tensor in self.tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -46,7 +46,7 @@ class Snapshot:
 
     @classmethod
     def decode(cls, data: bytes, progress: Progress) -> "Snapshot":
-        """Raises `RunError` with the field when `data` is no checkpoint of `progress`."""
+        """The snapshot that `encode` wrote; `RunError` with the field when `data` is no checkpoint of `progress`."""
         try:
             size = int.from_bytes(data[:8], "little")
             header = typed(dict[str, dict[str, Any]], json.loads(data[8 : 8 + size]), "header").get("__metadata__", {})
@@ -62,7 +62,7 @@ class Snapshot:
         return snapshot
 
     def refuse_misfit(self, run: RunManifest) -> None:
-        """`RunError` with the field when it is not of the run's model and optimizer."""
+        """Raise `RunError` with the field when the snapshot is not of the run's model and optimizer."""
         recipe, noted = run.settings, self.extra.get("classes")
         classes = run.dataset.get("classes", len(noted or ()))
         if noted is not None and len(noted) != classes:

@@ -8,13 +8,13 @@ from wds_train.storage.address import announced, located
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
-    """DATASET, which `dataset_url` makes an address."""
+    """Add DATASET, which `dataset_url` makes an address."""
     parser.add_argument("dataset", metavar="DATASET", help="s3://bucket/prefix, a directory (/... or ./...), or a name")
     add_bucket(parser, "datasets/ lives")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """RUN, which `run_url` makes an address."""
+    """Add RUN, which `run_url` makes an address."""
     parser.add_argument("run", metavar="RUN", help="a name, or s3://bucket/prefix, or a directory")
     add_bucket(parser, "runs/ lives")
 
@@ -24,19 +24,19 @@ def add_bucket(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    """By default a process per core that this one may use, less one for the work itself."""
+    """Add --workers: by default a process per core that this one may use, less one for the work itself."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     default = max(1, min(16, len(os.sched_getaffinity(0)) // ranks - 1))
     parser.add_argument("--workers", type=count, default=default, metavar="W", help="loader processes (%(default)s)")
 
 
 def dataset_url(dataset: str, bucket: str | None) -> str:
-    """`dataset`, an address already, or the name of one under `bucket`/datasets."""
+    """The address of `dataset`, which is one already, or the name of one under `bucket`/datasets."""
     return announced(located(dataset, "datasets", bucket), dataset)
 
 
 def run_url(run: str, bucket: str | None) -> str:
-    """`run`, an address already, or the name of one under `bucket`/runs."""
+    """The address of `run`, which is one already, or the name of one under `bucket`/runs."""
     name_of(run)
     return announced(located(run, "runs", bucket), run)
 

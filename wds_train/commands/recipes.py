@@ -61,7 +61,7 @@ def _summary(found: Preset) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Without what `expected` says beside the first number."""
+    """A line for each preset, without what `expected` says beside the first number."""
     cells = [[*map(str, row.values())] for row in rows]
     cells = [[*rows[0]], *([*line[:-1], line[-1].split(";")[0]] for line in cells)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -114,7 +114,7 @@ def _middles(epochs: int) -> list[float]:
 
 
 def _lr_chart(recipe: Recipe) -> list[str]:
-    """Linear; for steps logarithmic, as they are equal only there."""
+    """The course of the learning rate as lines of text: linear, but logarithmic for steps, which look equal only there."""
     logarithmic = recipe.schedule.kind == "step"
     rates = [lr_at(recipe, epoch) for epoch in _middles(recipe.schedule.epochs)]
     heights = [math.log10(rate) if logarithmic else rate for rate in rates]
@@ -150,7 +150,7 @@ def _size_chart(recipe: Recipe) -> list[str]:
 
 
 def _axis(epochs: int) -> list[str]:
-    """Five labelled ticks from 0 to `epochs`."""
+    """An axis with five labelled ticks from 0 to `epochs`."""
     line, labels = ["-"] * (WIDTH + 1), [" "] * (LABEL + WIDTH + 12)
     for quarter in range(5):
         at = quarter * WIDTH // 4

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
-    """How the work is done, which may differ from one start of a run to the next."""
+    """Add the arguments for how the work is done, which may differ from one start of a run to the next."""
     add_workers(parser)
     parser.add_argument(
         "--processes",

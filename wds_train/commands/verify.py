@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """A name may be a dataset's and a run's: whatever lies there is read."""
+    """Read whatever lies at the address: a name may be a dataset's and a run's."""
     meant = dict.fromkeys(located(args.address, kind, args.bucket) for kind in ("datasets", "runs"))
     addresses = [announced(address, args.address) for address in meant]
     found = {url: manifest for url in addresses if (manifest := _manifest_at(url)) is not None}

@@ -14,7 +14,7 @@ from wds_train.typed import typed
 
 
 def _check(part: Any, section: str, *rules: tuple[str, bool, str]) -> None:
-    """`UsageError` with the first field of `part`, whose name `section` completes, that does not keep its rule."""
+    """Raise `UsageError` with the first field of `part` that breaks its rule; `section` comes before its name."""
     for name, holds, rule in rules:
         if not holds:
             raise UsageError(f"{section}{name} = {getattr(part, name)!r} cannot work: it must be {rule}")
@@ -50,7 +50,7 @@ class ModelRecipe:
         return {name: arguments for name, arguments in known.items() if getattr(self, name)}
 
     def timm_arguments(self) -> dict[str, Any]:
-        """Those of all layer options together."""
+        """What timm's `create_model` takes for all layer options together."""
         return {name: value for arguments in self.layers().values() for name, value in arguments.items()}
 
 
@@ -281,7 +281,7 @@ class Recipe:
         return self.optimizer.lr * (self.batch / per_batch if per_batch else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON would hold it: tuples become lists, so that it equals its own round trip."""
+        """The recipe as JSON would hold it: tuples become lists, so that it equals its own round trip."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod

@@ -33,7 +33,7 @@ def lr_at(recipe: Recipe, epoch: float) -> float:
 
 
 def _half_cosine(share: float) -> float:
-    """From 0 to 1 as `share` is, slowly at both ends."""
+    """A way from 0 to 1 as `share` goes it, slowly at both ends."""
     return 0.5 * (1 - math.cos(math.pi * share))
 
 

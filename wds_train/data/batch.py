@@ -9,7 +9,7 @@ import torch
 from wds_train.rng import Ids
 
 
-class Lost(NamedTuple):
+class Unreadable(NamedTuple):
     """A sample that could not be used, and why."""
 
     sample: int
@@ -20,8 +20,9 @@ class Lost(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` uint8 [n, height, width, 3] RGB, `labels` int64 [n], in global-batch order; `lost` names the samples
-    whose image could not be read, once for each image: their pixels are grey.
+    """A step's images and what belongs to them. `images` uint8 [n, height, width, 3] RGB, `labels` int64 [n], in
+    global-batch order; `unreadable` names the samples whose image could not be used, once for each image: their pixels
+    are grey.
     """
 
     step: int
@@ -29,7 +30,7 @@ class Batch:
     ids: Ids
     images: torch.Tensor
     labels: torch.Tensor
-    lost: list[Lost] = field(default_factory=list)
+    unreadable: list[Unreadable] = field(default_factory=list)
 
 
 def empty_images(shape: tuple[int, ...], *, pinned: bool) -> torch.Tensor:

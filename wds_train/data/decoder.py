@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wds_train.data.batch import Lost
+from wds_train.data.batch import Unreadable
 from wds_train.data.dataset import SplitReader
 from wds_train.data.plan import Part
 from wds_train.errors import DataError
@@ -24,7 +24,7 @@ class Decoded(NamedTuple):
 
     part: Part
     labels: NDArray[np.int64]
-    lost: list[Lost]
+    unreadable: list[Unreadable]
     side: int
     worker: int
     slot: int
@@ -62,16 +62,16 @@ class Decoder:
 
     def _decode(self, part: Part, worker: int, slot: int) -> Decoded:
         side = self._transform.size(part.step) if self._transform else 0
-        pixels, lost = self._slots(worker, slot, len(part.ids), side), []
+        pixels, unreadable = self._slots(worker, slot, len(part.ids), side), []
         for place, (sample, record) in enumerate(zip(part.ids.tolist(), part.records, strict=True)):
             try:
                 self._fill(pixels[place], part.epoch, int(part.positions[place]), sample, record)
             except DataError as error:
                 pixels[place] = 128
                 shard = self._split.shard_names[self._split.index.shard[sample]]
-                lost.append(Lost(sample, shard, self._split.index.key_of(sample), str(error)))
+                unreadable.append(Unreadable(sample, shard, self._split.index.key_of(sample), str(error)))
         labels = self._split.index.label[part.ids].astype(np.int64)
-        return Decoded(part._replace(records=[]), labels, lost, side, worker, slot)
+        return Decoded(part._replace(records=[]), labels, unreadable, side, worker, slot)
 
     def _fill(
         self, out: NDArray[np.uint8], epoch: int, position: int, sample: int, record: memoryview | DataError

@@ -32,7 +32,7 @@ class _Memory:
         self._left = memoryview(b"")
 
     def take(self, size: int) -> memoryview:
-        """`size` bytes of any content."""
+        """A piece of `size` bytes of any content."""
         with self._lock:
             if size > len(self._left):
                 self._left = np.empty(max(size, SLAB_BYTES), np.uint8).data
@@ -66,8 +66,8 @@ class Fetcher:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _runs(self, ids: Ids) -> list[Ids]:
-        """`ids` sorted and cut where the shard changes or a hole is not worth fetching: one GET each. With a cache,
-        cut at blocks, which are what it keeps.
+        """The `ids`, sorted and cut where the shard changes or a hole is not worth fetching: one GET each. With a
+        cache, cut at blocks, which are what it keeps.
         """
         ids, index = np.sort(ids), self._split.index
         hole = index.offset[ids[1:]] - (index.offset[ids[:-1]] + index.length[ids[:-1]])

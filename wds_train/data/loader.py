@@ -53,7 +53,9 @@ class _Stages:
 
 
 def _init_worker(_: int) -> None:
-    """A worker lives and dies with its trainer: Ctrl-C, which the terminal sends to both, is the trainer's to handle."""
+    """Prepare a worker, which lives and dies with its trainer: Ctrl-C, which the terminal sends to both, is the
+    trainer's to handle.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Python's exit terminates workers that are left. Were that their end by a signal, PyTorch would take it for a crash of
     # theirs, and raise in the midst of the exit.
@@ -61,7 +63,9 @@ def _init_worker(_: int) -> None:
 
 
 def _errors_as_values(batches: Iterable[Decoded]) -> Iterator[Decoded | WdsTrainError]:
-    """What DataLoader makes of a worker's exception is a traceback, not a message for people."""
+    """Yield an error instead of raising it: what DataLoader makes of a worker's exception is a traceback, not a message
+    for people.
+    """
     try:
         yield from batches
     except WdsTrainError as error:
@@ -69,7 +73,9 @@ def _errors_as_values(batches: Iterable[Decoded]) -> Iterator[Decoded | WdsTrain
 
 
 def _as_it_is(decoded: Decoded | WdsTrainError) -> Decoded | WdsTrainError:
-    """DataLoader's own would make tensors of the arrays, each of which travels as a file and a connection of its own."""
+    """Collate nothing. DataLoader's own function would make tensors of the arrays, each of which travels as a file and
+    a connection of its own.
+    """
     return decoded
 
 
@@ -92,7 +98,9 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """`batch`, for the current stream to use after the copy; its memory is not used anew before that stream is done."""
+    """The `batch`, for the current stream to use after the copy; its memory is not used anew before that stream is
+    done.
+    """
     current = torch.cuda.current_stream(batch.images.device)
     current.wait_event(copied)
     for each in (batch.images, batch.labels):
@@ -140,8 +148,8 @@ class Loader:
         return self._store.fallbacks
 
     def start(self) -> None:
-        """Fork the workers and begin reading. To be called before this process has threads or uses a GPU, neither of
-        which a forked child survives.
+        """Fork the workers and begin reading. It is to be called before this process has threads or uses a GPU, neither
+        of which a forked child survives.
         """
         items = iter(self._pipeline)
         self._begun = itertools.chain(list(itertools.islice(items, 1)), items)  # a rank may have no batch at all
@@ -183,5 +191,5 @@ class Loader:
             ids,
             images,
             labels.pin_memory() if self._pinned else labels,
-            [lost for each in decoded for lost in each.lost],
+            [entry for each in decoded for entry in each.unreadable],
         )

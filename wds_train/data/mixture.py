@@ -43,4 +43,4 @@ class Mixture:
         for part, place in zip(parts, places, strict=True):
             images[place], labels[place] = part.images, part.labels
             positions[place], ids[place] = part.positions, part.ids
-        return Batch(step, positions, ids, images, labels, [lost for part in parts for lost in part.lost])
+        return Batch(step, positions, ids, images, labels, [entry for part in parts for entry in part.unreadable])

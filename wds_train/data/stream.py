@@ -37,8 +37,8 @@ def stream_order(
     from_step: int,
     steps: int | None,
 ) -> Iterator[tuple[int, int, str, int]]:
-    """(step, position, key, label) of every sample of an epoch from `from_step` on, read through the real loader as
-    `world` ranks with `workers` each would, but not decoded.
+    """Yields (step, position, key, label) of every sample of an epoch from `from_step` on, read through the real loader
+    as `world` ranks with `workers` each would, but not decoded.
     """
     split = dataset.split("train")
     plans = [
@@ -59,7 +59,7 @@ def stream_order(
     loaders = [Loader(split, replace(plan, from_step=first + from_step), None, workers) for plan in plans]
     for ranks in itertools.islice(zip(*loaders, strict=True), steps):
         for batch in ranks:
-            if batch.lost:
-                raise DataError(f"{batch.lost[0].shard}, key {batch.lost[0].key}: {batch.lost[0].cause}")
+            for entry in batch.unreadable:
+                raise DataError(f"{entry.shard}, key {entry.key}: {entry.cause}")
             for position, sample in zip(batch.positions.tolist(), batch.ids.tolist(), strict=True):
                 yield batch.step - first, position, split.index.key_of(sample), int(split.index.label[sample])

@@ -138,7 +138,7 @@ def _read(store: Store, name: str, start: int, stop: int) -> bytes:
 
 
 def _plain(label: bytes) -> str:
-    """A `.cls` of others may hold the class's name, as text or as JSON."""
+    """The label that a `.cls` holds: in those of others it may be the class's name, as text or as JSON."""
     return label.decode(errors="replace").strip().strip('"')
 
 

@@ -19,7 +19,7 @@ from wds_train.checkpoint.manifest import best
 from wds_train.checkpoint.read import weights_of
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
-from wds_train.data.batch import Batch, Lost
+from wds_train.data.batch import Batch, Unreadable
 from wds_train.data.dataset import Dataset, SplitReader
 from wds_train.data.loader import Loader
 from wds_train.data.plan import EvalPlan
@@ -63,15 +63,17 @@ class View:
 
 @dataclass(frozen=True)
 class Scored:
-    """`totals` float64 [4], as `scoring.sums`; `predicted` int64 [samples], -1 where a sample could not be read."""
+    """What a pass over a split found. `totals` float64 [4], the sum of all `scoring.sums`; `predicted` int64 [samples],
+    -1 where a sample could not be read.
+    """
 
     totals: torch.Tensor
     predicted: NDArray[np.int64]
-    lost: list[Lost]
+    unreadable: list[Unreadable]
 
 
 def chosen_weights(source: str, kind: str, step: int | None) -> Weights:
-    """Those of a file, or of a run: by default the kind with the higher top-1."""
+    """The weights of a file, or of a run: by default the kind with the higher top-1."""
     if source.endswith(SUFFIX):
         weights = Weights.read(Path(source))
         if kind not in ("best", weights.kind) or step not in (None, weights.step):
@@ -115,18 +117,19 @@ def score(chosen: list[Weights], views: list[View], split: SplitReader, batch: i
     device = torch.device("cuda" if pinned else "cpu")
     members = [_Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    predicted, seen, lost = np.empty(len(split), np.int64), np.zeros(len(split), np.int64), []
+    predicted, seen = np.empty(len(split), np.int64), np.zeros(len(split), np.int64)
+    unreadable: list[Unreadable] = []
     for found in _together(loaders):
         joint = _mean_probabilities([member.logits(found) for member in members])
-        broken = {entry.sample: entry for each in found.values() for entry in each.lost}
-        one = replace(next(iter(found.values())), lost=list(broken.values()))
+        named = {entry.sample: entry for each in found.values() for entry in each.unreadable}
+        one = replace(next(iter(found.values())), unreadable=list(named.values()))
         totals += sums(joint, one)
         predicted[one.ids] = joint.argmax(dim=1).cpu().numpy()
-        predicted[list(broken)] = -1
+        predicted[list(named)] = -1
         seen[one.ids] += 1
-        lost += one.lost
+        unreadable += one.unreadable
     assert (seen == 1).all(), f"samples {np.flatnonzero(seen != 1)[:5]} did not come exactly once"
-    return Scored(totals, predicted, lost)
+    return Scored(totals, predicted, unreadable)
 
 
 def _together(loaders: dict[EvalTransform, Loader]) -> Iterator[dict[EvalTransform, Batch]]:
@@ -146,7 +149,7 @@ class _Member:
         refuse_sizes(self._model, recipe.model.name, {"--size": view.side})
 
     def logits(self, found: dict[EvalTransform, Batch]) -> torch.Tensor:
-        """float32 [n, classes]."""
+        """The logits of the batch that has this member's view, float32 [n, classes]."""
         return self._predictor.logits(self._model, self._normalise(found[self._view.transform].images))
 
 

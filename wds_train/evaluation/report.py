@@ -30,7 +30,7 @@ def report_of(scored: Scored, split: SplitReader, classes: tuple[ClassInfo, ...]
     most = np.argsort(-counts, kind="stable")[:SHOWN]
     return metrics(scored.totals, len(split)) | {
         "samples": len(split),
-        "unreadable": [{"shard": entry.shard, "key": entry.key, "cause": entry.cause} for entry in scored.lost],
+        "unreadable": [{"shard": entry.shard, "key": entry.key, "cause": entry.cause} for entry in scored.unreadable],
         "confused": [
             {
                 "class": _title(classes[pair // count]),
@@ -44,7 +44,9 @@ def report_of(scored: Scored, split: SplitReader, classes: tuple[ClassInfo, ...]
 
 
 def _title(entry: ClassInfo) -> str:
-    """ImageNet has two classes each that are named crane and maillot."""
+    """The class as it is printed, with its id where that is not its name: ImageNet has two classes each that are named
+    crane and maillot.
+    """
     return entry.name if entry.name == entry.id else f"{entry.name} ({entry.id})"
 
 
@@ -81,9 +83,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines.append(f"top-1       {report['top1']:.2f} %")
     lines.append(f"top-5       {report['top5']:.2f} %")
     lines.append(f"loss        {report['loss']:.4f}")
-    lost = report["unreadable"]
-    lines.append(f"unreadable  {len(lost)}" + (", counted as wrong" if lost else ""))
-    lines += [f"  {entry['shard']}, key {entry['key']}: {entry['cause']}" for entry in lost[:SHOWN]]
+    unreadable = report["unreadable"]
+    lines.append(f"unreadable  {len(unreadable)}" + (", counted as wrong" if unreadable else ""))
+    lines += [f"  {entry['shard']}, key {entry['key']}: {entry['cause']}" for entry in unreadable[:SHOWN]]
     tested = sorted((row for row in report["classes"] if row["samples"]), key=lambda row: row["top1"])
     lines += ["", f"the worst of {len(tested)} classes"]
     for row in tested[:SHOWN]:

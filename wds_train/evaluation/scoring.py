@@ -21,8 +21,8 @@ EVAL_BATCH = 256  # samples at most: enough to fill a GPU, and little memory bes
 
 
 class Predictor:
-    """From normalised images to logits on `device`. With `flip`, and where the images are larger than `side`, to the mean
-    of the logits of several views; `side` 0 takes the images whole.
+    """Takes normalised images to logits on `device`. With `flip`, and where the images are larger than `side`, these
+    are the mean of the logits of several views; `side` 0 takes the images whole.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 [n, classes]. `model` is in evaluation mode."""
+        """The logits of normalised images `pixels`, float32 [n, classes]. `model` is in evaluation mode."""
         assert not model.training
         with autocast(self._device, self._amp):
             views = [model(view).float() for view in self._views(pixels)]
@@ -51,12 +51,13 @@ class Predictor:
 
 
 def sums(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Of a batch, to be added up over batches and ranks: cross-entropy, top-1 hits, top-5 hits and samples, float64 [4].
+    """What a batch adds to the sums over batches and ranks: cross-entropy, top-1 hits, top-5 hits and samples, float64
+    [4].
 
-    A lost sample counts, as wrong, since its grey pixels say nothing of the model.
+    An unreadable sample counts, as wrong, since its grey pixels say nothing of the model.
     """
     labels = batch.labels.to(logits.device, non_blocking=True)
-    readable = torch.from_numpy(~np.isin(batch.ids, [entry.sample for entry in batch.lost])).to(logits.device)
+    readable = torch.from_numpy(~np.isin(batch.ids, [entry.sample for entry in batch.unreadable])).to(logits.device)
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = (ranked == labels[:, None]) & readable[:, None]
     loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
@@ -73,5 +74,7 @@ def metrics(total: torch.Tensor, samples: int) -> dict[str, float]:
 
 
 def percent(hits: float, samples: float) -> float:
-    """All accuracies, so that equal counts give equal numbers: `hits / samples * 100` is another one in the last bit."""
+    """An accuracy. All go through here, so that equal counts give equal numbers: `hits / samples * 100` is another one
+    in the last bit.
+    """
     return 100 * hits / samples

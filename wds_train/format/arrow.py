@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 
 def to_array(values: Sequence[Any] | NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """Numbers, or text in UTF-8, as an Arrow array. By way of buffers: `pa.array`, and whatever else takes values from
-    Python, imports pandas where there is one, for .4 s in every process.
+    """Numbers, or text in UTF-8, as an Arrow array. It is made by way of buffers: `pa.array`, and whatever else takes
+    values from Python, imports pandas where there is one, for .4 s in every process.
     """
     if kind != pa.string():
         numbers = np.ascontiguousarray(values, kind.to_pandas_dtype())  # a NumPy type, whatever its name says
@@ -23,7 +23,7 @@ def to_array(values: Sequence[Any] | NDArray[Any], kind: pa.DataType) -> pa.Arra
 
 
 def to_batch(columns: Iterable[Sequence[Any]], schema: pa.Schema) -> pa.RecordBatch:
-    """`columns` in the order of `schema`, without empty cells."""
+    """A record batch of `columns` in the order of `schema`, without empty cells."""
     arrays = [to_array(column, field.type) for column, field in zip(columns, schema, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 

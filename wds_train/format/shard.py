@@ -70,7 +70,7 @@ class ShardWriter:
 
     @property
     def waiting(self) -> int:
-        """Bytes that were not taken yet."""
+        """How many bytes were not taken yet."""
         return len(self._buffer)
 
     def take(self) -> bytearray:

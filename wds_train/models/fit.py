@@ -21,7 +21,7 @@ META = torch.device("meta")
 def refuse_other_state(
     tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any], recipe: Recipe, classes: int
 ) -> None:
-    """`RunError` with the entry when a training of `recipe` could not go on from these entries of a checkpoint."""
+    """Raise `RunError` with the entry when a training of `recipe` could not go on from these entries of a checkpoint."""
     model = _model(recipe.model, classes)
     for part in ("model/", "ema/"):
         _refuse_other_weights(section(tensors, part), model, recipe.model.name, part)
@@ -29,12 +29,12 @@ def refuse_other_state(
 
 
 def refuse_other_weights(tensors: Mapping[str, torch.Tensor], recipe: ModelRecipe, classes: int) -> None:
-    """`RunError` with the tensor when `tensors` are not the state of the model."""
+    """Raise `RunError` with the tensor when `tensors` are not the state of the model."""
     _refuse_other_weights(tensors, _model(recipe, classes), recipe.name, "")
 
 
 def section(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Those whose names begin with `prefix`, without it."""
+    """The entries whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
 
 
@@ -47,7 +47,9 @@ def _refuse_other_weights(found: Mapping[str, torch.Tensor], model: nn.Module, m
 
 
 def _refuse_other_optimizer(entries: Mapping[str, Any], recipe: Recipe, model: nn.Module) -> None:
-    """`entries` named optimizer/INDEX/SLOT and group/INDEX/NAME are the optimizer's, others are passed over."""
+    """Raise `RunError` for an entry that the optimizer does not have so. `entries` named optimizer/INDEX/SLOT and
+    group/INDEX/NAME are the optimizer's, others are passed over.
+    """
     try:
         optimizer = create_optimizer(recipe, model)
     except UsageError:
@@ -101,7 +103,9 @@ def _alike(value: Any, like: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """A step's count is a number in one version of PyTorch, and a tensor without dimensions in another."""
+    """Whether it is a number: a step's count is a number in one version of PyTorch, and a tensor without dimensions in
+    another.
+    """
     return value.ndim == 0 if isinstance(value, torch.Tensor) else type(value) in (int, float)
 
 

@@ -27,8 +27,9 @@ class Criterion:
 def distilled(
     recipe: DistillRecipe, loss: torch.Tensor, logits: torch.Tensor, teacher_logits: torch.Tensor
 ) -> torch.Tensor:
-    """(1 - weight) * loss + weight * T^2 * KL(teacher / T || student / T), Hinton et al. 2015 (arXiv:1503.02531): T^2
-    keeps the gradient's size where T changes it. Logits float32 [n, classes]; the KL is the mean over samples.
+    """The loss with the teacher's share: (1 - weight) * loss + weight * T^2 * KL(teacher / T || student / T), Hinton et
+    al. 2015 (arXiv:1503.02531): T^2 keeps the gradient's size where T changes it. Logits float32 [n, classes]; the KL
+    is the mean over samples.
     """
     t = recipe.temperature
     student, teacher = F.log_softmax(logits / t, dim=1), F.log_softmax(teacher_logits / t, dim=1)

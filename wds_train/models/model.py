@@ -18,9 +18,9 @@ _NOT_RESUMABLE = ("adahessian", "kron")
 
 
 def memory_layout(device: torch.device) -> torch.memory_format:
-    """channels_last on a GPU: 1.47 x the speed on an RTX 3090 (timm's results/benchmark-train-amp-nhwc). Not on a CPU, where
-    it is faster here and slower there (docs/benchmarks.md): a choice by measurement would differ from one start of a run
-    to the next, and its bits with it.
+    """The layout of weights and images: channels_last on a GPU, 1.47 x the speed on an RTX 3090 (timm's
+    results/benchmark-train-amp-nhwc), but not on a CPU, where it is faster here and slower there (docs/benchmarks.md): a
+    choice by measurement would differ from one start of a run to the next, and its bits with it.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
@@ -51,8 +51,8 @@ def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.dev
 
 @torch.no_grad()
 def refuse_sizes(model: nn.Module, name: str, sides: dict[str, int]) -> None:
-    """`UsageError` when `model` cannot take images of `sides`, pixels by the setting that asks for them: transformers take
-    one size alone, and small images leave deep layers nothing to pool. Nothing of the model changes.
+    """Raise `UsageError` when `model` cannot take images of `sides`, pixels by the setting that asks for them:
+    transformers take one size alone, and small images leave deep layers nothing to pool. Nothing of the model changes.
     """
     was_training, weight = model.training, next(model.parameters())
     model.eval()
@@ -91,8 +91,9 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _implementation(name: str, device: torch.device) -> dict[str, Any]:
-    """On a GPU, one kernel for all weights where torch has it, which also lets fp16 skip a step without asking the GPU;
-    timm's own optimizers choose their multi-tensor forms themselves. CPUs keep what they had, to the last bit.
+    """What asks for the fastest form of the optimizer: on a GPU, one kernel for all weights where torch has it, which
+    also lets fp16 skip a step without asking the GPU; timm's own optimizers choose their multi-tensor forms themselves.
+    CPUs keep what they had, to the last bit.
     """
     fused = device.type == "cuda" and get_optimizer_class(name, bind_defaults=False) in (SGD, Adam, AdamW)
     return {"fused": True} if fused else {}
@@ -110,7 +111,9 @@ class Ema(ModelEmaV2):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """average += (1 - decay) * (weight - average); BatchNorm's step counters are copied, not averaged."""
+        """Average once more: average += (1 - decay) * (weight - average); BatchNorm's step counters are copied, not
+        averaged.
+        """
         torch._foreach_lerp_([a for a, _ in self._floats], [w for _, w in self._floats], 1 - self.decay)
         if self._counters:  # torch takes no empty list
             torch._foreach_copy_([average for average, _ in self._counters], [counter for _, counter in self._counters])

@@ -19,12 +19,12 @@ def amp_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtyp
 
 
 def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
-    """Within, models on `device` compute in `amp`, one of `amp_dtype`."""
+    """A context in which models on `device` compute in `amp`, one of `amp_dtype`."""
     return torch.autocast(device.type, dtype=amp, enabled=amp is not None)
 
 
 class Normaliser:
-    """From the pixels of a batch to what a model on `device` takes, by the mean and deviation of `data`."""
+    """Takes the pixels of a batch to what a model on `device` is given, by the mean and deviation of `data`."""
 
     def __init__(self, data: DataRecipe, device: torch.device) -> None:
         mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
@@ -32,7 +32,7 @@ class Normaliser:
         self._device = device
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in the model's layout, which on a GPU they have already."""
+        """Normalise uint8 [n, h, w, 3] to float32 [n, 3, h, w] in the model's layout, which on a GPU they have already."""
         pixels = images.to(self._device, non_blocking=True).float()
         pixels = pixels.mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
         return pixels.contiguous(memory_format=memory_layout(self._device))

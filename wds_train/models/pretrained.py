@@ -68,7 +68,7 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """float32 [n, classes] for images that are normalised as the recipe says."""
+        """The teacher's logits, float32 [n, classes], for images that are normalised as the recipe says."""
         return self._model(images * self._scale + self._shift).float()
 
 

@@ -21,8 +21,9 @@ SUFFIX = ".safetensors"  # timm tells the format by the name
 
 @dataclass(frozen=True)
 class Weights:
-    """`tensors` is the state of a model by name, on the CPU: the `kind` ("raw" or "ema") weights of `step` of `run`, with
-    the `metrics` of their validation, if there was one. `classes` are in the order of the model's outputs.
+    """What it takes to use a trained model. `tensors` is the state of a model by name, on the CPU: the `kind` ("raw" or
+    "ema") weights of `step` of `run`, with the `metrics` of their validation, if there was one. `classes` are in the
+    order of the model's outputs.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -48,7 +49,9 @@ class Weights:
 
     @classmethod
     def read(cls, path: Path) -> "Weights":
-        """`NotFound` when there is no such file, `RunError` when `save` did not write it, or it lacks weights."""
+        """The weights that `save` wrote; `NotFound` when there is no such file, `RunError` when `save` did not write
+        it, or it lacks weights.
+        """
         try:
             with safe_open(path, "pt") as file:
                 own = json.loads((file.metadata() or {})["wds-train"])
@@ -81,7 +84,7 @@ class Weights:
         )
 
     def _timm_config(self) -> dict[str, Any]:
-        """In the names of timm's `config.json` (timm/models/_hub.py, save_config_for_hf)."""
+        """What tells timm of the model, in the names of timm's `config.json` (timm/models/_hub.py, save_config_for_hf)."""
         data, classes = self.recipe.data, len(self.classes)
         return {
             "architecture": self.recipe.model.name,

@@ -50,7 +50,7 @@ def _announce_embedded() -> None:
 
 
 def is_embedded(address: str) -> bool:
-    """Whether it lies on the embedded server."""
+    """Whether `address` lies on the embedded server."""
     return address == f"s3://{EMBEDDED_BUCKET}" or address.startswith(f"s3://{EMBEDDED_BUCKET}/")
 
 

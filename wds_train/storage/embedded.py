@@ -57,7 +57,7 @@ class Endpoint:
     root: str
 
     def is_full(self) -> bool:
-        """Whether its disk has less left than it keeps free; it then answers writes with an internal error."""
+        """Whether the server's disk has less left than it keeps free; it then answers writes with an internal error."""
         return Path(self.root).exists() and shutil.disk_usage(self.root).free < RESERVED_BYTES
 
 
@@ -138,7 +138,7 @@ def _client(endpoint: Endpoint):  # type: ignore[no-untyped-def]
 
 
 def _kill(root: Path) -> bool:
-    """SIGKILL: SeaweedFS takes 15-25 s over SIGTERM and loses nothing either way."""
+    """End the servers by SIGKILL: SeaweedFS takes 15-25 s over SIGTERM and loses nothing either way."""
     pids = _pids(root)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -185,7 +185,7 @@ def _is_free(port: int) -> bool:
 
 
 def _start(root: Path, last: Endpoint | None) -> Endpoint:
-    """Start a server, where the last one was if its ports are free: its clients then find it again."""
+    """Start a server on the ports of the last one, if they are free: its clients then find it again."""
     if shutil.disk_usage(root).free < MIN_FREE_BYTES:
         raise WdsTrainError(
             f"less than {MIN_FREE_BYTES >> 20} MiB are free on the disk of {root}; the embedded S3 server needs room: "
@@ -318,7 +318,7 @@ def _write_private(path: Path, content: object) -> None:
 
 
 def main() -> None:
-    """`python -m wds_train.storage.embedded stop`: what `make s3-stop` runs."""
+    """Run `python -m wds_train.storage.embedded stop`, which is what `make s3-stop` runs."""
     if sys.argv[1:] != ["stop"]:
         raise SystemExit(f"usage: python -m wds_train.storage.embedded stop, not {sys.argv[1:]}")
     try:

@@ -18,7 +18,7 @@ UNFINISHED = ".tmp-"  # begins the names of local files that are being written
 
 
 class LocalStore:
-    """A directory."""
+    """A store whose objects are the files below a directory."""
 
     fallbacks = 0
 

@@ -83,7 +83,7 @@ class S3Connection:
         self._client = None
 
     def ask(self, verb: str, key: str, **details: Any) -> dict[str, Any]:
-        """boto3's answer to one request, repeated until there is one."""
+        """The answer that boto3 got to one request, repeated until there is one."""
         inside(key, self.url)
         retry = self.retry()
         while True:
@@ -177,7 +177,7 @@ class S3Connection:
 
 
 def _sender(proxies: dict[str, str]) -> URLLib3Session:
-    """botocore's HTTP session, with the certificates that boto3 would use."""
+    """An HTTP session of botocore, with the certificates that boto3 would use."""
     bundle: Any = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE") or True
     limits: Any = (5, SOCKET_SECONDS)  # seconds to connect, and without a byte
     return URLLib3Session(verify=bundle, proxies=proxies, timeout=limits, max_pool_connections=32)

@@ -10,7 +10,7 @@ LOG_SECONDS = 30.0  # between lines where there is no terminal
 
 
 def say(message: str) -> None:
-    """A line for the person, above the progress bar if there is one."""
+    """Print a line for the person, above the progress bar if there is one."""
     with contextlib.suppress(OSError):  # a terminal that was closed must not end the training
         tqdm.write(message, file=sys.stderr)
 

@@ -57,7 +57,9 @@ class Tracker:
                 say(f"W&B did not end within {seconds:g} s and is left behind; the metrics are with the run")
 
     def log(self, record: Record, timing: Record) -> None:
-        """`record` is kept with the run and must be the same for a resumed and an unbroken run; `timing` need not."""
+        """Note a record. `record` is kept with the run and must be the same for a resumed and an unbroken run; `timing`
+        need not.
+        """
         self.pending.append(record)
         if self._thread is not None and self._thread.is_alive():
             self._queue.put(record | timing)
@@ -100,7 +102,7 @@ def _begin(manifest: RunManifest, folder: Path) -> Any:
 
 
 def _settings(run: RunManifest, folder: Path, mode: str) -> dict[str, Any]:
-    """W&B ignores `resume` offline: each attempt gets an id, and they share a group."""
+    """What W&B is told of the run. It ignores `resume` offline: each attempt gets an id, and they share a group."""
     identity = {"id": run.wandb_id, "resume": "allow"} if mode == "online" else {"id": f"{run.wandb_id}-{run.fence}"}
     return identity | {
         "project": os.environ.get("WANDB_PROJECT", "wds-train"),

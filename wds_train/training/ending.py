@@ -38,8 +38,8 @@ def ending(run: Run, stop: StopRequest, deterministic: bool) -> Iterator[None]:
 
 
 def _judged(run: Run, error: WdsTrainError, deterministic: bool) -> tuple[WdsTrainError, str | None]:
-    """What to tell of `error`, and the status that it gives the run. None where the manifest says it already, is another
-    instance's, or lies in a store that does not answer, which takes no last word either.
+    """What to tell of `error`, and the status that it gives the run. They are None where the manifest says it already,
+    is another instance's, or lies in a store that does not answer, which takes no last word either.
     """
     if isinstance(error, NotFinite):
         return _go_back(run, error, deterministic)
@@ -49,8 +49,9 @@ def _judged(run: Run, error: WdsTrainError, deterministic: bool) -> tuple[WdsTra
 
 
 def _go_back(run: Run, error: NotFinite, deterministic: bool) -> tuple[WdsTrainError, str | None]:
-    """As `_judged`, after a loss that is not finite, which was not committed. On a GPU the next attempt, from the newest
-    checkpoint, may round otherwise and pass; where the same arithmetic would only fail again, it is not tried.
+    """What to tell, and the run's status, after a loss that is not finite, which was not committed. On a GPU the next
+    attempt, from the newest checkpoint, may round otherwise and pass; where the same arithmetic would only fail again,
+    it is not tried.
     """
     _finish_commits(run)
     if not run.manifest.checkpoints or deterministic or not torch.cuda.is_available():
@@ -70,7 +71,7 @@ def _finish_commits(run: Run) -> None:
 
 
 def give_up(run: Run, status: str, **changes: Any) -> None:
-    """Say in the manifest how it ended. If the store does not let us, the lease runs out by itself."""
+    """Say in the manifest how the attempt ended. If the store does not let us, the lease runs out by itself."""
     try:
         run.end(status, **changes)
     except (StoreError, Interrupted) as error:

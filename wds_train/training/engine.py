@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -82,7 +83,7 @@ class Trainer:
         self.progress = Progress()
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """One optimizer step; its loss, a float32 scalar on the device."""
+        """Make one optimizer step; its loss, a float32 scalar on the device."""
         step = self.progress.step
         assert batch.step == step, f"the loader gave step {batch.step}, the trainer is at {step}"
         lr = self.lr(step)
@@ -148,9 +149,10 @@ class Trainer:
     def _advance(self, batch: Batch) -> None:
         """Count the step; at an epoch's first step the sums begin anew."""
         done = self.progress
-        lost = done.lost + len(batch.lost)
-        _refuse_lost(self, lost, "; ".join(f"{entry.shard}, key {entry.key}: {entry.cause}" for entry in batch.lost))
-        self.progress = replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=lost)
+        unreadable = done.lost + len(batch.unreadable)
+        named = "; ".join(f"{entry.shard}, key {entry.key}: {entry.cause}" for entry in batch.unreadable)
+        _refuse_unreadable(self, unreadable, named)
+        self.progress = replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=unreadable)
 
     def epoch_loss(self) -> float:
         """Mean training loss of the epoch so far, over all ranks; `NotFinite` when it, or a gradient, is not; `DataError`
@@ -158,18 +160,18 @@ class Trainer:
         """
         # One copy from the device for both.
         loss_sum, norm = torch.stack([self.loss_sum, self._largest_norm.double()]).tolist()
-        loss_sum, lost = self.ranks.total(loss_sum, self.progress.lost)
-        _refuse_lost(self, int(lost), "named by the ranks that met them")
+        loss_sum, unreadable = self.ranks.total(loss_sum, self.progress.lost)
+        _refuse_unreadable(self, int(unreadable), "named by the ranks that met them")
         mean = loss_sum / self.ranks.size / max(1, self.progress.loss_steps)
         _refuse_infinite(mean, norm, self.recipe, self.progress.step)
         return mean
 
-    def epoch_lost(self) -> int:
+    def epoch_unreadable(self) -> int:
         """The unreadable samples of the epoch so far, of all ranks."""
         return int(self.ranks.total(self.progress.lost)[0])
 
     def evaluated(self) -> None:
-        """The epoch is validated: its sums are done with."""
+        """Count the epoch as validated, and begin its sums anew."""
         self.progress = Progress(step=self.progress.step, evaluated=self.progress.evaluated + 1)
         self.loss_sum.zero_()
 
@@ -189,9 +191,11 @@ class Trainer:
             for name, value in metrics(total, samples).items()
         }
 
-    def snapshot(self) -> Snapshot | None:
-        """A copy of the state in host memory; training may go on at once. All ranks take part, the leader gets it."""
-        loss_sum, lost = self.ranks.total(self.loss_sum.item() / self.ranks.size, self.progress.lost)
+    def snapshot(self, **noted: Any) -> Snapshot | None:
+        """A copy of the state in host memory, with what is `noted` beside it; training may go on at once. All ranks take
+        part, the leader gets it.
+        """
+        loss_sum, unreadable = self.ranks.total(self.loss_sum.item() / self.ranks.size, self.progress.lost)
         if not self.ranks.leads:
             return None
         entries = entries_of(self.model, self.ema.module, self.optimizer)
@@ -204,7 +208,7 @@ class Trainer:
         extra = json.loads(json.dumps({"scalars": scalars, "scaler": self.scaler.state_dict()}))
         if self._teacher is not None:
             extra["teacher"] = self._teacher.fingerprint
-        return Snapshot(tensors, extra, replace(self.progress, loss_sum=loss_sum, lost=int(lost)))
+        return Snapshot(tensors, extra | noted, replace(self.progress, loss_sum=loss_sum, lost=int(unreadable)))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Become what `snapshot` holds; `RunError` when it is of another model, optimizer or teacher."""
@@ -234,18 +238,20 @@ def _sides(data: DataRecipe) -> dict[str, int]:
     return {f"data.{name}": getattr(data, name) for name in names if getattr(data, name)}
 
 
-def _refuse_lost(trainer: Trainer, lost: int, named: str) -> None:
-    """`DataError` when more samples of the epoch are unreadable than the recipe allows; `named`: which these were."""
+def _refuse_unreadable(trainer: Trainer, unreadable: int, named: str) -> None:
+    """Raise `DataError` when more samples of the epoch are unreadable than the recipe allows; `named`: which these
+    were.
+    """
     most = trainer.recipe.data.max_bad
-    if lost > most * trainer.steps_per_epoch * trainer.recipe.batch:
+    if unreadable > most * trainer.steps_per_epoch * trainer.recipe.batch:
         raise DataError(
-            f"{lost} samples of this epoch could not be read, more than the allowed share data.max_bad = "
+            f"{unreadable} samples of this epoch could not be read, more than the allowed share data.max_bad = "
             f"{most}; the last: {named}. Check the dataset with `wds-train verify`"
         )
 
 
 def _refuse_infinite(loss: float, norm: float, recipe: Recipe, step: int) -> None:
-    """`NotFinite` when the mean loss, or the largest norm of the gradients, is not."""
+    """Raise `NotFinite` when the mean loss, or the largest norm of the gradients, is not finite."""
     optimizer, at = recipe.optimizer, f"by step {step}"
     remedy = f"lower optimizer.lr (now {optimizer.lr})"
     if not math.isfinite(loss):
@@ -260,7 +266,7 @@ def _refuse_infinite(loss: float, norm: float, recipe: Recipe, step: int) -> Non
 
 
 def refuse_nondeterministic(recipe: Recipe, device: torch.device) -> None:
-    """`UsageError` for what PyTorch would only refuse in the midst of the first step."""
+    """Raise `UsageError` for what PyTorch would only refuse in the midst of the first step."""
     if recipe.model.blur_pool and device.type == "cuda":
         raise UsageError(
             "--deterministic cannot work with model.blur_pool = True on a GPU: PyTorch has no deterministic gradient of the "
@@ -269,8 +275,8 @@ def refuse_nondeterministic(recipe: Recipe, device: torch.device) -> None:
 
 
 def _tune_cuda() -> None:
-    """cuDNN tries its algorithms on every new size and keeps the fastest, which need not be the same the next time; TF32 for
-    what autocast leaves in float32.
+    """Let cuDNN try its algorithms on every new size and keep the fastest, which need not be the same the next time;
+    and use TF32 for what autocast leaves in float32.
     """
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -44,7 +44,7 @@ def _send(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _outcome(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; once one has failed, the others have LAST_SECONDS."""
+    """Wait for all ranks; once one has failed, the others have LAST_SECONDS."""
     deadline, asked = float("inf"), False
     while any(rank.poll() is None for rank in ranks):
         if deadline == float("inf") and any(rank.returncode for rank in ranks):

@@ -34,8 +34,8 @@ LAST_MOMENT = 2.0  # seconds of the last commit's time that are left to say how 
 
 @dataclass
 class Pace:
-    """Of the steps since the last record, which all ended with the GPU idle: a single step's time would hold the work of
-    those that the GPU was still doing, or none of its own.
+    """How fast the steps since the last record were, taken together up to one that ended with the GPU idle: a single
+    step's time would hold the work of those that the GPU was still doing, or none of its own.
     """
 
     steps: int = 0
@@ -46,7 +46,7 @@ class Pace:
         self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + waited + worked
 
     def drain(self, batch: int) -> dict[str, float]:
-        """Images a second, and the share of the time that was waited for data."""
+        """The images a second since the last call, and the share of the time that was waited for data."""
         timing = {"time/img_s": self.steps * batch / self.seconds, "time/data_wait": self.waited / self.seconds}
         self.steps, self.waited, self.seconds = 0, 0.0, 0.0
         return timing
@@ -73,8 +73,8 @@ class Session:
         self._val_samples = datasets[0].manifest.split("val").samples
 
     def fork(self, start: int, cache: BlockCache | None) -> None:
-        """Begin to read, for the steps from `start` on. Before this process has threads or uses a GPU: loader workers are
-        forked, and a forked child survives neither.
+        """Begin to read, for the steps from `start` on. It is to be called before this process has threads or uses a
+        GPU: loader workers are forked, and a forked child survives neither.
         """
         self._loader = make_loader(self._options, self._datasets, range(start, self._total), self._ranks, cache)
         self._val_loader = make_val_loader(self._options, self._datasets[0], self._ranks)
@@ -112,7 +112,7 @@ class Session:
 
     def run_to_end(self) -> None:
         with SpotWatch(self._stop) as self._spot:
-            self._progress = Bar(
+            self._bar = Bar(
                 self._total, self._trainer.progress.step, self._options.recipe.batch, shown=self._ranks.leads
             )
             try:
@@ -120,7 +120,7 @@ class Session:
             except _Stopped:
                 self._interrupt()
             finally:
-                self._progress.close()
+                self._bar.close()
             while not self._run.committer.wait(0.2):
                 if self._stop.cause:
                     self._interrupt()
@@ -170,8 +170,8 @@ class Session:
 
     def _step(self, batch: Batch, waited: float) -> None:
         start = time.perf_counter()
-        for lost in batch.lost:
-            say(f"unreadable sample: {lost.shard}, key {lost.key}: {lost.cause}")
+        for entry in batch.unreadable:
+            say(f"unreadable sample: {entry.shard}, key {entry.key}: {entry.cause}")
         with lost_ranks():
             loss = self._trainer.step(batch)
         done, shown = self._trainer.progress.step, None
@@ -186,7 +186,7 @@ class Session:
             timing = self._pace.drain(self._options.recipe.batch) | self._drain_commit_timing()
             timing |= {"s3/fallbacks": self._loader.fallbacks} if self._loader.fallbacks else {}
             self._tracker.log(record, timing)
-        self._progress.step(done, shown)
+        self._bar.step(done, shown)
 
     def _end_epoch(self) -> None:
         """Validate and commit."""
@@ -194,22 +194,22 @@ class Session:
         loss = trainer.epoch_loss()
         with lost_ranks():
             metrics = trainer.evaluate(self._looking_up(on_device(self._val_loader, trainer.device)), self._val_samples)
-        lost = trainer.epoch_lost()
+        unreadable = trainer.epoch_unreadable()
         trainer.evaluated()
         epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
-        record = {"step": trainer.progress.step, "epoch": float(epoch), "epoch/loss": loss, "epoch/lost": lost}
+        record = {"step": trainer.progress.step, "epoch": float(epoch), "epoch/loss": loss, "epoch/lost": unreadable}
         self._tracker.log(record | metrics, {})
         self._say(
             f"epoch {epoch:3d}/{epochs}  loss {loss:.3f}  "
             f"top-1 {metrics['val/top1']:.2f} %  EMA {metrics['val/top1_ema']:.2f} %"
-            + (f"  {lost} unreadable" if lost else "")
+            + (f"  {unreadable} unreadable" if unreadable else "")
             + (f"  {self._loader.fallbacks} ranges asked for twice" if self._loader.fallbacks else "")
         )
         done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
         self._commit(metrics, **done)
 
     def _looking_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The ranks' numbers of batches differ by one: they look up together before those that all have."""
+        """The batches, with a look up before each that all ranks have: their numbers of batches differ by one."""
         shared = -(-self._val_samples // min(self._options.recipe.batch, EVAL_BATCH)) // self._ranks.size
         for number, batch in enumerate(batches):
             if number < shared:
@@ -218,9 +218,8 @@ class Session:
 
     def _commit(self, metrics: dict[str, float], **changes: Any) -> None:
         start = time.perf_counter()
-        snapshot, records = self._trainer.snapshot(), self._tracker.drain()
+        snapshot, records = self._trainer.snapshot(classes=self._classes), self._tracker.drain()
         if snapshot is not None:
-            snapshot.extra["classes"] = self._classes
             self._run.committer.commit(snapshot, metrics, records, **changes)
         self._saved, self._saved_at = self._trainer.progress, time.monotonic()
         self._commit_timing["commit/stall_ms"] = (time.perf_counter() - start) * 1000
@@ -261,7 +260,9 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 
 def _is_logged(step: int, epoch_steps: int) -> bool:
-    """A function of the step alone, so that a resumed run logs what the unbroken one does."""
+    """Whether the step has a record: a function of the step alone, so that a resumed run logs what the unbroken one
+    does.
+    """
     return step % min(LOG_STEPS, max(1, epoch_steps // LOGS_PER_EPOCH)) == 0
 
 
@@ -279,4 +280,4 @@ def _outcome(step: int, total: int, where: str, committed: bool) -> str:
 
 
 class _Stopped(Exception):
-    """Asked to stop, between two steps or two batches of a validation."""
+    """The training was asked to stop, between two steps or two batches of a validation."""

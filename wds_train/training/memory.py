@@ -7,22 +7,24 @@ from wds_train.training.engine import Trainer
 
 
 def fit_accumulation(trainer: Trainer) -> int:
-    """Double `trainer.accumulate` until a forward and backward pass over a micro-batch of the largest images fits; the
-    outcome. `RunError` when that of a single sample does not. Nothing else of the trainer or of any generator changes.
+    """The micro-batches that a batch of `trainer` must be cut into: its own `accumulate`, doubled until a forward and
+    backward pass over a micro-batch of the largest images fits. `RunError` when that of a single sample does not. Nothing
+    of the trainer or of any generator changes.
 
     Uses the bare model: no other rank has to take part, and what one needs may differ from the others.
     """
+    accumulate = trainer.accumulate
     while True:
-        micro = -(-trainer.samples // trainer.accumulate)
+        micro = -(-trainer.samples // accumulate)
         if _fits(trainer, micro):
-            return trainer.accumulate
+            return accumulate
         if micro == 1:
             recipe = trainer.recipe
             raise RunError(
                 f"a training step of {recipe.model.name} on a single image of {recipe.data.size} pixels does not fit in the "
                 f"memory of {trainer.device}; lower data.size, choose a smaller model, or a device with more memory"
             )
-        trainer.accumulate = min(trainer.samples, 2 * trainer.accumulate)
+        accumulate = min(trainer.samples, 2 * accumulate)
 
 
 def _fits(trainer: Trainer, samples: int) -> bool:

@@ -61,7 +61,7 @@ class Ranks:
         return torch.device("cuda", self.local)
 
     def announce(self, content: dict[str, Any]) -> None:
-        """The leader's first word to the others; before `connect`, which threads come with."""
+        """Tell the others the leader's first word. It is to be called before `connect`, which threads come with."""
         if self.size > 1:
             with lost_ranks():
                 self._store = _meeting()
@@ -108,7 +108,9 @@ class Ranks:
         return tensor.tolist()
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """`model`, whose backward pass averages the gradients over all ranks; with the leader's weights and buffers."""
+        """The `model`, whose backward pass averages the gradients over all ranks; with the leader's weights and
+        buffers.
+        """
         if self._group is None:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -142,8 +144,8 @@ def _variable(name: str, default: int) -> int:
 
 
 def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
-    """`UsageError` when this machine has an NVIDIA GPU that PyTorch cannot use: the training would go on unseen on the CPU,
-    which takes a hundred times as long.
+    """Raise `UsageError` when this machine has an NVIDIA GPU that PyTorch cannot use: the training would go on unseen
+    on the CPU, which takes a hundred times as long.
     """
     if torch.cuda.is_available():
         return
@@ -168,7 +170,7 @@ def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
 
 
 def _nvidia_driver() -> str:
-    """The version that `nvidia-smi` names; empty without it, or where it finds no GPU."""
+    """The driver's version that `nvidia-smi` names; empty without it, or where it finds no GPU."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
@@ -179,7 +181,9 @@ def _nvidia_driver() -> str:
 
 @contextmanager
 def lost_ranks() -> Iterator[None]:
-    """What the backends raise when another rank is gone: gloo a bare RuntimeError, with its own file's name in it."""
+    """Translate what the backends raise when another rank is gone: gloo a bare RuntimeError, with its own file's name
+    in it.
+    """
     try:
         yield
     except RuntimeError as error:

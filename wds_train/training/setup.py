@@ -88,7 +88,7 @@ def sizes(options: TrainOptions) -> list[int]:
 
 
 def epoch_steps(options: TrainOptions, datasets: list[Dataset]) -> int:
-    """Of an epoch, which is the first dataset's."""
+    """How many steps an epoch has, which is one of the first dataset."""
     return datasets[0].manifest.split("train").samples // sizes(options)[0]
 
 

@@ -94,8 +94,8 @@ class SpotWatch:
 
 
 def _seconds_left(action: bytes) -> float:
-    """From now to the time in {"action": "terminate", "time": "2026-01-31T08:22:00Z"}; by default what AWS promises, as
-    where that time is past already: then this machine's clock is wrong.
+    """How long it is from now to the time in {"action": "terminate", "time": "2026-01-31T08:22:00Z"}; by default what
+    AWS promises, as where that time is past already: then this machine's clock is wrong.
     """
     try:
         left = (datetime.fromisoformat(json.loads(action)["time"]) - datetime.now(UTC)).total_seconds()

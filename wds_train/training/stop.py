@@ -17,8 +17,9 @@ LOOK_SECONDS = 0.5  # between two looks at the deadline
 
 
 class StopRequest:
-    """That a training is to end, why, and by when: the loop reads it between steps, and a thread of its own ends the process
-    when the time is up, whatever hangs. The first cause is the one that is told, the earliest deadline the one that counts.
+    """Knows that a training is to end, why, and by when: the loop reads it between steps, and a thread of its own ends
+    the process when the time is up, whatever hangs. The first cause is the one that is told, the earliest deadline the
+    one that counts.
 
     Asked by SIGTERM, SIGINT, SIGHUP (a terminal that was closed) and whoever calls `ask`. SIGTERM or SIGINT again stops at
     once; SIGHUP comes twice by itself, from the kernel and from the shell.
@@ -79,12 +80,14 @@ class StopRequest:
         leave(self.code)
 
     def check(self) -> None:
-        """Raise `Interrupted` if asked to stop. For the time before the training, when there is nothing to commit."""
+        """Raise `Interrupted` if asked to stop. This is for the time before the training, when there is nothing to
+        commit.
+        """
         if self.cause:
             raise Interrupted(f"stopped by {self.cause} before the training began; nothing was changed")
 
     def sleep(self, seconds: float) -> None:
-        """`time.sleep`, with `check`s."""
+        """Sleep as `time.sleep` does, with a `check` now and then."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             self.check()
@@ -93,8 +96,9 @@ class StopRequest:
 
 
 def _tell(line: str) -> None:
-    """Not print(): its buffer may be in use in the very code that a signal interrupted. Where nobody listens any more, as in
-    a terminal that was closed, no later line may fail either: it would end the training before its last commit.
+    """Write a line to stderr, without print(): its buffer may be in use in the very code that a signal interrupted.
+    Where nobody listens any more, as in a terminal that was closed, no later line may fail either: it would end the
+    training before its last commit.
     """
     try:
         os.write(2, line.encode())

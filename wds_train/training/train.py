@@ -97,7 +97,9 @@ def _follow(store: Store, announced: dict[str, Any]) -> tuple[Run, Snapshot | No
 
 
 def _be_deterministic() -> None:
-    """Only algorithms that give the same bits each time; on GPUs slower, on CPUs no other than the usual ones."""
+    """Let PyTorch use only algorithms that give the same bits each time; on GPUs slower, on CPUs no other than the
+    usual ones.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's condition, read when CUDA starts
     torch.use_deterministic_algorithms(True)
 
@@ -120,7 +122,7 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None) -> None:
 
 
 def _picture(run: Run, options: TrainOptions) -> Path:
-    """Two runs of one name in different stores get different folders."""
+    """Where the curves are drawn: two runs of one name in different stores get different folders."""
     from wds_train.tracking.curves import draw_curves
 
     place = f"{run.manifest.run}-{hashlib.sha256(options.run.encode()).hexdigest()[:6]}"

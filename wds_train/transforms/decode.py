@@ -38,7 +38,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageInfo(NamedTuple):
-    """`width` and `height` of the upright image, in pixels."""
+    """What an image's header says. `width` and `height` of the upright image, in pixels."""
 
     width: int
     height: int
@@ -148,7 +148,7 @@ def _checked(box: Box, info: ImageInfo) -> Box:
 
 
 def _pillow_crop(data: bytes | memoryview, box: Box) -> NDArray[np.uint8]:
-    """`box` of the upright image, uint8 [height, width, 3]."""
+    """The `box` of the upright image, uint8 [height, width, 3]."""
     image = _open(data)
     left, top, width, height = _checked(box, ImageInfo(*image.size))
     image = image.crop((left, top, left + width, top + height))

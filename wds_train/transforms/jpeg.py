@@ -28,8 +28,8 @@ LEFT_OVER = "extraneous bytes before marker 0xd9"
 
 
 class Header(NamedTuple):
-    """`width` and `height` as stored, in pixels; `orientation` as in EXIF, 1 (upright) to 8; `frame`: offset of the
-    frame header's content; `simple`: all pixels in one sequential scan, without restart markers.
+    """What a JPEG's header says. `width` and `height` as stored, in pixels; `orientation` as in EXIF, 1 (upright) to 8;
+    `frame`: offset of the frame header's content; `simple`: all pixels in one sequential scan, without restart markers.
     """
 
     width: int

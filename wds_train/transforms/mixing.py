@@ -40,7 +40,7 @@ class Mixing:
         return self._mixup is not None
 
     def __call__(self, step: int, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`images`, float32 [n, 3, h, w], changed in place, and their targets."""
+        """The `images`, float32 [n, 3, h, w], changed in place, and their targets."""
         if self._mixup is None and self._erase is None:
             return images, labels
         targets = []

@@ -33,13 +33,13 @@ def orientation(data: bytes | memoryview) -> int:
 
 
 def upright(image: Image.Image, data: bytes | memoryview) -> Image.Image:
-    """`image`, which `data` holds, turned as its EXIF says."""
+    """The `image`, which `data` holds, turned as its EXIF says."""
     turn = UPRIGHT.get(orientation(data))
     return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """In 8-bit RGB: of 16 bits the upper 8, which `convert` would clip at 255 instead."""
+    """The image in 8-bit RGB: of 16 bits the upper 8, which `convert` would clip at 255 instead."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")

@@ -51,7 +51,9 @@ def _policies(auto_augment: str, jitter: tuple[float, ...], mean: tuple[float, .
 
 
 def _auto_augment(name: str, mean: tuple[float, ...], side: int) -> Policy:
-    """timm's, with the settings of its `create_transform`, or torchvision's, with those of its training reference."""
+    """The policy of that name: timm's, with the settings of its `create_transform`, or torchvision's, with those of its
+    training reference.
+    """
     if name == "trivial":
         from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
@@ -78,8 +80,9 @@ def _auto_augment(name: str, mean: tuple[float, ...], side: int) -> Policy:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm may ask to keep 0 bits or fewer, with `rand-m9-mstd0.5-inc1` for one image of 660. Older Pillows made it black; an
-    exception, as of Pillow 13, would end the training.
+    """Posterize as Pillow does, but black for no bits: timm may ask to keep 0 bits or fewer, with
+    `rand-m9-mstd0.5-inc1` for one image of 660. Older Pillows made it black; an exception, as of Pillow 13, would end
+    the training.
     """
     if bits >= 8:
         return image
