@@ -84,7 +84,7 @@ def recognise(root: Path) -> str:
 
 
 def _holds_classes(root: Path) -> bool:
-    """Whether folders say the classes: those in `root`, or in its splits wherever. Of images further down a table says it."""
+    """Whether folders say the classes: those in `root`, or in its splits wherever. A table says those of images that lie further down."""
     try:
         base, splits = find_splits(root)
         return (base == root or base not in splits.values()) and bool(class_ids(splits["train"]))

@@ -1,4 +1,4 @@
-"""From the scans of a source to its splits: keys made distinct, a share held out."""
+"""What the scans of a source become, its splits: keys made distinct, a share held out."""
 
 import hashlib
 from collections import Counter

@@ -334,7 +334,7 @@ def _final(run: Path) -> Snapshot:
 
 
 def accumulation(work: Work, rows: Rows) -> None:
-    """(e) As many micro-batches as a batch takes that is too large for any memory."""
+    """(e) The micro-batches that a batch takes which is too large for any memory, and their speed."""
     scale, device = work.scale, work.device
 
     def measured() -> dict[str, Any]:

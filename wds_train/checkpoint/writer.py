@@ -28,7 +28,7 @@ class Writer:
         self._closed = threading.Event()
 
     def start_renewing(self) -> None:
-        """Renew the lease from here on. To be called once this process forks no more: a forked child would inherit the
+        """Renew the lease from here on. It is to be called once this process forks no more: a forked child would inherit the
         lock, perhaps held.
         """
         if self.leads:

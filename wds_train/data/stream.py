@@ -1,20 +1,4 @@
-"""The loader. What a batch goes through, all of it inside one loader worker:
-
-    requests   (order.py)  for every lane of this worker, the windows that come next, in the order of the step that
-                           first needs them: Request(step, epoch, lane, ids)
-    fetch      (store.py)  ranged GETs of whole blocks by a few threads, a bounded number of bytes ahead; every
-                           sample's CRC is checked, a damaged one is fetched again: Fetched(request, records)
-    assemble               step by step, the next samples of each lane: Part(step, places, ids, records)
-    decode     (decode.py) crop, resize and flip straight into the worker's slot of shared memory, then the policies of
-                           the recipe (policies.py), in place: Decoded
-
-and in the trainer's process:
-
-    merge                  the parts of one step, of all workers, copied in lane order (into pinned memory, for a GPU): Batch
-
-The stages are a `webdataset.DataPipeline` behind `webdataset.WebLoader`. Nothing is consumed that a state would have
-to hold: a loader starts at any step, and its batches are the same for every number of ranks and workers.
-"""
+"""An epoch's samples in the order of the training, read through the real loader."""
 
 import itertools
 from collections.abc import Iterator

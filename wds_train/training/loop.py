@@ -149,7 +149,7 @@ class Session:
 
     def _look_up(self) -> bool:
         """Whether it is time for a commit. Raises what ends the training: `_Stopped` when any rank was asked to stop, and
-        what `Run.check` raises. All ranks look up at the same step, and come to the same answer.
+        what `Committer.check` raises. All ranks look up at the same step, and come to the same answer.
         """
         self._run.committer.check()
         if self._spot.rebalance and not self._rebalance_said:

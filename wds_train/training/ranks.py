@@ -76,7 +76,7 @@ class Ranks:
             return json.loads(self._store.get(FIRST_WORD))
 
     def connect(self) -> None:
-        """Join the other ranks. To be called once this process forks no more."""
+        """Join the other ranks. It is to be called once this process forks no more."""
         if self.size == 1:
             return
         assert self._store is not None, "connect() comes after announce()"

@@ -34,7 +34,7 @@ class StopRequest:
         self._signals: set[int] = set()
 
     def listen(self) -> Self:
-        """Heed signals. To be called before the imports that take seconds, so that one during these is not lost."""
+        """Heed signals. It is to be called before the imports that take seconds, so that one during these is not lost."""
         numbers = [signal.SIGTERM, signal.SIGINT]
         # `nohup` ignores it. A rank heeds it in any case: it says that the launcher died, and no terminal sends it there.
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN or "WDS_LAUNCHER" in os.environ:
