@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fault_proxy import FaultProxy
 from outcomes import assert_nothing_named_is_missing, assert_same_end
 from trainers import EPOCHS, POISON, STEPS_PER_EPOCH, Job, Training, all_ended
@@ -25,7 +24,7 @@ from wds_train.errors import Interrupted, NotFinite, RunError, WdsTrainError
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 from wds_train.storage.s3 import S3Store
-from wds_train.training.ending import ending as _ending
+from wds_train.training.ending import ending
 from wds_train.training.stop import StopRequest
 
 LONG = ("schedule.epochs=400",)
@@ -104,14 +103,13 @@ def test_an_interruption_commits_no_broken_weights(small: str, tmp_path: Path) -
     assert read_run(store)[0].status == "failed"
 
 
-def ended_by_a_loss_of_nan(run: Run, *, deterministic: bool) -> WdsTrainError:
-    with pytest.raises(WdsTrainError) as caught, _ending(run, StopRequest(), deterministic):
+def ended_by_a_loss_of_nan(run: Run, *, repeats: bool) -> WdsTrainError:
+    with pytest.raises(WdsTrainError) as caught, ending(run, StopRequest(), repeats=repeats):
         raise NotFinite("the loss is nan")
     return caught.value
 
 
 def test_on_a_gpu_the_run_goes_back_twice_and_then_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("wds_train.checkpoint.lease.is_gone", lambda owner: True)
     store = open_store(str(tmp_path / "run"))
     fresh = RunManifest("r", {}, {"url": "d", "fingerprint": "f"}, "w")
@@ -119,11 +117,11 @@ def test_on_a_gpu_the_run_goes_back_twice_and_then_fails(tmp_path: Path, monkeyp
     first.committer.commit(Snapshot({}, {"scaler": {}}, Progress(7)), {}, [])
     first.committer.wait()
     for number in (1, 2):
-        error = ended_by_a_loss_of_nan(Run.claim(store, fresh, print), deterministic=False)
+        error = ended_by_a_loss_of_nan(Run.claim(store, fresh, print), repeats=False)
         assert isinstance(error, Interrupted)
         assert str(error) == f"the loss is nan; the next start goes back to step 7 (return {number} of 2)"
         assert read_run(store)[0].status == "interrupted"
-    error = ended_by_a_loss_of_nan(Run.claim(store, fresh, print), deterministic=False)
+    error = ended_by_a_loss_of_nan(Run.claim(store, fresh, print), repeats=False)
     assert isinstance(error, RunError)
     assert str(error) == "the loss is nan; 2 returns to a checkpoint did not help"
     assert read_run(store)[0].status == "failed"
@@ -139,7 +137,7 @@ def test_a_failure_does_not_throw_away_the_commit_under_way(tmp_path: Path, monk
 
     monkeypatch.setattr(store, "write", slowly)
     run.committer.commit(Snapshot({}, {"scaler": {}}, Progress(7)), {}, [])
-    ended_by_a_loss_of_nan(run, deterministic=True)
+    ended_by_a_loss_of_nan(run, repeats=True)
     manifest, _ = read_run(store)
     assert (manifest.status, [c.progress.step for c in manifest.checkpoints]) == ("failed", [7])
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from torch.distributed import TCPStore
-from trainers import SETTINGS, STEPS_PER_EPOCH, Job, Training, all_ended, make_dataset, wait_for_commit
+from trainers import HOLD, SETTINGS, STEPS_PER_EPOCH, Job, Training, all_ended, make_dataset, wait_for_commit
 
 from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.run import Run
@@ -176,3 +176,14 @@ def test_a_wrong_place_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, va
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         Ranks.of_environment()
+
+
+def test_a_rank_that_is_lost_after_the_last_commit_leaves_a_done_run_done(job: Job) -> None:
+    held = replace(job, point="after the manifest", nth=EPOCHS, sent=HOLD)
+    trainings = start(held, 2)
+    with all_ended(trainings):
+        trainings[0].until("held at")
+        trainings[1].end(signal.SIGKILL)
+        assert trainings[0].end() == 0, trainings[0].output
+    assert "the run is done all the same (contact with the other ranks is lost" in trainings[0].output
+    assert read_run(open_store(job.run))[0].status == "done"

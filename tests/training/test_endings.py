@@ -17,6 +17,7 @@ from fault_proxy import FaultProxy
 from trainers import SETTINGS, Job, Training, all_ended, wait_for_commit
 
 from wds_train.checkpoint.lease import read_run
+from wds_train.cli import main
 from wds_train.storage.open import open_store
 
 LONG = ("schedule.epochs=400",)
@@ -136,6 +137,51 @@ def test_a_silent_wandb_delays_neither_the_start_nor_the_end(
         assert trainings[0].end() == 0, trainings[0].output
         assert time.monotonic() - began < 12
     assert "W&B did not end within 2 s and is left behind" in trainings[0].output
+    assert read_run(open_store(job.run))[0].status == "done"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_that_hangs_does_not_cost_the_newest_state(
+    small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path, workers: int
+) -> None:
+    assert main(["shards", str(Path(small).with_name("images")), f"{s3_url}/data"]) == 0
+    hasty = {"data.fetch.AHEAD_BYTES": 1, "training.loop.DATA_SECONDS": 1.0}
+    job = Job(f"{s3_url}/data", str(tmp_path / "run"), str(tmp_path), settings=LONG, constants=hasty, workers=workers)
+    trainings = [Training(job)]
+    with all_ended(trainings):
+        trainings[0].until("epoch   1/400")
+        fault_proxy.fail("hang", method="GET", key="shard-", times=float("inf"))
+        steps = -1
+        while len(trainings[0].steps()) > steps:
+            steps = len(trainings[0].steps())
+            time.sleep(1)
+        began = time.monotonic()
+        assert trainings[0].end(signal.SIGTERM) == 75, trainings[0].output
+        assert time.monotonic() - began < 10
+    assert re.search(rf"at step {steps} of 4400, state committed", trainings[0].output)
+    assert read_run(open_store(job.run))[0].checkpoints[-1].progress.step == steps
+
+
+def test_metrics_that_hang_delay_the_end_of_a_done_run_by_seconds(
+    small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    job = Job(small, f"{s3_url}/run", str(tmp_path), constants={"training.train.CURVES_SECONDS": 1.0})
+    fault_proxy.fail("hang", method="GET", key="metrics/", times=float("inf"))
+    trainings = [Training(job)]
+    with all_ended(trainings):
+        trainings[0].until("epoch   4/4")
+        assert trainings[0].end(seconds=20) == 0, trainings[0].output
+    assert re.search(r"curves   could not be drawn \(s3://.*/run did not answer within 1 s\)", trainings[0].output)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_at_the_last_commit_leaves_a_done_run_done(small: str, tmp_path: Path, when: str) -> None:
+    job = Job(small, str(tmp_path / "run"), str(tmp_path), point=f"{when} the manifest", nth=4, sent=signal.SIGTERM)
+    trainings = [Training(job)]
+    with all_ended(trainings):
+        assert trainings[0].end() == 0, trainings[0].output
+    assert "SIGTERM: stopping" in trainings[0].output
     assert read_run(open_store(job.run))[0].status == "done"
 
 

@@ -12,7 +12,6 @@ have uploaded at that moment carries its own fence in the key: named by nobody, 
 
 import contextlib
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.writer import Writer
 from wds_train.errors import AccessDenied, Conflict, NotFound, RunError, StoreError, Unavailable
 from wds_train.storage.base import Store
+from wds_train.storage.within import within
 
 LAST_WORD_SECONDS = 5.0
 READERS = 8  # of metrics, at a time
@@ -168,21 +168,8 @@ class Run:
         self.writer.close()
         if not self.writer.leads or (self.manifest.status == status and not changes):
             return
-        failed: list[Exception] = []
-
-        def write() -> None:
-            try:
-                self.writer.write(lambda manifest: replace(manifest.ended(status), **changes))
-            except Exception as error:
-                failed.append(error)
-
-        last = threading.Thread(target=write, name="last word", daemon=True)
-        last.start()
-        last.join(LAST_WORD_SECONDS)
-        if last.is_alive():
-            raise Unavailable(f"{self.store.url} did not answer within {LAST_WORD_SECONDS:g} s")
-        if failed:
-            raise failed[0]
+        last = partial(self.writer.write, lambda manifest: replace(manifest.ended(status), **changes))
+        within(LAST_WORD_SECONDS, last, self.store.url)
 
     def _collect_orphans(self) -> None:
         """Delete what a killed instance uploaded and never named. Safe for fences up to ours: they can name nothing more."""

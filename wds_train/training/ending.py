@@ -4,8 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from wds_train.checkpoint.run import Run
 from wds_train.errors import Interrupted, NotFinite, RanksLost, RunError, StoreError, Unavailable, WdsTrainError, tell
 from wds_train.tracking.console import say
@@ -16,15 +14,16 @@ ROLLBACKS = 2  # per run, after a loss that is not finite
 
 
 @contextlib.contextmanager
-def ending(run: Run, stop: StopRequest, deterministic: bool) -> Iterator[None]:
+def ending(run: Run, stop: StopRequest, *, repeats: bool) -> Iterator[None]:
     """How a training ends that does not get to its end: the cause is told, and then the manifest says so, too, if the store
-    takes that last word within seconds. A run that is done stays done, whatever fails after its last commit.
+    takes that last word within seconds. A run that is done stays done, whatever fails after its last commit. `repeats`: whether
+    the same steps would round in the same way again.
     """
     try:
         yield
     except WdsTrainError as caught:
         stop.doing = f"the last word to {run.store.url}"
-        error, status = _judged(run, caught, deterministic)
+        error, status = _judged(run, caught, repeats)
         if run.manifest.status != "done":
             tell(error)
             if status is not None:
@@ -37,24 +36,24 @@ def ending(run: Run, stop: StopRequest, deterministic: bool) -> Iterator[None]:
         raise error from caught
 
 
-def _judged(run: Run, error: WdsTrainError, deterministic: bool) -> tuple[WdsTrainError, str | None]:
+def _judged(run: Run, error: WdsTrainError, repeats: bool) -> tuple[WdsTrainError, str | None]:
     """What to tell of `error`, and the status that it gives the run. They are None where the manifest says it already,
     is another instance's, or lies in a store that does not answer, which takes no last word either.
     """
     if isinstance(error, NotFinite):
-        return _go_back(run, error, deterministic)
+        return _go_back(run, error, repeats)
     if isinstance(error, RanksLost):
         return error, "interrupted"
     return error, None if isinstance(error, Interrupted | Unavailable) else "failed"
 
 
-def _go_back(run: Run, error: NotFinite, deterministic: bool) -> tuple[WdsTrainError, str | None]:
+def _go_back(run: Run, error: NotFinite, repeats: bool) -> tuple[WdsTrainError, str | None]:
     """What to tell, and the run's status, after a loss that is not finite, which was not committed. On a GPU the next
     attempt, from the newest checkpoint, may round otherwise and pass; where the same arithmetic would only fail again,
     it is not tried.
     """
     _finish_commits(run)
-    if not run.manifest.checkpoints or deterministic or not torch.cuda.is_available():
+    if not run.manifest.checkpoints or repeats:
         return error, "failed"
     if run.manifest.rollbacks == ROLLBACKS:
         return RunError(f"{error}; {ROLLBACKS} returns to a checkpoint did not help"), "failed"

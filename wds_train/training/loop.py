@@ -5,7 +5,8 @@ step; while validating, between batches: the validation is then repeated after t
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from wds_train.training.stop import StopRequest
 
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
+DATA_SECONDS = 10.0  # for the batch that is waited for when the training is asked to stop
 LAST_MOMENT = 2.0  # seconds of the last commit's time that are left to say how it went
 
 
@@ -137,7 +139,7 @@ class Session:
         self._rebalance_said = False
         self._commit_timing: dict[str, float] = {}
         self._pace = Pace()
-        batches = _timed(on_device(self._loader, trainer.device))
+        batches = _timed(on_device(self._in_time(self._loader), trainer.device))
         while trainer.progress.evaluated * epoch_steps < self._total:
             if self._look_up():
                 trainer.epoch_loss()
@@ -193,7 +195,8 @@ class Session:
         trainer = self._trainer
         loss = trainer.epoch_loss()
         with lost_ranks():
-            metrics = trainer.evaluate(self._looking_up(on_device(self._val_loader, trainer.device)), self._val_samples)
+            batches = self._looking_up(on_device(self._in_time(self._val_loader), trainer.device))
+            metrics = trainer.evaluate(batches, self._val_samples)
         unreadable = trainer.epoch_unreadable()
         trainer.evaluated()
         epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
@@ -207,6 +210,26 @@ class Session:
         )
         done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
         self._commit(metrics, **done)
+
+    def _in_time(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, read in a thread: a training that was asked to stop waits for the next one DATA_SECONDS at most. The
+        run's store can take the last commit while the dataset's hangs.
+        """
+        reader, items = ThreadPoolExecutor(1, "batches"), iter(batches)
+        try:
+            while (batch := self._awaited(reader.submit(next, items, None))) is not None:
+                yield batch
+        finally:
+            reader.shutdown(wait=False)
+
+    def _awaited(self, coming: Future[Batch | None]) -> Batch | None:
+        until = float("inf")
+        while not wait([coming], 0.5).done:
+            if self._stop.cause:
+                until = min(until, time.monotonic() + DATA_SECONDS)
+            if time.monotonic() > until:
+                raise _Stopped
+        return coming.result()
 
     def _looking_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with a look up before each that all ranks have: their numbers of batches differ by one."""

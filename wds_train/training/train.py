@@ -20,6 +20,7 @@ from wds_train.errors import Interrupted
 from wds_train.home import home
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
+from wds_train.storage.within import within
 from wds_train.tracking.console import say
 from wds_train.tracking.wandb import Tracker
 from wds_train.training.ending import ending
@@ -29,6 +30,8 @@ from wds_train.training.options import TrainOptions
 from wds_train.training.ranks import Ranks
 from wds_train.training.setup import fresh_run, make_cache, of_same_classes, refuse
 from wds_train.training.stop import StopRequest
+
+CURVES_SECONDS = 15.0  # for the metrics that the curves are drawn from, once the run is done
 
 
 def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
@@ -49,7 +52,7 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
             say(f"run {options.run} is done already; to train again, choose another run: make train RUN=another")
     else:
         try:
-            with tracker, ending(run, stop, options.deterministic):
+            with tracker, ending(run, stop, repeats=_repeats(options, ranks)):
                 session = Session(options, datasets, run, stop, ranks=ranks, tracker=tracker)
                 session.fork(snapshot.progress.step if snapshot else 0, cache)
                 session.connect()
@@ -73,7 +76,7 @@ def _lead(
         refuse(options, datasets, store, ranks)
         fresh = fresh_run(options, datasets)
         run = Run.claim(store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every)
-        with ending(run, stop, options.deterministic):
+        with ending(run, stop, repeats=_repeats(options, ranks)):
             snapshot = None if run.manifest.status == "done" else run.restore(say)
     except BaseException:
         ranks.announce({})
@@ -104,6 +107,11 @@ def _be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def _repeats(options: TrainOptions, ranks: Ranks) -> bool:
+    """Whether the same steps, taken again, round in the same way."""
+    return options.deterministic or ranks.device.type == "cpu"
+
+
 def _close(run: Run, options: TrainOptions, wandb_at: str | None) -> None:
     """Say how it went, where things are, and what to type next."""
     result = run.manifest.result
@@ -127,5 +135,6 @@ def _picture(run: Run, options: TrainOptions) -> Path:
 
     place = f"{run.manifest.run}-{hashlib.sha256(options.run.encode()).hexdigest()[:6]}"
     path = home() / "runs" / place / "curves.png"
-    draw_curves(run.history(), options.recipe, f"{options.run}: {run.manifest.recipe['name']}", path)
+    history = within(CURVES_SECONDS, run.history, run.store.url)
+    draw_curves(history, options.recipe, f"{options.run}: {run.manifest.recipe['name']}", path)
     return Path(os.path.relpath(path))
