@@ -104,6 +104,7 @@ def test_a_rollback_forgets_what_came_after(
     )
     assert (run / "manifest.json").read_bytes() == end
     assert answer(capsys, "rollback", run, "--to", 33)[0] == 0
+    assert answer(capsys, "rollback", run, "--to", 33) == (0, f"{run} is at step 33, its last; nothing is changed\n")
     assert len(list(run.glob("ckpt/*"))) == 2
     manifest = RunManifest.from_json((run / "manifest.json").read_bytes(), "here")
     assert (manifest.status, manifest.checkpoints[-1].progress.step, manifest.result) == ("interrupted", 33, {})
@@ -120,7 +121,7 @@ def test_a_rollback_to_the_last_step_of_a_done_run_leaves_it_done(
 ) -> None:
     before = (run / "manifest.json").read_bytes()
     code, out = answer(capsys, "rollback", run, "--to", 44)
-    assert (code, out) == (0, f"{run} is done, and step 44 its last; nothing is changed\n")
+    assert (code, out) == (0, f"{run} is done, and at step 44, its last; nothing is changed\n")
     assert (run / "manifest.json").read_bytes() == before
 
 

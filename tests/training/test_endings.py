@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fake_imds import FakeImds
 from fault_proxy import FaultProxy
-from trainers import SETTINGS, Job, Training, all_ended, wait_for_commit
+from trainers import HOLD, SETTINGS, Job, Training, all_ended, wait_for_commit
 
 from wds_train.checkpoint.lease import read_run
 from wds_train.cli import main
@@ -177,10 +177,11 @@ def test_metrics_that_hang_delay_the_end_of_a_done_run_by_seconds(
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_signal_at_the_last_commit_leaves_a_done_run_done(small: str, tmp_path: Path, when: str) -> None:
-    job = Job(small, str(tmp_path / "run"), str(tmp_path), point=f"{when} the manifest", nth=4, sent=signal.SIGTERM)
+    job = Job(small, str(tmp_path / "run"), str(tmp_path), point=f"{when} the manifest", nth=4, sent=HOLD)
     trainings = [Training(job)]
     with all_ended(trainings):
-        assert trainings[0].end() == 0, trainings[0].output
+        trainings[0].until("held at")
+        assert trainings[0].end(signal.SIGTERM) == 0, trainings[0].output
     assert "SIGTERM: stopping" in trainings[0].output
     assert read_run(open_store(job.run))[0].status == "done"
 

@@ -16,7 +16,8 @@ def run(args: argparse.Namespace) -> int:
     _, store = find_run(run_url(args.run, args.bucket))
     before, after = Run.roll_back(store, args.to, print)
     if after == before:
-        print(f"{store.url} is done, and step {args.to} its last; nothing is changed")
+        done = "done, and " if after.status == "done" else ""
+        print(f"{store.url} is {done}at step {args.to}, its last; nothing is changed")
         return 0
     dropped = f"{len(before.checkpoints) - len(after.checkpoints)} newer checkpoints"
     print(f"{store.url} is at step {args.to} again, without {dropped}; the next `wds-train train` goes on from there")
