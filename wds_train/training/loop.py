@@ -139,7 +139,7 @@ class Session:
         self._rebalance_said = False
         self._commit_timing: dict[str, float] = {}
         self._pace = Pace()
-        batches = _timed(on_device(self._in_time(self._loader), trainer.device))
+        batches = _timed(on_device(_in_time(self._loader, self._stop), trainer.device))
         while trainer.progress.evaluated * epoch_steps < self._total:
             if self._look_up():
                 trainer.epoch_loss()
@@ -195,7 +195,7 @@ class Session:
         trainer = self._trainer
         loss = trainer.epoch_loss()
         with lost_ranks():
-            batches = self._looking_up(on_device(self._in_time(self._val_loader), trainer.device))
+            batches = self._looking_up(on_device(_in_time(self._val_loader, self._stop), trainer.device))
             metrics = trainer.evaluate(batches, self._val_samples)
         unreadable = trainer.epoch_unreadable()
         trainer.evaluated()
@@ -210,26 +210,6 @@ class Session:
         )
         done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
         self._commit(metrics, **done)
-
-    def _in_time(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, read in a thread: a training that was asked to stop waits for the next one DATA_SECONDS at most. The
-        run's store can take the last commit while the dataset's hangs.
-        """
-        reader, items = ThreadPoolExecutor(1, "batches"), iter(batches)
-        try:
-            while (batch := self._awaited(reader.submit(next, items, None))) is not None:
-                yield batch
-        finally:
-            reader.shutdown(wait=False)
-
-    def _awaited(self, coming: Future[Batch | None]) -> Batch | None:
-        until = float("inf")
-        while not wait([coming], 0.5).done:
-            if self._stop.cause:
-                until = min(until, time.monotonic() + DATA_SECONDS)
-            if time.monotonic() > until:
-                raise _Stopped
-        return coming.result()
 
     def _looking_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with a look up before each that all ranks have: their numbers of batches differ by one."""
@@ -272,6 +252,28 @@ class Session:
         self._ranks.total(1)  # the others wait for the leader's commit; the first that leaves ends them all
         outcome = _outcome(progress.step, self._total, self._run.store.url, committed)
         raise Interrupted(f"stopped by {self._stop.cause} {outcome}")
+
+
+def _in_time(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
+    """The batches, read in a thread: a training that was asked to stop waits for the next one DATA_SECONDS at most. The
+    run's store can take the last commit while the dataset's hangs.
+    """
+    reader, items = ThreadPoolExecutor(1, "batches"), iter(batches)
+    try:
+        while (batch := _awaited(reader.submit(next, items, None), stop)) is not None:
+            yield batch
+    finally:
+        reader.shutdown(wait=False)
+
+
+def _awaited(coming: Future[Batch | None], stop: StopRequest) -> Batch | None:
+    until = float("inf")
+    while not wait([coming], 0.5).done:
+        if stop.cause:
+            until = min(until, time.monotonic() + DATA_SECONDS)
+        if time.monotonic() > until:
+            raise _Stopped
+    return coming.result()
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
