@@ -17,12 +17,12 @@ from shards.index_in_place import index_in_place, write_dataset
 from shards.overlap import refuse_overlap
 from shards.pack import ShardDone
 from shards.plan import Options, Plan
-from shards.report import judge, print_notes, report_json
+from shards.report import judge, print_notes, report_json, say
 from shards.sources.base import Source, Wanted
 from shards.sources.labels import classes_of
 from shards.sources.open import DIGITS, FORMATS, name_of, open_source, source_root
 from shards.sources.spool import Spool
-from wds_train.errors import DataError, Interrupted, UsageError, WdsTrainError
+from wds_train.errors import DataError, Interrupted, UsageError
 from wds_train.format.manifest import DatasetManifest
 from wds_train.home import home
 from wds_train.storage.address import announced, located
@@ -102,15 +102,15 @@ def run(args: argparse.Namespace) -> int:
         conversion = Conversion(plan, store)
         done = conversion.begin(overwrite=args.overwrite)
         if done is None:
-            print(f"{store.url} is complete already: {_counts(conversion.complete())}")
+            say(f"{store.url} is complete already: {_counts(conversion.complete())}")
             return 0
         done = _convert(conversion, done, args)
         notes = source.notes + [note for part in done for note in part.notes]
         judge(notes, met, args.max_bad)
         made = conversion.finish(done)
     print_notes(notes, made.report.name if made.report else "")
-    print(f"{store.url}: {_counts(made)}, in {time.monotonic() - began:.0f} s")
-    print(f"fingerprint {made.fingerprint}")
+    say(f"{store.url}: {_counts(made)}, in {time.monotonic() - began:.0f} s")
+    say(f"fingerprint {made.fingerprint}")
     return 0
 
 
@@ -119,13 +119,13 @@ def _print_understood(plan: Plan) -> None:
     source, share = plan.source, plan.options.hold_out
     names = ", ".join(entry.name.partition(",")[0] for entry in source.classes[:SHOWN])
     counts = ", ".join(f"{split} {rows.num_rows:,}" for split, rows in source.splits.items())
-    print(
+    say(
         f"{source.description}: {len(source.classes)} classes ({names}{', ...' if source.classes[SHOWN:] else ''}); {counts}"
     )
     if share:
-        print(f"val is {share:.0%} of each class of train, held out; --hold-out sets another share, 0 keeps none")
+        say(f"val is {share:.0%} of each class of train, held out; --hold-out sets another share, 0 keeps none")
     elif "val" not in source.splits:
-        print("there is no val split, which training needs: --hold-out 0.1 keeps a tenth of each class for one")
+        say("there is no val split, which training needs: --hold-out 0.1 keeps a tenth of each class for one")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -155,7 +155,7 @@ def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Names
     finished = {(part.split, part.number) for part in done}
     missing = sum(map(len, conversion.plan.parts.values())) - len(finished)
     if finished:
-        print(f"{len(finished)} of {len(finished) + missing} shards are finished already")
+        say(f"{len(finished)} of {len(finished) + missing} shards are finished already")
     try:
         with (
             opened(args.executor, min(args.processes, missing)) as (executor, at_once),
@@ -199,7 +199,7 @@ class _Bar:
         self._tqdm.update(images)
         if self._tqdm.disable and now - self._printed > self.SECONDS:
             self._printed = now
-            print(f"{self._images:,} of {self._tqdm.total:,} images, {rate:.0f} MB/s", file=sys.stderr, flush=True)
+            say(f"{self._images:,} of {self._tqdm.total:,} images, {rate:.0f} MB/s", 2)
 
 
 def _counts(made: DatasetManifest) -> str:
@@ -229,18 +229,14 @@ def _index(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     made = write_dataset(store, splits, classes, report_json(notes, 0), overwrite=args.overwrite)
-    print(f"{store.url}: {_counts(made)}\nfingerprint {made.fingerprint}")
+    say(f"{store.url}: {_counts(made)}\nfingerprint {made.fingerprint}")
     return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="make_shards", description=__doc__)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args())
-    except WdsTrainError as error:
-        print(f"make_shards: {error}", file=sys.stderr)
-        return error.exit_code
+    from wds_train.cli import main as wds_train  # which imports this module
+
+    return wds_train(["shards", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -55,8 +57,18 @@ def judge(notes: list[Note], found: int, max_bad: float) -> None:
     )
 
 
+def say(line: str, number: int = 1) -> None:
+    """A line for the person, on stdout or on stderr. A conversion goes on where nobody reads it any more (`| head`), and where the
+    disk of its log is full; from then on nothing is said.
+    """
+    try:
+        print(line, file=sys.stdout if number == 1 else sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
 def print_notes(notes: list[Note], report: str = "report.json", most: int = 20) -> None:
     for note in notes[:most]:
-        print(f"{note.what:9} {note.split:6} {note.origin}: {note.cause}")
+        say(f"{note.what:9} {note.split:6} {note.origin}: {note.cause}")
     if len(notes) > most:
-        print(f"... and {len(notes) - most} more; {report} beside the manifest has all of them")
+        say(f"... and {len(notes) - most} more; {report} beside the manifest has all of them")

@@ -51,6 +51,7 @@ def entry() -> NoReturn:
     """The process `wds-train`. After a training it is gone within LEAVE_SECONDS: threads that still wait for a store, or for
     W&B, would hold up Python's own end.
     """
+    _open_closed_streams()
     code = main()
     if sys.argv[1:2] == ["train"]:
         from wds_train.training.stop import leave
@@ -59,6 +60,17 @@ def entry() -> NoReturn:
         last.daemon = True
         last.start()
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Where a supervisor started this process without stdin, stdout or stderr, connections and files would get their numbers, and
+    messages would be written into them.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115, PTH123 (open as long as the process)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -86,3 +86,13 @@ def test_a_closed_pipe_is_no_error(digits: object) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("0\t0\t")
+
+
+@pytest.mark.parametrize("nobody", ["| true", "> /dev/full", "2>&1 | true"])
+def test_a_conversion_goes_on_where_nobody_reads_what_it_says(tmp_path: Path, nobody: str) -> None:
+    shell = f"{sys.executable} -m wds_train.cli shards digits {tmp_path}/out --spool {tmp_path}/spool {nobody}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "out" / "manifest.json").exists()

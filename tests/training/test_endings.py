@@ -243,6 +243,15 @@ def test_a_closed_terminal_stops_a_training_with_its_state_committed(small: str,
     assert manifest.checkpoints[-1].progress.step > 0
 
 
+def test_a_training_without_standard_streams(small: str, tmp_path: Path) -> None:
+    """As a supervisor may start it: its own pipes and connections must not get their numbers."""
+    command = command_of(Job(small, str(tmp_path / "run"), str(tmp_path)))
+    environment = os.environ | {"WANDB_MODE": "disabled", "WDS_HOME": str(tmp_path)}
+    shell = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *command]
+    assert subprocess.run(shell, env=environment, check=False, timeout=120).returncode == 0
+    assert read_run(open_store(str(tmp_path / "run")))[0].status == "done"
+
+
 def with_nobody_left(child: int) -> None:
     try:
         os.kill(child, signal.SIGKILL)

@@ -99,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = with_settings(preset(args.recipe), args.settings + init)  # before the imports: a typo answers at once
     # Growing images ask for other sizes all the time, which fragments the GPU's memory otherwise. Read by PyTorch's import.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    dataset = _default_dataset(args) if args.dataset is None else dataset_url(args.dataset, args.bucket)
     run = run_url(args.recipe if args.run is None else args.run, args.bucket)
+    dataset = _default_dataset(args) if args.dataset is None else dataset_url(args.dataset, args.bucket)
     mix = tuple((dataset_url(each, args.bucket), share) for each, share in args.mix)
 
     from torch.cuda import device_count  # seconds, after what can be said without it
