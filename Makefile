@@ -17,7 +17,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  With no settings, data and runs live in an embedded S3 server under .wds/, on the handwritten digits.'
-	@echo '  make shards SOURCE=/data/imagenet BUCKET=s3://my-bucket; make train BUCKET=s3://my-bucket RUN=first RECIPE=standard'
+	@echo '  make shards SOURCE=/data/imagenet BUCKET=s3://my-bucket; make train DATASET=imagenet BUCKET=s3://my-bucket RUN=first RECIPE=standard'
 
 setup: $(STAMP) ## install everything into .venv (a second call is instant)
 

@@ -303,3 +303,21 @@ def places(runs: dict[str, str], digits: Dataset, tmp_path_factory: pytest.TempP
         "two": make_dataset(folder / "two"),
         "renamed": str(folder / "renamed"),
     }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU can be used")
+def test_a_gpu_that_cannot_be_used_is_refused_unless_the_cpu_is_meant(
+    runs: dict[str, str],
+    digits: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On the CPU, unseen, it would take a hundred times as long."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 470.1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    arguments = ["eval", runs["plain"], "--dataset", digits.store.url]
+    assert main(arguments) == 2
+    assert "this machine has a GPU (driver 470.1) that PyTorch" in capsys.readouterr().err
+    assert main([*arguments, "--device", "cpu"]) == 0

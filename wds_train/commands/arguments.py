@@ -30,6 +30,13 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=count, default=default, metavar="W", help="loader processes (%(default)s)")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """auto is refused by `refuse_unusable_gpu`, where it would mean a GPU's work on the CPU."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto: the GPUs, if there are any (default)"
+    )
+
+
 def dataset_url(dataset: str, bucket: str | None) -> str:
     """The address of `dataset`, which is one already, or the name of one under `bucket`/datasets."""
     return announced(located(dataset, "datasets", bucket), dataset)

@@ -5,19 +5,21 @@ import json
 from pathlib import Path
 
 from wds_train.checkpoint.find import SCORES
-from wds_train.commands.arguments import add_bucket, add_workers, dataset_url, positive, run_url
+from wds_train.commands.arguments import add_bucket, add_device, add_workers, dataset_url, positive, run_url
 from wds_train.data.dataset import Dataset
 from wds_train.errors import unwritable
 from wds_train.evaluation.evaluate import View, chosen_weights, refuse_other_classes, score
 from wds_train.evaluation.report import describe_member, report_lines, report_of, write_classes
 from wds_train.evaluation.scoring import EVAL_BATCH
 from wds_train.models.weights import SUFFIX
+from wds_train.training.ranks import Ranks, refuse_unusable_gpu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN_OR_FILE", help="a run as elsewhere, or a file of `wds-train export`")
     add_bucket(parser, "runs/ lives")
     add_workers(parser)
+    add_device(parser)
     parser.add_argument("--batch", type=positive, metavar="B", help="samples at a time (default: as in the training)")
     parser.add_argument("--dataset", required=True, metavar="DATASET", help="s3://bucket/prefix or a directory")
     parser.add_argument("--split", default="val", metavar="NAME")
@@ -53,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.device == "auto":
+        refuse_unusable_gpu()
+    device = Ranks(cpu=args.device == "cpu").device
     bucket = args.bucket
     models = [each if each.endswith(SUFFIX) else run_url(each, bucket) for each in (args.run, *args.ensemble)]
     where = dataset_url(args.dataset, bucket)
@@ -62,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         refuse_other_classes(weights, dataset)
     views = [View.of(weights.recipe, args) for weights in chosen]
     split = dataset.split(args.split)
-    scored = score(chosen, views, split, args.batch or min(chosen[0].recipe.batch, EVAL_BATCH), args.workers)
+    batch = args.batch or min(chosen[0].recipe.batch, EVAL_BATCH)
+    scored = score(chosen, views, split, batch, workers=args.workers, device=device)
     report = {
         "dataset": dataset.store.url,
         "fingerprint": dataset.fingerprint,

@@ -5,7 +5,16 @@ import os
 import typing
 from pathlib import Path
 
-from wds_train.commands.arguments import add_bucket, add_workers, count, dataset_url, positive, run_url, share_of
+from wds_train.commands.arguments import (
+    add_bucket,
+    add_device,
+    add_workers,
+    count,
+    dataset_url,
+    positive,
+    run_url,
+    share_of,
+)
 from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
 from wds_train.config.settings import with_settings
@@ -85,9 +94,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         help="cut each process's part of a batch into N micro-batches (default: as few as fit into the GPU's memory)",
     )
     parser.add_argument("--precision", choices=typing.get_args(Precision), default="auto", help="of the arithmetic")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu"), default="auto", help="auto: the GPUs, if there are any (default)"
-    )
+    add_device(parser)
     parser.add_argument("--compile", action="store_true", help="compile the model: minutes at the start, faster then")
     parser.add_argument("--no-wait", action="store_true", help="fail at once when another instance holds the run")
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: bit-equal, more slowly")

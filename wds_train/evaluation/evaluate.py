@@ -104,17 +104,18 @@ def refuse_other_classes(weights: Weights, dataset: Dataset) -> None:
     )
 
 
-def score(chosen: list[Weights], views: list[View], split: SplitReader, batch: int, workers: int) -> Scored:
+def score(
+    chosen: list[Weights], views: list[View], split: SplitReader, batch: int, *, workers: int, device: torch.device
+) -> Scored:
     """One pass over the split; members that see the same pixels share a loader."""
     if not len(split):
         raise DataError(f"the split {split.name!r} of {split.store.url} has no samples")
     transforms = {view.transform for view in views}
     plan, workers = EvalPlan(len(split), batch), max(1, workers // len(transforms)) if workers else 0
-    pinned = torch.cuda.is_available()
+    pinned = device.type == "cuda"
     loaders = {transform: Loader(split, plan, transform, workers, pinned=pinned) for transform in transforms}
     for loader in loaders.values():
         loader.start()  # before PyTorch has threads, which a fork does not survive
-    device = torch.device("cuda" if pinned else "cpu")
     members = [_Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     predicted, seen = np.empty(len(split), np.int64), np.zeros(len(split), np.int64)

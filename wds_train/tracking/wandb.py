@@ -5,6 +5,7 @@ import logging
 import netrc
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -36,6 +37,7 @@ class Tracker:
     """The run's page, or the folder of an offline run; None without W&B."""
     _queue: SimpleQueue[Record | int] = field(default_factory=SimpleQueue)
     _thread: threading.Thread | None = None
+    _left_behind: bool = False
 
     def __enter__(self) -> Self:
         return self
@@ -54,6 +56,7 @@ class Tracker:
             self._queue.put(0 if kind is None else 1)
             self._thread.join(seconds)
             if self._thread.is_alive():
+                self._left_behind = True
                 say(f"W&B did not end within {seconds:g} s and is left behind; the metrics are with the run")
 
     def log(self, record: Record, timing: Record) -> None:
@@ -71,17 +74,22 @@ class Tracker:
     def _pass_on(self) -> None:
         """The body of the thread. W&B's exit code, an int, is the last that comes."""
         try:
-            run = _begin(self.run, home())
+            run = _begin(self.run, home(), self._warn)
             self.where = run.url or os.path.relpath(Path(run.dir).parent)
             while not isinstance(entry := self._queue.get(), int):
                 run.log(entry)
             run.finish(exit_code=entry)
         except Exception as error:
             self.where = None
-            say(f"W&B failed ({error}); training goes on without it, its metrics stay with the run")
+            self._warn(f"W&B failed ({error}); training goes on without it, its metrics stay with the run")
+
+    def _warn(self, message: str) -> None:
+        """Nothing more, once it was said that W&B is left behind: the end of the process breaks what it is at."""
+        if not self._left_behind:
+            say(message)
 
 
-def _begin(manifest: RunManifest, folder: Path) -> Any:
+def _begin(manifest: RunManifest, folder: Path, warn: Callable[[str], None]) -> Any:
     """W&B's run: online with a login, offline where there is none, or no answer."""
     os.environ.setdefault("WANDB_SILENT", "true")
     logging.getLogger("wandb").setLevel(logging.ERROR)
@@ -94,7 +102,7 @@ def _begin(manifest: RunManifest, folder: Path) -> Any:
     except Exception as error:
         if mode != "online":
             raise
-        say(f"W&B does not answer ({error}); going on offline")
+        warn(f"W&B does not answer ({error}); going on offline")
         run = wandb.init(**_settings(manifest, folder, "offline"), settings=wandb.Settings(**LIMITS))
     # Steps below W&B's own counter are dropped, and a resumed run logs some again: count by our step instead.
     run.define_metric("*", step_metric="step")

@@ -5,8 +5,7 @@ step; while validating, between batches: the validation is then repeated after t
 """
 
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from wds_train.evaluation.scoring import EVAL_BATCH
 from wds_train.tracking.console import Bar, say
 from wds_train.tracking.wandb import Tracker
 from wds_train.training.ending import give_up
+from wds_train.training.in_time import Stopped, in_time
 from wds_train.training.memory import fit_accumulation
 from wds_train.training.options import TrainOptions
 from wds_train.training.ranks import Ranks, lost_ranks
@@ -30,7 +30,6 @@ from wds_train.training.stop import StopRequest
 
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
-DATA_SECONDS = 10.0  # for the batch that is waited for when the training is asked to stop
 LAST_MOMENT = 2.0  # seconds of the last commit's time that are left to say how it went
 
 
@@ -119,7 +118,7 @@ class Session:
             )
             try:
                 self._train()
-            except _Stopped:
+            except Stopped:
                 self._interrupt()
             finally:
                 self._bar.close()
@@ -139,7 +138,7 @@ class Session:
         self._rebalance_said = False
         self._commit_timing: dict[str, float] = {}
         self._pace = Pace()
-        batches = _timed(on_device(_in_time(self._loader, self._stop), trainer.device))
+        batches = _timed(on_device(in_time(self._loader, self._stop), trainer.device))
         while trainer.progress.evaluated * epoch_steps < self._total:
             if self._look_up():
                 trainer.epoch_loss()
@@ -150,7 +149,7 @@ class Session:
                 self._step(*next(batches))
 
     def _look_up(self) -> bool:
-        """Whether it is time for a commit. Raises what ends the training: `_Stopped` when any rank was asked to stop, and
+        """Whether it is time for a commit. Raises what ends the training: `Stopped` when any rank was asked to stop, and
         what `Committer.check` raises. All ranks look up at the same step, and come to the same answer.
         """
         self._run.committer.check()
@@ -163,7 +162,7 @@ class Session:
         due = self._ranks.leads and old and not self._run.committer.busy
         stopped, commits = self._ranks.total(self._stop.cause is not None, due)
         if stopped:
-            raise _Stopped
+            raise Stopped
         return commits > 0
 
     def _say(self, message: str) -> None:
@@ -195,7 +194,7 @@ class Session:
         trainer = self._trainer
         loss = trainer.epoch_loss()
         with lost_ranks():
-            batches = self._looking_up(on_device(_in_time(self._val_loader, self._stop), trainer.device))
+            batches = self._looking_up(on_device(in_time(self._val_loader, self._stop), trainer.device))
             metrics = trainer.evaluate(batches, self._val_samples)
         unreadable = trainer.epoch_unreadable()
         trainer.evaluated()
@@ -254,28 +253,6 @@ class Session:
         raise Interrupted(f"stopped by {self._stop.cause} {outcome}")
 
 
-def _in_time(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
-    """The batches, read in a thread: a training that was asked to stop waits for the next one DATA_SECONDS at most. The
-    run's store can take the last commit while the dataset's hangs.
-    """
-    reader, items = ThreadPoolExecutor(1, "batches"), iter(batches)
-    try:
-        while (batch := _awaited(reader.submit(next, items, None), stop)) is not None:
-            yield batch
-    finally:
-        reader.shutdown(wait=False)
-
-
-def _awaited(coming: Future[Batch | None], stop: StopRequest) -> Batch | None:
-    until = float("inf")
-    while not wait([coming], 0.5).done:
-        if stop.cause:
-            until = min(until, time.monotonic() + DATA_SECONDS)
-        if time.monotonic() > until:
-            raise _Stopped
-    return coming.result()
-
-
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
     """Each batch with the seconds that the training waited for it."""
     while True:
@@ -302,7 +279,3 @@ def _outcome(step: int, total: int, where: str, committed: bool) -> str:
         f"{at}, whose state could not be committed in time; the same command goes on from the newest checkpoint of "
         f"{where}"
     )
-
-
-class _Stopped(Exception):
-    """The training was asked to stop, between two steps or two batches of a validation."""
