@@ -10,6 +10,7 @@ from pathlib import Path
 import boto3
 import pytest
 import trainers  # says what the fork server imports
+from fake_imds import FakeImds
 from fault_proxy import FaultProxy
 
 from wds_train.cli import main
@@ -91,3 +92,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The dataset that the small trainings train on. Not to be written to."""
     return trainers.make_dataset(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def imds(s3_url: str, aws_env: pytest.MonkeyPatch) -> Iterator[FakeImds]:
+    """EC2's metadata service, as a training on an instance finds it."""
+    with FakeImds() as imds:
+        aws_env.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", imds.url)
+        aws_env.setenv("AWS_EC2_METADATA_DISABLED", "false")
+        yield imds

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,14 +22,6 @@ ROUNDS = int(os.environ.get("WDS_CRASH_ROUNDS", "2"))
 SHORT_LEASE = {"checkpoint.lease.LEASE_SECONDS": 1.5}
 HASTY = {"storage.s3_connection.PATIENCE_SECONDS": 0.5, "checkpoint.committer.RETRY_SECONDS": 0.5}
 LONG = ("schedule.epochs=400",)
-
-
-@pytest.fixture
-def imds(s3_url: str, aws_env: pytest.MonkeyPatch) -> Iterator[FakeImds]:
-    with FakeImds() as imds:
-        aws_env.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", imds.url)
-        aws_env.setenv("AWS_EC2_METADATA_DISABLED", "false")
-        yield imds
 
 
 def assert_named_objects_are_there(store: Store) -> None:

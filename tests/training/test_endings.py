@@ -24,14 +24,6 @@ LONG = ("schedule.epochs=400",)
 
 
 @pytest.fixture
-def imds(s3_url: str, aws_env: pytest.MonkeyPatch) -> Iterator[FakeImds]:
-    with FakeImds() as imds:
-        aws_env.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", imds.url)
-        aws_env.setenv("AWS_EC2_METADATA_DISABLED", "false")
-        yield imds
-
-
-@pytest.fixture
 def silent_wandb() -> Iterator[dict[str, str]]:
     """The settings of a W&B that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
