@@ -19,7 +19,7 @@ from wds_train.checkpoint.run import Run
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.config.presets import preset
 from wds_train.config.settings import with_settings
-from wds_train.errors import Interrupted, RunError
+from wds_train.errors import Interrupted, RunError, Unavailable
 from wds_train.models.model import create_model
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
@@ -179,6 +179,27 @@ def test_a_kill_after_the_last_commit_leaves_nothing_for_ever(
     assert {entry.key for entry in store.list("ckpt/")} > named | {newer}
     assert Run.claim(store, FRESH, said.append).manifest == run.manifest
     assert {entry.key for entry in store.list("ckpt/")} == named | {newer}
+
+
+def test_a_swap_whose_answer_is_lost_is_settled_before_the_next_commit(
+    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, write, lost = Run.claim(store, FRESH, said.append), store.write, list[str]()
+
+    def loses(key: str, body: bytes, **condition: Any) -> str:
+        tag = write(key, body, **condition)
+        if key == states.NAME and not lost:
+            lost.append(key)
+            run.committer.commit(snapshot(2), {}, [{"step": 2}])  # meanwhile
+            raise Unavailable("no answer")
+        return tag
+
+    monkeypatch.setattr(store, "write", loses)
+    monkeypatch.setattr("wds_train.checkpoint.committer.RETRY_SECONDS", 0.01)
+    run.committer.commit(snapshot(1), {}, [{"step": 1}])
+    run.committer.wait()
+    assert lost and [record["step"] for record in run.history()] == [1, 2]
+    assert [checkpoint.progress.step for checkpoint in run.manifest.checkpoints] == [1, 2]
 
 
 def test_every_nth_epoch_is_kept_if_asked(store: Store, said: list[str]) -> None:

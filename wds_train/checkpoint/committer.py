@@ -56,6 +56,8 @@ class Committer:
         self._changed = threading.Condition()
         self._next: _Commit | None = None
         self._current: _Commit | None = None
+        self._unsure: _Commit | None = None  # its swap was asked for, and what became of it is not known
+        self._asked = False
         self._records: list[dict[str, Any]] = []
         self._failure: StoreError | None = None
         self._fruitless = 0
@@ -83,7 +85,7 @@ class Committer:
     @property
     def busy(self) -> bool:
         """Whether a commit is under way."""
-        return self._next is not None or self._current is not None
+        return any(job is not None for job in (self._next, self._current, self._unsure))
 
     def check(self) -> None:
         """Raise what ends this instance's work: `Interrupted` when another one has claimed the run, `NotFinite`, and
@@ -114,9 +116,11 @@ class Committer:
         """The body of the commit thread."""
         while self._writer.fatal is None:
             with self._changed:
-                self._changed.wait_for(lambda: self._next is not None)
-                job = self._current = self._next
-                self._next = None
+                self._changed.wait_for(lambda: self._unsure is not None or self._next is not None)
+                job = self._current = self._unsure or self._next
+                if self._unsure is None:
+                    self._next = None
+                self._unsure = None
             assert job is not None
             error: Exception | None = None
             try:
@@ -138,13 +142,16 @@ class Committer:
                 self._next = replace(self._next, records=self._next.records - job.records)
         elif isinstance(error, StoreError):
             self._failure, self._fruitless, self.failures = error, self._fruitless + 1, self.failures + 1
-            self._next = self._next or job
+            if self._asked:  # the manifest may name its records, which the next one would commit a second time
+                self._unsure = job
+            else:
+                self._next = self._next or job
             self._say(f"commit of step {job.snapshot.progress.step} failed ({error}); training goes on, trying again")
         else:
             self._writer.fatal = error
 
     def _commit(self, job: _Commit) -> None:
-        began, writer = time.perf_counter(), self._writer
+        began, writer, self._asked = time.perf_counter(), self._writer, False
         job.snapshot.check_finite()
         if writer.is_late:
             writer.write(lambda manifest: manifest)  # is the run still ours?
@@ -153,7 +160,7 @@ class Committer:
         checkpoint = Checkpoint(self._put(f"ckpt/{place}.safetensors", job.snapshot.encode()), at, job.metrics)
         lines = "".join(json.dumps(record) + "\n" for record in self._records[: job.records]).encode()
         segment = Segment(self._put(f"metrics/{place}.jsonl", lines), at.step, at.evaluated) if lines else None
-        before = writer.manifest
+        before, self._asked = writer.manifest, True
         writer.write(lambda found: replace(found.with_commit(checkpoint, segment, self._keep_every), **job.changes))
         self.upload_s = time.perf_counter() - began
         collect(writer.store, before, writer.manifest, self._say)
