@@ -118,9 +118,11 @@ class Committer:
             with self._changed:
                 self._changed.wait_for(lambda: self._unsure is not None or self._next is not None)
                 job = self._current = self._unsure or self._next
-                if self._unsure is None:
+                self._asked = self._unsure is not None
+                if self._asked:
+                    self._unsure = None
+                else:
                     self._next = None
-                self._unsure = None
             assert job is not None
             error: Exception | None = None
             try:
@@ -151,7 +153,7 @@ class Committer:
             self._writer.fatal = error
 
     def _commit(self, job: _Commit) -> None:
-        began, writer, self._asked = time.perf_counter(), self._writer, False
+        began, writer = time.perf_counter(), self._writer
         job.snapshot.check_finite()
         if writer.is_late:
             writer.write(lambda manifest: manifest)  # is the run still ours?
