@@ -68,6 +68,7 @@ class FaultProxy:
         self.received: Counter[tuple[str, str]] = Counter()
         self.port = port
         self._draws = random.Random(seed)
+        self._tasks: set[asyncio.Task[None] | None] = set()  # asyncio keeps none alive that waits
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -114,6 +115,7 @@ class FaultProxy:
 
     async def _serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
         server_out = None
+        self._tasks.add(task := asyncio.current_task())
         try:
             server_in, server_out = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
             while True:
@@ -130,6 +132,7 @@ class FaultProxy:
                     end.close()
                     with contextlib.suppress(OSError, asyncio.CancelledError):
                         await end.wait_closed()
+            self._tasks.discard(task)
 
     async def _exchange(
         self,
