@@ -91,6 +91,7 @@ class FakeImds:
             "Expiration": _utc(self.lifetime),
         }
         documents = {
+            "instance-type": (200, "g5.2xlarge"),
             "iam/security-credentials": (200, ROLE),
             f"iam/security-credentials/{ROLE}": (200, json.dumps(credentials)),
         }

@@ -10,6 +10,7 @@ from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.errors import NotFound
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
+from wds_train.tracking.records import repeatable
 
 
 def assert_nothing_named_is_missing(store: Store) -> None:
@@ -17,7 +18,7 @@ def assert_nothing_named_is_missing(store: Store) -> None:
         manifest, _ = read_run(store)
     except NotFound:
         return
-    for named in [c.object for c in manifest.checkpoints] + [s.object for s in manifest.metrics]:
+    for named in [c.object for c in manifest.checkpoints] + [s.object for s in manifest.metrics + manifest.replayed]:
         data = store.read(named.key)
         assert (len(data), hashlib.sha256(data).hexdigest()) == (named.bytes, named.sha256), named.key
 
@@ -28,7 +29,7 @@ def end_state(url: str) -> tuple[Snapshot, list[dict[str, object]], dict[str, fl
     assert run.manifest.status == "done"
     snapshot = run.restore(print)
     assert snapshot is not None
-    return snapshot, run.history(), run.manifest.result
+    return snapshot, [repeatable(row) for row in run.history()], run.manifest.result
 
 
 def assert_same_end(one: str, other: str) -> None:

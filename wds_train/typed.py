@@ -5,6 +5,7 @@ import re
 import reprlib
 import typing
 from functools import cache
+from types import UnionType
 from typing import Any, Literal
 
 LEVELS = 6  # of nesting; what looks into JSON that is nested deeper would meet Python's limit of recursion
@@ -23,10 +24,13 @@ _hints = cache(typing.get_type_hints)
 
 
 def typed(hint: Any, value: Any, name: str = "") -> Any:
-    """`value`, as JSON gave it, as what `hint` says: a dataclass, tuple, dict, Literal or plain type, and so all within.
+    """`value`, as JSON gave it, as what `hint` says: a dataclass, tuple, dict, Literal or plain type, or one of them or None, and so all
+    within.
     `ValueError` with the field, which is `name` or within it, whose value is of another type.
     """
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is UnionType:  # X | None
+        return None if value is None else typed(inner[0], value, name)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _dataclass(hint, value, name)
     if kind is tuple and isinstance(value, list):

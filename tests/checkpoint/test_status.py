@@ -14,13 +14,17 @@ import torch
 from trainers import Job, Training
 
 from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.run import Run
 from wds_train.cli import main
 from wds_train.commands.status import describe
 from wds_train.data.dataset import Dataset
 from wds_train.data.loader import Loader
 from wds_train.data.plan import EvalPlan
 from wds_train.errors import RunError
+from wds_train.storage.open import open_store
+from wds_train.tracking.records import repeatable
 from wds_train.transforms.sample import EvalTransform
 
 SETTINGS = (
@@ -34,7 +38,7 @@ SETTINGS = (
 def trained(small: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A dataset and a finished run, not to be written to."""
     folder = tmp_path_factory.mktemp("trained")
-    training = Training(Job(small, str(folder / "run"), str(folder), settings=SETTINGS))
+    training = Training(Job(small, str(folder / "run"), str(folder), settings=SETTINGS, arguments=("--price", "36")))
     assert training.end() == 0, training.output
     return small, str(folder / "run")
 
@@ -65,6 +69,31 @@ def test_status_says_how_far_a_run_is_and_what_it_cost(run: Path, capsys: pytest
     assert "step 44, 4 of 4 epochs validated" in out
     code, out = answer(capsys, "checkpoints", run)
     assert [line.split("\t")[0] for line in out.splitlines()[1:]] == [str(c["step"]) for c in status["checkpoints"]]
+
+
+def test_rows_say_what_is_repeatable_and_how_it_went_this_time(run: Path) -> None:
+    store = open_store(str(run))
+    opened = Run(store, *read_run(store))
+    attempt, rows = opened.manifest.attempts[0], opened.history()
+    steps = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in steps] == list(range(2, 45, 2))
+    assert {*repeatable(steps[-1])} == {
+        "step",
+        "epoch",
+        *(f"train/{n}" for n in ("loss", "lr", "grad_norm", "resolution")),
+    }
+    assert {row["train/resolution"] for row in steps} == {32}
+    assert all(row["time/img_s"] > 0 and 0 <= row["time/data_wait"] <= 1 for row in steps)
+    assert all(any(cost in row for row in steps) for cost in ("commit/stall_ms", "commit/upload_s"))
+    assert {row["time/attempt"] for row in rows} == {1}
+    times = [row["time/unix"] for row in rows]
+    assert times == sorted(times) and attempt.started <= times[0] <= times[-1] <= attempt.started + attempt.seconds
+    assert (attempt.step, attempt.price, attempt.hardware) == (0, 36.0, "CPU, 1 threads")
+
+
+def test_the_price_that_attempts_began_with_is_summed_up(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = json.loads(answer(capsys, "status", run, "--json")[1])
+    assert status["dollars"] == pytest.approx(manifest_of(run).attempts[0].seconds / 100, abs=0.006)
 
 
 def manifest_of(run: Path) -> RunManifest:

@@ -16,14 +16,17 @@ from outcomes import assert_nothing_named_is_missing, assert_same_end
 from trainers import BATCH, EPOCHS, POINTS, SAMPLES, STEPS_PER_EPOCH, Job, Training, all_ended
 
 from wds_train.checkpoint.lease import read_run
+from wds_train.checkpoint.run import Run
 from wds_train.errors import NotFound
 from wds_train.models.weights import Weights
 from wds_train.storage.open import open_store
+from wds_train.tracking.records import repeatable
 
 KILLS = int(os.environ.get("WDS_CRASH_KILLS", "12"))
 APART = KILLS // 2
 RACES = int(os.environ.get("WDS_CRASH_ROUNDS", "2"))
 OFTEN = ("--commit-minutes", "0.001")  # several commits an epoch
+AHEAD = {"checkpoint.ahead.EVERY_SECONDS": 0.05}
 
 
 def job(dataset: str, run: str, folder: Path, **details: object) -> Job:
@@ -48,6 +51,16 @@ def assert_each_sample_once(steps: dict[int, list[int]]) -> None:
         ids = [i for step in range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH) for i in steps[step]]
         assert len(ids) == len(set(ids)) == STEPS_PER_EPOCH * BATCH
         assert set(ids) <= set(range(SAMPLES))
+
+
+def assert_replayed_alike(url: str) -> int:
+    """How many rows killed attempts had put on S3 that their successors logged again."""
+    store = open_store(url)
+    run = Run(store, *read_run(store))
+    committed = [repeatable(row) for row in run.history()]
+    replayed = run.replayed()
+    assert [row for row in replayed if repeatable(row) not in committed] == []
+    return len(replayed)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +98,7 @@ def moments() -> Iterator[tuple[str, int, float]]:
 def test_killed_anywhere_it_ends_as_the_unbroken_run(
     small: str, s3_url: str, tmp_path: Path, unbroken: tuple[str, dict[int, list[int]]], seconds: dict[str, float]
 ) -> None:
-    kills, moment, number = 0, moments(), 0
+    kills, moment, number, replayed = 0, moments(), 0, 0
     while kills < KILLS:
         number += 1
         run = f"{s3_url}/broken{number}"
@@ -93,7 +106,8 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(
         with all_ended(attempts):
             while not attempts or attempts[-1].process.exitcode != 0:
                 point, nth, share = next(moment) if kills < KILLS else ("", 0, 100)
-                details = {"workers": len(attempts) % 2, "arguments": OFTEN}
+                often = OFTEN if number % 2 else ()
+                details = {"workers": len(attempts) % 2, "arguments": often, "constants": AHEAD}
                 attempts.append(Training(job(small, run, tmp_path, point=point, nth=nth, **details)))
                 if not point:
                     attempts[-1].process.join(share * seconds["run"])
@@ -103,12 +117,16 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(
                 kills += code != 0
                 assert_nothing_named_is_missing(open_store(run))
         assert_same_end(unbroken[0], run)
+        replayed += assert_replayed_alike(run)
         steps = committed_steps(attempts)
         assert_each_sample_once(steps)
         assert steps == unbroken[1]
         store = open_store(run)
         assert {e.key for e in store.list("ckpt/")} == {c.object.key for c in read_run(store)[0].checkpoints}
-    print(f"{kills} kills of {number} runs, of which an unbroken one takes {seconds['run']:.1f} s")
+    assert replayed
+    print(
+        f"{kills} kills of {number} runs, {replayed} rows replayed, of which an unbroken one takes {seconds['run']:.1f} s"
+    )
 
 
 def read_run_status(run: str) -> str:

@@ -57,6 +57,13 @@ def test_a_rebalance_recommendation_is_no_notice(imds: FakeImds, stop: StopReque
         assert stop.cause is None
 
 
+def test_the_instances_type_is_told(imds: FakeImds, stop: StopRequest) -> None:
+    told: dict[str, str] = {}
+    with SpotWatch(stop, every=3600, tell=told.update):
+        wait_until(lambda: told)
+    assert told == {"instance": "g5.2xlarge"}
+
+
 def test_an_expired_token_is_renewed(imds: FakeImds, stop: StopRequest) -> None:
     with SpotWatch(stop, every=3600) as spot:
         wait_until(lambda: imds.asked["GET", ACTION, 404] == 1)

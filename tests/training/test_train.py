@@ -21,6 +21,7 @@ from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.cli import main
 from wds_train.data.dataset import Dataset
 from wds_train.storage.open import open_store
+from wds_train.tracking.records import repeatable
 
 TINY = [
     "model.name=test_resnet",
@@ -75,7 +76,7 @@ def final(url: str) -> tuple[RunManifest, Snapshot, list[str]]:
     run = Run(store, RunManifest.from_json(data, url), tag)
     snapshot = run.restore(print)
     assert snapshot is not None
-    return run.manifest, snapshot, [json.dumps(record) for record in run.history()]
+    return run.manifest, snapshot, [json.dumps(repeatable(record)) for record in run.history()]
 
 
 def assert_equal_runs(one: str, other: str) -> None:

@@ -24,13 +24,14 @@ STATUSES = ("running", "interrupted", "failed", "done")
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Nothing else may be named: what a manifest names and its successor does not is deleted.
 CHECKPOINT_KEYS = re.compile(r"ckpt/\d+-\d+-\d+\.safetensors")
-SEGMENT_KEYS = re.compile(r"metrics/\d+-\d+-\d+\.jsonl")
+SEGMENT_KEYS = re.compile(r"metrics/\d+-\d+-\d+(-ahead)?\.jsonl")
 SHA256 = re.compile("[0-9a-f]{64}")
 LONGEST_LEASE = 3600.0  # seconds; a claimant waits for as long as a manifest says
 MOST_CLASSES = 1 << 24
 RESULT = ("val/top1", "val/top1_ema")  # every validation gives them, among others
-ADDED = {"earlier", "rollbacks", "result"}  # to the manifest, since its first version
+ADDED = {"earlier", "rollbacks", "result", "replayed"}  # to the manifest, since its first version
 DATASET = {"url": str, "fingerprint": str, "classes": int, "mix": tuple[dict[str, Any], ...]}
+REPLAYED = 50  # segments kept of rows that no checkpoint goes with
 LISTED = 100  # attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever
 KEPT = 2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
 
@@ -74,6 +75,15 @@ class Segment:
     step: int
     evaluated: int
 
+    @property
+    def fence(self) -> int:
+        """Of the attempt that wrote it."""
+        return int(self.object.key.partition("/")[2].partition("-")[0])
+
+    def within(self, at: Progress) -> bool:
+        """Whether it holds nothing beyond `at`."""
+        return (self.step, self.evaluated) <= (at.step, at.evaluated)
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -93,23 +103,31 @@ class Owner:
 @dataclass(frozen=True)
 class Attempt:
     """One instance's work: from `started` (Unix time, for people only) for `seconds`, up to its last sign of life.
-    `ended` is a status, or "lost" when it just fell silent.
+    `ended` is a status, or "lost" when it just fell silent. It began at `step`, on `hardware`; `price` is what an hour
+    costs, in dollars, and `instance` EC2's type, "" elsewhere.
     """
 
     host: str
     started: float
     seconds: float = 0.0
     ended: str = "running"
+    step: int = 0
+    hardware: str = ""
+    instance: str = ""
+    price: float | None = None
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What the attempts of a run come to. `interruptions` are those that ended as "interrupted" or "lost"."""
+    """What the attempts of a run come to. `interruptions` are those that ended as "interrupted" or "lost"; `dollars` of
+    those whose price is known.
+    """
 
     attempts: int = 0
     interruptions: int = 0
     failures: int = 0
     seconds: float = 0.0
+    dollars: float = 0.0
 
     def plus(self, attempt: Attempt) -> "Totals":
         return Totals(
@@ -117,13 +135,16 @@ class Totals:
             self.interruptions + (attempt.ended in ("interrupted", "lost")),
             self.failures + (attempt.ended == "failed"),
             round(self.seconds + attempt.seconds, 1),
+            self.dollars + attempt.seconds / 3600 * (attempt.price or 0.0),
         )
 
 
 @dataclass(frozen=True)
 class RunManifest:
     """All that is known of a run. `attempts` are the newest LISTED, `earlier` sums up those before them. `written` is
-    Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not finite.
+    Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not finite. `replayed`
+    are the newest REPLAYED segments of rows ahead of a checkpoint: those of the last attempt may yet be committed, those
+    before were logged by attempts that ended before that, or went back behind them.
     """
 
     run: str
@@ -139,6 +160,7 @@ class RunManifest:
     rollbacks: int = 0
     checkpoints: tuple[Checkpoint, ...] = ()
     metrics: tuple[Segment, ...] = ()
+    replayed: tuple[Segment, ...] = ()
     attempts: tuple[Attempt, ...] = ()
     earlier: Totals = Totals()
     result: dict[str, float] = field(default_factory=dict)
@@ -147,7 +169,8 @@ class RunManifest:
         """The manifest of its next owner, the attempt of the one before ended."""
         before = tuple(replace(a, ended="lost") if a.ended == "running" else a for a in self.attempts)
         earlier = reduce(Totals.plus, before[: 1 - LISTED], self.earlier)
-        attempts = (*before[1 - LISTED :], Attempt(owner.host, now))
+        step = self.checkpoints[-1].progress.step if self.checkpoints else 0
+        attempts = (*before[1 - LISTED :], Attempt(owner.host, now, step=step))
         return replace(
             self,
             fence=self.fence + 1,
@@ -165,15 +188,20 @@ class RunManifest:
 
     def stamped(self, nonce: str, now: float, seconds: float) -> "RunManifest":
         """The manifest as it is written `seconds` into the last attempt."""
-        last = replace(self.attempts[-1], seconds=round(seconds, 1), ended=self.status)
-        return replace(self, nonce=nonce, written=now, attempts=(*self.attempts[:-1], last))
+        return replace(self, nonce=nonce, written=now).with_attempt(seconds=round(seconds, 1), ended=self.status)
 
     def with_commit(self, checkpoint: Checkpoint, segment: Segment | None, keep_every: int = 0) -> "RunManifest":
         """The manifest after a commit, holding the checkpoints that `keep` names. Adding the same again changes nothing."""
         others = [c for c in self.checkpoints if c.object.key != checkpoint.object.key]
         kept = keep((*others, checkpoint), keep_every)
         new = () if segment is None or segment in self.metrics else (segment,)
-        return replace(self, checkpoints=kept, metrics=self.metrics + new)
+        ahead = tuple(s for s in self.replayed if s.fence != self.fence or not s.within(checkpoint.progress))
+        return replace(self, checkpoints=kept, metrics=self.metrics + new, replayed=ahead)
+
+    def with_ahead(self, segment: Segment) -> "RunManifest":
+        """The manifest with rows that were logged since the last commit. Adding the same again changes nothing."""
+        others = tuple(s for s in self.replayed if s != segment)
+        return replace(self, replayed=(*others, segment)[-REPLAYED:])
 
     @property
     def settings(self) -> Recipe:
@@ -186,7 +214,7 @@ class RunManifest:
     @property
     def objects(self) -> tuple[Object, ...]:
         """All that the manifest names."""
-        return (*(c.object for c in self.checkpoints), *(s.object for s in self.metrics))
+        return (*(c.object for c in self.checkpoints), *(s.object for s in self.metrics + self.replayed))
 
     @property
     def keys(self) -> set[str]:
@@ -215,11 +243,19 @@ class RunManifest:
         return replace(self.up_to(kept[-1]), status="interrupted", result={}, rollbacks=0)
 
     def up_to(self, checkpoint: Checkpoint) -> "RunManifest":
-        """The manifest without what was committed after `checkpoint`, one of its own."""
+        """The manifest without what was committed after `checkpoint`, one of its own; the metrics become `replayed`."""
         kept = self.checkpoints[: self.checkpoints.index(checkpoint) + 1]
-        at = checkpoint.progress
-        metrics = tuple(s for s in self.metrics if (s.step, s.evaluated) <= (at.step, at.evaluated))
-        return replace(self, checkpoints=kept, metrics=metrics)
+        metrics = tuple(s for s in self.metrics if s.within(checkpoint.progress))
+        replayed = self.replayed + tuple(s for s in self.metrics if s not in metrics)
+        return replace(self, checkpoints=kept, metrics=metrics, replayed=replayed[-REPLAYED:])
+
+    def resumed_at(self, checkpoint: Checkpoint) -> "RunManifest":
+        """The manifest `up_to` the `checkpoint` that the attempt under way begins from."""
+        return self.up_to(checkpoint).with_attempt(step=checkpoint.progress.step)
+
+    def with_attempt(self, **details: Any) -> "RunManifest":
+        """The manifest with `details` of the attempt under way."""
+        return replace(self, attempts=(*self.attempts[:-1], replace(self.attempts[-1], **details)))
 
     def to_json(self) -> bytes:
         return (json.dumps({"format": FORMAT, "kind": KIND} | asdict(self), indent=1) + "\n").encode()
@@ -258,6 +294,7 @@ def _flaws(run: RunManifest) -> Iterator[str]:
     classes = run.dataset.get("classes", 1)
     named = [("checkpoints", c.object, CHECKPOINT_KEYS) for c in run.checkpoints]
     named += [("metrics", s.object, SEGMENT_KEYS) for s in run.metrics]
+    named += [("replayed", s.object, SEGMENT_KEYS) for s in run.replayed]
     rules: list[tuple[str, Any, bool, str]] = [
         ("run", run.run, bool(NAMES.fullmatch(run.run)), "a run's name"),
         ("dataset.fingerprint", run.dataset.get("fingerprint"), "fingerprint" in run.dataset, "a text"),

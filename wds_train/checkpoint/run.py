@@ -13,7 +13,7 @@ have uploaded at that moment carries its own fence in the key: named by nobody, 
 import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from typing import Any
 
 from wds_train.checkpoint import lease as leases
 from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint.ahead import Ahead
 from wds_train.checkpoint.committer import Committer, collect
 from wds_train.checkpoint.lease import Say, read_run, this_process, until_free
 from wds_train.checkpoint.manifest import RunManifest, Segment
@@ -51,6 +52,7 @@ class Run:
         self.store, self._say = store, say
         self.writer = Writer(store, manifest, tag, say=say, leads=leads)
         self.committer = Committer(self.writer, say=say, keep_every=keep_every)
+        self.ahead = Ahead(self.writer, say)
 
     @property
     def manifest(self) -> RunManifest:
@@ -125,7 +127,8 @@ class Run:
     def restore(self, say: Say) -> Snapshot | None:
         """The newest usable checkpoint, or None when the run has committed none. `RunError` when all are damaged.
 
-        The manifest forgets damaged ones, and the metrics that came after the one before: they will be logged again.
+        The manifest forgets damaged ones, and calls the metrics that came after the one before replayed: they will be
+        logged again.
         """
         for checkpoint in reversed(self.manifest.checkpoints):
             try:
@@ -134,7 +137,7 @@ class Run:
                 say(f"checkpoint {checkpoint.object.key} cannot be used ({error}); trying the one before")
                 continue
             if checkpoint != self.manifest.checkpoints[-1]:
-                self.writer.write(partial(RunManifest.up_to, checkpoint=checkpoint))
+                self.writer.write(partial(RunManifest.resumed_at, checkpoint=checkpoint))
             return snapshot
         if self.manifest.checkpoints:
             raise RunError(
@@ -144,8 +147,21 @@ class Run:
 
     def history(self) -> list[dict[str, Any]]:
         """All committed metrics that can be read, a record per line logged, oldest first; the others are named."""
+        return self._records(self.manifest.metrics)
+
+    def replayed(self) -> list[dict[str, Any]]:
+        """The records that attempts before had put beyond the checkpoint that their successors began from; each holds its
+        attempt's fence as `time/attempt`. What was committed after all is not among them.
+        """
+        committed = {segment.fence: segment.step for segment in self.manifest.metrics}
+        records = self._records([s for s in self.manifest.replayed if s.fence < self.manifest.fence])
+        return [
+            record for record in records if record.get("step", -1) > committed.get(record.get("time/attempt", 0), -1)
+        ]
+
+    def _records(self, segments: Iterable[Segment]) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(READERS) as pool:
-            return [record for records in pool.map(self._records_of, self.manifest.metrics) for record in records]
+            return [record for records in pool.map(self._records_of, segments) for record in records]
 
     def _records_of(self, segment: Segment) -> list[dict[str, Any]]:
         try:
@@ -160,6 +176,7 @@ class Run:
         """Renew the lease from here on: now there is training to lose. This process must not fork any more."""
         self.committer.begin()
         self.writer.start_renewing()
+        self.ahead.start()
 
     def end(self, status: str, **changes: Any) -> None:
         """Give the run up, as `status`. The caller has waited for what was under way. `Unavailable` when the store does not

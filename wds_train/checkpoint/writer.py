@@ -4,6 +4,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from wds_train.checkpoint import lease as leases
 from wds_train.checkpoint import manifest as states
@@ -16,16 +17,17 @@ from wds_train.storage.base import Store
 class Writer:
     """The one that may write a run's manifest: this process, while the manifest carries the fence that it claimed with.
 
-    `fatal` is what ended that, found in a thread; `leads` is False in a rank other than 0, which writes nothing.
+    `fatal` is what ended that, found in a thread; `closed`, that the attempt is over; `leads` is False in a rank other than 0, which writes nothing.
     """
 
     def __init__(self, store: Store, manifest: RunManifest, tag: str, *, say: Say = print, leads: bool = True) -> None:
         self.store, self.manifest, self.leads = store, manifest, leads
         self.fatal: Exception | None = None
         self._tag, self._say = tag, say
+        self._noted: dict[str, Any] = {}
         self._claimed_at = self._written_at = time.monotonic()
         self._writing = threading.Lock()
-        self._closed = threading.Event()
+        self.closed = threading.Event()
 
     def start_renewing(self) -> None:
         """Renew the lease from here on. It is to be called once this process forks no more: a forked child would inherit the
@@ -36,7 +38,7 @@ class Writer:
 
     def close(self) -> None:
         """Renew the lease no more."""
-        self._closed.set()
+        self.closed.set()
 
     @property
     def is_late(self) -> bool:
@@ -52,7 +54,8 @@ class Writer:
         with self._writing:
             for _ in range(3):
                 seconds = time.monotonic() - self._claimed_at
-                manifest = change(self.manifest).stamped(secrets.token_hex(16), time.time(), seconds)
+                manifest = change(self.manifest).with_attempt(**self._noted)
+                manifest = manifest.stamped(secrets.token_hex(16), time.time(), seconds)
                 try:
                     self._tag = self.store.write(states.NAME, manifest.to_json(), if_match=self._tag)
                 except Conflict as error:
@@ -61,6 +64,10 @@ class Writer:
                     self.manifest, self._written_at = manifest, time.monotonic()
                     return
         raise StoreError(f"{self.store.url}/{states.NAME} could not be written: the server kept refusing")
+
+    def note(self, **details: Any) -> None:
+        """Let the next write, be it only a renewal of the lease, say more of this attempt. Nobody waits for it."""
+        self._noted = self._noted | details
 
     def _take_up(self, error: Conflict) -> None:
         try:
@@ -78,14 +85,14 @@ class Writer:
         by then, which the next write that passes finds out.
         """
         every = self.manifest.lease / leases.RENEWALS
-        while not self._closed.wait(max(0.0, self._written_at + every - time.monotonic())):
+        while not self.closed.wait(max(0.0, self._written_at + every - time.monotonic())):
             if time.monotonic() - self._written_at < every:
                 continue  # a commit has renewed it
             try:
                 self.write(lambda manifest: manifest)
             except StoreError as error:
                 self._say(f"the lease of {self.store.url} could not be renewed ({error}); trying again")
-                self._closed.wait(every)
+                self.closed.wait(every)
             except Exception as error:
                 self.fatal = error
                 return

@@ -58,7 +58,11 @@ def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str
         "failures": totals.failures,
         "rollbacks": manifest.rollbacks,
         "hours": round(hours, 4),
-        "dollars": None if price is None else round(hours * price, 2),
+        "dollars": round(hours * price, 2)
+        if price is not None
+        else round(totals.dollars, 2)
+        if totals.dollars
+        else None,
         "checkpoints": [_row(checkpoint) for checkpoint in manifest.checkpoints],
         "best": {
             kind: found.progress.step for kind, name in SCORES.items() if (found := best(manifest.checkpoints, name))

@@ -11,6 +11,7 @@ from wds_train.commands.arguments import (
     add_workers,
     count,
     dataset_url,
+    dollars,
     positive,
     run_url,
     share_of,
@@ -95,6 +96,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=typing.get_args(Precision), default="auto", help="of the arithmetic")
     add_device(parser)
+    parser.add_argument("--price", type=dollars, metavar="USD", help="what an hour of this machine costs, to sum it up")
     parser.add_argument("--compile", action="store_true", help="compile the model: minutes at the start, faster then")
     parser.add_argument("--no-wait", action="store_true", help="fail at once when another instance holds the run")
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: bit-equal, more slowly")
@@ -139,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         compile=args.compile,
         cpu=cpu,
+        price=args.price,
     )
     train(options, stop)
     return 0

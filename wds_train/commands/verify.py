@@ -60,7 +60,7 @@ def _verify_run(url: str) -> int:
     flaws = [flaw_of(store, manifest, checkpoint) for checkpoint in manifest.checkpoints]
     usable = [c for c, flaw in zip(manifest.checkpoints, flaws, strict=True) if flaw is None]
     damaged = [str(flaw) for flaw in flaws if flaw is not None]
-    for segment in manifest.metrics:
+    for segment in manifest.metrics + manifest.replayed:
         try:
             read_records(store, segment)
         except RunError as error:
@@ -70,8 +70,8 @@ def _verify_run(url: str) -> int:
     size = sum(named.bytes for named in manifest.objects)
     state = f"{len(damaged)} damaged" if damaged else "whole"
     print(
-        f"{store.url}: {state}; {len(manifest.checkpoints)} checkpoints, {len(manifest.metrics)} segments of metrics, "
-        f"{size / 1e6:,.1f} MB"
+        f"{store.url}: {state}; {len(manifest.checkpoints)} checkpoints, {len(manifest.metrics + manifest.replayed)} segments "
+        f"of metrics, {size / 1e6:,.1f} MB"
     )
     if usable:
         print(f"a resume uses the checkpoint of step {usable[-1].progress.step}, {usable[-1].object.key}")

@@ -16,26 +16,25 @@ from urllib.parse import urlsplit
 from wds_train.checkpoint.manifest import RunManifest
 from wds_train.home import home
 from wds_train.tracking.console import say
+from wds_train.tracking.records import Row
 
 FINISH_SECONDS = 20.0  # for W&B to take what it has not yet, once the run is done
 HASTY_SECONDS = 3.0  # the same, when the training was interrupted or failed
 # Its own: 30 s to begin, and as long for the last records as anybody waits; without, `finish` waits for ever.
 LIMITS: dict[str, Any] = {"init_timeout": 30, "finish_timeout": FINISH_SECONDS, "console": "off"}
 
-Record = dict[str, Any]
-
 
 @dataclass
 class Tracker:
-    """Collects records for the next commit, and passes them on to W&B, whose troubles never reach the training: a thread
+    """Collects rows for the next commit, and passes them on to W&B, whose troubles never reach the training: a thread
     makes every call of it, and records wait in a queue until W&B is there.
     """
 
     run: RunManifest
-    pending: list[Record] = field(default_factory=list)
+    pending: list[Row] = field(default_factory=list)
     where: str | None = None
     """The run's page, or the folder of an offline run; None without W&B."""
-    _queue: SimpleQueue[Record | int] = field(default_factory=SimpleQueue)
+    _queue: SimpleQueue[Row | int] = field(default_factory=SimpleQueue)
     _thread: threading.Thread | None = None
     _left_behind: bool = False
 
@@ -59,17 +58,14 @@ class Tracker:
                 self._left_behind = True
                 say(f"W&B did not end within {seconds:g} s and is left behind; the metrics are with the run")
 
-    def log(self, record: Record, timing: Record) -> None:
-        """Note a record. `record` is kept with the run and must be the same for a resumed and an unbroken run; `timing`
-        need not.
-        """
-        self.pending.append(record)
+    def log(self, row: Row) -> None:
+        self.pending.append(row)
         if self._thread is not None and self._thread.is_alive():
-            self._queue.put(record | timing)
+            self._queue.put(row)
 
-    def drain(self) -> list[Record]:
-        records, self.pending = self.pending, []
-        return records
+    def drain(self) -> list[Row]:
+        rows, self.pending = self.pending, []
+        return rows
 
     def _pass_on(self) -> None:
         """The body of the thread. W&B's exit code, an int, is the last that comes."""

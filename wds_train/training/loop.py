@@ -6,7 +6,6 @@ step; while validating, between batches: the validation is then repeated after t
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from wds_train.checkpoint.run import Run
@@ -24,33 +23,14 @@ from wds_train.training.in_time import Stopped, in_time
 from wds_train.training.memory import fit_accumulation
 from wds_train.training.options import TrainOptions
 from wds_train.training.ranks import Ranks, lost_ranks
-from wds_train.training.setup import epoch_steps, introduction, make_loader, make_trainer, make_val_loader
+from wds_train.training.rows import Rows
+from wds_train.training.setup import epoch_steps, hardware, introduction, make_loader, make_trainer, make_val_loader
 from wds_train.training.spot import SpotWatch
 from wds_train.training.stop import StopRequest
 
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
 LAST_MOMENT = 2.0  # seconds of the last commit's time that are left to say how it went
-
-
-@dataclass
-class Pace:
-    """How fast the steps since the last record were, taken together up to one that ended with the GPU idle: a single
-    step's time would hold the work of those that the GPU was still doing, or none of its own.
-    """
-
-    steps: int = 0
-    waited: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, waited: float, worked: float) -> None:
-        self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + waited + worked
-
-    def drain(self, batch: int) -> dict[str, float]:
-        """The images a second since the last call, and the share of the time that was waited for data."""
-        timing = {"time/img_s": self.steps * batch / self.seconds, "time/data_wait": self.waited / self.seconds}
-        self.steps, self.waited, self.seconds = 0, 0.0, 0.0
-        return timing
 
 
 class Session:
@@ -67,6 +47,7 @@ class Session:
         tracker: Tracker,
     ) -> None:
         self._options, self._run, self._stop, self._ranks, self._tracker = options, run, stop, ranks, tracker
+        self._rows = Rows(run, tracker, options.recipe.batch)
         self._datasets = datasets
         self._classes = [[entry.id, entry.name] for entry in datasets[0].manifest.classes]
         self._epoch_steps = epoch_steps(options, datasets)
@@ -101,6 +82,7 @@ class Session:
         )
         if options.accumulate is None and ranks.device.type == "cuda":  # a CPU's memory holds any batch it can work on
             trainer.accumulate = round(ranks.largest(fit_accumulation(trainer)))
+        self._run.writer.note(hardware=hardware(ranks), price=options.price)
         self._say(introduction(options, self._datasets[0], self._epoch_steps, ranks))
         for note in trainer.notes:
             self._say(f"weights  {note}")
@@ -112,7 +94,7 @@ class Session:
             self._say(f"resuming at step {step} of {self._total} (epoch {step / self._epoch_steps:.2f})")
 
     def run_to_end(self) -> None:
-        with SpotWatch(self._stop) as self._spot:
+        with SpotWatch(self._stop, tell=self._run.writer.note) as self._spot:
             self._bar = Bar(
                 self._total, self._trainer.progress.step, self._options.recipe.batch, shown=self._ranks.leads
             )
@@ -136,8 +118,6 @@ class Session:
         self._saved = trainer.progress
         self._saved_at = time.monotonic()
         self._rebalance_said = False
-        self._commit_timing: dict[str, float] = {}
-        self._pace = Pace()
         batches = _timed(on_device(in_time(self._loader, self._stop), trainer.device))
         while trainer.progress.evaluated * epoch_steps < self._total:
             if self._look_up():
@@ -182,11 +162,11 @@ class Session:
             self._trainer.epoch_loss()
             record = {"step": done, "epoch": done / self._epoch_steps, "train/loss": shown}
             record |= {"train/lr": self._trainer.lr(done - 1), "train/grad_norm": self._trainer.grad_norm.item()}
-        self._pace.add(waited, time.perf_counter() - start)
+            record |= {"train/resolution": batch.images.shape[1]}
+        self._rows.add_step(waited, time.perf_counter() - start)
         if record:
-            timing = self._pace.drain(self._options.recipe.batch) | self._drain_commit_timing()
-            timing |= {"s3/fallbacks": self._loader.fallbacks} if self._loader.fallbacks else {}
-            self._tracker.log(record, timing)
+            record |= {"s3/fallbacks": self._loader.fallbacks} if self._loader.fallbacks else {}
+            self._rows.log_step(record, self._trainer.progress)
         self._bar.step(done, shown)
 
     def _end_epoch(self) -> None:
@@ -200,7 +180,7 @@ class Session:
         trainer.evaluated()
         epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
         record = {"step": trainer.progress.step, "epoch": float(epoch), "epoch/loss": loss, "epoch/lost": unreadable}
-        self._tracker.log(record | metrics, {})
+        self._rows.log(record | metrics, trainer.progress)
         self._say(
             f"epoch {epoch:3d}/{epochs}  loss {loss:.3f}  "
             f"top-1 {metrics['val/top1']:.2f} %  EMA {metrics['val/top1_ema']:.2f} %"
@@ -224,15 +204,7 @@ class Session:
         if snapshot is not None:
             self._run.committer.commit(snapshot, metrics, records, **changes)
         self._saved, self._saved_at = self._trainer.progress, time.monotonic()
-        self._commit_timing["commit/stall_ms"] = (time.perf_counter() - start) * 1000
-
-    def _drain_commit_timing(self) -> dict[str, float]:
-        """What the newest commits cost: `stall_ms` the training's pause, `upload_s` the work in the background."""
-        timing, self._commit_timing = self._commit_timing, {}
-        committer = self._run.committer
-        if committer.upload_s is not None:
-            timing["commit/upload_s"], committer.upload_s = committer.upload_s, None
-        return timing
+        self._rows.stall_ms = (time.perf_counter() - start) * 1000
 
     def _interrupt(self) -> None:
         """Commit, unless this very state is committed or on its way, and leave; unless it was the last that was missing."""

@@ -135,11 +135,17 @@ def make_val_loader(options: TrainOptions, dataset: Dataset, ranks: Ranks) -> Lo
 
 
 def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ranks) -> str:
-    recipe, splits, device = options.recipe, dataset.manifest.splits, ranks.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    recipe, splits = options.recipe, dataset.manifest.splits
     return (
         f"dataset  {dataset.store.url}: {splits['train'].samples:,} train, {splits['val'].samples:,} val, "
         f"{len(dataset.manifest.classes)} classes\n"
         f"run      {options.run}: recipe {recipe.name}, {recipe.model.name}, {recipe.schedule.epochs} epochs of "
-        f"{steps} steps of {recipe.batch}, on {f'{ranks.size} x ' if ranks.size > 1 else ''}{name}"
+        f"{steps} steps of {recipe.batch}, on {hardware(ranks)}"
     )
+
+
+def hardware(ranks: Ranks) -> str:
+    """What the training works on."""
+    device = ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{ranks.size} x {name}" if ranks.size > 1 else name

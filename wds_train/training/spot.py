@@ -25,21 +25,24 @@ TOKEN_TTL = "21600"
 
 Ask = Callable[[str, str, dict[str, str]], tuple[int, bytes]]
 """(method, path, headers) -> (status, body); OSError or HTTPException when there is no answer."""
+Tell = Callable[..., None]
 
 
 class SpotWatch:
     """Looks for the notice in a thread, as a context manager; the training loop reads the attributes.
 
     A notice asks `stop` to end the training by the time at which the instance goes. `rebalance`: whether EC2 has recommended
-    to move. Elsewhere than on EC2 the thread ends in under a second. A service that fails later means that nothing is
+    to move. `tell(instance=...)` is told the instance's type. Elsewhere than on EC2 the thread ends in under a second. A service that fails later means that nothing is
     known, never that the instance goes.
     """
 
-    def __init__(self, stop: StopRequest, ask: Ask | None = None, every: float = POLL_SECONDS) -> None:
+    def __init__(
+        self, stop: StopRequest, ask: Ask | None = None, every: float = POLL_SECONDS, *, tell: Tell | None = None
+    ) -> None:
         self.rebalance = False
         self._stop = stop
         self._ask = ask or _ask
-        self._every = every
+        self._every, self._tell = every, tell
         self._token: str | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="spot", daemon=True)
@@ -65,6 +68,7 @@ class SpotWatch:
 
     def _watch(self) -> None:
         if self._is_ec2():
+            self._tell_type()
             while not self.look() and not self._stopped.wait(self._every):
                 pass
 
@@ -75,6 +79,11 @@ class SpotWatch:
                 if self._token is not None:
                     return True
         return False
+
+    def _tell_type(self) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if self._tell is not None and (kind := self._read("instance-type")):
+                self._tell(instance=kind.decode("latin-1"))
 
     def _renew(self) -> None:
         status, body = self._ask("PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": TOKEN_TTL})
