@@ -30,6 +30,8 @@ class TrainOptions:
     compile: bool = False
     cpu: bool = False
     """Whether to leave the GPUs alone."""
+    price: float | None = None
+    """Dollars an instance hour."""
 
     def __post_init__(self) -> None:
         name_of(self.run)
