@@ -12,8 +12,10 @@ from wds_train.errors import DataError
 from wds_train.format.arrow import to_numpy
 from wds_train.format.shard import record_bytes
 from wds_train.rng import permutation
+from wds_train.tracking.console import dollars, duration
 
 SAMPLED = 64
+START_SECONDS = 2.0  # to start the processes, and for what follows the last shard
 # S3 Standard in us-east-1, first 50 TB, and a PUT (aws.amazon.com/s3/pricing).
 DOLLARS_PER_GB_MONTH = 0.023
 DOLLARS_PER_PUT = 0.005 / 1000
@@ -28,12 +30,13 @@ def print_plan(plan: Plan, processes: int) -> None:
         size = int(record_bytes((to_numpy(rows["length"]) * ratio).astype(np.int64)).sum())
         print(f"{split}: {rows.num_rows:,} samples, {len(parts)} shards, {size / 1e6:,.1f} MB")
         total, shards = total + size, shards + len(parts)
-    minutes = seconds * plan.source.samples / processes / 60
+    work = duration(START_SECONDS + seconds * plan.source.samples / processes)
     print(
-        f"about {minutes:,.1f} minutes of work with {processes} processes, and the time to upload {total / 1e9:,.2f} GB"
+        f"about {work} of work with {processes} process{'es' * (processes > 1)}, and the time to upload {total / 1e6:,.1f} MB"
     )
     print(
-        f"S3: ${total / 1e9 * DOLLARS_PER_GB_MONTH:,.2f} a month, ${2 * shards * DOLLARS_PER_PUT:,.4f} for the upload's requests"
+        f"S3: {dollars(total / 1e9 * DOLLARS_PER_GB_MONTH)} a month, {dollars(2 * shards * DOLLARS_PER_PUT)} for the "
+        "upload's requests"
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed, wait
 from multiprocessing import forkserver
 
-from shards.pack import ShardDone, ShardTask, make_shard
+from shards import pack
+from shards.pack import Counts, ShardDone, ShardTask, make_shard
 from wds_train.errors import UsageError
 
 DASK = "dask://"
@@ -25,16 +26,26 @@ def prepare() -> None:
     forkserver.ensure_running()
 
 
+def counted(processes: int) -> Counts:
+    """Counts that this many processes of `opened` add to."""
+    if processes <= 1:
+        return Counts(threading.Lock(), [0, 0])
+    return Counts(CONTEXT.Lock(), CONTEXT.RawArray("q", 2))
+
+
 @contextlib.contextmanager
-def opened(address: str | None, processes: int) -> Iterator[tuple[Executor | None, int]]:
-    """An executor, None for this very process, and how many tasks it runs at once."""
+def opened(address: str | None, processes: int, counts: Counts) -> Iterator[tuple[Executor | None, int]]:
+    """An executor, None for this very process, and how many tasks it runs at once. What it packs is in `counts`, but for a
+    cluster's, which share no memory.
+    """
     if address is not None:
         with _dask(address) as (executor, at_once):
             yield executor, at_once
     elif processes <= 1:
+        pack.made = counts
         yield None, 1
     else:
-        executor = ProcessPoolExecutor(processes, CONTEXT, initializer=_begin, initargs=(dict(os.environ),))
+        executor = ProcessPoolExecutor(processes, CONTEXT, initializer=_begin, initargs=(dict(os.environ), counts))
         try:
             yield executor, processes
         finally:
@@ -62,12 +73,13 @@ def _dask(address: str) -> Iterator[tuple[Executor, int]]:
         yield client.get_executor(pure=False, retries=2), max(1, sum(client.nthreads().values()))
 
 
-def _begin(environment: dict[str, str]) -> None:
+def _begin(environment: dict[str, str], counts: Counts) -> None:
     """Take the parent's environment: the server that workers fork from may have started before credentials were set.
     And die with the parent: workers of a killed conversion would wait for tasks for ever, and write beside the next one.
     """
     os.environ.clear()
     os.environ.update(environment)
+    pack.made = counts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -18,6 +18,7 @@ from wds_train.format.index import write_index
 from wds_train.format.manifest import ClassInfo, DatasetManifest, Index, Shard, Split, read_manifest
 from wds_train.format.tar import members
 from wds_train.storage.base import Entry, Store
+from wds_train.tracking.console import Meter
 
 CHUNK = 8 << 20
 # A block of this many samples is what the loader fetches at once; one sample must fit many times over.
@@ -27,9 +28,9 @@ MAX_SAMPLE = 64 << 20
 class Forward:
     """Reads of an object that move forward, in chunks, with the sha256 of all that passed."""
 
-    def __init__(self, store: Store, entry: Entry) -> None:
+    def __init__(self, store: Store, entry: Entry, meter: Meter) -> None:
         self.entry = entry
-        self._store, self._digest = store, hashlib.sha256()
+        self._meter, self._store, self._digest = meter, store, hashlib.sha256()
         self._data, self._start = bytearray(), 0
 
     def read(self, offset: int, length: int) -> bytes:
@@ -40,6 +41,7 @@ class Forward:
             chunk = self._store.read(self.entry.key, at, min(CHUNK, self.entry.bytes - at))
             self._digest.update(chunk)
             self._data += chunk
+            self._meter.add(len(chunk))
         return bytes(self._data[offset - self._start : stop - self._start])
 
     def forget(self, offset: int) -> None:
@@ -72,9 +74,10 @@ def index_in_place(store: Store, policy: ImagePolicy) -> tuple[dict[str, Indexed
     words = {entry: split_word(entry.key) for entry in entries}
     chosen = choose_splits(words.values())
     splits = {split: Indexed() for split in chosen.values()}
-    for entry, word in words.items():
-        if word in chosen:
-            _index_tar(splits[chosen[word]], chosen[word], Forward(store, entry), policy)
+    with Meter(sum(entry.bytes for entry, word in words.items() if word in chosen)) as meter:
+        for entry, word in words.items():
+            if word in chosen:
+                _index_tar(splits[chosen[word]], chosen[word], Forward(store, entry, meter), policy)
     notes = [
         Note("", e.key, "ignored", f"the split {word!r} is not used") for e, word in words.items() if word not in chosen
     ]

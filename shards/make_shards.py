@@ -1,21 +1,20 @@
 """`wds-train shards`: a dataset becomes tar shards on S3, once."""
 
 import argparse
+import logging
 import os
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from tqdm import tqdm
-
 from shards.convert import Conversion
 from shards.estimate import print_plan
-from shards.executors import opened, prepare, run_tasks
+from shards.executors import counted, opened, prepare, run_tasks
 from shards.images import ImagePolicy
 from shards.index_in_place import index_in_place, write_dataset
 from shards.overlap import refuse_overlap
-from shards.pack import ShardDone
+from shards.pack import Counts, ShardDone
 from shards.plan import Options, Plan
 from shards.report import judge, print_notes, report_json, say
 from shards.sources.base import Source, Wanted
@@ -27,6 +26,7 @@ from wds_train.format.manifest import DatasetManifest
 from wds_train.home import home
 from wds_train.storage.address import announced, located
 from wds_train.storage.open import open_store
+from wds_train.tracking.console import LOG, Meter, note
 
 MIB = 1 << 20
 INDEX = "index"
@@ -87,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
     wanted_at = name_of(args.source) if args.dataset is None else args.dataset
     url = announced(located(wanted_at, "datasets", args.bucket), wanted_at)
     store = open_store(url)
-    refuse_overlap(source_root(args.source), store)
+    root = source_root(args.source)
+    refuse_overlap(root, store)
+    if root is None or os.path.exists(root):  # noqa: PTH110 (a Path would raise where it may not look)
+        note(f"reading {args.source} ...")
     began = time.monotonic()
     with Spool(args.spool or home() / "spool", url, int(args.spool_gb * 1e9)) as spool:
         wanted = Wanted(args.image_column, args.label_column, args.reencode)
@@ -95,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
         plan = Plan(source, _options(args, source))
         met = source.samples + sum(note.what == "left out" for note in source.notes)
         judge(source.notes, met, args.max_bad)
-        _print_understood(plan)
+        if LOG.isEnabledFor(logging.INFO):
+            _print_understood(plan)
         if args.dry_run:
             print_plan(plan, args.processes)
             return 0
@@ -155,17 +159,24 @@ def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Names
     finished = {(part.split, part.number) for part in done}
     missing = sum(map(len, conversion.plan.parts.values())) - len(finished)
     if finished:
-        say(f"{len(finished)} of {len(finished) + missing} shards are finished already")
+        note(f"{len(finished)} of {len(finished) + missing} shards are finished already")
+    plan, processes = conversion.plan, min(args.processes, missing)
+    size = sum(plan.size(split, number) for split, parts in plan.parts.items() for number in range(len(parts)))
+    counts = counted(0 if args.executor else processes)
     try:
         with (
-            opened(args.executor, min(args.processes, missing)) as (executor, at_once),
-            _Bar(conversion.plan.source.samples) as bar,
+            opened(args.executor, processes, counts) as (executor, at_once),
+            Meter(size, plan.source.samples) as meter,
+            meter.following(lambda: counts.values),
         ):
-            bar.add(done)
+            for part in done:
+                _count(plan, counts, part)
             for tasks in conversion.tasks(finished):
                 for part in run_tasks(executor, tasks, 2 * at_once):
                     done.append(part)
-                    bar.add([part])
+                    LOG.debug("uploaded %s, %.1f MB", part.shard.name, part.shard.bytes / 1e6)
+                    if args.executor:
+                        _count(plan, counts, part)
     except BrokenProcessPool as error:
         raise DataError("a worker process died, out of memory perhaps; run again with fewer --processes") from error
     except KeyboardInterrupt as error:
@@ -173,33 +184,8 @@ def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Names
     return done
 
 
-class _Bar:
-    """A bar in a terminal; in a log, a line now and then."""
-
-    SECONDS = 30.0
-
-    def __init__(self, images: int) -> None:
-        self._tqdm = tqdm(total=images, unit="img", disable=not sys.stderr.isatty())
-        self._began = self._printed = time.monotonic()
-        self._images = self._bytes = 0
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tqdm.close()
-
-    def add(self, parts: list[ShardDone]) -> None:
-        images = sum(part.shard.samples for part in parts)
-        self._images += images
-        self._bytes += sum(part.shard.bytes for part in parts)
-        now = time.monotonic()
-        rate = self._bytes / 1e6 / max(now - self._began, 1e-3)
-        self._tqdm.set_postfix_str(f"{rate:.0f} MB/s", refresh=False)
-        self._tqdm.update(images)
-        if self._tqdm.disable and now - self._printed > self.SECONDS:
-            self._printed = now
-            say(f"{self._images:,} of {self._tqdm.total:,} images, {rate:.0f} MB/s", 2)
+def _count(plan: Plan, counts: Counts, part: ShardDone) -> None:
+    counts.add(plan.size(part.split, part.number), len(plan.parts[part.split][part.number]))
 
 
 def _counts(made: DatasetManifest) -> str:
@@ -215,6 +201,7 @@ def _index(args: argparse.Namespace) -> int:
     if args.dataset is None:
         raise UsageError("index needs the address of the tars: wds-train shards index s3://bucket/prefix")
     store = open_store(announced(located(args.dataset, "datasets", args.bucket), args.dataset))
+    note(f"reading the tars of {store.url} ...")
     splits, notes = index_in_place(store, ImagePolicy(verify=args.verify))
     samples = sum(len(found.rows) for found in splits.values())
     left_out = sum(note.what == "left out" for note in notes)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +23,24 @@ from wds_train.format.shard import Sample, ShardWriter
 from wds_train.storage.base import PART_BYTES, Store
 
 WIP = ".wip/"
+COUNT_SECONDS = 0.2  # between two additions of a process to the counts, which all of them wait for
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The source's bytes and images that are packed, in `values`, by all processes together that hold the `lock`."""
+
+    lock: Any
+    values: Any
+
+    def add(self, size: int, images: int) -> None:
+        with self.lock:
+            self.values[0] += size
+            self.values[1] += images
+
+
+made: Counts | None = None
+"""What this process adds to what it has packed, if anybody wants to know."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +88,24 @@ class Packing:
         self.altered = self.bytes = 0
         self.digest = hashlib.sha256()
         self.writer = ShardWriter(task.number)
+        self._told, self._size, self._images = 0.0, 0, 0
 
     def pieces(self) -> Iterator[bytearray]:
         warnings.filterwarnings("ignore", module="PIL")  # about odd EXIF, of which the orientation is all that is used
         for row in self.task.rows.to_pylist():
             self._add(row)
+            self._size, self._images = self._size + row["length"], self._images + 1
+            if time.monotonic() - self._told > COUNT_SECONDS:
+                self._tell()
             if self.writer.waiting >= PART_BYTES:
                 yield self._hashed(self.writer.take())
+        self._tell()
         yield self._hashed(self.writer.finish())
+
+    def _tell(self) -> None:
+        if made is not None:
+            made.add(self._size, self._images)
+        self._told, self._size, self._images = time.monotonic(), 0, 0
 
     def _hashed(self, piece: bytearray) -> bytearray:
         self.digest.update(piece)

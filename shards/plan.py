@@ -84,6 +84,10 @@ class Plan:
                 for (number, ids), start in zip(group, starts[:-1], strict=True)
             ]
 
+    def size(self, split: str, number: int) -> int:
+        """The bytes of the source's images that go into the shard."""
+        return self._size(split, self.parts[split][number])
+
     def _rows(self, split: str, ids: np.ndarray) -> pa.Table:
         return take(self.source.splits[split], ids)
 

@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import NoReturn
 
 from wds_train.errors import Interrupted, WdsTrainError, tell
+from wds_train.tracking.console import add_level, set_level
 
 LEAVE_SECONDS = 2.0
+LONG = ("shards", "verify", "train", "eval")  # commands that have --quiet and --verbose
 # Every command is a module with `add_arguments(parser)` and `run(args)`, its exit code.
 COMMANDS = {
     "shards": ("shards.make_shards", "convert images to tar shards, index and manifest"),
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = _parser(arguments).parse_args(arguments)
         args.arguments = arguments
+        set_level(args)
         return args.run_command(args)
     except WdsTrainError as error:
         tell(error)
@@ -82,6 +85,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         if name in arguments[:1]:
             found = import_module(module)
             found.add_arguments(command)
+            if name in LONG:
+                add_level(command)
             command.set_defaults(run_command=found.run)
     return parser
 

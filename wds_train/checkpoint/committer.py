@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from wds_train.checkpoint.writer import Writer
 from wds_train.errors import RunError, StoreError
 from wds_train.storage.base import Store
 
+LOG = logging.getLogger(__name__)
 RETRY_SECONDS = 60.0  # longest pause between attempts at a commit, each of which has the store's own retries within
 QUEUE_SECONDS = 10.0  # longest wait of the training for the commit before, ere it is replaced by the new one
 
@@ -165,6 +167,7 @@ class Committer:
         before, self._asked = writer.manifest, True
         writer.write(lambda found: replace(found.with_commit(checkpoint, segment, self._keep_every), **job.changes))
         self.upload_s = time.perf_counter() - began
+        LOG.debug("committed step %d: %.1f MB in %.1f s", at.step, checkpoint.object.bytes / 1e6, self.upload_s)
         collect(writer.store, before, writer.manifest, self._say)
 
     def _put(self, key: str, data: bytes) -> Object:

@@ -26,3 +26,9 @@ def choose(manifest: RunManifest, kind: str, step: int | None) -> Checkpoint:
     if found is None:
         raise UsageError(f"run {manifest.run} has no validated checkpoint yet; choose one by --step, or wait")
     return found
+
+
+def best_kind(checkpoints: tuple[Checkpoint, ...]) -> str:
+    """The kind of weights, a name in SCORES, with the highest top-1 of any validation; EMA where there was none."""
+    tops = {kind: found.metrics[name] for kind, name in SCORES.items() if (found := best(checkpoints, name))}
+    return max(tops, key=lambda kind: tops[kind], default="ema")

@@ -2,17 +2,14 @@
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from wds_train.checkpoint.find import SCORES
 from wds_train.commands.arguments import add_bucket, add_device, add_workers, dataset_url, positive, run_url
 from wds_train.data.dataset import Dataset
 from wds_train.errors import unwritable
-from wds_train.evaluation.evaluate import View, chosen_weights, refuse_other_classes, score
-from wds_train.evaluation.report import describe_member, report_lines, report_of, write_classes
-from wds_train.evaluation.scoring import EVAL_BATCH
-from wds_train.models.weights import SUFFIX
-from wds_train.training.ranks import Ranks, refuse_unusable_gpu
+from wds_train.tracking.console import Meter, loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,20 +52,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    bucket = args.bucket
+    dataset = Dataset.open(dataset_url(args.dataset, bucket))
+    loading()
+    from wds_train.evaluation.evaluate import View, chosen_weights, refuse_other_classes, score
+    from wds_train.evaluation.report import describe_member, report_lines, report_of, write_classes
+    from wds_train.evaluation.scoring import EVAL_BATCH
+    from wds_train.models.weights import SUFFIX
+    from wds_train.training.ranks import Ranks, refuse_unusable_gpu
+
     if args.device == "auto":
         refuse_unusable_gpu()
     device = Ranks(cpu=args.device == "cpu").device
-    bucket = args.bucket
     models = [each if each.endswith(SUFFIX) else run_url(each, bucket) for each in (args.run, *args.ensemble)]
-    where = dataset_url(args.dataset, bucket)
     chosen = [chosen_weights(each, args.weights, args.step) for each in models]
-    dataset = Dataset.open(where)
     for weights in chosen:
         refuse_other_classes(weights, dataset)
     views = [View.of(weights.recipe, args) for weights in chosen]
     split = dataset.split(args.split)
     batch = args.batch or min(chosen[0].recipe.batch, EVAL_BATCH)
-    scored = score(chosen, views, split, batch, workers=args.workers, device=device)
+    with Meter(0, len(split)) as meter:
+        seen = partial(meter.add, 0)
+        scored = score(chosen, views, split, batch, workers=args.workers, device=device, seen=seen)
     report = {
         "dataset": dataset.store.url,
         "fingerprint": dataset.fingerprint,

@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 
 from wds_train.checkpoint.find import SCORES, choose, find_run
-from wds_train.checkpoint.read import weights_of
 from wds_train.commands.arguments import add_run, run_url
 from wds_train.errors import UsageError
-from wds_train.models.weights import SUFFIX
+from wds_train.tracking.console import loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.to.suffix != SUFFIX:
-        raise UsageError(f"--to {args.to} must end in {SUFFIX}")
     if not args.to.parent.is_dir():
         raise UsageError(f"--to {args.to}: there is no folder {args.to.parent}; make it first")
+    loading()
+    from wds_train.checkpoint.read import weights_of
+    from wds_train.models.weights import SUFFIX
+
+    if args.to.suffix != SUFFIX:
+        raise UsageError(f"--to {args.to} must end in {SUFFIX}")
     manifest, store = find_run(run_url(args.run, args.bucket))
     weights = weights_of(store, manifest, choose(manifest, args.best, args.step), args.best)
     weights.save(args.to)

@@ -4,7 +4,7 @@ import argparse
 
 from wds_train.commands.arguments import add_dataset, count, dataset_url, positive
 from wds_train.data.dataset import Dataset
-from wds_train.data.stream import stream_order
+from wds_train.tracking.console import loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    dataset = Dataset.open(dataset_url(args.dataset, args.bucket))
+    loading()
+    from wds_train.data.stream import stream_order
+
     lines = stream_order(
-        Dataset.open(dataset_url(args.dataset, args.bucket)),
+        dataset,
         seed=args.seed,
         epoch=args.epoch,
         global_batch=args.global_batch,

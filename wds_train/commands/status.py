@@ -1,7 +1,10 @@
 """`wds-train status`: how far a run is, who trains it, what it cost."""
 
 import argparse
+import contextlib
 import json
+import shutil
+import sys
 import time
 from dataclasses import asdict
 from typing import Any
@@ -11,20 +14,51 @@ from wds_train.checkpoint.lease import is_gone
 from wds_train.checkpoint.manifest import Checkpoint, RunManifest, best
 from wds_train.commands.arguments import add_run, dollars, run_url
 
+WATCH_SECONDS = 2.0
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON")
+    form.add_argument("--watch", action="store_true", help="again every few seconds, until the run ends")
     parser.add_argument(
         "--price", type=dollars, metavar="USD", help="price of an instance hour, to sum up the cost so far"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    manifest, _ = find_run(run_url(args.run, args.bucket))
-    status = describe(manifest, time.time(), args.price)
+    url = run_url(args.run, args.bucket)
+    if args.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            _watch(url, args.price)
+        return 0
+    status = describe(find_run(url)[0], time.time(), args.price)
     print(json.dumps(status, indent=1) if args.json else "\n".join(_lines(status)))
     return 0
+
+
+def _watch(url: str, price: float | None) -> None:
+    """Show the run's state until it ends: in a terminal in one place, elsewhere a line whenever it has changed."""
+    above, shown = 0, ""
+    while True:
+        status = describe(find_run(url)[0], time.time(), price)
+        lines, line = _lines(status), _line(status)
+        if sys.stdout.isatty():
+            wide = shutil.get_terminal_size().columns - 1  # a line that wraps would take two
+            print(f"\x1b[{above}F" * (above > 0) + "\x1b[J" + "\n".join(each[:wide] for each in lines), flush=True)
+            above = len(lines)
+        elif line != shown:
+            print(line, flush=True)
+        if status["status"] not in ("running", "silent"):
+            return
+        shown = line
+        time.sleep(WATCH_SECONDS)
+
+
+def _line(status: dict[str, Any]) -> str:
+    top1 = "".join(f", {name} {value:.2f}" for name, value in status["metrics"].items() if "top1" in name)
+    return f"{status['run']}: {status['status']}, step {status['step']}, epoch {status['epochs']}/{status['of_epochs']}{top1}"
 
 
 def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str, Any]:

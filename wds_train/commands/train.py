@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 import typing
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
 from wds_train.config.settings import with_settings
 from wds_train.errors import NotFound
+from wds_train.tracking.console import loading
 from wds_train.training.stop import StopRequest
 
 
@@ -77,6 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-every", type=count, default=0, metavar="N", help="keep the checkpoint of every Nth epoch, too"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what this training would take, from two steps of it; nothing is written",
+    )
+    parser.add_argument(
+        "--price", type=dollars, metavar="USD", help="of an instance hour, to show what the training costs"
+    )
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
@@ -112,8 +122,13 @@ def run(args: argparse.Namespace) -> int:
     dataset = _default_dataset(args) if args.dataset is None else dataset_url(args.dataset, args.bucket)
     mix = tuple((dataset_url(each, args.bucket), share) for each, share in args.mix)
 
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in a log, one endless line
+    if "LOCAL_RANK" not in os.environ:  # else another process has said so
+        loading()
     from torch.cuda import device_count  # seconds, after what can be said without it
 
+    from wds_train.training.estimate import estimate
     from wds_train.training.launch import launch
     from wds_train.training.options import TrainOptions
     from wds_train.training.ranks import refuse_unusable_gpu
@@ -122,7 +137,8 @@ def run(args: argparse.Namespace) -> int:
     cpu = args.device == "cpu"
     if not cpu:
         refuse_unusable_gpu()
-    if "RANK" not in os.environ and (processes := args.processes or (1 if cpu else device_count())) > 1:
+    processes = 1 if args.dry_run else args.processes or (1 if cpu else device_count())
+    if "RANK" not in os.environ and processes > 1:
         return launch([*args.arguments, "--dataset", dataset, "--run", run], processes)
     options = TrainOptions(
         dataset,
@@ -143,6 +159,9 @@ def run(args: argparse.Namespace) -> int:
         cpu=cpu,
         price=args.price,
     )
+    if args.dry_run:
+        print("\n".join(estimate(options)))
+        return 0
     train(options, stop)
     return 0
 
@@ -150,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
 def _default_dataset(args: argparse.Namespace) -> str:
     """The dataset named like the recipe. The digits are made when they are not there yet: they need no download."""
     url = dataset_url(args.recipe, args.bucket)
-    if args.recipe == "digits":
+    if args.recipe == "digits" and not args.dry_run:
         from shards import make_shards
         from wds_train.data.dataset import Dataset
 

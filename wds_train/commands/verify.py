@@ -4,7 +4,6 @@ import argparse
 
 from wds_train.checkpoint import manifest as states
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.read import flaw_of, read_records
 from wds_train.commands.arguments import add_bucket
 from wds_train.data.dataset import Dataset
 from wds_train.data.verify import verify
@@ -12,6 +11,7 @@ from wds_train.errors import NotFound, RunError
 from wds_train.format.manifest import NAME
 from wds_train.storage.address import announced, located
 from wds_train.storage.open import open_store
+from wds_train.tracking.console import Meter, loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +42,12 @@ def _is_run(manifest: bytes) -> bool:
 
 def _verify_dataset(url: str) -> int:
     dataset = Dataset.open(url)
-    found = 0
-    for damage in verify(dataset):
-        print(damage, flush=True)
-        found += 1
-    samples = sum(split.samples for split in dataset.manifest.splits.values())
-    size = sum(split.bytes for split in dataset.manifest.splits.values())
+    found, splits = 0, dataset.manifest.splits.values()
+    size, samples = sum(split.bytes for split in splits), sum(split.samples for split in splits)
+    with Meter(size) as meter:
+        for damage in verify(dataset, meter.add):
+            meter.print(str(damage))
+            found += 1
     print(
         f"{dataset.store.url}: {f'{found} damaged' if found else 'whole'}; {samples:,} samples, {size / 1e6:,.1f} MB read"
     )
@@ -57,17 +57,26 @@ def _verify_dataset(url: str) -> int:
 def _verify_run(url: str) -> int:
     """Read all that a run names; a line for each object that is damaged, and the checkpoint that a resume would use."""
     manifest, store = find_run(url)
-    flaws = [flaw_of(store, manifest, checkpoint) for checkpoint in manifest.checkpoints]
-    usable = [c for c, flaw in zip(manifest.checkpoints, flaws, strict=True) if flaw is None]
-    damaged = [str(flaw) for flaw in flaws if flaw is not None]
-    for segment in manifest.metrics + manifest.replayed:
-        try:
-            read_records(store, segment)
-        except RunError as error:
-            damaged.append(str(error))
+    loading()
+    from wds_train.checkpoint.read import flaw_of, read_records
+
+    usable, damaged = [], []
+    size = sum(named.bytes for named in manifest.objects)
+    with Meter(size) as meter:
+        for checkpoint in manifest.checkpoints:
+            if (flaw := flaw_of(store, manifest, checkpoint)) is None:
+                usable.append(checkpoint)
+            else:
+                damaged.append(str(flaw))
+            meter.add(checkpoint.object.bytes)
+        for segment in manifest.metrics + manifest.replayed:
+            try:
+                read_records(store, segment)
+            except RunError as error:
+                damaged.append(str(error))
+            meter.add(segment.object.bytes)
     for line in damaged:
         print(line)
-    size = sum(named.bytes for named in manifest.objects)
     state = f"{len(damaged)} damaged" if damaged else "whole"
     print(
         f"{store.url}: {state}; {len(manifest.checkpoints)} checkpoints, {len(manifest.metrics + manifest.replayed)} segments "

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from wds_train.format.tar import members
 from wds_train.storage.base import Store
 
 CHUNK = 8 << 20
+Passed = Callable[[int], object]  # is told of the bytes that were read, by several threads
 SHARDS_AT_ONCE = 4
 
 
@@ -31,12 +32,12 @@ class Damage:
         return f"{self.shard}{f' {self.key}' if self.key else ''}: {self.cause}"
 
 
-def verify(dataset: Dataset) -> Iterator[Damage]:
+def verify(dataset: Dataset, passed: Passed = lambda _: None) -> Iterator[Damage]:
     """Read every byte that the manifest names, and report what is not what manifest, index and tar say together."""
     if report := dataset.manifest.report:
-        yield from _verify_object(dataset.store, report)
+        yield from _verify_object(dataset.store, report, passed)
     for name, split in dataset.manifest.splits.items():
-        yield from _verify_object(dataset.store, split.index)
+        yield from _verify_object(dataset.store, split.index, passed)
         try:
             index = _split_index(dataset, name)
         except (DataError, NotFound) as error:
@@ -45,21 +46,23 @@ def verify(dataset: Dataset) -> Iterator[Damage]:
         if found := [*dataset.flaws(name, index)]:  # an index that says where nothing is tells nothing of the samples
             yield from (Damage(split.index.name, "", flaw) for flaw in found)
             for shard in split.shards:
-                yield from _verify_object(dataset.store, shard)
+                yield from _verify_object(dataset.store, shard, passed)
             continue
         whose = {shard.sha256: shard.name for shard in split.shards}
         with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-            jobs = [pool.submit(_verify_shard, dataset, shard, index, n, whose) for n, shard in enumerate(split.shards)]
+            shards = enumerate(split.shards)
+            jobs = [pool.submit(_verify_shard, dataset, shard, index, n, whose, passed=passed) for n, shard in shards]
             for job in jobs:
                 yield from job.result()
 
 
-def _verify_object(store: Store, named: Index | Shard) -> Iterator[Damage]:
+def _verify_object(store: Store, named: Index | Shard, passed: Passed) -> Iterator[Damage]:
     try:
         data = read_whole(store, named)
     except NotFound:
         yield Damage(named.name, "", "it is missing")
         return
+    passed(len(data))
     if (len(data), hashlib.sha256(data).hexdigest()) != (named.bytes, named.sha256):
         yield Damage(named.name, "", "it is not what the manifest names: its size or sha256 differs")
 
@@ -71,7 +74,7 @@ def _split_index(dataset: Dataset, name: str) -> SampleIndex:
 
 
 def _verify_shard(
-    dataset: Dataset, shard: Shard, index: SampleIndex, number: int, whose: dict[str, str]
+    dataset: Dataset, shard: Shard, index: SampleIndex, number: int, whose: dict[str, str], *, passed: Passed
 ) -> list[Damage]:
     store, rows = dataset.store, np.flatnonzero(index.shard == number)
     try:
@@ -79,7 +82,7 @@ def _verify_shard(
     except NotFound:
         return [Damage(shard.name, "", f"it is missing, with {shard.samples} samples")]
     for _ in readings(store):  # what lies between the samples has no checksum but the shard's
-        found, sha256 = _verify_samples(dataset, shard.name, size, index, rows)
+        found, sha256 = _verify_samples(dataset, shard.name, size, index, rows, passed=passed)
         if found or sha256 == shard.sha256:
             break
     if len(rows) != shard.samples:
@@ -94,7 +97,7 @@ def _verify_shard(
 
 
 def _verify_samples(
-    dataset: Dataset, name: str, size: int, index: SampleIndex, rows: np.ndarray
+    dataset: Dataset, name: str, size: int, index: SampleIndex, rows: np.ndarray, *, passed: Passed
 ) -> tuple[list[Damage], str]:
     """The damaged ones of the samples `rows` of an object, and the sha256 of all of it, reading it once."""
     store, ids = dataset.store, [entry.id for entry in dataset.manifest.classes]
@@ -118,8 +121,10 @@ def _verify_samples(
         found += damaged
         digest.update(_read(store, name, at, start))
         digest.update(data)
+        passed(stop - at)
         at = stop
     digest.update(_read(store, name, at, size))
+    passed(size - at)
     return found, digest.hexdigest()
 
 

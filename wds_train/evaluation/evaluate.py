@@ -6,7 +6,7 @@ validation, so that the same weights give the same numbers.
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wds_train.checkpoint.find import SCORES, choose, find_run
-from wds_train.checkpoint.manifest import best
+from wds_train.checkpoint.find import best_kind, choose, find_run
 from wds_train.checkpoint.read import weights_of
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
@@ -83,9 +82,7 @@ def chosen_weights(source: str, kind: str, step: int | None) -> Weights:
         return weights
     manifest, store = find_run(source)
     if kind == "best":
-        found = manifest.checkpoints if step is None else (choose(manifest, kind, step),)
-        tops = {each: top.metrics[name] for each, name in SCORES.items() if (top := best(found, name))}
-        kind = max(tops, key=lambda each: tops[each], default="ema")
+        kind = best_kind(manifest.checkpoints if step is None else (choose(manifest, kind, step),))
     return weights_of(store, manifest, choose(manifest, kind, step), kind)
 
 
@@ -105,9 +102,16 @@ def refuse_other_classes(weights: Weights, dataset: Dataset) -> None:
 
 
 def score(
-    chosen: list[Weights], views: list[View], split: SplitReader, batch: int, *, workers: int, device: torch.device
+    chosen: list[Weights],
+    views: list[View],
+    split: SplitReader,
+    batch: int,
+    *,
+    workers: int,
+    device: torch.device,
+    seen: Callable[[int], object] = lambda _: None,
 ) -> Scored:
-    """One pass over the split; members that see the same pixels share a loader."""
+    """One pass over the split; members that see the same pixels share a loader. `seen` is told of each batch's samples."""
     if not len(split):
         raise DataError(f"the split {split.name!r} of {split.store.url} has no samples")
     transforms = {view.transform for view in views}
@@ -118,7 +122,7 @@ def score(
         loader.start()  # before PyTorch has threads, which a fork does not survive
     members = [_Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    predicted, seen = np.empty(len(split), np.int64), np.zeros(len(split), np.int64)
+    predicted, times = np.empty(len(split), np.int64), np.zeros(len(split), np.int64)
     unreadable: list[Unreadable] = []
     for found in _together(loaders):
         joint = _mean_probabilities([member.logits(found) for member in members])
@@ -127,9 +131,10 @@ def score(
         totals += sums(joint, one)
         predicted[one.ids] = joint.argmax(dim=1).cpu().numpy()
         predicted[list(named)] = -1
-        seen[one.ids] += 1
+        times[one.ids] += 1
         unreadable += one.unreadable
-    assert (seen == 1).all(), f"samples {np.flatnonzero(seen != 1)[:5]} did not come exactly once"
+        seen(len(one.ids))
+    assert (times == 1).all(), f"samples {np.flatnonzero(times != 1)[:5]} did not come exactly once"
     return Scored(totals, predicted, unreadable)
 
 

@@ -1,5 +1,6 @@
 """What people write for a dataset, a run or a bucket, and the address that it means. No server is asked or started."""
 
+import contextlib
 import functools
 import os
 import re
@@ -34,6 +35,16 @@ def located(text: str, kind: str, bucket: str | None = None) -> str:
             raise UsageError(f"{flag} {base!r} names no place; write s3://{base}, or ./{base} for a local folder")
         return f"{checked(base, flag).rstrip('/')}/{kind}/{text}"
     return checked(text, "the address")
+
+
+def brief(address: str) -> str:
+    """The shortest that means `address` where this process runs: a name, if `located` finds it there, else all of it."""
+    place, _, name = address.rpartition("/")
+    kind = place.rpartition("/")[2]
+    with contextlib.suppress(UsageError):
+        if NAME.fullmatch(name) and located(name, kind) == address:
+            return name
+    return address
 
 
 def announced(address: str, text: str) -> str:

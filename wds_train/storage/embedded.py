@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
 import select
@@ -35,6 +36,7 @@ from wds_train.errors import UsageError, WdsTrainError
 from wds_train.home import home
 from wds_train.storage.address import EMBEDDED_BUCKET
 
+LOG = logging.getLogger(__name__)
 READY_SECONDS = 60.0
 MIN_FREE_BYTES = 512 << 20
 RESERVED_BYTES = 256 << 20
@@ -191,6 +193,7 @@ def _start(root: Path, last: Endpoint | None) -> Endpoint:
             f"less than {MIN_FREE_BYTES >> 20} MiB are free on the disk of {root}; the embedded S3 server needs room: "
             "free some, or set WDS_HOME to a folder on another disk"
         )
+    LOG.info("starting the embedded S3 server ...")
     (root / "data").mkdir(exist_ok=True)
     if last and all(_is_free(port) and _is_free(port + GRPC_OFFSET) for port in last.ports):
         return _launch(root, last)

@@ -1,11 +1,13 @@
 """The pauses between the attempts at one thing."""
 
+import logging
 import random
 import time
 from collections.abc import Callable
 
 from wds_train.errors import Unavailable
 
+LOG = logging.getLogger(__name__)
 SLOWEST = 100_000  # bytes per second; a body that comes slower is asked for again
 JITTER = random.SystemRandom()  # shared by no seed and no fork
 
@@ -32,4 +34,5 @@ class Retry:
         spent = self._clock() - self._began
         if spent + pause > self._seconds + size / SLOWEST:
             raise Unavailable(f"{error}; gave up after {self._attempts} attempts in {spent:.0f} s") from error
+        LOG.debug("%s; asking again in %.1f s", error, pause)
         self._sleep(pause)

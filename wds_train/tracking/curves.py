@@ -9,11 +9,12 @@ from wds_train.config.schedule import image_side, lr_at
 from wds_train.errors import UsageError, unwritable
 
 POINTS = 1000  # of a curve
+TOP1 = ("val/top1", "val/top1_ema")
 
 
 def draw_curves(history: list[dict[str, Any]], recipe: Recipe, title: str, path: Path) -> None:
-    """Loss, accuracy and learning rate over epochs, from a run's records, as a PNG at `path`; and the side of the
-    training images, where it changes.
+    """Loss, accuracy and learning rate over epochs, from a run's records, as a PNG at `path`; the best epoch is
+    marked, and where it changes, the side of the training images drawn.
     """
     figure = new_figure(12)
     loss, accuracy, rate = figure.subplots(1, 3)
@@ -26,6 +27,10 @@ def draw_curves(history: list[dict[str, Any]], recipe: Recipe, title: str, path:
     loss.set(title="loss", xlabel="epoch")
     _plot(accuracy, epochs, "val/top1", "raw", color="C1", marker=".")
     _plot(accuracy, epochs, "val/top1_ema", "EMA", color="C2", marker=".")
+    if tops := [(record[name], -record["epoch"]) for record in epochs for name in TOP1 if name in record]:
+        top, epoch = max(tops)
+        accuracy.axvline(-epoch, color="0.6", linestyle=":", zorder=0)
+        accuracy.plot([], [], " ", label=f"best: {top:.2f} %, epoch {-epoch:g}")
     accuracy.set(title="validation top-1, %", xlabel="epoch")
     _plot(rate, steps, "train/lr", "", color="C3")
     _finish_schedule(rate, recipe, steps[-1]["epoch"] if steps else 0.0)

@@ -16,15 +16,25 @@ from wds_train.data.dataset import Dataset
 from wds_train.data.loader import on_device
 from wds_train.errors import Interrupted
 from wds_train.evaluation.scoring import EVAL_BATCH
-from wds_train.tracking.console import Bar, say
+from wds_train.tracking.console import Bar, note, say
+from wds_train.tracking.progress import TrainingBar
 from wds_train.tracking.wandb import Tracker
 from wds_train.training.ending import give_up
 from wds_train.training.in_time import Stopped, in_time
 from wds_train.training.memory import fit_accumulation
 from wds_train.training.options import TrainOptions
+from wds_train.training.outcome import going_on
 from wds_train.training.ranks import Ranks, lost_ranks
 from wds_train.training.rows import Rows
-from wds_train.training.setup import epoch_steps, hardware, introduction, make_loader, make_trainer, make_val_loader
+from wds_train.training.setup import (
+    epoch_steps,
+    expected_pace,
+    hardware,
+    introduction,
+    make_loader,
+    make_trainer,
+    make_val_loader,
+)
 from wds_train.training.spot import SpotWatch
 from wds_train.training.stop import StopRequest
 
@@ -84,8 +94,8 @@ class Session:
             trainer.accumulate = round(ranks.largest(fit_accumulation(trainer)))
         self._run.writer.note(hardware=hardware(ranks), price=options.price)
         self._say(introduction(options, self._datasets[0], self._epoch_steps, ranks))
-        for note in trainer.notes:
-            self._say(f"weights  {note}")
+        for each in trainer.notes:
+            self._say(f"weights  {each}")
         if trainer.accumulate > 1:
             self._say(f"memory   each batch in {trainer.accumulate} micro-batches")
         if snapshot:
@@ -95,18 +105,21 @@ class Session:
 
     def run_to_end(self) -> None:
         with SpotWatch(self._stop, tell=self._run.writer.note) as self._spot:
-            self._bar = Bar(
-                self._total, self._trainer.progress.step, self._options.recipe.batch, shown=self._ranks.leads
-            )
+            options, pace = self._options, expected_pace(self._options, self._datasets)
+            at, shown = self._trainer.progress.step, self._ranks.leads
+            self._bar = TrainingBar(pace, at, options.recipe.batch, options.price, shown=shown)
             try:
                 self._train()
             except Stopped:
                 self._interrupt()
             finally:
                 self._bar.close()
-            while not self._run.committer.wait(0.2):
-                if self._stop.cause:
-                    self._interrupt()
+            with Bar(1, shown=self._ranks.leads) as bar:
+                while not self._run.committer.wait(0.2):
+                    if self._stop.cause:
+                        self._interrupt()
+                    if bar.due:
+                        bar.show(0, f"uploading the last state to {self._run.store.url}")
             self._run.end("done")
             self._stop.code = 0
             self._stop.doing = "another rank"
@@ -147,7 +160,7 @@ class Session:
 
     def _say(self, message: str) -> None:
         if self._ranks.leads:
-            say(message)
+            note(message)
 
     def _step(self, batch: Batch, waited: float) -> None:
         start = time.perf_counter()
@@ -167,7 +180,7 @@ class Session:
         if record:
             record |= {"s3/fallbacks": self._loader.fallbacks} if self._loader.fallbacks else {}
             self._rows.log_step(record, self._trainer.progress)
-        self._bar.step(done, shown)
+        self._bar.step(done, waited, self._trainer.lr(done - 1), shown)
 
     def _end_epoch(self) -> None:
         """Validate and commit."""
@@ -189,13 +202,17 @@ class Session:
         )
         done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
         self._commit(metrics, **done)
+        self._bar.validated()
 
     def _looking_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with a look up before each that all ranks have: their numbers of batches differ by one."""
-        shared = -(-self._val_samples // min(self._options.recipe.batch, EVAL_BATCH)) // self._ranks.size
+        size, samples = min(self._options.recipe.batch, EVAL_BATCH), self._val_samples
+        shared = -(-samples // size) // self._ranks.size
         for number, batch in enumerate(batches):
             if number < shared:
                 self._look_up()
+            seen = min(number * size * self._ranks.size, samples)
+            self._bar.validating(self._trainer.progress.evaluated + 1, seen, samples)
             yield batch
 
     def _commit(self, metrics: dict[str, float], **changes: Any) -> None:
@@ -246,7 +263,7 @@ def _outcome(step: int, total: int, where: str, committed: bool) -> str:
         return f"before the first of {total} steps; the same command begins anew"
     at = f"at step {step} of {total}"
     if committed:
-        return f"{at}, state committed to {where}; the same command goes on from there"
+        return f"{at}, state committed to {where}; the same command goes on from there, or: {going_on(where)}"
     return (
         f"{at}, whose state could not be committed in time; the same command goes on from the newest checkpoint of "
         f"{where}"

@@ -8,6 +8,7 @@ import torch
 
 from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.manifest import RunManifest, name_of
+from wds_train.config.schedule import image_side
 from wds_train.data.cache import BlockCache
 from wds_train.data.dataset import Dataset
 from wds_train.data.loader import Loader
@@ -15,7 +16,10 @@ from wds_train.data.mixture import Mixture
 from wds_train.data.plan import EvalPlan, TrainPlan, shares
 from wds_train.errors import NotFound, UsageError
 from wds_train.evaluation.scoring import EVAL_BATCH
+from wds_train.models.pretrained import TIMM
 from wds_train.storage.base import Store
+from wds_train.tracking.console import note
+from wds_train.tracking.progress import Pace
 from wds_train.training.engine import Trainer
 from wds_train.training.options import TrainOptions
 from wds_train.training.ranks import Ranks
@@ -35,6 +39,8 @@ def refuse(options: TrainOptions, datasets: list[Dataset], store: Store, ranks: 
     steps = epoch_steps(options, datasets)
     for dataset, size in zip(datasets, sizes(options), strict=True):
         _plan(options, dataset, size, range(steps * options.recipe.schedule.epochs), ranks)
+    if ranks.leads and not resumes and (init := options.recipe.model.init).startswith(TIMM):
+        note(f"weights  reading {init}, which this machine has or fetches from the Hugging Face hub ...")
     on_meta = replace(options, compile=False)
     make_trainer(on_meta, datasets, torch.device("meta"), Ranks(ranks.rank, ranks.size), resumes=resumes)
 
@@ -134,14 +140,27 @@ def make_val_loader(options: TrainOptions, dataset: Dataset, ranks: Ranks) -> Lo
     return Loader(split, plan, transform, options.workers, pinned=ranks.device.type == "cuda")
 
 
+def expected_pace(options: TrainOptions, datasets: list[Dataset]) -> Pace:
+    """A step's work grows with the area of its images. A validation is the forward pass, a third of a step, of two models."""
+    recipe, data = options.recipe, options.recipe.data
+    epochs = recipe.schedule.epochs
+    sides = [image_side(data, epoch, epochs) for epoch in range(epochs)]
+    batches = datasets[0].manifest.split("val").samples / recipe.batch
+    validation = batches * 2 / 3 * (data.eval_size / data.size) ** 2 * (2 if data.eval_flip else 1)
+    return Pace([(side / data.size) ** 2 for side in sides], epoch_steps(options, datasets), validation)
+
+
 def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ranks) -> str:
     recipe, splits = options.recipe, dataset.manifest.splits
+    samples, distinct = splits["train"].samples, sizes(options)[0] // recipe.data.repeats
+    left, turn = samples % distinct, "epoch" if recipe.data.repeats == 1 else "pass"
+    left_out = f"{samples - left:,} of {samples:,} samples; {left:,}, other ones each {turn}, are left out"
     return (
-        f"dataset  {dataset.store.url}: {splits['train'].samples:,} train, {splits['val'].samples:,} val, "
+        f"dataset  {dataset.store.url}: {samples:,} train, {splits['val'].samples:,} val, "
         f"{len(dataset.manifest.classes)} classes\n"
         f"run      {options.run}: recipe {recipe.name}, {recipe.model.name}, {recipe.schedule.epochs} epochs of "
         f"{steps} steps of {recipe.batch}, on {hardware(ranks)}"
-    )
+    ) + (f"\n{turn:8} {left_out}" if left else "")
 
 
 def hardware(ranks: Ranks) -> str:

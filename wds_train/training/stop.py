@@ -68,7 +68,8 @@ class StopRequest:
         self._signals.add(number)
         self.ask(name)
         again = "" if number == signal.SIGHUP else "; once more stops at once"
-        _tell(f"{name}: stopping at the next step, state committed{again}\n")
+        start = "\n" if os.isatty(2) else ""  # behind the bar, and the ^C that the terminal shows
+        _tell(f"{start}{name}: stopping at the next step, state committed{again}\n")
 
     def _watch(self, arrived: int, numbers: set[signal.Signals]) -> None:
         """The body of the thread that ends the process."""

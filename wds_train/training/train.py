@@ -3,8 +3,10 @@
 refuse what cannot work -> claim the run -> restore the newest checkpoint -> fork, connect, restore -> the loop -> its end
 """
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.data.dataset import Dataset
 from wds_train.errors import Interrupted
 from wds_train.home import home
+from wds_train.storage.address import brief
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 from wds_train.storage.within import within
@@ -27,10 +30,12 @@ from wds_train.training.ending import ending
 from wds_train.training.launch import die_with_launcher
 from wds_train.training.loop import Session
 from wds_train.training.options import TrainOptions
+from wds_train.training.outcome import next_commands, outcome
 from wds_train.training.ranks import Ranks
 from wds_train.training.setup import fresh_run, make_cache, of_same_classes, refuse
 from wds_train.training.stop import StopRequest
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 CURVES_SECONDS = 15.0  # for the metrics that the curves are drawn from, once the run is done
 
 
@@ -49,10 +54,14 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     tracker = Tracker(run.manifest)
     if run.manifest.status == "done":
         if ranks.leads:
-            say(f"run {options.run} is done already; to train again, choose another run: make train RUN=another")
+            say(f"run {options.run} is done already")
     else:
         try:
-            with tracker, ending(run, stop, repeats=_repeats(options, ranks)):
+            with (
+                _leaving_curves(run, options, stop, ranks),
+                tracker,
+                ending(run, stop, repeats=_repeats(options, ranks)),
+            ):
                 session = Session(options, datasets, run, stop, ranks=ranks, tracker=tracker)
                 session.fork(snapshot.progress.step if snapshot else 0, cache)
                 session.connect()
@@ -61,7 +70,7 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
         finally:
             ranks.close()
     if ranks.leads:
-        _close(run, options, tracker.where)
+        _close(run, options, tracker.where, test="test" in dataset.manifest.splits)
     return run.manifest.result
 
 
@@ -112,29 +121,49 @@ def _repeats(options: TrainOptions, ranks: Ranks) -> bool:
     return options.deterministic or ranks.device.type == "cpu"
 
 
-def _close(run: Run, options: TrainOptions, wandb_at: str | None) -> None:
+def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool) -> None:
     """Say how it went, where things are, and what to type next."""
-    result = run.manifest.result
-    say(f"top-1 {result['val/top1']:.2f} % raw, {result['val/top1_ema']:.2f} % EMA")
+    say("\n".join(outcome(run.manifest)))
     say(f"state    {options.run}")
-    try:
-        say(f"curves   {_picture(run, options)}")
-    except Exception as error:  # whatever it is: the run is done, and no restart would make it more so
-        say(f"curves   could not be drawn ({error}); the run is done all the same")
+    _draw(run, options, CURVES_SECONDS)
     if wandb_at:
         say(
             f"W&B      {wandb_at}"
             + ("" if wandb_at.startswith("http") else f" (offline; upload: wandb sync {wandb_at})")
         )
-    say("next     make train RUN=second ARGS='--set seed=1', or your own data: make shards SOURCE=/path/to/images")
+    say("\n".join(next_commands(run.manifest, options.run, test=test)))
 
 
-def _picture(run: Run, options: TrainOptions) -> Path:
+@contextlib.contextmanager
+def _leaving_curves(run: Run, options: TrainOptions, stop: StopRequest, ranks: Ranks) -> Iterator[None]:
+    """A training that is interrupted leaves its curves, too, if there is an epoch to be seen: not on an instance that is
+    taken back, with its disk. Whatever hangs, the deadline stands.
+    """
+    try:
+        yield
+    except Interrupted:
+        scored = any(checkpoint.metrics for checkpoint in run.manifest.checkpoints)
+        if ranks.leads and scored and run.manifest.status == "interrupted" and stop.cause in SIGNALS:
+            stop.doing = "the picture of the curves"
+            _draw(run, options, min(CURVES_SECONDS, stop.left / 2))
+        raise
+
+
+def _draw(run: Run, options: TrainOptions, seconds: float) -> None:
+    """Draw the curves, of metrics that come within `seconds`, and say where; whatever goes wrong is only said."""
+    try:
+        say(f"curves   {_picture(run, options, seconds)}")
+    except Exception as error:
+        say(f"curves   could not be drawn ({error}); the run is {run.manifest.status} all the same")
+
+
+def _picture(run: Run, options: TrainOptions, seconds: float) -> Path:
     """Where the curves are drawn: two runs of one name in different stores get different folders."""
+    history = within(seconds, run.history, run.store.url)
     from wds_train.tracking.curves import draw_curves
 
     place = f"{run.manifest.run}-{hashlib.sha256(options.run.encode()).hexdigest()[:6]}"
-    path = home() / "runs" / place / "curves.png"
-    history = within(CURVES_SECONDS, run.history, run.store.url)
-    draw_curves(history, options.recipe, f"{options.run}: {run.manifest.recipe['name']}", path)
+    path, recipe = home() / "runs" / place / "curves.png", options.recipe
+    title = f"{run.manifest.run}: {recipe.model.name} on {brief(options.dataset)}, recipe {recipe.name}"
+    draw_curves(history, recipe, title, path)
     return Path(os.path.relpath(path))
