@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shards.convert import Conversion
 from shards.estimate import print_plan
-from shards.executors import counted, opened, prepare, run_tasks
+from shards.executors import counted, dask_address, opened, prepare, run_tasks
 from shards.images import ImagePolicy
 from shards.index_in_place import index_in_place, write_dataset
 from shards.overlap import refuse_overlap
@@ -21,6 +21,7 @@ from shards.sources.base import Source, Wanted
 from shards.sources.labels import classes_of
 from shards.sources.open import DIGITS, FORMATS, name_of, open_source, source_root
 from shards.sources.spool import Spool
+from wds_train.config.numbers import Number, above_zero, positive, whole
 from wds_train.errors import DataError, Interrupted, UsageError
 from wds_train.format.manifest import DatasetManifest
 from wds_train.home import home
@@ -31,6 +32,7 @@ from wds_train.tracking.console import LOG, Meter, note
 MIB = 1 << 20
 INDEX = "index"
 HELD_OUT = 0.1  # of each class, where a source has no val split
+SHARE = Number(float, 0, 1, open=")")
 SHOWN = 8  # classes that are named before the work
 
 
@@ -49,31 +51,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--source", dest="form", choices=sorted(FORMATS), help="the format of SOURCE, when it is not recognised")
     add("--bucket", help="s3://bucket/prefix: a name is then datasets/NAME below it ($WDS_BUCKET)")
-    add("--seed", type=int, default=0, help="of the shuffle over the whole source (%(default)s)")
-    add("--shard-mb", type=float, default=128, help="largest shard, in MiB (%(default)s)")
-    add("--resize-shorter", type=int, metavar="PX", help="encode images anew whose shorter side is longer")
-    add("--quality", type=int, default=90, help="of JPEGs that are encoded anew (%(default)s)")
+    add("--seed", type=whole, default=0, help="of the shuffle over the whole source (%(default)s)")
+    add("--shard-mb", type=above_zero, default=128, help="largest shard, in MiB (%(default)s)")
+    add("--resize-shorter", type=positive, metavar="PX", help="encode images anew whose shorter side is longer")
+    add("--quality", type=Number(int, 1, 100), default=90, help="of JPEGs that are encoded anew (%(default)s)")
     add("--reencode", action="store_true", help="take BMP, GIF, TIFF and AVIF too, encoded anew as JPEG of --quality")
     add("--image-column", metavar="NAME", help="of a table: the column of the files or images")
     add("--label-column", metavar="NAME", help="of a table: the column of the labels")
     add("--verify", choices=("header", "full"), default="header", help="how images are checked (%(default)s)")
     add(
         "--max-bad",
-        type=float,
+        type=SHARE,
         default=0.0,
         metavar="SHARE",
         help="share of samples that may be left out (%(default)s)",
     )
     add(
         "--hold-out",
-        type=float,
+        type=SHARE,
         metavar="SHARE",
         help=f"of each class of train: the val split of a source that has none ({HELD_OUT}; 0 keeps none)",
     )
-    add("--processes", type=int, default=len(os.sched_getaffinity(0)), help="(%(default)s)")
-    add("--executor", metavar="dask://HOST:PORT", help="make the shards on a Dask cluster that sees SOURCE")
+    add(
+        "--processes",
+        type=positive,
+        default=len(os.sched_getaffinity(0)),
+        help="shards made side by side (%(default)s)",
+    )
+    add(
+        "--executor",
+        type=dask_address,
+        metavar="dask://HOST:PORT",
+        help="make the shards on a Dask cluster that sees SOURCE",
+    )
     add("--spool", type=Path, help="local folder for images that come as a stream (.wds/spool)")
-    add("--spool-gb", type=float, default=50, help="most that it may hold; less means more passes (%(default)s)")
+    add("--spool-gb", type=above_zero, default=50, help="most that it may hold; less means more passes (%(default)s)")
     add("--overwrite", action="store_true", help="replace a dataset made with other settings")
     add("--dry-run", action="store_true", help="print the plan, its time and its cost, and write nothing")
 
@@ -81,7 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.source == INDEX:
         return _index(args)
-    _check(args)
     if args.processes > 1 and not (args.executor or args.dry_run):
         prepare()
     wanted_at = name_of(args.source) if args.dataset is None else args.dataset
@@ -130,20 +141,6 @@ def _print_understood(plan: Plan) -> None:
         say(f"val is {share:.0%} of each class of train, held out; --hold-out sets another share, 0 keeps none")
     elif "val" not in source.splits:
         say("there is no val split, which training needs: --hold-out 0.1 keeps a tenth of each class for one")
-
-
-def _check(args: argparse.Namespace) -> None:
-    wrong = {
-        "--shard-mb": args.shard_mb <= 0 and args.shard_mb,
-        "--processes": args.processes < 1 and args.processes,
-        "--quality": not 1 <= args.quality <= 100 and args.quality,
-        "--resize-shorter": args.resize_shorter is not None and args.resize_shorter < 1 and args.resize_shorter,
-        "--hold-out": args.hold_out is not None and not 0 <= args.hold_out < 1 and args.hold_out,
-        "--max-bad": not 0 <= args.max_bad < 1 and args.max_bad,
-    }
-    for flag, value in wrong.items():
-        if value is not False:
-            raise UsageError(f"{flag} {value} cannot work; see wds-train shards --help")
 
 
 def _options(args: argparse.Namespace, source: Source) -> Options:

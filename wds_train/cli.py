@@ -2,13 +2,15 @@
 
 import argparse
 import os
+import re
 import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from wds_train.errors import Interrupted, WdsTrainError, tell
+from wds_train.config.numbers import Number
+from wds_train.errors import Interrupted, UsageError, WdsTrainError, did_you_mean, tell
 from wds_train.tracking.console import add_level, set_level
 
 LEAVE_SECONDS = 2.0
@@ -30,11 +32,31 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser, and those of its commands, whose every complaint is one sentence, and whose help says the range of a number."""
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        if isinstance(kind := options.get("type"), Number):
+            options["help"] = f"{options.get('help', '')} [{kind}]".strip()
+        return super().add_argument(*names, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse's, but each command refuses what it does not know itself, and thus can name what it does."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = re.findall(r"(?<!\S)--[a-z][a-z-]*", self.format_help())
+            self.error(f"there is no argument {unknown[0]!r}{did_you_mean(unknown[0].partition('=')[0], known)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code: 0 done, 75 interrupted (run it again), 1 failed, 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        args = _parser(arguments).parse_args(arguments)
+        args = parser(arguments).parse_args(arguments)
         args.arguments = arguments
         set_level(args)
         return args.run_command(args)
@@ -76,10 +98,12 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115, PTH123 (open as long as the process)
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def parser(arguments: Sequence[str]) -> Parser:
     """The parser of the command that `arguments` name; the others' modules are not imported, some of which take seconds."""
-    parser = argparse.ArgumentParser(prog="wds-train", description=__doc__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    whole = Parser(prog="wds-train", description=__doc__)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        whole.error(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}")
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name in arguments[:1]:
@@ -88,7 +112,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             if name in LONG:
                 add_level(command)
             command.set_defaults(run_command=found.run)
-    return parser
+    return whole
 
 
 if __name__ == "__main__":

@@ -71,9 +71,9 @@ class RanksLost(Interrupted):
     pass
 
 
-def did_you_mean(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.6) -> str:
+def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     """The end of a message that knows no `name`: the question after the nearest of `known`, or nothing if none is near."""
-    near = difflib.get_close_matches(name, [*known], most, cutoff)
+    near = difflib.get_close_matches(name, [*known], most)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

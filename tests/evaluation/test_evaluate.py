@@ -62,10 +62,7 @@ def one_thread() -> Iterator[None]:
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     capsys.readouterr()
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as stop:  # argparse's own
-        code = int(stop.code or 0)
+    code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err.strip()
 
@@ -247,8 +244,8 @@ def test_an_unreadable_sample_is_named_and_counts_as_wrong(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["{run}", "--size", "0"], 2, "data.eval_size = 0 cannot work: it must be at least 8 pixels"),
-        (["{run}", "--crop", "1.5"], 2, "data.eval_crop = 1.5 cannot work: it must be in (0, 1]"),
+        (["{run}", "--size", "0"], 2, "--size: '0' is not a whole number of at least 8"),
+        (["{run}", "--crop", "1.5"], 2, "--crop: '1.5' is not a number of more than 0 and at most 1"),
         (["{run}", "--split", "test"], 1, "the dataset has no split 'test'; it has train, val"),
         (["{run}", "--batch", "0"], 2, "'0' is not a whole number of at least 1"),
         (["{run}", "--step", "7"], 2, "has no checkpoint of step 7; it has those of 22, 44"),

@@ -476,7 +476,7 @@ def test_settings_that_cannot_work(flag: str, tmp_path: Path, capsys: pytest.Cap
         assert main() == 2
     finally:
         sys.argv = before
-    assert f"{flag} -3" in capsys.readouterr().err
+    assert f"{flag}: '-3' is not a" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

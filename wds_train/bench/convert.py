@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from wds_train.config.numbers import positive
 from wds_train.errors import UsageError, WdsTrainError
 from wds_train.storage.embedded import ensure_running, stop
 
@@ -71,9 +72,9 @@ class Run(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="images, anywhere below it")
     parser.add_argument("--litdata", metavar="PYTHON", help="the Python of an environment with litdata and boto3")
-    parser.add_argument("--images", type=int, default=3000, help="(%(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--images", type=positive, default=3000, help="(%(default)s)")
+    parser.add_argument("--processes", type=positive, default=2, help="(%(default)s)")
+    parser.add_argument("--repeats", type=positive, default=3, help="(%(default)s)")
     parser.add_argument("--json", action="store_true")
 
 

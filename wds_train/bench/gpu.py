@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wds_train.bench.gpu_parts import FULL, FUNCTIONS, PROCESSES, SMOKE, Work, run_part
+from wds_train.config.numbers import above_zero
 from wds_train.errors import UsageError
 from wds_train.tracking.curves import new_figure, save
 
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a dataset, or a folder of train/ and val/ with a folder a class",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="for the results; again: goes on behind those there")
-    add("--minutes", type=float, default=20.0, metavar="M", help="for all parts together (default: %(default)s)")
+    add("--minutes", type=above_zero, default=20.0, metavar="M", help="for all parts together (default: %(default)s)")
     add("--parts", default=",".join(TITLES), metavar="a,b,...", help="which (default: %(default)s)")
     add(
         "--smoke", action="store_true", help="at a tiny scale, on the CPU: whether everything works, no figures to keep"

@@ -25,6 +25,7 @@ from PIL import Image
 from wds_train.bench.decode import machine, read_images
 from wds_train.bench.passes import cause, in_child
 from wds_train.bench.peers import CONTENDERS, OURS, SHARD_BYTES, Pass, missing
+from wds_train.config.numbers import count, positive
 from wds_train.data.dataset import Dataset
 from wds_train.errors import UsageError, WdsTrainError
 from wds_train.storage import embedded
@@ -52,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dataset", metavar="D", help="an existing dataset (default: one made of --images, in a server of its own)")
     add("--images", type=Path, help="a tar or a directory of images (default: scikit-learn's two photos)")
-    add("--samples", type=int, default=3000, help="the images repeat under new keys up to so many (%(default)s)")
-    add("--workers", type=int, default=2, help="loader processes (%(default)s)")
-    add("--cores", type=int, default=2, help="CPU cores of a loader and its workers (%(default)s)")
-    add("--batch", type=int, default=64, help="images per batch (%(default)s)")
-    add("--size", type=int, default=224, help="side of the crops in pixels (%(default)s)")
-    add("--repeats", type=int, default=3, help="passes of every loader (%(default)s)")
+    add("--samples", type=positive, default=3000, help="the images repeat under new keys up to so many (%(default)s)")
+    add("--workers", type=count, default=2, help="loader processes (%(default)s)")
+    add("--cores", type=positive, default=2, help="CPU cores of a loader and its workers (%(default)s)")
+    add("--batch", type=positive, default=64, help="images per batch (%(default)s)")
+    add("--size", type=positive, default=224, help="side of the crops in pixels (%(default)s)")
+    add("--repeats", type=positive, default=3, help="passes of every loader (%(default)s)")
     add("--peers", action="store_true", help=f"also {', '.join(name for name in CONTENDERS if name != OURS)}")
     add("--json", action="store_true")
 

@@ -32,6 +32,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV2
 from torch import nn
 
+from wds_train.config.numbers import Number, count, positive
 from wds_train.config.presets import preset
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
@@ -44,14 +45,14 @@ def main() -> None:
     add = parser.add_argument
     add("--images", type=Path, default=SHARED / "data" / "imagenette128.tar", metavar="TAR")
     add("--model", default="resnet18")
-    add("--size", type=int, default=64, help="pixels, in training and validation (%(default)s)")
-    add("--epochs", type=int, default=5)
-    add("--warmup-epochs", type=float, default=1.0)
-    add("--seeds", type=int, default=3, help="how many (%(default)s)")
-    add("--threads", type=int, default=2, help="of PyTorch (%(default)s)")
-    add("--workers", type=int, default=1, help="loader processes (%(default)s)")
-    add("--classes", type=int, help="only the first so many")
-    add("--images-per-class", type=int, help="only so many, in each split")
+    add("--size", type=positive, default=64, help="pixels, in training and validation (%(default)s)")
+    add("--epochs", type=positive, default=5)
+    add("--warmup-epochs", type=Number(float, 0), default=1.0)
+    add("--seeds", type=positive, default=3, help="how many (%(default)s)")
+    add("--threads", type=positive, default=2, help="of PyTorch (%(default)s)")
+    add("--workers", type=count, default=1, help="loader processes (%(default)s)")
+    add("--classes", type=positive, help="only the first so many")
+    add("--images-per-class", type=positive, help="only so many, in each split")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = [

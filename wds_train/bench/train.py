@@ -20,6 +20,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from tqdm import tqdm
 
+from wds_train.config.numbers import positive
 from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
 from wds_train.config.recipe import Recipe
@@ -39,12 +40,12 @@ Step = Callable[[], object]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="standard", metavar="NAME")
     parser.add_argument("--set", action="append", default=[], metavar="K=V", dest="settings", help="as for `train`")
-    parser.add_argument("--batch", type=int, default=256, help="samples per step (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=256, help="samples per step (default: %(default)s)")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[224, 160], help="sides of the images, px (default: 224 160)"
+        "--sizes", type=positive, nargs="+", default=[224, 160], help="sides of the images, px (default: 224 160)"
     )
-    parser.add_argument("--steps", type=int, default=20, help="steps a repeat (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=20, help="steps a repeat (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=3, help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, which takes minutes to begin")
     parser.add_argument("--json", action="store_true")
 

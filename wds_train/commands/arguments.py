@@ -4,7 +4,10 @@ import argparse
 import os
 
 from wds_train.checkpoint.manifest import name_of
+from wds_train.config.numbers import Number, count, positive  # noqa: F401 (for the commands, too)
 from wds_train.storage.address import announced, located
+
+dollars = Number(float, 0)  # an hour
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -48,16 +51,6 @@ def run_url(run: str, bucket: str | None) -> str:
     return announced(located(run, "runs", bucket), run)
 
 
-def count(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    return count(text, least=1)
-
-
 def share_of(text: str) -> tuple[str, float]:
     url, _, share = text.rpartition("=")
     try:
@@ -67,13 +60,3 @@ def share_of(text: str) -> tuple[str, float]:
     if not url or not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not DATASET=SHARE with a share between 0 and 1")
     return url, value
-
-
-def dollars(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a price: give dollars per hour, 0 or more")
-    return value

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from wds_train.checkpoint.find import SCORES
-from wds_train.commands.arguments import add_bucket, add_device, add_workers, dataset_url, positive, run_url
+from wds_train.commands.arguments import add_bucket, add_device, add_workers, count, dataset_url, positive, run_url
+from wds_train.config.numbers import Number
 from wds_train.data.dataset import Dataset
 from wds_train.errors import unwritable
 from wds_train.tracking.console import Meter, loading
@@ -26,12 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="best",
         help="of a run: the raw or the EMA ones, of their best epoch; by default those of the higher top-1",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="of a run: those of the checkpoint of this step")
+    parser.add_argument("--step", type=count, metavar="N", help="of a run: those of the checkpoint of this step")
     parser.add_argument(
-        "--size", type=int, metavar="PX", help="side of the images (default: the recipe's data.eval_size)"
+        "--size", type=Number(int, 8), metavar="PX", help="side of the images (default: the recipe's data.eval_size)"
     )
     parser.add_argument(
-        "--crop", type=float, metavar="SHARE", help="share of the shorter side (default: data.eval_crop)"
+        "--crop",
+        type=Number(float, 0, 1, open="("),
+        metavar="SHARE",
+        help="share of the shorter side (default: data.eval_crop)",
     )
     parser.add_argument(
         "--tta",

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from wds_train.checkpoint.find import SCORES, choose, find_run
-from wds_train.commands.arguments import add_run, run_url
+from wds_train.commands.arguments import add_run, count, run_url
 from wds_train.errors import UsageError
 from wds_train.tracking.console import loading
 
@@ -12,7 +12,7 @@ from wds_train.tracking.console import loading
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("--best", choices=SCORES, default="ema", help="which weights, by default of their best epoch")
-    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint of this step instead")
+    parser.add_argument("--step", type=count, metavar="N", help="of the checkpoint of this step instead")
     parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="a .safetensors file")
 
 

@@ -3,14 +3,15 @@
 import argparse
 
 from wds_train.commands.arguments import add_dataset, count, dataset_url, positive
+from wds_train.config.numbers import whole
 from wds_train.data.dataset import Dataset
 from wds_train.tracking.console import loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epoch", type=int, default=0)
+    parser.add_argument("--seed", type=whole, default=0, help="of the order (%(default)s)")
+    parser.add_argument("--epoch", type=count, default=0, help="counted from 0 (%(default)s)")
     parser.add_argument(
         "--global-batch", type=positive, default=256, metavar="B", help="samples per step over all ranks"
     )

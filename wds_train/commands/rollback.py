@@ -4,12 +4,12 @@ import argparse
 
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.run import Run
-from wds_train.commands.arguments import add_run, run_url
+from wds_train.commands.arguments import add_run, count, run_url
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--to", type=int, required=True, metavar="STEP", help="the step of one of its checkpoints")
+    parser.add_argument("--to", type=count, required=True, metavar="STEP", help="the step of one of its checkpoints")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from wds_train.commands.arguments import (
     run_url,
     share_of,
 )
+from wds_train.config.numbers import above_zero
 from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
 from wds_train.config.settings import with_settings
@@ -57,21 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache-gb",
-        type=float,
+        type=above_zero,
         default=200.0,
         metavar="GB",
         help="most that the cache may hold (default: %(default)s)",
     )
     parser.add_argument(
         "--commit-minutes",
-        type=float,
+        type=above_zero,
         default=10.0,
         metavar="M",
         help="commit the state this often, besides each epoch's end (default: %(default)s)",
     )
     parser.add_argument(
         "--max-uncommitted-minutes",
-        type=float,
+        type=above_zero,
         default=60.0,
         metavar="M",
         help="stop when commits have failed for this long (default: %(default)s)",

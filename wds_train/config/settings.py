@@ -1,12 +1,15 @@
 """`--set section.field=value`: one field of a recipe, by its name."""
 
 import dataclasses
+import difflib
+import math
 import operator
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from wds_train.config.recipe import Recipe
-from wds_train.errors import UsageError, did_you_mean
+from wds_train.errors import UsageError
 
 
 def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
@@ -49,9 +52,19 @@ def setting_of(recipe: Recipe, name: str) -> str:
 def _field_type(name: str) -> Any:
     known = setting_names()
     if name not in known:
-        hint = did_you_mean(name, known, cutoff=0.4) or f"; did you mean {' or '.join(sorted(known))}?"
-        raise UsageError(f"--set knows no {name!r}{hint}")
+        raise UsageError(f"--set knows no {name!r}{_meant(name, known)}")
     return known[name]
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """Which of `known` a person meant by `name`: those whose last part is its own (`lr`, `sgd.lr`), else near it."""
+    ends: dict[str, list[str]] = {}
+    for each in known:
+        ends.setdefault(each.rpartition(".")[2], []).append(each)
+    end = name.rpartition(".")[2]
+    near = [end] if end in ends else difflib.get_close_matches(end, ends, 2)
+    meant = [each for one in near for each in ends[one]]
+    return f"; did you mean {' or '.join(meant)}?" if meant else "; `wds-train recipes digits` lists every name"
 
 
 def _parse(hint: Any, name: str, text: str) -> Any:
@@ -66,12 +79,15 @@ def _parse(hint: Any, name: str, text: str) -> Any:
         if text not in ("true", "false"):
             raise UsageError(f"--set {name}={text!r} must be true or false")
         return text == "true"
+    if hint is str:
+        return text
     try:
-        return hint(text)
-    except ValueError as error:
-        raise UsageError(
-            f"--set {name}={text!r} is not {'a number' if hint is float else 'an ' + hint.__name__}"
-        ) from error
+        value = hint(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) < math.inf:
+        raise UsageError(f"--set {name}={text!r} is not {'a number' if hint is float else 'a whole number'}")
+    return value
 
 
 def _parse_tuple(inner: tuple[Any, ...], name: str, text: str) -> tuple[Any, ...]:

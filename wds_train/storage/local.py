@@ -138,7 +138,10 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
     A kill releases the lock, and what it leaves behind the next writer of the same key takes over.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        raise StoreError(f"no folder can be made at {path.parent} ({error.strerror}); choose another place") from error
     while True:
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

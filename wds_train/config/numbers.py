@@ -1,0 +1,43 @@
+"""Numbers as people write them on the command line: their ranges, in messages and in --help."""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Number:
+    """The type of an argument: a number of at least `least` and at most `most`, or above and below them where they are `open`."""
+
+    kind: type[int] | type[float]
+    least: float = -math.inf
+    most: float = math.inf
+    open: str = ""
+    """Which bounds are no values themselves: "(" the lower one, ")" the upper one."""
+
+    def __call__(self, text: str) -> int | float:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan  # which is in no range
+        low = value > self.least if "(" in self.open else value >= self.least
+        high = value < self.most if ")" in self.open else value <= self.most
+        if not (low and high) or abs(value) == math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {self}")
+        return value
+
+    def __str__(self) -> str:
+        """The range in words."""
+        if self.kind is int and not math.isinf(self.most):
+            return f"a whole number from {self.least:g} to {self.most:g}"
+        low = f"{'more than' if '(' in self.open else 'at least'} {self.least:g}"
+        high = f"{'less than' if ')' in self.open else 'at most'} {self.most:g}"
+        bounds = [text for text, bound in ((low, self.least), (high, self.most)) if not math.isinf(bound)]
+        noun = "a whole number" if self.kind is int else "a number"
+        return f"{noun}{' of ' * bool(bounds)}{' and '.join(bounds)}"
+
+
+count = Number(int, 0)
+positive = Number(int, 1)
+whole = Number(int)
+above_zero = Number(float, 0, open="(")
