@@ -9,7 +9,7 @@ PEERS  := .venv-peers
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train test test-cpus crash-test check fix bench-peers lock s3-stop clean
+.PHONY: help setup shards train plan test test-cpus crash-test check fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -34,6 +34,9 @@ shards: setup ## a dataset becomes tar shards on S3 (SOURCE=, BUCKET= or DATASET
 
 train: setup ## train; again after an interruption: goes on where it stopped (RUN=, RECIPE=, BUCKET= or DATASET=)
 	$(strip $(BIN)/wds-train train $(call flag,DATASET,--dataset) $(call flag,RUN,--run) $(call flag,RECIPE,--recipe) $(call flag,BUCKET,--bucket) $(ARGS))
+
+plan: setup ## hours and dollars of recipes on instances, cheapest first (RECIPE=, INSTANCE=, DATASET=)
+	$(strip $(BIN)/wds-train plan $(call flag,RECIPE,--recipe) $(call flag,INSTANCE,--instance) $(call flag,DATASET,--dataset) $(call flag,BUCKET,--bucket) $(ARGS))
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)

@@ -23,6 +23,7 @@ COMMANDS = {
     "order": ("wds_train.commands.order", "print the samples of an epoch in training order"),
     "train": ("wds_train.commands.train", "train, or go on with a run"),
     "recipes": ("wds_train.commands.recipes", "list the recipes, or print one in full"),
+    "plan": ("wds_train.commands.plan", "what a training takes on which instance: hours, dollars, bottleneck"),
     "eval": ("wds_train.commands.eval", "the accuracy of a run's weights or of an exported file, alone or together"),
     "status": ("wds_train.commands.status", "how far a run is, who trains it, what it cost"),
     "checkpoints": ("wds_train.commands.checkpoints", "list a run's checkpoints"),
