@@ -107,7 +107,6 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=typing.get_args(Precision), default="auto", help="of the arithmetic")
     add_device(parser)
-    parser.add_argument("--price", type=dollars, metavar="USD", help="what an hour of this machine costs, to sum it up")
     parser.add_argument("--compile", action="store_true", help="compile the model: minutes at the start, faster then")
     parser.add_argument("--no-wait", action="store_true", help="fail at once when another instance holds the run")
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: bit-equal, more slowly")
