@@ -1,4 +1,4 @@
-# What people type. Settings: BUCKET=s3://my-bucket/prefix, DATASET=, RUN=, SOURCE=, RECIPE=, ARGS="more flags".
+# What people type. Settings: BUCKET=s3://my-bucket/prefix, DATASET=, RUN=, SOURCE=, RECIPE=, OUT=, ARGS="more flags".
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +9,7 @@ PEERS  := .venv-peers
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train test test-cpus crash-test check fix bench-peers lock s3-stop clean
+.PHONY: help setup shards train report test test-cpus crash-test check fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -34,6 +34,9 @@ shards: setup ## a dataset becomes tar shards on S3 (SOURCE=, BUCKET= or DATASET
 
 train: setup ## train; again after an interruption: goes on where it stopped (RUN=, RECIPE=, BUCKET= or DATASET=)
 	$(strip $(BIN)/wds-train train $(call flag,DATASET,--dataset) $(call flag,RUN,--run) $(call flag,RECIPE,--recipe) $(call flag,BUCKET,--bucket) $(ARGS))
+
+report: setup ## a run as a page with its curves, attempts and mistakes (RUN=, BUCKET=, OUT=report)
+	$(strip $(BIN)/wds-train report $(or $(RUN),digits) --out $(or $(OUT),report) $(call flag,BUCKET,--bucket) $(ARGS))
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)

@@ -31,7 +31,7 @@ from wds_train.training.ranks import Ranks
 from wds_train.training.setup import fresh_run, make_cache, of_same_classes, refuse
 from wds_train.training.stop import StopRequest
 
-CURVES_SECONDS = 15.0  # for the metrics that the curves are drawn from, once the run is done
+REPORT_SECONDS = 15.0  # for the metrics that the report is drawn from, once the run is done
 
 
 def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
@@ -118,9 +118,9 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None) -> None:
     say(f"top-1 {result['val/top1']:.2f} % raw, {result['val/top1_ema']:.2f} % EMA")
     say(f"state    {options.run}")
     try:
-        say(f"curves   {_picture(run, options)}")
+        say(f"report   {_report(run, options)}")
     except Exception as error:  # whatever it is: the run is done, and no restart would make it more so
-        say(f"curves   could not be drawn ({error}); the run is done all the same")
+        say(f"report   could not be written ({error}); the run is done all the same")
     if wandb_at:
         say(
             f"W&B      {wandb_at}"
@@ -129,12 +129,15 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None) -> None:
     say("next     make train RUN=second ARGS='--set seed=1', or your own data: make shards SOURCE=/path/to/images")
 
 
-def _picture(run: Run, options: TrainOptions) -> Path:
-    """Where the curves are drawn: two runs of one name in different stores get different folders."""
-    from wds_train.tracking.curves import draw_curves
+def _report(run: Run, options: TrainOptions) -> Path:
+    """Where the report is written, without a further evaluation: two runs of one name in different stores get different
+    folders.
+    """
+    from wds_train.report.account import Account
+    from wds_train.report.document import write
+    from wds_train.report.run import NOT_EVALUATED, Prices, report
 
     place = f"{run.manifest.run}-{hashlib.sha256(options.run.encode()).hexdigest()[:6]}"
-    path = home() / "runs" / place / "curves.png"
-    history = within(CURVES_SECONDS, run.history, run.store.url)
-    draw_curves(history, options.recipe, f"{options.run}: {run.manifest.recipe['name']}", path)
-    return Path(os.path.relpath(path))
+    account = within(REPORT_SECONDS, lambda: Account.of(run.store, run.manifest, say), run.store.url)
+    page = write(report(account, Prices(), NOT_EVALUATED), home() / "runs" / place, "report")
+    return Path(os.path.relpath(page))
