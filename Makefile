@@ -1,4 +1,4 @@
-# What people type. Settings: BUCKET=s3://my-bucket/prefix, DATASET=, RUN=, SOURCE=, RECIPE=, ARGS="more flags".
+# What people type. Settings: BUCKET=s3://my-bucket/prefix, DATASET=, RUN=, SOURCE=, RECIPE=, OUT=, ARGS="more flags".
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +9,7 @@ PEERS  := .venv-peers
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train plan test test-cpus crash-test check fix bench-peers lock s3-stop clean
+.PHONY: help setup shards train plan report test test-cpus crash-test check fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -37,6 +37,8 @@ train: setup ## train; again after an interruption: goes on where it stopped (RU
 
 plan: setup ## hours and dollars of recipes on instances, cheapest first (RECIPE=, INSTANCE=, DATASET=)
 	$(strip $(BIN)/wds-train plan $(call flag,RECIPE,--recipe) $(call flag,INSTANCE,--instance) $(call flag,DATASET,--dataset) $(call flag,BUCKET,--bucket) $(ARGS))
+report: setup ## a run as a page with its curves, attempts and mistakes (RUN=, BUCKET=, OUT=report)
+	$(strip $(BIN)/wds-train report $(or $(RUN),digits) --out $(or $(OUT),report) $(call flag,BUCKET,--bucket) $(ARGS))
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)

@@ -26,6 +26,7 @@ ROOMS = {
     "checkpoint": "a run on S3: manifest, snapshot, lease, writer, committer, run",
     "evaluation": "scoring, and what an evaluation found",
     "tracking": "what a person sees of a run: console, W&B, curves",
+    "report": "a run as a page, and runs side by side",
     "training": "claim, steps, end: options, setup, engine, loop, ranks, signals",
     "cloud": "AWS: what a training takes there, and the stack that it runs in",
     "bench": "what the parts cost",

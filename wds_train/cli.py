@@ -26,6 +26,8 @@ COMMANDS = {
     "plan": ("wds_train.commands.plan", "what a training takes on which instance: hours, dollars, bottleneck"),
     "eval": ("wds_train.commands.eval", "the accuracy of a run's weights or of an exported file, alone or together"),
     "status": ("wds_train.commands.status", "how far a run is, who trains it, what it cost"),
+    "report": ("wds_train.commands.report", "a run as a page, as Markdown and as pictures"),
+    "compare": ("wds_train.commands.compare", "runs side by side: recipes, results, curves"),
     "checkpoints": ("wds_train.commands.checkpoints", "list a run's checkpoints"),
     "rollback": ("wds_train.commands.rollback", "make an older checkpoint the newest"),
     "export": ("wds_train.commands.export", "a run's weights as a file that timm loads"),

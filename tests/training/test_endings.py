@@ -159,13 +159,13 @@ def test_a_dataset_that_hangs_does_not_cost_the_newest_state(
 def test_metrics_that_hang_delay_the_end_of_a_done_run_by_seconds(
     small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    job = Job(small, f"{s3_url}/run", str(tmp_path), constants={"training.train.CURVES_SECONDS": 1.0})
+    job = Job(small, f"{s3_url}/run", str(tmp_path), constants={"training.train.REPORT_SECONDS": 1.0})
     fault_proxy.fail("hang", method="GET", key="metrics/", times=float("inf"))
     trainings = [Training(job)]
     with all_ended(trainings):
         trainings[0].until("epoch   4/4")
         assert trainings[0].end(seconds=20) == 0, trainings[0].output
-    assert re.search(r"curves   could not be drawn \(s3://.*/run did not answer within 1 s\)", trainings[0].output)
+    assert re.search(r"report   could not be written \(s3://.*/run did not answer within 1 s\)", trainings[0].output)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -202,7 +202,7 @@ def test_what_comes_after_the_last_commit_can_only_warn(small: str, tmp_path: Pa
             assert re.search(said, output)
             named = output.index(f"metrics {manifest.metrics[0].object.key} cannot be used")
             assert said == "is done already" or named < output.index(f"epoch {last:3d}/{last}")
-            assert "curves   could not be drawn" in output
+            assert "report   could not be written" in output
             assert "W&B      " not in output
             assert read_run(open_store(run))[0].status == "done"
 

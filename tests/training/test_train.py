@@ -142,9 +142,10 @@ def test_a_first_training_needs_no_settings(home: Path, aws_env: pytest.MonkeyPa
     assert first.stderr.count("using the embedded S3 server") == 1
     assert "s3://embedded/datasets/digits: 1,437 train, 360 val, 10 classes" in first.stderr
     assert re.search(r"top-1 \d+\.\d+ % raw, \d+\.\d+ % EMA", first.stderr)
-    picture = re.search(r"curves   (\S+)", first.stderr)
-    assert picture
-    assert Path(picture[1]).read_bytes().startswith(b"\x89PNG")
+    page = re.search(r"report   (\S+)", first.stderr)
+    assert page
+    assert "<h1>Run digits</h1>" in Path(page[1]).read_text()
+    assert Path(page[1]).with_name("loss.png").read_bytes().startswith(b"\x89PNG")
     assert list(home.glob("wandb/offline-run-*"))
     second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert second.returncode == 0, second.stderr

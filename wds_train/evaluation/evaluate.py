@@ -63,11 +63,12 @@ class View:
 @dataclass(frozen=True)
 class Scored:
     """What a pass over a split found. `totals` float64 [4], the sum of all `scoring.sums`; `predicted` int64 [samples],
-    -1 where a sample could not be read.
+    -1 where a sample could not be read; `confidence` float32 [samples], the probability given to the predicted class.
     """
 
     totals: torch.Tensor
     predicted: NDArray[np.int64]
+    confidence: NDArray[np.float32]
     unreadable: list[Unreadable]
 
 
@@ -123,6 +124,7 @@ def score(
     members = [_Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     predicted, times = np.empty(len(split), np.int64), np.zeros(len(split), np.int64)
+    confidence = np.empty(len(split), np.float32)
     unreadable: list[Unreadable] = []
     for found in _together(loaders):
         joint = _mean_probabilities([member.logits(found) for member in members])
@@ -130,12 +132,13 @@ def score(
         one = replace(next(iter(found.values())), unreadable=list(named.values()))
         totals += sums(joint, one)
         predicted[one.ids] = joint.argmax(dim=1).cpu().numpy()
+        confidence[one.ids] = joint.softmax(dim=1).amax(dim=1).cpu().numpy()
         predicted[list(named)] = -1
         times[one.ids] += 1
         unreadable += one.unreadable
         seen(len(one.ids))
     assert (times == 1).all(), f"samples {np.flatnonzero(times != 1)[:5]} did not come exactly once"
-    return Scored(totals, predicted, unreadable)
+    return Scored(totals, predicted, confidence, unreadable)
 
 
 def _together(loaders: dict[EvalTransform, Loader]) -> Iterator[dict[EvalTransform, Batch]]:

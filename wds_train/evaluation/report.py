@@ -33,8 +33,8 @@ def report_of(scored: Scored, split: SplitReader, classes: tuple[ClassInfo, ...]
         "unreadable": [{"shard": entry.shard, "key": entry.key, "cause": entry.cause} for entry in scored.unreadable],
         "confused": [
             {
-                "class": _title(classes[pair // count]),
-                "taken_for": _title(classes[pair % count]),
+                "class": title_of(classes[pair // count]),
+                "taken_for": title_of(classes[pair % count]),
                 "samples": int(number),
             }
             for pair, number in zip(pairs[most].tolist(), counts[most], strict=True)
@@ -43,7 +43,7 @@ def report_of(scored: Scored, split: SplitReader, classes: tuple[ClassInfo, ...]
     }
 
 
-def _title(entry: ClassInfo) -> str:
+def title_of(entry: ClassInfo) -> str:
     """The class as it is printed, with its id where that is not its name: ImageNet has two classes each that are named
     crane and maillot.
     """
@@ -89,7 +89,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     tested = sorted((row for row in report["classes"] if row["samples"]), key=lambda row: row["top1"])
     lines += ["", f"the worst of {len(tested)} classes"]
     for row in tested[:SHOWN]:
-        title = _title(ClassInfo(row["id"], row["name"]))
+        title = title_of(ClassInfo(row["id"], row["name"]))
         lines.append(f"  {row['top1']:6.2f} %  {row['correct']:5d} of {row['samples']:5d}  {title}")
     if report["confused"]:
         lines += ["", "most confused"]

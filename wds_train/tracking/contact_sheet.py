@@ -25,21 +25,21 @@ def contact_sheet(dataset: Dataset, split: str, path: Path) -> None:
         title = entry.name if entry.name == entry.id else f"{entry.name}  ({entry.id})"
         draw.text((4, top + 1), f"{label}  {title}", "black")
         for column, sample in enumerate(np.flatnonzero(reader.index.label == label)[:COLUMNS]):
-            sheet.paste(_thumbnail(reader, int(sample)), (column * SIDE, top + TEXT))
+            sheet.paste(thumbnail(reader, int(sample), SIDE - 2), (column * SIDE, top + TEXT))
     try:
         sheet.save(path, "PNG")
     except OSError as error:
         raise unwritable(path, error, "give another --grid FILE") from error
 
 
-def _thumbnail(reader: SplitReader, sample: int) -> Image.Image:
-    """The image, or a crossed box for one that cannot be read."""
+def thumbnail(reader: SplitReader, sample: int, side: int) -> Image.Image:
+    """The image, cut to a square of `side` pixels, or a crossed box for one that cannot be read."""
     try:
         shard = reader.shard_names[reader.index.shard[sample]]
         start, length = int(reader.index.data_offset[sample]), int(reader.index.data_length[sample])
         image = Image.open(io.BytesIO(reader.store.read(shard, start, length)))
-        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (SIDE - 2, SIDE - 2))
+        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
     except (OSError, ValueError, SyntaxError, WdsTrainError):
-        box = Image.new("RGB", (SIDE - 2, SIDE - 2), "lightgrey")
-        ImageDraw.Draw(box).line([(0, 0), (SIDE, SIDE)], "red", 3)
+        box = Image.new("RGB", (side, side), "lightgrey")
+        ImageDraw.Draw(box).line([(0, 0), (side, side)], "red", 3)
         return box

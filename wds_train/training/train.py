@@ -20,7 +20,6 @@ from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.data.dataset import Dataset
 from wds_train.errors import Interrupted
 from wds_train.home import home
-from wds_train.storage.address import brief
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 from wds_train.storage.within import within
@@ -36,7 +35,7 @@ from wds_train.training.setup import fresh_run, make_cache, of_same_classes, ref
 from wds_train.training.stop import StopRequest
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-CURVES_SECONDS = 15.0  # for the metrics that the curves are drawn from, once the run is done
+REPORT_SECONDS = 15.0  # for the metrics that the report is drawn from, once the run is done
 
 
 def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
@@ -58,7 +57,7 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     else:
         try:
             with (
-                _leaving_curves(run, options, stop, ranks),
+                _leaving_a_report(run, options, stop, ranks),
                 tracker,
                 ending(run, stop, repeats=_repeats(options, ranks)),
             ):
@@ -125,7 +124,7 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool)
     """Say how it went, where things are, and what to type next."""
     say("\n".join(outcome(run.manifest)))
     say(f"state    {options.run}")
-    _draw(run, options, CURVES_SECONDS)
+    _write_report(run, options, REPORT_SECONDS)
     if wandb_at:
         say(
             f"W&B      {wandb_at}"
@@ -135,8 +134,8 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool)
 
 
 @contextlib.contextmanager
-def _leaving_curves(run: Run, options: TrainOptions, stop: StopRequest, ranks: Ranks) -> Iterator[None]:
-    """A training that is interrupted leaves its curves, too, if there is an epoch to be seen: not on an instance that is
+def _leaving_a_report(run: Run, options: TrainOptions, stop: StopRequest, ranks: Ranks) -> Iterator[None]:
+    """A training that is interrupted leaves its report, too, if there is an epoch to be seen: not on an instance that is
     taken back, with its disk. Whatever hangs, the deadline stands.
     """
     try:
@@ -144,26 +143,28 @@ def _leaving_curves(run: Run, options: TrainOptions, stop: StopRequest, ranks: R
     except Interrupted:
         scored = any(checkpoint.metrics for checkpoint in run.manifest.checkpoints)
         if ranks.leads and scored and run.manifest.status == "interrupted" and stop.cause in SIGNALS:
-            stop.doing = "the picture of the curves"
-            _draw(run, options, min(CURVES_SECONDS, stop.left / 2))
+            stop.doing = "the report"
+            _write_report(run, options, min(REPORT_SECONDS, stop.left / 2))
         raise
 
 
-def _draw(run: Run, options: TrainOptions, seconds: float) -> None:
-    """Draw the curves, of metrics that come within `seconds`, and say where; whatever goes wrong is only said."""
+def _write_report(run: Run, options: TrainOptions, seconds: float) -> None:
+    """Write the report, of metrics that come within `seconds`, and say where; whatever goes wrong is only said."""
     try:
-        say(f"curves   {_picture(run, options, seconds)}")
+        say(f"report   {_report(run, options, seconds)}")
     except Exception as error:
-        say(f"curves   could not be drawn ({error}); the run is {run.manifest.status} all the same")
+        say(f"report   could not be written ({error}); the run is {run.manifest.status} all the same")
 
 
-def _picture(run: Run, options: TrainOptions, seconds: float) -> Path:
-    """Where the curves are drawn: two runs of one name in different stores get different folders."""
-    history = within(seconds, run.history, run.store.url)
-    from wds_train.tracking.curves import draw_curves
+def _report(run: Run, options: TrainOptions, seconds: float) -> Path:
+    """Where the report is written, without a further evaluation: two runs of one name in different stores get different
+    folders.
+    """
+    from wds_train.report.account import Account
+    from wds_train.report.document import write
+    from wds_train.report.run import NOT_EVALUATED, Prices, report
 
     place = f"{run.manifest.run}-{hashlib.sha256(options.run.encode()).hexdigest()[:6]}"
-    path, recipe = home() / "runs" / place / "curves.png", options.recipe
-    title = f"{run.manifest.run}: {recipe.model.name} on {brief(options.dataset)}, recipe {recipe.name}"
-    draw_curves(history, recipe, title, path)
-    return Path(os.path.relpath(path))
+    account = within(seconds, lambda: Account.of(run.store, run.manifest, say), run.store.url)
+    page = write(report(account, Prices(), NOT_EVALUATED), home() / "runs" / place, "report")
+    return Path(os.path.relpath(page))

@@ -1,0 +1,71 @@
+"""`wds-train report`: a run as a page that can be opened anywhere, as Markdown, and as pictures."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wds_train.checkpoint.find import find_run
+from wds_train.commands.arguments import add_device, add_run, add_workers, count, dollars, run_url
+from wds_train.errors import UsageError, WdsTrainError
+
+if TYPE_CHECKING:
+    from wds_train.report.findings import Findings
+
+IMAGES = 2000  # of the validation split: an accuracy to about one point, and minutes on a CPU
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    add_workers(parser)
+    add_device(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="write report.html, report.md and PNGs there"
+    )
+    parser.add_argument(
+        "--images",
+        type=count,
+        default=IMAGES,
+        metavar="N",
+        help="evaluate the best checkpoint on at most N validation images (default: %(default)s)",
+    )
+    parser.add_argument("--no-images", action="store_const", const=0, dest="images", help="do not evaluate: in seconds")
+    parser.add_argument(
+        "--price", type=dollars, metavar="USD", help="price of an instance hour (default: what each attempt noted)"
+    )
+    parser.add_argument("--on-demand-price", type=dollars, metavar="USD", help="the same on demand, to compare with")
+
+
+def run(args: argparse.Namespace) -> int:
+    manifest, store = find_run(run_url(args.run, args.bucket))
+    refuse_file(args.out)
+
+    from wds_train.report.account import Account  # seconds, after what can be said without it
+    from wds_train.report.document import write
+    from wds_train.report.run import NOT_EVALUATED, Prices, report
+
+    findings: Findings | str = NOT_EVALUATED
+    if args.images:
+        from wds_train.report.findings import find
+        from wds_train.training.ranks import Ranks
+
+        warn(f"evaluating at most {args.images:,} validation images; --no-images leaves that out")
+        device = Ranks(cpu=args.device == "cpu").device
+        try:
+            findings = find(store.url, manifest, args.images, workers=args.workers, device=device)
+        except WdsTrainError as error:
+            findings = f"The model could not be evaluated: {error}."
+            warn(findings)
+    account = Account.of(store, manifest, warn)
+    page = write(report(account, Prices(args.price, args.on_demand_price), findings), args.out, "report")
+    print(page)
+    return 0
+
+
+def refuse_file(folder: Path | None) -> None:
+    if folder and folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file; give a folder")
+
+
+def warn(message: str) -> None:
+    print(f"wds-train: {message}", file=sys.stderr)

@@ -1,0 +1,86 @@
+"""A run as it lies on S3, read to be told: nothing is claimed, and nothing is changed."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.run import Run
+from wds_train.config.recipe import Recipe
+from wds_train.errors import RunError
+from wds_train.storage.base import Store
+
+Row = dict[str, Any]
+LARGEST = 1e300  # beyond it the ends of an axis, or a sum, are not finite
+TIMES = ("time/", "commit/", "s3/", "gpu/")  # what differs from attempt to attempt begins so
+
+
+@dataclass(frozen=True)
+class Account:
+    """What is known of a run. `recipe` is None where this version cannot read it; `steps` and `epochs` are the rows of
+    training steps and of validations, without what is not finite; `history` and `replayed` are all rows as they are. `notes`
+    says what is missing.
+    """
+
+    url: str
+    manifest: RunManifest
+    recipe: Recipe | None
+    history: list[Row]
+    replayed: list[Row]
+    steps: list[Row]
+    epochs: list[Row]
+    notes: list[str]
+
+    @classmethod
+    def of(cls, store: Store, manifest: RunManifest, say: Callable[[str], None]) -> "Account":
+        """The account of the run at `store`; what cannot be read is said, and noted."""
+        notes: list[str] = []
+
+        def note(message: str) -> None:
+            notes.append(message)
+            say(message)
+
+        recipe = None
+        try:
+            recipe = manifest.settings
+        except RunError as error:
+            note(f"{error}; what needs the recipe is left out")
+        run = Run(store, manifest, "", say=note, leads=False)
+        history = run.history()
+        replayed = [row for row in getattr(run, "replayed", list)() if abs(row.get("step", math.inf)) < LARGEST]
+        rows = [*_sound(history, note)]
+        if not rows:
+            note("no metrics are committed yet")
+        steps, epochs = ([row for row in rows if name in row] for name in ("train/loss", "val/top1"))
+        return cls(store.url, manifest, recipe, history, replayed, steps, epochs, notes)
+
+    @property
+    def last(self) -> Row:
+        """The last validation's row; empty when there was none."""
+        return self.epochs[-1] if self.epochs else {}
+
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """The epochs at which `name` was logged, and its values."""
+        rows = self.epochs if name.startswith(("val/", "epoch/")) else self.steps
+        return [(row["epoch"], row[name]) for row in rows if name in row]
+
+
+def repeatable(row: Row) -> Row:
+    """The part of a row that a resumed and an unbroken run have in common, to the last bit."""
+    return {name: value for name, value in row.items() if not name.startswith(TIMES)}
+
+
+def _sound(rows: list[Row], note: Callable[[str], None]) -> Iterator[Row]:
+    """The rows that can be placed, without values that are not finite: both are counted and noted."""
+    odd: Counter[str] = Counter()
+    for row in rows:
+        finite = {name: value for name, value in row.items() if abs(value) < LARGEST}
+        odd.update(f"{name} is not finite" for name in row.keys() - finite.keys())
+        if {"step", "epoch"} <= finite.keys():
+            yield finite
+        else:
+            odd["a row has no step or epoch"] += 1
+    for what, count in sorted(odd.items()):
+        note(f"{what}, {count} time{'' if count == 1 else 's'}: left out")

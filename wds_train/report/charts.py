@@ -1,0 +1,158 @@
+"""A report's charts. Each is an SVG for the page, whose colours the page's style sheet sets, so that it is light or dark with
+it, and a PNG for elsewhere. The colours are those of Okabe and Ito, which the colour-blind can tell; lines differ in their
+dashes as well.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from wds_train.tracking.curves import new_figure
+
+INK, GRID = "#1f2328", "#c9d1d9"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")  # blue, vermilion, green, purple, and a darker yellow
+DASHES = ("-", "--", "-.", ":")
+# In the style sheet these are other colours on a dark page.
+VARIABLES = {INK: "--ink", GRID: "--grid"} | {colour: f"--c{number}" for number, colour in enumerate(COLOURS)}
+WIDTH, HEIGHT, DPI = 4.6, 2.9, 150  # inches: small, so that the text can be read on a phone
+POINTS = 600  # of a line
+# Texts stay texts, and class or host names are no formulas.
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": GRID,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    points: Sequence[tuple[float, float]]
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`text` says what is seen, for those who do not see it."""
+
+    name: str
+    title: str
+    text: str
+    svg: Markup
+    png: bytes
+
+
+def line_chart(
+    name: str, title: str, lines: Sequence[Line], *, xlabel: str = "epoch", zero: bool = False
+) -> Chart | None:
+    """The lines that have points; None when none has. With `zero` the axis begins there."""
+    shown = [(number, line) for number, line in enumerate(lines) if line.points]
+    if not shown:
+        return None
+
+    def draw(axes: Any) -> None:
+        for number, line in shown:
+            style = {"alpha": 0.5, "linewidth": 0.8} if line.faint else {"linewidth": 1.5}
+            points = line.points[:: -(-len(line.points) // POINTS)]
+            if points[-1] != line.points[-1]:
+                points = [*points, line.points[-1]]
+            axes.plot(
+                *zip(*points, strict=True),
+                label=line.label,
+                color=COLOURS[number % len(COLOURS)],
+                linestyle=DASHES[number % len(DASHES)],
+                marker="." if len(points) < 40 and not line.faint else "",
+                **style,
+            )
+        axes.set_xlabel(xlabel)
+        if zero:
+            axes.set_ylim(0, 1.08 * max(value for _, line in shown for _, value in line.points) or 1)
+        if len(shown) > 1:
+            axes.legend()
+
+    ends = [f"{line.label or 'it'} goes from {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for _, line in shown]
+    return _chart(name, title, f"{title} by {xlabel}: {'; '.join(ends)}.", draw)
+
+
+def timeline_chart(spans: Sequence[tuple[str, float, float, str]], text: str) -> Chart:
+    """Attempts, as name, seconds at which they began and ended, and how they ended, one below the other."""
+    whole = max(1.0, spans[-1][2] - spans[0][1])  # clocks may disagree
+    unit, seconds = ("hours", 3600) if whole > 7200 else ("minutes", 60)
+    colours = dict(zip(("done", "running", "interrupted", "lost", "failed"), (2, 0, 4, 1, 3), strict=True))
+
+    def draw(axes: Any) -> None:
+        seen = []
+        for number, (_, begin, end, ended) in enumerate(spans):
+            label = "" if ended in seen else ended
+            seen.append(ended)
+            width = max(end - begin, whole / 200)  # a short one is seen as well
+            axes.barh(
+                number,
+                width / seconds,
+                left=begin / seconds,
+                color=COLOURS[colours.get(ended, 3)],
+                label=label,
+                height=0.6,
+            )
+        axes.set_yticks(range(len(spans)), [name for name, *_ in spans]) if len(spans) <= 12 else axes.set_yticks([])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{unit} since the first of them began")
+        axes.grid(axis="y", visible=False)
+        axes.legend(title="ended as", loc="best")
+
+    return _chart("attempts", "attempts over time", text, draw)
+
+
+def calibration_chart(bins: Sequence[tuple[float, float]], text: str) -> Chart:
+    """Accuracy over confidence, both in percent, beside the line on which they are equal."""
+
+    def draw(axes: Any) -> None:
+        axes.plot([0, 100], [0, 100], color=INK, linestyle="--", linewidth=1, label="as sure as right")
+        axes.plot(*zip(*bins, strict=True), color=COLOURS[0], marker="o", markersize=4, label="this model")
+        axes.set(xlim=(0, 100), ylim=(0, 102), xlabel="confidence, %", ylabel="accuracy, %")
+        axes.legend()
+
+    return _chart("calibration", "calibration", text, draw)
+
+
+def _chart(name: str, title: str, text: str, draw: Callable[[Any], None]) -> Chart:
+    figure = new_figure(WIDTH, HEIGHT)
+    from matplotlib import rc_context
+
+    svg, png = io.StringIO(), io.BytesIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context(STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # a letter that the font lacks, or a line of a single point, is no news to anybody
+        draw(figure.subplots())
+        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(png, format="png", dpi=DPI)
+    return Chart(name, title, text, _inline(svg.getvalue(), name), png.getvalue())
+
+
+def _inline(svg: str, name: str) -> Markup:
+    """`svg` as a part of a page: without the head of a file, the ids that nothing names, or colours of its own."""
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])
+    svg = re.sub(r"<style type.*?</style>|<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-text" ', 1))
