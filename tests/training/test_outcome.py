@@ -53,23 +53,23 @@ def test_the_next_commands_are_those_of_this_run(monkeypatch: pytest.MonkeyPatch
     assert going_on("/my runs/c1") == "wds-train train '/my runs/c1'"
 
 
-def test_an_interrupted_training_leaves_its_curves_and_the_command_to_go_on(small: str, tmp_path: Path) -> None:
+def test_an_interrupted_training_leaves_its_report_and_the_command_to_go_on(small: str, tmp_path: Path) -> None:
     """Not before an epoch was validated; and what cannot be drawn changes nothing of the end."""
     run = str(tmp_path / "run")
     long = ("schedule.epochs=400",)
     trainings = [Training(Job(small, run, str(tmp_path), settings=long, point="before a step", sent=signal.SIGTERM))]
     with all_ended(trainings):
         assert trainings[0].end() == 75, trainings[0].output
-        assert "curves " not in trainings[0].output
+        assert "report " not in trainings[0].output
         trainings.append(Training(Job(small, run, str(tmp_path), settings=long)))
         trainings[1].until("epoch   2/400")
         assert trainings[1].end(signal.SIGINT) == 75, trainings[1].output
         assert f"the same command goes on from there, or: wds-train train {run}" in trainings[1].output
-        picture = re.search(r"curves   (\S+)", trainings[1].output)
-        assert picture
-        assert Path(picture[1]).read_bytes().startswith(b"\x89PNG")
-        Path(picture[1]).unlink()
-        Path(picture[1]).mkdir()
+        page = re.search(r"report   (\S+)", trainings[1].output)
+        assert page
+        assert Path(page[1]).read_text().startswith("<!doctype html>")
+        Path(page[1]).unlink()
+        Path(page[1]).mkdir()
         trainings.append(Training(Job(small, run, str(tmp_path), settings=long)))
         trainings[2].until("epoch +[0-9]+/400")
         assert trainings[2].end(signal.SIGTERM) == 75, trainings[2].output
@@ -93,7 +93,7 @@ def test_the_start_says_what_an_epoch_leaves_out(
     assert not (tmp_path / "run").exists()
     assert main([*arguments, "--quiet"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().err.splitlines() if not line.startswith("W&B")] == [
-        *("last", "best", "state", "curves", "next", "wds-train")
+        *("last", "best", "state", "report", "next", "wds-train")
     ]
 
 

@@ -8,7 +8,6 @@ from wds_train.config.schedule import image_side, lr_at
 from wds_train.errors import UsageError, unwritable
 
 POINTS = 1000  # of a curve
-TOP1 = ("val/top1", "val/top1_ema")
 
 
 def draw_schedule(recipe: Recipe, path: Path) -> None:
