@@ -1,5 +1,6 @@
 """Where shards are made: in processes of this machine, or on a Dask cluster."""
 
+import argparse
 import contextlib
 import multiprocessing
 import os
@@ -16,6 +17,13 @@ DASK = "dask://"
 # A server that is forked from, not this process: a fork of this one would inherit the locks of boto3's and pyarrow's
 # threads in whatever state they are. Unlike spawn, it imports everything once, and while the source is scanned.
 CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def dask_address(text: str) -> str:
+    """The type of --executor."""
+    if not text.startswith(DASK):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form {DASK}HOST:PORT")
+    return text
 
 
 def prepare() -> None:
@@ -43,8 +51,6 @@ def opened(address: str | None, processes: int) -> Iterator[tuple[Executor | Non
 
 @contextlib.contextmanager
 def _dask(address: str) -> Iterator[tuple[Executor, int]]:
-    if not address.startswith(DASK):
-        raise UsageError(f"--executor {address!r} is not of the form {DASK}HOST:PORT")
     try:
         from distributed import Client
     except ImportError as error:

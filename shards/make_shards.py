@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from shards.convert import Conversion
 from shards.estimate import print_plan
-from shards.executors import opened, prepare, run_tasks
+from shards.executors import dask_address, opened, prepare, run_tasks
 from shards.images import ImagePolicy
 from shards.index_in_place import index_in_place, write_dataset
 from shards.overlap import refuse_overlap
@@ -78,7 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=len(os.sched_getaffinity(0)),
         help="shards made side by side (%(default)s)",
     )
-    add("--executor", metavar="dask://HOST:PORT", help="make the shards on a Dask cluster that sees SOURCE")
+    add(
+        "--executor",
+        type=dask_address,
+        metavar="dask://HOST:PORT",
+        help="make the shards on a Dask cluster that sees SOURCE",
+    )
     add("--spool", type=Path, help="local folder for images that come as a stream (.wds/spool)")
     add("--spool-gb", type=above_zero, default=50, help="most that it may hold; less means more passes (%(default)s)")
     add("--overwrite", action="store_true", help="replace a dataset made with other settings")

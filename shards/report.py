@@ -52,7 +52,7 @@ def judge(notes: list[Note], found: int, max_bad: float) -> None:
     if len(bad) >= found:
         raise DataError(f"none of {found} samples can be used{reasons(bad)}; repair them")
     raise DataError(
-        f"{len(bad)} samples cannot be used, of {found} at most {int(max_bad * found + 1e-9)} may; repair or remove "
+        f"{len(bad)} samples cannot be used, of {found} at most {int(max_bad * found + 1e-9)} may{reasons(bad, 1)}; repair or remove "
         f"them, or leave them out: --max-bad {math.ceil(len(bad) / found * 1000) / 1000:g}"
     )
 

@@ -87,7 +87,8 @@ class TrainPlan:
             )
         if sum(self.shard_samples) < self.global_batch * self.repeats:  # the recipe's epochs would have no step
             raise UsageError(
-                f"the dataset has {sum(self.shard_samples)} samples, fewer than one global batch of {self._described}"
+                f"the dataset has {sum(self.shard_samples)} samples, fewer than one global batch of {self._described}; "
+                "use a smaller one: --set batch=N, or --global-batch N"
             )
 
     @property

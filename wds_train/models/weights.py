@@ -61,7 +61,9 @@ class Weights:
         except FileNotFoundError as error:
             raise NotFound(f"there is no file {path}; `wds-train export RUN --to {path}` makes one") from error
         except (SafetensorError, OSError) as error:
-            raise RunError(f"{path} is no safetensors file: {error}") from error
+            raise RunError(
+                f"{path} is no safetensors file ({error}); `wds-train export RUN --to FILE` makes one"
+            ) from error
         except (KeyError, ValueError, RecursionError, UsageError) as error:
             raise RunError(f"{path} was not written by this version of `wds-train export` ({error!r})") from error
         model = weights.recipe.model

@@ -60,7 +60,8 @@ class Trainer:
         self._mix = Mixing(self.recipe, self.classes, self.device, self.ranks.rank, self.ranks.size)
         if not 1 <= self.accumulate <= self.samples:
             raise UsageError(
-                f"a rank's {self.samples} samples of a batch cannot be cut into {self.accumulate} micro-batches"
+                f"a rank's {self.samples} samples of a batch cannot be cut into {self.accumulate} micro-batches; "
+                f"give --accumulate a divisor of {self.samples}"
             )
         self.model = create_model(self.recipe.model, self.classes, self.recipe.seed, self.device)
         refuse_sizes(self.model, self.recipe.model.name, _sides(self.recipe.data))
