@@ -105,7 +105,7 @@ def test_without_time_the_rest_is_named(small: str, tmp_path: Path, capsys: pyte
     ("arguments", "message"),
     [
         (["--parts", "a,x"], "there is no part x; there are a, b"),
-        (["--minutes", "0"], "--minutes 0 must be more than 0"),
+        (["--minutes", "0"], "--minutes: '0' is not a number of more than 0"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -110,7 +110,7 @@ def test_the_cause_is_the_exception_not_what_follows_it() -> None:
     ("arguments", "message"),
     [
         (["--cores", "4096"], "--cores 4096: this process may use"),
-        (["--samples", "0"], "--samples is 0; it must be at least 1"),
+        (["--samples", "0"], "--samples: '0' is not a whole number of at least 1"),
         (["--dataset", "/d", "--images", "/i"], "--dataset /d and --images /i exclude each other"),
         (["--images", "/nowhere.tar"], "--images /nowhere.tar cannot be read"),
     ],

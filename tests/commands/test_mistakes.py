@@ -1,6 +1,7 @@
 """Mistakes of a first day, as a table: each ends as one line on stderr with the value, the cause and the remedy, and leaves nothing."""
 
 import argparse
+import os
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -143,8 +144,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory, small: str) -> Path:
         (desk / name).write_text("milk, bread")
     shutil.copytree(small, desk / "bucket/datasets/small")
     bucket = ["--bucket", str(desk / "bucket")]
+    before = Path.cwd()
+    os.chdir(desk)  # where .wds belongs, too
     assert main(["shards", str(desk / "three"), "three", "--processes", "1", *bucket]) == 0
     assert main(["train", "--dataset", "small", "--run", "first", *bucket, *TINY.split()]) == 0
+    os.chdir(before)
     return desk
 
 

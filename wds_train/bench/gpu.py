@@ -60,8 +60,6 @@ def run(args: argparse.Namespace) -> int:
     parts = args.parts.split(",")
     if unknown := sorted(set(parts) - set(TITLES)):
         raise UsageError(f"--parts {args.parts}: there is no part {', '.join(unknown)}; there are {', '.join(TITLES)}")
-    if args.minutes <= 0:
-        raise UsageError(f"--minutes {args.minutes:g} must be more than 0")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -65,9 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     allowed = sorted(os.sched_getaffinity(0))
-    for name in ("samples", "cores", "batch", "size", "repeats"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if args.cores > len(allowed):
         raise UsageError(f"--cores {args.cores}: this process may use {len(allowed)}; give fewer")
     if args.dataset and args.images:
