@@ -184,6 +184,20 @@ def test_a_meter_counts_bytes_and_images_of_all_threads(
     assert line.startswith("8,000/8,000 images, 80.0/80.0 MB, "), line
 
 
+def test_what_a_meter_says_is_left_begins_with_the_work(
+    hasty: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with Meter(10_000_000) as meter:
+        for at in (60.0, 60.5, 61.0, 62.0):  # a minute to start
+            now = at
+            meter.add(2_000_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert [" left" in line for line in lines] == [False, False, True, True]
+    assert lines[2:] == ["6.0/10.0 MB, 1 s left, 4.0 MB/s", "8.0/10.0 MB, 1 s left, 3.0 MB/s"]
+
+
 @pytest.mark.parametrize("columns", [80, 200])
 def test_a_conversion_s_bar_moves_within_a_shard(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of processes, whose counts come together; what is drawn last is all of it."""
@@ -232,7 +246,7 @@ def test_verify_and_index_show_their_bytes(
     hasty: None, small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     size = sum(split.bytes for split in Dataset.open(small).manifest.splits.values())
-    whole = f"{size / 1e6:,.1f}/{size / 1e6:,.1f} MB, 0 s left"
+    whole = f"{size / 1e6:,.1f}/{size / 1e6:,.1f} MB, "
     assert main(["verify", small]) == 0
     assert whole in capsys.readouterr().err
     for tar in Path(small).glob("*/*.tar"):

@@ -22,6 +22,7 @@ LOG = logging.getLogger("wds_train")
 FIRST_SECONDS, LOG_SECONDS = 5.0, 30.0  # to the first line where there is no terminal, and between two
 SCREEN_SECONDS = 0.1  # between two states of a bar
 RECENT_SECONDS = 30.0  # that a rate is taken over
+KNOWN_SECONDS = 1.0  # of work, until it is said how long the rest will take
 FRAME = "{percentage:3.0f}%{bar} {desc}"
 FRAME_COLUMNS = 6  # of the percentage, the space, and the shortest bar
 tqdm.monitor_interval = 0  # a thread of its own, for bars that are not drawn anew often enough
@@ -162,6 +163,8 @@ class Meter(Bar):
     def reached(self, size: int, images: int) -> None:
         """What is done by now. Work that is done twice, after a lost answer, counts twice: the whole is the most."""
         now, marks = time.monotonic(), self._marks
+        if marks[-1][1:] == (0, 0):  # what came before the first work says nothing of its pace
+            marks.clear()
         marks.append((now, min(size, self._size), min(images, self._images)))
         while len(marks) > 2 and marks[1][0] < now - RECENT_SECONDS:
             marks.popleft()
@@ -195,7 +198,7 @@ class Meter(Bar):
             parts.append(f"{seen:,}/{self._images:,} images")
         if self._size:
             parts.append(f"{done / 1e6:,.1f}/{self._size / 1e6:,.1f} MB")
-        if ahead is not None:
+        if ahead is not None and seconds >= KNOWN_SECONDS:
             parts.append(f"{duration(ahead)} left")
         parts += [f"{rate / 1e6:,.1f} MB/s"] if self._size else []
         parts += [f"{images_s:,.0f} img/s"] if self._images else []
