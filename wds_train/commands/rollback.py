@@ -3,8 +3,8 @@
 import argparse
 
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.run import Run
 from wds_train.commands.arguments import add_run, count, run_url
+from wds_train.tracking.console import loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _, store = find_run(run_url(args.run, args.bucket))
+    loading()
+    from wds_train.checkpoint.run import Run
+
     before, after = Run.roll_back(store, args.to, print)
     if after == before:
         done = "done, and " if after.status == "done" else ""

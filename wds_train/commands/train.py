@@ -80,6 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-every", type=count, default=0, metavar="N", help="keep the checkpoint of every Nth epoch, too"
     )
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments for how the work is done, which may differ from one start of a run to the next."""
+    add_workers(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -88,11 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--price", type=dollars, metavar="USD", help="of an instance hour, to show what the training costs"
     )
-
-
-def _add_work(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments for how the work is done, which may differ from one start of a run to the next."""
-    add_workers(parser)
     parser.add_argument(
         "--processes",
         type=positive,

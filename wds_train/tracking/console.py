@@ -22,8 +22,9 @@ LOG = logging.getLogger("wds_train")
 FIRST_SECONDS, LOG_SECONDS = 5.0, 30.0  # to the first line where there is no terminal, and between two
 SCREEN_SECONDS = 0.1  # between two states of a bar
 RECENT_SECONDS = 30.0  # that a rate is taken over
-FRAME = "{percentage:3.0f}% {bar} {desc}"
-FRAME_COLUMNS = 9  # of the percentage, the spaces, and the shortest bar
+KNOWN_SECONDS = 1.0  # of work, until it is said how long the rest will take
+FRAME = "{percentage:3.0f}%{bar} {desc}"
+FRAME_COLUMNS = 6  # of the percentage, the space, and the shortest bar
 tqdm.monitor_interval = 0  # a thread of its own, for bars that are not drawn anew often enough
 
 
@@ -114,11 +115,13 @@ class Bar:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for `show`."""
+        """Whether it is time for `show` to do anything."""
         return self._shown and time.monotonic() >= self._next
 
     def show(self, done: float, *parts: str) -> None:
-        """Draw it, or print the line; of `parts`, the most important first, what the terminal has room for."""
+        """If it is `due`, draw it, or print the line; of `parts`, the most important first, what the terminal has room for."""
+        if not self.due:
+            return
         self._next = time.monotonic() + self._pause
         if self._tqdm.disable:
             say(", ".join(parts))
@@ -160,6 +163,8 @@ class Meter(Bar):
     def reached(self, size: int, images: int) -> None:
         """What is done by now. Work that is done twice, after a lost answer, counts twice: the whole is the most."""
         now, marks = time.monotonic(), self._marks
+        if marks[-1][1:] == (0, 0):  # what came before the first work says nothing of its pace
+            marks.clear()
         marks.append((now, min(size, self._size), min(images, self._images)))
         while len(marks) > 2 and marks[1][0] < now - RECENT_SECONDS:
             marks.popleft()
@@ -192,8 +197,8 @@ class Meter(Bar):
         if self._images:
             parts.append(f"{seen:,}/{self._images:,} images")
         if self._size:
-            parts.append(f"{done / 1e6:,.0f}/{self._size / 1e6:,.0f} MB")
-        if ahead is not None:
+            parts.append(f"{done / 1e6:,.1f}/{self._size / 1e6:,.1f} MB")
+        if ahead is not None and seconds >= KNOWN_SECONDS:
             parts.append(f"{duration(ahead)} left")
         parts += [f"{rate / 1e6:,.1f} MB/s"] if self._size else []
         parts += [f"{images_s:,.0f} img/s"] if self._images else []

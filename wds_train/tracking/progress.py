@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from wds_train.tracking.console import Bar, dollars, duration
+from wds_train.tracking.console import Bar, duration
 
 RECENT_SECONDS = 120.0  # of steps that speak for those to come
 
@@ -87,7 +87,7 @@ class TrainingBar(Bar):
         if seen < samples:
             self._pace.validated(seen / samples, time.monotonic())
         if self.due:
-            self._show(epoch - 1, f"validating {seen:,}/{samples:,}")
+            self._show(epoch - 1, f"validating {min(seen, samples):,}/{samples:,}")
 
     def validated(self) -> None:
         """The validation is over, and the commit behind it begun."""
@@ -96,16 +96,17 @@ class TrainingBar(Bar):
     def _show(self, epoch: int, at: str, *more: str) -> None:
         left = self._pace.left(self._done, epoch)
         until = "" if left is None else f"{duration(left)} left"
-        parts = [f"epoch {epoch + 1}/{self._epochs}", at, until, *more, self._cost(left), f"lr {self._lr:.2g}"]
+        parts = [f"epoch {epoch + 1}/{self._epochs}", at, until, *more, *self._cost(left), f"lr {self._lr:.2g}"]
         self.show(self._done, *(part for part in parts if part))
 
     def _speed(self) -> list[str]:
         rate = self._pace.rate()
         return [f"{rate * self._batch:.0f} img/s", f"wait {self._pace.waits():.0%}"] if rate else []
 
-    def _cost(self, left: float | None) -> str:
-        """The dollars spent since this start, of those at the end."""
+    def _cost(self, left: float | None) -> list[str]:
+        """The dollars spent since this start, and of how many at the end."""
         if self._price is None or left is None:
-            return ""
+            return []
         spent = time.monotonic() - self._began
-        return " of ".join(dollars(self._price * seconds / 3600) for seconds in (spent, spent + left))
+        now, then = (self._price * seconds / 3600 for seconds in (spent, spent + left))
+        return [f"${now:,.2f}", f"of ${then:,.2f}"]

@@ -105,21 +105,19 @@ class Session:
 
     def run_to_end(self) -> None:
         with SpotWatch(self._stop, tell=self._run.writer.note) as self._spot:
-            options, pace = self._options, expected_pace(self._options, self._datasets)
-            at, shown = self._trainer.progress.step, self._ranks.leads
-            self._bar = TrainingBar(pace, at, options.recipe.batch, options.price, shown=shown)
+            options, leads, pace = self._options, self._ranks.leads, expected_pace(self._options, self._datasets)
+            self._bar = TrainingBar(pace, self._trainer.progress.step, options.recipe.batch, options.price, shown=leads)
             try:
                 self._train()
             except Stopped:
                 self._interrupt()
             finally:
                 self._bar.close()
-            with Bar(1, shown=self._ranks.leads) as bar:
+            with Bar(1, shown=leads) as bar:
                 while not self._run.committer.wait(0.2):
                     if self._stop.cause:
                         self._interrupt()
-                    if bar.due:
-                        bar.show(0, f"uploading the last state to {self._run.store.url}")
+                    bar.show(0, f"uploading the last state to {self._run.store.url}")
             self._run.end("done")
             self._stop.code = 0
             self._stop.doing = "another rank"
@@ -194,12 +192,7 @@ class Session:
         epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
         record = {"step": trainer.progress.step, "epoch": float(epoch), "epoch/loss": loss, "epoch/lost": unreadable}
         self._rows.log(record | metrics, trainer.progress)
-        self._say(
-            f"epoch {epoch:3d}/{epochs}  loss {loss:.3f}  "
-            f"top-1 {metrics['val/top1']:.2f} %  EMA {metrics['val/top1_ema']:.2f} %"
-            + (f"  {unreadable} unreadable" if unreadable else "")
-            + (f"  {self._loader.fallbacks} ranges asked for twice" if self._loader.fallbacks else "")
-        )
+        self._say(_epoch_line(f"{epoch:3d}/{epochs}", loss, metrics, unreadable, self._loader.fallbacks))
         done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
         self._commit(metrics, **done)
         self._bar.validated()
@@ -211,8 +204,7 @@ class Session:
         for number, batch in enumerate(batches):
             if number < shared:
                 self._look_up()
-            seen = min(number * size * self._ranks.size, samples)
-            self._bar.validating(self._trainer.progress.evaluated + 1, seen, samples)
+            self._bar.validating(self._trainer.progress.evaluated + 1, number * size * self._ranks.size, samples)
             yield batch
 
     def _commit(self, metrics: dict[str, float], **changes: Any) -> None:
@@ -240,6 +232,14 @@ class Session:
         self._ranks.total(1)  # the others wait for the leader's commit; the first that leaves ends them all
         outcome = _outcome(progress.step, self._total, self._run.store.url, committed)
         raise Interrupted(f"stopped by {self._stop.cause} {outcome}")
+
+
+def _epoch_line(epoch: str, loss: float, metrics: dict[str, float], unreadable: int, fallbacks: int) -> str:
+    return (
+        f"epoch {epoch}  loss {loss:.3f}  top-1 {metrics['val/top1']:.2f} %  EMA {metrics['val/top1_ema']:.2f} %"
+        + (f"  {unreadable} unreadable" if unreadable else "")
+        + (f"  {fallbacks} ranges asked for twice" if fallbacks else "")
+    )
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
