@@ -9,7 +9,7 @@ PEERS  := .venv-peers
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train test test-cpus crash-test check fix bench-peers lock s3-stop clean
+.PHONY: help setup shards train wandb-sync test test-cpus crash-test check fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -34,6 +34,9 @@ shards: setup ## a dataset becomes tar shards on S3 (SOURCE=, BUCKET= or DATASET
 
 train: setup ## train; again after an interruption: goes on where it stopped (RUN=, RECIPE=, BUCKET= or DATASET=)
 	$(strip $(BIN)/wds-train train $(call flag,DATASET,--dataset) $(call flag,RUN,--run) $(call flag,RECIPE,--recipe) $(call flag,BUCKET,--bucket) $(ARGS))
+
+wandb-sync: setup ## send W&B what it lacks of a run, from S3 (RUN=, BUCKET=)
+	$(strip $(BIN)/wds-train wandb $(or $(RUN),digits) $(call flag,BUCKET,--bucket) $(ARGS))
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)

@@ -6,6 +6,7 @@ refuse what cannot work -> claim the run -> restore the newest checkpoint -> for
 import hashlib
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     stop.check()
     stop.doing = f"the claim of {options.run}"
     run, snapshot = _lead(options, datasets, stop, ranks)
-    tracker = Tracker(run.manifest)
+    tracker = Tracker(run, partial(stop.ask, "the Stop button of W&B", by_person=True))
     if run.manifest.status == "done":
         if ranks.leads:
             say(f"run {options.run} is done already; to train again, choose another run: make train RUN=another")
@@ -75,7 +76,9 @@ def _lead(
     try:
         refuse(options, datasets, store, ranks)
         fresh = fresh_run(options, datasets)
-        run = Run.claim(store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every)
+        run = Run.claim(
+            store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every, go_on=options.go_on
+        )
         with ending(run, stop, repeats=_repeats(options, ranks)):
             snapshot = None if run.manifest.status == "done" else run.restore(say)
     except BaseException:
@@ -124,7 +127,7 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None) -> None:
     if wandb_at:
         say(
             f"W&B      {wandb_at}"
-            + ("" if wandb_at.startswith("http") else f" (offline; upload: wandb sync {wandb_at})")
+            + ("" if wandb_at.startswith("http") else f" (offline; upload: wds-train wandb {options.run})")
         )
     say("next     make train RUN=second ARGS='--set seed=1', or your own data: make shards SOURCE=/path/to/images")
 
