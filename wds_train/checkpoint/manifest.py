@@ -253,10 +253,6 @@ class RunManifest:
         replayed = self.replayed + tuple(s for s in self.metrics if s not in metrics)
         return replace(self, checkpoints=kept, metrics=metrics, replayed=replayed[-REPLAYED:])
 
-    def resumed_at(self, checkpoint: Checkpoint) -> "RunManifest":
-        """The manifest `up_to` the `checkpoint` that the attempt under way begins from."""
-        return self.up_to(checkpoint).with_attempt(step=checkpoint.progress.step)
-
     def with_attempt(self, **details: Any) -> "RunManifest":
         """The manifest with `details` of the attempt under way."""
         return replace(self, attempts=(*self.attempts[:-1], replace(self.attempts[-1], **details)))

@@ -24,7 +24,7 @@ from wds_train.checkpoint import manifest as states
 from wds_train.checkpoint.ahead import Ahead
 from wds_train.checkpoint.committer import Committer, collect
 from wds_train.checkpoint.lease import Say, read_run, this_process, until_free
-from wds_train.checkpoint.manifest import RunManifest, Segment
+from wds_train.checkpoint.manifest import Checkpoint, RunManifest, Segment
 from wds_train.checkpoint.read import read_checkpoint, read_chosen, read_records
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.writer import Writer
@@ -143,7 +143,7 @@ class Run:
                 say(f"checkpoint {checkpoint.object.key} cannot be used ({error}); trying the one before")
                 continue
             if checkpoint != self.manifest.checkpoints[-1]:
-                self.writer.write(partial(RunManifest.resumed_at, checkpoint=checkpoint))
+                self.writer.write(partial(_resumed_at, checkpoint))
             return snapshot
         if self.manifest.checkpoints:
             raise RunError(
@@ -206,6 +206,10 @@ class Run:
             # Without leave to list unfinished uploads, the bucket's lifecycle rule has to remove them.
             with contextlib.suppress(AccessDenied):
                 self.store.abort_uploads(prefix)
+
+
+def _resumed_at(checkpoint: Checkpoint, found: RunManifest) -> RunManifest:
+    return found.up_to(checkpoint).with_attempt(step=checkpoint.progress.step)
 
 
 def _refuse_mismatch(found: RunManifest, fresh: RunManifest, where: str) -> None:

@@ -231,10 +231,7 @@ class Session:
             give_up(self._run, status)
         self._stop.doing = "another rank"
         self._ranks.total(1)  # the others wait for the leader's commit; the first that leaves ends them all
-        outcome = _outcome(progress.step, self._total, self._run.store.url, committed)
-        if self._stop.by_person:
-            raise StoppedByPerson(f"stopped for good by {self._stop.cause}, {outcome}, given --go-on")
-        raise Interrupted(f"stopped by {self._stop.cause} {outcome}")
+        raise _stopped(self._stop, _outcome(progress.step, self._total, self._run.store.url, committed))
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
@@ -250,6 +247,12 @@ def _is_logged(step: int, epoch_steps: int) -> bool:
     does.
     """
     return step % min(LOG_STEPS, max(1, epoch_steps // LOGS_PER_EPOCH)) == 0
+
+
+def _stopped(stop: StopRequest, outcome: str) -> Interrupted | StoppedByPerson:
+    if stop.by_person:
+        return StoppedByPerson(f"stopped for good by {stop.cause}, {outcome}, given --go-on")
+    return Interrupted(f"stopped by {stop.cause} {outcome}")
 
 
 def _outcome(step: int, total: int, where: str, committed: bool) -> str:
