@@ -9,7 +9,7 @@ PEERS  := .venv-peers
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train plan report test test-cpus crash-test check fix bench-peers lock s3-stop clean
+.PHONY: help setup shards train plan report wandb-sync test test-cpus crash-test check fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -39,6 +39,8 @@ plan: setup ## hours and dollars of recipes on instances, cheapest first (RECIPE
 	$(strip $(BIN)/wds-train plan $(call flag,RECIPE,--recipe) $(call flag,INSTANCE,--instance) $(call flag,DATASET,--dataset) $(call flag,BUCKET,--bucket) $(ARGS))
 report: setup ## a run as a page with its curves, attempts and mistakes (RUN=, BUCKET=, OUT=report)
 	$(strip $(BIN)/wds-train report $(or $(RUN),digits) --out $(or $(OUT),report) $(call flag,BUCKET,--bucket) $(ARGS))
+wandb-sync: setup ## send W&B what it lacks of a run, from S3 (RUN=, BUCKET=)
+	$(strip $(BIN)/wds-train wandb $(or $(RUN),digits) $(call flag,BUCKET,--bucket) $(ARGS))
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)

@@ -31,6 +31,7 @@ COMMANDS = {
     "checkpoints": ("wds_train.commands.checkpoints", "list a run's checkpoints"),
     "rollback": ("wds_train.commands.rollback", "make an older checkpoint the newest"),
     "export": ("wds_train.commands.export", "a run's weights as a file that timm loads"),
+    "wandb": ("wds_train.commands.wandb", "complete a run's page in Weights & Biases from what is on S3"),
     "bench": ("wds_train.commands.bench", "measure what the parts cost"),
 }
 

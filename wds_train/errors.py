@@ -9,6 +9,7 @@
     │   └── Unavailable             the store did not answer, or kept failing, until the retries ran out
     ├── DataError              1    a dataset or a sample is not what its manifest says
     ├── RunError               1    the state of a run cannot be used, or training cannot go on
+    ├── StoppedByPerson        1    stopped for good by a person, after committing: only they let it go on
     └── Interrupted            75   stopped by a signal or a newer owner, after committing what could be: run it again
         └── RanksLost               another process of this training is gone
 
@@ -60,6 +61,10 @@ class RunError(WdsTrainError):
 
 
 class NotFinite(RunError):
+    pass
+
+
+class StoppedByPerson(WdsTrainError):
     pass
 
 

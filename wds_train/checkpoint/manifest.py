@@ -20,7 +20,7 @@ from wds_train.typed import refuse_depth, typed
 FORMAT = 1
 KIND = "wds-train run"
 NAME = "manifest.json"
-STATUSES = ("running", "interrupted", "failed", "done")
+STATUSES = ("running", "interrupted", "failed", "stopped", "done")
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Nothing else may be named: what a manifest names and its successor does not is deleted.
 CHECKPOINT_KEYS = re.compile(r"ckpt/\d+-\d+-\d+\.safetensors")
@@ -169,8 +169,7 @@ class RunManifest:
         """The manifest of its next owner, the attempt of the one before ended."""
         before = tuple(replace(a, ended="lost") if a.ended == "running" else a for a in self.attempts)
         earlier = reduce(Totals.plus, before[: 1 - LISTED], self.earlier)
-        step = self.checkpoints[-1].progress.step if self.checkpoints else 0
-        attempts = (*before[1 - LISTED :], Attempt(owner.host, now, step=step))
+        attempts = (*before[1 - LISTED :], Attempt(owner.host, now, step=self.step))
         return replace(
             self,
             fence=self.fence + 1,
@@ -202,6 +201,11 @@ class RunManifest:
         """The manifest with rows that were logged since the last commit. Adding the same again changes nothing."""
         others = tuple(s for s in self.replayed if s != segment)
         return replace(self, replayed=(*others, segment)[-REPLAYED:])
+
+    @property
+    def step(self) -> int:
+        """Of the newest checkpoint; 0 without one."""
+        return self.checkpoints[-1].progress.step if self.checkpoints else 0
 
     @property
     def settings(self) -> Recipe:
@@ -248,10 +252,6 @@ class RunManifest:
         metrics = tuple(s for s in self.metrics if s.within(checkpoint.progress))
         replayed = self.replayed + tuple(s for s in self.metrics if s not in metrics)
         return replace(self, checkpoints=kept, metrics=metrics, replayed=replayed[-REPLAYED:])
-
-    def resumed_at(self, checkpoint: Checkpoint) -> "RunManifest":
-        """The manifest `up_to` the `checkpoint` that the attempt under way begins from."""
-        return self.up_to(checkpoint).with_attempt(step=checkpoint.progress.step)
 
     def with_attempt(self, **details: Any) -> "RunManifest":
         """The manifest with `details` of the attempt under way."""

@@ -24,11 +24,11 @@ from wds_train.checkpoint import manifest as states
 from wds_train.checkpoint.ahead import Ahead
 from wds_train.checkpoint.committer import Committer, collect
 from wds_train.checkpoint.lease import Say, read_run, this_process, until_free
-from wds_train.checkpoint.manifest import RunManifest, Segment
+from wds_train.checkpoint.manifest import Checkpoint, RunManifest, Segment
 from wds_train.checkpoint.read import read_checkpoint, read_chosen, read_records
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.writer import Writer
-from wds_train.errors import AccessDenied, Conflict, NotFound, RunError, StoreError, Unavailable
+from wds_train.errors import AccessDenied, Conflict, NotFound, RunError, StoreError, Unavailable, UsageError
 from wds_train.storage.base import Store
 from wds_train.storage.within import within
 
@@ -68,9 +68,11 @@ class Run:
         wait: bool = True,
         pause: Callable[[float], None] = time.sleep,
         keep_every: int = 0,
+        go_on: bool = False,
     ) -> "Run":
         """Claim the run at `store`, or create it as `fresh`; a run that is done is only read. `RunError` when it is of
-        another recipe or dataset, or another instance holds it and `wait` is False.
+        another recipe or dataset, or another instance holds it and `wait` is False;
+        `UsageError` when a person stopped it, and nobody says `go_on`.
         """
         while True:
             try:
@@ -79,7 +81,7 @@ class Run:
                 found = fresh
                 condition: dict[str, Any] = {"if_absent": True}
             else:
-                if not found.checkpoints and found.status in ("failed", "interrupted"):
+                if not found.checkpoints and found.status in ("failed", "interrupted", "stopped"):
                     # Given up with nothing to keep: a mistyped setting must not hold the name for ever.
                     found = replace(found, recipe=fresh.recipe, dataset=fresh.dataset)
                 _refuse_mismatch(found, fresh, store.url)
@@ -89,6 +91,10 @@ class Run:
                     with contextlib.suppress(StoreError):  # who may only read a finished run leaves it as it is
                         run._collect_orphans()  # of a kill right after the last commit
                     return run
+                if found.status == "stopped" and not go_on:
+                    raise UsageError(
+                        f"{store.url} was stopped by a person, in W&B, at step {found.step}; give --go-on to go on from there"
+                    )
                 condition = {"if_match": tag}
             try:
                 run = cls._take(store, found, condition, say, keep_every)
@@ -137,7 +143,7 @@ class Run:
                 say(f"checkpoint {checkpoint.object.key} cannot be used ({error}); trying the one before")
                 continue
             if checkpoint != self.manifest.checkpoints[-1]:
-                self.writer.write(partial(RunManifest.resumed_at, checkpoint=checkpoint))
+                self.writer.write(partial(_resumed_at, checkpoint))
             return snapshot
         if self.manifest.checkpoints:
             raise RunError(
@@ -200,6 +206,10 @@ class Run:
             # Without leave to list unfinished uploads, the bucket's lifecycle rule has to remove them.
             with contextlib.suppress(AccessDenied):
                 self.store.abort_uploads(prefix)
+
+
+def _resumed_at(checkpoint: Checkpoint, found: RunManifest) -> RunManifest:
+    return found.up_to(checkpoint).with_attempt(step=checkpoint.progress.step)
 
 
 def _refuse_mismatch(found: RunManifest, fresh: RunManifest, where: str) -> None:

@@ -109,6 +109,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--compile", action="store_true", help="compile the model: minutes at the start, faster then")
     parser.add_argument("--no-wait", action="store_true", help="fail at once when another instance holds the run")
+    parser.add_argument("--go-on", action="store_true", help="go on with a run that a person stopped, in W&B")
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: bit-equal, more slowly")
 
 
@@ -158,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
         compile=args.compile,
         cpu=cpu,
         price=args.price,
+        go_on=args.go_on,
     )
     if args.dry_run:
         print("\n".join(estimate(options)))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wds_train.checkpoint.find import SCORES
 from wds_train.data.dataset import SplitReader
@@ -13,34 +14,40 @@ from wds_train.evaluation.scoring import metrics, percent
 from wds_train.format.manifest import ClassInfo
 from wds_train.models.weights import Weights
 
+Labels = NDArray[np.int64]
 SHOWN = 10  # classes, pairs and unreadable samples that are printed
 
 
 def report_of(scored: Scored, split: SplitReader, classes: tuple[ClassInfo, ...]) -> dict[str, Any]:
-    labels, count = split.index.label.astype(np.int64), len(classes)
-    samples = np.bincount(labels, minlength=count)
-    hits = np.bincount(labels[scored.predicted == labels], minlength=count)
-    rows = [
+    labels = split.index.label.astype(np.int64)
+    return metrics(scored.totals, len(split)) | {
+        "samples": len(split),
+        "unreadable": [{"shard": entry.shard, "key": entry.key, "cause": entry.cause} for entry in scored.unreadable],
+        "confused": most_confused(labels, scored.predicted, classes),
+        "classes": by_class(labels, scored.predicted, classes),
+    }
+
+
+def by_class(labels: Labels, predicted: Labels, classes: tuple[ClassInfo, ...]) -> list[dict[str, Any]]:
+    """How many samples each class has, and how many of them were recognised."""
+    samples = np.bincount(labels, minlength=len(classes))
+    hits = np.bincount(labels[predicted == labels], minlength=len(classes))
+    return [
         {"label": i, "id": entry.id, "name": entry.name, "samples": int(samples[i]), "correct": int(hits[i])}
         | {"top1": percent(int(hits[i]), int(samples[i])) if samples[i] else None}
         for i, entry in enumerate(classes)
     ]
-    wrong = (scored.predicted != labels) & (scored.predicted >= 0)
-    pairs, counts = np.unique(labels[wrong] * count + scored.predicted[wrong], return_counts=True)
+
+
+def most_confused(labels: Labels, predicted: Labels, classes: tuple[ClassInfo, ...]) -> list[dict[str, Any]]:
+    """The SHOWN pairs of classes of which the first was taken for the second most often."""
+    count, wrong = len(classes), (predicted != labels) & (predicted >= 0)
+    pairs, counts = np.unique(labels[wrong] * count + predicted[wrong], return_counts=True)
     most = np.argsort(-counts, kind="stable")[:SHOWN]
-    return metrics(scored.totals, len(split)) | {
-        "samples": len(split),
-        "unreadable": [{"shard": entry.shard, "key": entry.key, "cause": entry.cause} for entry in scored.unreadable],
-        "confused": [
-            {
-                "class": title_of(classes[pair // count]),
-                "taken_for": title_of(classes[pair % count]),
-                "samples": int(number),
-            }
-            for pair, number in zip(pairs[most].tolist(), counts[most], strict=True)
-        ],
-        "classes": rows,
-    }
+    return [
+        {"class": title_of(classes[pair // count]), "taken_for": title_of(classes[pair % count]), "samples": int(number)}
+        for pair, number in zip(pairs[most].tolist(), counts[most], strict=True)
+    ]
 
 
 def title_of(entry: ClassInfo) -> str:

@@ -1,83 +1,127 @@
-"""Records of a training: collected for the run's metrics, and passed on to Weights & Biases."""
+"""Rows of a training: collected for the run's metrics, and passed on to Weights & Biases."""
 
-import contextlib
-import logging
-import netrc
 import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
 
-from wds_train.checkpoint.manifest import RunManifest
-from wds_train.home import home
+from wds_train.checkpoint.run import Run
+from wds_train.errors import Interrupted, NotFinite, StoppedByPerson
+from wds_train.evaluation.findings import Findings
+from wds_train.format.manifest import ClassInfo
+from wds_train.tracking.board import Board, one_line, send, usual_mode
 from wds_train.tracking.console import say
+from wds_train.tracking.machine import revision, versions
+from wds_train.tracking.pictures import first_batch, tables, tiles
 from wds_train.tracking.records import Row
 
-FINISH_SECONDS = 20.0  # for W&B to take what it has not yet, once the run is done
+FINISH_SECONDS = 7.0  # for W&B to take what it has not yet, once the run is done
 HASTY_SECONDS = 3.0  # the same, when the training was interrupted or failed
-# Its own: 30 s to begin, and as long for the last records as anybody waits; without, `finish` waits for ever.
-LIMITS: dict[str, Any] = {"init_timeout": 30, "finish_timeout": FINISH_SECONDS, "console": "off"}
+BACKLOG = 20  # entries that wait for W&B; with more, it gets no pictures
+
+Pass = Callable[[Board], object]
 
 
 @dataclass
 class Tracker:
     """Collects rows for the next commit, and passes them on to W&B, whose troubles never reach the training: a thread
-    makes every call of it, and records wait in a queue until W&B is there.
+    makes every call of it, and what is to be told waits in a queue until W&B is there. `stop` is called when a person presses
+    W&B's Stop button.
     """
 
-    run: RunManifest
+    run: Run
+    stop: Callable[[], None]
     pending: list[Row] = field(default_factory=list)
     where: str | None = None
     """The run's page, or the folder of an offline run; None without W&B."""
-    _queue: SimpleQueue[Row | int] = field(default_factory=SimpleQueue)
+    _queue: SimpleQueue[Pass | None] = field(default_factory=SimpleQueue)
     _thread: threading.Thread | None = None
     _left_behind: bool = False
 
     def __enter__(self) -> Self:
         return self
 
-    def start(self) -> None:
-        """Begin to pass records on. To be called once this process forks no more."""
+    def start(self, history: list[Row], **details: Any) -> None:
+        """Begin to pass on, from the rows that are on S3; `details` go into the configuration. To be called once this process
+        forks no more.
+        """
         if os.environ.get("WANDB_MODE") != "disabled":
-            self._thread = threading.Thread(target=self._pass_on, name="W&B", daemon=True)
+            self._thread = threading.Thread(target=self._pass_on, args=(history, details), name="W&B", daemon=True)
             self._thread.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._thread is not None and kind is not KeyboardInterrupt:
+            self._tell(partial(_alert, error=error))
+            self._queue.put(None)
             seconds = FINISH_SECONDS if kind is None else HASTY_SECONDS
-            self._queue.put(0 if kind is None else 1)
             self._thread.join(seconds)
             if self._thread.is_alive():
                 self._left_behind = True
-                say(f"W&B did not end within {seconds:g} s and is left behind; the metrics are with the run")
+                say(f"W&B did not end within {seconds:g} s and is left behind; {_remedy(self.run)}")
+
+    @property
+    def watching(self) -> bool:
+        """Whether anybody would see pictures."""
+        return self._thread is not None and self._thread.is_alive() and self._queue.qsize() < BACKLOG
 
     def log(self, row: Row) -> None:
         self.pending.append(row)
-        if self._thread is not None and self._thread.is_alive():
-            self._queue.put(row)
+        self._tell(lambda board: board.log(row))
 
     def drain(self) -> list[Row]:
         rows, self.pending = self.pending, []
         return rows
 
-    def _pass_on(self) -> None:
-        """The body of the thread. W&B's exit code, an int, is the last that comes."""
+    def show_batch(self, images: Any) -> None:
+        """Show uint8 images [n, height, width, 3] as the first that were trained on."""
+        if self.watching:
+            sheet = tiles(images)
+            self._tell(lambda board: board.show(first_batch(sheet)))
+
+    def show_findings(self, findings: Findings, classes: tuple[ClassInfo, ...]) -> None:
+        """Show, with the next row, what a validation got wrong."""
+        self._tell(lambda board: board.show(tables(findings, classes)))
+
+    def _tell(self, what: Pass) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            self._queue.put(what)
+
+    def _pass_on(self, history: list[Row], details: dict[str, Any]) -> None:
+        """The body of the thread. None is the last that comes."""
         try:
-            run = _begin(self.run, home(), self._warn)
-            self.where = run.url or os.path.relpath(Path(run.dir).parent)
-            while not isinstance(entry := self._queue.get(), int):
-                run.log(entry)
-            run.finish(exit_code=entry)
+            board = self._open(details)
+            self.where = board.where
+            send(board, history)
+            if step := self.run.manifest.attempts[-1].step:
+                board.alert("resumed", f"{self.run.manifest.run} goes on at step {step}")
+            while (what := self._queue.get()) is not None:
+                what(board)
+            board.finish(self.run.manifest, self.run.store.url)
+        except TimeoutError:
+            self._warn(f"W&B has not taken all; {_remedy(self.run)}")
         except Exception as error:
             self.where = None
-            self._warn(f"W&B failed ({error}); training goes on without it, its metrics stay with the run")
+            self._warn(f"W&B failed ({one_line(error)}); training goes on without it; {_remedy(self.run)}")
+
+    def _open(self, details: dict[str, Any]) -> Board:
+        """The run's page: online with a login, offline where there is none, or no answer."""
+        config = {"git": revision(), "versions": versions()} | details
+        opened = partial(Board.open, self.run.manifest, finish_timeout=FINISH_SECONDS, stop_fn=self.stop)
+        mode = usual_mode()
+        try:
+            return opened(mode, config)
+        except Exception as error:
+            if mode != "online":
+                raise
+            self._warn(f"W&B does not answer ({one_line(error)}); going on offline")
+            Board.forget()
+            return opened("offline", config)
 
     def _warn(self, message: str) -> None:
         """Nothing more, once it was said that W&B is left behind: the end of the process breaks what it is at."""
@@ -85,43 +129,17 @@ class Tracker:
             say(message)
 
 
-def _begin(manifest: RunManifest, folder: Path, warn: Callable[[str], None]) -> Any:
-    """W&B's run: online with a login, offline where there is none, or no answer."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    logging.getLogger("wandb").setLevel(logging.ERROR)
-    import wandb  # seconds, and only here: who disabled it does not wait
-
-    folder.mkdir(parents=True, exist_ok=True)
-    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-    try:
-        run = wandb.init(**_settings(manifest, folder, mode), settings=wandb.Settings(**LIMITS))
-    except Exception as error:
-        if mode != "online":
-            raise
-        warn(f"W&B does not answer ({error}); going on offline")
-        run = wandb.init(**_settings(manifest, folder, "offline"), settings=wandb.Settings(**LIMITS))
-    # Steps below W&B's own counter are dropped, and a resumed run logs some again: count by our step instead.
-    run.define_metric("*", step_metric="step")
-    return run
+def _alert(board: Board, error: BaseException | None) -> None:
+    """Tell W&B's user how the training ended."""
+    if error is None:
+        board.alert("done", "the training is done")
+    elif isinstance(error, NotFinite) or isinstance(error.__cause__, NotFinite):
+        board.alert("not finite", str(error), "ERROR")
+    elif isinstance(error, Interrupted):
+        board.alert("interrupted", str(error), "WARN")
+    else:
+        board.alert("stopped" if isinstance(error, StoppedByPerson) else "failed", str(error), "ERROR")
 
 
-def _settings(run: RunManifest, folder: Path, mode: str) -> dict[str, Any]:
-    """What W&B is told of the run. It ignores `resume` offline: each attempt gets an id, and they share a group."""
-    identity = {"id": run.wandb_id, "resume": "allow"} if mode == "online" else {"id": f"{run.wandb_id}-{run.fence}"}
-    return identity | {
-        "project": os.environ.get("WANDB_PROJECT", "wds-train"),
-        "name": run.run,
-        "group": run.wandb_id,
-        "dir": str(folder),
-        "config": run.recipe | {"dataset": run.dataset},
-        "mode": mode,
-    }
-
-
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-        return netrc.netrc().authenticators(host or "") is not None
-    return False
+def _remedy(run: Run) -> str:
+    return f"the metrics are with the run, and `wds-train wandb {run.store.url}` sends what is missing"

@@ -5,7 +5,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from wds_train.checkpoint.run import Run
-from wds_train.errors import Interrupted, NotFinite, RanksLost, RunError, StoreError, Unavailable, WdsTrainError, tell
+from wds_train.errors import (
+    Interrupted,
+    NotFinite,
+    RanksLost,
+    RunError,
+    StoppedByPerson,
+    StoreError,
+    Unavailable,
+    WdsTrainError,
+    tell,
+)
 from wds_train.tracking.console import say
 from wds_train.training.ranks import LAST_SECONDS
 from wds_train.training.stop import StopRequest
@@ -44,7 +54,7 @@ def _judged(run: Run, error: WdsTrainError, repeats: bool) -> tuple[WdsTrainErro
         return _go_back(run, error, repeats)
     if isinstance(error, RanksLost):
         return error, "interrupted"
-    return error, None if isinstance(error, Interrupted | Unavailable) else "failed"
+    return error, None if isinstance(error, Interrupted | StoppedByPerson | Unavailable) else "failed"
 
 
 def _go_back(run: Run, error: NotFinite, repeats: bool) -> tuple[WdsTrainError, str | None]:

@@ -17,6 +17,7 @@ from wds_train.config.recipe import DataRecipe, Recipe
 from wds_train.config.schedule import average_decay, lr_share
 from wds_train.data.batch import Batch
 from wds_train.errors import DataError, NotFinite, RunError, UsageError
+from wds_train.evaluation.findings import Findings
 from wds_train.evaluation.scoring import Predictor, metrics, sums
 from wds_train.global_rng import derived_randomness
 from wds_train.models.fit import section
@@ -177,20 +178,20 @@ class Trainer:
         self.loss_sum.zero_()
 
     @torch.inference_mode()
-    def evaluate(self, batches: Iterable[Batch], samples: int) -> dict[str, float]:
-        """Top-1 and top-5 in percent and the mean cross-entropy, of the raw and the EMA weights, over one pass."""
+    def evaluate(self, batches: Iterable[Batch], samples: int, found: Findings | None = None) -> dict[str, float]:
+        """Top-1, top-5 in percent and mean cross-entropy, of raw and EMA weights, over one pass; `found`: by the raw."""
         self.ranks.adopt(self.model, self.ema.module)
         models = {"": self.model.eval(), "_ema": self.ema.module.eval()}
         totals = torch.zeros((len(models), 4), dtype=torch.float64, device=self.device)
         for batch in batches:
             pixels = self.normalise(batch.images)
-            totals += torch.stack([sums(self._predictor.logits(model, pixels), batch) for model in models.values()])
+            logits = [self._predictor.logits(model, pixels) for model in models.values()]
+            totals += torch.stack([sums(each, batch) for each in logits])
+            if found is not None:
+                found.add(logits[0], batch)
         everywhere = torch.tensor(self.ranks.total(*totals.flatten().tolist()), dtype=torch.float64)
-        return {
-            f"val/{name}{suffix}": value
-            for suffix, total in zip(models, everywhere.view(len(models), 4), strict=True)
-            for name, value in metrics(total, samples).items()
-        }
+        scored = zip(models, everywhere.view(len(models), 4), strict=True)
+        return {f"val/{n}{suffix}": value for suffix, total in scored for n, value in metrics(total, samples).items()}
 
     def snapshot(self, **noted: Any) -> Snapshot | None:
         """A copy of the state in host memory, with what is `noted` beside it; training may go on at once. All ranks take
@@ -231,6 +232,14 @@ class Trainer:
             self.loss_sum.fill_(self.progress.loss_sum * self.ranks.size)  # the mean over the ranks stays what it was
         else:
             self.progress = replace(self.progress, lost=0)
+
+
+def gpu_figures(trainer: Trainer) -> dict[str, float]:
+    """With a GPU, the most memory that was in use so far; with fp16, what losses are multiplied by."""
+    if trainer.device.type != "cuda":
+        return {}
+    scale = {"gpu/amp_scale": trainer.scaler.get_scale()} if trainer.scaler.is_enabled() else {}
+    return scale | {"gpu/memory_gb": torch.cuda.max_memory_allocated(trainer.device) / 1e9}
 
 
 def _sides(data: DataRecipe) -> dict[str, int]:

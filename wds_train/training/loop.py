@@ -14,12 +14,14 @@ from wds_train.data.batch import Batch
 from wds_train.data.cache import BlockCache
 from wds_train.data.dataset import Dataset
 from wds_train.data.loader import on_device
-from wds_train.errors import Interrupted
+from wds_train.errors import Interrupted, StoppedByPerson
+from wds_train.evaluation.findings import Findings
 from wds_train.evaluation.scoring import EVAL_BATCH
 from wds_train.tracking.console import Bar, note, say
 from wds_train.tracking.progress import TrainingBar
 from wds_train.tracking.wandb import Tracker
 from wds_train.training.ending import give_up
+from wds_train.training.engine import gpu_figures
 from wds_train.training.in_time import Stopped, in_time
 from wds_train.training.memory import fit_accumulation
 from wds_train.training.options import TrainOptions
@@ -78,10 +80,13 @@ class Session:
         """Hold the run, and meet the other ranks and W&B: from here on there are threads."""
         self._run.committer.max_uncommitted = self._options.max_uncommitted_minutes * 60
         self._run.begin()
+        machine = {"hardware": hardware(self._ranks), "price": self._options.price}
+        self._run.writer.note(**machine)
         self._stop.doing = "the training"
         if self._ranks.leads:
-            self._tracker.start()
-            self._run.history()  # which names what is damaged
+            samples = {name: split.samples for name, split in self._datasets[0].manifest.splits.items()}
+            history = self._run.history()  # which names what is damaged
+            self._tracker.start(history, samples=samples, **machine)
         self._ranks.connect()
 
     def restore(self, snapshot: Snapshot | None) -> None:
@@ -92,7 +97,6 @@ class Session:
         )
         if options.accumulate is None and ranks.device.type == "cuda":  # a CPU's memory holds any batch it can work on
             trainer.accumulate = round(ranks.largest(fit_accumulation(trainer)))
-        self._run.writer.note(hardware=hardware(ranks), price=options.price)
         self._say(introduction(options, self._datasets[0], self._epoch_steps, ranks))
         for each in trainer.notes:
             self._say(f"weights  {each}")
@@ -162,6 +166,8 @@ class Session:
 
     def _step(self, batch: Batch, waited: float) -> None:
         start = time.perf_counter()
+        if not batch.step:
+            self._tracker.show_batch(batch.images)
         for entry in batch.unreadable:
             say(f"unreadable sample: {entry.shard}, key {entry.key}: {entry.cause}")
         with lost_ranks():
@@ -173,7 +179,7 @@ class Session:
             self._trainer.epoch_loss()
             record = {"step": done, "epoch": done / self._epoch_steps, "train/loss": shown}
             record |= {"train/lr": self._trainer.lr(done - 1), "train/grad_norm": self._trainer.grad_norm.item()}
-            record |= {"train/resolution": batch.images.shape[1]}
+            record |= {"train/resolution": batch.images.shape[1]} | gpu_figures(self._trainer)
         self._rows.add_step(waited, time.perf_counter() - start)
         if record:
             record |= {"s3/fallbacks": self._loader.fallbacks} if self._loader.fallbacks else {}
@@ -184,13 +190,16 @@ class Session:
         """Validate and commit."""
         trainer = self._trainer
         loss = trainer.epoch_loss()
+        findings = Findings() if self._tracker.watching else None
         with lost_ranks():
             batches = self._looking_up(on_device(in_time(self._val_loader, self._stop), trainer.device))
-            metrics = trainer.evaluate(batches, self._val_samples)
+            metrics = trainer.evaluate(batches, self._val_samples, findings)
         unreadable = trainer.epoch_unreadable()
         trainer.evaluated()
         epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
         record = {"step": trainer.progress.step, "epoch": float(epoch), "epoch/loss": loss, "epoch/lost": unreadable}
+        if findings is not None:
+            self._tracker.show_findings(findings, self._datasets[0].manifest.classes)
         self._rows.log(record | metrics, trainer.progress)
         self._say(_epoch_line(f"{epoch:3d}/{epochs}", loss, metrics, unreadable, self._loader.fallbacks))
         done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
@@ -219,19 +228,19 @@ class Session:
         """Commit, unless this very state is committed or on its way, and leave; unless it was the last that was missing."""
         self._stop.ask("another rank")
         self._stop.doing = f"the last commit to {self._run.store.url}"
+        status = "stopped" if self._stop.by_person else "interrupted"
         progress = self._trainer.progress
         if (progress.step, progress.evaluated) != (self._saved.step, self._saved.evaluated):
             self._trainer.epoch_loss()
-            self._commit({}, status="interrupted")
+            self._commit({}, status=status)
         committed = self._run.committer.wait(self._stop.left - LAST_MOMENT)
         if self._run.manifest.status == "done":
             return
         if committed:
-            give_up(self._run, "interrupted")
+            give_up(self._run, status)
         self._stop.doing = "another rank"
         self._ranks.total(1)  # the others wait for the leader's commit; the first that leaves ends them all
-        outcome = _outcome(progress.step, self._total, self._run.store.url, committed)
-        raise Interrupted(f"stopped by {self._stop.cause} {outcome}")
+        raise _stopped(self._stop, _outcome(progress.step, self._total, self._run.store.url, committed))
 
 
 def _epoch_line(epoch: str, loss: float, metrics: dict[str, float], unreadable: int, fallbacks: int) -> str:
@@ -255,6 +264,12 @@ def _is_logged(step: int, epoch_steps: int) -> bool:
     does.
     """
     return step % min(LOG_STEPS, max(1, epoch_steps // LOGS_PER_EPOCH)) == 0
+
+
+def _stopped(stop: StopRequest, outcome: str) -> Interrupted | StoppedByPerson:
+    if stop.by_person:
+        return StoppedByPerson(f"stopped for good by {stop.cause}, {outcome}, given --go-on")
+    return Interrupted(f"stopped by {stop.cause} {outcome}")
 
 
 def _outcome(step: int, total: int, where: str, committed: bool) -> str:

@@ -30,6 +30,8 @@ class TrainOptions:
     compile: bool = False
     cpu: bool = False
     """Whether to leave the GPUs alone."""
+    go_on: bool = False
+    """Whether to go on with a run that a person stopped."""
     price: float | None = None
     """Dollars that an hour of this machine costs."""
 

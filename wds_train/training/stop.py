@@ -10,7 +10,7 @@ from functools import partial
 from types import FrameType
 from typing import NoReturn, Self
 
-from wds_train.errors import Interrupted
+from wds_train.errors import Interrupted, StoppedByPerson
 
 GRACE_SECONDS = 90.0  # from a signal to the end: the least that supervisors and EC2 wait between asking and killing
 LOOK_SECONDS = 0.5  # between two looks at the deadline
@@ -27,6 +27,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.cause: str | None = None
+        self.by_person = False
         self.deadline = float("inf")
         self.doing = "the start"
         """What the training is at, to be named when it hangs."""
@@ -49,8 +50,12 @@ class StopRequest:
         threading.Thread(target=self._watch, args=(arrived, set(numbers)), name="deadline", daemon=True).start()
         return self
 
-    def ask(self, cause: str, seconds: float | None = None) -> None:
-        """Ask the training to end within `seconds`, by default GRACE_SECONDS."""
+    def ask(self, cause: str, seconds: float | None = None, *, by_person: bool = False) -> None:
+        """Ask the training to end within `seconds`, by default GRACE_SECONDS; `by_person`: for good, so that no replacement
+        goes on.
+        """
+        if by_person:
+            self.by_person, self.code = True, StoppedByPerson.exit_code
         self.cause = self.cause or cause
         self.deadline = min(self.deadline, time.monotonic() + (GRACE_SECONDS if seconds is None else seconds))
 

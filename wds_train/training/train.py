@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     stop.check()
     stop.doing = f"the claim of {options.run}"
     run, snapshot = _lead(options, datasets, stop, ranks)
-    tracker = Tracker(run.manifest)
+    tracker = Tracker(run, partial(stop.ask, "the Stop button of W&B", by_person=True))
     if run.manifest.status == "done":
         if ranks.leads:
             say(f"run {options.run} is done already")
@@ -83,7 +84,9 @@ def _lead(
     try:
         refuse(options, datasets, store, ranks)
         fresh = fresh_run(options, datasets)
-        run = Run.claim(store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every)
+        run = Run.claim(
+            store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every, go_on=options.go_on
+        )
         with ending(run, stop, repeats=_repeats(options, ranks)):
             snapshot = None if run.manifest.status == "done" else run.restore(say)
     except BaseException:
@@ -128,7 +131,7 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool)
     if wandb_at:
         say(
             f"W&B      {wandb_at}"
-            + ("" if wandb_at.startswith("http") else f" (offline; upload: wandb sync {wandb_at})")
+            + ("" if wandb_at.startswith("http") else f" (offline; upload: wds-train wandb {options.run})")
         )
     say("\n".join(next_commands(run.manifest, options.run, test=test)))
 

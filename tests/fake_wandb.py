@@ -1,0 +1,138 @@
+"""W&B's server, as much of its API as a run meets, on loopback; and what is in the files of an offline run."""
+
+import gzip
+import json
+import re
+import struct
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+ENTITY = {"id": "e", "name": "me"}
+PROJECT = {"id": "p", "name": "wds-train", "entity": ENTITY}
+
+
+class FakeWandb:
+    """Set `broken` to a status to answer with, or to seconds of silence; `stopped`: whether somebody has pressed Stop.
+
+    `history` is what each run's page shows, and `said` every GraphQL request: (name, variables).
+    """
+
+    def __init__(self) -> None:
+        self.broken: int | float | None = None
+        self.stopped = False
+        self.history: dict[str, list[dict[str, Any]]] = {}
+        self.ends: list[dict[str, Any]] = []
+        self.said: list[tuple[str, dict[str, Any]]] = []
+
+    def __enter__(self) -> Self:
+        wandb = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                wandb._answer(self, gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+
+            do_GET = do_PUT = do_POST
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads, self._server.block_on_close = True, False
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": self.url}
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.die()
+
+    def die(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def alerts(self) -> list[str]:
+        return [values["title"] for name, values in self.said if name == "NotifyScriptableRunAlert"]
+
+    def _answer(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        if isinstance(self.broken, float):
+            time.sleep(self.broken)
+        status = self.broken if isinstance(self.broken, int) else 200
+        answer = json.dumps(self._say(request.path, json.loads(body or b"{}")) if status == 200 else {}).encode()
+        request.send_response(status)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(answer)))
+        request.end_headers()
+        request.wfile.write(answer)
+
+    def _say(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
+        if path.endswith("/file_stream"):
+            return self._stream(path.split("/")[-2], asked)
+        name = re.findall(r"(?:query|mutation)\s+(\w+)", asked.get("query", ""))
+        if not name:
+            return {}
+        values = asked.get("variables") or {}
+        self.said.append((name[0], values))
+        known = self.history.get(values.get("name"))
+        bucket = None if known is None else _bucket(values.get("name"), known)
+        found: dict[str, Any] = {
+            "RunResumeStatus": {"model": PROJECT | {"bucket": bucket}},
+            "UpsertBucket": {"upsertBucket": {"bucket": _bucket(values.get("name"), []), "inserted": known is None}},
+            "ServerFeaturesQuery": {"serverInfo": {"features": []}},
+            "Viewer": {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
+            "CreateRunFiles": {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": []}},
+            "NotifyScriptableRunAlert": {"notifyScriptableRunAlert": {"success": True}},
+        }
+        if name[0] == "UpsertBucket" and values.get("name"):
+            self.history.setdefault(values["name"], [])
+        return {"data": found[name[0]]} if name[0] in found else {"errors": [{"message": f"no {name[0]}"}]}
+
+    def _stream(self, run: str, asked: dict[str, Any]) -> dict[str, Any]:
+        file = asked.get("files", {}).get("wandb-history.jsonl")
+        if file:
+            rows = self.history.setdefault(run, [])
+            rows[file["offset"] :] = map(json.loads, file["content"])
+        if "exitcode" in asked:
+            self.ends.append(asked)
+        return {"stopped": self.stopped}
+
+
+def _bucket(run: str | None, history: list[dict[str, Any]]) -> dict[str, Any]:
+    lines = {"historyLineCount": len(history), "eventsLineCount": 0, "logLineCount": 0, "eventsTail": "[]"}
+    last = json.dumps(history[-1]) if history else "{}"
+    texts = {"summaryMetrics": last, "config": "{}", "wandbConfig": '{"t": {}}', "historyTail": json.dumps([last])}
+    names = {"id": "x", "name": run, "displayName": "d", "sweepName": None, "tags": []}
+    return names | lines | texts | {"project": PROJECT}
+
+
+def offline_records(folder: Path) -> list[Any]:
+    """The records of an offline run's file: a header, then LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("run-*.wandb")
+    data, at, whole, records = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole, or its last part
+            records.append(Record.FromString(whole))
+            whole = b""
+    return records
+
+
+def offline_history(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in offline_records(folder)
+        if record.HasField("history")
+    ]

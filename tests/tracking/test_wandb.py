@@ -1,0 +1,182 @@
+"""One run in Weights & Biases across kills, made of the rows that are on S3; and W&B is never in the way."""
+
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_wandb import FakeWandb, offline_history
+from trainers import Job, Training, all_ended
+
+from wds_train.checkpoint.lease import read_run
+from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.run import Run
+from wds_train.storage.open import open_store
+from wds_train.tracking.records import Row
+
+OFFLINE = {"WANDB_MODE": "offline"}
+PICTURES = {"train/first_batch", "val/mistakes", "val/confused", "val/classes"}
+LONG = ("schedule.epochs=400",)
+SOME = ("schedule.epochs=12",)
+
+
+@pytest.fixture
+def wandb() -> Iterator[FakeWandb]:
+    with FakeWandb() as server:
+        yield server
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return str(tmp_path / "run")
+
+
+def manifest_of(url: str) -> RunManifest:
+    return read_run(open_store(url))[0]
+
+
+def end(job: Job, sent: int | None = None) -> tuple[int, str]:
+    training = Training(job)
+    with all_ended([training]):
+        return training.end(sent), training.output
+
+
+def on_s3(url: str) -> list[Row]:
+    """The rows of each step as one, as W&B is to show them."""
+    store = open_store(url)
+    steps: dict[float, Row] = {}
+    for row in Run(store, *read_run(store)).history():
+        steps[row["step"]] = steps.get(row["step"], {}) | row
+    return [shown(row) for row in steps.values()]
+
+
+def shown(row: Row) -> Row:
+    renamed = {"step": "train/step", "time/unix": "_timestamp"}
+    return {renamed.get(name, name): value for name, value in row.items()} | {"_step": row["step"]}
+
+
+def page(rows: list[Row]) -> list[Row]:
+    """Without the pictures, whose fields an offline run holds one by one, and the time that W&B counts."""
+    left_out = {"_runtime", *PICTURES}
+    return [{name: value for name, value in row.items() if name.partition(".")[0] not in left_out} for row in rows]
+
+
+def assert_whole(rows: list[Row], url: str) -> None:
+    assert page(rows) == on_s3(url)
+    steps = [row["_step"] for row in rows]
+    assert steps == sorted({step for step in range(1, 12 * 11 + 1) if step % 2 == 0 or step % 11 == 0})
+    times = [row["_timestamp"] for row in rows]
+    started = manifest_of(url).attempts[0].started
+    assert times == sorted(times) and started < times[0] < times[-1] < time.time()
+
+
+def killed_thrice(job: Job) -> str:
+    """What the last attempt says."""
+    for epoch in (3, 6, 9):
+        training = Training(job)
+        with all_ended([training]):
+            training.until(rf"epoch +{epoch}/12")
+            training.end(signal.SIGKILL)
+    code, output = end(job)
+    assert code == 0, output
+    return output
+
+
+def test_a_run_killed_thrice_is_one_run_without_gaps(small: str, url: str, tmp_path: Path, wandb: FakeWandb) -> None:
+    patient = {"tracking.wandb.BACKLOG": 10_000}  # this training is over before W&B is there
+    output = killed_thrice(
+        Job(small, url, str(tmp_path), settings=SOME, environment=wandb.environment, constants=patient)
+    )
+    manifest = manifest_of(url)
+    assert [*wandb.history] == [manifest.wandb_id]
+    rows = wandb.history[manifest.wandb_id]
+    assert_whole(rows, url)
+    assert PICTURES - {"train/first_batch"} <= rows[-1].keys()
+    assert "W&B      http://127.0.0.1" in output
+    assert wandb.alerts() == ["resumed"] * 3 + ["done"]
+    assert [end["exitcode"] for end in wandb.ends] == [0]
+
+
+def test_an_offline_run_is_rebuilt_from_s3(small: str, url: str, tmp_path: Path, wandb: FakeWandb) -> None:
+    job = Job(small, url, str(tmp_path), settings=SOME, environment=OFFLINE)
+    output = killed_thrice(job)
+    assert f"(offline; upload: wds-train wandb {url})" in output
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    manifest = manifest_of(url)
+    assert {folder.name.rsplit("-", 1)[1] for folder in folders} == {manifest.wandb_id}
+    assert_whole(offline_history(folders[-1]), url)
+    again = Job(small, url, str(tmp_path / "elsewhere"), command=("wandb", url), environment=wandb.environment)
+    (tmp_path / "elsewhere").mkdir()
+    for sent in (len(on_s3(url)), 0):
+        code, output = end(again)
+        assert code == 0, output
+        assert f"sent {sent} of the {len(on_s3(url))} steps" in output
+        assert_whole(wandb.history[manifest.wandb_id], url)
+    assert [end["exitcode"] for end in wandb.ends] == [0, 0]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("how", ["closed port", "silent", 500, "dies"])
+def test_a_server_that_fails_costs_one_warning(
+    small: str, url: str, tmp_path: Path, wandb: FakeWandb, how: str | int
+) -> None:
+    """And no more than seconds at the end; what it lacks is sent later."""
+    constants = {"tracking.board.INIT_SECONDS": 1.0, "tracking.wandb.FINISH_SECONDS": 1.5}
+    if how == "closed port":
+        wandb.die()
+    elif how != "dies":
+        wandb.broken = how if isinstance(how, int) else 60.0
+    job = Job(small, url, str(tmp_path), settings=SOME, environment=wandb.environment, constants=constants)
+    training = Training(job)
+    with all_ended([training]):
+        if how == "dies":
+            training.until("epoch +3/12")
+            wandb.die()
+        training.until("epoch +12/12")
+        began = time.monotonic()
+        assert training.end() == 0, training.output
+        assert time.monotonic() - began < 10
+    assert manifest_of(url).status == "done"
+    warnings = [line for line in training.output.splitlines() if line.startswith("W&B ") and "W&B      " not in line]
+    assert len(warnings) == 1, training.output
+    assert re.search(r"going on offline|sends what is missing", warnings[0])
+
+
+def test_a_spot_notice_is_heeded_in_time_while_wandb_hangs(
+    small: str, url: str, tmp_path: Path, wandb: FakeWandb
+) -> None:
+    wandb.broken = 60.0
+    training = Training(Job(small, url, str(tmp_path), settings=LONG, environment=wandb.environment))
+    with all_ended([training]):
+        training.until("epoch +1/400")
+        began = time.monotonic()
+        assert training.end(signal.SIGTERM) == 75, training.output
+        assert time.monotonic() - began < 10
+    assert manifest_of(url).status == "interrupted"
+
+
+@pytest.mark.timeout(120)
+def test_the_stop_button_ends_the_run_until_a_person_says_to_go_on(
+    small: str, url: str, tmp_path: Path, wandb: FakeWandb
+) -> None:
+    """W&B asks every 15 s whether it was pressed."""
+    job = Job(small, url, str(tmp_path), settings=LONG, environment=wandb.environment)
+    wandb.stopped = True
+    code, output = end(job)
+    assert code == 1, output
+    step = manifest_of(url).step
+    assert step > 0 and manifest_of(url).status == "stopped"
+    assert f"stopped for good by the Stop button of W&B, at step {step} of 4400, state committed" in output
+    assert wandb.alerts() == ["stopped"]
+    quiet = Job(small, url, str(tmp_path), settings=LONG)
+    code, output = end(quiet)
+    assert (code, "was stopped by a person, in W&B, at step" in output, "--go-on" in output) == (2, True, True), output
+    assert manifest_of(url).status == "stopped"
+    training = Training(Job(small, url, str(tmp_path), settings=LONG, arguments=("--go-on",)))
+    with all_ended([training]):
+        training.until(f"resuming at step {step}")
+        training.until("epoch")
+        assert training.end(signal.SIGTERM) == 75, training.output
+    assert manifest_of(url).status == "interrupted"

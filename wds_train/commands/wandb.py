@@ -1,0 +1,35 @@
+"""`wds-train wandb`: a run's page in Weights & Biases, made anew or completed from what is on S3."""
+
+import argparse
+
+from wds_train.checkpoint.find import find_run
+from wds_train.checkpoint.run import Run
+from wds_train.commands.arguments import add_run, run_url
+from wds_train.errors import RunError, UsageError
+
+FINISH_SECONDS = 300.0  # for W&B to take everything
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from wds_train.tracking.board import Board, one_line, send, usual_mode
+
+    mode = usual_mode()
+    if mode == "disabled":
+        raise UsageError("WANDB_MODE is disabled; unset it")
+    manifest, store = find_run(run_url(args.run, args.bucket))
+    found = Run(store, manifest, "", leads=False)
+    history = found.history()
+    try:
+        board = Board.open(manifest, mode, {}, finish_timeout=FINISH_SECONDS)
+        where = board.where
+        send(board, history)
+        board.finish(manifest, store.url)
+    except Exception as error:
+        raise RunError(f"W&B failed ({one_line(error)}); nothing is lost: try again") from error
+    steps = {row.get("step") for row in history}
+    print(f"{store.url}: sent {board.sent} of the {len(steps)} steps that have metrics, the others were there; {where}")
+    return 0
