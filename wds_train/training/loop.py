@@ -19,7 +19,7 @@ from wds_train.errors import Interrupted
 from wds_train.evaluation.scoring import EVAL_BATCH
 from wds_train.tracking.console import Bar, say
 from wds_train.tracking.wandb import Tracker
-from wds_train.training.ending import give_up
+from wds_train.training.ending import give_up, is_over
 from wds_train.training.in_time import Stopped, in_time
 from wds_train.training.memory import fit_accumulation
 from wds_train.training.options import TrainOptions
@@ -139,7 +139,7 @@ class Session:
         self._commit_timing: dict[str, float] = {}
         self._pace = Pace()
         batches = _timed(on_device(in_time(self._loader, self._stop), trainer.device))
-        while trainer.progress.evaluated * epoch_steps < self._total:
+        while not is_over(self._options.recipe.schedule, trainer.progress):
             if self._look_up():
                 trainer.epoch_loss()
                 self._commit({})
@@ -197,17 +197,18 @@ class Session:
             batches = self._looking_up(on_device(in_time(self._val_loader, self._stop), trainer.device))
             metrics = trainer.evaluate(batches, self._val_samples)
         unreadable = trainer.epoch_unreadable()
-        trainer.evaluated()
-        epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
+        trainer.evaluated(metrics)
+        epoch, schedule = trainer.progress.evaluated, self._options.recipe.schedule
         record = {"step": trainer.progress.step, "epoch": float(epoch), "epoch/loss": loss, "epoch/lost": unreadable}
         self._tracker.log(record | metrics, {})
         self._say(
-            f"epoch {epoch:3d}/{epochs}  loss {loss:.3f}  "
+            f"epoch {epoch:3d}/{schedule.epochs}  loss {loss:.3f}  "
             f"top-1 {metrics['val/top1']:.2f} %  EMA {metrics['val/top1_ema']:.2f} %"
             + (f"  {unreadable} unreadable" if unreadable else "")
             + (f"  {self._loader.fallbacks} ranges asked for twice" if self._loader.fallbacks else "")
         )
-        done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
+        over = is_over(schedule, trainer.progress)
+        done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if over else {}
         self._commit(metrics, **done)
 
     def _looking_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
