@@ -24,7 +24,7 @@ from wds_train.models.model import create_model
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 
-RECIPE = with_settings(preset("digits"), ["model.name=test_resnet"])
+RECIPE = with_settings(preset("digits"), ["model.name=test_resnet", "optimizer.name=sgd", "optimizer.lr=0.1"])
 DATASET = {"url": "d", "fingerprint": "f", "classes": 10}
 FRESH = RunManifest(run="r", recipe=RECIPE.to_dict(), dataset=DATASET, wandb_id="w")
 WEIGHTS = create_model(RECIPE.model, 10, 0, torch.device("cpu")).state_dict()

@@ -12,7 +12,7 @@ from wds_train.cli import main
 from wds_train.config.presets import PRESETS, preset
 from wds_train.config.recipe import Recipe
 from wds_train.config.schedule import image_side, lr_share
-from wds_train.config.settings import setting_names, with_settings
+from wds_train.config.settings import setting_names, setting_of, with_settings
 
 
 def lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
@@ -39,14 +39,15 @@ def test_every_field_is_printed_as_set_takes_it(capsys: pytest.CaptureFixture[st
     assert list(settings) == list(setting_names())
     assert with_settings(Recipe(name=name), [*settings.values()]) == preset(name)
     default, changed = Recipe(name=name), [line[2:].split()[0] for line in printed if line[0] == "*"]
-    assert with_settings(default, changed) == preset(name)  # none is missing
+    all_named = [f"{field}={setting_of(default, field)}" for field in setting_names()]  # so that nothing follows
+    assert with_settings(default, [*all_named, *changed]) == preset(name)  # none is missing
     for each in changed:
         assert with_settings(default, [each]) != default, each  # none is too many
 
 
 def test_settings_change_what_is_shown_and_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     shown = lines(capsys, "imagenette", "--set", "batch=128", "--set", "data.size=160")
-    assert "but --set changes batch, data.size here" in "\n".join(shown)
+    assert "but --set changes batch, data.size, data.eval_size here" in "\n".join(shown)
     assert any(line.split() == ["*", "batch=128", "256"] for line in shown)
     assert "resolution  160 px throughout" in shown
     assert not any("--set changes" in line for line in lines(capsys, "imagenette"))

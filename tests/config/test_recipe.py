@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from operator import attrgetter
 
 import pytest
 
 from wds_train.config.presets import PRESETS, Preset, preset
 from wds_train.config.recipe import Recipe
-from wds_train.config.settings import setting_names, with_settings
+from wds_train.config.settings import following, setting_names, with_settings
 from wds_train.errors import UsageError
 
 
@@ -17,6 +18,29 @@ def test_settings_change_one_field_each_with_its_type() -> None:
     )
     assert (changed.optimizer.lr, changed.schedule.epochs, changed.data.scale, changed.seed) == (0.02, 3, (0.5, 0.9), 7)
     assert changed.model == preset("digits").model
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "changed"),
+    [
+        ("digits", ["schedule.epochs=1"], {"schedule.warmup_epochs": pytest.approx(0.1)}),
+        ("digits", ["schedule.epochs=1", "schedule.warmup_epochs=0.5"], {}),
+        ("digits", ["schedule.epochs=10", "data.size=32", "optimizer.lr=1"], {}),
+        ("step", ["schedule.epochs=45"], {"schedule.step_epochs": (15.0, 30.0)}),
+        ("quick", ["data.size=96"], {"data.start_size": 80, "data.eval_size": 128}),
+        ("quick", ["data.size=96", "data.eval_size=96"], {"data.start_size": 80}),
+    ],
+)
+def test_what_is_set_takes_along_what_is_not(recipe: str, settings: list[str], changed: dict[str, object]) -> None:
+    before = preset(recipe)
+    after = with_settings(before, settings)
+    named = {setting.partition("=")[0] for setting in settings}
+    others = {name for name in setting_names() if attrgetter(name)(after) != attrgetter(name)(before)} - named
+    assert {name: attrgetter(name)(after) for name in others} == changed
+    lines = following(before, settings)
+    assert len(lines) == len(changed)
+    assert all(any(f": {name} " in line for line in lines) for name in changed)
+    assert with_settings(after, settings) == after  # a run that goes on is the same
 
 
 @pytest.mark.parametrize(
@@ -43,10 +67,12 @@ def test_settings_change_one_field_each_with_its_type() -> None:
         ("data.repeats=3", r"batch = 64 cannot work: it must be divisible by data.repeats \(3\)"),
         ("data.eval_flip=yes", r"--set data.eval_flip='yes' must be true or false"),
         ("loss.smoothing=1", r"loss.smoothing = 1.0 cannot work"),
+        ("schedule.patience=-1", r"schedule.patience = -1 cannot work: it must be a number of epochs, or 0"),
+        ("optimizer.layer_decay=0", r"optimizer.layer_decay = 0.0 cannot work: it must be in \(0, 1\]"),
         ("data.size=0", r"data.size = 0 cannot work: it must be at least 8 pixels"),
         (
-            "schedule.warmup_epochs=16",
-            r"schedule.warmup_epochs = 16.0 cannot work: it must be less than schedule.epochs \(16\)",
+            "schedule.warmup_epochs=10",
+            r"schedule.warmup_epochs = 10.0 cannot work: it must be less than schedule.epochs \(10\)",
         ),
     ],
 )

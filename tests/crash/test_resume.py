@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,42 @@ def test_a_kill_in_the_middle_of_an_upload_in_parts_leaves_nothing(small: str, s
     assert store.client.list_multipart_uploads(Bucket=store.bucket).get("Uploads", []) == []
     assert end(Job(small, str(tmp_path / "unbroken"), str(tmp_path), **details))[0] == 0
     assert_same_end(str(tmp_path / "unbroken"), url)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_early_end_is_the_same_after_kills(small: str, s3_url: str, tmp_path: Path, workers: int) -> None:
+    """Of 40 epochs: light and dark noise is soon told apart, and nothing is better than 100 %."""
+    settings = ("schedule.epochs=40", "schedule.patience=2", "optimizer.lr=0.05", "mix.mixup=0")
+    one, other = f"{s3_url}/unbroken", f"{s3_url}/run"
+    details = {"settings": settings, "workers": workers}
+    code, output = end(Job(small, one, str(tmp_path), **details))
+    assert code == 0, output
+    last = read_run(open_store(one))[0].checkpoints[-1].progress
+    assert 3 <= last.evaluated == last.best_epoch + 2 < 20, output
+    why = (
+        rf"ended    after {last.evaluated} of 40 epochs: the validation's top-1 was never higher than the {last.best:.2f} % of "
+        rf"epoch {last.best_epoch} in the 2 after it \(schedule.patience\)\n"
+    )
+    assert re.search(rf"{why}top-1 ", output)
+    for nth in (last.evaluated - 1, 1):  # after the last commit but one, and after the last
+        code, output = end(Job(small, other, str(tmp_path), point="after the manifest", nth=nth, **details))
+        assert code == -signal.SIGKILL, output
+    code, output = end(Job(small, other, str(tmp_path), **details))
+    assert code == 0, output
+    assert re.search(rf"is done already; .*\n{why}", output)
+    assert_same_end(one, other)
+
+
+def test_an_early_end_is_found_out_from_the_last_checkpoint(small: str, tmp_path: Path) -> None:
+    """A run that lost its last word: the checkpoint alone says that it is over."""
+    details = {"settings": ("schedule.epochs=9", "schedule.patience=1", "optimizer.lr=1e-12")}
+    store = open_store(str(tmp_path / "run"))
+    assert end(Job(small, store.url, str(tmp_path), **details))[0] == 0
+    whole, _ = read_run(store)
+    store.write("manifest.json", replace(whole, status="interrupted", result={}).to_json())
+    training = Training(Job(small, store.url, str(tmp_path), **details))
+    with all_ended([training]):
+        assert training.end() == 0, training.output
+    after, _ = read_run(store)
+    assert (after.status, training.steps()) == ("done", {})
+    assert after.result == {name: value for name, value in whole.result.items() if name != "epoch/loss"}

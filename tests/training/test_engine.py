@@ -26,6 +26,9 @@ TINY = [
     "schedule.warmup_epochs=1",
     "mix.mixup=0.2",
     "mix.cutmix=1",
+    "optimizer.name=sgd",
+    "optimizer.lr=0.1",
+    "optimizer.weight_decay=5e-4",
     "batch=8",
 ]
 

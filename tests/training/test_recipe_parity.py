@@ -4,7 +4,6 @@ import copy
 import re
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -14,7 +13,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch.nn import functional as F
 
 from wds_train.config.recipe import DistillRecipe, LossRecipe, ModelRecipe
-from wds_train.errors import NotFinite, NotFound, RunError, StoreError, UsageError
+from wds_train.errors import NotFinite, NotFound, RunError, UsageError
 from wds_train.format.manifest import ClassInfo
 from wds_train.models.losses import Criterion, distilled
 from wds_train.models.model import create_model, create_optimizer
@@ -34,6 +33,7 @@ EVERYTHING = (
     "optimizer.name=lamb",
     "optimizer.lr=0.01",
     "optimizer.clip_norm=0.5",
+    "optimizer.layer_decay=0.8",
     "ema.kind=swa",
     "ema.every=2",
     "ema.swa_start=0.2",
@@ -253,37 +253,6 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
         trainer(f"model.init={path}")
 
 
-def test_timms_weights_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the download is ours: test_resnet's tensors, which timm asks the hub for, with 1000 classes."""
-    asked: list[str] = []
-
-    def downloaded(model_id: str, *_: object, **__: object) -> dict[str, torch.Tensor]:
-        asked.append(model_id)
-        return timm.create_model("test_resnet", num_classes=1000, drop_rate=0).state_dict() | {
-            "layer1.0.bn1.bias": torch.full((32,), 0.5)
-        }
-
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", downloaded)
-    running = trainer("model.init=timm:test_resnet.r160_in1k")
-    assert asked == ["timm/test_resnet.r160_in1k"]
-    assert running.model.get_parameter("layer1.0.bn1.bias").unique().item() == 0.5
-    assert "but for the head" in running.notes[0]
-
-
-def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    for setting in ("model.init", "distill.teacher"):
-        with pytest.raises(
-            StoreError, match=rf"{setting} = 'timm:test_resnet': the weights could not be fetched .*`wds-train export`"
-        ):
-            trainer(f"{setting}=timm:test_resnet")
-        with pytest.raises(
-            UsageError, match=rf"{setting} = 'timm:resnet5O': timm has no pretrained weights of that name"
-        ):
-            trainer(f"{setting}=timm:resnet5O")
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precisions_train_and_resume_exactly(precision: engine.Precision) -> None:
     plain, unbroken, first, second = trainer(), *(Trainer(recipe(), 10, 10, CPU, precision=precision) for _ in range(3))
@@ -355,6 +324,7 @@ def test_each_option_changes_the_training(tmp_path: Path) -> None:
     base = ("optimizer.lr=0.01", "model.name=test_resnet")
     teacher = f"distill.teacher={exported(tmp_path)}"
     options = ("data.erasing=0.5", "loss.kind=bce", "optimizer.clip_norm=0.01", "model.drop_path=0.5", teacher)
+    options = (*options, "optimizer.layer_decay=0.5")
 
     def weight(*settings: str) -> list[float]:
         running = trainer(*base, *settings)

@@ -161,7 +161,7 @@ def test_a_run_of_other_settings_is_refused(
     assert main(command) == 0
     before = (tmp_path / "run/manifest.json").read_bytes()
     assert main([*command, "--set", "optimizer.lr=0.3"]) == 1
-    assert "optimizer.lr: 0.1 (saved), 0.3 (now)" in capsys.readouterr().err
+    assert "optimizer.lr: 0.002 (saved), 0.3 (now)" in capsys.readouterr().err
     assert (tmp_path / "run/manifest.json").read_bytes() == before
 
 

@@ -39,7 +39,8 @@ KEPT = 2  # newest checkpoints kept: with one alone, a damaged newest would leav
 @dataclass(frozen=True)
 class Progress:
     """How far a training is, and the sums of its running epoch. `step` optimizer steps are done and `evaluated` epochs
-    validated; `loss_sum` is over the epoch's `loss_steps` steps, `lost` counts its unreadable samples.
+    validated; `loss_sum` is over the epoch's `loss_steps` steps, `lost` counts its unreadable samples. `best` is the
+    highest top-1 so far, of raw or EMA weights, and `best_epoch` the first validated epoch that had it.
     """
 
     step: int = 0
@@ -47,6 +48,8 @@ class Progress:
     loss_sum: float = 0.0
     loss_steps: int = 0
     lost: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
 
 
 @dataclass(frozen=True)

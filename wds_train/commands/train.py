@@ -20,7 +20,7 @@ from wds_train.commands.arguments import (
 from wds_train.config.numbers import above_zero
 from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
-from wds_train.config.settings import with_settings
+from wds_train.config.settings import following, with_settings
 from wds_train.errors import NotFound
 from wds_train.tracking.console import loading
 from wds_train.training.stop import StopRequest
@@ -39,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="K=V", dest="settings", help="change one field of the recipe"
     )
     _add_work(parser)
-    parser.add_argument(
-        "--init", metavar="WEIGHTS", help="start from timm:NAME's pretrained weights or an exported file"
-    )
+    parser.add_argument("--init", metavar="WEIGHTS", help="start from timm:NAME's pretrained weights, or from a file")
     parser.add_argument(
         "--mix",
         type=share_of,
@@ -115,8 +113,8 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     stop = StopRequest().listen()
-    init = [f"model.init={args.init}"] if args.init else []
-    recipe = with_settings(preset(args.recipe), args.settings + init)  # before the imports: a typo answers at once
+    settings = args.settings + ([f"model.init={args.init}"] if args.init else [])
+    recipe = with_settings(preset(args.recipe), settings)  # before the imports: a typo answers at once
     # Growing images ask for other sizes all the time, which fragments the GPU's memory otherwise. Read by PyTorch's import.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     run = run_url(args.recipe if args.run is None else args.run, args.bucket)
@@ -129,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
         loading()
     from torch.cuda import device_count  # seconds, after what can be said without it
 
+    from wds_train.models.pretrained import as_init
+    from wds_train.tracking.console import say
     from wds_train.training.estimate import estimate
     from wds_train.training.launch import launch
     from wds_train.training.options import TrainOptions
@@ -141,6 +141,9 @@ def run(args: argparse.Namespace) -> int:
     processes = 1 if args.dry_run else args.processes or (1 if cpu else device_count())
     if "RANK" not in os.environ and processes > 1:
         return launch([*args.arguments, "--dataset", dataset, "--run", run], processes)
+    for line in following(preset(args.recipe), settings) if os.environ.get("RANK", "0") == "0" else ():
+        say(f"set      {line}; --set it for another")
+    recipe = as_init(recipe, settings)
     options = TrainOptions(
         dataset,
         run,

@@ -147,18 +147,48 @@ _ALL = (
     ),
     Preset(
         Recipe(
+            name="finetune",
+            batch=32,
+            model=ModelRecipe(init="timm:"),
+            data=DataRecipe(scale=(0.35, 1.0), auto_augment="rand-m6-mstd0.5-inc1", as_init=True),
+            optimizer=OptimizerRecipe(name="adamw", lr=5e-4, lr_batch=32, weight_decay=0.05),
+            schedule=ScheduleRecipe(epochs=20, warmup_epochs=1, patience=6),
+            ema=EmaRecipe(decay=0.99),
+        ),
+        source="our own",
+        expected="not measured",
+        hours="not measured",
+    ),
+    Preset(
+        Recipe(
+            name="small",
+            batch=32,
+            model=ModelRecipe(name="resnet18"),
+            data=DataRecipe(
+                size=128, eval_size=128, eval_crop=1.0, scale=(0.35, 1.0), auto_augment="rand-m6-mstd0.5-inc1"
+            ),
+            optimizer=OptimizerRecipe(name="adamw", lr=1e-3, lr_batch=32, weight_decay=0.05),
+            schedule=ScheduleRecipe(epochs=60, warmup_epochs=3, patience=15),
+            ema=EmaRecipe(decay=0.99),
+        ),
+        source="our own, for hundreds to thousands of images and no pretrained weights; where there are some, `finetune`",
+        expected="not measured",
+        hours="not measured",
+    ),
+    Preset(
+        Recipe(
             name="digits",
             batch=64,
             data=DataRecipe(
-                size=32, eval_size=32, eval_crop=1.0, scale=(0.6, 1.0), flip=0.0, mean=(0.3,) * 3, std=(0.35,) * 3
+                size=32, eval_size=32, eval_crop=1.0, scale=(0.7, 1.0), flip=0.0, mean=(0.3,) * 3, std=(0.35,) * 3
             ),
-            optimizer=OptimizerRecipe(lr=0.1, weight_decay=5e-4),
-            schedule=ScheduleRecipe(epochs=16, warmup_epochs=2),
+            optimizer=OptimizerRecipe(name="adamw", lr=0.002, weight_decay=0.05),
+            schedule=ScheduleRecipe(epochs=10, warmup_epochs=1),
             ema=EmaRecipe(decay=0.98),
         ),
         source="our own, for scikit-learn's 1,797 handwritten digits at 32 px: a first try without a download",
-        expected="98.6, 99.2, 98.9 % on the 360 held-out images (m: seeds 0, 1, 2)",
-        hours="two CPU cores, 3.5 minutes (m)",
+        expected="99.2, 98.9, 99.2 % on the 360 held-out images (m: seeds 0, 1, 2)",
+        hours="one CPU thread, 3.4 minutes (m)",
     ),
 )
 

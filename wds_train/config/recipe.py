@@ -25,7 +25,8 @@ class ModelRecipe:
     name: str = "resnet50"
     """A timm model name."""
     init: str = ""
-    """Weights to start from: `timm:NAME`, timm's pretrained ones, or a file of `wds-train export`. Empty: random."""
+    """Weights to start from: `timm:NAME`, timm's pretrained ones (`timm:` those of `name`), a file of `wds-train export`, or
+    a safetensors file of timm's weights for `name`. Empty: random."""
     drop_path: float = 0.0
     """Stochastic depth rate of the last block (timm scales it down towards the first)."""
     blur_pool: bool = False
@@ -88,6 +89,8 @@ class DataRecipe:
     """Per-channel mean of pixels in [0, 1], ImageNet's by default."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per-channel standard deviation of pixels in [0, 1]."""
+    as_init: bool = False
+    """Take the sizes, `eval_crop`, `mean` and `std` from the weights of `model.init`, but for those that are set."""
     max_bad: float = 0.001
     """Share of an epoch's samples that may be unreadable before the run stops."""
 
@@ -124,6 +127,8 @@ class OptimizerRecipe:
     """Not applied to biases and normalisation layers."""
     clip_norm: float = 0.0
     """Largest norm of all gradients together; 0: no limit."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer, as a share of that of the layer after it (timm's `layer_decay`); 1: the same for all."""
 
     def __post_init__(self) -> None:
         _check(
@@ -134,6 +139,7 @@ class OptimizerRecipe:
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("clip_norm", 0 <= self.clip_norm < math.inf, "0 or more"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]"),
         )
 
 
@@ -156,6 +162,8 @@ class ScheduleRecipe:
     step_epochs: tuple[float, ...] = ()
     """`step`: the epochs after which the learning rate is multiplied by `step_factor`."""
     step_factor: float = 0.1
+    patience: int = 0
+    """End early when neither raw nor EMA top-1 has been higher than ever before for so many epochs; 0: never."""
 
     def __post_init__(self) -> None:
         _check(
@@ -168,6 +176,7 @@ class ScheduleRecipe:
             ("final_lr", 0 <= self.final_lr <= 1, "a share of the peak"),
             ("step_epochs", list(self.step_epochs) == sorted(self.step_epochs), "ascending"),
             ("step_factor", 0 < self.step_factor <= 1, "in (0, 1]"),
+            ("patience", self.patience >= 0, "a number of epochs, or 0"),
         )
 
 

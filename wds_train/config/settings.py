@@ -11,18 +11,59 @@ from typing import Any, Literal
 from wds_train.config.recipe import Recipe
 from wds_train.errors import UsageError
 
+# What changes in proportion to a field that is set: a warm-up of two epochs is no part of a training of one.
+FOLLOW = {
+    "schedule.epochs": ("schedule.warmup_epochs", "schedule.step_epochs"),
+    "data.size": ("data.start_size", "data.eval_size"),
+}
+
 
 def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
-    """`recipe` with each "section.field=value" applied; `UsageError` for an unknown name or a value of another type.
+    """`recipe` with each "section.field=value" applied, and those that follow; `UsageError` for an unknown name or a value
+    of another type.
 
     All are applied before the result is checked, so that fields bound to each other can change together.
     """
+    return _applied(recipe, {**(flat := _flat(settings)), **_following(recipe, flat)})
+
+
+def following(recipe: Recipe, settings: list[str]) -> list[str]:
+    """What `settings` change in proportion besides the fields that they name, a line each for people."""
+    changed = with_settings(recipe, settings)
+    return [
+        f"{leader} = {setting_of(changed, leader)}: {name} {setting_of(recipe, name)} becomes {setting_of(changed, name)}"
+        for leader, names in FOLLOW.items()
+        for name in names
+        if name in _following(recipe, _flat(settings))
+    ]
+
+
+def _following(recipe: Recipe, flat: dict[str, Any]) -> dict[str, Any]:
+    """The fields that follow one of `flat`, unless they are in it, with their new values."""
+    new: dict[str, Any] = {}
+    for leader, names in FOLLOW.items():
+        share = flat.get(leader, 0) / operator.attrgetter(leader)(recipe)
+        for name in names if share > 0 else ():
+            old, kind = operator.attrgetter(name)(recipe), _field_type(name)
+            many = isinstance(old, tuple)
+            scaled = tuple(round(each * share, 6) for each in old) if many else kind(round(old * share, 6))
+            if scaled != old and name not in flat:
+                new[name] = scaled
+    return new
+
+
+def _flat(settings: list[str]) -> dict[str, Any]:
+    """The values of `settings` by name."""
     flat: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise UsageError(f"--set {setting!r} must read NAME=VALUE")
         flat[name] = _parse(_field_type(name), name, text)
+    return flat
+
+
+def _applied(recipe: Recipe, flat: dict[str, Any]) -> Recipe:
     top = {name: value for name, value in flat.items() if "." not in name}
     for section in dict.fromkeys(name.split(".")[0] for name in flat if "." in name):
         changes = {name.split(".")[1]: value for name, value in flat.items() if name.startswith(section + ".")}

@@ -45,7 +45,11 @@ def most_confused(labels: Labels, predicted: Labels, classes: tuple[ClassInfo, .
     pairs, counts = np.unique(labels[wrong] * count + predicted[wrong], return_counts=True)
     most = np.argsort(-counts, kind="stable")[:SHOWN]
     return [
-        {"class": title_of(classes[pair // count]), "taken_for": title_of(classes[pair % count]), "samples": int(number)}
+        {
+            "class": title_of(classes[pair // count]),
+            "taken_for": title_of(classes[pair % count]),
+            "samples": int(number),
+        }
         for pair, number in zip(pairs[most].tolist(), counts[most], strict=True)
     ]
 

@@ -25,9 +25,9 @@ def memory_layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.device) -> nn.Module:
+def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.device, **more: Any) -> nn.Module:
     """The timm model with weights drawn from `seed`, in the device's `memory_layout`; on the device "meta" without any.
-    `model.init` is not looked at.
+    `model.init` is not looked at. `more` is for timm's `create_model`.
     """
     if not timm.is_model(recipe.name):
         raise UsageError(f"timm has no model {recipe.name!r}" + did_you_mean(recipe.name, timm.list_models()))
@@ -43,7 +43,7 @@ def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.dev
     torch.default_generator.manual_seed(key(seed, "init") % (1 << 63))  # the CPU's, where the weights are drawn
     try:
         with torch.device("meta" if device.type == "meta" else "cpu"):
-            model = timm.create_model(recipe.name, num_classes=classes, **arguments)
+            model = timm.create_model(recipe.name, num_classes=classes, **arguments, **more)
     except TypeError as error:
         raise UsageError(f"{recipe.name} cannot be built with model.drop_path = {recipe.drop_path}: {error}") from error
     return model.to(device).to(memory_format=memory_layout(device))
@@ -84,6 +84,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
             lr=recipe.peak_lr,
             weight_decay=wanted.weight_decay,
             momentum=wanted.momentum,
+            layer_decay=None if wanted.layer_decay == 1 else wanted.layer_decay,
             **_implementation(wanted.name, next(model.parameters()).device),
         )
     except (ValueError, AssertionError) as error:

@@ -2,20 +2,28 @@
 
 import hashlib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from safetensors import safe_open
 from torch import nn
 
-from wds_train.config.recipe import Recipe
+from wds_train.config.recipe import ModelRecipe, Recipe
+from wds_train.config.settings import with_settings
 from wds_train.errors import StoreError, UsageError, did_you_mean
 from wds_train.models.model import create_model, memory_layout
-from wds_train.models.weights import Weights
+from wds_train.models.weights import SUFFIX, Weights, is_exported
 
 TIMM = "timm:"
+HUB, FILE = "https://huggingface.co", "model.safetensors"
+HUB_SECONDS = 3.0  # for the hub's first answer
+IMAGES = ("size", "start_size", "size_ramp", "eval_size", "eval_crop", "mean", "std")  # of `data`, what `as_init` takes
 CPU, META = torch.device("cpu"), torch.device("meta")
+Loaded = tuple[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]
 
 
 def initialise(model: nn.Module, recipe: Recipe) -> str:
@@ -24,7 +32,7 @@ def initialise(model: nn.Module, recipe: Recipe) -> str:
     than that is found out.
     """
     setting, device = recipe.model.init, next(model.parameters()).device
-    source, _ = _load("model.init", setting, META if device == META else CPU)
+    source, _ = _load("model.init", setting, recipe.model, META if device == META else CPU)
     own, theirs = model.state_dict(), source.state_dict()
     head = [name for name in own.keys() | theirs.keys() if name.startswith(_heads(model))]
     left = head if any(_shape(own, name) != _shape(theirs, name) for name in head) else []
@@ -52,7 +60,7 @@ class Teacher:
 
     def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:
         name = recipe.distill.teacher
-        model, (mean, std) = _load("distill.teacher", name, META if device == META else CPU)
+        model, (mean, std) = _load("distill.teacher", name, None, META if device == META else CPU)
         if model.num_classes != classes:
             raise UsageError(
                 f"distill.teacher = {name!r} knows {model.num_classes} classes, the dataset has {classes}; choose a teacher "
@@ -72,36 +80,115 @@ class Teacher:
         return self._model(images * self._scale + self._shift).float()
 
 
-def _load(
-    setting: str, source: str, device: torch.device
-) -> tuple[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """The model that `source` names, with its weights, on the CPU; the mean and deviation that its images had. On the
-    device "meta" the weights are fetched, and then let go.
+def as_init(recipe: Recipe, settings: list[str]) -> Recipe:
+    """`recipe`, which `settings` have changed, as it is trained: where `data.as_init` asks for it, with images of the sizes,
+    crop, mean and deviation that the weights of `model.init` had, but for what is set. `data.as_init` is off then, so that
+    a run that goes on does not ask again.
     """
-    if not source.startswith(TIMM):
-        weights = Weights.read(Path(source))
-        recipe = weights.recipe
-        model = create_model(recipe.model, len(weights.classes), recipe.seed, device)
-        model.load_state_dict(weights.tensors, assign=device == META)
-        return model, (recipe.data.mean, recipe.data.std)
-    name = source.removeprefix(TIMM)
-    if not timm.is_model(name) or not timm.is_model_pretrained(name):
+    own = _images(recipe) if recipe.data.as_init else None
+    if own is None:  # where they cannot be known, `initialise` refuses
+        return recipe
+    changed = with_settings(replace(recipe, data=replace(recipe.data, **own)), settings)
+    return replace(changed, data=replace(changed.data, as_init=False))
+
+
+def _images(recipe: Recipe) -> dict[str, Any] | None:
+    """What the weights of `model.init` say of their images, by the fields of `data`."""
+    source, file = recipe.model.init, Path(recipe.model.init)
+    if source and not source.startswith(TIMM):
+        if not file.is_file():
+            return None
+        if is_exported(file):
+            theirs = Weights.read(file).recipe.data
+            return {name: getattr(theirs, name) for name in IMAGES}
+    config = _config(_name(source, recipe.model) if source.startswith(TIMM) else recipe.model.name)
+    if config is None:
+        return None
+    side, mean, std = config.input_size[-1], tuple(config.mean), tuple(config.std)
+    return {"size": side, "start_size": 0, "eval_size": side, "eval_crop": config.crop_pct, "mean": mean, "std": std}
+
+
+def _load(setting: str, source: str, own: ModelRecipe | None, device: torch.device) -> Loaded:
+    """The model that `source` names, with its weights, on the CPU; the mean and deviation that its images had. A file that
+    does not say so is of the model `own`. On the device "meta" the weights are fetched, and then let go.
+    """
+    if source.startswith(TIMM):
+        return _from_timm(setting, source, _name(source, own), device)
+    path = Path(source)
+    if own is not None and not is_exported(path):
+        return _from_file(setting, path, own, device)
+    weights = Weights.read(path)
+    recipe = weights.recipe
+    model = create_model(recipe.model, len(weights.classes), recipe.seed, device)
+    model.load_state_dict(weights.tensors, assign=device == META)
+    return model, (recipe.data.mean, recipe.data.std)
+
+
+def _name(source: str, own: ModelRecipe | None) -> str:
+    """The name of timm's weights that `source`, `timm:NAME`, asks for."""
+    return source.removeprefix(TIMM) or (own.name if own else "")
+
+
+def _config(name: str) -> Any:
+    """timm's configuration of pretrained weights; None where it has none of that name."""
+    try:
+        return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError:  # the part of the name behind the dot is none that it knows
+        return None
+
+
+def _from_timm(setting: str, source: str, name: str, device: torch.device) -> Loaded:
+    """timm's model of that name with its pretrained weights: from the hub, or the file that came from there before."""
+    config = _config(name)
+    if config is None or not timm.is_model_pretrained(name):
         raise UsageError(
             f"{setting} = {source!r}: timm has no pretrained weights of that name"
             + did_you_mean(name, timm.list_pretrained())
         )
+    place = "" if config.hf_hub_filename else config.hf_hub_id  # of FILE, but where timm takes another one
     try:
-        with device, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
-            model = timm.create_model(name, pretrained=True)
+        found = try_to_load_from_cache(place, FILE) if place else None
+        overlay = {"file": found, "custom_load": False} if isinstance(found, str) else {}
+        if not overlay:  # without a network, the hub's own client would try for a minute, and tell it in 22 lines
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        model = _pretrained(ModelRecipe(name=name), config.num_classes, device, overlay)
     except Exception as error:  # whatever the hub's client and its HTTP library raise: it depends on their versions
+        cause = (str(error).strip().splitlines() or ["no reason given"])[0]
+        remedy = f"name a file of `wds-train export`: --set {setting}=FILE"
+        if setting == "model.init" and place:
+            remedy = f"download {HUB}/{place}/resolve/main/{FILE} where there is a network, and name that file here: --init FILE"
         raise StoreError(
-            f"{setting} = {source!r}: the weights could not be fetched ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}); let this machine reach "
-            "the Hugging Face hub, or name a file of `wds-train export`"
+            f"{setting} = {source!r}: the weights could not be fetched ({type(error).__name__}: {cause}); {remedy}"
         ) from error
-    config: Any = model.pretrained_cfg
+    return model, (tuple(config.mean), tuple(config.std))
+
+
+def _from_file(setting: str, path: Path, own: ModelRecipe, device: torch.device) -> Loaded:
+    """The model `own` with the weights of a file such as timm's hub has: its tensors, and no word on the model."""
+    if path.suffix != SUFFIX:  # timm would unpickle it
+        raise UsageError(f"{setting} = {str(path)!r} cannot be read by timm: let its name end in {SUFFIX}")
+    config: Any = create_model(own, 1, 0, META).pretrained_cfg
+    head = config["classifier"]
+    with safe_open(path, "pt") as file:
+        name = f"{head if isinstance(head, str) else head[0]}.weight"
+        classes = file.get_slice(name).get_shape()[0] if name in file.keys() else config["num_classes"]  # noqa: SIM118
+    overlay = {"file": str(path), "num_classes": classes, "label_offset": 0, "custom_load": False}
+    try:
+        model = _pretrained(own, classes, device, overlay)
+    except RuntimeError as error:
+        causes = str(error).strip().splitlines()
+        raise UsageError(
+            f"{setting} = {str(path)!r} does not fit the model {own.name}: {causes[min(1, len(causes) - 1)].strip():.150}. Set "
+            "model.name to the timm model that these weights are of, and its layer options as they have them"
+        ) from error
     return model, (tuple(config["mean"]), tuple(config["std"]))
+
+
+def _pretrained(recipe: ModelRecipe, classes: int, device: torch.device, overlay: dict[str, Any]) -> nn.Module:
+    """timm's pretrained model, its configuration changed by `overlay`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
+        return create_model(recipe, classes, 0, device, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:

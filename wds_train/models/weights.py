@@ -11,12 +11,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encoded
 
 from wds_train.config.recipe import Recipe
-from wds_train.errors import NotFound, RunError, UsageError, unwritable
+from wds_train.errors import NotFound, RunError, UsageError, WdsTrainError, unwritable
 from wds_train.format.manifest import ClassInfo
 from wds_train.models.fit import refuse_other_weights
 from wds_train.typed import typed
 
 SUFFIX = ".safetensors"  # timm tells the format by the name
+OWN = "wds-train"  # the entry of a file's header that says what the weights are of
+
+
+def is_exported(path: Path) -> bool:
+    """Whether the file says what its weights are of, as those of `wds-train export` do; an error as of `Weights.read`."""
+    try:
+        with safe_open(path, "pt") as file:
+            return OWN in (file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise _unusable(path, error) from error
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Weights:
     def save(self, path: Path) -> None:
         """Write a file for `timm.create_model(NAME, checkpoint_path=path)`, which `read` reads, too."""
         own = asdict(replace(self, tensors={})) | {"recipe": self.recipe.to_dict()}
-        data = encoded(self.tensors, {"config": json.dumps(self._timm_config()), "wds-train": json.dumps(own)})
+        data = encoded(self.tensors, {"config": json.dumps(self._timm_config()), OWN: json.dumps(own)})
         unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         try:  # safetensors' own `save_file` leaves a file that nobody else may read
             unfinished.write_bytes(data)
@@ -54,16 +64,12 @@ class Weights:
         """
         try:
             with safe_open(path, "pt") as file:
-                own = json.loads((file.metadata() or {})["wds-train"])
+                own = json.loads((file.metadata() or {})[OWN])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
             weights = replace(typed(cls, own), tensors=tensors)
             typed(Literal["raw", "ema"], weights.kind, "kind")
-        except FileNotFoundError as error:
-            raise NotFound(f"there is no file {path}; `wds-train export RUN --to {path}` makes one") from error
         except (SafetensorError, OSError) as error:
-            raise RunError(
-                f"{path} is no safetensors file ({error}); `wds-train export RUN --to FILE` makes one"
-            ) from error
+            raise _unusable(path, error) from error
         except (KeyError, ValueError, RecursionError, UsageError) as error:
             raise RunError(f"{path} was not written by this version of `wds-train export` ({error!r})") from error
         model = weights.recipe.model
@@ -102,3 +108,9 @@ class Weights:
                 "std": data.std,
             },
         }
+
+
+def _unusable(path: Path, error: Exception) -> WdsTrainError:
+    if isinstance(error, FileNotFoundError):
+        return NotFound(f"there is no file {path}; `wds-train export RUN --to {path}` makes one")
+    return RunError(f"{path} is no safetensors file ({error}); `wds-train export RUN --to FILE` makes one")

@@ -4,7 +4,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from wds_train.checkpoint.manifest import Progress
 from wds_train.checkpoint.run import Run
+from wds_train.config.recipe import ScheduleRecipe
 from wds_train.errors import (
     Interrupted,
     NotFinite,
@@ -21,6 +23,24 @@ from wds_train.training.ranks import LAST_SECONDS
 from wds_train.training.stop import StopRequest
 
 ROLLBACKS = 2  # per run, after a loss that is not finite
+
+
+def early_end(schedule: ScheduleRecipe, progress: Progress) -> str:
+    """Why a training ends with this epoch though the schedule has more; "" where it goes on. It follows from what is
+    committed alone, so that a resumed run ends where an unbroken one does.
+    """
+    stale = 0 < schedule.patience <= progress.evaluated - progress.best_epoch
+    if not stale or progress.evaluated == schedule.epochs:
+        return ""
+    return (
+        f"after {progress.evaluated} of {schedule.epochs} epochs: the validation's top-1 was never higher than the "
+        f"{progress.best:.2f} % of epoch {progress.best_epoch} in the {schedule.patience} after it (schedule.patience)"
+    )
+
+
+def is_over(schedule: ScheduleRecipe, progress: Progress) -> bool:
+    """Whether a training has no epoch before it, so that its run is done."""
+    return progress.evaluated == schedule.epochs or bool(early_end(schedule, progress))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from wds_train.evaluation.scoring import EVAL_BATCH
 from wds_train.tracking.console import Bar, note, say
 from wds_train.tracking.progress import TrainingBar
 from wds_train.tracking.wandb import Tracker
-from wds_train.training.ending import give_up
+from wds_train.training.ending import give_up, is_over
 from wds_train.training.engine import gpu_figures
 from wds_train.training.in_time import Stopped, in_time
 from wds_train.training.memory import fit_accumulation
@@ -134,7 +134,7 @@ class Session:
         self._saved_at = time.monotonic()
         self._rebalance_said = False
         batches = _timed(on_device(in_time(self._loader, self._stop), trainer.device))
-        while trainer.progress.evaluated * epoch_steps < self._total:
+        while not is_over(self._options.recipe.schedule, trainer.progress):
             if self._look_up():
                 trainer.epoch_loss()
                 self._commit({})
@@ -195,14 +195,15 @@ class Session:
             batches = self._looking_up(on_device(in_time(self._val_loader, self._stop), trainer.device))
             metrics = trainer.evaluate(batches, self._val_samples, findings)
         unreadable = trainer.epoch_unreadable()
-        trainer.evaluated()
-        epoch, epochs = trainer.progress.evaluated, self._options.recipe.schedule.epochs
+        trainer.evaluated(metrics)
+        epoch, schedule = trainer.progress.evaluated, self._options.recipe.schedule
         record = {"step": trainer.progress.step, "epoch": float(epoch), "epoch/loss": loss, "epoch/lost": unreadable}
         if findings is not None:
             self._tracker.show_findings(findings, self._datasets[0].manifest.classes)
         self._rows.log(record | metrics, trainer.progress)
-        self._say(_epoch_line(f"{epoch:3d}/{epochs}", loss, metrics, unreadable, self._loader.fallbacks))
-        done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if epoch == epochs else {}
+        self._say(_epoch_line(f"{epoch:3d}/{schedule.epochs}", loss, metrics, unreadable, self._loader.fallbacks))
+        over = is_over(schedule, trainer.progress)
+        done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if over else {}
         self._commit(metrics, **done)
         self._bar.validated()
 

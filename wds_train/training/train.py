@@ -26,7 +26,7 @@ from wds_train.storage.open import open_store
 from wds_train.storage.within import within
 from wds_train.tracking.console import say
 from wds_train.tracking.wandb import Tracker
-from wds_train.training.ending import ending
+from wds_train.training.ending import early_end, ending
 from wds_train.training.launch import die_with_launcher
 from wds_train.training.loop import Session
 from wds_train.training.options import TrainOptions
@@ -125,6 +125,9 @@ def _repeats(options: TrainOptions, ranks: Ranks) -> bool:
 
 def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool) -> None:
     """Say how it went, where things are, and what to type next."""
+    for newest in run.manifest.checkpoints[-1:]:
+        if cause := early_end(options.recipe.schedule, newest.progress):
+            say(f"ended    {cause}")
     say("\n".join(outcome(run.manifest)))
     say(f"state    {options.run}")
     _write_report(run, options, REPORT_SECONDS)
