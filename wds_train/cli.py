@@ -8,18 +8,21 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from wds_train.dotenv import read_dotenv
 from wds_train.errors import Interrupted, WdsTrainError, tell
 
 LEAVE_SECONDS = 2.0
 # Every command is a module with `add_arguments(parser)` and `run(args)`, its exit code.
 COMMANDS = {
     "shards": ("shards.make_shards", "convert images to tar shards, index and manifest"),
+    "datasets": ("wds_train.commands.datasets", "list the datasets of the bucket"),
     "inspect": ("wds_train.commands.inspect", "what a dataset holds"),
     "verify": ("wds_train.commands.verify", "re-read every byte of a dataset or a run"),
     "order": ("wds_train.commands.order", "print the samples of an epoch in training order"),
     "train": ("wds_train.commands.train", "train, or go on with a run"),
     "recipes": ("wds_train.commands.recipes", "list the recipes, or print one in full"),
     "eval": ("wds_train.commands.eval", "the accuracy of a run's weights or of an exported file, alone or together"),
+    "runs": ("wds_train.commands.runs", "list the runs of the bucket"),
     "status": ("wds_train.commands.status", "how far a run is, who trains it, what it cost"),
     "checkpoints": ("wds_train.commands.checkpoints", "list a run's checkpoints"),
     "rollback": ("wds_train.commands.rollback", "make an older checkpoint the newest"),
@@ -32,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code: 0 done, 75 interrupted (run it again), 1 failed, 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        read_dotenv()  # before the parsers, whose defaults are of the environment
         args = _parser(arguments).parse_args(arguments)
         args.arguments = arguments
         return args.run_command(args)

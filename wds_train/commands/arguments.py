@@ -4,7 +4,7 @@ import argparse
 import os
 
 from wds_train.checkpoint.manifest import name_of
-from wds_train.storage.address import announced, located
+from wds_train.storage.address import announced, located, not_here
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def dataset_url(dataset: str, bucket: str | None) -> str:
     """The address of `dataset`, which is one already, or the name of one under `bucket`/datasets."""
-    return announced(located(dataset, "datasets", bucket), dataset)
+    return not_here(announced(located(dataset, "datasets", bucket), dataset), dataset)
 
 
 def run_url(run: str, bucket: str | None) -> str:

@@ -14,17 +14,23 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
 
     All are applied before the result is checked, so that fields bound to each other can change together.
     """
+    flat = parsed(settings)
+    top = {name: value for name, value in flat.items() if "." not in name}
+    for section in dict.fromkeys(name.split(".")[0] for name in flat if "." in name):
+        changes = {name.split(".")[1]: value for name, value in flat.items() if name.startswith(section + ".")}
+        top[section] = dataclasses.replace(getattr(recipe, section), **changes)
+    return dataclasses.replace(recipe, **top)
+
+
+def parsed(settings: list[str]) -> dict[str, Any]:
+    """The value of each name that `settings` set; `UsageError` for what no recipe can take."""
     flat: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise UsageError(f"--set {setting!r} must read NAME=VALUE")
         flat[name] = _parse(_field_type(name), name, text)
-    top = {name: value for name, value in flat.items() if "." not in name}
-    for section in dict.fromkeys(name.split(".")[0] for name in flat if "." in name):
-        changes = {name.split(".")[1]: value for name, value in flat.items() if name.startswith(section + ".")}
-        top[section] = dataclasses.replace(getattr(recipe, section), **changes)
-    return dataclasses.replace(recipe, **top)
+    return flat
 
 
 def setting_names() -> dict[str, Any]:
