@@ -26,6 +26,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     fork server, with PyTorch imported: a conversion would start it without, for every training to import anew.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch reads it when it is imported, which is later
+    os.environ["WDS_BUCKET"] = ""  # no bucket of a developer's, not of a file .env either
     if hasattr(session.config, "workerinput") or not getattr(session.config.option, "numprocesses", None):
         forkserver.ensure_running()  # not where xdist only hands out the tests
 

@@ -17,6 +17,7 @@ ROOMS = {
     "rng": "keys, and the generators that are made of them",
     "global_rng": "the libraries' global generators, kept still",
     "home": "the folder of this machine's state",
+    "dotenv": "settings in a file .env",
     "config": "what is trained, and how: recipe, settings, presets, schedule; pure",
     "storage": "where bytes live: addresses, a local directory, S3, the embedded server",
     "format": "what a dataset is on the disk: manifest, tars, shards, index",

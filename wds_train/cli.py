@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from wds_train.config.numbers import Number
+from wds_train.dotenv import read_dotenv
 from wds_train.errors import Interrupted, UsageError, WdsTrainError, did_you_mean, tell
 from wds_train.tracking.console import add_level, set_level
 
@@ -18,6 +19,7 @@ LONG = ("shards", "verify", "train", "eval")  # commands that have --quiet and -
 # Every command is a module with `add_arguments(parser)` and `run(args)`, its exit code.
 COMMANDS = {
     "shards": ("shards.make_shards", "convert images to tar shards, index and manifest"),
+    "datasets": ("wds_train.commands.datasets", "list the datasets of the bucket"),
     "inspect": ("wds_train.commands.inspect", "what a dataset holds"),
     "verify": ("wds_train.commands.verify", "re-read every byte of a dataset or a run"),
     "order": ("wds_train.commands.order", "print the samples of an epoch in training order"),
@@ -25,6 +27,7 @@ COMMANDS = {
     "recipes": ("wds_train.commands.recipes", "list the recipes, or print one in full"),
     "plan": ("wds_train.commands.plan", "what a training takes on which instance: hours, dollars, bottleneck"),
     "eval": ("wds_train.commands.eval", "the accuracy of a run's weights or of an exported file, alone or together"),
+    "runs": ("wds_train.commands.runs", "list the runs of the bucket"),
     "status": ("wds_train.commands.status", "how far a run is, who trains it, what it cost"),
     "report": ("wds_train.commands.report", "a run as a page, as Markdown and as pictures"),
     "compare": ("wds_train.commands.compare", "runs side by side: recipes, results, curves"),
@@ -60,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code: 0 done, 75 interrupted (run it again), 1 failed, 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        read_dotenv()  # before the parsers, whose defaults are of the environment
         args = parser(arguments).parse_args(arguments)
         args.arguments = arguments
         set_level(args)

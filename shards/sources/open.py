@@ -1,6 +1,5 @@
 """Which source an address means: by its own look, or as --source says."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from shards.sources.spool import Spool
 from shards.sources.table import table, tables
 from shards.sources.tars import TARS, webdataset
 from wds_train.errors import DataError, UsageError
+from wds_train.storage.address import name_from
 
 DIGITS = "digits"
 Opener = Callable[[Path, Spool, Wanted], Source]
@@ -102,7 +102,7 @@ def _first_files(root: Path) -> list[Path]:
 
 def name_of(address: str) -> str:
     """What a dataset made from `address` is called: the last part of it, as far as a name can hold it."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", _last_part(address)).strip("-._") or "dataset"
+    return name_from(_last_part(address))
 
 
 def _last_part(address: str) -> str:

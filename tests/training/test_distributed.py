@@ -44,13 +44,15 @@ def job(dataset: str, tmp_path: Path) -> Job:
     return Job(dataset, str(tmp_path / "run"), str(tmp_path), settings=(*LAYERNORM, f"schedule.epochs={EPOCHS}"))
 
 
-def start(job: Job, ranks: int) -> list[Training]:
+def start(job: Job, ranks: int, last: tuple[str, ...] = ()) -> list[Training]:
+    """All ranks of a training; the last one is given the settings `last`, too."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     each = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return [Training(replace(job, environment=environment)) for environment in each]
+    jobs = [replace(job, environment=environment) for environment in each]
+    return [Training(each) for each in (*jobs[:-1], replace(jobs[-1], settings=(*job.settings, *last)))]
 
 
 def history(job: Job) -> list[dict[str, float]]:
@@ -82,6 +84,13 @@ def test_1_2_and_4_ranks_train_the_same(job: Job, tmp_path: Path) -> None:
         np.testing.assert_allclose(seen[ranks], seen[1], rtol=2e-4)
 
 
+def test_a_rank_that_was_told_otherwise_is_refused(job: Job) -> None:
+    trainings = start(job, 2, last=("seed=7",))
+    with all_ended(trainings):
+        assert trainings[1].end() == 2, trainings[1].output
+    assert "was begun with seed 0, not 7; leave out what differs" in trainings[1].output
+
+
 def test_a_killed_rank_ends_all_and_one_process_goes_on(job: Job) -> None:
     """Through the launcher that `make train` uses on a machine with several GPUs."""
     settings = [part for setting in (*SETTINGS, *job.settings) for part in ("--set", setting)]
@@ -90,10 +99,9 @@ def test_a_killed_rank_ends_all_and_one_process_goes_on(job: Job) -> None:
         "-m",
         "wds_train.cli",
         "train",
+        job.run,
         "--dataset",
         job.dataset,
-        "--run",
-        job.run,
         "--workers",
         "0",
     ]

@@ -160,8 +160,8 @@ def test_a_run_of_other_settings_is_refused(
     command += ["--set", "model.name=test_resnet", "--set", "schedule.epochs=1", "--set", "schedule.warmup_epochs=0"]
     assert main(command) == 0
     before = (tmp_path / "run/manifest.json").read_bytes()
-    assert main([*command, "--set", "optimizer.lr=0.3"]) == 1
-    assert "optimizer.lr: 0.002 (saved), 0.3 (now)" in capsys.readouterr().err
+    assert main([*command, "--set", "optimizer.lr=0.3"]) == 2
+    assert "was begun with optimizer.lr 0.002, not 0.3;" in capsys.readouterr().err
     assert (tmp_path / "run/manifest.json").read_bytes() == before
 
 
@@ -177,6 +177,15 @@ def test_a_mixture_trains_and_is_part_of_the_run(
     assert main(mixed) == 0
     assert "1 epochs of 29 steps of 64" in capsys.readouterr().err  # 1,437 samples, 48 of each batch
     manifest = json.loads((tmp_path / "run/manifest.json").read_bytes())
-    assert manifest["dataset"]["mix"] == [{"fingerprint": Dataset.open(other).fingerprint, "share": 0.25}]
-    assert main(command) == 1
-    assert "'mix': []} (now)" in capsys.readouterr().err
+    mixed_in = {"fingerprint": Dataset.open(other).fingerprint, "share": 0.25, "url": other}
+    assert manifest["dataset"]["mix"] == [mixed_in]
+    assert main(command) == 0  # the run supplies its own mixture
+    assert main([*command, "--mix", f"{other}=0.5"]) == 2
+    assert f"was begun with mixture {other}=0.25, not {other}=0.5;" in capsys.readouterr().err
+    manifest["dataset"]["mix"][0].pop("url")  # as an older version left it
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    assert main(command) == 2
+    assert "does not say where the datasets of its mixture are; give them again: --mix DATASET=0.25" in (
+        capsys.readouterr().err
+    )
+    assert main(mixed) == 0

@@ -30,7 +30,6 @@ LONGEST_LEASE = 3600.0  # seconds; a claimant waits for as long as a manifest sa
 MOST_CLASSES = 1 << 24
 RESULT = ("val/top1", "val/top1_ema")  # every validation gives them, among others
 ADDED = {"earlier", "rollbacks", "result", "replayed"}  # to the manifest, since its first version
-DATASET = {"url": str, "fingerprint": str, "classes": int, "mix": tuple[dict[str, Any], ...]}
 REPLAYED = 50  # segments kept of rows that no checkpoint goes with
 LISTED = 100  # attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever
 KEPT = 2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
@@ -143,6 +142,18 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """Another dataset that gives `share` of every batch. Older versions did not keep its address."""
+
+    fingerprint: str
+    share: float
+    url: str = ""
+
+
+DATASET = {"url": str, "fingerprint": str, "classes": int, "mix": tuple[Mixed, ...]}
+
+
+@dataclass(frozen=True)
 class RunManifest:
     """All that is known of a run. `attempts` are the newest LISTED, `earlier` sums up those before them. `written` is
     Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not finite. `replayed`
@@ -209,6 +220,11 @@ class RunManifest:
     def step(self) -> int:
         """Of the newest checkpoint; 0 without one."""
         return self.checkpoints[-1].progress.step if self.checkpoints else 0
+
+    @property
+    def kept_nothing(self) -> bool:
+        """Whether it was given up without a checkpoint: a mistyped setting must not hold the name for ever."""
+        return not self.checkpoints and self.status in ("failed", "interrupted", "stopped")
 
     @property
     def settings(self) -> Recipe:

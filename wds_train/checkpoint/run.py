@@ -22,6 +22,7 @@ from typing import Any
 from wds_train.checkpoint import lease as leases
 from wds_train.checkpoint import manifest as states
 from wds_train.checkpoint.ahead import Ahead
+from wds_train.checkpoint.begun import going_on
 from wds_train.checkpoint.committer import Committer, collect
 from wds_train.checkpoint.lease import Say, read_run, this_process, until_free
 from wds_train.checkpoint.manifest import Checkpoint, RunManifest, Segment
@@ -70,9 +71,9 @@ class Run:
         keep_every: int = 0,
         go_on: bool = False,
     ) -> "Run":
-        """Claim the run at `store`, or create it as `fresh`; a run that is done is only read. `RunError` when it is of
-        another recipe or dataset, or another instance holds it and `wait` is False;
-        `UsageError` when a person stopped it, and nobody says `go_on`.
+        """Claim the run at `store`, or create it as `fresh`; a run that is done is only read. `UsageError` when it is
+        of another recipe or dataset, or a person stopped it and nobody says `go_on`; `RunError` when another instance
+        holds it and `wait` is False.
         """
         while True:
             try:
@@ -81,11 +82,9 @@ class Run:
                 found = fresh
                 condition: dict[str, Any] = {"if_absent": True}
             else:
-                if not found.checkpoints and found.status in ("failed", "interrupted", "stopped"):
-                    # Given up with nothing to keep: a mistyped setting must not hold the name for ever.
-                    found = replace(found, recipe=fresh.recipe, dataset=fresh.dataset)
-                _refuse_mismatch(found, fresh, store.url)
+                going_on(found, fresh, store.url)  # what cannot be is refused before the wait
                 found, tag = until_free(store, found, tag, wait=wait, say=say, pause=pause)
+                found = going_on(found, fresh, store.url)
                 if found.status == "done":
                     run = cls(store, found, tag, say=say)
                     with contextlib.suppress(StoreError):  # who may only read a finished run leaves it as it is
@@ -210,23 +209,3 @@ class Run:
 
 def _resumed_at(checkpoint: Checkpoint, found: RunManifest) -> RunManifest:
     return found.up_to(checkpoint).with_attempt(step=checkpoint.progress.step)
-
-
-def _refuse_mismatch(found: RunManifest, fresh: RunManifest, where: str) -> None:
-    saved, current = _flat(found.recipe), _flat(fresh.recipe)
-    different = [
-        f"{name}: {saved.get(name)} (saved), {current.get(name)} (now)"
-        for name in saved | current
-        if saved.get(name) != current.get(name)
-    ]
-    if any(found.dataset.get(name) != fresh.dataset.get(name) for name in ("fingerprint", "mix")):
-        different.append(f"dataset: {found.dataset} (saved), {fresh.dataset} (now)")
-    if different:
-        raise RunError(f"{where} was started with other settings; {'; '.join(different)}. Use these, or another --run")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

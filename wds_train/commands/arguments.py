@@ -5,7 +5,7 @@ import os
 
 from wds_train.checkpoint.manifest import name_of
 from wds_train.config.numbers import Number, count, positive  # noqa: F401 (for the commands, too)
-from wds_train.storage.address import announced, located
+from wds_train.storage.address import announced, located, not_here
 
 dollars = Number(float, 0)  # an hour
 
@@ -42,7 +42,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def dataset_url(dataset: str, bucket: str | None) -> str:
     """The address of `dataset`, which is one already, or the name of one under `bucket`/datasets."""
-    return announced(located(dataset, "datasets", bucket), dataset)
+    return not_here(announced(located(dataset, "datasets", bucket), dataset), dataset)
 
 
 def run_url(run: str, bucket: str | None) -> str:

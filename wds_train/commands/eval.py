@@ -5,21 +5,24 @@ import json
 from functools import partial
 from pathlib import Path
 
-from wds_train.checkpoint.find import SCORES
+from wds_train.checkpoint.begun import own_dataset
+from wds_train.checkpoint.find import SCORES, find_run
 from wds_train.commands.arguments import add_bucket, add_device, add_workers, count, dataset_url, positive, run_url
 from wds_train.config.numbers import Number
 from wds_train.data.dataset import Dataset
-from wds_train.errors import unwritable
+from wds_train.errors import UsageError, unwritable
 from wds_train.tracking.console import Meter, loading
+
+FILE = ".safetensors"  # how an exported file's name ends, said without the import of PyTorch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN_OR_FILE", help="a run as elsewhere, or a file of `wds-train export`")
-    add_bucket(parser, "runs/ lives")
+    add_bucket(parser, "datasets/ and runs/ live")
     add_workers(parser)
     add_device(parser)
     parser.add_argument("--batch", type=positive, metavar="B", help="samples at a time (default: as in the training)")
-    parser.add_argument("--dataset", required=True, metavar="DATASET", help="s3://bucket/prefix or a directory")
+    parser.add_argument("--dataset", metavar="DATASET", help="another one than that which the run was trained on")
     parser.add_argument("--split", default="val", metavar="NAME")
     parser.add_argument(
         "--weights",
@@ -57,18 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     bucket = args.bucket
-    dataset = Dataset.open(dataset_url(args.dataset, bucket))
+    models = [each if each.endswith(FILE) else run_url(each, bucket) for each in (args.run, *args.ensemble)]
+    dataset = _own(models) if args.dataset is None else Dataset.open(dataset_url(args.dataset, bucket))
     loading()
     from wds_train.evaluation.evaluate import View, chosen_weights, refuse_other_classes, score
     from wds_train.evaluation.report import describe_member, report_lines, report_of, write_classes
     from wds_train.evaluation.scoring import EVAL_BATCH
-    from wds_train.models.weights import SUFFIX
     from wds_train.training.ranks import Ranks, refuse_unusable_gpu
 
     if args.device == "auto":
         refuse_unusable_gpu()
     device = Ranks(cpu=args.device == "cpu").device
-    models = [each if each.endswith(SUFFIX) else run_url(each, bucket) for each in (args.run, *args.ensemble)]
     chosen = [chosen_weights(each, args.weights, args.step) for each in models]
     for weights in chosen:
         refuse_other_classes(weights, dataset)
@@ -96,3 +98,10 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise unwritable(error.filename, error) from error
     return 0
+
+
+def _own(models: list[str]) -> Dataset:
+    """The dataset that the first run among `models` was trained on."""
+    if not (runs := [each for each in models if not each.endswith(FILE)]):
+        raise UsageError(f"{models[0]} does not say where a dataset is; give one with --dataset")
+    return own_dataset(find_run(runs[0])[0])

@@ -1,11 +1,16 @@
-"""`wds-train train`: train, or go on with a run."""
+"""`wds-train train`: train, or go on with a run, which supplies all that it was begun with."""
 
 import argparse
 import os
 import sys
 import typing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from wds_train.checkpoint.begun import data_of, going_on, own_dataset, own_mixture
+from wds_train.checkpoint.find import find_run
+from wds_train.checkpoint.lease import read_run
+from wds_train.checkpoint.manifest import RunManifest
 from wds_train.commands.arguments import (
     add_bucket,
     add_device,
@@ -20,21 +25,34 @@ from wds_train.commands.arguments import (
 from wds_train.config.numbers import above_zero
 from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
-from wds_train.config.settings import following, with_settings
-from wds_train.errors import NotFound
+from wds_train.config.recipe import Recipe
+from wds_train.config.settings import following, parsed, with_settings
+from wds_train.data.dataset import Dataset
+from wds_train.errors import NotFound, UsageError
+from wds_train.format.manifest import NAME
+from wds_train.storage.address import announced, located, name_from
+from wds_train.storage.open import open_store
 from wds_train.tracking.console import loading
 from wds_train.training.stop import StopRequest
+
+DEFAULT = "digits"  # the recipe, and its dataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dataset", metavar="DATASET", help="s3://bucket/prefix or a directory (default: BUCKET/datasets/RECIPE)"
+        "name",
+        nargs="?",
+        metavar="RUN",
+        help="a name, s3://bucket/prefix or a directory (default: DATASET-RECIPE); one that exists goes on as it began",
     )
+    parser.add_argument("--run", metavar="RUN", help="the same")
     parser.add_argument(
-        "--run", metavar="RUN", help="a name, or s3://bucket/prefix, or a directory (default: the recipe's name)"
+        "--dataset", metavar="DATASET", help="a name, s3://bucket/prefix or a directory (default: the run's own)"
     )
+    parser.add_argument("--shard", action="store_true", help="DATASET is a folder of images: make its shards first")
     add_bucket(parser, "datasets/ and runs/ live")
-    parser.add_argument("--recipe", default="digits", metavar="NAME")
+    parser.add_argument("--recipe", metavar="NAME", help=f"(default: the run's own; of a new run, {DEFAULT})")
+    parser.add_argument("--like", metavar="RUN", help="begin with the recipe, dataset and mixture of another run")
     parser.add_argument(
         "--set", action="append", default=[], metavar="K=V", dest="settings", help="change one field of the recipe"
     )
@@ -112,14 +130,11 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    dataset = _sharded(args) if args.shard else args.dataset  # before `listen`: a conversion stops in its own way
     stop = StopRequest().listen()
-    settings = args.settings + ([f"model.init={args.init}"] if args.init else [])
-    recipe = with_settings(preset(args.recipe), settings)  # before the imports: a typo answers at once
+    meant = _meant(args, dataset)
     # Growing images ask for other sizes all the time, which fragments the GPU's memory otherwise. Read by PyTorch's import.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    run = run_url(args.recipe if args.run is None else args.run, args.bucket)
-    dataset = _default_dataset(args) if args.dataset is None else dataset_url(args.dataset, args.bucket)
-    mix = tuple((dataset_url(each, args.bucket), share) for each, share in args.mix)
 
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in a log, one endless line
@@ -140,16 +155,16 @@ def run(args: argparse.Namespace) -> int:
         refuse_unusable_gpu()
     processes = 1 if args.dry_run else args.processes or (1 if cpu else device_count())
     if "RANK" not in os.environ and processes > 1:
-        return launch([*args.arguments, "--dataset", dataset, "--run", run], processes)
-    for line in following(preset(args.recipe), settings) if os.environ.get("RANK", "0") == "0" else ():
+        return launch([*args.arguments, "--dataset", meant.dataset, "--run", meant.run], processes)
+    for line in meant.followed if os.environ.get("RANK", "0") == "0" else ():
         say(f"set      {line}; --set it for another")
-    recipe = as_init(recipe, settings)
+    recipe = as_init(meant.recipe, meant.settings)
     options = TrainOptions(
-        dataset,
-        run,
+        meant.dataset,
+        meant.run,
         recipe,
         args.workers,
-        mix=mix,
+        mix=meant.mix,
         cache_dir=args.cache_dir,
         cache_bytes=int(args.cache_gb * 1e9),
         commit_minutes=args.commit_minutes,
@@ -171,17 +186,98 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _default_dataset(args: argparse.Namespace) -> str:
-    """The dataset named like the recipe. The digits are made when they are not there yet: they need no download."""
-    url = dataset_url(args.recipe, args.bucket)
-    if args.recipe == "digits" and not args.dry_run:
-        from shards import make_shards
-        from wds_train.data.dataset import Dataset
+@dataclass(frozen=True)
+class Meant:
+    """What to train: as the arguments say, and where they say nothing, as the run did, or the one that it is to be like."""
 
-        try:
-            Dataset.open(url)
-        except NotFound:
-            parser = argparse.ArgumentParser()
-            make_shards.add_arguments(parser)
-            make_shards.run(parser.parse_args(["digits", url]))
+    run: str
+    recipe: Recipe
+    dataset: str
+    mix: tuple[tuple[str, float], ...]
+    settings: list[str]
+    followed: list[str]
+    """What the settings change besides, a line each."""
+
+
+def _meant(args: argparse.Namespace, dataset: str | None) -> Meant:
+    settings = [*args.settings, *([f"model.init={args.init}"] if args.init else [])]
+    parsed(settings)  # before a store is asked: a typo answers at once
+    wanted = preset(args.recipe or DEFAULT)
+    run = _run_url(args, dataset)
+    own = _begun(run)
+    source = own if args.like is None else find_run(run_url(args.like, args.bucket))[0]
+    if source and (args.recipe is None or (args.recipe == source.settings.name and not source.kept_nothing)):
+        wanted = source.settings
+    elif not (source or dataset or args.recipe) and (args.name or args.run):  # which may be mistyped
+        print(f"there is no run at {run} yet: it begins now, on the {DEFAULT}", file=sys.stderr)
+    recipe = with_settings(wanted, settings)
+    opened = _dataset(args, dataset, source)
+    mix = tuple((dataset_url(each, args.bucket), share) for each, share in args.mix)
+    if source and not mix:
+        mix = own_mixture(source)
+    if own:
+        data = data_of(opened, [(Dataset.open(url), share) for url, share in mix])
+        going_on(own, replace(own, recipe=recipe.to_dict(), dataset=data), run)  # refuses what cannot be
+    return Meant(run, recipe, opened.store.url, mix, settings, following(wanted, settings))
+
+
+def _dataset(args: argparse.Namespace, dataset: str | None, source: RunManifest | None) -> Dataset:
+    """What is given, else that of `source`, else the one named like the recipe; the digits are made when they are not there
+    yet: they need no download.
+    """
+    if dataset is not None:
+        return Dataset.open(dataset_url(dataset, args.bucket))
+    if source:
+        return own_dataset(source)
+    recipe = args.recipe or DEFAULT
+    url = dataset_url(recipe, args.bucket)
+    try:
+        return Dataset.open(url)
+    except NotFound as error:
+        if recipe != DEFAULT or args.dry_run:
+            raise UsageError(f"no --dataset is given, and none is called like the recipe: {error}") from error
+        _convert(DEFAULT, url)
+        return Dataset.open(url)
+
+
+def _run_url(args: argparse.Namespace, dataset: str | None) -> str:
+    """The address of the run that is named, by RUN or by --run, or the usual one of this dataset and recipe."""
+    named = [run_url(each, args.bucket) for each in (args.name, args.run) if each is not None]
+    if len({*named}) > 1:
+        raise UsageError(f"{named[0]} and {named[1]} are two runs; name one")
+    if named:
+        return named[0]
+    if args.like is not None:
+        raise UsageError(f"the new run needs a name: wds-train train NAME --like {args.like}")
+    recipe = args.recipe or DEFAULT
+    name = recipe if dataset is None else name_from(dataset.rstrip("/").rpartition("/")[2])
+    return run_url(name if name == recipe else f"{name}-{recipe}", args.bucket)
+
+
+def _begun(run: str) -> RunManifest | None:
+    try:
+        return read_run(open_store(run))[0]
+    except NotFound:
+        return None
+
+
+def _sharded(args: argparse.Namespace) -> str | None:
+    """DATASET; where that is a folder of images, the dataset that is made of it, unless that was done before."""
+    if args.dataset is None:
+        raise UsageError("--shard needs the folder of the images: --dataset FOLDER")
+    folder = Path(args.dataset).expanduser()
+    if not folder.is_dir() or (folder / NAME).exists():
+        return args.dataset
+    url = announced(located(name_from(folder.resolve().name), "datasets", args.bucket), args.dataset)
+    if "RANK" in os.environ:
+        raise UsageError(f"--shard is for one process, which starts the others; first: wds-train shards {folder} {url}")
+    _convert(str(folder.resolve()), url)
     return url
+
+
+def _convert(source: str, url: str) -> None:
+    from shards import make_shards
+
+    parser = argparse.ArgumentParser()
+    make_shards.add_arguments(parser)
+    make_shards.run(parser.parse_args([source, url]))

@@ -9,7 +9,7 @@ from wds_train.data.dataset import Dataset
 from wds_train.data.verify import verify
 from wds_train.errors import NotFound, RunError
 from wds_train.format.manifest import NAME
-from wds_train.storage.address import announced, located
+from wds_train.storage.address import announced, located, not_here
 from wds_train.storage.open import open_store
 from wds_train.tracking.console import Meter, loading
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read whatever lies at the address: a name may be a dataset's and a run's."""
     meant = dict.fromkeys(located(args.address, kind, args.bucket) for kind in ("datasets", "runs"))
-    addresses = [announced(address, args.address) for address in meant]
+    addresses = [not_here(announced(address, args.address), args.address) for address in meant]
     found = {url: manifest for url in addresses if (manifest := _manifest_at(url)) is not None}
     if not found:
         raise NotFound(f"there is no dataset and no run at {' or '.join(addresses)} (no {NAME}); check the address")

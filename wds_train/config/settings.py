@@ -24,7 +24,7 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
 
     All are applied before the result is checked, so that fields bound to each other can change together.
     """
-    return _applied(recipe, {**(flat := _flat(settings)), **_following(recipe, flat)})
+    return _applied(recipe, {**(flat := parsed(settings)), **_following(recipe, flat)})
 
 
 def following(recipe: Recipe, settings: list[str]) -> list[str]:
@@ -34,7 +34,7 @@ def following(recipe: Recipe, settings: list[str]) -> list[str]:
         f"{leader} = {setting_of(changed, leader)}: {name} {setting_of(recipe, name)} becomes {setting_of(changed, name)}"
         for leader, names in FOLLOW.items()
         for name in names
-        if name in _following(recipe, _flat(settings))
+        if name in _following(recipe, parsed(settings))
     ]
 
 
@@ -52,8 +52,8 @@ def _following(recipe: Recipe, flat: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def _flat(settings: list[str]) -> dict[str, Any]:
-    """The values of `settings` by name."""
+def parsed(settings: list[str]) -> dict[str, Any]:
+    """The value of each name that `settings` set; `UsageError` for what no recipe can take."""
     flat: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")

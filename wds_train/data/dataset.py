@@ -1,6 +1,7 @@
 """An existing dataset: its manifest, and the index of a split, both checked against what they say of themselves."""
 
 import hashlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from wds_train.errors import DataError, NotFound
 from wds_train.format import manifest as manifests
 from wds_train.format.index import SampleIndex, flaws, read_index
 from wds_train.format.manifest import DatasetManifest, Index, Shard, read_manifest
+from wds_train.storage.address import name_from
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 
@@ -60,16 +62,13 @@ class Dataset:
         try:
             return cls(store, _manifest(store))
         except NotFound as error:
-            name = store.url.rpartition("/")[2]
-            here = (
-                f" (./{name} is a folder here: write ./{name})"
-                if store.url != str(Path(name).absolute()) and Path(name).is_dir()
-                else ""
-            )
-            raise NotFound(
-                f"there is no dataset at {store.url} (no {manifests.NAME}){here}; "
-                f"check the address, or make one: wds-train shards SOURCE {url}"
-            ) from error
+            remedy = f"check the address, or make one: wds-train shards SOURCE {url}"
+            if not store.url.startswith("s3://") and any(Path(store.url).glob("*")):
+                name = name_from(Path(store.url).name)
+                remedy = (
+                    f"make one of this folder: wds-train shards {shlex.quote(url)} {name}; it is then called {name}"
+                )
+            raise NotFound(f"there is no dataset at {store.url} (no {manifests.NAME}); {remedy}") from error
 
     @cached_property
     def fingerprint(self) -> str:

@@ -28,13 +28,21 @@ def located(text: str, kind: str, bucket: str | None = None) -> str:
     `kind` is "datasets" or "runs". BUCKET is `bucket`, else $WDS_BUCKET, else the embedded server's. `UsageError` for
     anything else, with what was probably meant.
     """
-    if NAME.fullmatch(text):
-        base = bucket or os.environ.get("WDS_BUCKET") or f"s3://{EMBEDDED_BUCKET}"
-        flag = "--bucket" if bucket else "WDS_BUCKET"
-        if NAME.fullmatch(base):
-            raise UsageError(f"{flag} {base!r} names no place; write s3://{base}, or ./{base} for a local folder")
-        return f"{checked(base, flag).rstrip('/')}/{kind}/{text}"
-    return checked(text, "the address")
+    return f"{all_of(kind, bucket)}/{text}" if NAME.fullmatch(text) else checked(text, "the address")
+
+
+def all_of(kind: str, bucket: str | None = None) -> str:
+    """The address below which all datasets, or runs, with names lie."""
+    base = bucket or os.environ.get("WDS_BUCKET") or f"s3://{EMBEDDED_BUCKET}"
+    flag = "--bucket" if bucket else "WDS_BUCKET"
+    if NAME.fullmatch(base):
+        raise UsageError(f"{flag} {base!r} names no place; write s3://{base}, or ./{base} for a local folder")
+    return f"{checked(base, flag).rstrip('/')}/{kind}"
+
+
+def name_from(text: str) -> str:
+    """`text` as far as a name can hold it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:60].strip("-._") or "dataset"
 
 
 def brief(address: str) -> str:
@@ -51,6 +59,13 @@ def announced(address: str, text: str) -> str:
     """`address`, which `text` was taken for; said in one line, once, where that is the embedded server for want of a bucket."""
     if is_embedded(address) and not is_embedded(text):
         _announce_embedded()
+    return address
+
+
+def not_here(address: str, text: str) -> str:
+    """`address`, which the name `text` was taken for; said where a folder of this name is here, too."""
+    if NAME.fullmatch(text) and os.path.isdir(text):  # noqa: PTH112 (as all here: text, not a path)
+        print(f"{text} is the one at {address}, not the folder ./{text} (for that, write ./{text})", file=sys.stderr)
     return address
 
 

@@ -22,8 +22,11 @@ UPLOAD_THREADS = 4
 
 
 class Entry(NamedTuple):
+    """An object; or a folder, whose key ends in '/'. `written` is when, in Unix time by the store's clock."""
+
     key: str
-    bytes: int
+    bytes: int = 0
+    written: float = 0.0
 
 
 class Store(Protocol):
@@ -63,8 +66,8 @@ class Store(Protocol):
     def reconnect(self) -> None:
         """Forget what connections there are: the next request goes over a new one."""
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """The objects under `prefix`, in key order."""
+    def list(self, prefix: str = "", *, flat: bool = False) -> Iterator[Entry]:
+        """The objects under `prefix`, in key order; `flat`: those below the next '/' as one folder."""
 
     def delete(self, key: str) -> None:
         """Remove the object; no error if there is none."""

@@ -77,13 +77,12 @@ class LocalStore:
     def reconnect(self) -> None:
         pass
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", *, flat: bool = False) -> Iterator[Entry]:
         folder, _, start = prefix.rpartition("/")
         tops = [path for path in (self.root / folder).glob("*") if path.name.startswith(start)]
         with self._translated(prefix):
-            yield from sorted(
-                entry for top in tops for path in (top, *top.rglob("*")) for entry in _entry(self.root, path)
-            )
+            paths = (path for top in tops for path in ((top,) if flat else (top, *top.rglob("*"))))
+            yield from sorted(entry for path in paths for entry in _entry(self.root, path, folders=flat))
 
     def delete(self, key: str) -> None:
         with self._translated(key), contextlib.suppress(NotADirectoryError):
@@ -126,10 +125,12 @@ def _opened(path: Path) -> io.BufferedReader:
     return path.open("rb")
 
 
-def _entry(root: Path, path: Path) -> Iterator[Entry]:
+def _entry(root: Path, path: Path, *, folders: bool) -> Iterator[Entry]:
     with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
         if path.is_file() and not path.name.startswith(UNFINISHED):
-            yield Entry(path.relative_to(root).as_posix(), path.stat().st_size)
+            yield Entry(path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime)
+        elif folders and path.is_dir():
+            yield Entry(f"{path.relative_to(root).as_posix()}/")
 
 
 @contextlib.contextmanager

@@ -64,14 +64,16 @@ class S3Store:
     def head(self, key: str) -> tuple[int, str]:
         return self._s3.head(key)
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", *, flat: bool = False) -> Iterator[Entry]:
         found: list[Entry] = []
-        more: dict[str, str] = {}
+        more, above = {"Delimiter": "/"} if flat else {}, len(self._s3.full_key(""))
         while True:
             page = self._s3.ask("list_objects_v2", prefix, Prefix=self._s3.full_key(prefix), **more)
             found += [
-                Entry(entry["Key"][len(self._s3.full_key("")) :], entry["Size"]) for entry in page.get("Contents", ())
+                Entry(entry["Key"][above:], entry["Size"], entry["LastModified"].timestamp())
+                for entry in page.get("Contents", ())
             ]
+            found += [Entry(entry["Prefix"][above:]) for entry in page.get("CommonPrefixes", ())]
             if not page["IsTruncated"]:
                 break
             more = {"ContinuationToken": page["NextContinuationToken"]}

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from wds_train.checkpoint.begun import data_of, going_on
 from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.manifest import RunManifest, name_of
 from wds_train.config.schedule import image_side
@@ -26,13 +27,13 @@ from wds_train.training.ranks import Ranks
 from wds_train.transforms.sample import EvalTransform, TrainTransform
 
 
-def refuse(options: TrainOptions, datasets: list[Dataset], store: Store, ranks: Ranks) -> None:
+def refuse(options: TrainOptions, datasets: list[Dataset], fresh: RunManifest, store: Store, ranks: Ranks) -> None:
     """Raise what could not work, before the claim: a name must stay free, and a run as it is. The model is made without
     memory for its weights, and called without arithmetic (PyTorch's device "meta"), which takes a fraction of a second.
     """
     resumes = False
     with contextlib.suppress(NotFound):
-        found, _ = read_run(store)
+        found = going_on(read_run(store)[0], fresh, store.url)
         if found.status == "done":
             return
         resumes = bool(found.checkpoints)  # the weights that it began from may be gone by now
@@ -75,15 +76,7 @@ def fresh_run(options: TrainOptions, datasets: list[Dataset]) -> RunManifest:
     return RunManifest(
         run=name_of(options.run),
         recipe=options.recipe.to_dict(),
-        dataset={
-            "url": dataset.store.url,
-            "fingerprint": dataset.fingerprint,
-            "classes": len(dataset.manifest.classes),
-            "mix": [
-                {"fingerprint": other.fingerprint, "share": share}
-                for other, (_, share) in zip(mixed, options.mix, strict=True)
-            ],
-        },
+        dataset=data_of(dataset, zip(mixed, (share for _, share in options.mix), strict=True)),
         wandb_id=secrets.token_hex(4),
     )
 

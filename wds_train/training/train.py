@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from wds_train.checkpoint.begun import going_on
 from wds_train.checkpoint.manifest import RunManifest
 from wds_train.checkpoint.read import read_object
 from wds_train.checkpoint.run import Run
@@ -78,12 +79,11 @@ def _lead(
     options: TrainOptions, datasets: list[Dataset], stop: StopRequest, ranks: Ranks
 ) -> tuple[Run, Snapshot | None]:
     """The run, claimed, and its newest usable checkpoint; the other ranks follow."""
-    store = open_store(options.run)
+    store, fresh = open_store(options.run), fresh_run(options, datasets)
     if not ranks.leads:
-        return _follow(store, ranks.announced(stop.sleep))
+        return _follow(store, fresh, ranks.announced(stop.sleep))
     try:
-        refuse(options, datasets, store, ranks)
-        fresh = fresh_run(options, datasets)
+        refuse(options, datasets, fresh, store, ranks)
         run = Run.claim(
             store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every, go_on=options.go_on
         )
@@ -98,11 +98,12 @@ def _lead(
     return run, snapshot
 
 
-def _follow(store: Store, announced: dict[str, Any]) -> tuple[Run, Snapshot | None]:
-    """The leader's run, to be read only, and the same checkpoint."""
+def _follow(store: Store, fresh: RunManifest, announced: dict[str, Any]) -> tuple[Run, Snapshot | None]:
+    """The leader's run, to be read only, and the same checkpoint. It must be what this rank was told to train, too."""
     if not announced:
         raise Interrupted("rank 0 could not begin; its message says why")
     manifest = RunManifest.from_json(announced["manifest"].encode(), store.url)
+    going_on(manifest, fresh, store.url)
     run = Run(store, manifest, "", say=say, leads=False)
     if announced["progress"] is None:
         return run, None
