@@ -229,7 +229,10 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(digits: Dataset) -> None:
 def test_refusals(digits: Dataset) -> None:
     with pytest.raises(UsageError, match="global batch of 48 is read in 16 lanes, which 3 ranks cannot share"):
         plan_of(digits, world=3)
-    with pytest.raises(UsageError, match="1437 samples, fewer than one global batch of 2000"):
+    with pytest.raises(
+        UsageError,
+        match="1437 samples to train on, fewer than one global batch of 2000; set a smaller one, --set batch=256 say",
+    ):
         plan_of(digits, global_batch=2000)
     with pytest.raises(UsageError, match="--from-step 30 is beyond the epoch, which has 29 steps"):
         order_lines(digits, from_step=30)

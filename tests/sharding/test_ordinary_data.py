@@ -606,11 +606,17 @@ def test_an_ordinary_folder_is_sharded_trained_on_and_scored(
     settings += ["data.eval_size=32"]
     flags = [flag for setting in settings for flag in ("--set", setting)]
     run = str(tmp_path / "run")
+    kept_apart = (tmp_path / "shards/test").rename(tmp_path / "elsewhere")  # neither training nor validation reads it
     assert wds_train(["train", "--dataset", str(tmp_path / "shards"), "--run", run, *flags, "--workers", "0"]) == 0
+    kept_apart.rename(tmp_path / "shards/test")
     capsys.readouterr()
     code = wds_train(
         ["eval", run, "--dataset", str(tmp_path / "shards"), "--split", "test", "--json", "--workers", "0"]
     )
-    assert code == 0 and json.loads(capsys.readouterr().out)["samples"] == 40
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0 and found["samples"] == 40
+    assert wds_train(["eval", run, "--dataset", str(tmp_path / "shards"), "--split", "test", "--workers", "0"]) == 0
+    scored = capsys.readouterr().out
+    assert "test: 40 samples" in scored and ", the best on val, at " in scored
     assert wds_train(["eval", run, "--dataset", str(tmp_path / "shards"), "--split", "tset", "--workers", "0"]) == 1
     assert "it has train, val, test" in capsys.readouterr().err

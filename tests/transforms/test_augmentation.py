@@ -297,7 +297,7 @@ def test_a_batch_of_repeats_that_cannot_be_read_is_refused_with_its_size(digits:
     ):
         loaded(digits, replace(PLAIN, repeats=3), world=3)
     with pytest.raises(
-        UsageError, match=r"1437 samples, fewer than one global batch of 1440 \(480 samples, 3 times each\)"
+        UsageError, match=r"1437 samples to train on, fewer than one global batch of 1440 \(480 samples, 3 times each\)"
     ):
         loaded(digits, replace(PLAIN, repeats=3), global_batch=480)
 

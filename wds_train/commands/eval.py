@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--batch", type=positive, metavar="B", help="samples at a time (default: as in the training)")
     parser.add_argument("--dataset", metavar="DATASET", help="another one than that which the run was trained on")
-    parser.add_argument("--split", default="val", metavar="NAME")
+    parser.add_argument(
+        "--split", default="val", metavar="NAME", help="val (default), or test, which no training or validation reads"
+    )
     parser.add_argument(
         "--weights",
         choices=["best", *SCORES],
@@ -84,7 +86,10 @@ def run(args: argparse.Namespace) -> int:
         "dataset": dataset.store.url,
         "fingerprint": dataset.fingerprint,
         "split": args.split,
-        "members": [describe_member(*member) for member in zip(chosen, views, strict=True)],
+        "members": [
+            describe_member(weights, view, best=args.step is None and not name.endswith(SUFFIX))
+            for name, weights, view in zip(models, chosen, views, strict=True)
+        ],
     } | report_of(scored, split, dataset.manifest.classes)
     text = json.dumps(report, indent=1, ensure_ascii=False)
     print(text if args.json else "\n".join(report_lines(report)))

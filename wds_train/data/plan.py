@@ -87,14 +87,19 @@ class TrainPlan:
             )
         if sum(self.shard_samples) < self.global_batch * self.repeats:  # the recipe's epochs would have no step
             raise UsageError(
-                f"the dataset has {sum(self.shard_samples)} samples, fewer than one global batch of {self._described}; "
-                "use a smaller one: --set batch=N, or --global-batch N"
+                f"the dataset has {sum(self.shard_samples)} samples to train on, fewer than one global batch of "
+                f"{self._described}; set a smaller one, --set batch={self._fitting} say, or add images"
             )
 
     @property
     def _described(self) -> str:
         images = self.global_batch * self.repeats
         return f"{images} ({self.global_batch} samples, {self.repeats} times each)" if self.repeats > 1 else f"{images}"
+
+    @property
+    def _fitting(self) -> int:
+        """A batch, in images, of which an epoch has several."""
+        return self.repeats << max(1, (sum(self.shard_samples) // self.repeats // 4).bit_length() - 1)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -68,13 +68,15 @@ def write_classes(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def describe_member(weights: Weights, view: View) -> dict[str, Any]:
+def describe_member(weights: Weights, view: View, *, best: bool) -> dict[str, Any]:
+    """What was scored; `best`: it was chosen by its validation out of a run's checkpoints."""
     return {
         "run": weights.run,
         "weights": weights.kind,
         "step": weights.step,
         "epoch": weights.epoch,
         "validated": weights.metrics.get(SCORES[weights.kind]),
+        "best": best,
         "model": weights.recipe.model.name,
         "size": view.side,
         "crop": view.crop,
@@ -86,7 +88,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines = [f"dataset     {report['dataset']}, {report['split']}: {report['samples']:,} samples"]
     for each in report["members"]:
         views = f", mean of {each['views']} views" if each["views"] > 1 else ""
-        validated = "" if each["validated"] is None else f", validated at {each['validated']:.2f} %"
+        how = "the best on val, at" if each["best"] else "validated at"
+        validated = "" if each["validated"] is None else f", {how} {each['validated']:.2f} %"
         lines.append(
             f"model       {each['model']} at {each['size']} px{views}: {each['weights']} weights of step {each['step']} "
             f"(epoch {each['epoch']}{validated}) of {each['run']}"
