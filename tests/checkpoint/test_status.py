@@ -271,7 +271,7 @@ def changed(manifest: Path, change: Callable[[dict[str, Any]], object]) -> bytes
         (lambda m: m.update(format=2), "has format 2, this wds-train reads format 1; upgrade it"),
         (
             lambda m: m.update(status="happy"),
-            "is damaged: status is 'happy', not one of running, interrupted, failed, done",
+            "is damaged: status is 'happy', not one of running, interrupted, failed, stopped, done",
         ),
         (lambda m: m.update(fence="7"), "fence is '7', not a whole number"),
         (lambda m: m.pop("owner"), "is damaged: owner is missing"),

@@ -1,5 +1,6 @@
 """One run in Weights & Biases across kills, made of the rows that are on S3; and W&B is never in the way."""
 
+import json
 import re
 import signal
 import time
@@ -97,6 +98,14 @@ def test_a_run_killed_thrice_is_one_run_without_gaps(small: str, url: str, tmp_p
     assert "W&B      http://127.0.0.1" in output
     assert wandb.alerts() == ["resumed"] * 3 + ["done"]
     assert [end["exitcode"] for end in wandb.ends] == [0]
+    config = next(json.loads(values["config"]) for name, values in reversed(wandb.said) if name == "UpsertBucket")
+    told = {name: entry["value"] for name, entry in config.items() if name != "_wandb"}
+    assert told["model"]["name"] == "test_resnet"
+    assert (told["dataset"]["fingerprint"], told["samples"]) == (
+        manifest.dataset["fingerprint"],
+        {"train": 181, "val": 40},
+    )
+    assert {"git", "versions", "hardware", "price"} <= told.keys()
 
 
 def test_an_offline_run_is_rebuilt_from_s3(small: str, url: str, tmp_path: Path, wandb: FakeWandb) -> None:
