@@ -57,7 +57,7 @@ MISTAKES = [
     (
         f"{TRAIN} --set batch=4096",
         2,
-        "181 samples, fewer than one global batch of 4096; use a smaller one: --set batch=N",
+        "181 samples to train on, fewer than one global batch of 4096; set a smaller one, --set batch=",
     ),
     (
         f"{TRAIN} --accumulate 999",

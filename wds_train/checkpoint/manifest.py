@@ -50,6 +50,12 @@ class Progress:
     best: float = -1.0
     best_epoch: int = 0
 
+    def validated(self, metrics: dict[str, float]) -> "Progress":
+        """With one epoch more validated, which gave `metrics`; the next one's sums begin."""
+        epoch, top1 = self.evaluated + 1, max(metrics[name] for name in RESULT)
+        best = (top1, epoch) if top1 > self.best else (self.best, self.best_epoch)
+        return Progress(self.step, epoch, best=best[0], best_epoch=best[1])
+
 
 @dataclass(frozen=True)
 class Object:

@@ -3,9 +3,9 @@
 import argparse
 
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.run import Run
 from wds_train.commands.arguments import add_run, run_url
 from wds_train.errors import RunError, UsageError
+from wds_train.tracking.console import loading
 
 FINISH_SECONDS = 300.0  # for W&B to take everything
 
@@ -15,6 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    loading()
+    from wds_train.checkpoint.run import Run
     from wds_train.tracking.board import Board, one_line, send, usual_mode
 
     mode = usual_mode()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from wds_train.checkpoint.manifest import RESULT, Progress
+from wds_train.checkpoint.manifest import Progress
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.config.precision import Precision
 from wds_train.config.recipe import DataRecipe, Recipe
@@ -174,9 +174,7 @@ class Trainer:
 
     def evaluated(self, metrics: dict[str, float]) -> None:
         """Count the epoch as validated, which gave `metrics`, and begin its sums anew."""
-        before, epoch, top1 = self.progress, self.progress.evaluated + 1, max(metrics[name] for name in RESULT)
-        best = (top1, epoch) if top1 > before.best else (before.best, before.best_epoch)
-        self.progress = Progress(before.step, epoch, best=best[0], best_epoch=best[1])
+        self.progress = self.progress.validated(metrics)
         self.loss_sum.zero_()
 
     @torch.inference_mode()

@@ -22,6 +22,7 @@ from wds_train.training.ranks import Ranks
 from wds_train.training.setup import (
     epoch_steps,
     expected_pace,
+    fresh_run,
     introduction,
     make_loader,
     make_trainer,
@@ -124,7 +125,7 @@ class Estimate:
 def estimate(options: TrainOptions) -> list[str]:
     """What would be trained and what it would take, in lines. On a CPU where it takes too long, what would not."""
     this = Estimate(options)
-    refuse(options, this.datasets, open_store(options.run), this.ranks)
+    refuse(options, this.datasets, fresh_run(options, this.datasets), open_store(options.run), this.ranks)
     note("measuring two steps ...")
     batches, loading = this.read()
     cost = this.cost(this.small, batches, loading)
