@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         "fingerprint": dataset.fingerprint,
         "split": args.split,
         "members": [
-            describe_member(weights, view, best=args.step is None and not name.endswith(SUFFIX))
+            describe_member(weights, view, best=args.step is None and not name.endswith(FILE))
             for name, weights, view in zip(models, chosen, views, strict=True)
         ],
     } | report_of(scored, split, dataset.manifest.classes)
