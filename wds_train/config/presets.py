@@ -155,8 +155,9 @@ _ALL = (
             schedule=ScheduleRecipe(epochs=20, warmup_epochs=1, patience=6),
             ema=EmaRecipe(decay=0.99),
         ),
-        source="our own",
-        expected="not measured",
+        source="our own. One rate for all layers: layer_decay .75 was 1.5 and 1.2 points lower (m: 300 Imagenette images of five "
+        "classes at 64 px, 8 epochs, from a resnet18 of the other five; 64.3 and 64.1 against 65.7 and 65.3 %, lr 1e-3)",
+        expected="not measured from timm's weights",
         hours="not measured",
     ),
     Preset(
