@@ -55,7 +55,8 @@ def test_its_figures_are_those_of_the_metrics(long: Path, tmp_path: Path, capsys
     names = ["loss", "accuracy", "rate", "resolution", "throughput", "waiting", "attempts"]
     assert shown == [f"{name}-text" for name in names]
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
-    assert f"raw goes from {validated['1']['val/top1']:.4g} to {last['val/top1']:.4g}" in page.text
+    for line, name in (("raw", "val/top1"), ("EMA", "val/top1_ema")):
+        assert f"{line} goes from {validated['1'][name]:.4g} to {last[name]:.4g}" in page.text
     markdown = (tmp_path / "report.md").read_text()
     assert f"| 37 | {last['val/top1']:.2f} % | {last['val/top1_ema']:.2f} % |" in markdown
     assert {*re.findall(r"\]\((\S+)\)", markdown)} == {f"{name}.png" for name in names}
