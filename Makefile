@@ -4,12 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := .venv-peers
+INFRA  := .venv-infra
 
 # Where the environment forbids bytecode, every process would compile PyTorch and timm anew, for 6 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train plan test test-cpus crash-test check fix bench-peers lock s3-stop clean
+.PHONY: help setup shards train plan test test-cpus crash-test check check-infra fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -54,6 +55,14 @@ check: setup ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+check-infra: $(INFRA)/.installed ## the cloud stack's template against checkov's rules
+	$(INFRA)/bin/checkov --config-file infra/checkov.yaml
+
+$(INFRA)/.installed: requirements-infra.lock $(STAMP)
+	$(PYTHON) -m venv --without-pip $(INFRA)
+	$(BIN)/uv pip install --quiet --python $(INFRA)/bin/python --require-hashes -r requirements-infra.lock
+	@touch $@
+
 fix: setup ## repair what the linter can
 	-$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -70,10 +79,11 @@ $(PEERS)/.installed: requirements-peers.lock $(STAMP)
 lock: setup ## compile the pinned, hashed requirements anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra dev pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra peers pyproject.toml -o requirements-peers.lock
+	echo checkov | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-infra.lock
 	echo uv | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-uv.lock
 
 s3-stop: setup ## stop the embedded S3 server
 	$(BIN)/python -m wds_train.storage.embedded stop
 
 clean: s3-stop ## remove what was installed, and all data of the embedded S3 server
-	rm -rf $(VENV) $(PEERS) .wds
+	rm -rf $(VENV) $(PEERS) $(INFRA) .wds
