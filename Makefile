@@ -10,7 +10,7 @@ INFRA  := .venv-infra
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train plan test test-cpus crash-test check check-infra fix bench-peers lock s3-stop clean
+.PHONY: help setup shards train plan launch status logs stop destroy leftovers test test-cpus crash-test check check-infra fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -38,6 +38,24 @@ train: setup ## train; again after an interruption: goes on where it stopped (RU
 
 plan: setup ## hours and dollars of recipes on instances, cheapest first (RECIPE=, INSTANCE=, DATASET=)
 	$(strip $(BIN)/wds-train plan $(call flag,RECIPE,--recipe) $(call flag,INSTANCE,--instance) $(call flag,DATASET,--dataset) $(call flag,BUCKET,--bucket) $(ARGS))
+
+launch: setup ## train on AWS spot instances, to the end or a limit (BUCKET=, RECIPE=, RUN=; CHECK=1 makes nothing)
+	$(strip $(BIN)/wds-train launch $(RUN) $(call flag,BUCKET,--bucket) $(call flag,RECIPE,--recipe) $(call flag,REGION,--region) $(if $(CHECK),--check) $(ARGS))
+
+status: setup ## how a run stands, and its machines (RUN=, BUCKET=)
+	$(strip $(BIN)/wds-train status $(RUN) $(call flag,BUCKET,--bucket) $(call flag,REGION,--region) $(if $(filter s3://%,$(BUCKET)),--machines) $(ARGS))
+
+logs: setup ## the newest lines of a run's instances (RUN=)
+	$(strip $(BIN)/wds-train logs $(RUN) $(call flag,REGION,--region) $(ARGS))
+
+stop: setup ## end a run's instance, its state committed (RUN=)
+	$(strip $(BIN)/wds-train stop $(RUN) $(call flag,REGION,--region) $(ARGS))
+
+destroy: setup ## delete a run's stack, not its bucket (RUN=)
+	$(strip $(BIN)/wds-train destroy $(RUN) $(call flag,REGION,--region) $(ARGS))
+
+leftovers: setup ## what of ours still costs money on AWS
+	$(strip $(BIN)/wds-train leftovers $(call flag,REGION,--region) $(ARGS))
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)

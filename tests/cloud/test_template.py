@@ -23,7 +23,8 @@ class Loader(yaml.SafeLoader):
 
 def function(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> dict[str, Any]:
     if isinstance(node, yaml.ScalarNode):
-        value: Any = loader.construct_scalar(node)
+        text = str(loader.construct_scalar(node))
+        value: Any = text.split(".", 1) if tag == "GetAtt" else text
     elif isinstance(node, yaml.SequenceNode):
         value = loader.construct_sequence(node, deep=True)
     else:
@@ -185,7 +186,7 @@ def test_parameters_say_what_they_are_and_what_they_take(name: str) -> None:
     parameter = TEMPLATE["Parameters"][name]
     assert parameter["Description"].endswith(".")
     assert {"AllowedValues", "AllowedPattern", "MinValue"} & set(parameter)
-    if name not in ("Run", "Recipe", "Bucket", "CodeKey", "CodeSha256"):
+    if name not in ("Run", "Recipe", "Bucket", "CodeKey", "CodeSha256", "Image"):
         assert "Default" in parameter
 
 

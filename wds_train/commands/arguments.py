@@ -37,6 +37,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_region(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--region", metavar="NAME", help="of AWS (default: AWS_REGION, or the profile's)")
+
+
 def dataset_url(dataset: str, bucket: str | None) -> str:
     """The address of `dataset`, which is one already, or the name of one under `bucket`/datasets."""
     return announced(located(dataset, "datasets", bucket), dataset)
@@ -76,4 +80,14 @@ def dollars(text: str) -> float:
         value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a price: give dollars per hour, 0 or more")
+    return value
+
+
+def hours(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of hours above 0")
     return value
