@@ -4,12 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := .venv-peers
+INFRA  := .venv-infra
 
 # Where the environment forbids bytecode, every process would compile PyTorch and timm anew, for 6 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train plan report wandb-sync test test-cpus crash-test check fix bench-peers lock s3-stop clean
+.PHONY: help setup shards train plan report wandb-sync launch status logs stop destroy leftovers
+.PHONY: test test-cpus crash-test check check-infra fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -37,10 +39,30 @@ train: setup ## train; again after an interruption: goes on where it stopped (RU
 
 plan: setup ## hours and dollars of recipes on instances, cheapest first (RECIPE=, INSTANCE=, DATASET=)
 	$(strip $(BIN)/wds-train plan $(call flag,RECIPE,--recipe) $(call flag,INSTANCE,--instance) $(call flag,DATASET,--dataset) $(call flag,BUCKET,--bucket) $(ARGS))
+
 report: setup ## a run as a page with its curves, attempts and mistakes (RUN=, BUCKET=, OUT=report)
 	$(strip $(BIN)/wds-train report $(or $(RUN),digits) --out $(or $(OUT),report) $(call flag,BUCKET,--bucket) $(ARGS))
+
 wandb-sync: setup ## send W&B what it lacks of a run, from S3 (RUN=, BUCKET=)
 	$(strip $(BIN)/wds-train wandb $(or $(RUN),digits) $(call flag,BUCKET,--bucket) $(ARGS))
+
+launch: setup ## train on AWS spot instances, to the end or a limit (BUCKET=, RECIPE=, RUN=; CHECK=1 makes nothing)
+	$(strip $(BIN)/wds-train launch $(RUN) $(call flag,BUCKET,--bucket) $(call flag,RECIPE,--recipe) $(call flag,REGION,--region) $(if $(CHECK),--check) $(ARGS))
+
+status: setup ## how a run stands, and its machines (RUN=, BUCKET=)
+	$(strip $(BIN)/wds-train status $(RUN) $(call flag,BUCKET,--bucket) $(call flag,REGION,--region) $(if $(filter s3://%,$(BUCKET)),--machines) $(ARGS))
+
+logs: setup ## the newest lines of a run's instances (RUN=)
+	$(strip $(BIN)/wds-train logs $(RUN) $(call flag,REGION,--region) $(ARGS))
+
+stop: setup ## end a run's instance, its state committed (RUN=)
+	$(strip $(BIN)/wds-train stop $(RUN) $(call flag,REGION,--region) $(ARGS))
+
+destroy: setup ## delete a run's stack, not its bucket (RUN=)
+	$(strip $(BIN)/wds-train destroy $(RUN) $(call flag,REGION,--region) $(ARGS))
+
+leftovers: setup ## what of ours still costs money on AWS
+	$(strip $(BIN)/wds-train leftovers $(call flag,REGION,--region) $(ARGS))
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)
@@ -58,6 +80,14 @@ check: setup ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+check-infra: $(INFRA)/.installed ## the cloud stack's template against checkov's rules
+	$(INFRA)/bin/checkov --config-file infra/checkov.yaml
+
+$(INFRA)/.installed: requirements-infra.lock $(STAMP)
+	$(PYTHON) -m venv --without-pip $(INFRA)
+	$(BIN)/uv pip install --quiet --python $(INFRA)/bin/python --require-hashes -r requirements-infra.lock
+	@touch $@
+
 fix: setup ## repair what the linter can
 	-$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -74,10 +104,11 @@ $(PEERS)/.installed: requirements-peers.lock $(STAMP)
 lock: setup ## compile the pinned, hashed requirements anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra dev pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra peers pyproject.toml -o requirements-peers.lock
+	echo checkov | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-infra.lock
 	echo uv | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-uv.lock
 
 s3-stop: setup ## stop the embedded S3 server
 	$(BIN)/python -m wds_train.storage.embedded stop
 
 clean: s3-stop ## remove what was installed, and all data of the embedded S3 server
-	rm -rf $(VENV) $(PEERS) .wds
+	rm -rf $(VENV) $(PEERS) $(INFRA) .wds

@@ -17,8 +17,8 @@ ROLE = "wds-train-role"
 class FakeImds:
     """Set `notice` and `rebalance` to what the service shall say; `broken` to a status or to seconds of silence.
 
-    `asked` counts the requests by (method, path, status). `keys`: the role's (access key, secret key), which expire
-    `lifetime` seconds after each request for them (boto3 takes it upon itself to use them 15 minutes more).
+    `more`: other documents by their paths, such as `instance-id`. `asked` counts the requests by (method, path, status).
+    `keys`: the role's (access key, secret key), which expire `lifetime` seconds after each request for them (boto3 takes it upon itself to use them 15 minutes more).
     """
 
     def __init__(self, keys: tuple[str, str] = ("access", "secret"), lifetime: float = 3600) -> None:
@@ -27,6 +27,7 @@ class FakeImds:
         self.broken: int | float | None = None
         self.keys = keys
         self.lifetime = lifetime
+        self.more: dict[str, str] = {}
         self.asked: Counter[tuple[str, str, int]] = Counter()
         self._tokens: set[str] = set()
 
@@ -95,6 +96,7 @@ class FakeImds:
             "iam/security-credentials": (200, ROLE),
             f"iam/security-credentials/{ROLE}": (200, json.dumps(credentials)),
         }
+        documents |= {path: (200, text) for path, text in self.more.items()}
         if self.notice:
             documents["spot/instance-action"] = 200, json.dumps(self.notice)
         if self.rebalance:

@@ -50,6 +50,16 @@ def test_a_notice_is_seen_with_the_time_that_is_left_and_polling_ends(
         assert not spot._thread.is_alive()
 
 
+def test_the_group_that_ends_the_instance_is_heeded(imds: FakeImds, stop: StopRequest) -> None:
+    imds.more["autoscaling/target-lifecycle-state"] = "InService"
+    with SpotWatch(stop, every=0.02):
+        wait_until(lambda: imds.asked["GET", "/latest/meta-data/autoscaling/target-lifecycle-state", 200] > 1)
+        assert stop.cause is None
+        imds.more["autoscaling/target-lifecycle-state"] = "Terminated"
+        wait_until(lambda: stop.cause == "the Auto Scaling group, which ends this instance")
+        assert 80 < stop.left <= 90  # the hook gives 120
+
+
 def test_a_rebalance_recommendation_is_no_notice(imds: FakeImds, stop: StopRequest) -> None:
     imds.rebalance = True
     with SpotWatch(stop, every=0.02) as spot:

@@ -7,7 +7,7 @@ from wds_train.checkpoint.manifest import name_of
 from wds_train.config.numbers import Number, count, positive  # noqa: F401 (for the commands, too)
 from wds_train.storage.address import announced, located, not_here
 
-dollars = Number(float, 0)  # an hour
+dollars = Number(float, 0)
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +38,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu"), default="auto", help="auto: the GPUs, if there are any (default)"
     )
+
+
+def add_region(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--region", metavar="NAME", help="of AWS (default: AWS_REGION, or the profile's)")
 
 
 def dataset_url(dataset: str, bucket: str | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from wds_train.checkpoint.find import SCORES, find_run
 from wds_train.checkpoint.lease import is_gone
 from wds_train.checkpoint.manifest import Checkpoint, RunManifest, best
-from wds_train.commands.arguments import add_run, dollars, run_url
+from wds_train.commands.arguments import add_region, add_run, dollars, run_url
 
 WATCH_SECONDS = 2.0
 
@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--price", type=dollars, metavar="USD", help="price of an instance hour, to sum up the cost so far"
     )
+    parser.add_argument("--machines", action="store_true", help="and its instances on AWS")
+    add_region(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,6 +37,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     status = describe(find_run(url)[0], time.time(), args.price)
     print(json.dumps(status, indent=1) if args.json else "\n".join(_lines(status)))
+    if args.machines:
+        from wds_train.cloud.aws import Aws
+        from wds_train.cloud.stacks import machines
+
+        print("\n".join(machines(Aws(args.region), status["run"])))
     return 0
 
 

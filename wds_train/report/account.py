@@ -14,7 +14,6 @@ from wds_train.storage.base import Store
 
 Row = dict[str, Any]
 LARGEST = 1e300  # beyond it the ends of an axis, or a sum, are not finite
-TIMES = ("time/", "commit/", "s3/", "gpu/")  # what differs from attempt to attempt begins so
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Account:
             note(f"{error}; what needs the recipe is left out")
         run = Run(store, manifest, "", say=note, leads=False)
         history = run.history()
-        replayed = [row for row in getattr(run, "replayed", list)() if abs(row.get("step", math.inf)) < LARGEST]
+        replayed = [row for row in run.replayed() if abs(row.get("step", math.inf)) < LARGEST]
         rows = [*_sound(history, note)]
         if not rows:
             note("no metrics are committed yet")
@@ -65,11 +64,6 @@ class Account:
         """The epochs at which `name` was logged, and its values."""
         rows = self.epochs if name.startswith(("val/", "epoch/")) else self.steps
         return [(row["epoch"], row[name]) for row in rows if name in row]
-
-
-def repeatable(row: Row) -> Row:
-    """The part of a row that a resumed and an unbroken run have in common, to the last bit."""
-    return {name: value for name, value in row.items() if not name.startswith(TIMES)}
 
 
 def _sound(rows: list[Row], note: Callable[[str], None]) -> Iterator[Row]:

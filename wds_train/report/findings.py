@@ -91,7 +91,7 @@ def find(run: str, manifest: RunManifest, most: int, *, workers: int, device: to
     return Findings(
         len(split),
         len(whole),
-        describe_member(weights, view),
+        describe_member(weights, view, best=True),
         report_of(scored, split, classes),
         titles,
         confusion,

@@ -13,8 +13,9 @@ from wds_train.checkpoint.manifest import RunManifest
 from wds_train.config.presets import PRESETS
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import setting_names, setting_of
-from wds_train.report.account import Account, Row, repeatable
+from wds_train.report.account import Account, Row
 from wds_train.report.format import count
+from wds_train.tracking.records import repeatable
 
 FIGURES = re.compile(r"~?\d[\d., -]*%")  # that a preset's expectation begins with
 IMAGENET = 1000  # classes; the recipes whose source names one figure have it from there
@@ -56,11 +57,11 @@ def attempts_of(account: Account, price: float | None) -> list[Attempt]:
     ):
         attempt = Attempt(
             number,
-            " ".join(filter(None, (this["host"], this.get("instance"), this.get("hardware")))),
+            " ".join(filter(None, (this["host"], this["instance"], this["hardware"]))),
             this["started"],
             this["seconds"],
             this["ended"],
-            this.get("price") if price is None else price,
+            this["price"] if price is None else price,
             *_interruption(account, number, this, after, batch),
         )
         told.append(attempt)
@@ -85,7 +86,7 @@ def _interruption(
         if "time/unix" in row and row.get("time/attempt", 0) > number and row["step"] >= reached
     ]
     again = max(0.0, min(times) - after["started"]) if times else None
-    twice = max(0, int(reached) - int(after.get("step", 0))) * batch if isinstance(batch, int) else None
+    twice = max(0, int(reached) - int(after["step"])) * batch if isinstance(batch, int) else None
     return down, again, twice
 
 

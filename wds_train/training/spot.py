@@ -1,8 +1,11 @@
-"""EC2's warning that it is about to take this spot instance back, from the instance metadata service (IMDSv2).
+"""The warning that this instance is about to go, from the instance metadata service (IMDSv2): EC2's, which takes a spot
+instance back, or its Auto Scaling group's.
 
 https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html: `spot/instance-action`
 answers 404 until about two minutes before the end, best effort; AWS asks to look every 5 seconds.
 https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/rebalance-recommendations.html: may come earlier, or not at all.
+https://docs.aws.amazon.com/autoscaling/ec2/userguide/retrieving-target-lifecycle-state-through-imds.html: `Terminated` once the
+group is set to none; a lifecycle hook gives the time to commit.
 """
 
 import contextlib
@@ -63,6 +66,10 @@ class SpotWatch:
             action = self._read("spot/instance-action")
             if action is not None:
                 self._stop.ask("the spot notice", _seconds_left(action))
+                return True
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if self._read("autoscaling/target-lifecycle-state") == b"Terminated":
+                self._stop.ask("the Auto Scaling group, which ends this instance")
                 return True
         return False
 

@@ -1,0 +1,33 @@
+"""`wds-train destroy`: the run's stack is deleted; the bucket, and with it the run, stays."""
+
+import argparse
+
+from wds_train.commands.arguments import add_region
+from wds_train.errors import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run's name")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    add_region(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from wds_train.cloud import stacks
+    from wds_train.cloud.aws import Aws
+
+    aws = Aws(args.region)
+    stack = stacks.existing(aws, args.run)
+    print("\n".join([f"stack {stack['StackName']}: {stack['StackStatus']}", *stacks.machines(aws, args.run)]))
+    if not args.yes and _answer() != args.run:
+        raise UsageError("nothing was deleted; type the run's name when asked, or give --yes")
+    stacks.destroy(aws, args.run)
+    print(f"deleted; the bucket s3://{stacks.parameters(stack).get('Bucket', '')} and all that it holds stay")
+    return 0
+
+
+def _answer() -> str:
+    try:
+        return input("type the run's name to delete its stack (the bucket stays): ").strip()
+    except EOFError:  # nobody to ask
+        return ""

@@ -1,0 +1,121 @@
+"""`wds-train launch`: from nothing to a training on spot instances that heals itself, and ends by a set hour at the latest."""
+
+import argparse
+import math
+import re
+
+from wds_train.commands.arguments import add_region, dollars
+from wds_train.config.numbers import above_zero
+from wds_train.config.presets import preset
+from wds_train.errors import UsageError
+from wds_train.storage.address import BUCKET, NAME
+
+SIZES = ("small", "medium", "large", "huge", "a100")
+PREFIX = re.compile(r"([A-Za-z0-9._-]+/)*")
+ARGUMENTS = re.compile(r"[A-Za-z0-9 ._=,:/@+-]*")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a name; the run is BUCKET/runs/RUN")
+    add("--bucket", required=True, metavar="s3://B/P", help="where datasets/, runs/ and code/ live")
+    add("--recipe", required=True, metavar="NAME")
+    add("--dataset", metavar="NAME", help="BUCKET/datasets/NAME (default: the recipe's name)")
+    add("--size", choices=SIZES, default="small", help="1 GPU (small, medium), 4 (large), 8 (huge, a100) (%(default)s)")
+    add(
+        "--max-hours",
+        type=above_zero,
+        metavar="H",
+        help="none after that, whatever happens (default: twice the plan's)",
+    )
+    add("--max-usd", type=dollars, metavar="USD", help="none after the hours that this buys")
+    add("--arguments", dest="more", default="", metavar="TEXT", help="more arguments of `wds-train train`")
+    add("--wandb-secret", default="", metavar="ARN", help="a secret of Secrets Manager that holds a W&B key")
+    add("--create-bucket", action="store_true", help="make the bucket, which shards go to then; train nothing yet")
+    add("--check", action="store_true", help="only look at what would be needed; make nothing")
+    add_region(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    bucket, prefix = _place(args.bucket)
+    recipe = preset(args.recipe)
+    dataset = args.dataset or args.recipe
+    for what, name in (("RUN", args.run), ("--dataset", dataset)):
+        if not NAME.fullmatch(name):
+            raise UsageError(
+                f"{what} {name!r} must be a name below the bucket: the instance may read and write nothing else"
+            )
+    if not ARGUMENTS.fullmatch(args.more):
+        raise UsageError(f"--arguments {args.more!r} may hold letters, digits, blanks and ._=,:/@+- alone")
+
+    from wds_train.cloud import stacks
+    from wds_train.cloud.aws import Aws
+    from wds_train.cloud.preflight import Order, preflight
+
+    aws = Aws(args.region)
+    url = f"s3://{bucket}/{prefix}datasets/{dataset}"
+    order = Order(bucket, prefix, args.run, recipe, url, args.size, args.create_bucket)
+    found = preflight(aws, order)
+    print("\n".join(found.lines))
+    if found.refused:
+        raise UsageError("\n".join(["nothing was made, since", *found.refused]))
+    limit = 0.0
+    if found.planned is not None:
+        limit = limited(found.planned.hours, found.price, args.max_hours, args.max_usd)
+        print(f"{'the end':12}{limit:.1f} hours from now at the latest, ${limit * found.price:.2f} at most")
+    if args.check:
+        print("nothing was made (--check)")
+        return 0
+    values = {"Run": args.run, "Recipe": args.recipe, "Bucket": bucket, "Prefix": prefix, "Size": args.size}
+    values |= {"Arguments": f"--dataset {url} {args.more}".strip(), "WandbSecret": args.wandb_secret}
+    values |= {"Image": found.image} | stacks.kept(aws, args.run)
+    if args.create_bucket:
+        stacks.make(aws, args.run, values | {"CreateBucket": "yes", "CodeKey": "code/none", "CodeSha256": "0" * 64})
+        print(f"made; now the images: make shards SOURCE=... DATASET={url}, and then launch without --create-bucket")
+        return 0
+    stacks.make(aws, args.run, values | _upload(bucket, prefix))
+    end = stacks.start(aws, args.run, limit)
+    print(f"launched; watch it: make status RUN={args.run} BUCKET={args.bucket}. It ends by {end:%Y-%m-%d %H:%M} UTC")
+    return 0
+
+
+def limited(planned: float, price: float, max_hours: float | None, max_usd: float | None) -> float:
+    """The hours after which the group is set to none: the least that was asked for, else twice what the plan says."""
+    asked = [] if max_hours is None else [max_hours]
+    if max_usd is not None:
+        if max_usd <= 0:
+            raise UsageError(f"--max-usd {max_usd:g} buys no hour; give what the run may cost")
+        asked.append(max_usd / price)
+    limit = min(asked, default=math.ceil(2 * planned))
+    if limit < planned:
+        print(f"{'note':12}the plan takes {planned:.1f} hours; the limit comes before, and a later launch goes on")
+    return limit
+
+
+def _upload(bucket: str, prefix: str) -> dict[str, str]:
+    """Put the code into the bucket, where it is not yet; what the stack calls it by."""
+    import sys
+
+    from wds_train.cloud.bundle import bundle, key_of
+    from wds_train.errors import Conflict
+    from wds_train.storage.open import open_store
+
+    code, changed = bundle()
+    if changed:
+        print("changes that are not committed are not launched", file=sys.stderr)
+    key, digest = key_of(code)
+    try:
+        open_store(f"s3://{bucket}/{prefix}".rstrip("/")).write(key, code, if_absent=True)
+    except Conflict as error:
+        raise UsageError(f"s3://{bucket}/{prefix}{key} holds other bytes than its name says; delete it") from error
+    return {"CodeKey": f"{prefix}{key}", "CodeSha256": digest}
+
+
+def _place(address: str) -> tuple[str, str]:
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    if not address.startswith("s3://") or not BUCKET.fullmatch(bucket):
+        raise UsageError(f"--bucket {address!r} is no s3://BUCKET[/PREFIX], which instances of AWS could reach")
+    prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+    if not PREFIX.fullmatch(prefix):
+        raise UsageError(f"--bucket {address!r} may hold letters, digits and ._- alone, and slashes between")
+    return bucket, prefix
