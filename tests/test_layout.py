@@ -27,6 +27,7 @@ ROOMS = {
     "evaluation": "scoring, and what an evaluation found",
     "tracking": "what a person sees of a run: console, W&B, curves",
     "training": "claim, steps, end: options, setup, engine, loop, ranks, signals",
+    "serving": "a trained model at work: predict, export, publish, demo",
     "bench": "what the parts cost",
     "commands": "one file a command",
     "cli": "the table of commands",

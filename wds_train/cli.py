@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("wds_train.commands.train", "train, or go on with a run"),
     "recipes": ("wds_train.commands.recipes", "list the recipes, or print one in full"),
     "eval": ("wds_train.commands.eval", "the accuracy of a run's weights or of an exported file, alone or together"),
+    "predict": ("wds_train.commands.predict", "what a run's model, or an exported file's, sees in images"),
     "status": ("wds_train.commands.status", "how far a run is, who trains it, what it cost"),
     "checkpoints": ("wds_train.commands.checkpoints", "list a run's checkpoints"),
     "rollback": ("wds_train.commands.rollback", "make an older checkpoint the newest"),

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = Dataset.open(where)
     for weights in chosen:
         refuse_other_classes(weights, dataset)
-    views = [View.of(weights.recipe, args) for weights in chosen]
+    views = [View.of(weights.recipe, args.tta, args.size, args.crop) for weights in chosen]
     split = dataset.split(args.split)
     batch = args.batch or min(chosen[0].recipe.batch, EVAL_BATCH)
     scored = score(chosen, views, split, batch, workers=args.workers, device=device)

@@ -1,31 +1,54 @@
-"""`wds-train export`: a run's weights as a file that timm loads."""
+"""`wds-train export`: a run's weights in a format of others."""
 
 import argparse
 from pathlib import Path
+
+import torch
 
 from wds_train.checkpoint.find import SCORES, choose, find_run
 from wds_train.checkpoint.read import weights_of
 from wds_train.commands.arguments import add_run, run_url
 from wds_train.errors import UsageError
 from wds_train.models.weights import SUFFIX
+from wds_train.serving.calibrate import calibrated
+from wds_train.serving.classify import Classifier
+from wds_train.serving.export import write_onnx, write_safetensors, write_timm_folder, write_torch_export
+
+FORMATS = {
+    "safetensors": (SUFFIX, write_safetensors),
+    "onnx": (".onnx", write_onnx),
+    "torch-export": (".pt2", write_torch_export),
+    "timm-hub": ("", write_timm_folder),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("--best", choices=SCORES, default="ema", help="which weights, by default of their best epoch")
     parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint of this step instead")
-    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="safetensors",
+        help="safetensors: for timm and for us (default); onnx and torch-export: with the normalisation inside; timm-hub: a "
+        "folder for timm",
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="PATH", help="a file, or the folder of timm-hub")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.to.suffix != SUFFIX:
-        raise UsageError(f"--to {args.to} must end in {SUFFIX}")
+    suffix, write = FORMATS[args.format]
+    if suffix and args.to.suffix != suffix:
+        raise UsageError(f"--to {args.to} must end in {suffix}")
     if not args.to.parent.is_dir():
         raise UsageError(f"--to {args.to}: there is no folder {args.to.parent}; make it first")
     manifest, store = find_run(run_url(args.run, args.bucket))
     weights = weights_of(store, manifest, choose(manifest, args.best, args.step), args.best)
-    weights.save(args.to)
+    weights = calibrated(weights, Classifier(weights, None, torch.device("cpu")), manifest)
+    call = write(weights, args.to)
     scores = ", ".join(f"{name} {value:.2f}" for name, value in weights.metrics.items()) or "not validated"
     print(f"{args.to}: {weights.kind} weights of step {weights.step} ({scores})")
-    print(f"load it with {weights.timm_call(args.to)}")
+    if weights.calibration.fitted:
+        print(f"calibrated: {weights.calibration}")
+    print(f"load it with {call}")
     return 0
