@@ -4,12 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := .venv-peers
+DEMO   := .venv-demo
 
 # Where the environment forbids bytecode, every process would compile PyTorch and timm anew, for 6 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train test test-cpus crash-test check fix bench-peers lock s3-stop clean
+.PHONY: help setup shards train demo test test-cpus crash-test check fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -34,6 +35,14 @@ shards: setup ## a dataset becomes tar shards on S3 (SOURCE=, BUCKET= or DATASET
 
 train: setup ## train; again after an interruption: goes on where it stopped (RUN=, RECIPE=, BUCKET= or DATASET=)
 	$(strip $(BIN)/wds-train train $(call flag,DATASET,--dataset) $(call flag,RUN,--run) $(call flag,RECIPE,--recipe) $(call flag,BUCKET,--bucket) $(ARGS))
+
+demo: $(DEMO)/.installed ## try a model in the browser (RUN=, BUCKET=)
+	$(strip $(BIN)/wds-train demo $(or $(RUN),digits) --python $(DEMO)/bin/python $(call flag,BUCKET,--bucket) $(ARGS))
+
+$(DEMO)/.installed: requirements-demo.lock $(STAMP)
+	$(PYTHON) -m venv --without-pip $(DEMO)
+	$(BIN)/uv pip install --quiet --python $(DEMO)/bin/python --require-hashes -r requirements-demo.lock
+	@touch $@
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)
@@ -67,10 +76,11 @@ $(PEERS)/.installed: requirements-peers.lock $(STAMP)
 lock: setup ## compile the pinned, hashed requirements anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra dev pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra peers pyproject.toml -o requirements-peers.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header wds_train/serving/space/requirements.txt -o requirements-demo.lock
 	echo uv | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-uv.lock
 
 s3-stop: setup ## stop the embedded S3 server
 	$(BIN)/python -m wds_train.storage.embedded stop
 
 clean: s3-stop ## remove what was installed, and all data of the embedded S3 server
-	rm -rf $(VENV) $(PEERS) .wds
+	rm -rf $(VENV) $(PEERS) $(DEMO) .wds

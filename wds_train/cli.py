@@ -24,7 +24,9 @@ COMMANDS = {
     "status": ("wds_train.commands.status", "how far a run is, who trains it, what it cost"),
     "checkpoints": ("wds_train.commands.checkpoints", "list a run's checkpoints"),
     "rollback": ("wds_train.commands.rollback", "make an older checkpoint the newest"),
-    "export": ("wds_train.commands.export", "a run's weights as a file that timm loads"),
+    "export": ("wds_train.commands.export", "a run's weights for timm, onnxruntime or torch.export"),
+    "demo": ("wds_train.commands.demo", "try a model in the browser"),
+    "publish": ("wds_train.commands.publish", "a run as a model repository and a page for everyone"),
     "bench": ("wds_train.commands.bench", "measure what the parts cost"),
 }
 

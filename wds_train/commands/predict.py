@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from tqdm import tqdm
+
 from wds_train.commands.arguments import add_bucket, add_device, run_url
 from wds_train.models.weights import SUFFIX
 from wds_train.serving.classify import Classifier, progress
@@ -40,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
         print(csv_header(len(weights.classes)))
     for photo, answer in progress(Classifier(weights, args.tta, device).logits(images), len(images), "predict"):
         found = Prediction.of(photo.name, answer, weights)
-        print(found.to_json() if args.json else found.to_csv() if args.csv else found.to_lines(names))
+        text = found.to_json() if args.json else found.to_csv() if args.csv else found.to_lines(names)
+        tqdm.write(text)  # above the bar, if there is one
         bad += bool(found.error)
     if bad:
         print(f"wds-train: {bad:,} of {len(images):,} images could not be used", file=sys.stderr)

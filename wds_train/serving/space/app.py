@@ -24,8 +24,9 @@ from PIL import Image  # noqa: E402
 
 HERE = Path(__file__).parent
 ABOUT: dict[str, Any] = json.loads((HERE / "app.json").read_text())
-MODELS = {entry["title"]: HERE / "models" / entry["file"] for entry in ABOUT["models"]}
+MODELS = {title: HERE / "models" / name for title, name in ABOUT["models"].items()}
 KEPT_SECONDS = 300
+CAPTION = "Only the probabilities of the weights that can be chosen above are calibrated."
 TOP = 5
 CSS = "footer {display: none} .learn td, .learn th {padding: .2em .8em; text-align: left}"
 
@@ -35,7 +36,7 @@ class Photo(gr.Image):
 
     is_template = True
 
-    def preprocess(self, payload: Any) -> Image.Image | None:  # type: ignore[override]
+    def preprocess(self, payload: Any) -> Image.Image | None:
         if payload is None:
             return None
         try:
@@ -85,7 +86,7 @@ def learned(image: Image.Image | None) -> str:
         best = found.top(1)[0]
         cells = (title, model.facts["names"][best], f"{100 * found.probabilities[best]:.1f} %")
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    return f"<table class=learn><tr><th>weights<th>answer<th>probability</tr>{''.join(rows)}</table>"
+    return f"<table class=learn><caption>{CAPTION}</caption><tr><th>weights<th>answer<th>probability</tr>{''.join(rows)}</table>"
 
 
 def page() -> gr.Blocks:
@@ -101,7 +102,7 @@ def page() -> gr.Blocks:
                     sources=["upload", "clipboard", "webcam"],
                     height=320,
                 )
-                chosen = gr.Radio([*MODELS][-2:], value=ABOUT["default"], label="Weights", visible=len(MODELS) > 1)
+                chosen = gr.Radio(ABOUT["choices"], value=ABOUT["choices"][0], label="Weights")
                 if examples:
                     gr.Examples(
                         examples, photo, cache_examples=False, label="Images of the validation, never trained on"
@@ -121,7 +122,7 @@ def page() -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    classifier(ABOUT["default"])
+    classifier(ABOUT["choices"][0])
     page().queue(default_concurrency_limit=2, max_size=64).launch(
         max_file_size=MOST_BYTES,
         css=CSS,
