@@ -4,6 +4,7 @@ Nothing is invented: numbers are the run's, the licence is the user's, and what 
 """
 
 import re
+import shutil
 from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCardData, SpaceCardData, get_token
@@ -12,10 +13,10 @@ from wds_train.checkpoint.manifest import RunManifest
 from wds_train.data.dataset import Dataset
 from wds_train.errors import StoreError, UsageError, WdsTrainError
 from wds_train.models.weights import Weights
-from wds_train.serving.export import new_folder, write_onnx, write_timm_folder
+from wds_train.serving.export import new_folder, write_timm_folder
 from wds_train.serving.graph import facts
 from wds_train.serving.provenance import cost, data, results, revision, without_places
-from wds_train.serving.space_folder import PYTHON, Space, card, pinned
+from wds_train.serving.space_folder import PYTHON, Space, card, file_of, pinned
 
 NAMES = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 LICENCES = re.compile("[a-z0-9][a-z0-9.-]{0,60}")
@@ -49,7 +50,7 @@ def write(folder: Path, run: RunManifest, choices: list[Weights], licence: str, 
         )
         (space / "README.md").write_text(card("space.md", head.to_yaml(), title=page.title))
         write_timm_folder(choices[0], made / "model")
-        write_onnx(choices[0], made / "model" / "model.onnx")
+        shutil.copyfile(space / "models" / file_of(choices[0]), made / "model" / "model.onnx")
         (made / "model" / "README.md").write_text(_model_card(run, choices[0], licence, name))
 
 

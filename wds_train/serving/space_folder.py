@@ -42,7 +42,7 @@ class Space:
         in_order = sorted((*self.choices, *self.others), key=lambda weights: (weights.step, weights.kind))
         for weights in in_order:
             say(f"exporting the {weights.kind} weights of step {weights.step}")
-            write_onnx(weights, folder / "models" / _file(weights))
+            write_onnx(weights, folder / "models" / file_of(weights))
         (folder / "app.json").write_text(json.dumps(self._about(in_order), indent=1, ensure_ascii=False) + "\n")
         if self.examples:
             (folder / "examples").mkdir()
@@ -55,12 +55,12 @@ class Space:
             "title": self.title,
             "what": f"Give an image; it answers with one of {classes:,} classes, also for what it has never seen.",
             "footer": self.footer,
-            "models": {_title(weights): _file(weights) for weights in in_order},
+            "models": {_title(weights): file_of(weights) for weights in in_order},
             "choices": [_title(weights) for weights in self.choices],
         }
 
 
-def _file(weights: Weights) -> str:
+def file_of(weights: Weights) -> str:
     return f"{weights.kind}-{weights.step:08d}.onnx"
 
 
