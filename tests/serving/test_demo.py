@@ -4,7 +4,6 @@ installed its environment.
 
 import io
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +25,13 @@ def page(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page
     folder, port = tmp_path_factory.mktemp("demo"), free_port()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("WDS_HOME", str(folder / "home"))
+        environment.setenv("TMPDIR", str(folder / "tmp"))
+        (folder / "tmp").mkdir()
         with served_page(demo_command(served, port), folder, port) as (page, _):
             yield page
     log = (folder / "log").read_text()
     assert "classifier.py" not in log, log  # Gradio's own part tells its owner of forged requests
-    assert not [*Path(os.environ.get("TMPDIR", "/tmp")).glob("wds-demo-*/photo*")]
+    assert not [*(folder / "tmp").glob("wds-demo-*")]  # nothing of a visitor's is kept
 
 
 @WITH_GRADIO

@@ -78,8 +78,7 @@ def served_page(command: list[str], folder: Path, port: int) -> Iterator[tuple[P
                 time.sleep(0.1)
             yield Page(url), process.pid
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT)
+            process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
             with contextlib.suppress(ProcessLookupError):

@@ -1,6 +1,7 @@
 """The page of `publish`, on this machine, with the answers of every checkpoint and some images of the validation."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ def serve(source: str, python: Path | None, port: int) -> int:
     space = (
         Space([prepared(source, cpu)], f"File {Path(source).name}") if source.endswith(SUFFIX) else _of_run(source, cpu)
     )
+    # `kill` must end the page, too, and remove what it made.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="wds-demo-") as folder:
         space.write(Path(folder))
         say(f"http://127.0.0.1:{port} (Ctrl-C ends it)")
@@ -49,9 +52,10 @@ def serve(source: str, python: Path | None, port: int) -> int:
             if code := page.wait():
                 raise RunError(f"the page ended with {code}; is port {port} taken? Choose another --port")
         except KeyboardInterrupt:
-            page.wait()  # the terminal told it, too
+            pass
         finally:
-            page.kill()
+            page.terminate()
+            page.wait()
     return 0
 
 

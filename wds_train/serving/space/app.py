@@ -9,6 +9,8 @@ import functools
 import html
 import json
 import os
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 VISITORS = tempfile.TemporaryDirectory(prefix="wds-demo-")
 atexit.register(VISITORS.cleanup)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # or what visitors sent would stay
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": VISITORS.name, "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 import gradio as gr  # noqa: E402  (reads the environment)
