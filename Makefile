@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := .venv-peers
 INFRA  := .venv-infra
+DEMO   := .venv-demo
 
 # Where the environment forbids bytecode, every process would compile PyTorch and timm anew, for 6 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train plan report wandb-sync launch status logs stop destroy leftovers
+.PHONY: help setup shards train plan report wandb-sync launch status logs stop destroy leftovers demo
 .PHONY: test test-cpus crash-test check check-infra fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
@@ -64,6 +65,14 @@ destroy: setup ## delete a run's stack, not its bucket (RUN=)
 leftovers: setup ## what of ours still costs money on AWS
 	$(strip $(BIN)/wds-train leftovers $(call flag,REGION,--region) $(ARGS))
 
+demo: $(DEMO)/.installed ## try a model in the browser (RUN=, BUCKET=)
+	$(strip $(BIN)/wds-train demo $(or $(RUN),digits) --python $(DEMO)/bin/python $(call flag,BUCKET,--bucket) $(ARGS))
+
+$(DEMO)/.installed: requirements-demo.lock $(STAMP)
+	$(PYTHON) -m venv --without-pip $(DEMO)
+	$(BIN)/uv pip install --quiet --python $(DEMO)/bin/python --require-hashes -r requirements-demo.lock
+	@touch $@
+
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)
 
@@ -105,10 +114,11 @@ lock: setup ## compile the pinned, hashed requirements anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra dev pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra peers pyproject.toml -o requirements-peers.lock
 	echo checkov | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-infra.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header wds_train/serving/space/requirements.txt -o requirements-demo.lock
 	echo uv | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-uv.lock
 
 s3-stop: setup ## stop the embedded S3 server
 	$(BIN)/python -m wds_train.storage.embedded stop
 
 clean: s3-stop ## remove what was installed, and all data of the embedded S3 server
-	rm -rf $(VENV) $(PEERS) $(INFRA) .wds
+	rm -rf $(VENV) $(PEERS) $(INFRA) $(DEMO) .wds

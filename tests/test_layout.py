@@ -30,6 +30,7 @@ ROOMS = {
     "report": "a run as a page, and runs side by side",
     "training": "claim, steps, end: options, setup, engine, loop, ranks, signals",
     "cloud": "AWS: what a training takes there, and the stack that it runs in",
+    "serving": "a trained model at work: predict, export, publish, demo",
     "bench": "what the parts cost",
     "commands": "one file a command",
     "cli": "the table of commands",

@@ -249,12 +249,12 @@ def test_a_malformed_manifest_is_refused_with_the_field(
 
 
 def test_looking_at_a_run_starts_no_thread(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
     monkeypatch.setattr(threading.Thread, "start", lambda self: started.append(self.name))
-    for command in (["status"], ["checkpoints"], ["verify"], ["export", "--to", tmp_path / "x.safetensors"]):
-        code, out = answer(capsys, command[0], run, *command[1:])
+    for command in (["status"], ["checkpoints"], ["verify"]):  # an export calibrates, in threads
+        code, out = answer(capsys, command[0], run)
         assert (code, started) == (0, []), out
 
 
@@ -323,6 +323,7 @@ def test_mutated_runs_meet_every_command(
     commands += [["rollback", "--to", str(steps[-1])], ["rollback", "--to", str(steps[0])]]
     commands += [["export", "--to", str(file)], ["export", "--to", str(file), "--step", str(steps[-1])]]
     eval_command = ["eval", "--dataset", small, "--workers", "0", "--step", str(steps[-1])]
+    sound["dataset"]["url"] = "/nowhere"  # or hundreds of exports would each be calibrated
     shutil.copytree(run, tmp_path / "sound")
     for number in range(MUTANTS):
         if {path.name for path in run.rglob("*.*")} != {path.name for path in (tmp_path / "sound").rglob("*.*")}:

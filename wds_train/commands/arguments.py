@@ -8,6 +8,7 @@ from wds_train.config.numbers import Number, count, positive  # noqa: F401 (for 
 from wds_train.storage.address import announced, located, not_here
 
 dollars = Number(float, 0)
+FILE = ".safetensors"  # how an exported file's name ends, said without the import of PyTorch
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,11 @@ def run_url(run: str, bucket: str | None) -> str:
     """The address of `run`, which is one already, or the name of one under `bucket`/runs."""
     name_of(run)
     return announced(located(run, "runs", bucket), run)
+
+
+def run_or_file(text: str, bucket: str | None) -> str:
+    """The path of an exported file as it is; else the address of a run."""
+    return text if text.endswith(FILE) else run_url(text, bucket)
 
 
 def share_of(text: str) -> tuple[str, float]:

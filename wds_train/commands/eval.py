@@ -7,13 +7,20 @@ from pathlib import Path
 
 from wds_train.checkpoint.begun import own_dataset
 from wds_train.checkpoint.find import SCORES, find_run
-from wds_train.commands.arguments import add_bucket, add_device, add_workers, count, dataset_url, positive, run_url
+from wds_train.commands.arguments import (
+    FILE,
+    add_bucket,
+    add_device,
+    add_workers,
+    count,
+    dataset_url,
+    positive,
+    run_or_file,
+)
 from wds_train.config.numbers import Number
 from wds_train.data.dataset import Dataset
 from wds_train.errors import UsageError, unwritable
 from wds_train.tracking.console import Meter, loading
-
-FILE = ".safetensors"  # how an exported file's name ends, said without the import of PyTorch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     bucket = args.bucket
-    models = [each if each.endswith(FILE) else run_url(each, bucket) for each in (args.run, *args.ensemble)]
+    models = [run_or_file(each, bucket) for each in (args.run, *args.ensemble)]
     dataset = _own(models) if args.dataset is None else Dataset.open(dataset_url(args.dataset, bucket))
     loading()
     from wds_train.evaluation.evaluate import View, chosen_weights, refuse_other_classes, score
@@ -76,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = [chosen_weights(each, args.weights, args.step) for each in models]
     for weights in chosen:
         refuse_other_classes(weights, dataset)
-    views = [View.of(weights.recipe, args) for weights in chosen]
+    views = [View.of(weights.recipe, args.tta, args.size, args.crop) for weights in chosen]
     split = dataset.split(args.split)
     batch = args.batch or min(chosen[0].recipe.batch, EVAL_BATCH)
     with Meter(0, len(split)) as meter:

@@ -1,4 +1,4 @@
-"""`wds-train export`: a run's weights as a file that timm loads."""
+"""`wds-train export`: a run's weights in a format of others."""
 
 import argparse
 from pathlib import Path
@@ -8,27 +8,44 @@ from wds_train.commands.arguments import add_run, count, run_url
 from wds_train.errors import UsageError
 from wds_train.tracking.console import loading
 
+FORMATS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2", "timm-hub": ""}  # and their suffix
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("--best", choices=SCORES, default="ema", help="which weights, by default of their best epoch")
     parser.add_argument("--step", type=count, metavar="N", help="of the checkpoint of this step instead")
-    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="safetensors",
+        help="safetensors: for timm and for us (default); onnx and torch-export: with the normalisation inside; timm-hub: a "
+        "folder for timm",
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="PATH", help="a file, or the folder of timm-hub")
 
 
 def run(args: argparse.Namespace) -> int:
+    suffix = FORMATS[args.format]
+    if suffix and args.to.suffix != suffix:
+        raise UsageError(f"--to {args.to} must end in {suffix}")
     if not args.to.parent.is_dir():
         raise UsageError(f"--to {args.to}: there is no folder {args.to.parent}; make it first")
     loading()
-    from wds_train.checkpoint.read import weights_of
-    from wds_train.models.weights import SUFFIX
+    import torch
 
-    if args.to.suffix != SUFFIX:
-        raise UsageError(f"--to {args.to} must end in {SUFFIX}")
+    from wds_train.checkpoint.read import weights_of
+    from wds_train.serving.calibrate import calibrated
+    from wds_train.serving.classify import Classifier
+    from wds_train.serving.export import WRITERS
+
     manifest, store = find_run(run_url(args.run, args.bucket))
     weights = weights_of(store, manifest, choose(manifest, args.best, args.step), args.best)
-    weights.save(args.to)
+    weights = calibrated(weights, Classifier(weights, None, torch.device("cpu")), manifest)
+    call = WRITERS[args.format](weights, args.to)
     scores = ", ".join(f"{name} {value:.2f}" for name, value in weights.metrics.items()) or "not validated"
     print(f"{args.to}: {weights.kind} weights of step {weights.step} ({scores})")
-    print(f"load it with {weights.timm_call(args.to)}")
+    if weights.calibration.fitted:
+        print(f"calibrated: {weights.calibration}")
+    print(f"load it with {call}")
     return 0

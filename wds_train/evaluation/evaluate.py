@@ -4,7 +4,6 @@ Every member of an ensemble sees the samples at its own size and normalisation; 
 validation, so that the same weights give the same numbers.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from wds_train.checkpoint.find import best_kind, choose, find_run
+from wds_train.checkpoint.manifest import Checkpoint, RunManifest
 from wds_train.checkpoint.read import weights_of
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
@@ -44,12 +44,12 @@ class View:
     flip: bool
 
     @classmethod
-    def of(cls, recipe: Recipe, args: argparse.Namespace) -> "View":
+    def of(cls, recipe: Recipe, tta: str | None, size: int | None = None, crop: float | None = None) -> "View":
         """The recipe's, but for what the flags say; `UsageError` when that cannot work."""
-        changes = {"data.eval_size": args.size, "data.eval_crop": args.crop}
+        changes = {"data.eval_size": size, "data.eval_crop": crop}
         data = with_settings(recipe, [f"{name}={value}" for name, value in changes.items() if value is not None]).data
-        flip = data.eval_flip if args.tta is None else args.tta != "none"
-        if args.tta != "crops":
+        flip = data.eval_flip if tta is None else tta != "none"
+        if tta != "crops":
             return cls(data.eval_size, data.eval_crop, data.eval_size, flip)
         # Where the recipe's crop leaves a margin, the whole square at the same scale; otherwise an enlarged one.
         decoded = math.ceil(data.eval_size / min(data.eval_crop, CROPS_SHARE))
@@ -82,9 +82,14 @@ def chosen_weights(source: str, kind: str, step: int | None) -> Weights:
             )
         return weights
     manifest, store = find_run(source)
+    return weights_of(store, manifest, *chosen_checkpoint(manifest, kind, step))
+
+
+def chosen_checkpoint(manifest: RunManifest, kind: str, step: int | None) -> tuple[Checkpoint, str]:
+    """The checkpoint, and the kind of its weights: by default those with the higher top-1."""
     if kind == "best":
         kind = best_kind(manifest.checkpoints if step is None else (choose(manifest, kind, step),))
-    return weights_of(store, manifest, choose(manifest, kind, step), kind)
+    return choose(manifest, kind, step), kind
 
 
 def refuse_other_classes(weights: Weights, dataset: Dataset) -> None:
@@ -121,13 +126,13 @@ def score(
     loaders = {transform: Loader(split, plan, transform, workers, pinned=pinned) for transform in transforms}
     for loader in loaders.values():
         loader.start()  # before PyTorch has threads, which a fork does not survive
-    members = [_Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
+    members = [Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     predicted, times = np.empty(len(split), np.int64), np.zeros(len(split), np.int64)
     confidence = np.empty(len(split), np.float32)
     unreadable: list[Unreadable] = []
     for found in _together(loaders):
-        joint = _mean_probabilities([member.logits(found) for member in members])
+        joint = _mean_probabilities([member.logits(found[member.view.transform].images) for member in members])
         named = {entry.sample: entry for each in found.values() for entry in each.unreadable}
         one = replace(next(iter(found.values())), unreadable=list(named.values()))
         totals += sums(joint, one)
@@ -146,20 +151,20 @@ def _together(loaders: dict[EvalTransform, Loader]) -> Iterator[dict[EvalTransfo
         yield dict(zip(loaders, batches, strict=True))
 
 
-class _Member:
+class Member:
     """One model on `device`, and its own view of the images."""
 
     def __init__(self, weights: Weights, view: View, device: torch.device) -> None:
-        self._view, recipe = view, weights.recipe
+        self.view, recipe = view, weights.recipe
         self._model = create_model(recipe.model, len(weights.classes), recipe.seed, device).eval()
         self._normalise = Normaliser(recipe.data, device)
         self._predictor = Predictor(device, side=view.side, flip=view.flip)
         self._model.load_state_dict(weights.tensors)
         refuse_sizes(self._model, recipe.model.name, {"--size": view.side})
 
-    def logits(self, found: dict[EvalTransform, Batch]) -> torch.Tensor:
-        """The logits of the batch that has this member's view, float32 [n, classes]."""
-        return self._predictor.logits(self._model, self._normalise(found[self._view.transform].images))
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """The logits of uint8 images [n, side, side, 3] that `view.transform` made, float32 [n, classes]."""
+        return self._predictor.logits(self._model, self._normalise(images))
 
 
 def _mean_probabilities(logits: list[torch.Tensor]) -> torch.Tensor:

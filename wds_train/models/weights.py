@@ -2,10 +2,11 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encoded
@@ -13,6 +14,7 @@ from safetensors.torch import save as encoded
 from wds_train.config.recipe import Recipe
 from wds_train.errors import NotFound, RunError, UsageError, WdsTrainError, unwritable
 from wds_train.format.manifest import ClassInfo
+from wds_train.models.calibration import Calibration
 from wds_train.models.fit import refuse_other_weights
 from wds_train.typed import typed
 
@@ -44,11 +46,12 @@ class Weights:
     metrics: dict[str, float]
     recipe: Recipe
     classes: tuple[ClassInfo, ...]
+    calibration: Calibration = field(default_factory=Calibration)
 
     def save(self, path: Path) -> None:
         """Write a file for `timm.create_model(NAME, checkpoint_path=path)`, which `read` reads, too."""
         own = asdict(replace(self, tensors={})) | {"recipe": self.recipe.to_dict()}
-        data = encoded(self.tensors, {"config": json.dumps(self._timm_config()), OWN: json.dumps(own)})
+        data = encoded(self.tensors, {"config": json.dumps(self.timm_config()), OWN: json.dumps(own)})
         unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         try:  # safetensors' own `save_file` leaves a file that nobody else may read
             unfinished.write_bytes(data)
@@ -91,14 +94,22 @@ class Weights:
             f"timm.create_model({model.name!r}, num_classes={len(self.classes)}, checkpoint_path={str(path)!r}{more})"
         )
 
-    def _timm_config(self) -> dict[str, Any]:
-        """What tells timm of the model, in the names of timm's `config.json` (timm/models/_hub.py, save_config_for_hf)."""
-        data, classes = self.recipe.data, len(self.classes)
+    def timm_config(self) -> dict[str, Any]:
+        """What tells timm of the model: the content of a `config.json` (timm/models/_hub.py, save_config_for_hf)."""
+        data, classes, model = self.recipe.data, len(self.classes), self.recipe.model
+        arguments, name = model.timm_arguments(), model.name
+        if arguments.get("aa_layer") == "BlurPool2d" and timm.is_model(
+            blurred := name.replace("resnet", "resnetblur", 1)
+        ):
+            # In JSON the layer would be its name, which timm's ResNets do not take.
+            name = blurred
+            del arguments["aa_layer"]
         return {
-            "architecture": self.recipe.model.name,
+            "architecture": name,
             "num_classes": classes,
-            # Without them timm would load a blur-pooled model as a plain one, in silence: its filters are no weights.
-            "model_args": self.recipe.model.timm_arguments(),
+            "label_names": [entry.id for entry in self.classes],
+            "label_descriptions": {entry.id: entry.name for entry in self.classes},
+            "model_args": arguments,
             "pretrained_cfg": {
                 "num_classes": classes,
                 "input_size": [3, data.eval_size, data.eval_size],

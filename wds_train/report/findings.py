@@ -1,6 +1,5 @@
 """What the best checkpoint gets right and wrong, found out at the time of the report on a part of the validation split."""
 
-import argparse
 import dataclasses
 import io
 from collections import Counter
@@ -75,7 +74,7 @@ def find(run: str, manifest: RunManifest, most: int, *, workers: int, device: to
     refuse_other_classes(weights, dataset)
     whole = dataset.split("val")
     split = spread(whole, most)
-    view = View.of(weights.recipe, argparse.Namespace(size=None, crop=None, tta=None))
+    view = View.of(weights.recipe, None)
     batch = min(weights.recipe.batch, EVAL_BATCH)
     scored = score([weights], [view], split, batch, workers=workers, device=device)
     labels, classes = split.index.label.astype(np.int64), dataset.manifest.classes

@@ -1,0 +1,154 @@
+"""`wds-train demo`: the page answers, and whatever is sent to it ends in a sentence. Skipped where `make demo` has not
+installed its environment.
+"""
+
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from visitors import PYTHON, Page, demo_command, free_port, leaks, served_page
+
+from wds_train.cli import main
+from wds_train.data.dataset import Dataset
+from wds_train.serving.classify import sample
+
+WITH_GRADIO = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is not there: make demo installs it")
+
+
+@pytest.fixture(scope="module")
+def page(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    folder, port = tmp_path_factory.mktemp("demo"), free_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("WDS_HOME", str(folder / "home"))
+        environment.setenv("TMPDIR", str(folder / "tmp"))
+        (folder / "tmp").mkdir()
+        with served_page(demo_command(served, port), folder, port) as (page, _):
+            yield page
+    log = (folder / "log").read_text()
+    assert "classifier.py" not in log, log  # Gradio's own part tells its owner of forged requests
+    assert not [*(folder / "tmp").glob("wds-demo-*")]  # nothing of a visitor's is kept
+
+
+@WITH_GRADIO
+def test_it_answers_as_predict_does(
+    page: Page, served: str, digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = sample(digits.split("val"), 3).read()
+    (tmp_path / "photo.png").write_bytes(data)
+    assert main(["predict", served, str(tmp_path / "photo.png"), "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)["top"]
+    event = page.answer("photo.png", data)
+    label, heat, note = event["output"]["data"]
+    assert [entry["label"] for entry in label["confidences"]] == [entry["name"] for entry in ours]
+    assert [entry["confidence"] for entry in label["confidences"]] == pytest.approx(
+        [entry["probability"] for entry in ours], abs=1e-3
+    )
+    assert heat["path"] and "ms in the model" in note
+
+
+@WITH_GRADIO
+def test_every_kept_checkpoint_answers(page: Page, digits: Dataset) -> None:
+    path = page.upload("photo.png", sample(digits.split("val"), 0).read()).json()[0]
+    image = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    assert page.learned is not None
+    table = page.call(page.learned, [image])["output"]["data"][0]
+    assert table.count("<tr>") == 1 + 3  # EMA and raw of the second epoch, and one of them of the first
+
+
+def encoded(form: str, image: Image.Image | None = None, **options: object) -> bytes:
+    out = io.BytesIO()
+    rng = np.random.default_rng(0)
+    (image or Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))).save(out, form, **options)
+    return out.getvalue()
+
+
+def bomb() -> bytes:
+    data = bytearray(encoded("PNG", Image.new("1", (8, 8))))
+    data[16:24] = (60000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+HOSTILE = {
+    "empty.jpg": b"",
+    "text.txt": b"hello",
+    "text.jpg": b"hello",
+    "vector.svg": b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>',
+    "vector.jpg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+    "page.html": b"<script>alert(1)</script>",
+    "cut.jpg": encoded("JPEG")[:700],
+    "cut.png": encoded("PNG")[:700],
+    "header.jpg": b"\xff\xd8\xff\xe0",
+    "bomb.png": bomb(),
+    "wide.png": encoded("PNG", Image.new("1", (1_000_000, 60))),
+    "scan.tif": encoded("TIFF"),
+    "icon.ico": encoded("ICO"),
+    "paper.pdf": encoded("PDF"),
+    "old.bmp": encoded("BMP"),
+    "noise.webp": b"RIFF\x00\x00\x00\x00WEBP" + bytes(100),
+    "archive.zip": b"PK\x03\x04" + bytes(1000),
+    "large.jpg": bytes(21 << 20),
+    "larger.jpg": bytes(100 << 20),
+    "../../etc/passwd.jpg": b"x",
+    "a" * 200 + ".jpg": b"x",
+    "name\x1b[31m.jpg": b"x",
+}
+ODD = {
+    "cmyk.jpg": encoded("JPEG", Image.new("CMYK", (50, 40))),
+    "moving.gif": encoded("GIF", save_all=True, append_images=[Image.new("RGB", (60, 40))]),
+    "wrong.png": encoded("JPEG"),
+    "sixteen.png": encoded("PNG", Image.new("I;16", (40, 40))),
+    "one.png": encoded("PNG", Image.new("RGB", (1, 1))),
+}
+FORGED = [
+    {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
+    {"path": "app.json", "meta": {"_type": "gradio.FileData"}},
+    {"path": "http://169.254.169.254/latest/meta-data", "meta": {"_type": "gradio.FileData"}},
+    {"url": "data:image/png;base64,AAAA", "meta": {"_type": "gradio.FileData"}},
+    {"path": None, "meta": {"_type": "gradio.FileData"}},
+    {"nonsense": 1},
+]
+
+
+@WITH_GRADIO
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_no_image_is_a_sentence(page: Page, name: str) -> None:
+    event = page.answer(name, HOSTILE[name])
+    text = json.dumps(event)
+    assert not event["success"]
+    assert not leaks(text), text
+    assert "Traceback" not in text
+
+
+@WITH_GRADIO
+@pytest.mark.parametrize("name", ODD)
+def test_odd_images_are_answered(page: Page, name: str) -> None:
+    assert page.answer(name, ODD[name])["success"]
+
+
+@WITH_GRADIO
+@pytest.mark.parametrize("number", range(len(FORGED)))
+def test_forged_requests_reach_no_file(page: Page, number: int) -> None:
+    event = page.ask(FORGED[number])
+    assert not event["success"]
+    assert not leaks(json.dumps(event).replace("/etc/passwd", "")), event
+    assert page.answer("photo.jpg", encoded("JPEG"))["success"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--python", "/nowhere"], "--python /nowhere cannot be run"),
+        ([], "has not both gradio and onnxruntime; `make demo`"),
+    ],
+)
+def test_without_gradio_it_says_what_to_do(
+    served: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["demo", served, *arguments]) == 2
+    assert message in capsys.readouterr().err

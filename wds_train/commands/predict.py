@@ -1,0 +1,52 @@
+"""`wds-train predict`: what a model sees in images."""
+
+import argparse
+import sys
+
+from tqdm import tqdm
+
+from wds_train.commands.arguments import add_bucket, add_device, run_or_file
+from wds_train.tracking.console import loading
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN_OR_FILE", help="a run as elsewhere, or a file of `wds-train export`")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="a file, a folder, s3://bucket/key or prefix, or http(s)://..."
+    )
+    add_bucket(parser, "runs/ lives")
+    add_device(parser)
+    parser.add_argument(
+        "--tta",
+        choices=["none", "flip", "crops"],
+        help="average the logits of the image and its mirror image, or of five crops and theirs",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="a JSON object a line")
+    form.add_argument("--csv", action="store_true", help="a row an image")
+
+
+def run(args: argparse.Namespace) -> int:
+    loading()
+    from wds_train.serving.classify import Classifier, progress
+    from wds_train.serving.photos import photos
+    from wds_train.serving.predict import Prediction, class_names, csv_header
+    from wds_train.serving.prepare import prepared
+    from wds_train.training.ranks import Ranks, refuse_unusable_gpu
+
+    if args.device == "auto":
+        refuse_unusable_gpu()
+    device = Ranks(cpu=args.device == "cpu").device
+    images = list(photos(args.images))
+    weights = prepared(run_or_file(args.model, args.bucket), device)
+    names, bad = class_names(weights.classes), 0
+    if args.csv:
+        print(csv_header(len(weights.classes)))
+    for photo, answer in progress(Classifier(weights, args.tta, device).logits(images), len(images), "predict"):
+        found = Prediction.of(photo.name, answer, weights)
+        text = found.to_json() if args.json else found.to_csv() if args.csv else found.to_lines(names)
+        tqdm.write(text)  # above the bar, if there is one
+        bad += bool(found.error)
+    if bad:
+        print(f"wds-train: {bad:,} of {len(images):,} images could not be used", file=sys.stderr)
+    return int(bad > 0)

@@ -1,0 +1,42 @@
+"""`wds-train publish`: a run as a model repository and a page on which anyone tries an image."""
+
+import argparse
+from pathlib import Path
+
+from wds_train.checkpoint.find import find_run
+from wds_train.commands.arguments import add_run, run_url
+from wds_train.tracking.console import loading
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    parser.add_argument(
+        "--licence",
+        required=True,
+        metavar="ID",
+        help="the model's, which is yours to choose, as the hub calls it: apache-2.0, mit, cc-by-nc-4.0, other, ...",
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload both to the Hugging Face hub under this name")
+
+
+def run(args: argparse.Namespace) -> int:
+    loading()
+    import torch
+
+    from wds_train.serving import publish  # of the extra `serve`
+    from wds_train.serving.prepare import both_kinds
+
+    publish.refuse(args.licence, args.push)
+    url = run_url(args.run, args.bucket)
+    manifest, _ = find_run(url)
+    publish.write(args.to, manifest, both_kinds(url, torch.device("cpu")), args.licence, args.push)
+    print(f"{args.to}/model: weights, ONNX file and card")
+    print(
+        f"{args.to}/space: the page; try it: pip install -r {args.to}/space/requirements.txt, python {args.to}/space/app.py"
+    )
+    if args.push:
+        print("\n".join(publish.push(args.to, args.push)))
+    else:
+        print(f"to upload it, type\n{publish.commands(args.to, 'OWNER/NAME')}")
+    return 0

@@ -1,0 +1,70 @@
+"""Where a model comes from, in words: what its run's manifest knows, and nothing else."""
+
+import subprocess
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from wds_train.checkpoint.find import SCORES
+from wds_train.checkpoint.manifest import RunManifest, best
+from wds_train.models.weights import Weights
+
+
+def results(run: RunManifest) -> list[dict[str, Any]]:
+    """The best validation of the raw and of the EMA weights."""
+    rows = []
+    for kind, name in SCORES.items():
+        if found := best(run.checkpoints, name):
+            top5 = found.metrics[name.replace("top1", "top5")]
+            rows.append({"weights": kind, "epoch": found.progress.evaluated, "top1": found.metrics[name], "top5": top5})
+    return rows
+
+
+def without_places(weights: Weights) -> Weights:
+    """The weights for others' eyes: with the names of their run and of files that they began from or learned from, not with
+    where these lie.
+    """
+    recipe = weights.recipe
+    model = replace(recipe.model, init=_name(recipe.model.init))
+    distill = replace(recipe.distill, teacher=_name(recipe.distill.teacher))
+    return replace(weights, run=_name(weights.run), recipe=replace(recipe, model=model, distill=distill))
+
+
+def _name(place: str) -> str:
+    return place.rstrip("/").rpartition("/")[2]
+
+
+def data(run: RunManifest, samples: int | None) -> dict[str, Any]:
+    """The dataset by name: its address may say more of its owner than is meant for all."""
+    named = run.dataset
+    return {
+        "name": _name(str(named.get("url", ""))) or "unknown",
+        "classes": named.get("classes"),
+        "fingerprint": named.get("fingerprint", "unknown"),
+        "mixed": len(named.get("mix", ())),
+        "samples": "an unknown number of" if samples is None else f"{samples:,}",
+    }
+
+
+def cost(run: RunManifest) -> str:
+    """Hours and interruptions; dollars and hardware where every attempt noted them."""
+    totals = run.totals()
+    # Attempts of older runs noted neither.
+    prices = [attempt.price for attempt in run.attempts]
+    hardware = {attempt.hardware for attempt in run.attempts} - {""}
+    known = not run.earlier.attempts and all(price is not None for price in prices)
+    dollars = sum(a.seconds / 3600 * (price or 0) for a, price in zip(run.attempts, prices, strict=True))
+    return (
+        f"{totals.seconds / 3600:.2f} hours in {totals.attempts} attempts, {totals.interruptions} interruptions survived"
+        + (f", on {', '.join(sorted(hardware))}" if hardware else "")
+        + (f", ${dollars:.2f}." if known else ", dollars not recorded.")
+    )
+
+
+def revision() -> str:
+    """The version of this package, with the commit where it runs out of a checkout."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return f"{version('wds-train')}{f', revision {found.stdout.strip()}' if found.returncode == 0 else ''}"
