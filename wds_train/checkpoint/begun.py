@@ -16,6 +16,11 @@ NAMED = 5  # differences; another recipe differs in dozens
 REMEDY = "leave out what differs, or begin another run: wds-train train NAME --like"
 
 
+def kept_nothing(run: RunManifest) -> bool:
+    """Whether it was given up without a checkpoint: a mistyped setting must not hold the name for ever."""
+    return not run.checkpoints and run.status in ("failed", "interrupted", "stopped")
+
+
 def own_dataset(run: RunManifest) -> Dataset:
     """The dataset that `run` was begun on; an error when it is gone, or another one is in its place."""
     if not (url := run.dataset.get("url")):
@@ -53,7 +58,7 @@ def going_on(found: RunManifest, fresh: RunManifest, where: str) -> RunManifest:
     """The run `found` at `where` as it goes on: with the dataset where it lies now, and if it kept nothing, as `fresh`.
     `UsageError` that names all in which `fresh` is another training.
     """
-    if found.kept_nothing:
+    if kept_nothing(found):
         return replace(found, recipe=fresh.recipe, dataset=fresh.dataset)
     settings = [] if found.recipe == fresh.recipe else _other_settings(found.settings, fresh.settings)
     if different := settings + _other_data(found.dataset, fresh.dataset):

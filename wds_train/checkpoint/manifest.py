@@ -228,11 +228,6 @@ class RunManifest:
         return self.checkpoints[-1].progress.step if self.checkpoints else 0
 
     @property
-    def kept_nothing(self) -> bool:
-        """Whether it was given up without a checkpoint: a mistyped setting must not hold the name for ever."""
-        return not self.checkpoints and self.status in ("failed", "interrupted", "stopped")
-
-    @property
     def settings(self) -> Recipe:
         """The recipe; `RunError` with the field when it is none that this version can train by."""
         try:

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wds_train.checkpoint.begun import data_of, going_on, own_dataset, own_mixture
+from wds_train.checkpoint.begun import data_of, going_on, kept_nothing, own_dataset, own_mixture
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.manifest import RunManifest
@@ -206,7 +206,7 @@ def _meant(args: argparse.Namespace, dataset: str | None) -> Meant:
     run = _run_url(args, dataset)
     own = _begun(run)
     source = own if args.like is None else find_run(run_url(args.like, args.bucket))[0]
-    if source and (args.recipe is None or (args.recipe == source.settings.name and not source.kept_nothing)):
+    if source and (args.recipe is None or (args.recipe == source.settings.name and not kept_nothing(source))):
         wanted = source.settings
     elif not (source or dataset or args.recipe) and (args.name or args.run):  # which may be mistyped
         print(f"there is no run at {run} yet: it begins now, on the {DEFAULT}", file=sys.stderr)
