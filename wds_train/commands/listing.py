@@ -30,7 +30,7 @@ def list_all(
     """Print what `read` finds at each name of `kind`, as `cells` show it; one that is damaged stops no others."""
     store = open_store(announced(all_of(kind, args.bucket), ""))
     folders = [entry.key.removesuffix("/") for entry in store.list(flat=True) if entry.key.endswith("/")]
-    names = [name for name in folders if NAME.fullmatch(name)]
+    names = sorted(name for name in folders if NAME.fullmatch(name))
 
     def row(name: str) -> Row:
         try:
