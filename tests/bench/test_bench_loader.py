@@ -80,7 +80,9 @@ def test_an_existing_dataset_in_a_directory(
 
 def test_a_pass_that_cannot_work_says_why(tmp_path: Path, digits: Dataset) -> None:
     wanted = Pass(digits.store.url, f"{tmp_path}/copies", str(tmp_path), workers=0, batch=2000, side=8)
-    with pytest.raises(WdsTrainError, match=r"wds-train failed with code 1: .*1437 samples, fewer than .* 2000"):
+    with pytest.raises(
+        WdsTrainError, match=r"wds-train failed with code 1: .*1437 samples to train on, fewer than .* 2000"
+    ):
         in_child("measure", OURS, wanted, [0], dict(os.environ))
 
 

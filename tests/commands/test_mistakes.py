@@ -83,7 +83,11 @@ MISTAKES = [
     ("inspect s3:/bucket/x", 2, "'s3:/bucket/x' is neither an address nor a name; write s3://bucket/x"),
     ("inspect https://b.s3.eu-west-1.amazonaws.com/x", 2, "is neither an address nor a name; write s3://b/x"),
     ("inspect gs://bucket/x", 2, "'gs://bucket/x' is neither an address nor a name; it is s3://BUCKET/PREFIX"),
-    ("inspect ./photos", 1, "no dataset at|photos (no manifest.json)|make one: wds-train shards"),
+    (
+        "inspect ./photos",
+        1,
+        "no dataset at|photos (no manifest.json)|make one of this folder: wds-train shards ./photos photos",
+    ),
     ("inspect first", 1, "no dataset at|datasets/first"),
     ("verify nothing", 1, "no dataset and no run at|nothing|check the address"),
     ("status frist", 1, "no run at|runs/frist (no manifest.json); check the address"),
@@ -99,7 +103,11 @@ MISTAKES = [
     ("eval ./notes.safetensors --dataset small", 1, "notes.safetensors"),
     ("eval ./none.safetensors --dataset small", 1, "none.safetensors"),
     ("eval first --dataset small --split test", 1, "test|train, val"),
-    ("eval first --dataset three", 2, "it knows 2 classes, the dataset has 3; use a dataset of the classes"),
+    (
+        "eval first --dataset ./bucket/datasets/three",
+        2,
+        "it knows 2 classes, the dataset has 3; use a dataset of the classes",
+    ),
     # Sources
     ("shards fotos", 2, "'fotos' does not exist; SOURCE is 'digits', a path, hf:ID, torchvision:CLASS or wds:PATH"),
     ("shards s3://bucket/tars", 2, "'s3://bucket/tars' does not exist|wds-train shards index s3://bucket/tars"),

@@ -63,7 +63,7 @@ def test_what_was_written_is_read_whole_and_by_ranges(store: Store) -> None:
 def test_an_empty_object_is_one(store: Store) -> None:
     store.write("empty", b"")
     assert store.read("empty") == b""
-    assert list(store.list()) == [("empty", 0)]
+    assert [entry[:2] for entry in store.list()] == [("empty", 0)]
 
 
 @pytest.mark.parametrize("start", [3, 10, 50])
@@ -131,7 +131,14 @@ def test_of_many_racing_writers_one_wins_each_round(store: Store) -> None:
 def test_list_gives_the_keys_under_a_prefix_in_order(store: Store) -> None:
     for key in ("b/2", "b/10", "a", "b.x", "ba/1", ".hidden"):
         store.write(key, key.encode())
-    assert list(store.list()) == [(".hidden", 7), ("a", 1), ("b.x", 3), ("b/10", 4), ("b/2", 3), ("ba/1", 4)]
+    assert [entry[:2] for entry in store.list()] == [
+        (".hidden", 7),
+        ("a", 1),
+        ("b.x", 3),
+        ("b/10", 4),
+        ("b/2", 3),
+        ("ba/1", 4),
+    ]
     assert [entry.key for entry in store.list("b/")] == ["b/10", "b/2"]
     assert [entry.key for entry in store.list("b")] == ["b.x", "b/10", "b/2", "ba/1"]
     assert [entry.key for entry in store.list("b/1")] == ["b/10"]
@@ -242,7 +249,7 @@ def test_a_writer_killed_before_the_rename_leaves_the_old_object_and_no_lock(loc
     process = subprocess.run([sys.executable, "-c", KILLED_WRITER, local.url], check=False)
     assert process.returncode == -9
     assert local.read("a") == b"old"
-    assert list(local.list()) == [("a", 3)]
+    assert [entry[:2] for entry in local.list()] == [("a", 3)]
     local.write("a", b"newer")
     assert [path.name for path in local.root.iterdir()] == ["a"]
 

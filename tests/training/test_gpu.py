@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_engine import batch, recipe, trainer
 
+from wds_train.checkpoint.manifest import Progress, Totals
 from wds_train.data.batch import Batch
 from wds_train.data.loader import on_device
 from wds_train.errors import UsageError
 from wds_train.models.model import create_optimizer
 from wds_train.training.engine import Trainer, refuse_nondeterministic
-from wds_train.training.loop import Pace
 from wds_train.training.ranks import Ranks, refuse_unusable_gpu
+from wds_train.training.rows import Rows
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and PyTorch can use it")
@@ -108,12 +110,19 @@ def test_a_checkpoint_does_not_say_how_the_next_device_computes() -> None:
 
 
 def test_the_pace_is_that_of_all_steps_since_the_last_record() -> None:
-    pace = Pace()
-    pace.add(0.5, 0.5)
-    pace.add(0.0, 3.0)
-    assert pace.drain(8) == {"time/img_s": 4.0, "time/data_wait": 0.125}
-    pace.add(0.0, 2.0)
-    assert pace.drain(8) == {"time/img_s": 4.0, "time/data_wait": 0.0}
+    logged: list[dict[str, float]] = []
+    run = SimpleNamespace(
+        manifest=SimpleNamespace(totals=Totals, fence=1),
+        committer=SimpleNamespace(upload_s=None),
+        ahead=SimpleNamespace(log=lambda row, at: None),
+    )
+    rows = Rows(run, SimpleNamespace(log=logged.append), 8)
+    rows.add_step(0.5, 0.5)
+    rows.add_step(0.0, 3.0)
+    rows.log_step({}, Progress())
+    rows.add_step(0.0, 2.0)
+    rows.log_step({}, Progress())
+    assert [(row["time/img_s"], row["time/data_wait"]) for row in logged] == [(4.0, 0.125), (4.0, 0.0)]
 
 
 def test_what_has_no_deterministic_gradient_is_refused_before_the_first_step() -> None:

@@ -76,7 +76,7 @@ def test_the_instances_type_is_told(imds: FakeImds, stop: StopRequest) -> None:
 
 def test_an_expired_token_is_renewed(imds: FakeImds, stop: StopRequest) -> None:
     with SpotWatch(stop, every=3600) as spot:
-        wait_until(lambda: imds.asked["GET", ACTION, 404] == 1)
+        wait_until(lambda: any("target-lifecycle-state" in path for _, path, _ in imds.asked))  # the last of a look
         imds.expire_tokens()
         imds.give_notice()
         assert spot.look()
