@@ -10,7 +10,7 @@ INFRA  := .venv-infra
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train plan report wandb-sync launch status logs stop destroy leftovers
+.PHONY: help setup shards train plan report wandb-sync launch status logs stop destroy leftovers rehearse
 .PHONY: test test-cpus crash-test check check-infra fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
@@ -63,6 +63,9 @@ destroy: setup ## delete a run's stack, not its bucket (RUN=)
 
 leftovers: setup ## what of ours still costs money on AWS
 	$(strip $(BIN)/wds-train leftovers $(call flag,REGION,--region) $(ARGS))
+
+rehearse: setup ## a spot instance's end on this machine, timed: notice, commit, replacement (a minute)
+	$(strip $(BIN)/wds-train rehearse $(ARGS))
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)

@@ -11,7 +11,7 @@ from wds_train.cli import main
 from wds_train.cloud.cost import GPU_RATES, Images
 from wds_train.cloud.plan import best, calibrated, quotes, row, spot_prices
 from wds_train.cloud.prices import MACHINES, PRICES
-from wds_train.config.presets import PRESETS
+from wds_train.config.presets import PRESETS, preset
 from wds_train.data.dataset import Dataset
 
 
@@ -68,7 +68,7 @@ def test_the_dataset_that_is_given_is_the_one_that_is_planned_for(
     url = digits.store.url
     _, out, _ = told(capsys, "--recipe", "digits", "--instance", "g5.2xlarge", "--dataset", url, "--json")
     *_, validation = json.loads(out)["phases"]
-    assert validation["images"] == 16 * len(digits.split("val"))
+    assert validation["images"] == preset("digits").schedule.epochs * len(digits.split("val"))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_dataset_that_is_given_is_the_one_that_is_planned_for(
         (["--recipe", "imagnet"], "there is no recipe 'imagnet'"),
         (["--set", "batch=4"], "--set needs --recipe"),
         (["--instance", "g5.xlarge"], "there is no price of g5.xlarge; give --spot-price"),
-        (["--spot-price", "cheap"], "'cheap' is not a price"),
+        (["--spot-price", "cheap"], "'cheap' is not a number of at least 0"),
         (["--recipe", "step", "--set", "model.name=resnet18"], "not that of model.name = resnet18"),
     ],
 )

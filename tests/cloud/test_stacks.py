@@ -176,7 +176,7 @@ def test_stop_launch_again_and_destroy(
     ("arguments", "message"),
     [
         (["--max-usd", "0"], "--max-usd 0 buys no hour"),
-        (["--max-hours", "0"], "'0' is not a number of hours above 0"),
+        (["--max-hours", "0"], "'0' is not a number of more than 0"),
         (["--size", "tiny"], "invalid choice: 'tiny'"),
         (["--arguments", "$(reboot)"], "may hold letters, digits, blanks"),
         (["--dataset", "s3://other/x"], "must be a name below the bucket"),
