@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := .venv-peers
 INFRA  := .venv-infra
+SKY    := .venv-sky
 
 # Where the environment forbids bytecode, every process would compile PyTorch and timm anew, for 6 seconds.
 export PYTHONDONTWRITEBYTECODE :=
@@ -83,12 +84,18 @@ check: setup ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check-infra: $(INFRA)/.installed ## the cloud stack's template against checkov's rules
+check-infra: $(INFRA)/.installed $(SKY)/.installed ## the stack's template against checkov's rules, and the job against SkyPilot's
 	$(INFRA)/bin/checkov --config-file infra/checkov.yaml
+	$(SKY)/bin/python -c 'import sky; print("SkyPilot takes", sky.Task.from_yaml("infra/sky.yaml"))'
 
 $(INFRA)/.installed: requirements-infra.lock $(STAMP)
 	$(PYTHON) -m venv --without-pip $(INFRA)
 	$(BIN)/uv pip install --quiet --python $(INFRA)/bin/python --require-hashes -r requirements-infra.lock
+	@touch $@
+
+$(SKY)/.installed: requirements-sky.lock $(STAMP)
+	$(PYTHON) -m venv --without-pip $(SKY)
+	$(BIN)/uv pip install --quiet --python $(SKY)/bin/python --require-hashes -r requirements-sky.lock
 	@touch $@
 
 fix: setup ## repair what the linter can
@@ -108,10 +115,11 @@ lock: setup ## compile the pinned, hashed requirements anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra dev pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra peers pyproject.toml -o requirements-peers.lock
 	echo checkov | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-infra.lock
+	echo skypilot | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-sky.lock
 	echo uv | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-uv.lock
 
 s3-stop: setup ## stop the embedded S3 server
 	$(BIN)/python -m wds_train.storage.embedded stop
 
 clean: s3-stop ## remove what was installed, and all data of the embedded S3 server
-	rm -rf $(VENV) $(PEERS) $(INFRA) .wds
+	rm -rf $(VENV) $(PEERS) $(INFRA) $(SKY) .wds
