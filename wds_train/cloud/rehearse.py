@@ -57,9 +57,11 @@ class Metadata(ThreadingHTTPServer):
     def serving(self) -> Iterator[str]:
         """Its address, as long as it answers."""
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        yield f"http://127.0.0.1:{self.server_port}"
-        self.shutdown()
-        self.server_close()
+        try:
+            yield f"http://127.0.0.1:{self.server_port}"
+        finally:
+            self.shutdown()
+            self.server_close()
 
 
 class _Answers(BaseHTTPRequestHandler):
