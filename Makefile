@@ -6,12 +6,13 @@ STAMP  := $(VENV)/.installed
 PEERS  := .venv-peers
 INFRA  := .venv-infra
 DEMO   := .venv-demo
+SKY    := .venv-sky
 
 # Where the environment forbids bytecode, every process would compile PyTorch and timm anew, for 6 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards train plan report wandb-sync launch status logs stop destroy leftovers demo
+.PHONY: help setup shards train plan report wandb-sync launch status logs stop destroy leftovers rehearse demo
 .PHONY: test test-cpus crash-test check check-infra fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
@@ -73,6 +74,9 @@ $(DEMO)/.installed: requirements-demo.lock $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(DEMO)/bin/python --require-hashes -r requirements-demo.lock
 	@touch $@
 
+rehearse: setup ## a spot instance's end on this machine, timed: notice, commit, replacement (a minute)
+	$(strip $(BIN)/wds-train rehearse $(ARGS))
+
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)
 
@@ -89,12 +93,18 @@ check: setup ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check-infra: $(INFRA)/.installed ## the cloud stack's template against checkov's rules
+check-infra: $(INFRA)/.installed $(SKY)/.installed ## the stack's template against checkov's rules, and the job against SkyPilot's
 	$(INFRA)/bin/checkov --config-file infra/checkov.yaml
+	$(SKY)/bin/python -c 'import sky; print("SkyPilot takes", sky.Task.from_yaml("infra/sky.yaml"))'
 
 $(INFRA)/.installed: requirements-infra.lock $(STAMP)
 	$(PYTHON) -m venv --without-pip $(INFRA)
 	$(BIN)/uv pip install --quiet --python $(INFRA)/bin/python --require-hashes -r requirements-infra.lock
+	@touch $@
+
+$(SKY)/.installed: requirements-sky.lock $(STAMP)
+	$(PYTHON) -m venv --without-pip $(SKY)
+	$(BIN)/uv pip install --quiet --python $(SKY)/bin/python --require-hashes -r requirements-sky.lock
 	@touch $@
 
 fix: setup ## repair what the linter can
@@ -115,10 +125,11 @@ lock: setup ## compile the pinned, hashed requirements anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra peers pyproject.toml -o requirements-peers.lock
 	echo checkov | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-infra.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header wds_train/serving/space/requirements.txt -o requirements-demo.lock
+	echo skypilot | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-sky.lock
 	echo uv | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-uv.lock
 
 s3-stop: setup ## stop the embedded S3 server
 	$(BIN)/python -m wds_train.storage.embedded stop
 
 clean: s3-stop ## remove what was installed, and all data of the embedded S3 server
-	rm -rf $(VENV) $(PEERS) $(INFRA) $(DEMO) .wds
+	rm -rf $(VENV) $(PEERS) $(INFRA) $(SKY) $(DEMO) .wds

@@ -56,7 +56,8 @@ class _Broken(Exception):
 
 
 class FaultProxy:
-    """`requests`, `sent`, `received`: requests, and bytes of bodies to and from the client, by (method, key).
+    """`requests`, `sent`, `received`: requests, and bytes of bodies to and from the client, by (method, key). `heads`: those of
+    each request and of its answer.
 
     `port` is the server's own. A key is the path without its bucket; a bucket's own requests (listings) have the key "".
     """
@@ -66,6 +67,7 @@ class FaultProxy:
         self.requests: Counter[tuple[str, str]] = Counter()
         self.sent: Counter[tuple[str, str]] = Counter()
         self.received: Counter[tuple[str, str]] = Counter()
+        self.heads: list[tuple[bytes, bytes]] = []
         self.port = port
         self._draws = random.Random(seed)
         self._tasks: set[asyncio.Task[None] | None] = set()  # asyncio keeps none alive that waits
@@ -166,6 +168,7 @@ class FaultProxy:
             done += len(piece)
         self.received[what] += done
         answer = await server_in.readuntil(b"\r\n\r\n")
+        self.heads.append((head, answer))
         body = _body(answer, server_in) if method != b"HEAD" else _nothing()
         if fault and fault.kind == "lost_ack":
             raise _Broken("lost_ack")

@@ -33,6 +33,10 @@ COMMANDS = {
     "stop": ("wds_train.commands.stop", "end a run's instance, its state committed"),
     "destroy": ("wds_train.commands.destroy", "delete a run's stack; the bucket stays"),
     "leftovers": ("wds_train.commands.leftovers", "what of ours still costs money on AWS"),
+    "rehearse": (
+        "wds_train.commands.rehearse",
+        "a spot instance's end on this machine, timed: notice, commit, replacement",
+    ),
     "logs": ("wds_train.commands.logs", "the newest lines of a run's instances"),
     "eval": ("wds_train.commands.eval", "the accuracy of a run's weights or of an exported file, alone or together"),
     "runs": ("wds_train.commands.runs", "list the runs of the bucket"),

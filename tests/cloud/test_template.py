@@ -13,6 +13,8 @@ import pytest
 import yaml
 from moto import mock_aws
 
+from wds_train.errors import Interrupted
+
 INFRA = Path(__file__).parents[2] / "infra"
 QUOTA_FAMILIES = {"small": 8, "medium": 16, "large": 48, "huge": 192, "a100": 96}
 
@@ -238,6 +240,19 @@ def test_the_service_leaves_the_training_its_time_and_ends_a_crash_loop() -> Non
         assert line in lines
     assert "StartLimitBurst=5" in lines
     assert not [line for line in lines if line.startswith("RuntimeMaxSec")]  # which every start would begin anew
+
+
+def test_skypilot_goes_on_after_an_interruption_and_uses_no_image_of_its_own() -> None:
+    """`make check-infra` asks SkyPilot itself, which takes a strategy that it does not know."""
+    task = yaml.safe_load((INFRA / "sky.yaml").read_text())
+    recovery = task["resources"]["job_recovery"]
+    assert recovery["strategy"] in ("EAGER_NEXT_REGION", "FAILOVER")
+    assert (recovery["recover_on_exit_codes"], task["resources"]["use_spot"]) == ([Interrupted.exit_code], True)
+    assert task["resources"]["image_id"].startswith("ami-")
+    done = subprocess.run(
+        [shellcheck(), "--shell=bash", "-"], input=task["run"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def shellcheck() -> str:

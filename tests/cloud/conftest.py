@@ -1,0 +1,12 @@
+"""What makes moto and boto3 quick: hundreds of machine images for each mocked account, and the services' models, read anew for each
+session, were half of the time.
+"""
+
+import functools
+import os
+
+from botocore.loaders import JSONFileLoader
+
+os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
+_load = JSONFileLoader().load_file
+JSONFileLoader.load_file = staticmethod(functools.cache(_load))
