@@ -133,6 +133,23 @@ def test_what_interruptions_cost(tmp_path: Path) -> None:
     assert [line[-2:] for line in page.tables["Attempts"][1:]] == [["21.7", "≥ 40,960"], ["16.7", "0"], ["–", "–"]]
 
 
+def test_what_a_crash_loop_costs_is_counted_once(tmp_path: Path) -> None:
+    """The first attempt got to step 80, the second, ten hours before the third, to 75; 66 were committed. The third was
+    interrupted at 70.
+    """
+    ends = ("lost", "lost", "interrupted", "done")
+    begins = [BEGAN, BEGAN + 1000, BEGAN + 38_000, BEGAN + 39_000]
+    steps = (0, 66, 66, 70)
+    attempts = [Paid("a", *each, step=step) for *each, step in zip(begins, [800.0] * 4, ends, steps, strict=True)]
+    rows = [row_of(66, 1, BEGAN + 700), row_of(70, 3, BEGAN + 38_700), row_of(80, 4, BEGAN + 39_060)]
+    manifest = make_run(tmp_path / "run", rows, attempts=attempts)
+    replayed = [row_of(80, 1, BEGAN + 790), row_of(75, 2, BEGAN + 1700)]
+    told = attempts_of(account_of(tmp_path / "run", manifest, replayed), None)
+    assert [(each.down, each.again) for each in told] == [(200.0, 800.0), (36_200.0, 800.0), (200.0, 60.0), (0.0, None)]
+    assert [each.twice for each in told] == [14 * 1024, 9 * 1024, 0, None]
+    assert cost_of(manifest, told, None, 1.0).on_demand == pytest.approx((4 * 800 - 1660) / 3600)
+
+
 def test_the_determinism_audit(tmp_path: Path) -> None:
     history = history_of(4, attempt=2)
     history[9]["train/grad_norm"] = math.nan
