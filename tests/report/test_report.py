@@ -11,9 +11,10 @@ import pytest
 from pages import Page, answer, page_of
 from told_runs import BEGAN, Paid, history_of, make_long_run, make_newer, make_run, recipe_of, row_of
 
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.manifest import STATUSES, RunManifest
 from wds_train.config.presets import PRESETS, preset
 from wds_train.report.account import Account
+from wds_train.report.charts import timeline_chart
 from wds_train.report.document import write
 from wds_train.report.run import NOT_EVALUATED, Prices, report
 from wds_train.report.story import attempts_of, audit_of, cost_of, expectation, milestones
@@ -148,6 +149,13 @@ def test_what_a_crash_loop_costs_is_counted_once(tmp_path: Path) -> None:
     assert [(each.down, each.again) for each in told] == [(200.0, 800.0), (36_200.0, 800.0), (200.0, 60.0), (0.0, None)]
     assert [each.twice for each in told] == [14 * 1024, 9 * 1024, 0, None]
     assert cost_of(manifest, told, None, 1.0).on_demand == pytest.approx((4 * 800 - 1660) / 3600)
+
+
+def test_no_two_ways_to_end_look_alike() -> None:
+    ends = (*STATUSES, "lost")
+    spans = [(end, 100.0 * number, 100.0 * number + 90, end) for number, end in enumerate(ends)]
+    legend = re.findall(r'style="fill: var\((--\w+)\)', timeline_chart(spans, "").svg)[-len(ends) :]
+    assert len({*legend}) == len(ends), legend
 
 
 def test_the_determinism_audit(tmp_path: Path) -> None:
