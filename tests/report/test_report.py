@@ -11,9 +11,10 @@ import pytest
 from pages import Page, answer, page_of
 from told_runs import BEGAN, Paid, history_of, make_long_run, make_newer, make_run, recipe_of, row_of
 
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.manifest import STATUSES, RunManifest
 from wds_train.config.presets import PRESETS, preset
 from wds_train.report.account import Account
+from wds_train.report.charts import timeline_chart
 from wds_train.report.document import write
 from wds_train.report.run import NOT_EVALUATED, Prices, report
 from wds_train.report.story import attempts_of, audit_of, cost_of, expectation, milestones
@@ -131,6 +132,30 @@ def test_what_interruptions_cost(tmp_path: Path) -> None:
     assert page.facts["trained twice"] == ("≥ 40,960", "images")
     assert page.facts["dollars"] == ("$1.07", "for instances, without 1 attempt of unknown price")
     assert [line[-2:] for line in page.tables["Attempts"][1:]] == [["21.7", "≥ 40,960"], ["16.7", "0"], ["–", "–"]]
+
+
+def test_what_a_crash_loop_costs_is_counted_once(tmp_path: Path) -> None:
+    """The first attempt got to step 80, the second, ten hours before the third, to 75; 66 were committed. The third was
+    interrupted at 70.
+    """
+    ends = ("lost", "lost", "interrupted", "done")
+    begins = [BEGAN, BEGAN + 1000, BEGAN + 38_000, BEGAN + 39_000]
+    steps = (0, 66, 66, 70)
+    attempts = [Paid("a", *each, step=step) for *each, step in zip(begins, [800.0] * 4, ends, steps, strict=True)]
+    rows = [row_of(66, 1, BEGAN + 700), row_of(70, 3, BEGAN + 38_700), row_of(80, 4, BEGAN + 39_060)]
+    manifest = make_run(tmp_path / "run", rows, attempts=attempts)
+    replayed = [row_of(80, 1, BEGAN + 790), row_of(75, 2, BEGAN + 1700)]
+    told = attempts_of(account_of(tmp_path / "run", manifest, replayed), None)
+    assert [(each.down, each.again) for each in told] == [(200.0, 800.0), (36_200.0, 800.0), (200.0, 60.0), (0.0, None)]
+    assert [each.twice for each in told] == [14 * 1024, 9 * 1024, 0, None]
+    assert cost_of(manifest, told, None, 1.0).on_demand == pytest.approx((4 * 800 - 1660) / 3600)
+
+
+def test_no_two_ways_to_end_look_alike() -> None:
+    ends = (*STATUSES, "lost")
+    spans = [(end, 100.0 * number, 100.0 * number + 90, end) for number, end in enumerate(ends)]
+    legend = re.findall(r'style="fill: var\((--\w+)\)', timeline_chart(spans, "").svg)[-len(ends) :]
+    assert len({*legend}) == len(ends), legend
 
 
 def test_the_determinism_audit(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
-from pages import answer, page_of
+from pages import Page, answer, page_of
 from PIL import Image
 from trainers import Job, Training
 
 from wds_train.cli import main
 from wds_train.data.dataset import Dataset
+from wds_train.errors import DataError
 from wds_train.report.findings import calibration, spread
 
 SCRIPT = "<script>alert(1)</script>"
@@ -113,6 +115,25 @@ def test_a_model_that_cannot_be_evaluated(
     assert re.search(sentence, page.text)
     assert re.search(sentence, said)
     assert page.facts["epochs"][0] == "1 of 1"
+
+
+def test_a_run_that_goes_on_meanwhile_is_told_as_it_is_after_the_evaluation(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minutes pass, and the page would name weights of epochs that it has not reached."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    after = json.loads((run / "manifest.json").read_text())
+    before = after | {"checkpoints": [], "metrics": [], "status": "running", "result": {}}
+    (run / "manifest.json").write_text(json.dumps(before))
+
+    def found(*_: object, **__: object) -> None:
+        (run / "manifest.json").write_text(json.dumps(after))
+        raise DataError("no matter")
+
+    monkeypatch.setattr("wds_train.report.findings.find", found)
+    assert answer(capsys, "report", run, "--out", tmp_path)[0] == 0
+    assert Page(tmp_path / "report.html").facts["epochs"][0] == "1 of 1"
 
 
 def test_calibration() -> None:

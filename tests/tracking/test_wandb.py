@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_wandb import FakeWandb, offline_history
@@ -21,6 +22,9 @@ OFFLINE = {"WANDB_MODE": "offline"}
 PICTURES = {"train/first_batch", "val/mistakes", "val/confused", "val/classes"}
 LONG = ("schedule.epochs=400",)
 SOME = ("schedule.epochs=12",)
+FEW = ("schedule.epochs=8",)  # enough for W&B to fail before the end
+# Without a report at the end, which takes as long as the training.
+PLAIN: dict[str, Any] = {"training.train.REPORT_SECONDS": 0.0}
 
 
 @pytest.fixture
@@ -86,7 +90,7 @@ def killed_thrice(job: Job) -> str:
 
 
 def test_a_run_killed_thrice_is_one_run_without_gaps(small: str, url: str, tmp_path: Path, wandb: FakeWandb) -> None:
-    patient = {"tracking.wandb.BACKLOG": 10_000}  # this training is over before W&B is there
+    patient = PLAIN | {"tracking.wandb.BACKLOG": 10_000}  # this training is over before W&B is there
     output = killed_thrice(
         Job(small, url, str(tmp_path), settings=SOME, environment=wandb.environment, constants=patient)
     )
@@ -109,7 +113,7 @@ def test_a_run_killed_thrice_is_one_run_without_gaps(small: str, url: str, tmp_p
 
 
 def test_an_offline_run_is_rebuilt_from_s3(small: str, url: str, tmp_path: Path, wandb: FakeWandb) -> None:
-    job = Job(small, url, str(tmp_path), settings=SOME, environment=OFFLINE)
+    job = Job(small, url, str(tmp_path), settings=SOME, environment=OFFLINE, constants=PLAIN)
     output = killed_thrice(job)
     assert f"(offline; upload: wds-train wandb {url})" in output
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
@@ -132,18 +136,18 @@ def test_a_server_that_fails_costs_one_warning(
     small: str, url: str, tmp_path: Path, wandb: FakeWandb, how: str | int
 ) -> None:
     """And no more than seconds at the end; what it lacks is sent later."""
-    constants = {"tracking.board.INIT_SECONDS": 1.0, "tracking.wandb.FINISH_SECONDS": 1.5}
+    constants = PLAIN | {"tracking.board.INIT_SECONDS": 0.5, "tracking.wandb.FINISH_SECONDS": 1.5}
     if how == "closed port":
         wandb.die()
     elif how != "dies":
         wandb.broken = how if isinstance(how, int) else 60.0
-    job = Job(small, url, str(tmp_path), settings=SOME, environment=wandb.environment, constants=constants)
+    job = Job(small, url, str(tmp_path), settings=FEW, environment=wandb.environment, constants=constants)
     training = Training(job)
     with all_ended([training]):
         if how == "dies":
-            training.until("epoch +3/12")
+            training.until("epoch +2/8")
             wandb.die()
-        training.until("epoch +12/12")
+        training.until("epoch +8/8")
         began = time.monotonic()
         assert training.end() == 0, training.output
         assert time.monotonic() - began < 10
@@ -157,7 +161,7 @@ def test_a_spot_notice_is_heeded_in_time_while_wandb_hangs(
     small: str, url: str, tmp_path: Path, wandb: FakeWandb
 ) -> None:
     wandb.broken = 60.0
-    training = Training(Job(small, url, str(tmp_path), settings=LONG, environment=wandb.environment))
+    training = Training(Job(small, url, str(tmp_path), settings=LONG, environment=wandb.environment, constants=PLAIN))
     with all_ended([training]):
         training.until("epoch +1/400")
         began = time.monotonic()
@@ -171,7 +175,7 @@ def test_the_stop_button_ends_the_run_until_a_person_says_to_go_on(
     small: str, url: str, tmp_path: Path, wandb: FakeWandb
 ) -> None:
     """W&B asks every 15 s whether it was pressed."""
-    job = Job(small, url, str(tmp_path), settings=LONG, environment=wandb.environment)
+    job = Job(small, url, str(tmp_path), settings=LONG, environment=wandb.environment, constants=PLAIN)
     wandb.stopped = True
     code, output = end(job)
     assert code == 1, output
@@ -183,7 +187,7 @@ def test_the_stop_button_ends_the_run_until_a_person_says_to_go_on(
     code, output = end(quiet)
     assert (code, "was stopped by a person, in W&B, at step" in output, "--go-on" in output) == (2, True, True), output
     assert manifest_of(url).status == "stopped"
-    training = Training(Job(small, url, str(tmp_path), settings=LONG, arguments=("--go-on",)))
+    training = Training(Job(small, url, str(tmp_path), settings=LONG, arguments=("--go-on",), constants=PLAIN))
     with all_ended([training]):
         training.until(f"resuming at step {step}")
         training.until("epoch")

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         except WdsTrainError as error:
             findings = f"The model could not be evaluated: {error}."
             warn(findings)
+        manifest = find_run(store.url)[0]  # a run in progress is far beyond what it was, and what was evaluated
     account = Account.of(store, manifest, warn)
     page = write(report(account, Prices(args.price, args.on_demand_price), findings), args.out, "report")
     print(page)

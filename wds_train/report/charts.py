@@ -96,7 +96,7 @@ def timeline_chart(spans: Sequence[tuple[str, float, float, str]], text: str) ->
     """Attempts, as name, seconds at which they began and ended, and how they ended, one below the other."""
     whole = max(1.0, spans[-1][2] - spans[0][1])  # clocks may disagree
     unit, seconds = ("hours", 3600) if whole > 7200 else ("minutes", 60)
-    colours = dict(zip(("done", "running", "interrupted", "lost", "failed"), (2, 0, 4, 1, 3), strict=True))
+    colours = dict(zip(("running", "lost", "done", "failed", "interrupted"), COLOURS, strict=True))  # "stopped" is ink
 
     def draw(axes: Any) -> None:
         seen = []
@@ -108,7 +108,7 @@ def timeline_chart(spans: Sequence[tuple[str, float, float, str]], text: str) ->
                 number,
                 width / seconds,
                 left=begin / seconds,
-                color=COLOURS[colours.get(ended, 3)],
+                color=colours.get(ended, INK),
                 label=label,
                 height=0.6,
             )

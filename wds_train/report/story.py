@@ -4,6 +4,7 @@ out the same. Pure.
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ IMAGENET = 1000  # classes; the recipes whose source names one figure have it fr
 @dataclass(frozen=True)
 class Attempt:
     """One instance's time on a run; `number` is its fence. When another followed: `down` seconds passed until then, and `again`
-    more until the run was as far as before; `twice` images were trained again, at least. None: that was not recorded.
+    of the next one's until the run was as far as ever; `twice` images were trained again, at least. None: that was not recorded.
     """
 
     number: int
@@ -75,19 +76,26 @@ def _interruption(
     if after is None:
         return 0.0, None, None
     down = max(0.0, after["started"] - this["started"] - this["seconds"])
+    steps: dict[int, float] = {}  # the furthest of each attempt's that were lost
+    for row in account.replayed:
+        if (attempt := row.get("time/attempt", math.inf)) <= number:
+            steps[attempt] = max(row["step"], steps.get(attempt, 0))
+    begin, furthest = after["step"], max(steps.values(), default=0)
+    again = _again(account, number + 1, after, furthest) if furthest > begin else None
     if this["ended"] == "interrupted":  # all its steps were committed
-        return down, None, 0
-    reached = max((row["step"] for row in account.replayed if row.get("time/attempt") == number), default=None)
-    if reached is None:
-        return down, None, None
+        return down, again, 0
+    known = number in steps and isinstance(batch, int)
+    return down, again, max(0, int(steps[number]) - int(begin)) * batch if known else None
+
+
+def _again(account: Account, number: int, attempt: dict[str, Any], furthest: float) -> float:
+    """Seconds that an attempt took to be as far as `furthest`; all of its own where it never was."""
     times = [
         row["time/unix"]
-        for row in (*account.steps, *account.epochs)
-        if "time/unix" in row and row.get("time/attempt", 0) > number and row["step"] >= reached
+        for row in (*account.steps, *account.epochs, *account.replayed)
+        if "time/unix" in row and row.get("time/attempt") == number and row["step"] >= furthest
     ]
-    again = max(0.0, min(times) - after["started"]) if times else None
-    twice = max(0, int(reached) - int(after["step"])) * batch if isinstance(batch, int) else None
-    return down, again, twice
+    return min(max(0.0, min(times) - attempt["started"]), attempt["seconds"]) if times else attempt["seconds"]
 
 
 @dataclass(frozen=True)
