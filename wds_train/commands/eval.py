@@ -7,13 +7,20 @@ from pathlib import Path
 
 from wds_train.checkpoint.begun import own_dataset
 from wds_train.checkpoint.find import SCORES, find_run
-from wds_train.commands.arguments import add_bucket, add_device, add_workers, count, dataset_url, positive, run_url
+from wds_train.commands.arguments import (
+    FILE,
+    add_bucket,
+    add_device,
+    add_workers,
+    count,
+    dataset_url,
+    positive,
+    run_url,
+)
 from wds_train.config.numbers import Number
 from wds_train.data.dataset import Dataset
 from wds_train.errors import UsageError, unwritable
 from wds_train.tracking.console import Meter, loading
-
-FILE = ".safetensors"  # how an exported file's name ends, said without the import of PyTorch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from wds_train.checkpoint.find import SCORES, choose, find_run
-from wds_train.commands.arguments import add_run, count, run_url
+from wds_train.commands.arguments import FILE, add_run, count, run_url
 from wds_train.errors import UsageError
 from wds_train.tracking.console import loading
 
@@ -19,14 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.to.parent.is_dir():
         raise UsageError(f"--to {args.to}: there is no folder {args.to.parent}; make it first")
-    loading()
-    from wds_train.checkpoint.read import weights_of
-    from wds_train.models.weights import SUFFIX
-
-    if args.to.suffix != SUFFIX:
-        raise UsageError(f"--to {args.to} must end in {SUFFIX}")
+    if args.to.suffix != FILE:
+        raise UsageError(f"--to {args.to} must end in {FILE}")
     manifest, store = find_run(run_url(args.run, args.bucket))
-    weights = weights_of(store, manifest, choose(manifest, args.best, args.step), args.best)
+    checkpoint = choose(manifest, args.best, args.step)
+    loading()  # after all that can be refused without it
+    from wds_train.checkpoint.read import weights_of
+
+    weights = weights_of(store, manifest, checkpoint, args.best)
     weights.save(args.to)
     scores = ", ".join(f"{name} {value:.2f}" for name, value in weights.metrics.items()) or "not validated"
     print(f"{args.to}: {weights.kind} weights of step {weights.step} ({scores})")
