@@ -109,6 +109,13 @@ def test_a_run_goes_on_by_its_name_alone(bucket: Path, begun: Path, tmp_path: Pa
         ("--run EMPTY", "'' cannot be a run's name"),
         ("c3 --shard", "--shard needs the folder of the images: --dataset FOLDER"),
         ("c3 --recipe imagenette", "no --dataset is given, and none is called like the recipe"),
+        ("noise", "/datasets/noise; to train on that: wds-train train --dataset noise ("),
+        ("noise --recipe finetune", "/datasets/noise; to train on that: wds-train train --dataset noise ("),
+        (
+            "./bucket/images",
+            "but a folder bucket/images; to train on that: wds-train train --dataset ./bucket/images --shard (",
+        ),
+        ("--run bucket", "but a folder bucket; to train on that: wds-train train --dataset bucket --shard ("),
         ("c3 --bucket mybucket", "write s3://mybucket, or ./mybucket for a local folder"),
     ],
 )

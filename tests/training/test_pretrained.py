@@ -87,7 +87,7 @@ def test_without_a_network_one_sentence_says_which_file_to_bring(no_hub: None) -
     with pytest.raises(StoreError) as caught:
         trainer("model.name=test_resnet", "model.init=timm:")
     assert re.fullmatch(
-        r"model.init = 'timm:': the weights could not be fetched \(ConnectError: [^\n]*\); download "
+        r"model.init = 'timm:test_resnet': the weights could not be fetched \(ConnectError: [^\n]*\); download "
         rf"https://huggingface.co{PLACE} where there is a network, and name that file here: --init FILE",
         str(caught.value),
     )

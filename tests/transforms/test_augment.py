@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wds_train.transforms.crop import Box, center_crop, random_resized_crop
+from wds_train.transforms.crop import Box, random_resized_crop
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 sides = st.integers(1, 5000)
@@ -38,14 +38,3 @@ def test_a_generator_in_the_same_state_gives_the_same_box() -> None:
 @pytest.mark.parametrize(("width", "height", "box"), [(1000, 10, Box(493, 0, 13, 10)), (1, 900, Box(0, 449, 1, 1))])
 def test_an_image_too_thin_for_any_try_gets_the_central_box(width: int, height: int, box: Box) -> None:
     assert random_resized_crop(np.random.default_rng(0), width, height, (1.0, 1.0), RATIO) == box
-
-
-@given(sides, sides, st.floats(0.01, 1))
-def test_the_centre_crop_is_square_and_central(width: int, height: int, crop: float) -> None:
-    left, top, side, same = center_crop(width, height, crop)
-    assert side == same and 1 <= side <= min(width, height)
-    assert 0 <= width - side - 2 * left <= 1 and 0 <= height - side - 2 * top <= 1
-
-
-def test_the_centre_crop_keeps_what_resize_256_and_crop_224_keep() -> None:
-    assert center_crop(500, 375, 224 / 256) == Box(86, 23, 328, 328)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from timm.data import create_transform
 
 from wds_train.bench import decode as bench
 from wds_train.bench.decode import psnr, read_images
@@ -21,7 +22,7 @@ from wds_train.errors import DataError
 from wds_train.format.index import MAX_PIXELS
 from wds_train.transforms import jpeg
 from wds_train.transforms.crop import Box
-from wds_train.transforms.decode import decode_crop, probe
+from wds_train.transforms.decode import decode_center, decode_crop, probe
 
 SHARED = Path(os.environ.get("WDS_SHARED", Path(__file__).parents[3] / "shared"))
 PHOTOS = SHARED / "data" / "imagenet-photos-150.tar"
@@ -363,3 +364,33 @@ def test_bench_decode_reports_both_ways(capsys: pytest.CaptureFixture[str], monk
     rates = result["img_per_s_per_core"]
     assert result["ratio"] == pytest.approx(rates[bench.OURS] / rates[bench.REFERENCE], rel=0.02)
     assert result["psnr_db"]["mean"] > 33
+
+
+@pytest.mark.parametrize("side", [24, 32, 96], ids=lambda side: f"{side}px")
+@pytest.mark.parametrize("crop", [1.0, 0.875, 0.95])
+@pytest.mark.parametrize("size", [(64, 64), (90, 70), (70, 101), (20, 300)], ids=str)
+def test_the_centre_has_the_pixels_of_timms_evaluation(size: tuple[int, int], crop: float, side: int) -> None:
+    """Else an exported model would see other images there, and score otherwise."""
+    view = create_transform((3, side, side), interpolation="bilinear", crop_pct=crop, mean=(0,) * 3, std=(1,) * 3)
+    for data in (jpeg_of(PHOTO.resize(size), subsampling=2), encoded(PHOTO.resize(size), "PNG")):
+        expected = view(Image.open(io.BytesIO(data)).convert("RGB")).permute(1, 2, 0).numpy() * 255
+        out = np.zeros((side, side, 3), np.uint8)
+        decode_center(data, crop, out)
+        np.testing.assert_array_equal(out, expected.round())
+
+
+def test_the_centre_of_a_turned_image_is_that_of_the_upright_one() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data, out = jpeg_of(exif=exif), np.zeros((24, 24, 3), np.uint8)
+    decode_center(data, 1.0, out)
+    again = np.zeros_like(out)
+    decode_center(encoded(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), "PNG"), 1.0, again)
+    np.testing.assert_array_equal(out, again)
+
+
+def test_the_centre_of_a_strip_takes_no_gigabytes() -> None:
+    """Resized as a whole, this one would have more columns than Pillow can count."""
+    out = np.zeros((64, 64, 3), np.uint8)
+    decode_center(encoded(Image.new("L", (40_000_000, 1), 77), "PNG"), 1.0, out)
+    assert (out == 77).all()

@@ -7,6 +7,7 @@ from wds_train.checkpoint.manifest import name_of
 from wds_train.config.numbers import Number, count, positive  # noqa: F401 (for the commands, too)
 from wds_train.storage.address import announced, located, not_here
 
+FILE = ".safetensors"  # how an exported file's name ends, said without the import of PyTorch
 dollars = Number(float, 0)
 FILE = ".safetensors"  # how an exported file's name ends, said without the import of PyTorch
 

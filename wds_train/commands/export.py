@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--to {args.to} must end in {suffix}")
     if not args.to.parent.is_dir():
         raise UsageError(f"--to {args.to}: there is no folder {args.to.parent}; make it first")
-    loading()
+    manifest, store = find_run(run_url(args.run, args.bucket))
+    checkpoint = choose(manifest, args.best, args.step)
+    loading()  # after all that can be refused without it
     import torch
 
     from wds_train.checkpoint.read import weights_of
@@ -39,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from wds_train.serving.classify import Classifier
     from wds_train.serving.export import WRITERS
 
-    manifest, store = find_run(run_url(args.run, args.bucket))
-    weights = weights_of(store, manifest, choose(manifest, args.best, args.step), args.best)
+    weights = weights_of(store, manifest, checkpoint, args.best)
     weights = calibrated(weights, Classifier(weights, None, torch.device("cpu")), manifest)
     call = WRITERS[args.format](weights, args.to)
     scores = ", ".join(f"{name} {value:.2f}" for name, value in weights.metrics.items()) or "not validated"

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import typing
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from wds_train.config.presets import preset
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import following, parsed, with_settings
 from wds_train.data.dataset import Dataset
-from wds_train.errors import NotFound, UsageError
+from wds_train.errors import NotFound, UsageError, WdsTrainError
 from wds_train.format.manifest import NAME
 from wds_train.storage.address import announced, located, name_from
 from wds_train.storage.open import open_store
@@ -208,8 +209,10 @@ def _meant(args: argparse.Namespace, dataset: str | None) -> Meant:
     source = own if args.like is None else find_run(run_url(args.like, args.bucket))[0]
     if source and (args.recipe is None or (args.recipe == source.settings.name and not kept_nothing(source))):
         wanted = source.settings
-    elif not (source or dataset or args.recipe) and (args.name or args.run):  # which may be mistyped
-        print(f"there is no run at {run} yet: it begins now, on the {DEFAULT}", file=sys.stderr)
+    elif not (source or dataset) and (name := args.name or args.run):  # which may be mistyped
+        _refuse_data(name, run, args)
+        if args.recipe is None:
+            print(f"there is no run at {run} yet: it begins now, on the {DEFAULT}", file=sys.stderr)
     recipe = with_settings(wanted, settings)
     opened = _dataset(args, dataset, source)
     mix = tuple((dataset_url(each, args.bucket), share) for each, share in args.mix)
@@ -219,6 +222,25 @@ def _meant(args: argparse.Namespace, dataset: str | None) -> Meant:
         data = data_of(opened, [(Dataset.open(url), share) for url, share in mix])
         going_on(own, replace(own, recipe=recipe.to_dict(), dataset=data), run)  # refuses what cannot be
     return Meant(run, recipe, opened.store.url, mix, settings, following(wanted, settings))
+
+
+def _refuse_data(name: str, run: str, args: argparse.Namespace) -> None:
+    """`UsageError` where RUN, which is no run yet, is rather what to train on: else the training would be one on the digits, and
+    its state written into a folder of images.
+    """
+    if name == (args.recipe or DEFAULT):  # a run that is called like its recipe, as its dataset may be
+        return
+    folder = Path(name).expanduser()
+    try:
+        what, meant = f"dataset {Dataset.open(located(name, 'datasets', args.bucket)).store.url}", name
+    except WdsTrainError:
+        if not (folder.is_dir() and any(folder.iterdir())):
+            return
+        what, meant = f"folder {folder}", f"{shlex.quote(name)} --shard"
+    raise UsageError(
+        f"there is no run at {run}, but a {what}; to train on that: wds-train train --dataset {meant} (for a run "
+        f"of this name on other data, give --dataset, too)"
+    )
 
 
 def _dataset(args: argparse.Namespace, dataset: str | None, source: RunManifest | None) -> Dataset:

@@ -12,7 +12,6 @@ from wds_train.data.batch import Unreadable
 from wds_train.data.dataset import SplitReader
 from wds_train.data.plan import Part
 from wds_train.errors import DataError
-from wds_train.transforms.decode import decode_crop
 from wds_train.transforms.sample import Transform
 
 PREFETCHED_PARTS = 4  # per worker, in shared memory: evens out steps whose images are slow to decode
@@ -80,6 +79,5 @@ class Decoder:
             raise record
         if self._transform is not None:
             index = self._split.index
-            box, flip = self._transform.crop(epoch, position, int(index.width[sample]), int(index.height[sample]))
-            decode_crop(record, box, out, flip=flip)
-            self._transform.augment(epoch, position, out)
+            size = int(index.width[sample]), int(index.height[sample])
+            self._transform.decode(record, epoch, position, size, out)

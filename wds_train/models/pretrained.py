@@ -101,7 +101,7 @@ def _images(recipe: Recipe) -> dict[str, Any] | None:
         if is_exported(file):
             theirs = Weights.read(file).recipe.data
             return {name: getattr(theirs, name) for name in IMAGES}
-    config = _config(_name(source, recipe.model) if source.startswith(TIMM) else recipe.model.name)
+    config = _config(timm_name(source, recipe.model) if source.startswith(TIMM) else recipe.model.name)
     if config is None:
         return None
     side, mean, std = config.input_size[-1], tuple(config.mean), tuple(config.std)
@@ -113,7 +113,7 @@ def _load(setting: str, source: str, own: ModelRecipe | None, device: torch.devi
     does not say so is of the model `own`. On the device "meta" the weights are fetched, and then let go.
     """
     if source.startswith(TIMM):
-        return _from_timm(setting, source, _name(source, own), device)
+        return _from_timm(setting, source, timm_name(source, own), device)
     path = Path(source)
     if own is not None and not is_exported(path):
         return _from_file(setting, path, own, device)
@@ -124,7 +124,7 @@ def _load(setting: str, source: str, own: ModelRecipe | None, device: torch.devi
     return model, (recipe.data.mean, recipe.data.std)
 
 
-def _name(source: str, own: ModelRecipe | None) -> str:
+def timm_name(source: str, own: ModelRecipe | None) -> str:
     """The name of timm's weights that `source`, `timm:NAME`, asks for."""
     return source.removeprefix(TIMM) or (own.name if own else "")
 
@@ -158,7 +158,7 @@ def _from_timm(setting: str, source: str, name: str, device: torch.device) -> Lo
         if setting == "model.init" and place:
             remedy = f"download {HUB}/{place}/resolve/main/{FILE} where there is a network, and name that file here: --init FILE"
         raise StoreError(
-            f"{setting} = {source!r}: the weights could not be fetched ({type(error).__name__}: {cause}); {remedy}"
+            f"{setting} = {TIMM + name!r}: the weights could not be fetched ({type(error).__name__}: {cause}); {remedy}"
         ) from error
     return model, (tuple(config.mean), tuple(config.std))
 

@@ -17,7 +17,7 @@ from wds_train.errors import WdsTrainError
 from wds_train.evaluation.evaluate import Member, View
 from wds_train.models.weights import Weights
 from wds_train.serving.photos import Photo
-from wds_train.transforms.decode import decode_crop, probe
+from wds_train.transforms.decode import decode_center
 
 BATCH = 32
 Answer = tuple[Photo, NDArray[np.float32] | WdsTrainError]  # the logits [classes], or why there are none
@@ -53,9 +53,7 @@ class Classifier:
         transform = self._member.view.transform
         pixels = np.empty((transform.side, transform.side, 3), np.uint8)
         try:
-            data = photo.read()
-            box, _ = transform.crop(0, 0, *probe(data))
-            decode_crop(data, box, pixels)
+            decode_center(photo.read(), transform.crop_ratio, pixels)
         except WdsTrainError as error:
             return error
         return pixels

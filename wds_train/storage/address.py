@@ -5,8 +5,10 @@ import functools
 import os
 import re
 import sys
+from pathlib import Path
 
 from wds_train.errors import UsageError
+from wds_train.home import home
 
 EMBEDDED_BUCKET = "embedded"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -72,7 +74,8 @@ def not_here(address: str, text: str) -> str:
 @functools.cache
 def _announce_embedded() -> None:
     hint = "to use your own, add BUCKET=s3://... to make, or --bucket s3://..., or set WDS_BUCKET"
-    print(f"no bucket is set: using the embedded S3 server, data under .wds/ ({hint})", file=sys.stderr)
+    data = ".wds/" if home() == Path.cwd() / ".wds" else home()
+    print(f"no bucket is set: using the embedded S3 server, data under {data} ({hint})", file=sys.stderr)
 
 
 def is_embedded(address: str) -> bool:

@@ -17,7 +17,7 @@ from wds_train.data.mixture import Mixture
 from wds_train.data.plan import EvalPlan, TrainPlan, shares
 from wds_train.errors import NotFound, UsageError
 from wds_train.evaluation.scoring import EVAL_BATCH
-from wds_train.models.pretrained import TIMM
+from wds_train.models.pretrained import TIMM, timm_name
 from wds_train.storage.base import Store
 from wds_train.tracking.console import note
 from wds_train.tracking.progress import Pace
@@ -40,8 +40,10 @@ def refuse(options: TrainOptions, datasets: list[Dataset], fresh: RunManifest, s
     steps = epoch_steps(options, datasets)
     for dataset, size in zip(datasets, sizes(options), strict=True):
         _plan(options, dataset, size, range(steps * options.recipe.schedule.epochs), ranks)
-    if ranks.leads and not resumes and (init := options.recipe.model.init).startswith(TIMM):
-        note(f"weights  reading {init}, which this machine has or fetches from the Hugging Face hub ...")
+    model = options.recipe.model
+    if ranks.leads and not resumes and model.init.startswith(TIMM):
+        weights = TIMM + timm_name(model.init, model)
+        note(f"weights  reading {weights}, which this machine has or fetches from the Hugging Face hub ...")
     on_meta = replace(options, compile=False)
     make_trainer(on_meta, datasets, torch.device("meta"), Ranks(ranks.rank, ranks.size), resumes=resumes)
 

@@ -32,11 +32,3 @@ def random_resized_crop(
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     return Box((width - w) // 2, (height - h) // 2, w, h)
-
-
-def center_crop(width: int, height: int, crop: float) -> Box:
-    """The central square whose side is `crop` of the shorter side: what resize to size / crop, then a centre crop of
-    size, keeps.
-    """
-    side = max(1, round(min(width, height) * crop))
-    return Box((width - side) // 2, (height - side) // 2, side, side)

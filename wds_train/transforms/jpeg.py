@@ -67,6 +67,14 @@ def read_header(data: memoryview) -> Header:
     raise DataError("it is cut off or damaged: a JPEG without a frame and a scan header")
 
 
+def decode_all(data: memoryview, header: Header) -> NDArray[np.uint8]:
+    """All rows as `decode_rows`, but by the exact inverse DCT and the smooth chroma upsampling: Pillow's pixels."""
+    pixels = np.empty((header.height, header.width, 3), np.uint8)
+    if (cause := _decode(data, pixels, fast=False)) is not None:
+        raise DataError(f"it cannot be decoded: {cause}")
+    return pixels
+
+
 def decode_rows(data: memoryview, header: Header, rows: int) -> NDArray[np.uint8]:
     """The first `rows` rows, or more: uint8 [>= rows, width, 3] RGB. `DataError` when one of them is damaged or missing.
 
@@ -84,13 +92,13 @@ def decode_rows(data: memoryview, header: Header, rows: int) -> NDArray[np.uint8
     return pixels
 
 
-def _decode(data: memoryview | bytearray, pixels: NDArray[np.uint8]) -> str | None:
+def _decode(data: memoryview | bytearray, pixels: NDArray[np.uint8], *, fast: bool = True) -> str | None:
     """Fill `pixels`, or say why not."""
     try:
         size = simplejpeg.decode_jpeg_header(data)[:2]
         if size != pixels.shape[:2]:  # rows that libjpeg does not see would keep what was in their memory
             return f"its header says {pixels.shape[:2]} rows and columns or {size}, depending on how it is read"
-        simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True, buffer=pixels)
+        simplejpeg.decode_jpeg(data, fastdct=fast, fastupsample=fast, buffer=pixels)
     except ValueError as error:
         return None if LEFT_OVER in str(error) else str(error)
     return None

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from wds_train.config.recipe import Recipe
 from wds_train.config.schedule import image_side
 from wds_train.rng import rekeyed
-from wds_train.transforms.crop import Box, center_crop, random_resized_crop
+from wds_train.transforms.crop import Box, random_resized_crop
+from wds_train.transforms.decode import decode_center, decode_crop
 from wds_train.transforms.policies import apply, policies
 
 
@@ -21,11 +22,10 @@ class Transform(Protocol):
     def size(self, step: int) -> int:
         """The side of the square images of `step`, in pixels."""
 
-    def crop(self, epoch: int, position: int, width: int, height: int) -> tuple[Box, bool]:
-        """The box to cut from the image at `position` of the epoch, and whether to mirror it."""
-
-    def augment(self, epoch: int, position: int, pixels: NDArray[np.uint8]) -> None:
-        """Change what was cut, uint8 [side, side, 3], in place."""
+    def decode(
+        self, data: memoryview, epoch: int, position: int, size: tuple[int, int], out: NDArray[np.uint8]
+    ) -> None:
+        """Fill `out`, uint8 [side, side, 3], from the image `data` of `size`, which is at `position` of the epoch."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,20 @@ class TrainTransform:
         flip = bool(rng.random() < data.flip)
         return random_resized_crop(rng, width, height, data.scale, data.ratio), flip
 
+    def decode(
+        self, data: memoryview, epoch: int, position: int, size: tuple[int, int], out: NDArray[np.uint8]
+    ) -> None:
+        box, flip = self.crop(epoch, position, *size)
+        decode_crop(data, box, out, flip=flip)
+        self.augment(epoch, position, out)
+
     def augment(self, epoch: int, position: int, pixels: NDArray[np.uint8]) -> None:
         apply(policies(self.recipe.data, len(pixels)), pixels, self.recipe.seed, "policy", epoch, position)
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The central square, `crop_ratio` of the shorter side."""
+    """The central square, `crop_ratio` of the shorter side, as timm cuts it."""
 
     side: int
     crop_ratio: float
@@ -67,8 +74,7 @@ class EvalTransform:
     def size(self, step: int) -> int:
         return self.side
 
-    def crop(self, epoch: int, position: int, width: int, height: int) -> tuple[Box, bool]:
-        return center_crop(width, height, self.crop_ratio), False
-
-    def augment(self, epoch: int, position: int, pixels: NDArray[np.uint8]) -> None:
-        pass
+    def decode(
+        self, data: memoryview, epoch: int, position: int, size: tuple[int, int], out: NDArray[np.uint8]
+    ) -> None:
+        decode_center(data, self.crop_ratio, out)
