@@ -119,7 +119,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _square(image: Image.Image, crop: float, side: int) -> Image.Image:
-    """The centre of the image, as the validation saw it and as timm and torchvision do: the shorter side resized to `side` /
+    """The centre of the image, as the validation saw it, and as timm does: the shorter side resized to `side` /
     `crop`, `side` of each cut from the middle.
     """
     shorter = min(image.size)
