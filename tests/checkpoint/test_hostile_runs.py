@@ -32,7 +32,7 @@ from wds_train.errors import WdsTrainError
 from wds_train.storage.open import open_store
 from wds_train.training.engine import Trainer
 
-MUTANTS = 2_000
+MUTANTS = 1_000
 RECIPE = with_settings(preset("digits"), SETTINGS)
 ODD = [
     None,
