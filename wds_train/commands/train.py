@@ -33,7 +33,7 @@ from wds_train.errors import NotFound, UsageError, WdsTrainError
 from wds_train.format.manifest import NAME
 from wds_train.storage.address import announced, located, name_from
 from wds_train.storage.open import open_store
-from wds_train.tracking.console import loading
+from wds_train.tracking.console import loading, say
 from wds_train.training.stop import StopRequest
 
 DEFAULT = "digits"  # the recipe, and its dataset
@@ -144,7 +144,6 @@ def run(args: argparse.Namespace) -> int:
     from torch.cuda import device_count  # seconds, after what can be said without it
 
     from wds_train.models.pretrained import as_init
-    from wds_train.tracking.console import say
     from wds_train.training.estimate import estimate
     from wds_train.training.launch import launch
     from wds_train.training.options import TrainOptions

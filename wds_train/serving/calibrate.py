@@ -10,16 +10,17 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
+from wds_train.checkpoint.begun import own_dataset
 from wds_train.checkpoint.manifest import RunManifest
-from wds_train.data.dataset import Dataset, SplitReader
+from wds_train.data.dataset import SplitReader
 from wds_train.errors import DataError, WdsTrainError
 from wds_train.models.calibration import SURE, Calibration
 from wds_train.models.weights import Weights
+from wds_train.report.findings import calibration
 from wds_train.serving.classify import Classifier, progress, sample
 from wds_train.tracking.console import say
 
 SAMPLES = 1000  # at most: a temperature is one number, and a model on a CPU takes a minute for them
-BINS = 15
 TEMPERATURES = (0.05, 20.0)
 
 
@@ -28,11 +29,8 @@ def calibrated(weights: Weights, classifier: Classifier, run: RunManifest) -> We
     to be had.
     """
     try:
-        dataset = Dataset.open(run.dataset["url"])
-        if dataset.fingerprint != run.dataset["fingerprint"]:
-            raise DataError(f"{dataset.store.url} is another dataset than at the training")
-        logits, labels = _scored(classifier, dataset.split("val"))
-    except (WdsTrainError, KeyError) as error:
+        logits, labels = _scored(classifier, own_dataset(run).split("val"))
+    except WdsTrainError as error:
         say(f"the probabilities are not calibrated: {error}")
         return weights
     return replace(weights, calibration=calibrate(logits, labels))
@@ -71,8 +69,8 @@ def calibrate(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Calibra
         temperature,
         len(labels[fit]),
         len(right),
-        _error(raw, right),
-        _error(probability, right),
+        calibration(raw, right)[1],
+        calibration(probability, right)[1],
         _percent(sure),
         _percent(right[sure]),
         _percent(right[~sure]),
@@ -82,15 +80,6 @@ def calibrate(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Calibra
 def probabilities(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
     """The softmax of `logits` [samples, classes] at `temperature`."""
     return np.exp(log_softmax(logits.astype(np.float64) / temperature, axis=1))
-
-
-def _error(probability: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
-    """The expected calibration error, in points: over bins of equal width, how far the mean probability is from the share of
-    right answers, weighted by the answers in the bin.
-    """
-    bins = np.minimum((probability * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, probability - right, minlength=BINS)
-    return float(100 * np.abs(gaps).sum() / len(right))
 
 
 def _percent(flags: NDArray[np.bool_]) -> float:

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from wds_train.checkpoint.begun import own_dataset
 from wds_train.checkpoint.find import find_run
+from wds_train.checkpoint.manifest import RunManifest
 from wds_train.checkpoint.read import weights_of
-from wds_train.data.dataset import Dataset
 from wds_train.errors import RunError, UsageError, WdsTrainError
 from wds_train.models.weights import SUFFIX, Weights
 from wds_train.serving.classify import sample
@@ -66,13 +67,13 @@ def _of_run(url: str, device: torch.device) -> Space:
     older = [each for each in manifest.checkpoints if (kind, each.progress.step) not in known]
     chosen = sorted({round(place) for place in np.linspace(0, len(older) - 1, min(CHECKPOINTS, len(older)))})
     others = [weights_of(store, manifest, older[place], kind) for place in chosen]
-    return Space(choices, footer(manifest), others, _examples(manifest.dataset.get("url", ""), choices[0]))
+    return Space(choices, footer(manifest), others, _examples(manifest, choices[0]))
 
 
-def _examples(url: str, weights: Weights) -> list[tuple[str, bytes]]:
+def _examples(run: RunManifest, weights: Weights) -> list[tuple[str, bytes]]:
     """The first validation image of some classes, if they can be had."""
     try:
-        split = Dataset.open(url).split("val")
+        split = own_dataset(run).split("val")
         labels = np.linspace(0, len(weights.classes) - 1, min(EXAMPLES, len(weights.classes))).round().astype(int)
         found = [(label, np.flatnonzero(split.index.label == label)[:1].tolist()) for label in labels.tolist()]
         images = [(label, sample(split, number).read()) for label, numbers in found for number in numbers]

@@ -1,14 +1,13 @@
 """Where a model comes from, in words: what its run's manifest knows, and nothing else."""
 
-import subprocess
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from wds_train.checkpoint.find import SCORES
 from wds_train.checkpoint.manifest import RunManifest, best
 from wds_train.models.weights import Weights
+from wds_train.tracking import machine
 
 
 def results(run: RunManifest) -> list[dict[str, Any]]:
@@ -51,20 +50,16 @@ def cost(run: RunManifest) -> str:
     """Hours and interruptions; dollars and hardware where every attempt noted them."""
     totals = run.totals()
     # Attempts of older runs noted neither.
-    prices = [attempt.price for attempt in run.attempts]
     hardware = {attempt.hardware for attempt in run.attempts} - {""}
-    known = not run.earlier.attempts and all(price is not None for price in prices)
-    dollars = sum(a.seconds / 3600 * (price or 0) for a, price in zip(run.attempts, prices, strict=True))
+    known = not run.earlier.attempts and all(attempt.price is not None for attempt in run.attempts)
     return (
         f"{totals.seconds / 3600:.2f} hours in {totals.attempts} attempts, {totals.interruptions} interruptions survived"
         + (f", on {', '.join(sorted(hardware))}" if hardware else "")
-        + (f", ${dollars:.2f}." if known else ", dollars not recorded.")
+        + (f", ${totals.dollars:.2f}." if known else ", dollars not recorded.")
     )
 
 
 def revision() -> str:
     """The version of this package, with the commit where it runs out of a checkout."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return f"{version('wds-train')}{f', revision {found.stdout.strip()}' if found.returncode == 0 else ''}"
+    commit = machine.revision()
+    return f"{version('wds-train')}{f', revision {commit}' if commit else ''}"

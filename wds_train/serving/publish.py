@@ -9,8 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCardData, SpaceCardData, get_token
 
+from wds_train.checkpoint.begun import own_dataset
 from wds_train.checkpoint.manifest import RunManifest
-from wds_train.data.dataset import Dataset
 from wds_train.errors import StoreError, UsageError, WdsTrainError
 from wds_train.models.weights import Weights
 from wds_train.serving.export import new_folder, write_timm_folder
@@ -103,10 +103,8 @@ def _model_card(run: RunManifest, weights: Weights, licence: str, name: str | No
 def _validation_samples(run: RunManifest) -> int | None:
     """As the dataset says, if it is still the one of the training."""
     try:
-        dataset = Dataset.open(run.dataset["url"])
-        same = dataset.fingerprint == run.dataset["fingerprint"]
-        return dataset.manifest.split("val").samples if same else None
-    except (WdsTrainError, KeyError):
+        return own_dataset(run).manifest.split("val").samples
+    except WdsTrainError:
         return None
 
 
