@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from answers import answer
 from numpy.typing import NDArray
 from PIL import Image
 
-from wds_train.cli import main
 from wds_train.data.dataset import Dataset
 from wds_train.data.loader import Loader
 from wds_train.data.plan import EvalPlan
@@ -29,16 +29,6 @@ from wds_train.serving.download import download, is_public
 from wds_train.storage.open import open_store
 
 CPU = torch.device("cpu")
-
-
-def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as stop:  # argparse's own
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err.strip()
 
 
 def logits_of(run: str, dataset: Dataset, tta: str | None = None) -> NDArray[np.float32]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from answers import answer
 
 from wds_train.cli import main
 from wds_train.data.dataset import Dataset
@@ -18,16 +19,6 @@ from wds_train.serving.provenance import without_places
 from wds_train.serving.publish import push
 
 yaml = pytest.importorskip("yaml")
-
-
-def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as stop:  # argparse's own
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err.strip()
 
 
 @pytest.fixture(scope="module")
