@@ -1,6 +1,7 @@
 """A headless Chromium, told by its own protocol over a pipe what to open and to measure."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -22,8 +23,8 @@ class Browser:
 
     def __enter__(self) -> Self:
         (down_read, self._write), (self._read, up_write) = os.pipe(), os.pipe()
-        # It reads from descriptor 3, and writes to 4; these are none of the two pipes' own.
-        moved = [os.dup2(end, 50 + number) for number, end in enumerate((down_read, up_write))]
+        # It reads from descriptor 3, and writes to 4: neither may be a pipe's own, nor anything of this process be closed.
+        moved = [fcntl.fcntl(end, fcntl.F_DUPFD, 5) for end in (down_read, up_write)]
         flags = [
             "--headless",
             "--no-sandbox",

@@ -187,6 +187,7 @@ class Meter(Bar):
         finally:
             over.set()
             thread.join()
+            self._next = self._next if self._tqdm.disable else 0.0  # or a bar could vanish long before its end
             self.reached(*counts())
 
     def _show(self) -> None:
