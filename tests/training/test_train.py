@@ -25,7 +25,7 @@ from wds_train.tracking.records import repeatable
 
 TINY = [
     "model.name=test_resnet",
-    "schedule.epochs=4",
+    "schedule.epochs=2",
     "schedule.warmup_epochs=1",
     "mix.mixup=0.2",
     "model.drop_path=0.1",
@@ -103,7 +103,7 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(digits: Dataset, s3_url: st
     broken, rng = f"{s3_url}/broken", random.Random(0)
     for workers, moment, sent in (
         (0, "dataset", signal.SIGKILL),
-        (2, "epoch   1/4", signal.SIGKILL),
+        (2, "epoch   1/2", signal.SIGKILL),
         (1, "resuming", signal.SIGTERM),
     ):
         training = Training(digits.store.url, broken, workers=workers)
@@ -112,9 +112,9 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(digits: Dataset, s3_url: st
             wait_for_commit(broken)
         time.sleep(rng.uniform(0.0, 0.6))
         assert training.end(sent) == (75 if sent == signal.SIGTERM else -sent), training.output
-    assert re.search(r"stopped by SIGTERM at step \d+ of 88, state committed to s3://.*/broken", training.output)
+    assert re.search(r"stopped by SIGTERM at step \d+ of 44, state committed to s3://.*/broken", training.output)
     training = Training(digits.store.url, broken, workers=3)
-    training.until(r"resuming at step \d+ of 88")
+    training.until(r"resuming at step \d+ of 44")
     time.sleep(rng.uniform(0.2, 1.0))
     training.end(signal.SIGKILL)
     last = Training(digits.store.url, broken)
