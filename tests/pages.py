@@ -4,8 +4,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-
-from wds_train.cli import main
+from answers import answer
 
 
 class Page(HTMLParser):
@@ -47,16 +46,6 @@ class Page(HTMLParser):
             self._table[-1][-1] += data
         if {"dt", "dd"} & {*self._open}:
             self._terms[-1] += data
-
-
-def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as stop:  # argparse's own
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out.strip(), captured.err
 
 
 def page_of(capsys: pytest.CaptureFixture[str], run: Path, out: Path, *arguments: object) -> tuple[Page, str]:

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from pages import Page, answer
+from answers import answer
+from pages import Page
 from told_runs import history_of, make_long_run, make_newer, make_run, recipe_of
 
 

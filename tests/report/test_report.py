@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import Page, answer, page_of
+from answers import answer
+from pages import Page, page_of
 from told_runs import BEGAN, Paid, history_of, make_long_run, make_newer, make_run, recipe_of, row_of
 
 from wds_train.checkpoint.manifest import STATUSES, RunManifest
@@ -259,7 +260,7 @@ def test_a_place_that_cannot_be_written_is_said(
     (tmp_path / "file").touch()
     arguments = [command, long, *([long] if command == "compare" else ["--no-images"]), "--out"]
     code, _, said = answer(capsys, *arguments, tmp_path / "file")
-    assert (code, said) == (2, f"wds-train: error: --out {tmp_path}/file is a file; give a folder\n")
+    assert (code, said) == (2, f"wds-train: error: --out {tmp_path}/file is a file; give a folder")
     code, _, said = answer(capsys, *arguments, "/proc/nope")
     assert (code, "/proc/nope cannot be written (No such file or directory); give another --out DIR" in said) == (
         2,

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from answers import answer
 from browser import CHROMIUM, Browser
-from pages import Page, answer, page_of
+from pages import Page, page_of
 from PIL import Image
 from trainers import Job, Training
 

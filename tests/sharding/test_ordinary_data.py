@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from answers import conversion
 from PIL import Image
 
 from shards.images import ImagePolicy, check
-from shards.make_shards import main
 from wds_train.cli import main as wds_train
 from wds_train.data.dataset import Dataset
 from wds_train.storage.local import LocalStore
@@ -46,15 +46,6 @@ def put(root: Path, files: dict[str, bytes]) -> Path:
 def tree(*folders: str, classes: tuple[str, ...] = ("cat", "dog"), images: int = 4) -> dict[str, bytes]:
     """`images` photographs in each class folder of each of `folders`."""
     return {f"{folder}{name}/{n}.jpg": PHOTOS[n] for folder in folders for name in classes for n in range(images)}
-
-
-def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    before, sys.argv = sys.argv, ["make_shards", *map(str, arguments), "--processes", "1"]
-    try:
-        code = main()
-    finally:
-        sys.argv = before
-    return code, "".join(capsys.readouterr())
 
 
 def understood(out: Path) -> dict[str, dict[str, int]]:
@@ -142,7 +133,7 @@ def test_layouts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     files, counts = LAYOUTS[name]
     root = put(tmp_path / "mine", files)
     before = hashes(root)
-    code, output = command(capsys, root, tmp_path / "out")
+    code, output = conversion(capsys, root, tmp_path / "out")
     assert code == 0, output
     assert understood(tmp_path / "out") == counts
     classes = ", ".join(counts["train"])
@@ -199,7 +190,7 @@ def test_layouts_that_are_refused(name: str, tmp_path: Path, capsys: pytest.Capt
 def refused(capsys: pytest.CaptureFixture[str], sentence: str, source: Path | str, *flags: str) -> None:
     folder = Path(str(source).removeprefix("wds:"))
     before, out = hashes(folder), folder.with_name("out")
-    code, output = command(capsys, source, out, *flags)
+    code, output = conversion(capsys, source, out, *flags)
     assert code in (1, 2), output
     assert sentence in output, output
     assert "Traceback" not in output
@@ -280,11 +271,11 @@ def test_odd_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     root = put(tmp_path / "mine", tree("train/", "val/") | {f"train/cat/{name}": data})
     if result not in (KEPT, IGNORED):
         refused(capsys, result, root, *flags)
-        code, output = command(capsys, root, tmp_path / "out", *flags)
+        code, output = conversion(capsys, root, tmp_path / "out", *flags)
         share = output.rpartition("--max-bad ")[2].split()[0]
-        assert command(capsys, root, tmp_path / "out", *flags, "--max-bad", share)[0] == 0  # what it says suffices
+        assert conversion(capsys, root, tmp_path / "out", *flags, "--max-bad", share)[0] == 0  # what it says suffices
     else:
-        code, output = command(capsys, root, tmp_path / "out", *flags)
+        code, output = conversion(capsys, root, tmp_path / "out", *flags)
         assert code == 0, output
     assert understood(tmp_path / "out")["train"] == {"cat": 5 if result == KEPT else 4, "dog": 4}
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -297,7 +288,7 @@ def test_odd_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_link_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = put(tmp_path / "mine", tree("train/", "val/"))
     (root / "train" / "cat" / "loop").symlink_to(root / "train" / "cat" / "loop")
-    code, output = command(capsys, root, tmp_path / "out")
+    code, output = conversion(capsys, root, tmp_path / "out")
     assert code == 1 and "loop: it cannot be read: Too many levels of symbolic links" in output
 
 
@@ -349,14 +340,14 @@ TARS: dict[str, tuple[list[dict[str, bytes]], dict[str, int]]] = {
 def test_labels_of_tars(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples, counts = TARS[name]
     root = tar_with(tmp_path / "mine", *samples)
-    code, output = command(capsys, root, tmp_path / "out", "--hold-out", "0")
+    code, output = conversion(capsys, root, tmp_path / "out", "--hold-out", "0")
     assert code == 0, output
     assert understood(tmp_path / "out") == {"train": counts}
     packed = put(tmp_path / "packed", {"train-0.tar.gz": gzip.compress((root / "train-0.tar").read_bytes())})
-    assert command(capsys, packed, tmp_path / "gz", "--hold-out", "0")[0] == 0
+    assert conversion(capsys, packed, tmp_path / "gz", "--hold-out", "0")[0] == 0
     assert Dataset.open(str(tmp_path / "gz")).fingerprint == Dataset.open(str(tmp_path / "out")).fingerprint
     if "txt" not in name:  # in place, one sample after the other, a text may as well be a caption
-        code, output = command(capsys, "index", root)
+        code, output = conversion(capsys, "index", root)
         assert code == 0, output
         assert understood(root) == {"train": counts}
         assert wds_train(["verify", str(root)]) == 0
@@ -365,17 +356,17 @@ def test_labels_of_tars(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_names_for_the_labels_of_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tar_with(tmp_path / "mine", *labelled("cls", b"0", b"1", b"0", b"1"))
     put(root, {"classes.txt": b"cat\ndog\ncow\n"})
-    assert command(capsys, root, tmp_path / "out", "--hold-out", "0")[0] == 0
+    assert conversion(capsys, root, tmp_path / "out", "--hold-out", "0")[0] == 0
     assert understood(tmp_path / "out") == {"train": {"cat": 2, "dog": 2, "cow": 0}}
     put(root, {"classes.txt": b"cat\n"})
-    code, output = command(capsys, root, tmp_path / "other")
+    code, output = conversion(capsys, root, tmp_path / "other")
     assert code == 1 and "holds the label 0, " in output and "names 1 classes" in output
 
 
 def test_members_that_lie_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [(f"{n}.cls", b"%d" % (n % 2)) for n in range(4)] + [(f"{n}.jpg", PHOTOS[n]) for n in range(4)]
     root = put(tmp_path / "mine", {"a.tar": layouts.tar_of(files)})
-    assert command(capsys, root, tmp_path / "out", "--hold-out", "0")[0] == 0
+    assert conversion(capsys, root, tmp_path / "out", "--hold-out", "0")[0] == 0
     assert understood(tmp_path / "out") == {"train": {"0": 2, "1": 2}}
     nested = [
         (f"{n}/{name}", data)
@@ -383,7 +374,7 @@ def test_members_that_lie_apart(tmp_path: Path, capsys: pytest.CaptureFixture[st
         for name, data in (("image.jpg", PHOTOS[n]), ("label.cls", b"%d" % (n % 2)))
     ]
     assert (
-        command(
+        conversion(
             capsys, put(tmp_path / "nested", {"a.tar": layouts.tar_of(nested)}), tmp_path / "two", "--hold-out", "0"
         )[0]
         == 0
@@ -441,7 +432,7 @@ def test_tables_of_hugging_face(name: str, tmp_path: Path, capsys: pytest.Captur
     if isinstance(result, str):
         refused(capsys, result, root)
     else:
-        code, output = command(capsys, root, tmp_path / "out", "--hold-out", "0")
+        code, output = conversion(capsys, root, tmp_path / "out", "--hold-out", "0")
         assert code == 0, output
         assert understood(tmp_path / "out") == {"train": result}
 
@@ -452,13 +443,13 @@ def test_columns_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     pq.write_table(pa.table({"photo": BYTES, "kind": FOUR, "other": FOUR}), root / "train.parquet")
     refused(capsys, "has the columns photo, kind, other", root)
     flags = ("--image-column", "photo", "--label-column", "kind", "--hold-out", "0")
-    assert command(capsys, root, tmp_path / "out", *flags)[0] == 0
+    assert conversion(capsys, root, tmp_path / "out", *flags)[0] == 0
     assert understood(tmp_path / "out") == {"train": {"0": 2, "1": 2}}
     table = {f"pics/{n}.jpg": PHOTOS[n] for n in range(4)} | {
         "all.csv": b"which,what,x\n" + b"".join(b"%d.jpg,%d,1\n" % (n, n % 2) for n in range(4))
     }
     flags = ("--image-column", "which", "--label-column", "what", "--hold-out", "0")
-    assert command(capsys, put(tmp_path / "csv", table), tmp_path / "two", *flags)[0] == 0
+    assert conversion(capsys, put(tmp_path / "csv", table), tmp_path / "two", *flags)[0] == 0
     assert understood(tmp_path / "two") == {"train": {"0": 2, "1": 2}}
 
 
@@ -535,11 +526,11 @@ def test_a_conversion_never_writes_into_its_source(
         target = root / "train" / ".." / "x" / ".." / "val"
     elif form in ("tars", "overwrite"):
         made = tmp_path / "made"
-        assert command(capsys, root, made)[0] == 0
+        assert conversion(capsys, root, made)[0] == 0
         source, target = f"wds:{made}", made
         flags = ["--overwrite", "--seed", "4"] if form == "overwrite" else []
     before = hashes(tmp_path)
-    code, output = command(capsys, source, target, *flags)
+    code, output = conversion(capsys, source, target, *flags)
     assert code == 2 and "overlap" in output, output
     assert hashes(tmp_path) == before
 
@@ -549,7 +540,7 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, capsys: pytest.Capture
     out = put(tmp_path / "out", {"train/shard-000000.tar": b"theirs", "notes.txt": b"theirs"})
     before = hashes(out)
     for flags in ((), ("--overwrite",)):
-        code, output = command(capsys, root, out, *flags)
+        code, output = conversion(capsys, root, out, *flags)
         assert code == 2 and "holds train/shard-000000.tar, which no manifest of ours names" in output
         assert hashes(out) == before
 
@@ -600,7 +591,7 @@ def test_an_ordinary_folder_is_sharded_trained_on_and_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = put(tmp_path / "pets", tree("Train/", "Test/", images=20))
-    code, output = command(capsys, root, tmp_path / "shards")
+    code, output = conversion(capsys, root, tmp_path / "shards")
     assert code == 0 and "val is 10% of each class of train, held out" in output
     settings = ["model.name=test_resnet", "schedule.epochs=2", "schedule.warmup_epochs=1", "batch=8", "data.size=32"]
     settings += ["data.eval_size=32"]

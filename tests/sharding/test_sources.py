@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import struct
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -20,10 +19,10 @@ import layouts
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from answers import conversion
 from PIL import Image
 
 from shards.convert import Conversion
-from shards.make_shards import main
 from shards.pack import make_shard
 from shards.plan import Options, Plan
 from shards.sources import huggingface
@@ -44,18 +43,9 @@ LAYOUTS = ["image_folder", "ilsvrc", "kaggle", "save_to_disk", "parquet", "webda
 
 def convert(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """Run the command in this process; what it printed. Errors are raised."""
-    code, output = command(capsys, *arguments)
+    code, output = conversion(capsys, *arguments)
     assert code == 0, output
     return output
-
-
-def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    before, sys.argv = sys.argv, ["make_shards", *map(str, arguments), "--processes", "1"]
-    try:
-        code = main()
-    finally:
-        sys.argv = before
-    return code, "".join(capsys.readouterr())
 
 
 def samples(dataset: Path) -> dict[str, Counter[tuple[str, str]]]:
@@ -131,12 +121,12 @@ def test_classes_have_their_human_names(tmp_path: Path, capsys: pytest.CaptureFi
 def test_ilsvrc_takes_a_plain_ground_truth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = layouts.small_tree()
     root = layouts.ilsvrc(tmp_path / "tars", tree, devkit=False)
-    code, output = command(capsys, root, tmp_path / "out")
+    code, output = conversion(capsys, root, tmp_path / "out")
     assert code == 1 and "needs ILSVRC2012_devkit_t12.tar.gz" in output
     assert not (tmp_path / "out").exists()
     wnids = [wnid for wnid, _, _ in layouts._numbered(tree)]
     (root / "imagenet_2012_validation_synset_labels.txt").write_text("\n".join(wnids[:-1]))
-    code, output = command(capsys, root / "ILSVRC2012_img_train.tar", tmp_path / "out")
+    code, output = conversion(capsys, root / "ILSVRC2012_img_train.tar", tmp_path / "out")
     assert code == 1 and "holds 9 images, the ground truth has 8 lines" in output
     (root / "imagenet_2012_validation_synset_labels.txt").write_text("\n".join(wnids))
     convert(capsys, root / "ILSVRC2012_img_train.tar", tmp_path / "out")
@@ -168,7 +158,7 @@ def test_a_stream_larger_than_the_spool_is_read_in_passes(tmp_path: Path, capsys
 
 def test_a_shard_that_no_spool_could_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = layouts.parquet(tmp_path / "parquet", layouts.small_tree())
-    code, output = command(capsys, root, tmp_path / "out", "--spool-gb", "0.00001")
+    code, output = conversion(capsys, root, tmp_path / "out", "--spool-gb", "0.00001")
     assert code == 2 and "the spool holds 10000" in output
 
 
@@ -265,7 +255,7 @@ def folder(tmp_path: Path) -> Path:
 def fails(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> str:
     """What a conversion that must fail says; it leaves no manifest."""
     out = folder.parent / "out"
-    code, output = command(capsys, folder, out, *arguments)
+    code, output = conversion(capsys, folder, out, *arguments)
     assert code in (1, 2), output
     assert not (out / "manifest.json").exists()
     return output
@@ -384,11 +374,11 @@ def test_links_are_followed_and_loops_refused(folder: Path, capsys: pytest.Captu
     convert(capsys, folder, folder.parent / "out")
     assert Dataset.open(str(folder.parent / "out")).manifest.split("train").samples == 16
     (place / "broken.jpg").symlink_to(folder.parent / "nowhere.jpg")
-    code, output = command(capsys, folder, folder.parent / "second")
+    code, output = conversion(capsys, folder, folder.parent / "second")
     assert code == 1 and "broken.jpg: it cannot be read: No such file" in output
     (place / "broken.jpg").unlink()
     (place / "loop").symlink_to(folder / "train")
-    code, output = command(capsys, folder, folder.parent / "second")
+    code, output = conversion(capsys, folder, folder.parent / "second")
     assert code == 1 and "is a link to a folder that holds it" in output
 
 
@@ -534,7 +524,7 @@ def test_a_share_is_held_out(layout: str, tmp_path: Path, capsys: pytest.Capture
     assert samples(tmp_path / "b") == samples(tmp_path / "c") == found
     made = Dataset.open(str(tmp_path / "a")).manifest
     assert made == Dataset.open(str(tmp_path / "b")).manifest and made.conversion["hold_out"] == 0.4
-    code, output = command(capsys, root, tmp_path / "a", "--shard-mb", "0.01")
+    code, output = conversion(capsys, root, tmp_path / "a", "--shard-mb", "0.01")
     assert code == 2 and "hold_out was 0.4, is now 0.1" in output
 
 
@@ -602,7 +592,7 @@ def test_hostile_members_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
     ]
     path = _tar(tmp_path / "evil.tar", good + hostile)
     before = sorted(tmp_path.rglob("*"))
-    code, output = command(capsys, f"wds:{path}", tmp_path / "out")
+    code, output = conversion(capsys, f"wds:{path}", tmp_path / "out")
     assert code == 1, output
     for cause in (
         "../../escape.jpg: its name points outside",
