@@ -70,7 +70,7 @@ def line_chart(
 
     def draw(axes: Any) -> None:
         for number, line in shown:
-            style = {"alpha": 0.5, "linewidth": 0.8} if line.faint else {"linewidth": 1.5}
+            style = {"alpha": 0.8, "linewidth": 0.8} if line.faint else {"linewidth": 1.5}
             points = line.points[:: -(-len(line.points) // POINTS)]
             if points[-1] != line.points[-1]:
                 points = [*points, line.points[-1]]
@@ -83,6 +83,7 @@ def line_chart(
                 **style,
             )
         axes.set_xlabel(xlabel)
+        axes.set_xlim(left=0)
         if zero:
             axes.set_ylim(0, 1.08 * max(value for _, line in shown for _, value in line.points) or 1)
         if len(shown) > 1:
@@ -113,7 +114,7 @@ def timeline_chart(spans: Sequence[tuple[str, float, float, str]], text: str) ->
                 height=0.6,
             )
         axes.set_yticks(range(len(spans)), [name for name, *_ in spans]) if len(spans) <= 12 else axes.set_yticks([])
-        axes.invert_yaxis()
+        axes.set_ylim(max(len(spans), 4) - 0.5, -0.5)  # a lone attempt would fill the picture
         axes.set_xlabel(f"{unit} since the first of them began")
         axes.grid(axis="y", visible=False)
         axes.legend(title="ended as", loc="best")
