@@ -11,7 +11,7 @@ from wds_train.errors import DataError, NotFound
 from wds_train.format import manifest as manifests
 from wds_train.format.index import SampleIndex, flaws, read_index
 from wds_train.format.manifest import DatasetManifest, Index, Shard, read_manifest
-from wds_train.storage.address import name_from
+from wds_train.storage.address import announced, located, name_from, not_here
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 
@@ -58,6 +58,9 @@ class Dataset:
 
     @classmethod
     def open(cls, url: str) -> "Dataset":
+        """The dataset at the address `url`, or of that name below $WDS_BUCKET/datasets, else on the embedded server."""
+        if not url.startswith("file:///"):
+            url = not_here(announced(located(url, "datasets"), url), url)
         store = open_store(url)
         try:
             return cls(store, _manifest(store))

@@ -41,11 +41,14 @@ class _Memory:
 
 
 class Fetcher:
-    """Reads the image bytes of requests, a bounded number of bytes ahead, in order."""
+    """Reads the image bytes of requests, a bounded number of bytes ahead, in order; with `whole`, all bytes of their
+    samples, header to padding.
+    """
 
-    def __init__(self, split: SplitReader, cache: BlockCache | None = None) -> None:
+    def __init__(self, split: SplitReader, cache: BlockCache | None = None, *, whole: bool = False) -> None:
         self._split = split
         self._cache = cache
+        self._whole = whole
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         pool, memory = ThreadPoolExecutor(FETCH_THREADS), _Memory()
@@ -92,7 +95,7 @@ class Fetcher:
     def _image(self, sample: int, shard: str, record: memoryview) -> memoryview | DataError:
         index = self._split.index
         with contextlib.suppress(DataError):
-            return image_of(index, sample, record)
+            return self._wanted(sample, record)
         # Again, from the store: a byte that flipped on the way or in the cache comes right, one in the store does not.
         if self._cache is not None:
             self._cache.drop(sample)
@@ -101,10 +104,15 @@ class Fetcher:
         for _ in times:
             again = memoryview(self._split.store.read(shard, int(index.offset[sample]), int(index.length[sample])))
             try:
-                return image_of(index, sample, again)
+                return self._wanted(sample, again)
             except DataError as error:
                 damage = error
         return damage
+
+    def _wanted(self, sample: int, record: memoryview) -> memoryview:
+        """What is asked for of the sample's `record`; `DataError` when it is damaged."""
+        image = image_of(self._split.index, sample, record)
+        return record if self._whole else image
 
 
 def _fetched(request: Request, _: int, runs: list[Future[dict[int, memoryview | DataError]]]) -> Fetched:

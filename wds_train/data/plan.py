@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from wds_train.data.dataset import Dataset
 from wds_train.data.order import EpochOrder, lane_count
 from wds_train.errors import DataError, UsageError
 from wds_train.rng import Ids
@@ -169,6 +170,17 @@ def _repeated(part: Part, repeats: int) -> Part:
     )
 
 
+def plan_of(
+    dataset: Dataset, split: str, seed: int, images: int, steps: range, *, rank: int, world: int, repeats: int = 1
+) -> TrainPlan:
+    """What `images` of every batch are read from `dataset` by, for `steps` at least."""
+    shard_samples = tuple(shard.samples for shard in dataset.manifest.split(split).shards)
+    samples = images // repeats
+    per_pass = max(1, sum(shard_samples) // samples)  # a split of less than a batch is TrainPlan's to refuse
+    passes = range(-(-steps.stop // per_pass))
+    return TrainPlan(shard_samples, dataset.fingerprint, seed, samples, passes, steps.start, rank, world, repeats)
+
+
 @dataclass(frozen=True)
 class EvalPlan:
     """Every sample of a split once over all ranks, in dataset order, in batches that no rank or worker count changes:
@@ -189,8 +201,17 @@ class EvalPlan:
     def part_samples(self, workers: int) -> int:
         return self.batch
 
+    @property
+    def batches(self) -> range:
+        """The rank's own."""
+        return range(self.rank, -(-self.samples // self.batch), self.world)
+
+    @property
+    def own_samples(self) -> int:
+        return sum(min(self.batch, self.samples - b * self.batch) for b in self.batches)
+
     def requests(self, worker: int, workers: int) -> Iterator[Request]:
-        for b in range(self.rank, -(-self.samples // self.batch), self.world)[worker::workers]:
+        for b in self.batches[worker::workers]:
             yield Request(b, 0, 0, np.arange(b * self.batch, min((b + 1) * self.batch, self.samples)))
 
     def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
