@@ -233,6 +233,7 @@ def test_a_function_that_cannot_work_is_refused_with_the_key(
     if transform is fails:  # where it failed is told
         cause = caught.value.__cause__
         assert isinstance(cause, IndexError) if workers == 0 else "return image if key" in caught.value.__notes__[0]
+    del caught  # it holds this frame, and the loader with its workers, which would go with the garbage collector
 
 
 def test_one_who_draws_late_is_found(digits: Dataset) -> None:

@@ -172,9 +172,9 @@ class Loader:
                     try:
                         raise item
                     finally:
-                        # Its traceback holds this frame: left to the garbage collector, DataLoader's queues are closed before
-                        # it can tell its workers to end, and waits 5 s for each.
-                        del item
+                        # Its traceback holds this frame, and `items` holds it: left to the garbage collector, DataLoader's
+                        # queues are closed before it can tell its workers to end, and it waits 5 s for each.
+                        del items, item
                 yield item
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
