@@ -44,8 +44,8 @@ class EvalLoader:
         self.samples = self.dataset.manifest.split(split).samples
         self._plan = EvalPlan(self.samples, whole("batch", batch, 1), *place(rank, world))
         self._workers = default_workers() if workers is None else whole("workers", workers, 0)
-        data = DataRecipe(eval_size=size, eval_crop=crop_ratio, max_bad=max_bad)
-        self._max_bad = data.max_bad
+        data = DataRecipe(eval_size=size, eval_crop=crop_ratio)
+        self._bound = Bound(max_bad, self.samples)
         self._view = EvalTransform(data.eval_size, data.eval_crop)
         self._images = Images(transform, decode, normalize, self.device)
         self._loader: Loader | None = None
@@ -59,9 +59,10 @@ class EvalLoader:
         self._ready().start()
 
     def __iter__(self) -> Iterator[Batch]:
-        bound, seen = Bound(self._max_bad, self.samples), 0
+        self._bound.reset()
+        seen = 0
         for batch in on_device(self._ready(), self.device):
-            bound(0, batch.unreadable)
+            self._bound(0, batch.unreadable)
             seen += len(batch.ids)
             yield self._images.normalised(batch)
         assert seen == self._plan.own_samples, f"{seen} samples came, {self._plan.own_samples} are this rank's"

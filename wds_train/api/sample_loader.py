@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from wds_train.api.arguments import Address, whole
+from wds_train.api.arguments import Address
 from wds_train.api.own import Function, OwnObjects
 from wds_train.api.steps import Mix, Steps
 from wds_train.data.batch import Batch, Unreadable
@@ -60,7 +60,7 @@ class SampleLoader(Steps[Samples]):
             dataset,
             batch,
             epochs,
-            seed=whole("seed", seed, 0),
+            seed=seed,
             from_step=from_step,
             rank=rank,
             world=world,

@@ -47,14 +47,15 @@ class Steps(ABC, Generic[Made]):
         max_bad: float,
         per_epoch: bool,
     ) -> None:
-        self.batch, self.seed, self.split, self.device = whole("batch", batch, 1), seed, split, device
+        self.batch, self.seed = whole("batch", batch, 1), whole("seed", seed, 0)
+        self.split, self.device = split, device
         self.rank, self.world = place(rank, world)
         self.workers = default_workers() if workers is None else whole("workers", workers, 0)
         self.datasets = opened_all(dataset, mix)
         self.shares = shares(self.batch, [share for _, share in mix])
         self._cache, self._cache_bytes, self._per_epoch = cache, int(cache_gb * 1e9), per_epoch
-        first = self._plan(self.datasets[0], self.shares[0], range(1))
-        self.steps_per_epoch = first.steps_per_epoch
+        plans = [self._plan(each, share, range(1)) for each, share in zip(self.datasets, self.shares, strict=True)]
+        self.steps_per_epoch = plans[0].steps_per_epoch
         self.steps = whole("epochs", epochs, 1) * self.steps_per_epoch
         self.step = self._step("from_step", from_step)
         self._bound = Bound(max_bad, self.steps_per_epoch * self.batch)
@@ -76,8 +77,9 @@ class Steps(ABC, Generic[Made]):
     def __iter__(self) -> Iterator[Made]:
         end = self._end()
         while self.step < end:
-            source, self._source = self._source if self._next == self.step else None, None
-            source = source or self._begun()
+            self.start()
+            source, self._source = self._source, None  # an error ends it
+            assert source is not None
             batch = next(source)
             self._source, self._next = source, batch.step + 1
             self._bound(batch.epoch, batch.unreadable)
@@ -88,8 +90,9 @@ class Steps(ABC, Generic[Made]):
         """Begin to read now, rather than with the first batch: while the model is made, and before this process has threads
         or uses a GPU, which forked workers are best without.
         """
-        if self.step < self.steps:
-            self._source, self._next = self._begun(), self.step
+        if self.step < self.steps and (self._source is None or self._next != self.step):
+            self._source, self._next = None, self.step  # whose workers make room for the new ones
+            self._source = self._begun()
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """The state after `step` steps, by default those handed out, and what it is a state of; plain values all."""
@@ -125,6 +128,7 @@ class Steps(ABC, Generic[Made]):
         return min(self.steps, epoch_end) if self._per_epoch else self.steps
 
     def _begun(self) -> Iterator[Batch]:
+        self._bound.reset()
         pinned, loaders = self.device.type == "cuda", []
         for number, (dataset, share) in enumerate(zip(self.datasets, self.shares, strict=True)):
             split, plan = dataset.split(self.split), self._plan(dataset, share, range(self.step, self.steps))

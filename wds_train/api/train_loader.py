@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from wds_train.api.arguments import Address, Normalisation, device_of, normalisation, whole
+from wds_train.api.arguments import Address, Normalisation, device_of, normalisation
 from wds_train.api.own import Function, OwnArrays
 from wds_train.api.steps import Mix, Steps
 from wds_train.config.recipe import DataRecipe, Recipe
@@ -52,7 +52,7 @@ class TrainLoader(Steps[Batch]):
             dataset,
             batch,
             epochs,
-            seed=whole("seed", seed, 0),
+            seed=seed,
             from_step=from_step,
             rank=rank,
             world=world,
@@ -74,9 +74,8 @@ class TrainLoader(Steps[Batch]):
             flip=flip,
             color_jitter=color_jitter,
             auto_augment=augment,
-            max_bad=max_bad,
         )
-        self._recipe = Recipe("loader", self.batch, seed, data=data)
+        self._recipe = Recipe("loader", self.batch, self.seed, data=data)
         self._images = Images(transform, decode, normalize, self.device)
 
     def _transform(self, split: SplitReader) -> Transform:
