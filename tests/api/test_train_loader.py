@@ -19,6 +19,7 @@ from wds_train.config.recipe import DataRecipe, Recipe
 from wds_train.data.loader import Loader
 from wds_train.data.plan import TrainPlan
 from wds_train.errors import UsageError
+from wds_train.global_rng import drawn_from, generator_states
 from wds_train.transforms.sample import TrainTransform
 
 BATCH = 64
@@ -246,6 +247,24 @@ def test_one_who_draws_late_is_found(digits: Dataset) -> None:
     calls: list[str] = []
     with pytest.raises(UsageError, match="draws from the global generator"):
         list(loader(digits, transform=late, workers=1))
+
+
+def test_a_draw_of_somebody_else_is_no_fault_of_the_function(digits: Dataset) -> None:
+    """A thread of a library may draw from a global generator during a call."""
+
+    def disturbed(image: np.ndarray, key: str, rng: np.random.Generator) -> np.ndarray:
+        calls.append(key)
+        return image + (0 * np.uint8(random.getrandbits(1)) if len(calls) in (1, 3) else np.uint8(0))
+
+    calls: list[str] = []
+    assert len(list(loader(digits, transform=disturbed, from_step=43))) == 1
+
+
+def test_the_global_generators_of_the_loop_are_left_alone(digits: Dataset) -> None:
+    before = generator_states()
+    list(loader(digits, transform=torchvision_crop, workers=1, from_step=43))
+    list(loader(digits, augment="rand-m9-mstd0.5-inc1", from_step=43))
+    assert not drawn_from(before)
 
 
 def refuses_five(image: np.ndarray, key: str, rng: np.random.Generator) -> np.ndarray:

@@ -74,7 +74,7 @@ def normalisation(normalize: Normalisation) -> DataRecipe | None:
     """A recipe of the mean and deviation, ImageNet's for True; None where pixels stay as they are."""
     if normalize is True:
         return DataRecipe()
-    if not normalize:
+    if normalize is None or normalize is False:
         return None
     try:
         mean, std = (tuple(float(each) for each in part) for part in normalize)

@@ -85,6 +85,8 @@ class Steps(ABC, Generic[Made]):
             self._bound(batch.epoch, batch.unreadable)
             self.step = self._next
             yield self._finished(batch)
+        if self.step >= self.steps:
+            self._source = None  # and its workers end
 
     def start(self) -> None:
         """Begin to read now, rather than with the first batch: while the model is made, and before this process has threads

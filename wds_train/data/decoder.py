@@ -43,7 +43,7 @@ class Slots:
 
     def __init__(self, workers: int, part_bytes: int) -> None:
         # Shared with the workers by fork, and not through /dev/shm, of which a container often has 64 MB.
-        shape = (max(1, workers), SLOTS, part_bytes + -part_bytes % 64)  # aligned for any dtype
+        shape = (max(1, workers), SLOTS, part_bytes)
         self._bytes: NDArray[np.uint8] = np.ndarray(shape, np.uint8, mmap.mmap(-1, max(1, math.prod(shape))))
 
     def __call__(self, worker: int, slot: int, samples: int, form: Form) -> NDArray[Any]:
@@ -75,13 +75,11 @@ class Decoder:
                 shard = self._split.shard_names[self._split.index.shard[sample]]
                 unreadable.append(Unreadable(sample, shard, self._split.index.key_of(sample), str(error)))
         labels = self._split.index.label[part.ids].astype(np.int64)
-        items = (
-            []
-            if objects is None
-            else [*zip(map(self._split.index.key_of, part.ids.tolist()), objects[:, 0], strict=True)]
-        )
-        form = form if objects is None else NOTHING
-        return Decoded(part._replace(records=[]), labels, unreadable, form, worker, slot, items)
+        part = part._replace(records=[])
+        if objects is None:
+            return Decoded(part, labels, unreadable, form, worker, slot, [])
+        keys = map(self._split.index.key_of, part.ids.tolist())
+        return Decoded(part, labels, unreadable, NOTHING, worker, slot, [*zip(keys, objects[:, 0], strict=True)])
 
     def _fill(self, out: NDArray[Any], epoch: int, position: int, sample: int, record: memoryview | DataError) -> None:
         if isinstance(record, DataError):

@@ -134,6 +134,7 @@ class Loader:
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
+            generator=torch.Generator(),  # or each iteration would move the global one of whoever trains
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCHED_PARTS if workers else None,
             # Fork: the index is shared copy-on-write, and a worker is ready in milliseconds, not after importing torch.
