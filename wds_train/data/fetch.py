@@ -17,6 +17,9 @@ from wds_train.rng import Ids
 
 FETCH_THREADS = 8
 AHEAD_BYTES = 32 << 20  # per worker: enough to cover the store's latency, little beside the windows themselves
+FIRST_AHEAD_BYTES = (
+    4 << 20
+)  # at the start: all at once, the server would take the cores from the first images' decoding
 SLAB_BYTES = 32 << 20
 GAP_BYTES = 64 << 10  # fetching a hole this small costs less than another request
 
@@ -50,15 +53,17 @@ class Fetcher:
     def __call__(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         pool, memory = ThreadPoolExecutor(FETCH_THREADS), _Memory()
         pending: deque[tuple[Request, int, list[Future[dict[int, memoryview | DataError]]]]] = deque()
-        ahead = 0
+        # Little at first: server and network would take the cores from the decoding of the first images.
+        ahead, bound = 0, AHEAD_BYTES // 8
         try:
             for request in requests:
                 size = int(self._split.index.length[request.ids].sum())
                 runs = [pool.submit(self._read_run, run, memory) for run in self._runs(request.ids)]
                 pending.append((request, size, runs))
                 ahead += size
-                while ahead > AHEAD_BYTES and len(pending) > 1:
+                while ahead > bound and len(pending) > 1:
                     ahead -= pending[0][1]
+                    bound = min(AHEAD_BYTES, bound + pending[0][1])
                     yield _fetched(*pending.popleft())
             while pending:
                 yield _fetched(*pending.popleft())
