@@ -2,8 +2,9 @@
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -130,7 +131,9 @@ class TrainPlan:
 
     def requests(self, worker: int, workers: int) -> Iterator[Request]:
         lanes = self.lanes(worker, workers)
-        return heapq.merge(*(self._lane_requests(lane) for lane in lanes), key=lambda request: request[:2])
+        # One for all lanes, of which one may be an epoch ahead: of 100 M samples, each takes a second.
+        orders = lru_cache(2)(lambda epoch: self.order(epoch).keep(lanes))
+        return heapq.merge(*(self._lane_requests(lane, orders) for lane in lanes), key=lambda request: request[:2])
 
     def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
         lanes = self.lanes(worker, workers)
@@ -150,12 +153,13 @@ class TrainPlan:
             part = Part(step, epoch, epoch_step * self.global_batch + places, ids, [record for _, record in taken])
             yield _repeated(part, self.repeats)
 
-    def _lane_requests(self, lane: int) -> Iterator[Request]:
+    def _lane_requests(self, lane: int, orders: Callable[[int], EpochOrder]) -> Iterator[Request]:
         for epoch in self.epochs:
-            order = self.order(epoch)
             before = epoch * self.steps_per_epoch
-            from_step = max(0, self.from_step - before)
-            for window in order.windows(lane, from_step) if from_step < order.steps else ():
+            if self.from_step >= before + self.steps_per_epoch:
+                continue
+            order = orders(epoch)
+            for window in order.windows(lane, max(0, self.from_step - before)):
                 yield Request(before + window.start // order.per_lane, lane, epoch, window.ids)
 
 
