@@ -11,6 +11,7 @@ import numpy as np
 from wds_train.data.cache import BlockCache
 from wds_train.data.dataset import SplitReader, readings
 from wds_train.data.plan import Fetched, Request
+from wds_train.data.rows import located
 from wds_train.errors import DataError
 from wds_train.format.index import image_of
 from wds_train.rng import Ids
@@ -52,7 +53,7 @@ class Fetcher:
         pending: deque[tuple[Request, int, list[Future[dict[int, memoryview | DataError]]]]] = deque()
         ahead = 0
         try:
-            for request in requests:
+            for request in located(self._split.index, requests):
                 size = int(self._split.index.length[request.ids].sum())
                 runs = [pool.submit(self._read_run, run, memory) for run in self._runs(request.ids)]
                 pending.append((request, size, runs))
