@@ -23,6 +23,8 @@ from wds_train.tracking.console import Meter
 CHUNK = 8 << 20
 # A block of this many samples is what the loader fetches at once; one sample must fit many times over.
 MAX_SAMPLE = 64 << 20
+ANY = "any"  # the one class of samples that may hold anything
+ANY_TOO = "--any indexes samples without images, for SampleLoader (docs/loader.md)"
 
 
 class Forward:
@@ -66,8 +68,10 @@ class Indexed:
     notes: list[Note] = field(default_factory=list)
 
 
-def index_in_place(store: Store, policy: ImagePolicy) -> tuple[dict[str, Indexed], list[Note]]:
-    """The index of every tar below `store`, by split, and the notes on what was left out; nothing is written."""
+def index_in_place(store: Store, policy: ImagePolicy | None) -> tuple[dict[str, Indexed], list[Note]]:
+    """The index of every tar below `store`, by split, and the notes on what was left out; nothing is written. With no
+    policy for images, of samples that hold anything.
+    """
     entries = [entry for entry in store.list() if entry.key.endswith(".tar") and not is_litter(entry.key)]
     if not entries:
         raise UsageError(f"{store.url} holds no .tar files; check the address")
@@ -84,7 +88,7 @@ def index_in_place(store: Store, policy: ImagePolicy) -> tuple[dict[str, Indexed
     return splits, notes + [note for found in splits.values() for note in found.notes]
 
 
-def _index_tar(found: Indexed, split: str, file: Forward, policy: ImagePolicy) -> None:
+def _index_tar(found: Indexed, split: str, file: Forward, policy: ImagePolicy | None) -> None:
     name, number, before = file.entry.key, len(found.shards), len(found.rows)
     seen: set[str] = set()
     try:
@@ -94,7 +98,7 @@ def _index_tar(found: Indexed, split: str, file: Forward, policy: ImagePolicy) -
                     f"the members of {sample.key!r} do not lie side by side; re-shard it: wds-train shards wds:PATH"
                 )
             seen.add(sample.key)
-            if sample.is_none:
+            if sample.is_none and policy:
                 found.notes.append(Note(split, readable(f"{name}: {sample.key}"), "ignored", "beside the samples"))
                 continue
             try:
@@ -118,19 +122,25 @@ def _samples(file: Forward) -> Iterator[WdsSample]:
         file.forget(max(member.end for member in sample.members.values()))
 
 
-def _row(sample: WdsSample, file: Forward, number: int, policy: ImagePolicy) -> dict[str, Any]:
+def _row(sample: WdsSample, file: Forward, number: int, policy: ImagePolicy | None) -> dict[str, Any]:
     parts = sorted(sample.members.values(), key=lambda member: member.offset)
-    start, end, image = parts[0].offset, parts[-1].end, sample.image
+    start, end = parts[0].offset, parts[-1].end
+    image = sample.image if policy else max(parts, key=lambda member: member.size)
     if image is None:
-        raise DataError("no image member")
+        raise DataError(f"no image member; {ANY_TOO}")
+    if not image.size and not policy:
+        raise DataError("its members are empty")
     if not sample.key or readable(sample.key) != sample.key:
         raise DataError("its name is empty, not UTF-8, or cannot be printed; rename it")
     if outside(sample.key):
         raise DataError(OUTSIDE)
     if end - start > MAX_SAMPLE:
         raise DataError(f"it takes {end - start} bytes; at most {MAX_SAMPLE} can be streamed")
-    label = sample.label(file.read)
-    checked = check(file.read(image.data_offset, image.size), policy)
+    label, width, height = ANY, 1, 1
+    if policy:
+        label = sample.label(file.read)
+        checked = check(file.read(image.data_offset, image.size), policy)
+        width, height = checked.width, checked.height
     return {
         "shard": number,
         "offset": start,
@@ -139,14 +149,20 @@ def _row(sample: WdsSample, file: Forward, number: int, policy: ImagePolicy) -> 
         "data_length": image.size,
         "label": label,
         "key": sample.key,
-        "width": checked.width,
-        "height": checked.height,
+        "width": width,
+        "height": height,
         "crc32": zlib.crc32(file.read(start, end - start)),
     }
 
 
 def write_dataset(
-    store: Store, splits: dict[str, Indexed], classes: tuple[ClassInfo, ...], report: bytes, *, overwrite: bool
+    store: Store,
+    splits: dict[str, Indexed],
+    classes: tuple[ClassInfo, ...],
+    image_policy: dict[str, Any],
+    report: bytes,
+    *,
+    overwrite: bool,
 ) -> DatasetManifest:
     """Write indexes and report, then the manifest; `UsageError` where another manifest is, unless it is to be replaced: it
     stays, with all that it names, until the new one has taken its place.
@@ -160,7 +176,7 @@ def write_dataset(
         for split, found in splits.items()
     }
     made = DatasetManifest(
-        classes, parts, "webdataset, indexed in place", 0, {}, {}, _put(store, "report", ".json", report)
+        classes, parts, "webdataset, indexed in place", 0, image_policy, {}, _put(store, "report", ".json", report)
     )
     if there is not None and not overwrite and there.fingerprint != made.fingerprint:
         raise UsageError(f"{store.url} has another manifest already, {there.fingerprint}; --overwrite replaces it")

@@ -12,7 +12,7 @@ from shards.convert import Conversion
 from shards.estimate import print_plan
 from shards.executors import counted, dask_address, opened, prepare, run_tasks
 from shards.images import ImagePolicy
-from shards.index_in_place import index_in_place, write_dataset
+from shards.index_in_place import ANY, ANY_TOO, index_in_place, write_dataset
 from shards.overlap import refuse_overlap
 from shards.pack import Counts, ShardDone
 from shards.plan import Options, Plan
@@ -86,11 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--spool", type=Path, help="local folder for images that come as a stream (.wds/spool)")
     add("--spool-gb", type=above_zero, default=50, help="most that it may hold; less means more passes (%(default)s)")
+    add("--any", action="store_true", help=f"of {INDEX}: samples that hold anything, images or not; see docs/loader.md")
     add("--overwrite", action="store_true", help="replace a dataset made with other settings")
     add("--dry-run", action="store_true", help="print the plan, its time and its cost, and write nothing")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.any and args.source != INDEX:
+        raise UsageError("--any is of `wds-train shards index`; leave it out: other sources are of images")
     if args.source == INDEX:
         return _index(args)
     if args.processes > 1 and not (args.executor or args.dry_run):
@@ -199,11 +202,11 @@ def _index(args: argparse.Namespace) -> int:
         raise UsageError("index needs the address of the tars: wds-train shards index s3://bucket/prefix")
     store = open_store(announced(located(args.dataset, "datasets", args.bucket), args.dataset))
     note(f"reading the tars of {store.url} ...")
-    splits, notes = index_in_place(store, ImagePolicy(verify=args.verify))
+    splits, notes = index_in_place(store, None if args.any else ImagePolicy(verify=args.verify))
     samples = sum(len(found.rows) for found in splits.values())
     left_out = sum(note.what == "left out" for note in notes)
     if not samples + left_out:
-        raise DataError(f"the tars of {store.url} hold no samples with an image and a label")
+        raise DataError(f"the tars of {store.url} hold no samples with an image and a label; {ANY_TOO}")
     judge(notes, samples + left_out, args.max_bad)
     print_notes(notes)
     labels = {row["label"] for found in splits.values() for row in found.rows}
@@ -212,7 +215,9 @@ def _index(args: argparse.Namespace) -> int:
         row["label"] = numbers[row["label"]]
     if args.dry_run:
         return 0
-    made = write_dataset(store, splits, classes, report_json(notes, 0), overwrite=args.overwrite)
+    made = write_dataset(
+        store, splits, classes, {ANY: True} if args.any else {}, report_json(notes, 0), overwrite=args.overwrite
+    )
     say(f"{store.url}: {_counts(made)}\nfingerprint {made.fingerprint}")
     return 0
 

@@ -23,6 +23,7 @@ ROOMS = {
     "format": "what a dataset is on the disk: manifest, tars, shards, index",
     "transforms": "what happens to an image: decode, crop, policies, mixing",
     "data": "bytes to batches: order, plan, fetch, cache, decoder, batch, loader, mixture",
+    "api": "batches for loops of others: the loaders that `import wds_train` has",
     "models": "what is trained: model, losses, weights, pretrained weights",
     "checkpoint": "a run on S3: manifest, snapshot, lease, writer, committer, run",
     "evaluation": "scoring, and what an evaluation found",

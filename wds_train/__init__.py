@@ -1,1 +1,46 @@
-"""Train image classifiers from WebDataset shards on S3, on machines that may vanish at any moment."""
+"""Train image classifiers from WebDataset shards on S3, on machines that may vanish at any moment.
+
+For a training loop of one's own (docs/loader.md): `TrainLoader`, `EvalLoader` and `SampleLoader` over a `Dataset`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wds_train.api.eval_loader import EvalLoader
+    from wds_train.api.sample_loader import SampleLoader, Samples
+    from wds_train.api.train_loader import TrainLoader
+    from wds_train.data.batch import Batch
+    from wds_train.data.dataset import Dataset
+    from wds_train.errors import DataError, WdsTrainError
+    from wds_train.global_rng import keyed
+
+# Imported when they are asked for: PyTorch takes seconds, which `wds-train --help` has no use for.
+_PLACES = {
+    "Batch": "wds_train.data.batch",
+    "DataError": "wds_train.errors",
+    "Dataset": "wds_train.data.dataset",
+    "EvalLoader": "wds_train.api.eval_loader",
+    "SampleLoader": "wds_train.api.sample_loader",
+    "Samples": "wds_train.api.sample_loader",
+    "TrainLoader": "wds_train.api.train_loader",
+    "WdsTrainError": "wds_train.errors",
+    "keyed": "wds_train.global_rng",
+}
+__all__ = [
+    "Batch",
+    "DataError",
+    "Dataset",
+    "EvalLoader",
+    "SampleLoader",
+    "Samples",
+    "TrainLoader",
+    "WdsTrainError",
+    "keyed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

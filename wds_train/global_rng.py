@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,3 +45,27 @@ def derived_randomness(device: torch.device, *parts: str | int) -> Iterator[None
     with generators_kept(device):
         point_generators(device, *parts)
         yield
+
+
+@contextmanager
+def keyed(rng: np.random.Generator) -> Iterator[None]:
+    """Within, what draws from global generators (torchvision's transforms, say) draws what follows from `rng`. Afterwards
+    they are as before.
+    """
+    with derived_randomness(torch.device("cpu"), int(rng.integers(1 << 63))):
+        yield
+
+
+def generator_states() -> dict[str, Any]:
+    """Where the CPU's global generators are, by their names."""
+    state = np.random.get_state(legacy=False)
+    return {
+        "random": random.getstate(),
+        "numpy.random": (state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"], state["gauss"]),
+        "torch": torch.default_generator.get_state().numpy().tobytes(),
+    }
+
+
+def drawn_from(before: dict[str, Any]) -> str:
+    """The names of the global generators that are no more where they were; empty for none."""
+    return ", ".join(name for name, state in generator_states().items() if state != before[name])

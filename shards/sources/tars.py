@@ -22,7 +22,7 @@ from wds_train.errors import AccessDenied, DataError, UsageError
 from wds_train.format import manifest as manifests
 from wds_train.format.manifest import ClassInfo, DatasetManifest
 from wds_train.format.shard import IMAGE_EXTENSIONS
-from wds_train.format.tar import Member, members
+from wds_train.format.tar import Member, key_and_extension, members
 
 MAX_LABEL = 1 << 16
 OUTSIDE = "its name points outside the archive"
@@ -30,7 +30,6 @@ CHUNK = 1 << 20
 TARS = (".tar", ".tar.gz", ".tgz")
 LABELS = ("cls", "json", "label", "class", "txt")  # the members that may hold a sample's label, the first that is there
 LABEL_FIELDS = ("label", "cls", "class", "class_name", "category")
-PLAIN_STEMS = {"image", "img", "label", "cls", "class", "target", "meta", "metadata"}
 CLASS_LISTS = ("classes.txt", "classes.json", "labels.txt", "class_names.txt")
 
 
@@ -129,7 +128,7 @@ def group(plain: Iterator[Member]) -> Iterator[WdsSample]:
     """Members in a row whose names are equal up to the first dot of the base name: webdataset's rule."""
     sample: WdsSample | None = None
     for member in plain:
-        key, extension = _parts(member)
+        key, extension = key_and_extension(member.name)
         if sample is None or sample.key != key or extension in sample.members:
             if sample is not None:
                 yield sample
@@ -145,22 +144,13 @@ def gather(plain: Iterator[Member]) -> Iterator[WdsSample]:
     """
     samples: dict[str, list[WdsSample]] = {}
     for member in plain:
-        key, extension = _parts(member)
+        key, extension = key_and_extension(member.name)
         known = samples.setdefault(key, [])
         sample = next((each for each in known if extension not in each.members), None)
         if sample is None:
             known.append(sample := WdsSample(key))
         sample.members[extension] = member
     yield from (sample for known in samples.values() for sample in known)
-
-
-def _parts(member: Member) -> tuple[str, str]:
-    """Key and extension: of 7/image.jpg and 7/label.cls, too, which are one sample."""
-    folder, slash, base = member.name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    if folder and stem.lower() in PLAIN_STEMS:
-        return folder, extension.lower()
-    return folder + slash + stem, extension.lower()
 
 
 def webdataset(root: Path, spool: Spool, wanted: Wanted) -> Source:

@@ -1,5 +1,6 @@
 """The order against a brute force, and by properties."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -139,3 +140,32 @@ def test_threads_key_generators_of_their_own() -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(rekeyed, "another").result().random(3)
     assert mine.random(4).tolist() == generator("mine").random(4).tolist()
+
+
+@given(shards, st.sampled_from([8, 48, 64]), st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_lane_needs_nothing_of_the_others(shard_samples: list[int], global_batch: int, data: st.DataObject) -> None:
+    order = epoch_order(shard_samples, global_batch)
+    if order.steps == 0:
+        return
+    first = data.draw(st.integers(0, order.lanes - 1))
+    lanes = range(first, data.draw(st.integers(first + 1, order.lanes)))
+    kept = epoch_order(shard_samples, global_batch).keep(lanes)
+    for lane in lanes:
+        assert [w.ids.tolist() for w in kept.windows(lane)] == [w.ids.tolist() for w in order.windows(lane)]
+
+
+def test_blocks_of_uneven_shards() -> None:
+    first, length = blocks([40, 0, 33, 1 << 20])
+    assert first[-1] + length[-1] == 73 + (1 << 20)
+    assert (first[1:] == first[:-1] + length[:-1]).all() and (length > 0).all()
+
+
+def test_a_step_late_in_a_long_epoch_counts_no_windows() -> None:
+    windows, calls = epoch_order([100_000] * 10, 1).windows(0, 900_000), []
+    sys.setprofile(lambda frame, event, argument: calls.append(event))
+    try:
+        next(windows)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < 1000  # a call for each of the 7,000 windows before, were they counted

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from wds_train.data.fetch import Fetcher
 from wds_train.data.loader import Loader
 from wds_train.data.mixture import Mixture
 from wds_train.data.order import WINDOW
-from wds_train.data.plan import EvalPlan, TrainPlan, shares
+from wds_train.data.plan import EvalPlan, Request, TrainPlan, shares
 from wds_train.data.stream import stream_order
 from wds_train.errors import DataError, RunError, UsageError
 from wds_train.format.index import read_index
@@ -280,3 +281,20 @@ def test_an_index_that_is_none_is_refused_by_name(digits: Dataset) -> None:
             read_index(sink.getvalue().to_pybytes(), "here")
     with pytest.raises(DataError, match="here is not an index that can be read"):
         read_index(b"PAR1 not really", "here")
+
+
+def test_what_is_read_ahead_grows_with_what_was_needed(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    split, drawn = digits.split("train"), [0]
+    requests = [Request(n, 0, 0, np.arange(10 * n, 10 * n + 10)) for n in range(120)]
+    sizes = [int(split.index.length[request.ids].sum()) for request in requests]
+    monkeypatch.setattr("wds_train.data.fetch.AHEAD_BYTES", 32 * max(sizes))
+
+    def asked() -> Iterator[Request]:
+        for request, size in zip(requests, sizes, strict=True):
+            drawn[0] += size
+            yield request
+
+    ahead = [drawn[0] - sum(sizes[: n + 1]) for n, _ in enumerate(Fetcher(split)(asked()))]
+    assert ahead[0] <= 4 * max(sizes)
+    assert 20 * max(sizes) < max(ahead) <= 32 * max(sizes)
+    assert max(ahead[:10]) < max(ahead) / 2

@@ -509,7 +509,7 @@ MANIFESTS: dict[str, tuple[Callable[[Any], None], str]] = {
     "a fingerprint that is deep": (put(nested(900), "report"), "is damaged"),
     "a kind that is deep": (put(nested(900), "kind"), "is not a wds-train dataset manifest"),
     "another kind": (put("another", "kind"), "is not a wds-train dataset manifest"),
-    "a newer format": (put(2, "format"), "has format 2, this wds-train reads format 1"),
+    "a newer format": (put(3, "format"), "has format 3, this wds-train reads formats 1 and 2; upgrade it"),
 }
 
 

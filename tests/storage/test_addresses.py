@@ -1,17 +1,9 @@
-"""What an address means, how it is signed, and that no signature is ever told."""
+"""What an address means, and that no signature is ever told."""
 
-import json
 import os
-import re
 import subprocess
 import sys
-import threading
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from fault_proxy import FaultProxy
@@ -22,7 +14,6 @@ from wds_train.errors import UsageError
 from wds_train.storage.address import located
 from wds_train.storage.embedded import Endpoint
 from wds_train.storage.open import open_store
-from wds_train.storage.s3 import S3Store
 
 
 @pytest.fixture(autouse=True)
@@ -118,134 +109,6 @@ def test_a_name_that_is_a_folder_here(
     assert main(["inspect", "pets"]) == 1
     error = capsys.readouterr().err
     assert "there is no dataset at s3://embedded/datasets/pets" in error and "write ./pets" in error
-
-
-# Signatures
-
-
-class Bucket(BaseHTTPRequestHandler):
-    """One object in a bucket of eu-central-1 that takes Version 4 alone, signed for its region."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body in one packet, or the client's kernel waits 40 ms before it acknowledges the head
-    requests: Counter[str]
-    content = bytes(range(256)) * 4096
-
-    def do_GET(self) -> None:
-        self.requests["all"] += 1
-        query = parse_qs(urlsplit(self.path).query)
-        signed = self.headers.get("Authorization", "") + "".join(query.get("X-Amz-Credential", []))
-        if "AWS4-HMAC-SHA256" not in signed and query.get("X-Amz-Algorithm") != ["AWS4-HMAC-SHA256"]:
-            self._answer(400, "InvalidRequest", "Please use AWS4-HMAC-SHA256.")
-        elif "/eu-central-1/s3/" not in signed:
-            self._answer(400, "AuthorizationHeaderMalformed", "the region is wrong", "<Region>eu-central-1</Region>")
-        else:
-            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-            self.requests["ranges"] += 1
-            self.send_response(206)
-            self.send_header("ETag", '"x"')
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(self.content)}")
-            self._body(self.content[first : last + 1])
-
-    def do_HEAD(self) -> None:
-        self.requests["all"] += 1
-        self._answer(400, "", "")
-
-    def _answer(self, status: int, code: str, message: str, more: str = "") -> None:
-        self.send_response(status)
-        self.send_header("x-amz-bucket-region", "eu-central-1")
-        self._body(f"<Error><Code>{code}</Code><Message>{message}</Message>{more}</Error>".encode())
-
-    def _body(self, data: bytes) -> None:
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def strict(aws_env: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """What was asked of a server that refuses Version 2, and signatures for another region than eu-central-1."""
-    Bucket.requests = Counter()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    aws_env.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    aws_env.setenv("AWS_ACCESS_KEY_ID", "key")
-    aws_env.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    yield Bucket.requests
-    server.shutdown()
-    server.server_close()
-
-
-RANGES = 10_000
-
-
-@pytest.mark.parametrize("region", ["eu-central-1", "us-east-1", "eu-west-1"])
-def test_a_range_is_one_request(region: str, strict: Counter[str], aws_env: pytest.MonkeyPatch) -> None:
-    aws_env.setenv("AWS_DEFAULT_REGION", region)
-    store, count = S3Store("strict", "x"), RANGES if region == "us-east-1" else 100
-    store.read("shard.tar", 0, 1)  # learns the bucket's region
-    learnt = strict["all"]
-    assert learnt <= (1 if region == "eu-central-1" else 5)
-
-    def read(n: int) -> bool:
-        target = bytearray(64)
-        store.read_into("shard.tar", 64 * n, memoryview(target))
-        return target == Bucket.content[64 * n : 64 * n + 64]
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(read, range(count)))
-    assert strict["all"] - learnt == count
-    assert store.fallbacks == (region != "eu-central-1")
-
-
-def test_a_forked_worker_knows_the_region(strict: Counter[str]) -> None:
-    store = S3Store("strict", "x")
-    store.read("shard.tar", 0, 1)
-    learnt = strict["all"]
-    if (child := os.fork()) == 0:
-        os._exit(store.read("shard.tar", 64, 64) != Bucket.content[64:128])
-    assert os.waitpid(child, 0)[1] == 0
-    assert strict["all"] - learnt == 1
-
-
-def test_ranges_that_fall_back_are_counted(
-    fault_proxy: FaultProxy, s3_url: str, digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By a server that answers no signed address: in the benchmark, its table, and a training's log; of workers, too."""
-    store = open_store(f"{s3_url}/digits")
-    for entry in digits.store.list():
-        store.write(entry.key, digits.store.read(entry.key))
-    bench = [
-        "bench",
-        "loader",
-        "--dataset",
-        store.url,
-        "--batch",
-        "8",
-        "--size",
-        "32",
-        "--repeats",
-        "1",
-        "--cores",
-        "1",
-    ]
-    assert main([*bench, "--workers", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["loaders"]["wds-train"]["fallbacks"] == 0
-    fault_proxy.fail("status", method="GET", key=".tar", query="X-Amz-Signature", status=400, times=float("inf"))
-    assert main([*bench, "--workers", "1"]) == 0
-    ranges = int(
-        re.search(r"^(\d+) ranges of wds-train a pass took a second request", capsys.readouterr().out, re.M)[1]
-    )  # type: ignore[index]
-    assert ranges >= len(digits.split("train").shard_names)
-    train = ["train", "--dataset", store.url, "--run", str(tmp_path / "run"), "--workers", "1"]
-    for setting in ("model.name=test_resnet", "schedule.epochs=1", "schedule.warmup_epochs=0", "data.size=32"):
-        train += ["--set", setting]
-    assert main(train) == 0
-    assert re.search(r"epoch +1/1 .* \d+ ranges asked for twice\n", capsys.readouterr().err)
 
 
 def test_no_secret_is_told(fault_proxy: FaultProxy, s3_server: Endpoint, s3_url: str, tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
 from wds_train.errors import WdsTrainError
 from wds_train.storage import embedded
+from wds_train.storage.embedded import Endpoint
 from wds_train.storage.s3 import S3Store
 
 # A command that uses the server until its input ends.
@@ -113,6 +115,11 @@ def test_processes_share_a_server_even_a_killed_one_s_and_the_last_to_leave_stop
         assert embedded._pids(root) == [pid]
     assert embedded._pids(root) == []
     assert (root / "server.json").stat().st_mode & 0o077 == 0
+
+
+def test_a_server_that_runs_is_asked_without_boto3(s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boto3.session.Session, "client", lambda *_, **__: pytest.fail("a client was made"))
+    assert embedded.ensure_running(Path(s3_server.root)) == s3_server
 
 
 def test_a_killed_server_comes_back_where_it_was_with_all_that_it_acknowledged(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def _description(wanted: Pass, cores: list[int], repeats: int) -> dict[str, Any]
         "dataset": wanted.dataset,
         "samples": len(split),
         "shards": len(split.shard_names),
-        "mean_kb": round(float(split.index.data_length.mean()) / 1e3, 1),
+        "mean_kb": round(float(split.index.data_length[:].mean()) / 1e3, 1),
         "workers": wanted.workers,
         "cores": len(cores),
         "batch": wanted.batch,

@@ -27,7 +27,7 @@ from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
 from wds_train.data.batch import Batch
 from wds_train.data.loader import on_device
-from wds_train.models.normalise import amp_dtype
+from wds_train.models.precision import amp_dtype
 from wds_train.training.engine import Trainer
 
 CLASSES = 1000

@@ -1,10 +1,10 @@
 """The arguments that several commands have, and their types. A type says what is wrong with a value; argparse prints it."""
 
 import argparse
-import os
 
 from wds_train.checkpoint.manifest import name_of
 from wds_train.config.numbers import Number, count, positive  # noqa: F401 (for the commands, too)
+from wds_train.data.workers import default_workers
 from wds_train.storage.address import announced, located, not_here
 
 FILE = ".safetensors"  # how an exported file's name ends, said without the import of PyTorch
@@ -30,9 +30,9 @@ def add_bucket(parser: argparse.ArgumentParser, what: str) -> None:
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Add --workers: by default a process per core that this one may use, less one for the work itself."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    default = max(1, min(16, len(os.sched_getaffinity(0)) // ranks - 1))
-    parser.add_argument("--workers", type=count, default=default, metavar="W", help="loader processes (%(default)s)")
+    parser.add_argument(
+        "--workers", type=count, default=default_workers(), metavar="W", help="loader processes (%(default)s)"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ BENCHES = {
     "decode": "decode, random resized crop and flip, on one core",
     "loader": "an epoch from S3 to augmented batches",
     "train": "training steps on one device, beside a plain loop over timm's parts",
+    "scale": "a dataset of up to 100 M samples: opening it, a first batch's rows, any step's order, memory",
     "gpu": "all that needs a GPU: speed, memory, resume, accuracy; a table in the end",
 }
 

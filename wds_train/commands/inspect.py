@@ -46,8 +46,12 @@ def inspect(dataset: Dataset) -> dict[str, Any]:
 
 def _split(dataset: Dataset, name: str) -> dict[str, Any]:
     split, index = dataset.manifest.split(name), dataset.split(name).index
-    counts = np.bincount(index.label, minlength=len(dataset.manifest.classes))
-    columns: dict[str, np.ndarray] = {"width": index.width, "height": index.height, "image_bytes": index.data_length}
+    counts = np.bincount(index.label[:], minlength=len(dataset.manifest.classes))
+    columns: dict[str, np.ndarray] = {
+        "width": index.width[:],
+        "height": index.height[:],
+        "image_bytes": index.data_length[:],
+    }
     return {
         "samples": split.samples,
         "shards": len(split.shards),

@@ -27,7 +27,7 @@ class BlockCache:
     def __init__(self, folder: Path, max_bytes: int, split: SplitReader, fingerprint: str) -> None:
         self._split = split
         self._folder = folder / fingerprint[:16] / split.name
-        first, length = blocks(split.shard_samples)
+        first, length = (each.astype(np.int64) for each in blocks(split.shard_samples))
         index, last = split.index, first + length - 1
         self._first = first
         self._start = index.offset[first]

@@ -3,15 +3,19 @@
 import hashlib
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
+
+from wds_train.data.rows import SharedRows, shared_index
 from wds_train.errors import DataError, NotFound
 from wds_train.format import manifest as manifests
 from wds_train.format.index import SampleIndex, flaws, read_index
 from wds_train.format.manifest import DatasetManifest, Index, Shard, read_manifest
-from wds_train.storage.address import name_from
+from wds_train.home import home
+from wds_train.storage.address import announced, located, name_from, not_here
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 
@@ -58,6 +62,9 @@ class Dataset:
 
     @classmethod
     def open(cls, url: str) -> "Dataset":
+        """The dataset at the address `url`, or of that name below $WDS_BUCKET/datasets, else on the embedded server."""
+        if not url.startswith("file:///"):
+            url = not_here(announced(located(url, "datasets"), url), url)
         store = open_store(url)
         try:
             return cls(store, _manifest(store))
@@ -74,25 +81,41 @@ class Dataset:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
-    def flaws(self, name: str, index: SampleIndex) -> Iterator[str]:
-        """Why `index` cannot be that of the split `name`, a sentence each."""
-        shards = [(shard.bytes, shard.samples) for shard in self.manifest.split(name).shards]
-        return flaws(index, shards, len(self.manifest.classes))
+    def flaws(self, name: str, index: SampleIndex, shard: int | None = None) -> Iterator[str]:
+        """Why `index` cannot be that of the split `name`, or of its `shard` alone: a sentence each."""
+        shards = self.manifest.split(name).shards
+        if shard is not None:
+            if (index.shard != shard).any():
+                yield f"it is not that of shard {shard} alone"
+                return
+            shards, index = shards[shard : shard + 1], replace(index, shard=np.zeros_like(index.shard))
+        yield from flaws(index, [(each.bytes, each.samples) for each in shards], len(self.manifest.classes))
 
     def split(self, name: str) -> SplitReader:
-        """The split's reader; `DataError` when the index is damaged or disagrees with the manifest."""
+        """The split's reader; `DataError` when the index is damaged or disagrees with the manifest. What an index for each
+        shard says is looked at when it is read.
+        """
         split = self.manifest.split(name)
-        where = f"{self.store.url}/{split.index.name}"
-        data = read_whole(self.store, split.index)
-        if hashlib.sha256(data).hexdigest() != split.index.sha256:
+        samples = tuple(shard.samples for shard in split.shards)
+        if isinstance(split.index, tuple):
+            rows = SharedRows(samples, partial(self._read_index, name))
+            index: SampleIndex = shared_index(rows.open(home() / "index", *(each.sha256 for each in split.index)))
+        else:
+            index = self._read_index(name)
+        return SplitReader(self.store, name, tuple(shard.name for shard in split.shards), samples, index)
+
+    def _read_index(self, name: str, shard: int | None = None) -> SampleIndex:
+        named = self.manifest.split(name).indexes[shard or 0]
+        where = f"{self.store.url}/{named.name}"
+        data = read_whole(self.store, named)
+        if hashlib.sha256(data).hexdigest() != named.sha256:
             raise DataError(
                 f"{where} is not the index that the manifest names (its sha256 differs); convert the dataset again"
             )
         index = read_index(data, where)
-        for flaw in self.flaws(name, index):
+        for flaw in self.flaws(name, index, shard):
             raise DataError(f"{where}: {flaw}; convert the dataset again")
-        samples = tuple(shard.samples for shard in split.shards)
-        return SplitReader(self.store, name, tuple(shard.name for shard in split.shards), samples, index)
+        return index
 
 
 def _manifest(store: Store) -> DatasetManifest:

@@ -11,12 +11,16 @@ import numpy as np
 from wds_train.data.cache import BlockCache
 from wds_train.data.dataset import SplitReader, readings
 from wds_train.data.plan import Fetched, Request
+from wds_train.data.rows import located
 from wds_train.errors import DataError
 from wds_train.format.index import image_of
 from wds_train.rng import Ids
 
 FETCH_THREADS = 8
 AHEAD_BYTES = 32 << 20  # per worker: enough to cover the store's latency, little beside the windows themselves
+FIRST_AHEAD_BYTES = (
+    4 << 20
+)  # at the start: all at once, the server would take the cores from the first images' decoding
 SLAB_BYTES = 32 << 20
 GAP_BYTES = 64 << 10  # fetching a hole this small costs less than another request
 
@@ -41,24 +45,29 @@ class _Memory:
 
 
 class Fetcher:
-    """Reads the image bytes of requests, a bounded number of bytes ahead, in order."""
+    """Reads the image bytes of requests, a bounded number of bytes ahead, in order; with `whole`, all bytes of their
+    samples, header to padding.
+    """
 
-    def __init__(self, split: SplitReader, cache: BlockCache | None = None) -> None:
+    def __init__(self, split: SplitReader, cache: BlockCache | None = None, *, whole: bool = False) -> None:
         self._split = split
         self._cache = cache
+        self._whole = whole
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         pool, memory = ThreadPoolExecutor(FETCH_THREADS), _Memory()
         pending: deque[tuple[Request, int, list[Future[dict[int, memoryview | DataError]]]]] = deque()
-        ahead = 0
+        # Little at first: server and network would take the cores from the decoding of the first images.
+        ahead, bound = 0, AHEAD_BYTES // 8
         try:
-            for request in requests:
+            for request in located(self._split.index, requests):
                 size = int(self._split.index.length[request.ids].sum())
                 runs = [pool.submit(self._read_run, run, memory) for run in self._runs(request.ids)]
                 pending.append((request, size, runs))
                 ahead += size
-                while ahead > AHEAD_BYTES and len(pending) > 1:
+                while ahead > bound and len(pending) > 1:
                     ahead -= pending[0][1]
+                    bound = min(AHEAD_BYTES, bound + pending[0][1])
                     yield _fetched(*pending.popleft())
             while pending:
                 yield _fetched(*pending.popleft())
@@ -92,7 +101,7 @@ class Fetcher:
     def _image(self, sample: int, shard: str, record: memoryview) -> memoryview | DataError:
         index = self._split.index
         with contextlib.suppress(DataError):
-            return image_of(index, sample, record)
+            return self._wanted(sample, record)
         # Again, from the store: a byte that flipped on the way or in the cache comes right, one in the store does not.
         if self._cache is not None:
             self._cache.drop(sample)
@@ -101,10 +110,15 @@ class Fetcher:
         for _ in times:
             again = memoryview(self._split.store.read(shard, int(index.offset[sample]), int(index.length[sample])))
             try:
-                return image_of(index, sample, again)
+                return self._wanted(sample, again)
             except DataError as error:
                 damage = error
         return damage
+
+    def _wanted(self, sample: int, record: memoryview) -> memoryview:
+        """What is asked for of the sample's `record`; `DataError` when it is damaged."""
+        image = image_of(self._split.index, sample, record)
+        return record if self._whole else image
 
 
 def _fetched(request: Request, _: int, runs: list[Future[dict[int, memoryview | DataError]]]) -> Fetched:

@@ -30,7 +30,7 @@ import webdataset as wds
 from wds_train.data.batch import Batch, empty_images
 from wds_train.data.cache import BlockCache
 from wds_train.data.dataset import SplitReader
-from wds_train.data.decoder import PREFETCHED_PARTS, Decoded, Decoder, Slots
+from wds_train.data.decoder import NOTHING, PREFETCHED_PARTS, Decoded, Decoder, Slots
 from wds_train.data.fetch import Fetcher
 from wds_train.data.plan import Plan
 from wds_train.errors import RunError, WdsTrainError
@@ -125,13 +125,16 @@ class Loader:
     ) -> None:
         workers = plan.useful_workers(workers)
         self._parts_per_batch = plan.parts_per_batch(workers)
-        self._slots = Slots(workers, plan.part_samples(max(1, workers)), transform.side if transform else 0)
-        stages = _Stages(plan, Fetcher(split, cache), Decoder(split, transform, self._slots))
+        largest = transform.largest if transform else NOTHING
+        self._slots = Slots(workers, plan.part_samples(max(1, workers)) * largest.bytes)
+        fetch = Fetcher(split, cache, whole=largest.holds_objects)
+        stages = _Stages(plan, fetch, Decoder(split, transform, self._slots))
         self._pipeline = wds.WebLoader(
             wds.DataPipeline(stages, _errors_as_values),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
+            generator=torch.Generator(),  # or each iteration would move the global one of whoever trains
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCHED_PARTS if workers else None,
             # Fork: the index is shared copy-on-write, and a worker is ready in milliseconds, not after importing torch.
@@ -167,7 +170,12 @@ class Loader:
         try:
             for item in items:
                 if isinstance(item, WdsTrainError):
-                    raise item
+                    try:
+                        raise item
+                    finally:
+                        # Its traceback holds this frame, and `items` holds it: left to the garbage collector, DataLoader's
+                        # queues are closed before it can tell its workers to end, and it waits 5 s for each.
+                        del items, item
                 yield item
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -179,9 +187,9 @@ class Loader:
     def _merge(self, decoded: list[Decoded]) -> Batch:
         """The workers' parts of one step as one batch; they hold ascending lanes, so their order is the lanes'."""
         assert len({each.part.step for each in decoded}) == 1, f"workers out of step: {[d.part.step for d in decoded]}"
-        ids, side = np.concatenate([each.part.ids for each in decoded]), decoded[0].side
-        images = empty_images((len(ids), side, side, 3), pinned=self._pinned)
-        slots = [self._slots(each.worker, each.slot, len(each.part.ids), side) for each in decoded]
+        ids, form = np.concatenate([each.part.ids for each in decoded]), decoded[0].form
+        images = empty_images((len(ids), *form.shape), form.dtype, pinned=self._pinned)
+        slots = [self._slots(each.worker, each.slot, len(each.part.ids), form) for each in decoded]
         # torch.cat would wake a pool of threads, which take the workers' cores.
         np.concatenate(slots, out=images.numpy())
         labels = torch.from_numpy(np.concatenate([each.labels for each in decoded]))
@@ -192,4 +200,6 @@ class Loader:
             images,
             labels.pin_memory() if self._pinned else labels,
             [entry for each in decoded for entry in each.unreadable],
+            decoded[0].part.epoch,
+            [item for each in decoded for item in each.items],
         )

@@ -6,8 +6,19 @@ import numpy as np
 import torch
 
 from wds_train.data.batch import Batch, empty_images
+from wds_train.data.dataset import Dataset
 from wds_train.data.loader import Loader
+from wds_train.errors import UsageError
 from wds_train.rng import permutation
+
+
+def of_same_classes(other: Dataset, dataset: Dataset) -> Dataset:
+    if other.manifest.classes != dataset.manifest.classes:
+        raise UsageError(
+            f"{other.store.url} cannot be mixed into {dataset.store.url}: its {len(other.manifest.classes)} classes are not "
+            f"the same {len(dataset.manifest.classes)}, in the same order; convert it with the same class list"
+        )
+    return other
 
 
 class Mixture:
@@ -37,10 +48,15 @@ class Mixture:
     def _interleave(self, parts: tuple[Batch, ...]) -> Batch:
         step, sizes = parts[0].step, [len(part.ids) for part in parts]
         places = np.split(permutation(sum(sizes), self._seed, "mixture", step), np.cumsum(sizes)[:-1])
-        images = empty_images((sum(sizes), *parts[0].images.shape[1:]), pinned=self._pinned)
+        of_first = parts[0].images.numpy()
+        images = empty_images((sum(sizes), *of_first.shape[1:]), of_first.dtype, pinned=self._pinned)
         labels = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=self._pinned)
         positions, ids = np.empty(sum(sizes), np.int64), np.empty(sum(sizes), np.int64)
         for part, place in zip(parts, places, strict=True):
             images[place], labels[place] = part.images, part.labels
             positions[place], ids[place] = part.positions, part.ids
-        return Batch(step, positions, ids, images, labels, [entry for part in parts for entry in part.unreadable])
+        unreadable, items = (
+            [each for part in parts for each in getattr(part, name)] for name in ("unreadable", "items")
+        )
+        at = np.argsort(np.concatenate(places)) if items else ()
+        return Batch(step, positions, ids, images, labels, unreadable, parts[0].epoch, [items[i] for i in at])

@@ -11,12 +11,15 @@ A dataset is a row of N samples, cut into shards. An epoch is built from it in f
 
 Ranks and loader workers own whole lanes, so how many there are decides who reads what, never the order. Nothing is
 consumed: any step of any epoch is computed in O(blocks + B), which is why the loader's whole state is one integer.
+Once an epoch's blocks are permuted, a step of it takes O(B).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wds_train.rng import Ids, permutation
 
@@ -25,18 +28,26 @@ WINDOW = 128
 RAMP = (4, 8, 16, 32, 64)
 MAX_LANES = 64
 
+Places = NDArray[np.integer]
+
 
 def lane_count(global_batch: int) -> int:
     """The largest power of two <= MAX_LANES that divides the global batch."""
     return min(MAX_LANES, global_batch & -global_batch)
 
 
-def blocks(shard_samples: Sequence[int]) -> tuple[Ids, Ids]:
-    """First sample and length of every block, int64 [blocks] each, in dataset order; no block spans two shards."""
-    ends = np.cumsum(shard_samples, dtype=np.int64)
-    firsts = [np.arange(end - n, end, BLOCK, dtype=np.int64) for n, end in zip(shard_samples, ends, strict=True)]
-    lengths = [np.minimum(BLOCK, end - first) for first, end in zip(firsts, ends, strict=True)]
-    return np.concatenate(firsts), np.concatenate(lengths)
+def blocks(shard_samples: Sequence[int]) -> tuple[Places, NDArray[np.uint8]]:
+    """First sample and length of every block, [blocks] each, in dataset order; no block spans two shards."""
+    samples = np.asarray(shard_samples, np.int64)
+    counts = -(-samples // BLOCK)
+    ends = np.cumsum(counts)
+    count = int(ends[-1])
+    kind = np.int32 if count * BLOCK < 1 << 31 else np.int64  # half the memory, for up to 2,000 M samples
+    first = np.repeat((np.cumsum(samples) - samples - (ends - counts) * BLOCK).astype(kind), counts)
+    first += np.arange(0, count * BLOCK, BLOCK, dtype=kind)
+    length = np.full(count, BLOCK, np.uint8)
+    length[ends[counts > 0] - 1] -= (counts * BLOCK - samples)[counts > 0].astype(np.uint8)
+    return first, length
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,19 @@ class EpochOrder:
         self._key = (fingerprint, seed, epoch)
         first, length = blocks(shard_samples)
         shuffled = permutation(len(first), *self._key, "blocks")
-        self._first = first[shuffled]
-        self._ends = np.cumsum(length[shuffled])
-        self._starts = self._ends - length[shuffled]
+        length = length[shuffled]
+        self._starts: Places = np.cumsum(length, dtype=first.dtype)  # of the blocks in the permuted sequence
+        self._starts -= length
+        self._shifts = first[shuffled] - self._starts  # from there to the dataset
+
+    def keep(self, lanes: Sequence[int]) -> "EpochOrder":
+        """This order for the adjacent `lanes` alone: what the others need is forgotten, so that all processes of a machine hold
+        one order together.
+        """
+        first, last = lanes[0] * self._lane_samples, (lanes[-1] + 1) * self._lane_samples - 1
+        kept = slice(self._block(first), self._block(last) + 1)
+        self._starts, self._shifts = self._starts[kept].copy(), self._shifts[kept].copy()
+        return self
 
     def window(self, lane: int, number: int) -> Window:
         """Window `number` of `lane`.
@@ -84,6 +105,9 @@ class EpochOrder:
     def windows(self, lane: int, from_step: int = 0) -> Iterator[Window]:
         """The windows of `lane` from the one that `from_step` first needs, which is cut to what is still to come."""
         begin, number = from_step * self.per_lane, 0
+        behind = begin - self._window_end(lane, len(RAMP))
+        if behind > 0:  # the windows from there on are equal, and need not be counted
+            number = len(RAMP) + behind // WINDOW
         while self._window_end(lane, number) <= begin:
             number += 1
         while begin < self._lane_samples:
@@ -111,5 +135,8 @@ class EpochOrder:
 
     def _unshuffled(self, lane: int, start: int, stop: int) -> Ids:
         places = np.arange(start, stop, dtype=np.int64) + lane * self._lane_samples
-        block = np.searchsorted(self._ends, places, side="right")
-        return self._first[block] + places - self._starts[block]
+        return places + self._shifts[self._block(places)]
+
+    def _block(self, places: Ids | int) -> Any:
+        """Which blocks of the permuted sequence hold `places`. Asked for in another type than theirs, all would be converted."""
+        return np.searchsorted(self._starts, np.asarray(places, self._starts.dtype), side="right") - 1

@@ -2,15 +2,19 @@
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from wds_train.data.order import EpochOrder, lane_count
 from wds_train.errors import DataError, UsageError
 from wds_train.rng import Ids
+
+if TYPE_CHECKING:  # which reads by requests itself
+    from wds_train.data.dataset import Dataset
 
 
 class Request(NamedTuple):
@@ -130,7 +134,9 @@ class TrainPlan:
 
     def requests(self, worker: int, workers: int) -> Iterator[Request]:
         lanes = self.lanes(worker, workers)
-        return heapq.merge(*(self._lane_requests(lane) for lane in lanes), key=lambda request: request[:2])
+        # One for all lanes, of which one may be an epoch ahead: of 100 M samples, each takes a second.
+        orders = lru_cache(2)(lambda epoch: self.order(epoch).keep(lanes))
+        return heapq.merge(*(self._lane_requests(lane, orders) for lane in lanes), key=lambda request: request[:2])
 
     def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
         lanes = self.lanes(worker, workers)
@@ -150,12 +156,13 @@ class TrainPlan:
             part = Part(step, epoch, epoch_step * self.global_batch + places, ids, [record for _, record in taken])
             yield _repeated(part, self.repeats)
 
-    def _lane_requests(self, lane: int) -> Iterator[Request]:
+    def _lane_requests(self, lane: int, orders: Callable[[int], EpochOrder]) -> Iterator[Request]:
         for epoch in self.epochs:
-            order = self.order(epoch)
             before = epoch * self.steps_per_epoch
-            from_step = max(0, self.from_step - before)
-            for window in order.windows(lane, from_step) if from_step < order.steps else ():
+            if self.from_step >= before + self.steps_per_epoch:
+                continue
+            order = orders(epoch)
+            for window in order.windows(lane, max(0, self.from_step - before)):
                 yield Request(before + window.start // order.per_lane, lane, epoch, window.ids)
 
 
@@ -167,6 +174,17 @@ def _repeated(part: Part, repeats: int) -> Part:
         ids=np.repeat(part.ids, repeats),
         records=[record for record in part.records for _ in range(repeats)],
     )
+
+
+def plan_of(
+    dataset: "Dataset", split: str, seed: int, images: int, steps: range, *, rank: int, world: int, repeats: int = 1
+) -> TrainPlan:
+    """What `images` of every batch are read from `dataset` by, for `steps` at least."""
+    shard_samples = tuple(shard.samples for shard in dataset.manifest.split(split).shards)
+    samples = images // repeats
+    per_pass = max(1, sum(shard_samples) // samples)  # a split of less than a batch is TrainPlan's to refuse
+    passes = range(-(-steps.stop // per_pass))
+    return TrainPlan(shard_samples, dataset.fingerprint, seed, samples, passes, steps.start, rank, world, repeats)
 
 
 @dataclass(frozen=True)
@@ -189,8 +207,17 @@ class EvalPlan:
     def part_samples(self, workers: int) -> int:
         return self.batch
 
+    @property
+    def batches(self) -> range:
+        """The rank's own."""
+        return range(self.rank, -(-self.samples // self.batch), self.world)
+
+    @property
+    def own_samples(self) -> int:
+        return sum(min(self.batch, self.samples - b * self.batch) for b in self.batches)
+
     def requests(self, worker: int, workers: int) -> Iterator[Request]:
-        for b in range(self.rank, -(-self.samples // self.batch), self.world)[worker::workers]:
+        for b in self.batches[worker::workers]:
             yield Request(b, 0, 0, np.arange(b * self.batch, min((b + 1) * self.batch, self.samples)))
 
     def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:

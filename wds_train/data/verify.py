@@ -36,24 +36,43 @@ def verify(dataset: Dataset, passed: Passed = lambda _: None) -> Iterator[Damage
     """Read every byte that the manifest names, and report what is not what manifest, index and tar say together."""
     if report := dataset.manifest.report:
         yield from _verify_object(dataset.store, report, passed)
-    for name, split in dataset.manifest.splits.items():
-        yield from _verify_object(dataset.store, split.index, passed)
-        try:
-            index = _split_index(dataset, name)
-        except (DataError, NotFound) as error:
-            yield Damage(split.index.name, "", str(error))
-            continue
-        if found := [*dataset.flaws(name, index)]:  # an index that says where nothing is tells nothing of the samples
-            yield from (Damage(split.index.name, "", flaw) for flaw in found)
-            for shard in split.shards:
-                yield from _verify_object(dataset.store, shard, passed)
-            continue
-        whose = {shard.sha256: shard.name for shard in split.shards}
-        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-            shards = enumerate(split.shards)
-            jobs = [pool.submit(_verify_shard, dataset, shard, index, n, whose, passed=passed) for n, shard in shards]
-            for job in jobs:
-                yield from job.result()
+    for name in dataset.manifest.splits:
+        yield from _verify_split(dataset, name, passed)
+
+
+def _verify_split(dataset: Dataset, name: str, passed: Passed) -> Iterator[Damage]:
+    split = dataset.manifest.split(name)
+    whose = {shard.sha256: shard.name for shard in split.shards}
+    by_shard = isinstance(split.index, tuple)
+    found, whole = ([], None) if by_shard else _verify_index(dataset, name, None, passed)
+    yield from found
+
+    def shard_damage(number: int) -> list[Damage]:
+        found, index = _verify_index(dataset, name, number, passed) if by_shard else ([], whole)
+        shard = split.shards[number]
+        if index is None:  # one that says where nothing is tells nothing of the samples
+            return [*found, *_verify_object(dataset.store, shard, passed)]
+        return found + _verify_shard(dataset, shard, index, number, whose, passed=passed)
+
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        for damage in pool.map(shard_damage, range(len(split.shards))):
+            yield from damage
+
+
+def _verify_index(
+    dataset: Dataset, name: str, shard: int | None, passed: Passed
+) -> tuple[list[Damage], SampleIndex | None]:
+    """What is wrong with the index of the split `name`, or of its `shard` alone, and the index, if samples can be found by it: it
+    may be another one than the manifest names, and still tell which samples differ.
+    """
+    named = dataset.manifest.split(name).indexes[shard or 0]
+    found = [*_verify_object(dataset.store, named, passed)]
+    try:
+        index = read_index(read_whole(dataset.store, named), f"{dataset.store.url}/{named.name}")
+    except (DataError, NotFound) as error:
+        return [*found, Damage(named.name, "", str(error))], None
+    flaws = [Damage(named.name, "", flaw) for flaw in dataset.flaws(name, index, shard)]
+    return found + flaws, None if flaws else index
 
 
 def _verify_object(store: Store, named: Index | Shard, passed: Passed) -> Iterator[Damage]:
@@ -65,12 +84,6 @@ def _verify_object(store: Store, named: Index | Shard, passed: Passed) -> Iterat
     passed(len(data))
     if (len(data), hashlib.sha256(data).hexdigest()) != (named.bytes, named.sha256):
         yield Damage(named.name, "", "it is not what the manifest names: its size or sha256 differs")
-
-
-def _split_index(dataset: Dataset, name: str) -> SampleIndex:
-    """The index even when it is not the one that the manifest names: it may still tell which samples differ."""
-    index = dataset.manifest.split(name).index
-    return read_index(read_whole(dataset.store, index), f"{dataset.store.url}/{index.name}")
 
 
 def _verify_shard(

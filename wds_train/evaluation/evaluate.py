@@ -25,8 +25,8 @@ from wds_train.data.plan import EvalPlan
 from wds_train.errors import DataError, UsageError
 from wds_train.evaluation.scoring import Predictor, sums
 from wds_train.models.model import create_model, refuse_sizes
-from wds_train.models.normalise import Normaliser
 from wds_train.models.weights import SUFFIX, Weights
+from wds_train.transforms.normalise import Normaliser
 from wds_train.transforms.sample import EvalTransform
 
 CROPS_SHARE = 0.875  # --tta crops: most of the large square's side that one crop takes

@@ -19,7 +19,7 @@ SHOWN = 10  # classes, pairs and unreadable samples that are printed
 
 
 def report_of(scored: Scored, split: SplitReader, classes: tuple[ClassInfo, ...]) -> dict[str, Any]:
-    labels = split.index.label.astype(np.int64)
+    labels = split.index.label[:].astype(np.int64)
     return metrics(scored.totals, len(split)) | {
         "samples": len(split),
         "unreadable": [{"shard": entry.shard, "key": entry.key, "cause": entry.cause} for entry in scored.unreadable],

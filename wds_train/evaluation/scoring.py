@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from wds_train.config.precision import Precision
 from wds_train.data.batch import Batch
 from wds_train.errors import RunError
-from wds_train.models.normalise import amp_dtype, autocast
+from wds_train.models.precision import amp_dtype, autocast
 
 EVAL_BATCH = 256  # samples at most: enough to fill a GPU, and little memory beside a training step's
 

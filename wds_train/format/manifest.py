@@ -3,6 +3,8 @@
 {"format": 1, "kind": "wds-train dataset", "classes": [{"id", "name"}], "splits": {"train": {"shards": [{"name",
 "bytes", "samples", "sha256"}], "index": {"name", "bytes", "sha256"}}}, "source", "seed", "image_policy", "fingerprint",
 "conversion": what else decided the bytes, "report": {"name", "bytes", "sha256"} of the list of samples left out or altered}
+
+A large split has a list for its "index", of one for each shard in turn, and the manifest is then of format 2.
 """
 
 import hashlib
@@ -17,6 +19,7 @@ from wds_train.errors import DataError
 from wds_train.storage.base import Store
 
 FORMAT = 1
+FORMAT_BY_SHARD = 2
 KIND = "wds-train dataset"
 NAME = "manifest.json"
 # A shard that replaces one of the same place in an overwritten dataset: train/shard-000007.1f2e3d4c.tar.
@@ -36,7 +39,7 @@ class ClassInfo:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # of which there may be 80,000
 class Shard:
     name: str
     bytes: int
@@ -44,7 +47,7 @@ class Shard:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Index:
     """An object beside the shards."""
 
@@ -55,8 +58,14 @@ class Index:
 
 @dataclass(frozen=True)
 class Split:
+    """`index`: that of all samples, or one for each shard."""
+
     shards: tuple[Shard, ...]
-    index: Index
+    index: Index | tuple[Index, ...]
+
+    @property
+    def indexes(self) -> tuple[Index, ...]:
+        return self.index if isinstance(self.index, tuple) else (self.index,)
 
     @property
     def samples(self) -> int:
@@ -83,7 +92,10 @@ class DatasetManifest:
         follows from the shards, and its Parquet encoding may change with pyarrow's version, so it is left out.
         """
         shards = {
-            name: [asdict(shard) | {"name": REPLACEMENT.sub("", shard.name)} for shard in split.shards]
+            name: [
+                {"bytes": s.bytes, "name": REPLACEMENT.sub("", s.name), "samples": s.samples, "sha256": s.sha256}
+                for s in split.shards
+            ]
             for name, split in self.splits.items()
         }
         content = {"classes": [asdict(entry) for entry in self.classes], "shards": shards}
@@ -97,11 +109,15 @@ class DatasetManifest:
 
     def objects(self) -> set[str]:
         """The names of all objects that the manifest names."""
-        beside = {split.index.name for split in self.splits.values()} | ({self.report.name} if self.report else set())
-        return beside | {shard.name for split in self.splits.values() for shard in split.shards}
+        return {named.name for named in _named(self)}
+
+    @property
+    def format(self) -> int:
+        by_shard = any(isinstance(split.index, tuple) for split in self.splits.values())
+        return FORMAT_BY_SHARD if by_shard else FORMAT
 
     def to_json(self) -> bytes:
-        head = {"format": FORMAT, "kind": KIND, "fingerprint": self.fingerprint}
+        head = {"format": self.format, "kind": KIND, "fingerprint": self.fingerprint}
         return (json.dumps(head | asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
 
     @classmethod
@@ -113,9 +129,11 @@ class DatasetManifest:
             raise DataError(f"{where} is not JSON: {error}") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise DataError(f"{where} is not a {KIND} manifest; convert the dataset with `wds-train shards`")
-        if (found := content.get("format")) != FORMAT:
+        if (found := content.get("format")) not in (FORMAT, FORMAT_BY_SHARD):
             shown = found if isinstance(found, int) else "of another kind"
-            raise DataError(f"{where} has format {shown}, this wds-train reads format {FORMAT}; upgrade it")
+            raise DataError(
+                f"{where} has format {shown}, this wds-train reads formats {FORMAT} and {FORMAT_BY_SHARD}; upgrade it"
+            )
         try:
             manifest = cls(
                 classes=tuple(ClassInfo(**entry) for entry in content["classes"]),
@@ -162,19 +180,25 @@ def _flaws(manifest: DatasetManifest) -> Iterator[str]:
     twice = [name for name, count in Counter(each.name for each in _named(manifest)).items() if count > 1]
     if twice:
         yield f"the object {twice[0]!r:.60} is named twice"
-    for split, found in manifest.splits.items():
-        if not SPLIT_NAME.fullmatch(split):
-            yield f"a split is called {split!r:.60}"
-        if not found.shards:
-            yield f"splits.{split}.shards is empty"
+    for name, split in manifest.splits.items():
+        yield from _split_flaws(name, split)
     for named in _named(manifest):
         yield from _object_flaws(named)
+
+
+def _split_flaws(name: str, split: Split) -> Iterator[str]:
+    if not SPLIT_NAME.fullmatch(name):
+        yield f"a split is called {name!r:.60}"
+    if not split.shards:
+        yield f"splits.{name}.shards is empty"
+    if isinstance(split.index, tuple) and len(split.index) != len(split.shards):
+        yield f"splits.{name} has {len(split.shards)} shards and {len(split.index)} indexes"
 
 
 def _named(manifest: DatasetManifest) -> Iterator[Shard | Index]:
     for split in manifest.splits.values():
         yield from split.shards
-        yield split.index
+        yield from split.indexes
     if manifest.report:
         yield manifest.report
 
@@ -193,4 +217,8 @@ def _object_flaws(entry: Shard | Index) -> Iterator[str]:
 
 
 def _split(entry: dict[str, Any]) -> Split:
-    return Split(tuple(Shard(**shard) for shard in entry["shards"]), Index(**entry["index"]))
+    index = entry["index"]
+    return Split(
+        tuple(Shard(**shard) for shard in entry["shards"]),
+        tuple(Index(**one) for one in index) if isinstance(index, list) else Index(**index),
+    )

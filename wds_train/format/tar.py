@@ -8,6 +8,7 @@ from typing import NamedTuple
 from wds_train.errors import DataError
 
 TAR_BLOCK = 512
+PLAIN_STEMS = {"image", "img", "label", "cls", "class", "target", "meta", "metadata"}
 
 
 def padded(size: int) -> int:
@@ -28,6 +29,15 @@ class Member(NamedTuple):
     @property
     def end(self) -> int:
         return self.data_offset + padded(self.size)
+
+
+def key_and_extension(name: str) -> tuple[str, str]:
+    """What a member's name says by webdataset's rule; 7/image.jpg and 7/label.cls are one sample, too."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    if folder and stem.lower() in PLAIN_STEMS:
+        return folder, extension.lower()
+    return folder + slash + stem, extension.lower()
 
 
 KINDS = {
@@ -122,3 +132,14 @@ def _extended(kind: bytes, data: bytes) -> dict[str, str]:
         records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         at += int(length[1])
     return records
+
+
+def fields_of(record: memoryview) -> dict[str, bytes]:
+    """The members of the one sample whose bytes, header to padding, are `record`: their contents by extension."""
+
+    def read(offset: int, length: int) -> bytes:
+        return bytes(record[offset : offset + length]).ljust(length, b"\0")  # behind it, the zeros that end a tar
+
+    found = members(read, 0, len(record) + 2 * TAR_BLOCK)
+    plain = (member for member in found if member.kind == "file")
+    return {key_and_extension(each.name)[1]: read(each.data_offset, each.size) for each in plain}

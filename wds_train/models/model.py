@@ -12,17 +12,10 @@ from torch.optim import SGD, Adam, AdamW
 from wds_train.config.recipe import EmaRecipe, ModelRecipe, Recipe
 from wds_train.errors import UsageError, did_you_mean
 from wds_train.rng import key
+from wds_train.transforms.normalise import memory_layout
 
 # Second derivatives; lists of factors and a generator of its own.
 _NOT_RESUMABLE = ("adahessian", "kron")
-
-
-def memory_layout(device: torch.device) -> torch.memory_format:
-    """The layout of weights and images: channels_last on a GPU, 1.47 x the speed on an RTX 3090 (timm's
-    results/benchmark-train-amp-nhwc), but not on a CPU, where it is faster here and slower there (docs/benchmarks.md): a
-    choice by measurement would differ from one start of a run to the next, and its bits with it.
-    """
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def create_model(recipe: ModelRecipe, classes: int, seed: int, device: torch.device, **more: Any) -> nn.Module:

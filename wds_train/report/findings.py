@@ -18,6 +18,8 @@ from wds_train.errors import DataError
 from wds_train.evaluation.evaluate import View, chosen_weights, refuse_other_classes, score
 from wds_train.evaluation.report import describe_member, report_of, title_of
 from wds_train.evaluation.scoring import EVAL_BATCH
+from wds_train.format.arrow import to_array
+from wds_train.format.index import SampleIndex
 from wds_train.format.manifest import ClassInfo
 from wds_train.rng import Ids
 from wds_train.tracking.contact_sheet import thumbnail
@@ -77,7 +79,7 @@ def find(run: str, manifest: RunManifest, most: int, *, workers: int, device: to
     view = View.of(weights.recipe, None)
     batch = min(weights.recipe.batch, EVAL_BATCH)
     scored = score([weights], [view], split, batch, workers=workers, device=device)
-    labels, classes = split.index.label.astype(np.int64), dataset.manifest.classes
+    labels, classes = split.index.label[:].astype(np.int64), dataset.manifest.classes
     titles = _titles(classes)
     readable = scored.predicted >= 0
     confusion = None
@@ -122,11 +124,12 @@ def spread(split: SplitReader, most: int) -> SplitReader:
         return split
     ids: Ids = np.linspace(0, len(split) - 1, most).round().astype(np.int64)
     taken = {
-        column.name: values.take(pa.array(ids)) if column.name == "key" else values[ids]
-        for column in dataclasses.fields(split.index)
-        for values in [getattr(split.index, column.name)]
+        column.name: getattr(split.index, column.name)[ids]
+        for column in dataclasses.fields(SampleIndex)
+        if column.name != "key"
     }
-    return replace(split, index=type(split.index)(**taken))
+    keys = to_array([split.index.key_of(sample) for sample in ids.tolist()], pa.string())
+    return replace(split, index=SampleIndex(key=pa.chunked_array([keys]), **taken))
 
 
 def calibration(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> tuple[list[Bin], float]:

@@ -75,7 +75,7 @@ def _examples(run: RunManifest, weights: Weights) -> list[tuple[str, bytes]]:
     try:
         split = own_dataset(run).split("val")
         labels = np.linspace(0, len(weights.classes) - 1, min(EXAMPLES, len(weights.classes))).round().astype(int)
-        found = [(label, np.flatnonzero(split.index.label == label)[:1].tolist()) for label in labels.tolist()]
+        found = [(label, np.flatnonzero(split.index.label[:] == label)[:1].tolist()) for label in labels.tolist()]
         images = [(label, sample(split, number).read()) for label, numbers in found for number in numbers]
     except WdsTrainError as error:
         say(f"there are no examples: {error}")

@@ -8,9 +8,9 @@ from torch import nn
 
 from wds_train.models.calibration import SURE
 from wds_train.models.model import create_model
-from wds_train.models.normalise import Normaliser
 from wds_train.models.weights import Weights
 from wds_train.serving.predict import class_names
+from wds_train.transforms.normalise import Normaliser
 
 CPU = torch.device("cpu")
 INPUT, OUTPUTS = "pixels", ("logits", "features", "head")

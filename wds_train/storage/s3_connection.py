@@ -3,13 +3,14 @@
 import contextlib
 import os
 import re
+import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions as boto_errors
 from botocore.config import Config
-from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
@@ -17,6 +18,7 @@ from wds_train.errors import AccessDenied, Conflict, NotFound, StoreError, Unava
 from wds_train.storage.base import inside
 from wds_train.storage.embedded import Endpoint
 from wds_train.storage.retry import Retry
+from wds_train.storage.s3_ranges import NoAnswer, Ranges
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -28,7 +30,7 @@ SOCKET_SECONDS = 20.0  # without a byte
 QUERY = re.compile(r"\?[^\s?'\"()<>]*=[^\s'\"()<>]*")
 
 # What is worth another try: the network, a server in trouble, and bytes damaged on their way to it.
-BROKEN = (boto_errors.HTTPClientError, boto_errors.ConnectionError, HTTPError)
+BROKEN = (boto_errors.HTTPClientError, boto_errors.ConnectionError, HTTPError, NoAnswer)
 RETRIED = {408, 429, 500, 502, 503, 504}
 RETRIED_CODES = {"SlowDown", "RequestTimeout", "Throttling", "BadDigest", "XAmzContentChecksumMismatch"}
 NO_CREDENTIALS = (
@@ -51,6 +53,19 @@ REMEDIES = {
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it, for example with `timedatectl set-ntp true`",
 }
 
+# Held while a client is made, which the fetch threads of a loader worker all want at once. Held by whoever forks, too, or a
+# child might get it locked, by a thread that it does not have.
+_CONNECTING = threading.RLock()
+os.register_at_fork(before=_CONNECTING.acquire, after_in_parent=_CONNECTING.release, after_in_child=_CONNECTING.release)
+
+
+class _Made(NamedTuple):
+    """What process `pid` asks with. `ranges` is None where a proxy is in the way, which only boto3 knows to use."""
+
+    pid: int
+    client: "S3Client"
+    ranges: Ranges | None
+
 
 class S3Connection:
     """What the requests below a prefix of a bucket share: a boto3 client, another one after a fork, in the bucket's own
@@ -63,24 +78,30 @@ class S3Connection:
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.patience = float(os.environ.get("WDS_S3_PATIENCE", PATIENCE_SECONDS))
         self.answered = False
-        self.signed: dict[str, tuple[str, float]] = {}
-        self.http = _sender({})
-        self._client: S3Client | None = None
-        self._client_pid = 0
+        self._made: _Made | None = None
         self._session: boto3.session.Session | None = None
         self._region: str | None = None  # the settings', then the bucket's own, once an answer has told it
 
     @property
     def client(self) -> "S3Client":
+        return self._connected().client
+
+    @property
+    def ranges(self) -> Ranges | None:
+        return (self._made or self._connected()).ranges  # after a fork, the parent's client signs as well
+
+    def _connected(self) -> _Made:
         # A connection pool shared with a forked parent would mix the answers of both on one socket.
-        client = self._client
-        if client is None or self._client_pid != os.getpid():
-            self._client, self._client_pid = client, _ = self._connect(), os.getpid()
-            self.http = _sender({} if self.endpoint else get_environ_proxies(client.meta.endpoint_url))
-        return client
+        made = self._made
+        if made is None or made.pid != os.getpid():
+            with _CONNECTING:
+                made = self._made
+                if made is None or made.pid != os.getpid():
+                    self._made = made = self._connect()
+        return made
 
     def reconnect(self) -> None:
-        self._client = None
+        self._made = None
 
     def ask(self, verb: str, key: str, **details: Any) -> dict[str, Any]:
         """The answer that boto3 got to one request, repeated until there is one."""
@@ -128,7 +149,7 @@ class S3Connection:
         except boto_errors.BotoCoreError as error:
             raise StoreError(f"{name}: {_brief(error)}") from error
 
-    def _connect(self) -> "S3Client":
+    def _connect(self) -> _Made:
         # Retries are ours alone: boto3's would multiply them, and resume no body.
         config = Config(
             retries={"mode": "standard", "total_max_attempts": 1},
@@ -149,7 +170,9 @@ class S3Connection:
             client = session.client("s3", config=config, endpoint_url=url, region_name=self._region)
             client.meta.events.register("response-received.s3", self._learn_region)
             self._session, self._region = session, client.meta.region_name
-            return client
+            url = client.meta.endpoint_url
+            proxied = not self.endpoint and urlsplit(url).scheme in get_environ_proxies(url)
+            return _Made(os.getpid(), client, None if proxied else Ranges(client, self.bucket, SOCKET_SECONDS))
         except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
             raise UsageError(
                 f"the AWS settings cannot be used for {self.url} ({_brief(error)}); "
@@ -163,8 +186,7 @@ class S3Connection:
         region = response_dict["headers"].get("x-amz-bucket-region") if response_dict else None
         if region and region != self._region:
             self._region = region
-            self.signed.clear()
-            self._client = None
+            self._made = None
 
     def _sign_in(self) -> boto3.session.Session:
         if self.endpoint is None:
@@ -174,13 +196,6 @@ class S3Connection:
     def full_key(self, key: str) -> str:
         """`key`, of an object below the prefix, as the bucket has it."""
         return f"{self.prefix}/{key}" if self.prefix else key
-
-
-def _sender(proxies: dict[str, str]) -> URLLib3Session:
-    """An HTTP session of botocore, with the certificates that boto3 would use."""
-    bundle: Any = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE") or True
-    limits: Any = (5, SOCKET_SECONDS)  # seconds to connect, and without a byte
-    return URLLib3Session(verify=bundle, proxies=proxies, timeout=limits, max_pool_connections=32)
 
 
 class OutOfRange(StoreError):

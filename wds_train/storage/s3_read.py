@@ -3,20 +3,18 @@
 import contextlib
 import mmap
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from botocore.awsrequest import AWSRequest
 
 from wds_train.errors import StoreError, Unavailable
 from wds_train.storage.base import inside, too_short
 from wds_train.storage.retry import SLOWEST
 from wds_train.storage.s3_connection import SOCKET_SECONDS, OutOfRange, S3Connection
+from wds_train.storage.s3_ranges import Answer
 
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
 PIECE_BYTES = 1 << 18
-SIGNED_SECONDS = 3600  # an address for reads is good for
 
 
 class S3Reader:
@@ -62,54 +60,41 @@ class S3Reader:
         wanted = {"IfMatch": body.tag} if body.tag else {}
         if first or body.length is not None:
             wanted["Range"] = f"bytes={first}-" + ("" if body.length is None else str(body.start + body.length - 1))
-        tag, size, answered_range, answer = self._get(key, wanted)
-        self._connection.answered = True
-        body.tag, body.expected = tag, body.size + size
-        too_much = body.length is not None and body.expected > body.length
-        if "Range" in wanted and (too_much or not answered_range.startswith(f"bytes {first}-")):
-            raise StoreError(f"{self._connection.url}/{key}: this S3 server ignores ranges; it cannot be used")
-        if body.length is not None and body.expected < body.length:
-            raise OutOfRange
-        began = time.monotonic()
-        with contextlib.closing(answer) as stream:
-            # urllib3's `read1`; `read` returns only when all that was asked for is there, however slowly it comes.
-            while piece := stream.read1(PIECE_BYTES):
-                body.take(piece)
+        with self._get(key, wanted) as (tag, size, answered_range, stream):
+            self._connection.answered = True
+            body.tag, body.expected = tag, body.size + size
+            too_much = body.length is not None and body.expected > body.length
+            if "Range" in wanted and (too_much or not answered_range.startswith(f"bytes {first}-")):
+                raise StoreError(f"{self._connection.url}/{key}: this S3 server ignores ranges; it cannot be used")
+            if body.length is not None and body.expected < body.length:
+                raise OutOfRange
+            began = time.monotonic()
+            while body.receive(stream):
                 if time.monotonic() - began > SOCKET_SECONDS + body.size / SLOWEST:
                     raise Unavailable(f"{self._connection.url}/{key} comes at less than {SLOWEST} bytes per second")
-        if body.size < body.expected:  # an early end is no error to urllib3
+        if body.size < body.expected:  # an early end is no error to http.client and urllib3
             raise Unavailable(f"{self._connection.url}/{key} broke off after {body.size} of {body.expected} bytes")
 
-    def _get(self, key: str, wanted: dict[str, str]) -> tuple[str, int, str, Any]:
-        """Tag, size in bytes, Content-Range and body (a urllib3 response) of one GET.
+    @contextlib.contextmanager
+    def _get(self, key: str, wanted: dict[str, str]) -> Iterator[tuple[str, int, str, Any]]:
+        """Tag, size in bytes, Content-Range and body of one GET.
 
-        A range goes to an address signed once for many reads, through botocore's own HTTP session: boto3 takes twice
-        the CPU for a range of 1 MB, most of it to sign and to parse. Any other answer than the range is boto3's to get
-        again and to judge: it names the error, follows a bucket to its region, and renews credentials.
+        A range goes to a signed address (`Ranges`). Any other answer than the range is boto3's to get again and to judge:
+        it names the error, follows a bucket to its region, and renews credentials. So is all that goes through a proxy.
         """
         connection = self._connection
-        where = {"Bucket": connection.bucket, "Key": connection.full_key(inside(key, connection.url))}
-        client = connection.client
-        if "Range" in wanted:
+        full_key = connection.full_key(inside(key, connection.url))
+        if "Range" in wanted and (ranges := connection.ranges):
             headers = {"If-Match" if name == "IfMatch" else name: value for name, value in wanted.items()}
-            found = connection.http.send(
-                AWSRequest("GET", self._signed_url(client, where), headers, stream_output=True).prepare()
-            )
-            if found.status_code == 206:
-                size = int(found.headers["Content-Length"])
-                return found.headers["ETag"], size, found.headers["Content-Range"], found.raw
-            found.raw.close()
+            with ranges.get(full_key, headers) as found:
+                if found is not None:
+                    head = found.headers
+                    yield head.get("ETag", ""), found.length or 0, head.get("Content-Range", ""), found
+                    return
             self._fallbacks[0] += 1
-            connection.signed.pop(where["Key"], None)
-        answer = client.get_object(**where, **wanted)  # type: ignore[arg-type]
-        return answer["ETag"], answer["ContentLength"], answer.get("ContentRange", ""), answer["Body"]._raw_stream  # type: ignore[attr-defined]
-
-    def _signed_url(self, client: "S3Client", where: dict[str, str]) -> str:
-        url, since = self._connection.signed.get(where["Key"], ("", 0.0))
-        if not url or time.monotonic() - since > SIGNED_SECONDS / 2:
-            url = client.generate_presigned_url("get_object", Params=where, ExpiresIn=SIGNED_SECONDS)
-            self._connection.signed[where["Key"]] = url, time.monotonic()
-        return url
+        answer = connection.client.get_object(Bucket=connection.bucket, Key=full_key, **wanted)  # type: ignore[arg-type]
+        with contextlib.closing(answer["Body"]._raw_stream) as stream:  # type: ignore[attr-defined]
+            yield answer["ETag"], answer["ContentLength"], answer.get("ContentRange", ""), stream
 
 
 class _Body:
@@ -124,9 +109,16 @@ class _Body:
         self.expected = length or 0
         self.tag = ""
 
-    def take(self, piece: bytes) -> None:
-        if self.target is None:
-            self.pieces.append(piece)
+    def receive(self, stream: Any) -> int:
+        """Take what has come of `stream`, once there is anything: how many bytes that was, 0 at its end."""
+        if self.target is not None and isinstance(stream, Answer):
+            count = stream.readinto1(self.target[self.size :])
         else:
-            self.target[self.size : self.size + len(piece)] = piece
-        self.size += len(piece)
+            # Both streams' `read1`; `read` returns only when all that was asked for is there, however slowly it comes.
+            count = len(piece := stream.read1(PIECE_BYTES))
+            if self.target is None:
+                self.pieces.append(piece)
+            else:
+                self.target[self.size : self.size + count] = piece
+        self.size += count
+        return count

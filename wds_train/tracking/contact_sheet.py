@@ -24,7 +24,7 @@ def contact_sheet(dataset: Dataset, split: str, path: Path) -> None:
         entry = dataset.manifest.classes[label]
         title = entry.name if entry.name == entry.id else f"{entry.name}  ({entry.id})"
         draw.text((4, top + 1), f"{label}  {title}", "black")
-        for column, sample in enumerate(np.flatnonzero(reader.index.label == label)[:COLUMNS]):
+        for column, sample in enumerate(np.flatnonzero(reader.index.label[:] == label)[:COLUMNS]):
             sheet.paste(thumbnail(reader, int(sample), SIDE - 2), (column * SIDE, top + TEXT))
     try:
         sheet.save(path, "PNG")

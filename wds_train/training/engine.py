@@ -23,11 +23,12 @@ from wds_train.global_rng import derived_randomness
 from wds_train.models.fit import section
 from wds_train.models.losses import Criterion, distilled
 from wds_train.models.model import Ema, create_model, create_optimizer, refuse_sizes
-from wds_train.models.normalise import Normaliser, amp_dtype, autocast
+from wds_train.models.precision import amp_dtype, autocast
 from wds_train.models.pretrained import Teacher, initialise
 from wds_train.training.ranks import Ranks
 from wds_train.training.state import entries_of, load_optimizer, on_host
 from wds_train.transforms.mixing import Mixing
+from wds_train.transforms.normalise import Normaliser
 
 COMPILER = "inductor"  # of torch.compile
 

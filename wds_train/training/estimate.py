@@ -12,6 +12,7 @@ import torch
 from wds_train.config.settings import with_settings
 from wds_train.data.batch import Batch
 from wds_train.data.dataset import Dataset
+from wds_train.data.mixture import of_same_classes
 from wds_train.errors import UsageError
 from wds_train.storage.open import open_store
 from wds_train.tracking.console import dollars, duration, note
@@ -26,7 +27,6 @@ from wds_train.training.setup import (
     introduction,
     make_loader,
     make_trainer,
-    of_same_classes,
     refuse,
 )
 

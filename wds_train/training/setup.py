@@ -14,8 +14,8 @@ from wds_train.data.cache import BlockCache
 from wds_train.data.dataset import Dataset
 from wds_train.data.loader import Loader
 from wds_train.data.mixture import Mixture
-from wds_train.data.plan import EvalPlan, TrainPlan, shares
-from wds_train.errors import NotFound, UsageError
+from wds_train.data.plan import EvalPlan, TrainPlan, plan_of, shares
+from wds_train.errors import NotFound
 from wds_train.evaluation.scoring import EVAL_BATCH
 from wds_train.models.pretrained import TIMM, timm_name
 from wds_train.storage.base import Store
@@ -64,15 +64,6 @@ def make_trainer(
     )
 
 
-def of_same_classes(other: Dataset, dataset: Dataset) -> Dataset:
-    if other.manifest.classes != dataset.manifest.classes:
-        raise UsageError(
-            f"{other.store.url} cannot be mixed into {dataset.store.url}: its {len(other.manifest.classes)} classes are not "
-            f"the same {len(dataset.manifest.classes)}, in the same order; convert it with the same class list"
-        )
-    return other
-
-
 def fresh_run(options: TrainOptions, datasets: list[Dataset]) -> RunManifest:
     dataset, *mixed = datasets
     return RunManifest(
@@ -97,13 +88,8 @@ def _plan(
     options: TrainOptions, dataset: Dataset, size: int, steps: range, ranks: Ranks
 ) -> tuple[TrainPlan, TrainTransform]:
     """What `size` images of every batch are read from `dataset` by, for `steps` at least."""
-    recipe, shards = options.recipe, dataset.manifest.split("train").shards
-    repeats, shard_samples = recipe.data.repeats, tuple(shard.samples for shard in shards)
-    samples = size // repeats
-    per_pass = max(1, sum(shard_samples) // samples)  # a split of less than a batch is TrainPlan's to refuse
-    passes = range(-(-steps.stop // per_pass))
-    place = {"rank": ranks.rank, "world": ranks.size, "from_step": steps.start}
-    plan = TrainPlan(shard_samples, dataset.fingerprint, recipe.seed, samples, passes, repeats=repeats, **place)
+    recipe, place = options.recipe, {"rank": ranks.rank, "world": ranks.size}
+    plan = plan_of(dataset, "train", recipe.seed, size, steps, repeats=recipe.data.repeats, **place)
     return plan, TrainTransform(recipe, steps_per_epoch=steps.stop // recipe.schedule.epochs)
 
 

@@ -20,6 +20,7 @@ from wds_train.checkpoint.read import read_object
 from wds_train.checkpoint.run import Run
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.data.dataset import Dataset
+from wds_train.data.mixture import of_same_classes
 from wds_train.errors import Interrupted
 from wds_train.home import home
 from wds_train.storage.base import Store
@@ -33,7 +34,7 @@ from wds_train.training.loop import Session
 from wds_train.training.options import TrainOptions
 from wds_train.training.outcome import next_commands, outcome
 from wds_train.training.ranks import Ranks
-from wds_train.training.setup import fresh_run, make_cache, of_same_classes, refuse
+from wds_train.training.setup import fresh_run, make_cache, refuse
 from wds_train.training.stop import StopRequest
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")

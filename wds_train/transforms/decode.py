@@ -92,6 +92,11 @@ def decode_center(data: bytes | memoryview, crop: float, out: NDArray[np.uint8])
     out[...] = np.asarray(image.crop((left, top, left + side, top + side)))
 
 
+def decode_whole(data: bytes | memoryview) -> NDArray[np.uint8]:
+    """The whole upright image, uint8 [height, width, 3], exactly as Pillow decodes it. `DataError` as there."""
+    return np.array(_whole(data))
+
+
 def _whole(data: bytes | memoryview) -> Image.Image:
     """The upright image in RGB, exactly as Pillow decodes it."""
     if (header := _jpeg_header(data)) is None:

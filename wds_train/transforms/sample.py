@@ -1,7 +1,8 @@
 """What happens to one image on its way into a batch: in training, and in validation."""
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +15,54 @@ from wds_train.transforms.decode import decode_center, decode_crop
 from wds_train.transforms.policies import apply, policies
 
 
+class Form(NamedTuple):
+    """What becomes of a sample: an array of this `shape` and `dtype`. One of objects holds anything."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {[*self.shape]}"
+
+    @property
+    def holds_objects(self) -> bool:
+        return self.dtype == object
+
+    @property
+    def bytes(self) -> int:
+        """What it takes of shared memory, into which no object can be put."""
+        return 0 if self.holds_objects else math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def blank(self) -> int | None:
+        """What an array of an unreadable sample is filled with: grey, where it is of pixels."""
+        return None if self.holds_objects else 128 if self.dtype == np.uint8 else 0
+
+
+def square(side: int) -> Form:
+    """The form of an image of `side` pixels."""
+    return Form((side, side, 3), np.dtype(np.uint8))
+
+
+class Place(NamedTuple):
+    """A sample of a split, its image's width and height by the index, and where it stands: at `position` of the epoch."""
+
+    sample: int
+    size: tuple[int, int]
+    epoch: int
+    position: int
+
+
 class Transform(Protocol):
     @property
-    def side(self) -> int:
-        """The largest side of any step's images, in pixels."""
+    def largest(self) -> Form:
+        """The largest form of any step."""
 
-    def size(self, step: int) -> int:
-        """The side of the square images of `step`, in pixels."""
+    def form(self, step: int) -> Form:
+        """What the samples of `step` become."""
 
-    def decode(
-        self, data: memoryview, epoch: int, position: int, size: tuple[int, int], out: NDArray[np.uint8]
-    ) -> None:
-        """Fill `out`, uint8 [side, side, 3], from the image `data` of `size`, which is at `position` of the epoch."""
+    def decode(self, data: memoryview, place: Place, out: NDArray[Any]) -> None:
+        """Fill `out`, of the step's form, from the bytes `data` of the sample at `place`."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +76,24 @@ class TrainTransform:
 
     def __post_init__(self) -> None:
         # Before loader workers fork: they would each import timm and torchvision, and report a bad policy too late.
-        policies(self.recipe.data, self.side)
+        policies(self.recipe.data, self.recipe.data.size)
 
     @property
-    def side(self) -> int:
-        return self.recipe.data.size
+    def largest(self) -> Form:
+        return square(self.recipe.data.size)
 
-    def size(self, step: int) -> int:
-        return image_side(self.recipe.data, step // self.steps_per_epoch, self.recipe.schedule.epochs)
+    def form(self, step: int) -> Form:
+        return square(image_side(self.recipe.data, step // self.steps_per_epoch, self.recipe.schedule.epochs))
 
     def crop(self, epoch: int, position: int, width: int, height: int) -> tuple[Box, bool]:
         data, rng = self.recipe.data, rekeyed(self.recipe.seed, "augment", epoch, position)
         flip = bool(rng.random() < data.flip)
         return random_resized_crop(rng, width, height, data.scale, data.ratio), flip
 
-    def decode(
-        self, data: memoryview, epoch: int, position: int, size: tuple[int, int], out: NDArray[np.uint8]
-    ) -> None:
-        box, flip = self.crop(epoch, position, *size)
+    def decode(self, data: memoryview, place: Place, out: NDArray[np.uint8]) -> None:
+        box, flip = self.crop(place.epoch, place.position, *place.size)
         decode_crop(data, box, out, flip=flip)
-        self.augment(epoch, position, out)
+        self.augment(place.epoch, place.position, out)
 
     def augment(self, epoch: int, position: int, pixels: NDArray[np.uint8]) -> None:
         apply(policies(self.recipe.data, len(pixels)), pixels, self.recipe.seed, "policy", epoch, position)
@@ -71,10 +106,12 @@ class EvalTransform:
     side: int
     crop_ratio: float
 
-    def size(self, step: int) -> int:
-        return self.side
+    @property
+    def largest(self) -> Form:
+        return square(self.side)
 
-    def decode(
-        self, data: memoryview, epoch: int, position: int, size: tuple[int, int], out: NDArray[np.uint8]
-    ) -> None:
+    def form(self, step: int) -> Form:
+        return square(self.side)
+
+    def decode(self, data: memoryview, place: Place, out: NDArray[np.uint8]) -> None:
         decode_center(data, self.crop_ratio, out)

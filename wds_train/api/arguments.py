@@ -1,0 +1,87 @@
+"""What people give a loader, and what it means; `UsageError` for what cannot work."""
+
+import operator
+import os
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from wds_train.config.recipe import DataRecipe
+from wds_train.data.dataset import Dataset
+from wds_train.data.mixture import of_same_classes
+from wds_train.errors import UsageError
+
+Address = str | PathLike[str]
+Normalisation = bool | tuple[Sequence[float], Sequence[float]] | None
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """`value`, if it is a whole number of at least `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise UsageError(f"{name} = {value!r} cannot work: it must be a whole number of at least {least}")
+    return number
+
+
+def opened(dataset: Dataset | Address) -> Dataset:
+    return dataset if isinstance(dataset, Dataset) else Dataset.open(os.fspath(dataset))
+
+
+def opened_all(dataset: Dataset | Address, mix: Sequence[tuple[Dataset | Address, float]]) -> list[Dataset]:
+    """The datasets of a mixture, the first of which counts the epochs."""
+    first = opened(dataset)
+    return [first, *(of_same_classes(opened(other), first) for other, _ in mix)]
+
+
+def place(rank: int | None, world: int | None) -> tuple[int, int]:
+    """This process's rank of how many: as given, else as torch.distributed says, where it is initialised."""
+    if (rank is None) != (world is None):
+        raise UsageError(f"rank = {rank} and world = {world} belong together; give both, or none")
+    if rank is not None and world is not None:
+        if not 0 <= whole("rank", rank, 0) < whole("world", world, 1):
+            raise UsageError(f"rank = {rank} cannot work: ranks of world = {world} are 0 to {world - 1}")
+        return rank, world
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":  # every rank would read what the others do
+        raise UsageError(
+            f"WORLD_SIZE = {size}, but torch.distributed is not initialised; make the loader after "
+            "init_process_group, or give it rank= and world="
+        )
+    return 0, 1
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The CPU by default, or a GPU that is there."""
+    try:
+        found = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise UsageError(f"device = {device!r} is none of PyTorch's; write 'cpu', 'cuda' or 'cuda:0'") from error
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device = {device!r} cannot work: batches go to 'cpu' or 'cuda'; move them on yourself")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device = {device!r}, but PyTorch finds no GPU that it can use; leave it out, or write 'cpu'")
+    return found
+
+
+def normalisation(normalize: Normalisation) -> DataRecipe | None:
+    """A recipe of the mean and deviation, ImageNet's for True; None where pixels stay as they are."""
+    if normalize is True:
+        return DataRecipe()
+    if normalize is None or normalize is False:
+        return None
+    try:
+        mean, std = (tuple(float(each) for each in part) for part in normalize)
+        if len(mean) == len(std) == 3:
+            return DataRecipe(mean=mean, std=std)
+    except (TypeError, ValueError):
+        pass
+    raise UsageError(
+        f"normalize = {normalize!r} cannot work: it must be True, or (mean, deviation) of three numbers each, for pixels in [0, 1]"
+    )
