@@ -1,7 +1,6 @@
 """`wds-train demo`: try a model in the browser."""
 
 import argparse
-from pathlib import Path
 
 from wds_train.commands.arguments import add_bucket, count, run_or_file
 from wds_train.tracking.console import loading
@@ -13,7 +12,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=count, default=7860, metavar="N", help="on this machine (%(default)s)")
     parser.add_argument(
         "--python",
-        type=Path,
         metavar="FILE",
         help="one that has gradio and onnxruntime (default: this one; make demo: its own)",
     )
