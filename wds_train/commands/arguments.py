@@ -9,7 +9,6 @@ from wds_train.storage.address import announced, located, not_here
 
 FILE = ".safetensors"  # how an exported file's name ends, said without the import of PyTorch
 dollars = Number(float, 0)
-FILE = ".safetensors"  # how an exported file's name ends, said without the import of PyTorch
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
