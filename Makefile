@@ -74,8 +74,8 @@ $(DEMO)/.installed: requirements-demo.lock $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(DEMO)/bin/python --require-hashes -r requirements-demo.lock
 	@touch $@
 
-rehearse: setup ## a spot instance's end on this machine, timed: notice, commit, replacement (a minute)
-	$(strip $(BIN)/wds-train rehearse $(ARGS))
+rehearse: setup ## a spot instance's end, timed: on this machine (a minute), or RUN='s on AWS (RUN=, BUCKET=)
+	$(strip $(BIN)/wds-train rehearse $(RUN) $(call flag,BUCKET,--bucket) $(call flag,REGION,--region) $(ARGS))
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)

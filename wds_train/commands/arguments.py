@@ -45,6 +45,14 @@ def add_region(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--region", metavar="NAME", help="of AWS (default: AWS_REGION, or the profile's)")
 
 
+def typed(question: str) -> str:
+    """The answer to `question`; "" where there is nobody to ask."""
+    try:
+        return input(question).strip()
+    except EOFError:
+        return ""
+
+
 def dataset_url(dataset: str, bucket: str | None) -> str:
     """The address of `dataset`, which is one already, or the name of one under `bucket`/datasets."""
     return not_here(announced(located(dataset, "datasets", bucket), dataset), dataset)
