@@ -52,7 +52,7 @@ launch: setup ## train on AWS spot instances, to the end or a limit (BUCKET=, RE
 	$(strip $(BIN)/wds-train launch $(RUN) $(call flag,BUCKET,--bucket) $(call flag,RECIPE,--recipe) $(call flag,REGION,--region) $(if $(CHECK),--check) $(ARGS))
 
 status: setup ## how a run stands, and its machines (RUN=, BUCKET=)
-	$(strip $(BIN)/wds-train status $(RUN) $(call flag,BUCKET,--bucket) $(call flag,REGION,--region) $(if $(filter s3://%,$(BUCKET)),--machines) $(ARGS))
+	$(strip $(BIN)/wds-train status $(RUN) $(call flag,BUCKET,--bucket) $(call flag,REGION,--region) $(if $(filter s3://%,$(or $(BUCKET),$(WDS_BUCKET))),--machines) $(ARGS))
 
 logs: setup ## the newest lines of a run's instances (RUN=)
 	$(strip $(BIN)/wds-train logs $(RUN) $(call flag,REGION,--region) $(ARGS))

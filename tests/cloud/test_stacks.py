@@ -119,8 +119,11 @@ def test_a_launch_makes_the_stack_sets_its_end_and_then_wishes_for_one(aws: Aws,
     assert (stored, values["CodeSha256"]) == (b"the code", key_of(b"the code")[1])
 
 
-def test_a_check_makes_nothing(aws: Aws, order: Order, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch(order, "--check") == 0
+def test_a_check_makes_nothing(
+    aws: Aws, order: Order, capsys: pytest.CaptureFixture[str], aws_env: pytest.MonkeyPatch
+) -> None:
+    aws_env.setenv("WDS_BUCKET", f"s3://{order.bucket}/p")  # as for all other commands
+    assert main(["launch", "first", "--recipe", "quick", "--region", "us-east-1", "--check"]) == 0
     out = capsys.readouterr().out
     for word in (
         "account",
