@@ -4,6 +4,7 @@ installed its environment.
 
 import io
 import json
+import socket
 import time
 import zlib
 from collections.abc import Iterator
@@ -181,6 +182,14 @@ def test_without_gradio_it_says_what_to_do(
 ) -> None:
     assert main(["demo", served, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["demo", "nowhere.safetensors", "--port", str(port)]) == 2
+    assert f"--port {port} cannot be had (Address already in use); choose another" in capsys.readouterr().err
+    assert main(["demo", "nowhere.safetensors", "--port", "65536"]) == 2
 
 
 def test_an_interpreter_is_found_from_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -46,8 +47,18 @@ def interpreter(python: str | None) -> Path:
     return Path(shutil.which(called) or called).absolute()
 
 
+def refuse_taken(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or the last page's connections would count
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UsageError(f"--port {port} cannot be had ({error.strerror}); choose another") from error
+
+
 def serve(source: str, python: str | None, port: int) -> int:
     """Serve the page of the run at `source`, or of that file, until it is stopped; its exit code."""
+    refuse_taken(port)  # before a minute of exports
     command = [str(interpreter(python)), "app.py"]
     cpu = torch.device("cpu")
     space = (
@@ -62,7 +73,7 @@ def serve(source: str, python: str | None, port: int) -> int:
         page = subprocess.Popen(command, cwd=folder, env=environment)
         try:
             if code := page.wait():
-                raise RunError(f"the page ended with {code}; is port {port} taken? Choose another --port")
+                raise RunError(f"the page ended with {code}; what it said is above")
         except KeyboardInterrupt:
             pass
         finally:
