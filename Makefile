@@ -13,12 +13,12 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup shards train plan report wandb-sync launch status logs stop destroy leftovers rehearse demo
-.PHONY: test test-cpus crash-test check check-infra fix bench-peers lock s3-stop clean
+.PHONY: test test-cpus crash-test bootstrap-test check check-infra fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  With no settings, data and runs live in an embedded S3 server under .wds/, on the handwritten digits.'
 	@echo '  make shards SOURCE=/data/imagenet BUCKET=s3://my-bucket; make train DATASET=imagenet BUCKET=s3://my-bucket RUN=first RECIPE=standard'
@@ -52,7 +52,7 @@ launch: setup ## train on AWS spot instances, to the end or a limit (BUCKET=, RE
 	$(strip $(BIN)/wds-train launch $(RUN) $(call flag,BUCKET,--bucket) $(call flag,RECIPE,--recipe) $(call flag,REGION,--region) $(if $(CHECK),--check) $(ARGS))
 
 status: setup ## how a run stands, and its machines (RUN=, BUCKET=)
-	$(strip $(BIN)/wds-train status $(RUN) $(call flag,BUCKET,--bucket) $(call flag,REGION,--region) $(if $(filter s3://%,$(BUCKET)),--machines) $(ARGS))
+	$(strip $(BIN)/wds-train status $(RUN) $(call flag,BUCKET,--bucket) $(call flag,REGION,--region) $(if $(filter s3://%,$(or $(BUCKET),$(WDS_BUCKET))),--machines) $(ARGS))
 
 logs: setup ## the newest lines of a run's instances (RUN=)
 	$(strip $(BIN)/wds-train logs $(RUN) $(call flag,REGION,--region) $(ARGS))
@@ -74,8 +74,8 @@ $(DEMO)/.installed: requirements-demo.lock $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(DEMO)/bin/python --require-hashes -r requirements-demo.lock
 	@touch $@
 
-rehearse: setup ## a spot instance's end on this machine, timed: notice, commit, replacement (a minute)
-	$(strip $(BIN)/wds-train rehearse $(ARGS))
+rehearse: setup ## a spot instance's end, timed: on this machine (a minute), or RUN='s on AWS (RUN=, BUCKET=)
+	$(strip $(BIN)/wds-train rehearse $(RUN) $(call flag,BUCKET,--bucket) $(call flag,REGION,--region) $(ARGS))
 
 test: check ## the checks and every test, two files at a time
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)
@@ -87,6 +87,9 @@ test-cpus: setup ## every test as on four CPUs that can do less (an hour)
 
 crash-test: setup ## kill small trainings 300 times, twenty takeovers, twenty races (10 to 20 minutes)
 	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=20 $(BIN)/python -m pytest -q -s tests/crash/test_crash.py tests/crash/test_run_faults.py $(ARGS)
+
+bootstrap-test: setup ## an instance's scripts with the real uv, from its bundle to a resumed training (two minutes)
+	WDS_BOOTSTRAP=1 $(BIN)/python -m pytest -q -s tests/cloud/test_bootstrap.py $(ARGS)
 
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .

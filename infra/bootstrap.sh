@@ -77,4 +77,4 @@ touch .venv/.installed
 install -m 644 infra/wds-train.service infra/wds-train-give-up.service "$ROOT/etc/systemd/system/"
 systemctl daemon-reload
 systemctl enable --now wds-train.service
-say "the training is started; its log is CloudWatch's ${WDS_LOG:-} and journalctl -u wds-train"
+say "the training is started; its log is CloudWatch's $(sed -n 's/^WDS_LOG=//p' "$SETTINGS") and journalctl -u wds-train"

@@ -1,5 +1,6 @@
 """What is not in the dataset as it is in the source, and why: collected on the way, judged, printed, and kept beside the manifest."""
 
+import itertools
 import json
 import math
 import os
@@ -68,7 +69,12 @@ def say(line: str, number: int = 1) -> None:
 
 
 def print_notes(notes: list[Note], report: str = "report.json", most: int = 20) -> None:
-    for note in notes[:most]:
-        say(f"{note.what:9} {note.split:6} {note.origin}: {note.cause}")
-    if len(notes) > most:
-        say(f"... and {len(notes) - most} more; {report} beside the manifest has all of them")
+    """A line for each of the notes, but one for all of a split that are ignored for the same cause."""
+    alike: dict[object, list[Note]] = {}
+    for number, note in enumerate(notes):
+        alike.setdefault((note.split, note.cause) if note.what == "ignored" else number, []).append(note)
+    for first, *others in itertools.islice(alike.values(), most):
+        also = f" and {len(others):,} more" if others else ""
+        say(f"{first.what:9} {first.split:6} {first.origin}{also}: {first.cause}")
+    if left := sum(map(len, itertools.islice(alike.values(), most, None))):
+        say(f"... and {left:,} more; {report} beside the manifest has all of them")

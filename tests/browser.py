@@ -61,16 +61,28 @@ class Browser:
         assert "error" not in answer, answer
         return answer["result"]
 
-    def open(self, page: Path, width: int, *, dark: bool) -> None:
+    def open(self, url: str, width: int, *, dark: bool) -> None:
         mobile = width < 600
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
-        self.ask("Page.navigate", url=page.as_uri())
+        self.ask("Page.navigate", url=url)
         self._until(lambda found: found.get("method") == "Page.loadEventFired")
 
     def evaluate(self, expression: str) -> Any:
         return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def press(self, key: str, number: int) -> None:
+        """A key, by its name and its number, as a keyboard sends it."""
+        for kind in ("keyDown", "keyUp"):
+            self.ask(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=number,
+                text="\r" * (key == "Enter" and kind == "keyDown"),
+            )
 
     def screenshot(self, path: Path) -> None:
         shot = self.ask("Page.captureScreenshot", captureBeyondViewport=True, format="png")

@@ -83,7 +83,7 @@ def instance(tmp_path: Path) -> Iterator[Instance]:
 def test_a_stock_image_becomes_a_running_service(instance: Instance) -> None:
     code, out = instance.bootstrap()
     assert code == 0, out
-    assert "the training is started" in out
+    assert "the training is started; its log is CloudWatch's /wds-train/x and" in out
     assert [call for call in instance.calls if not call.startswith("uv")] == [
         "mkfs.ext4 -q /dev/nvme1n1",
         f"mount /dev/nvme1n1 {instance.folder}/mnt/nvme",

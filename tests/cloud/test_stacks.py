@@ -1,23 +1,30 @@
 """Launch, stop, destroy, leftovers: against moto, with what it lacks stood in for where we meet it."""
 
+import hashlib
 import io
 import json
 import re
+import threading
+import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from answers import answer
 from botocore.stub import Stubber
 from moto import mock_aws
 from moto.ec2.responses import EC2Response
 from test_template import TEMPLATE, instance_types
+from told_runs import history_of, make_run
 
+from wds_train.checkpoint.manifest import Attempt, Checkpoint, Object, Progress, RunManifest
 from wds_train.cli import main
+from wds_train.cloud import interrupt, stacks
 from wds_train.cloud import preflight as looks
-from wds_train.cloud import stacks
 from wds_train.cloud.aws import Aws
 from wds_train.cloud.bundle import key_of
 from wds_train.cloud.leftovers import leftovers
@@ -112,8 +119,11 @@ def test_a_launch_makes_the_stack_sets_its_end_and_then_wishes_for_one(aws: Aws,
     assert (stored, values["CodeSha256"]) == (b"the code", key_of(b"the code")[1])
 
 
-def test_a_check_makes_nothing(aws: Aws, order: Order, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch(order, "--check") == 0
+def test_a_check_makes_nothing(
+    aws: Aws, order: Order, capsys: pytest.CaptureFixture[str], aws_env: pytest.MonkeyPatch
+) -> None:
+    aws_env.setenv("WDS_BUCKET", f"s3://{order.bucket}/p")  # as for all other commands
+    assert main(["launch", "first", "--recipe", "quick", "--region", "us-east-1", "--check"]) == 0
     out = capsys.readouterr().out
     for word in (
         "account",
@@ -343,3 +353,53 @@ def test_logs_are_those_of_the_newest_instances(
 def test_sizes_are_those_of_the_template() -> None:
     assert {size: set(types) for size, types in SIZES.items()} == {size: instance_types(size) for size in SIZES}
     assert set(VCPUS) == set(SIZES)
+
+
+def ends(aws: Aws, folder: Path, running: RunManifest) -> None:
+    """What the instances of `running` do once one is told to go: one commits, and the next claims the run and logs a step."""
+    (gone,) = [each["InstanceId"] for each in group(aws)["Instances"]]
+    while [each["InstanceId"] for each in group(aws)["Instances"]] == [gone]:
+        time.sleep(0.02)
+    state = Checkpoint(Object("ckpt/000001-000000043-000002.safetensors", 1, "0" * 64), Progress(43), {})
+    stopped = replace(running, status="interrupted", checkpoints=(state,), written=time.time())
+    claimed = replace(stopped, status="running", fence=2, attempts=(Attempt("two", time.time()),))
+    row = (folder / (first := running.metrics[0].object.key)).read_bytes().splitlines()[0]
+    row = row.replace(b"1700000060.0", str(time.time() + 5).encode()) + b"\n"
+    (folder / (key := first.replace("000001-", "000002-", 1))).write_bytes(row)
+    segment = replace(running.metrics[0], object=Object(key, len(row), hashlib.sha256(row).hexdigest()))
+    for each in (stopped, claimed, replace(claimed, replayed=(segment,))):
+        (folder / "new").write_bytes(each.to_json())
+        (folder / "new").replace(folder / "manifest.json")
+        time.sleep(0.2)
+
+
+@pytest.mark.usefixtures("code")
+def test_a_run_on_aws_is_interrupted_once_and_followed_until_steps_go_on(
+    aws: Aws, order: Order, tmp_path: Path, capsys: pytest.CaptureFixture[str], aws_env: pytest.MonkeyPatch
+) -> None:
+    aws_env.setattr(interrupt, "POLL_SECONDS", 0.02)
+    run, asked = tmp_path / "first", ["rehearse", str(tmp_path / "first"), "--region", "us-east-1"]
+    running = make_run(run, history_of(2), attempts=[Attempt("one", 0.0)], status="running")
+    assert launch(order) == 0
+    (first,) = group(aws)["Instances"]
+    aws_env.setattr("sys.stdin", io.StringIO("another\n"))
+    status, _, err = answer(capsys, *asked)
+    assert (status, "nothing was ended" in err) == (2, True)
+    assert group(aws)["Instances"] == [first]
+    successor = threading.Thread(target=ends, args=(aws, run, running))
+    successor.start()
+    status, out, err = answer(capsys, *asked, "--yes")
+    successor.join()
+    assert status == 0, err
+    (second,) = group(aws)["Instances"]
+    assert (group(aws)["DesiredCapacity"], second["InstanceId"] != first["InstanceId"]) == (1, True)
+    assert f"instance {first['InstanceId']}: " in out
+    commit, claim, steps = re.search(
+        r"commit +([\d.]+) s, at step 43;.*claim +([\d.]+) s.*steps +([\d.]+) s", out, re.S
+    ).groups()  # type: ignore[union-attr]
+    assert float(commit) <= float(claim) < 5 <= float(steps)
+    # Nothing that trains is ended when the run, or the group, says that there is none.
+    make_run(run, history_of(2))
+    assert "run first is interrupted; only one that trains" in answer(capsys, *asked, "--yes")[2]
+    aws.client("autoscaling").update_auto_scaling_group(AutoScalingGroupName="wds-train-first", DesiredCapacity=0)
+    assert "no instance trains first; make status RUN=first" in answer(capsys, *asked, "--yes")[2]

@@ -167,7 +167,7 @@ def test_in_chromium_a_page_fits_and_asks_for_nothing(
     browser.events.clear()
     for width in (1280, 390):
         for dark in (False, True):
-            browser.open(page, width, dark=dark)
+            browser.open(page.as_uri(), width, dark=dark)
             assert browser.evaluate("innerWidth") == width
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
             for what in (

@@ -4,18 +4,22 @@ installed its environment.
 
 import io
 import json
+import socket
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, Browser
 from PIL import Image
 from visitors import PYTHON, Page, demo_command, free_port, leaks, served_page
 
 from wds_train.cli import main
 from wds_train.data.dataset import Dataset
 from wds_train.serving.classify import sample
+from wds_train.serving.demo import interpreter
 
 WITH_GRADIO = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is not there: make demo installs it")
 
@@ -31,6 +35,7 @@ def page(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page
             yield page
     log = (folder / "log").read_text()
     assert "classifier.py" not in log, log  # Gradio's own part tells its owner of forged requests
+    assert "SystemExit" not in log, log
     assert not [*(folder / "tmp").glob("wds-demo-*")]  # nothing of a visitor's is kept
 
 
@@ -58,6 +63,31 @@ def test_every_kept_checkpoint_answers(page: Page, digits: Dataset) -> None:
     assert page.learned is not None
     table = page.call(page.learned, [image])["output"]["data"][0]
     assert table.count("<tr>") == 1 + 3  # EMA and raw of the second epoch, and one of them of the first
+
+
+@WITH_GRADIO
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+def test_a_phone_and_a_keyboard_are_enough(page: Page, tmp_path: Path) -> None:
+    """An image of the validation is chosen by Tab and Enter; nothing is wider than a phone, and nobody else is asked."""
+    with Browser(tmp_path / "chromium") as browser:
+        browser.open(page.url, 390, dark=True)
+        until(browser, "document.querySelectorAll('.gallery-item').length == 8")
+        for _ in range(20):
+            browser.press("Tab", 9)
+            if browser.evaluate("document.activeElement.className").startswith("gallery-item"):
+                break
+        browser.press("Enter", 13)
+        until(browser, "document.body.innerText.includes('ms in the model')")
+        assert browser.evaluate("document.documentElement.scrollWidth") == 390
+        sent = [event["params"]["request"]["url"] for event in browser.events if "request" in event.get("params", {})]
+        assert {url.split("/")[2] for url in sent if url.startswith("http")} == {page.url.split("/")[2]}
+
+
+def until(browser: Browser, condition: str) -> None:
+    deadline = time.monotonic() + 60
+    while not browser.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.05)
 
 
 def encoded(form: str, image: Image.Image | None = None, **options: object) -> bytes:
@@ -152,3 +182,21 @@ def test_without_gradio_it_says_what_to_do(
 ) -> None:
     assert main(["demo", served, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["demo", "nowhere.safetensors", "--port", str(port)]) == 2
+    assert f"--port {port} cannot be had (Address already in use); choose another" in capsys.readouterr().err
+    assert main(["demo", "nowhere.safetensors", "--port", "65536"]) == 2
+
+
+def test_an_interpreter_is_found_from_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `make demo` names its own: by a relative path. The page runs in another folder."""
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    assert interpreter("./python") == tmp_path / "python"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert interpreter("python") == tmp_path / "python"

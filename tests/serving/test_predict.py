@@ -73,12 +73,13 @@ def labels(dataset: Dataset) -> NDArray[np.int64]:
 
 
 def test_an_exported_file_answers_as_its_run(
-    served: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    served: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also once the run's dataset is out of reach: the calibration is in the file, and in what is kept for the next time."""
-    file = tmp_path / "model.safetensors"
+    monkeypatch.chdir(tmp_path)
+    file = "digits-run.safetensors"
     kept = [answer(capsys, "predict", served, images, "--csv") for _ in range(2)]
-    assert answer(capsys, "export", served, "--to", file, "--best", chosen_weights(served, "best", None).kind)[0] == 0
+    assert answer(capsys, "export", served, "--best", chosen_weights(served, "best", None).kind)[0] == 0
     exported = answer(capsys, "predict", file, images, "--csv")
     assert kept[0] == kept[1] == exported
     rows = list(csv.DictReader(io.StringIO(exported[1])))

@@ -78,7 +78,9 @@ def served_page(command: list[str], folder: Path, port: int) -> Iterator[tuple[P
                 time.sleep(0.1)
             yield Page(url), process.pid
         finally:
-            process.terminate()
+            for number in (signal.SIGINT, *[signal.SIGTERM] * 100):  # Ctrl-C, and somebody who cannot wait
+                os.killpg(process.pid, number)
+                time.sleep(0.01)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
             with contextlib.suppress(ProcessLookupError):

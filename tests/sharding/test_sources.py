@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -383,10 +384,14 @@ def test_links_are_followed_and_loops_refused(folder: Path, capsys: pytest.Captu
 
 
 def test_system_litter_is_ignored_but_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "train" / layouts.WNIDS[0] / ".DS_Store").write_bytes(b"x")
+    for place, name in zip(layouts.WNIDS * 2, (".DS_Store", ".DS_Store", "Thumbs.db"), strict=False):
+        (folder / "train" / place / name).write_bytes(b"x")
     (folder / "train" / "README.md").write_text("hello")
     output = convert(capsys, folder, folder.parent / "out")
-    assert ".DS_Store: left by the operating system" in output and "README.md: outside the class folders" in output
+    assert ".DS_Store and 2 more: left by the operating system" in output
+    assert output.count("\nignored ") == 2 and "README.md: outside the class folders" in output
+    report = json.loads((folder.parent / "out" / "report.json").read_text())
+    assert len(report["samples"]) == 4
     assert samples(folder.parent / "out") == expected(layouts.small_tree())
 
 

@@ -1,10 +1,12 @@
 """One run in Weights & Biases across kills, made of the rows that are on S3; and W&B is never in the way."""
 
 import json
+import os
 import re
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,11 @@ def test_an_offline_run_is_rebuilt_from_s3(small: str, url: str, tmp_path: Path,
     assert_whole(offline_history(folders[-1]), url)
     again = Job(small, url, str(tmp_path / "elsewhere"), command=("wandb", url), environment=wandb.environment)
     (tmp_path / "elsewhere").mkdir()
+    code, output = end(replace(again, environment=OFFLINE))
+    (folder,) = (tmp_path / "elsewhere" / "wandb").glob("offline-run-*")
+    assert code == 0 and "nothing was sent, the" in output and "unset WANDB_MODE, and type this again" in output
+    assert f"are in {os.path.relpath(folder)};" in output
+    assert_whole(offline_history(folder), url)
     for sent in (len(on_s3(url)), 0):
         code, output = end(again)
         assert code == 0, output

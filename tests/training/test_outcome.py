@@ -89,12 +89,19 @@ def test_the_start_says_what_an_epoch_leaves_out(
     whole = re.search(r"time     about \d+ s, \$([\d.]+)", said.out)
     assert steps and whole, said.out
     assert float(whole[1]) == pytest.approx(2 * (22 * float(steps[1]) + 2 * float(steps[2])), rel=0.2, abs=0.02)
-    assert re.search(r"memory   about [\d.]+ GB of [\d.]+\n", said.out)
+    assert re.search(
+        r"memory   about [\d.]+ GB of [\d.]+\nnothing was written: without --dry-run, this begins\n", said.out
+    )
     assert not (tmp_path / "run").exists()
     assert main([*arguments, "--quiet"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().err.splitlines() if not line.startswith("W&B")] == [
         *("last", "best", "state", "report", "next", "wds-train")
     ]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"nothing would be trained: run {tmp_path / 'run'} is done\n"
+    assert main(["rollback", str(tmp_path / "run"), "--to", "11"]) == 0
+    assert main([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith("nothing was written: without --dry-run, this goes on at step 11\n")
 
 
 def test_a_training_that_takes_too_long_here_gets_a_smaller_one_named(

@@ -107,15 +107,15 @@ def destroy(aws: Aws, run: str) -> None:
 
 def machines(aws: Aws, run: str) -> list[str]:
     """How the run's machines stand, a line each."""
-    group = _group(aws, run)
-    if group is None:
+    found = group(aws, run)
+    if found is None:
         return [f"group {name_of(run)}: there is none in {aws.region}"]
-    wanted = f"{group['DesiredCapacity']} wanted, {len(group['Instances'])} there"
+    wanted = f"{found['DesiredCapacity']} wanted, {len(found['Instances'])} there"
     lines = [f"group {name_of(run)}: {wanted}{_end(aws, run)}"]
-    for each in group["Instances"]:
+    for each in found["Instances"]:
         kind = each.get("InstanceType") or "of a type that AWS does not name"
         lines.append(f"instance {each['InstanceId']}: {kind}, {each['AvailabilityZone']}, {each['LifecycleState']}")
-    for each in group.get("SuspendedProcesses", ()):
+    for each in found.get("SuspendedProcesses", ()):
         lines.append(f"suspended: {each['ProcessName']} ({each['SuspensionReason']}); launch again to resume it")
     return lines + _failure(aws, run)
 
@@ -138,7 +138,8 @@ def _failure(aws: Aws, run: str) -> list[str]:
     ]
 
 
-def _group(aws: Aws, run: str) -> dict[str, Any] | None:
+def group(aws: Aws, run: str) -> dict[str, Any] | None:
+    """The run's group, if there is one."""
     with told(f"the group {name_of(run)}"):
         found = aws.client("autoscaling").describe_auto_scaling_groups(AutoScalingGroupNames=[name_of(run)])
     return next(iter(found["AutoScalingGroups"]), None)

@@ -9,7 +9,6 @@ from wds_train.storage.address import announced, located, not_here
 
 FILE = ".safetensors"  # how an exported file's name ends, said without the import of PyTorch
 dollars = Number(float, 0)
-FILE = ".safetensors"  # how an exported file's name ends, said without the import of PyTorch
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +43,14 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_region(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--region", metavar="NAME", help="of AWS (default: AWS_REGION, or the profile's)")
+
+
+def typed(question: str) -> str:
+    """The answer to `question`; "" where there is nobody to ask."""
+    try:
+        return input(question).strip()
+    except EOFError:
+        return ""
 
 
 def dataset_url(dataset: str, bucket: str | None) -> str:

@@ -1,19 +1,20 @@
 """`wds-train demo`: try a model in the browser."""
 
 import argparse
-from pathlib import Path
 
-from wds_train.commands.arguments import add_bucket, count, run_or_file
+from wds_train.commands.arguments import add_bucket, run_or_file
+from wds_train.config.numbers import Number
 from wds_train.tracking.console import loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN_OR_FILE", help="a run as elsewhere, or a file of `wds-train export`")
     add_bucket(parser, "runs/ lives")
-    parser.add_argument("--port", type=count, default=7860, metavar="N", help="on this machine (%(default)s)")
+    parser.add_argument(
+        "--port", type=Number(int, 1, 65535), default=7860, metavar="N", help="on this machine (%(default)s)"
+    )
     parser.add_argument(
         "--python",
-        type=Path,
         metavar="FILE",
         help="one that has gradio and onnxruntime (default: this one; make demo: its own)",
     )

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from wds_train.checkpoint.find import SCORES, choose, find_run
+from wds_train.checkpoint.manifest import name_of
 from wds_train.commands.arguments import add_run, count, run_url
 from wds_train.errors import UsageError
 from wds_train.tracking.console import loading
@@ -22,16 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="safetensors: for timm and for us (default); onnx and torch-export: with the normalisation inside; timm-hub: a "
         "folder for timm",
     )
-    parser.add_argument("--to", type=Path, required=True, metavar="PATH", help="a file, or the folder of timm-hub")
+    parser.add_argument(
+        "--to", type=Path, metavar="PATH", help="a file, or the folder of timm-hub (default: RUN's name)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    suffix = FORMATS[args.format]
-    if suffix and args.to.suffix != suffix:
-        raise UsageError(f"--to {args.to} must end in {suffix}")
-    if not args.to.parent.is_dir():
-        raise UsageError(f"--to {args.to}: there is no folder {args.to.parent}; make it first")
-    manifest, store = find_run(run_url(args.run, args.bucket))
+    suffix, url = FORMATS[args.format], run_url(args.run, args.bucket)
+    to = args.to or Path(name_of(url) + suffix)
+    if suffix and to.suffix != suffix:
+        raise UsageError(f"--to {to} must end in {suffix}")
+    if not to.parent.is_dir():
+        raise UsageError(f"--to {to}: there is no folder {to.parent}; make it first")
+    manifest, store = find_run(url)
     checkpoint = choose(manifest, args.best, args.step)
     loading()  # after all that can be refused without it
     import torch
@@ -43,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
 
     weights = weights_of(store, manifest, checkpoint, args.best)
     weights = calibrated(weights, Classifier(weights, None, torch.device("cpu")), manifest)
-    call = WRITERS[args.format](weights, args.to)
+    call = WRITERS[args.format](weights, to)
     scores = ", ".join(f"{name} {value:.2f}" for name, value in weights.metrics.items()) or "not validated"
-    print(f"{args.to}: {weights.kind} weights of step {weights.step} ({scores})")
+    print(f"{to}: {weights.kind} weights of step {weights.step} ({scores})")
     if weights.calibration.fitted:
         print(f"calibrated: {weights.calibration}")
     print(f"load it with {call}")

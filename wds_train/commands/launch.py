@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 
 from wds_train.commands.arguments import add_region, dollars
@@ -18,7 +19,9 @@ ARGUMENTS = re.compile(r"[A-Za-z0-9 ._=,:/@+-]*")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", help="a name; the run is BUCKET/runs/RUN")
-    add("--bucket", required=True, metavar="s3://B/P", help="where datasets/, runs/ and code/ live")
+    bucket = os.environ.get("WDS_BUCKET") or None
+    place = "where datasets/, runs/ and code/ live ($WDS_BUCKET)"
+    add("--bucket", default=bucket, required=bucket is None, metavar="s3://B/P", help=place)
     add("--recipe", required=True, metavar="NAME")
     add("--dataset", metavar="NAME", help="BUCKET/datasets/NAME (default: the recipe's name)")
     add("--size", choices=SIZES, default="small", help="1 GPU (small, medium), 4 (large), 8 (huge, a100) (%(default)s)")

@@ -3,10 +3,8 @@
 import argparse
 import sys
 
-from tqdm import tqdm
-
 from wds_train.commands.arguments import add_bucket, add_device, run_or_file
-from wds_train.tracking.console import loading
+from wds_train.tracking.console import Meter, loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loading()
-    from wds_train.serving.classify import Classifier, progress
+    from wds_train.serving.classify import Classifier
     from wds_train.serving.photos import photos
     from wds_train.serving.predict import Prediction, class_names, csv_header
     from wds_train.serving.prepare import prepared
@@ -42,11 +40,12 @@ def run(args: argparse.Namespace) -> int:
     names, bad = class_names(weights.classes), 0
     if args.csv:
         print(csv_header(len(weights.classes)))
-    for photo, answer in progress(Classifier(weights, args.tta, device).logits(images), len(images), "predict"):
-        found = Prediction.of(photo.name, answer, weights)
-        text = found.to_json() if args.json else found.to_csv() if args.csv else found.to_lines(names)
-        tqdm.write(text)  # above the bar, if there is one
-        bad += bool(found.error)
+    with Meter(0, len(images)) as meter:
+        for photo, answer in Classifier(weights, args.tta, device).logits(images):
+            found = Prediction.of(photo.name, answer, weights)
+            meter.print(found.to_json() if args.json else found.to_csv() if args.csv else found.to_lines(names))
+            meter.add(images=1)
+            bad += bool(found.error)
     if bad:
         print(f"wds-train: {bad:,} of {len(images):,} images could not be used", file=sys.stderr)
     return int(bad > 0)

@@ -1,4 +1,4 @@
-"""`wds-train rehearse`: a spot instance's end on this machine, with what it costs in seconds."""
+"""`wds-train rehearse`: a spot instance's end with what it costs in seconds, on this machine or of a run on AWS."""
 
 import argparse
 import os
@@ -6,12 +6,25 @@ import sys
 import tempfile
 from pathlib import Path
 
+from wds_train.checkpoint.manifest import name_of
+from wds_train.commands.arguments import add_bucket, add_region, run_url, typed
+from wds_train.errors import UsageError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN", help="on AWS: end its instance, once (default: a rehearsal here, without AWS)"
+    )
+    add_bucket(parser, "runs/ lives")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    add_region(parser)
 
 
-def run(_: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    return _here() if args.run is None else _on_aws(args)
+
+
+def _here() -> int:
     from wds_train.cloud.rehearse import rehearse
     from wds_train.storage import embedded
 
@@ -25,4 +38,24 @@ def run(_: argparse.Namespace) -> int:
     print(f"notice to commit   {found.commit:5.1f} s, at step {found.step}; AWS gives 120")
     print(f"notice to the end  {found.gone:5.1f} s")
     print(f"start to step {found.step + 1:4} {found.first_step:5.1f} s, of the replacement")
+    return 0
+
+
+def _on_aws(args: argparse.Namespace) -> int:
+    from wds_train.cloud import stacks
+    from wds_train.cloud.aws import Aws
+    from wds_train.cloud.interrupt import instance_of, interrupt
+
+    url = run_url(args.run, args.bucket)
+    aws, name = Aws(args.region), name_of(url)
+    stacks.existing(aws, name)
+    instance = instance_of(aws, name)
+    print("\n".join(stacks.machines(aws, name)))
+    if not args.yes and typed(f"type the run's name to have {instance} ended; its group starts another: ") != name:
+        raise UsageError("nothing was ended; type the run's name when asked, or give --yes")
+    found = interrupt(aws, url, instance)
+    commit = "none" if found.commit is None else f"{found.commit:5.1f} s"
+    print(f"request to commit  {commit}, at step {found.step}; the group gives 120")
+    print(f"request to claim   {found.claim:5.1f} s, by the replacement")
+    print(f"request to steps   {found.first_step:5.1f} s")
     return 0

@@ -134,6 +134,9 @@ def run(args: argparse.Namespace) -> int:
     dataset = _sharded(args) if args.shard else args.dataset  # before `listen`: a conversion stops in its own way
     stop = StopRequest().listen()
     meant = _meant(args, dataset)
+    if args.dry_run and meant.own and meant.own.status == "done":
+        print(f"nothing would be trained: run {meant.run} is done")
+        return 0
     # Growing images ask for other sizes all the time, which fragments the GPU's memory otherwise. Read by PyTorch's import.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -180,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
         go_on=args.go_on,
     )
     if args.dry_run:
-        print("\n".join(estimate(options)))
+        print("\n".join([*estimate(options), f"nothing was written: without --dry-run, this {_next(meant.own)}"]))
         return 0
     train(options, stop)
     return 0
@@ -197,6 +200,8 @@ class Meant:
     settings: list[str]
     followed: list[str]
     """What the settings change besides, a line each."""
+    own: RunManifest | None
+    """The run as it stands, if it has begun."""
 
 
 def _meant(args: argparse.Namespace, dataset: str | None) -> Meant:
@@ -220,7 +225,11 @@ def _meant(args: argparse.Namespace, dataset: str | None) -> Meant:
     if own:
         data = data_of(opened, [(Dataset.open(url), share) for url, share in mix])
         going_on(own, replace(own, recipe=recipe.to_dict(), dataset=data), run)  # refuses what cannot be
-    return Meant(run, recipe, opened.store.url, mix, settings, following(wanted, settings))
+    return Meant(run, recipe, opened.store.url, mix, settings, following(wanted, settings), own)
+
+
+def _next(own: RunManifest | None) -> str:
+    return f"goes on at step {own.step}" if own else "begins"
 
 
 def _refuse_data(name: str, run: str, args: argparse.Namespace) -> None:

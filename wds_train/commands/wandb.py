@@ -1,6 +1,7 @@
 """`wds-train wandb`: a run's page in Weights & Biases, made anew or completed from what is on S3."""
 
 import argparse
+import os
 
 from wds_train.checkpoint.find import find_run
 from wds_train.commands.arguments import add_run, run_url
@@ -32,6 +33,12 @@ def run(args: argparse.Namespace) -> int:
         board.finish(manifest, store.url)
     except Exception as error:
         raise RunError(f"W&B failed ({one_line(error)}); nothing is lost: try again") from error
-    steps = {row.get("step") for row in history}
-    print(f"{store.url}: sent {board.sent} of the {len(steps)} steps that have metrics, the others were there; {where}")
+    steps = len({row.get("step") for row in history})
+    if mode == "offline":
+        remedy = "unset WANDB_MODE" if os.environ.get("WANDB_MODE") else "log in (`wandb login`, or set WANDB_API_KEY)"
+        print(
+            f"{store.url}: nothing was sent, the {steps} steps that have metrics are in {where}; {remedy}, and type this again"
+        )
+    else:
+        print(f"{store.url}: sent {board.sent} of the {steps} steps that have metrics, the others were there; {where}")
     return 0

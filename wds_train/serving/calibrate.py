@@ -17,8 +17,8 @@ from wds_train.errors import DataError, WdsTrainError
 from wds_train.models.calibration import SURE, Calibration
 from wds_train.models.weights import Weights
 from wds_train.report.findings import calibration
-from wds_train.serving.classify import Classifier, progress, sample
-from wds_train.tracking.console import say
+from wds_train.serving.classify import Classifier, sample
+from wds_train.tracking.console import Meter, say
 
 SAMPLES = 1000  # at most: a temperature is one number, and a model on a CPU takes a minute for them
 TEMPERATURES = (0.05, 20.0)
@@ -39,10 +39,11 @@ def calibrated(weights: Weights, classifier: Classifier, run: RunManifest) -> We
 def _scored(classifier: Classifier, split: SplitReader) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The logits [samples, classes] of at most SAMPLES samples, evenly taken from the split, and their labels."""
     chosen = np.unique(np.linspace(0, len(split) - 1, min(SAMPLES, len(split))).round().astype(int))
-    answers = progress(
-        classifier.logits(sample(split, number) for number in chosen.tolist()), len(chosen), "calibration"
-    )
-    found = [logits for _, logits in answers]
+    found = []
+    with Meter(0, len(chosen)) as meter:
+        for _, logits in classifier.logits(sample(split, number) for number in chosen.tolist()):
+            found.append(logits)
+            meter.add(images=1)
     readable = np.array([not isinstance(logits, WdsTrainError) for logits in found], bool)
     if not readable.any():
         raise DataError(f"no sample of {split.store.url}'s validation can be read")

@@ -1,7 +1,6 @@
 """A trained model that answers for images given as bytes, through the very transform of its validation."""
 
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +9,6 @@ from itertools import islice
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from wds_train.data.dataset import SplitReader
 from wds_train.errors import WdsTrainError
@@ -64,9 +62,3 @@ def sample(split: SplitReader, number: int) -> Photo:
     index, place = split.index, (int(split.index.data_offset[number]), int(split.index.data_length[number]))
     shard = split.shard_names[index.shard[number]]
     return Photo(index.key_of(number), lambda: split.store.read(shard, *place))
-
-
-def progress(answers: Iterable[Answer], total: int, what: str) -> Iterator[Answer]:
-    """The `answers`, with a bar in a terminal."""
-    hidden = not sys.stderr.isatty()
-    yield from tqdm(answers, what, total, unit=" images", disable=hidden, leave=False, dynamic_ncols=True)

@@ -1,7 +1,10 @@
 """The page of `publish`, on this machine, with the answers of every checkpoint and some images of the validation."""
 
+import contextlib
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,20 +27,39 @@ from wds_train.tracking.console import say
 from wds_train.transforms.jpeg import START
 
 EXAMPLES = 8
+END_SECONDS = 10.0  # for the page to remove what visitors sent
 CHECKPOINTS = 8  # that answer side by side; evenly taken, where more are kept
 
 
-def serve(source: str, python: Path | None, port: int) -> int:
-    """Serve the page of the run at `source`, or of that file, until it is stopped; its exit code."""
-    interpreter = str(python or sys.executable)
+def interpreter(python: str | None) -> Path:
+    """Where `python` is, or this one, from any folder: the page runs in one of its own. `UsageError` where it lacks what the page
+    imports.
+    """
+    called = python or sys.executable
     try:
-        found = subprocess.run([interpreter, "-c", "import gradio, onnxruntime"], capture_output=True, check=False)
+        found = subprocess.run([called, "-c", "import gradio, onnxruntime"], capture_output=True, check=False)
     except OSError as error:
-        raise UsageError(f"--python {interpreter} cannot be run: {error.strerror}") from error
+        raise UsageError(f"--python {called} cannot be run: {error.strerror}") from error
     if found.returncode:
         raise UsageError(
-            f"{interpreter} has not both gradio and onnxruntime; `make demo` installs them beside, and starts this"
+            f"{called} has not both gradio and onnxruntime; `make demo` installs them beside, and starts this"
         )
+    return Path(shutil.which(called) or called).absolute()
+
+
+def refuse_taken(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or the last page's connections would count
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UsageError(f"--port {port} cannot be had ({error.strerror}); choose another") from error
+
+
+def serve(source: str, python: str | None, port: int) -> int:
+    """Serve the page of the run at `source`, or of that file, until it is stopped; its exit code."""
+    refuse_taken(port)  # before a minute of exports
+    command = [str(interpreter(python)), "app.py"]
     cpu = torch.device("cpu")
     space = (
         Space([prepared(source, cpu)], f"File {Path(source).name}") if source.endswith(SUFFIX) else _of_run(source, cpu)
@@ -48,15 +70,19 @@ def serve(source: str, python: Path | None, port: int) -> int:
         space.write(Path(folder))
         say(f"http://127.0.0.1:{port} (Ctrl-C ends it)")
         environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "PYTHONDONTWRITEBYTECODE": "1"}
-        page = subprocess.Popen([interpreter, "app.py"], cwd=folder, env=environment)
+        page = subprocess.Popen(command, cwd=folder, env=environment)
         try:
             if code := page.wait():
-                raise RunError(f"the page ended with {code}; is port {port} taken? Choose another --port")
+                raise RunError(f"the page ended with {code}; what it said is above")
         except KeyboardInterrupt:
             pass
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # a second one would leave the folder
             page.terminate()
-            page.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                page.wait(END_SECONDS)
+            page.kill()
     return 0
 
 

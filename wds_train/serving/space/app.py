@@ -16,9 +16,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+ENDS = (signal.SIGINT, signal.SIGTERM)
 VISITORS = tempfile.TemporaryDirectory(prefix="wds-demo-")
 atexit.register(VISITORS.cleanup)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # or what visitors sent would stay
+
+
+def leave(*_: object) -> None:
+    """End at the first signal: at none, or broken off by a second, what visitors sent would stay."""
+    for number in ENDS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
+
+
+for each in ENDS:
+    signal.signal(each, leave)
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": VISITORS.name, "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 import gradio as gr  # noqa: E402  (reads the environment)
@@ -113,7 +124,9 @@ def page() -> gr.Blocks:
             with gr.Column():
                 label = gr.Label(label="Answer", num_top_classes=TOP)
                 note = gr.Markdown()
-                heat = gr.Image(label="Where it looked", interactive=False, buttons=[], height=320)
+                tried = classifier(ABOUT["choices"][0]).answer(Image.new("RGB", (8, 8))).heat
+                tells = tried is not None and tried.size > 1  # of one place, it could look nowhere else
+                heat = gr.Image(label="Where it looked", interactive=False, buttons=[], height=320, visible=tells)
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         gr.on([photo.change, chosen.change], answer, [photo, chosen], [label, heat, note], **quiet)
         if len(MODELS) > 2:
@@ -125,7 +138,6 @@ def page() -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    classifier(ABOUT["choices"][0])
     page().queue(default_concurrency_limit=2, max_size=64).launch(
         max_file_size=MOST_BYTES,
         css=CSS,
