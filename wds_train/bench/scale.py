@@ -17,7 +17,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import takewhile
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from wds_train.data.dataset import Dataset, SplitReader
 from wds_train.data.order import EpochOrder
 from wds_train.data.plan import TrainPlan
 from wds_train.data.rows import AT_ONCE, located
-from wds_train.errors import UsageError
+from wds_train.errors import UsageError, WdsTrainError
 from wds_train.format.arrow import to_array, to_batch
 from wds_train.format.index import SCHEMA, write_index
 from wds_train.format.manifest import NAME, ClassInfo, DatasetManifest, Index, Shard, Split
@@ -127,7 +128,7 @@ def _measure(folder: str) -> dict[str, Any]:
         pids.append(worker.pid or 0)
     found = []  # of the first batch, and of the whole dataset
     for _ in range(2):
-        seconds = max(pipe.recv() for pipe, _ in pipes) - began
+        seconds = max(map(_said, pipes, workers)) - began
         found.append((seconds, sum(map(_megabytes, pids)) - before))
         for pipe, _ in pipes:
             pipe.send("go on")
@@ -148,6 +149,13 @@ def _measure(folder: str) -> dict[str, Any]:
         "bytes_per_sample": 1e6 * found[1][1] / len(split),
     }
     return {name: round(figure, 2) if isinstance(figure, float) else figure for name, figure in figures.items()}
+
+
+def _said(pipe: tuple[Connection, Connection], worker: ForkProcess) -> float:
+    wait([pipe[0], worker.sentinel])
+    if not pipe[0].poll():
+        raise WdsTrainError("a worker of the benchmark ended early; its error is above")
+    return pipe[0].recv()
 
 
 def _step_ms(order: EpochOrder, step: int) -> float:

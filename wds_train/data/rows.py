@@ -79,7 +79,7 @@ class SharedRows:
 
     def column(self, name: str, samples: Any) -> Any:
         """The cells of `samples`: a number, an array of them, or a slice."""
-        shards = slice(None) if isinstance(samples, slice) else self.shard_of(samples)
+        shards = np.arange(len(self._ends)) if isinstance(samples, slice) else self.shard_of(samples)
         if not self._known[shards].all():
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(self.fill, self.lacking(shards)))
@@ -87,13 +87,12 @@ class SharedRows:
 
     def lacking(self, shards: Any) -> list[int]:
         """Those of `shards` that this process has not met yet."""
-        wanted = np.unique(np.arange(len(self._known))[shards])
+        wanted = np.unique(shards)
         return wanted[~self._known[wanted]].tolist()
 
     def fill(self, shard: int) -> None:
         """See that the rows of `shard` are there."""
-        end = int(self._ends[shard])
-        start = int(self._ends[shard - 1]) if shard else 0
+        start, end = self._place(shard)
         stored = int(self._sums[shard])
         if not stored or zlib.crc32(self._table[start:end].tobytes()) != stored:
             rows = _packed(self._read(shard))
@@ -104,7 +103,11 @@ class SharedRows:
 
     def key(self, sample: int) -> pa.StringScalar:
         shard = int(self.shard_of(sample))
-        return self._keys(shard)[int(sample) - (int(self._ends[shard - 1]) if shard else 0)]
+        return self._keys(shard)[int(sample) - self._place(shard)[0]]
+
+    def _place(self, shard: int) -> tuple[int, int]:
+        """The first sample of `shard`, and that after its last."""
+        return int(self._ends[shard - 1]) if shard else 0, int(self._ends[shard])
 
     def _write(self, place: int, data: bytes) -> None:
         try:
