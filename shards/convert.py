@@ -2,15 +2,14 @@
 
 Kill it at any moment and run it again. What is finished is kept in the store under `.wip/`, which no manifest names:
 `plan.json` says what is being made, under which names, and what it replaces; `SPLIT/shard-NNNNNN.parquet`, written when
-that shard's upload was confirmed, holds the shard's index rows, digest and tag. A shard whose record and object agree is
-not made again; every shard is a pure function of the plan, so the result is the same bytes.
+that shard's upload was confirmed, holds the shard's index rows (or names their object), digest and tag. A shard whose
+record and object agree is not made again; every shard is a pure function of the plan, so the result is the same bytes.
 
 A conversion that replaces another one writes under names of its own, so that the other stays whole until one
 compare-and-swap puts the new manifest in the place of the old. Only then is removed what the old one named.
 """
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from shards.pack import WIP, ShardDone, ShardTask, confirm, from_record
+from shards.pack import WIP, ShardDone, ShardTask, from_record, put
 from shards.plan import Plan, shard_name
 from shards.report import report_json
 from wds_train.errors import Conflict, DataError, NotFound, UsageError
@@ -65,10 +64,10 @@ class Conversion:
 
     def tasks(self, finished: set[tuple[str, int]]) -> Iterator[Iterator[ShardTask]]:
         """The shards that are not `finished`, in the plan's windows."""
-        policy = self.plan.options.policy
+        plan, policy = self.plan, self.plan.options.policy
         for window in self.plan.windows(finished):
             yield (
-                ShardTask(self.store, self.plan.digest, split, number, rows, policy, self.mark)
+                ShardTask(self.store, plan.digest, split, number, rows, policy, self.mark, plan.by_shard(split))
                 for split, number, rows in window
             )
 
@@ -105,15 +104,20 @@ class Conversion:
         return made
 
     def finish(self, done: list[ShardDone]) -> DatasetManifest:
-        """Write index, report and, when all of them are there, the manifest; then remove what it does not name."""
+        """Write the indexes of whole splits, report and, when all of them are there, the manifest; then remove what it does
+        not name.
+        """
         splits = {}
         for split in self.plan.parts:
             mine = sorted((part for part in done if part.split == split), key=lambda part: part.number)
-            table = pa.Table.from_batches([batch for part in mine for batch in part.index.to_batches()], SCHEMA)
-            index = self._put(f"{split}/index{self.mark}.parquet", write_index(table))
+            index: Index | tuple[Index, ...] = tuple(part.index for part in mine if part.index)
+            if not self.plan.by_shard(split):
+                tables = [part.rows for part in mine if part.rows is not None]
+                table = pa.Table.from_batches([batch for rows in tables for batch in rows.to_batches()], SCHEMA)
+                index = put(self.store, f"{split}/index{self.mark}.parquet", write_index(table))
             splits[split] = Split(tuple(part.shard for part in mine), index)
         notes = self.plan.source.notes + [note for part in done for note in part.notes]
-        report = self._put(f"report{self.mark}.json", report_json(notes, sum(part.altered for part in done)))
+        report = put(self.store, f"report{self.mark}.json", report_json(notes, sum(part.altered for part in done)))
         made = DatasetManifest(self.plan.source.classes, splits, report=report, **self.plan.settings)
         condition: dict[str, Any] = {"if_match": self._replaces} if self._replaces else {"if_absent": True}
         try:
@@ -166,8 +170,7 @@ class Conversion:
         return None, ""
 
     def _settings(self, made: DatasetManifest) -> dict[str, Any]:
-        found = asdict(made)
-        return {name: found[name] for name in self.plan.settings}
+        return {name: getattr(made, name) for name in self.plan.settings}
 
     def _other_settings(self, where: str, there: dict[str, Any]) -> UsageError:
         return UsageError(
@@ -185,13 +188,11 @@ class Conversion:
         if done is None or done.shard.name != shard_name(done.split, done.number, self.mark):
             return None
         try:
+            if done.index and self.store.head(done.index.name)[0] != done.index.bytes:
+                return None
             return done if self.store.head(done.shard.name) == (done.shard.bytes, done.tag) else None
         except NotFound:
             return None
-
-    def _put(self, name: str, body: bytes) -> Index:
-        confirm(self.store, name, len(body), self.store.write(name, body))
-        return Index(name, len(body), hashlib.sha256(body).hexdigest())
 
 
 def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from shards.sources.open import DIGITS, FORMATS, name_of, open_source, source_ro
 from shards.sources.spool import Spool
 from wds_train.config.numbers import Number, above_zero, positive, whole
 from wds_train.errors import DataError, Interrupted, UsageError
+from wds_train.format.index import WHOLE_INDEX_SAMPLES
 from wds_train.format.manifest import DatasetManifest
 from wds_train.home import home
 from wds_train.storage.address import announced, located
@@ -53,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bucket", help="s3://bucket/prefix: a name is then datasets/NAME below it ($WDS_BUCKET)")
     add("--seed", type=whole, default=0, help="of the shuffle over the whole source (%(default)s)")
     add("--shard-mb", type=above_zero, default=128, help="largest shard, in MiB (%(default)s)")
+    add(
+        "--whole-index",
+        type=positive,
+        default=WHOLE_INDEX_SAMPLES,
+        metavar="SAMPLES",
+        help="a split of more samples has an index for each shard, read when needed (%(default)s)",
+    )
     add("--resize-shorter", type=positive, metavar="PX", help="encode images anew whose shorter side is longer")
     add("--quality", type=Number(int, 1, 100), default=90, help="of JPEGs that are encoded anew (%(default)s)")
     add("--reencode", action="store_true", help="take BMP, GIF, TIFF and AVIF too, encoded anew as JPEG of --quality")
@@ -151,7 +159,7 @@ def _options(args: argparse.Namespace, source: Source) -> Options:
     share = args.hold_out
     if share is None:
         share = HELD_OUT if "train" in source.splits and "val" not in source.splits else 0.0
-    return Options(args.seed, int(args.shard_mb * MIB), policy, share)
+    return Options(args.seed, int(args.shard_mb * MIB), policy, share, args.whole_index)
 
 
 def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Namespace) -> list[ShardDone]:

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.images import ImagePolicy, check
-from shards.plan import shard_name
+from shards.plan import shard_index_name, shard_name
 from shards.report import Note
 from shards.sources.scan import read_bytes
 from wds_train.errors import DataError, NotFound, StoreError
-from wds_train.format.index import index_table
-from wds_train.format.manifest import Shard
+from wds_train.format.index import SCHEMA, index_table, write_index
+from wds_train.format.manifest import Index, Shard
 from wds_train.format.shard import Sample, ShardWriter
 from wds_train.storage.base import PART_BYTES, Store
 
@@ -46,7 +46,7 @@ made: Counts | None = None
 @dataclass(frozen=True)
 class ShardTask:
     """All that makes shard `number` of `split`: the rows of its samples, in order. `plan` is the plan's digest, `mark`
-    what is put into the names of objects that replace others.
+    what is put into the names of objects that replace others; `own_index`: the shard's index is an object of its own.
     """
 
     store: Store
@@ -56,6 +56,7 @@ class ShardTask:
     rows: pa.Table
     policy: ImagePolicy
     mark: str = ""
+    own_index: bool = False
 
     @property
     def name(self) -> str:
@@ -68,7 +69,9 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A finished shard, as its record in `.wip/` holds it. `tag` is the object's version in the store."""
+    """A finished shard, as its record in `.wip/` holds it. `tag` is the object's version in the store. Its samples' rows are in
+    `rows`, or else in the object `index`.
+    """
 
     shard: Shard
     split: str
@@ -76,7 +79,8 @@ class ShardDone:
     tag: str
     notes: list[Note]
     altered: int
-    index: pa.Table
+    rows: pa.Table | None
+    index: Index | None = None
 
 
 class Packing:
@@ -140,9 +144,18 @@ def _make(task: ShardTask) -> ShardDone:
     packing = Packing(task)
     tag = task.store.write_pieces(task.name, packing.pieces())
     confirm(task.store, task.name, packing.bytes, tag)
-    rows = packing.writer.rows
-    shard = Shard(task.name, packing.bytes, len(rows), packing.digest.hexdigest())
-    return ShardDone(shard, task.split, task.number, tag, packing.notes, packing.altered, index_table(rows))
+    rows, index = index_table(packing.writer.rows), None
+    shard = Shard(task.name, packing.bytes, rows.num_rows, packing.digest.hexdigest())
+    if task.own_index:
+        index = put(task.store, shard_index_name(task.split, task.number, task.mark), write_index(rows))
+        rows = None
+    return ShardDone(shard, task.split, task.number, tag, packing.notes, packing.altered, rows, index)
+
+
+def put(store: Store, name: str, body: bytes) -> Index:
+    """Write an object beside the shards, and see that it is there."""
+    confirm(store, name, len(body), store.write(name, body))
+    return Index(name, len(body), hashlib.sha256(body).hexdigest())
 
 
 def confirm(store: Store, name: str, size: int, tag: str) -> None:
@@ -152,10 +165,12 @@ def confirm(store: Store, name: str, size: int, tag: str) -> None:
 
 
 def _to_record(done: ShardDone, plan: str) -> bytes:
-    facts = {"plan": plan} | {name: value for name, value in vars(done).items() if name != "index"}
+    facts = {"plan": plan} | {name: value for name, value in vars(done).items() if name != "rows"}
     facts |= {"shard": asdict(done.shard), "notes": [vars(note) for note in done.notes]}
+    facts["index"] = asdict(done.index) if done.index else None
     sink = io.BytesIO()
-    pq.write_table(done.index.replace_schema_metadata({"wds-train": json.dumps(facts)}), sink)
+    rows = SCHEMA.empty_table() if done.rows is None else done.rows
+    pq.write_table(rows.replace_schema_metadata({"wds-train": json.dumps(facts)}), sink)
     return sink.getvalue()
 
 
@@ -167,6 +182,8 @@ def from_record(data: bytes, plan: str) -> ShardDone | None:
         if facts.pop("plan") != plan:
             return None
         facts |= {"shard": Shard(**facts["shard"]), "notes": [Note(**note) for note in facts["notes"]]}
-        return ShardDone(index=table.replace_schema_metadata(None), **facts)
+        if facts.get("index"):
+            return ShardDone(rows=None, **facts | {"index": Index(**facts["index"])})
+        return ShardDone(rows=table.replace_schema_metadata(None), **facts)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return None

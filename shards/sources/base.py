@@ -85,10 +85,22 @@ class Source:
         digest = hashlib.sha256(self.stamp.encode())
         for split, table in self.splits.items():
             digest.update(split.encode())
-            for batch in table.select(["key", "label", "length"]).to_batches(CHUNK):
-                digest.update(repr(batch.to_pydict()).encode())
+            rows = table.select(["key", "label", "length"])
+            for start in range(0, rows.num_rows, CHUNK):  # however the table is cut into batches
+                digest.update(repr(rows.slice(start, CHUNK).to_pydict()).encode())
         return digest.hexdigest()
 
 
 def take(rows: pa.Table, ids: Sequence[int] | np.ndarray) -> pa.Table:
-    return rows.take(to_array(ids, pa.int64()))
+    """The rows of these numbers, in that order. Each batch is asked for its own: Arrow's `take` of a table first copies the whole
+    of every text column, of which it then has room for 2 GB.
+    """
+    batches, wanted = rows.to_batches(), np.asarray(ids, np.int64)
+    ends = np.cumsum([batch.num_rows for batch in batches])
+    batch_of = np.searchsorted(ends, wanted, side="right")
+    order = np.argsort(batch_of, kind="stable")
+    found = []
+    for number in np.unique(batch_of).tolist():
+        of_batch = wanted[batch_of == number] - (ends[number] - batches[number].num_rows)
+        found.append(batches[number].take(to_array(of_batch, pa.int64())))
+    return pa.Table.from_batches(found, rows.schema).take(to_array(np.argsort(order), pa.int64()))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,18 @@ import pyarrow as pa
 from shards.report import Note, readable
 from shards.sources.base import CHUNK, ROWS
 from shards.sources.names import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, LITTER, SIDECARS, key_of
-from wds_train.errors import AccessDenied, DataError
+from wds_train.errors import AccessDenied, DataError, StoreError
 from wds_train.format.arrow import to_batch
+from wds_train.home import home
+
+MAPPED = 32 * CHUNK  # rows; their paths are no more than a column of texts holds
 
 
 class Rows:
-    """Collects the rows of a split, at about 100 bytes each."""
+    """Collects the rows of a split, at about 100 bytes each; of a large one in files, `MAPPED` in each."""
 
     def __init__(self) -> None:
+        self._mapped: list[pa.RecordBatch] = []
         self._chunks: list[pa.RecordBatch] = []
         self._pending: list[tuple[str, int, str, int, int]] = []
 
@@ -27,15 +32,37 @@ class Rows:
         if len(self._pending) == CHUNK:
             self._flush()
 
+    def add_batch(self, batch: pa.RecordBatch) -> None:
+        self._chunks.append(batch)
+        if sum(chunk.num_rows for chunk in self._chunks) >= MAPPED:
+            self._mapped.append(_mapped(self._chunks))
+            self._chunks = []
+
     def table(self) -> pa.Table:
         self._flush()
-        return pa.Table.from_batches(self._chunks, ROWS)
+        return pa.Table.from_batches(self._mapped + self._chunks, ROWS)
 
     def _flush(self) -> None:
         if self._pending:
-            columns = zip(*self._pending, strict=True)
-            self._chunks.append(to_batch(columns, ROWS))
+            self.add_batch(to_batch(zip(*self._pending, strict=True), ROWS))
             self._pending.clear()
+
+
+def _mapped(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """The rows of `batches` as one batch, in a file without a name, which goes with it: memory that the system can take back."""
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=home()) as file:
+            (together,) = pa.Table.from_batches(batches).combine_chunks().to_batches()
+            with pa.ipc.new_file(file, ROWS) as writer:
+                writer.write_batch(together)
+            file.flush()
+            return pa.ipc.open_file(pa.memory_map(file.name)).get_batch(0)
+    except OSError as error:
+        raise StoreError(
+            f"the table of the source's files cannot be kept in {home()}: {error.strerror or error}; free some room, or set "
+            "WDS_HOME to another folder"
+        ) from error
 
 
 class Stamp:

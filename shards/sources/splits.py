@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from shards.report import readable, reasons
-from shards.sources.base import ROWS, Source, take
+from shards.sources.base import ROWS, Source
 from shards.sources.names import SPLITS, key_of
-from shards.sources.scan import SplitScan
+from shards.sources.scan import Rows, SplitScan
 from wds_train.errors import DataError
 from wds_train.format.arrow import to_array, to_numpy
 from wds_train.format.manifest import UNPRINTABLE, ClassInfo
@@ -46,16 +45,28 @@ def hold_out(source: Source, share: float) -> Source:
     matters.
     """
     rows = source.splits["train"]
-    keys, labels = rows["key"].to_pylist(), to_numpy(rows["label"])
-    hashes = np.array([hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]).view(">u8")
+    labels = to_numpy(rows["label"])
+    hashes = np.concatenate([np.zeros(0, ">u8"), *(_hashes(chunk) for chunk in rows["key"].chunks)])
     order, counts = np.lexsort((hashes, labels)), np.bincount(labels)
-    place = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)  # in its class, in `order`
+    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)  # in its class, in `order`
     wanted = np.minimum(np.maximum(np.round(share * counts), 1), counts - 1)
-    held = np.zeros(len(keys), bool)
+    held = np.zeros(len(order), bool)
     held[order] = place < np.repeat(wanted, counts)
-    parts = {split: take(rows, np.flatnonzero(held == (split == "val"))) for split in ("train", "val")}
-    stream = source.stream and source.stream.held_out({key for key, is_held in zip(keys, held, strict=True) if is_held})
-    return replace(source, splits=parts | {k: v for k, v in source.splits.items() if k != "train"}, stream=stream)
+    parts, start = {"train": Rows(), "val": Rows()}, 0
+    for batch in rows.to_batches():
+        of_batch = held[start : start + batch.num_rows]
+        for split, found in parts.items():
+            found.add_batch(batch.take(to_array(np.flatnonzero(of_batch == (split == "val")), pa.int64())))
+        start += batch.num_rows
+    tables = {split: found.table() for split, found in parts.items()}
+    stream = source.stream and source.stream.held_out({*tables["val"]["key"].to_pylist()})
+    return replace(source, splits=tables | {k: v for k, v in source.splits.items() if k != "train"}, stream=stream)
+
+
+def _hashes(keys: pa.StringArray) -> np.ndarray:
+    return np.frombuffer(
+        b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys.to_pylist()), ">u8"
+    )
 
 
 def checked(source: Source) -> Source:
@@ -73,13 +84,16 @@ def _distinct(rows: pa.Table) -> pa.Table:
     """The `rows`, of which those that share a key (a.jpg beside a.png, one name in two tars) get others, but for the
     first.
     """
-    if pc.count_distinct(rows["key"]).as_py() == rows.num_rows:
+    # A set of the texts would take 100 bytes a sample. Two of one hash are looked at as if they were equal.
+    keys = (key for chunk in rows["key"].chunks for key in chunk.to_pylist())
+    hashes = np.sort(np.fromiter(map(hash, keys), np.int64, rows.num_rows))
+    if (hashes[1:] != hashes[:-1]).all():
         return rows
-    seen, keys = Counter[str](), list[str]()
+    seen, distinct = Counter[str](), list[str]()
     for key in rows["key"].to_pylist():
         seen[key] += 1
-        keys.append(key if seen[key] == 1 else key_of(f"{key}~{seen[key]}"))
-    return rows.set_column(rows.schema.get_field_index("key"), ROWS.field("key"), to_array(keys, pa.string()))
+        distinct.append(key if seen[key] == 1 else key_of(f"{key}~{seen[key]}"))
+    return rows.set_column(rows.schema.get_field_index("key"), ROWS.field("key"), to_array(distinct, pa.string()))
 
 
 def to_classes(ids: Sequence[str], names: dict[str, str] | None = None) -> tuple[ClassInfo, ...]:

@@ -372,7 +372,7 @@ def loaded(root: Path) -> Samples | str:
             (window,) = Fetcher(reader)([Request(0, 0, 0, np.arange(len(reader)))])
             if broken := [record for record in window.records if isinstance(record, DataError)]:
                 raise broken[0]
-            found[split] = list(zip(reader.index.label.tolist(), map(bytes, window.records), strict=True))  # type: ignore[arg-type]
+            found[split] = list(zip(reader.index.label[:].tolist(), map(bytes, window.records), strict=True))  # type: ignore[arg-type]
         return found
     except WdsTrainError as error:
         return str(error)
@@ -555,9 +555,10 @@ Columns = dict[str, list[Any]]
 def replace_index(root: Path, data: bytes, split: str = "train") -> None:
     """Put `data` in the index's place, and its size and sha256 into the manifest."""
     content = json.loads((root / "manifest.json").read_bytes())
-    named = content["splits"][split]["index"]
+    index = content["splits"][split]["index"]
+    named = index[0] if isinstance(index, list) else index
     (root / named["name"]).write_bytes(data)
-    content["splits"][split]["index"] = named | {"bytes": len(data), "sha256": sha256(data)}
+    named |= {"bytes": len(data), "sha256": sha256(data)}
     (root / "manifest.json").write_bytes(rehashed(content))
 
 
@@ -876,7 +877,25 @@ def judge(root: Path, right: Samples) -> str:
     return "sound"
 
 
-def test_mutated_manifests(mine: Path, hooked: None) -> None:
+@pytest.fixture(params=[False, True], ids=["whole", "by shard"])
+def of_kind(mine: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The dataset, as it is, and with an index for each shard of train."""
+    if request.param:
+        monkeypatch.setenv("WDS_HOME", str(mine.parent / "home"))
+        content, table, start = json.loads((mine / "manifest.json").read_bytes()), table_of(mine), 0
+        split, indexes = content["splits"]["train"], []
+        for number, shard in enumerate(split["shards"]):
+            data, name = parquet(table.slice(start, shard["samples"])), f"train/index-{number:06d}.parquet"
+            (mine / name).write_bytes(data)
+            indexes.append({"name": name, "bytes": len(data), "sha256": sha256(data)})
+            start += shard["samples"]
+        split["index"], content["format"] = indexes, 2
+        (mine / "manifest.json").write_bytes(json.dumps(content).encode())
+    return mine
+
+
+def test_mutated_manifests(of_kind: Path, hooked: None) -> None:
+    mine = of_kind
     (mine.parent / "x").write_bytes(b"secret")
     rng, right, original = random.Random(0), loaded(mine), (mine / "manifest.json").read_bytes()
     assert not isinstance(right, str)
@@ -893,17 +912,21 @@ def test_mutated_manifests(mine: Path, hooked: None) -> None:
     assert ends["refused"] > MUTANTS / 2 and ends["sound"], ends
 
 
-def test_mutated_indexes(mine: Path, hooked: None) -> None:
+def test_mutated_indexes(of_kind: Path, hooked: None) -> None:
+    mine = of_kind
     rng, right, manifest = random.Random(1), loaded(mine), (mine / "manifest.json").read_bytes()
-    original, table = (mine / "train" / "index.parquet").read_bytes(), table_of(mine)
+    split = Dataset.open(str(mine)).manifest.split("train")
+    name, mutants = split.indexes[0].name, MUTANTS if split.indexes == (split.index,) else MUTANTS // 5
+    original = (mine / name).read_bytes()
+    table = pq.read_table(mine / name)
     assert not isinstance(right, str)
     ends = dict.fromkeys(("refused", "named", "sound"), 0)
-    for number in range(MUTANTS):
+    for number in range(mutants):
         (mine / "manifest.json").write_bytes(manifest)
         data = mutate_bytes(original, rng) if number % 4 == 0 else parquet(mutate_cells(table, rng))
         if number % 8 < 6:
             replace_index(mine, data)
         else:
-            (mine / "train" / "index.parquet").write_bytes(data)
+            (mine / name).write_bytes(data)
         ends[judge(mine, right)] += 1
-    assert ends["refused"] > MUTANTS / 2 and ends["sound"], ends
+    assert ends["refused"] > mutants / 2 and ends["sound"], ends

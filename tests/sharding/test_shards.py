@@ -16,6 +16,7 @@ from pathlib import Path
 import layouts
 import numpy as np
 import pandas
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -69,8 +70,8 @@ def content(store: Store) -> dict[str, str]:
 def named(store: Store) -> set[str]:
     made = DatasetManifest.from_json(store.read("manifest.json"), store.url)
     assert made.report is not None
-    shards = {shard.name for split in made.splits.values() for shard in split.shards}
-    return shards | {split.index.name for split in made.splits.values()} | {"manifest.json", made.report.name}
+    assert made.format == 1 + any(isinstance(split.index, tuple) for split in made.splits.values())
+    return made.objects() | {"manifest.json"}
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +142,28 @@ def test_finished_shards_are_not_made_again(
     assert run(folder, s3_url, "--shard-mb", SHARD_MB) == 0
     assert set(first) & set(made[10:]) == {first[3], first[4]}
     assert content(store) == unbroken
+
+
+def test_an_index_for_each_shard_outlives_kills(folder: Path, unbroken: dict[str, str], tmp_path: Path) -> None:
+    arguments = ["--shard-mb", SHARD_MB, "--whole-index", "100"]  # train has 420 samples, val 60
+    assert run(folder, tmp_path / "whole", *arguments) == 0
+    store = LocalStore(tmp_path / "killed")
+    process = start(folder, store.url, *arguments, "--processes", "1")
+    while process.poll() is None and records(store) < 30:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert "manifest.json" not in content(store)
+    store.delete("train/index-000028.parquet")
+    assert run(folder, store.url, *arguments) == 0
+    made = content(store)
+    assert made == content(LocalStore(tmp_path / "whole")) and made.keys() == named(store)
+    other = {"train/index.parquet", "manifest.json"}
+    assert {name: made[name] for name in unbroken.keys() - other} == {n: unbroken[n] for n in unbroken.keys() - other}
+    dataset, before = Dataset.open(store.url), Dataset.open(str(folder.parent / "unbroken"))
+    assert dataset.fingerprint == before.fingerprint and not [*verify(dataset)]
+    tables = [pq.read_table(tmp_path / "killed" / each.name) for each in dataset.manifest.split("train").indexes]
+    assert pa.concat_tables(tables).equals(pq.read_table(folder.parent / "unbroken" / "train" / "index.parquet"))
 
 
 def test_the_s3_server_is_killed(

@@ -10,13 +10,15 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import takewhile
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from wds_train.data.dataset import Dataset, SplitReader
 from wds_train.data.order import EpochOrder
 from wds_train.data.plan import TrainPlan
 from wds_train.data.rows import AT_ONCE, located
+from wds_train.errors import UsageError, WdsTrainError
 from wds_train.format.arrow import to_array, to_batch
 from wds_train.format.index import SCHEMA, write_index
 from wds_train.format.manifest import NAME, ClassInfo, DatasetManifest, Index, Shard, Split
@@ -36,8 +39,19 @@ from wds_train.home import home
 from wds_train.rng import generator
 
 SHARD, CLASSES, BATCH, WORKERS = 1250, 1000, 256, 2
+SHARD_BYTES = 100_000  # at most: a shard's index object, and its rows
 STEPS = 20  # that are computed, anywhere in the epoch; the median counts
-FIGURES = ("open_s", "first_batch_s", "order_s", "step_ms", "first_mb", "full_mb", "bytes_per_sample")
+FIGURES = (
+    "samples",
+    "shards",
+    "open_s",
+    "first_batch_s",
+    "order_s",
+    "step_ms",
+    "first_mb",
+    "full_mb",
+    "bytes_per_sample",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +72,12 @@ def run(args: argparse.Namespace) -> int:
 def _one_size(shards: int) -> dict[str, Any]:
     """The figures of a dataset of so many shards, by a process of its own, which has no memory of anything else."""
     home().mkdir(parents=True, exist_ok=True)
+    needed, free = shards * SHARD_BYTES, shutil.disk_usage(home()).free
+    if needed > free:
+        raise UsageError(
+            f"{shards * SHARD:,} samples take {needed / 1e9:,.1f} GB in {home()}, which has {free / 1e9:,.1f} free; measure "
+            "fewer, or set WDS_HOME to a folder on a larger disk"
+        )
     with tempfile.TemporaryDirectory(dir=home()) as folder:
         _write_dataset(Path(folder), shards)
         context = multiprocessing.get_context("spawn")
@@ -108,7 +128,7 @@ def _measure(folder: str) -> dict[str, Any]:
         pids.append(worker.pid or 0)
     found = []  # of the first batch, and of the whole dataset
     for _ in range(2):
-        seconds = max(pipe.recv() for pipe, _ in pipes) - began
+        seconds = max(map(_said, pipes, workers)) - began
         found.append((seconds, sum(map(_megabytes, pids)) - before))
         for pipe, _ in pipes:
             pipe.send("go on")
@@ -129,6 +149,13 @@ def _measure(folder: str) -> dict[str, Any]:
         "bytes_per_sample": 1e6 * found[1][1] / len(split),
     }
     return {name: round(figure, 2) if isinstance(figure, float) else figure for name, figure in figures.items()}
+
+
+def _said(pipe: tuple[Connection, Connection], worker: ForkProcess) -> float:
+    wait([pipe[0], worker.sentinel])
+    if not pipe[0].poll():
+        raise WdsTrainError("a worker of the benchmark ended early; its error is above")
+    return pipe[0].recv()
 
 
 def _step_ms(order: EpochOrder, step: int) -> float:
@@ -159,11 +186,12 @@ def _megabytes(pid: int) -> float:
 
 def _table(result: dict[str, Any]) -> str:
     rows = result["sizes"]
-    lines = [f"{'samples':>13}{'shards':>9}" + "".join(f"{name.replace('_', ' '):>18}" for name in FIGURES)]
+    names = [name.replace("_", " ").replace("mb", "MB") for name in FIGURES]
+    lines = [result["machine"], "".join(f"{name:>{len(name) + 6}}" for name in names)]
     lines += [
-        f"{row['samples']:13,}{row['shards']:9,}" + "".join(f"{row[name]:18,}" for name in FIGURES) for row in rows
+        "".join(f"{row[key]:>{len(name) + 6},}" for key, name in zip(FIGURES, names, strict=True)) for row in rows
     ]
     if len(rows) > 1:
         slope, start = np.polyfit([row["samples"] for row in rows], [row["full_mb"] for row in rows], 1)
-        lines.append(f"a straight line: {1e6 * slope:.1f} bytes a sample and {start:.0f} MB")
+        lines.append(f"a straight line: {1e6 * slope:.1f} bytes a sample, and {start:.0f} MB")
     return "\n".join(lines)

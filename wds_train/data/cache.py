@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from wds_train.data.dataset import SplitReader
-from wds_train.data.order import blocks
+from wds_train.data.order import BLOCK, blocks
+from wds_train.data.rows import SharedIndex
 from wds_train.errors import StoreError
 from wds_train.rng import Ids
 
@@ -27,12 +28,11 @@ class BlockCache:
     def __init__(self, folder: Path, max_bytes: int, split: SplitReader, fingerprint: str) -> None:
         self._split = split
         self._folder = folder / fingerprint[:16] / split.name
-        first, length = (each.astype(np.int64) for each in blocks(split.shard_samples))
-        index, last = split.index, first + length - 1
-        self._first = first
-        self._start = index.offset[first]
-        self._length = index.offset[last] + index.length[last] - self._start
-        self._kept = int(np.searchsorted(np.cumsum(self._length), max_bytes, side="right"))
+        self._samples = np.asarray(split.shard_samples, np.int64)
+        self._first = np.cumsum(self._samples) - self._samples  # sample of every shard
+        counts = -(-self._samples // BLOCK)
+        self._first_block = np.cumsum(counts) - counts
+        self._kept = self._fitting(max_bytes)
         # Taken for ever by the first who finds that the disk takes no more, or that it cannot be read.
         self._full, self._broken = threading.Lock(), threading.Lock()
         try:
@@ -44,7 +44,8 @@ class BlockCache:
 
     def block_of(self, samples: Ids) -> Ids:
         """The number of the block that holds each sample."""
-        return np.searchsorted(self._first, samples, side="right") - 1
+        shard = self._split.index.shard[samples]
+        return self._first_block[shard] + (samples - self._first[shard]) // BLOCK
 
     def keeps(self, sample: int) -> bool:
         """Whether the sample's block may be on the disk."""
@@ -52,8 +53,11 @@ class BlockCache:
 
     def read(self, sample: int) -> tuple[int, bytes]:
         """Where the sample's block starts in its shard, and the block's bytes, from the disk or else from the store."""
-        block = self._block(sample)
-        start, length, path = int(self._start[block]), int(self._length[block]), self._path(block)
+        block, index, shard = self._block(sample), self._split.index, int(self._split.index.shard[sample])
+        first = int(self._first[shard] + (block - self._first_block[shard]) * BLOCK)
+        last = min(first + BLOCK, int(self._first[shard] + self._samples[shard])) - 1
+        start, path = int(index.offset[first]), self._path(block)
+        length = int(index.offset[last] + index.length[last]) - start
         if not self._broken.locked():
             try:
                 data = path.read_bytes()
@@ -63,7 +67,7 @@ class BlockCache:
                 pass
             except OSError as error:  # a disk that fails may take seconds for each
                 self._give_up(self._broken, error, "it is used no more")
-        data = self._split.store.read(self._split.shard_names[self._split.index.shard[sample]], start, length)
+        data = self._split.store.read(self._split.shard_names[shard], start, length)
         self._keep(path, data)
         return start, data
 
@@ -71,6 +75,19 @@ class BlockCache:
         """Forget the sample's block, whose bytes turned out to be damaged."""
         with contextlib.suppress(OSError):  # of a disk that lets nothing be removed, the store is read all the same
             self._path(self._block(sample)).unlink(missing_ok=True)
+
+    def _fitting(self, max_bytes: int) -> int:
+        """How many of the first blocks `max_bytes` hold; of shards whose rows would all have to be read for it, those of whole
+        ones.
+        """
+        index = self._split.index
+        if isinstance(index, SharedIndex):
+            shards = int(np.searchsorted(np.cumsum(self._split.shard_bytes), max_bytes, side="right"))
+            return int((-(-self._samples[:shards] // BLOCK)).sum())
+        first, length = blocks(self._split.shard_samples)
+        last = first + length - 1
+        sizes = index.offset[last] + index.length[last] - index.offset[first]
+        return int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right"))
 
     def _keep(self, path: Path, data: bytes) -> None:
         if self._full.locked() or self._broken.locked():

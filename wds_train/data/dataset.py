@@ -49,6 +49,7 @@ class SplitReader:
     name: str
     shard_names: tuple[str, ...]
     shard_samples: tuple[int, ...]
+    shard_bytes: tuple[int, ...]
     index: SampleIndex
 
     def __len__(self) -> int:
@@ -96,13 +97,13 @@ class Dataset:
         shard says is looked at when it is read.
         """
         split = self.manifest.split(name)
-        samples = tuple(shard.samples for shard in split.shards)
+        names, samples, sizes = zip(*((shard.name, shard.samples, shard.bytes) for shard in split.shards), strict=True)
         if isinstance(split.index, tuple):
             rows = SharedRows(samples, partial(self._read_index, name))
             index: SampleIndex = shared_index(rows.open(home() / "index", *(each.sha256 for each in split.index)))
         else:
             index = self._read_index(name)
-        return SplitReader(self.store, name, tuple(shard.name for shard in split.shards), samples, index)
+        return SplitReader(self.store, name, names, samples, sizes, index)
 
     def _read_index(self, name: str, shard: int | None = None) -> SampleIndex:
         named = self.manifest.split(name).indexes[shard or 0]

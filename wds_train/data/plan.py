@@ -4,7 +4,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -105,7 +105,7 @@ class TrainPlan:
         """A batch, in images, of which an epoch has several."""
         return self.repeats << max(1, (sum(self.shard_samples) // self.repeats // 4).bit_length() - 1)
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         return sum(self.shard_samples) // self.global_batch
 

@@ -54,20 +54,21 @@ class SharedRows:
     def open(self, folder: Path, *content: str) -> "SharedRows":
         """Map the file in `folder` of the rows whose index objects have the sha256s `content`, and make it if there is none."""
         key = hashlib.sha256(json.dumps([ROW.descr, self._ends.tolist(), content]).encode()).hexdigest()
-        self._path, room, sums = folder / key[:32], len(self) * ROW.itemsize, 4 * len(self._ends)
+        self._path, room = folder / key[:32], len(self) * ROW.itemsize
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:  # noqa: PTH123
-                os.ftruncate(file.fileno(), room + sums)  # all zeros, which take no room
-                lacks = room - os.fstat(file.fileno()).st_blocks * 512
-                mapped = mmap.mmap(file.fileno(), room + sums, prot=mmap.PROT_READ)
-        except OSError as error:
+            self._path.touch(0o600)
+            lacks, free = room - self._path.stat().st_blocks * 512, shutil.disk_usage(folder).free
+            if lacks > free:
+                raise StoreError(
+                    f"{folder} has {free / 1e6:,.0f} MB free, the index of {len(self):,} samples takes {lacks / 1e6:,.0f}; "
+                    "free some, or set WDS_HOME to a folder on a larger disk"
+                )
+            with self._path.open("r+b", buffering=0) as file:
+                os.ftruncate(file.fileno(), room + 4 * len(self._ends))  # of zeros, which take no room
+                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        except (OSError, ValueError, OverflowError) as error:  # the manifest may name any number of samples
             raise self._unusable(error) from error
-        if lacks > (free := shutil.disk_usage(folder).free):
-            raise StoreError(
-                f"{folder} has {free / 1e6:,.0f} MB free, the index of {len(self):,} samples takes {lacks / 1e6:,.0f}; "
-                "free some, or set WDS_HOME to a folder on a larger disk"
-            )
         self._table: NDArray[np.void] = np.ndarray(len(self), ROW, mapped)
         self._sums: NDArray[np.uint32] = np.ndarray(len(self._ends), np.uint32, mapped, room)
         return self
@@ -78,7 +79,7 @@ class SharedRows:
 
     def column(self, name: str, samples: Any) -> Any:
         """The cells of `samples`: a number, an array of them, or a slice."""
-        shards = slice(None) if isinstance(samples, slice) else self.shard_of(samples)
+        shards = np.arange(len(self._ends)) if isinstance(samples, slice) else self.shard_of(samples)
         if not self._known[shards].all():
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(self.fill, self.lacking(shards)))
@@ -86,13 +87,12 @@ class SharedRows:
 
     def lacking(self, shards: Any) -> list[int]:
         """Those of `shards` that this process has not met yet."""
-        wanted = np.unique(np.arange(len(self._known))[shards])
+        wanted = np.unique(shards)
         return wanted[~self._known[wanted]].tolist()
 
     def fill(self, shard: int) -> None:
         """See that the rows of `shard` are there."""
-        end = int(self._ends[shard])
-        start = int(self._ends[shard - 1]) if shard else 0
+        start, end = self._place(shard)
         stored = int(self._sums[shard])
         if not stored or zlib.crc32(self._table[start:end].tobytes()) != stored:
             rows = _packed(self._read(shard))
@@ -103,7 +103,11 @@ class SharedRows:
 
     def key(self, sample: int) -> pa.StringScalar:
         shard = int(self.shard_of(sample))
-        return self._keys(shard)[int(sample) - (int(self._ends[shard - 1]) if shard else 0)]
+        return self._keys(shard)[int(sample) - self._place(shard)[0]]
+
+    def _place(self, shard: int) -> tuple[int, int]:
+        """The first sample of `shard`, and that after its last."""
+        return int(self._ends[shard - 1]) if shard else 0, int(self._ends[shard])
 
     def _write(self, place: int, data: bytes) -> None:
         try:
@@ -114,10 +118,11 @@ class SharedRows:
         except OSError as error:
             raise self._unusable(error) from error
 
-    def _unusable(self, error: OSError) -> StoreError:
+    def _unusable(self, error: Exception) -> StoreError:
+        cause = getattr(error, "strerror", None) or error
         return StoreError(
-            f"{self._path}, which holds the dataset's index, cannot be written ({error.strerror}); free some room, or set "
-            "WDS_HOME to another folder"
+            f"{self._path}, which holds the dataset's index, cannot be written ({cause}); free some room, or set WDS_HOME to "
+            "another folder"
         )
 
 
@@ -163,7 +168,11 @@ def shared_index(rows: SharedRows) -> SharedIndex:
         return rows.column("offset", samples) + rows.column("data_start", samples)
 
     columns: dict[str, Any] = {name: Column(partial(typed, name)) for name in SCHEMA.names}
-    columns |= {"shard": Column(rows.shard_of), "key": Column(rows.key), "data_offset": Column(data_offset)}
+    columns |= {
+        "shard": Column(lambda samples: rows.shard_of(samples).astype(np.int32)),
+        "key": Column(rows.key),
+        "data_offset": Column(data_offset),
+    }
     return SharedIndex(**columns, rows=rows)
 
 

@@ -1,4 +1,6 @@
-"""The index of a split, beside its shards: a Parquet table with a row per sample, which says where its bytes are."""
+"""The index of a split, beside its shards: a Parquet table with a row per sample, which says where its bytes are. A large split
+has one of the same form for each shard.
+"""
 
 import io
 import zlib
@@ -17,6 +19,7 @@ from wds_train.format.arrow import to_batch, to_numpy
 # No image of more is put into a shard or decoded from one, which bounds a loader worker's memory (3 bytes a pixel; a
 # progressive JPEG, the dearest, takes 9). Checked on the header, before any pixel is made.
 MAX_PIXELS = 2**26
+WHOLE_INDEX_SAMPLES = 2_000_000  # in one index, which every process holds: 150 MB of them. ImageNet has 1.28 M
 MAX_KEY = 4096  # bytes, in tars of others: what a path may have
 
 SCHEMA = pa.schema(
