@@ -1,5 +1,5 @@
 """A training loop of one's own, in plain PyTorch. Kill it whenever you like: the same words go on where the last checkpoint
-was, with as many processes as there are then, and give the weights of a training that was never killed.
+was, with as many processes as there are then; with as many as before, to the weights of a training that was never killed.
 
     wds-train shards digits
     python examples/plain_pytorch.py digits
@@ -18,6 +18,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from wds_train import Dataset, EvalLoader, TrainLoader
+
+LEADS = os.environ.get("RANK", "0") == "0"  # the process that speaks and saves, of those that torchrun starts
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         loader.load_state_dict(state["loader"])
-        print(f"going on at step {loader.step} of {loader.steps}", flush=True)
+        say(f"going on at step {loader.step} of {loader.steps}")
     parallel = DistributedDataParallel(model) if distributed.is_initialized() else model
 
     for batch in loader:
@@ -58,7 +60,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         if loader.step % loader.steps_per_epoch == 0:
-            print(f"step {loader.step}: loss {loss.item():.3f}, top-1 {top1(model, val):.2f} %", flush=True)
+            say(f"step {loader.step}: loss {loss.item():.3f}, top-1 {top1(model, val):.2f} %")
         if loader.step % args.every == 0 or loader.step == loader.steps:
             save(args.out, {"model": model, "optimizer": optimizer, "loader": loader})
     if distributed.is_initialized():
@@ -86,9 +88,14 @@ def top1(model: nn.Module, val: EvalLoader) -> float:
     return 100 * (counts[0] / counts[1]).item()
 
 
+def say(line: str) -> None:
+    if LEADS:
+        print(line, flush=True)
+
+
 def save(path: Path, holders: dict[str, Any]) -> None:
     """Written beside `path`, then renamed: a kill at any moment leaves a whole checkpoint, this one or the last."""
-    if not distributed.is_initialized() or distributed.get_rank() == 0:
+    if LEADS:
         new = path.with_suffix(".new")
         torch.save({name: holder.state_dict() for name, holder in holders.items()}, new)
         new.replace(path)
