@@ -7,13 +7,14 @@ PEERS  := .venv-peers
 INFRA  := .venv-infra
 DEMO   := .venv-demo
 SKY    := .venv-sky
+BOOK   := .venv-notebook
 
 # Where the environment forbids bytecode, every process would compile PyTorch and timm anew, for 6 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup shards train plan report wandb-sync launch status logs stop destroy leftovers rehearse demo
-.PHONY: test test-cpus crash-test bootstrap-test check check-infra fix bench-peers lock s3-stop clean
+.PHONY: test test-cpus crash-test bootstrap-test check check-infra check-notebook fix bench-peers lock s3-stop clean
 
 flag = $(if $($(1)),$(2) $($(1)))
 
@@ -110,6 +111,15 @@ $(SKY)/.installed: requirements-sky.lock $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(SKY)/bin/python --require-hashes -r requirements-sky.lock
 	@touch $@
 
+check-notebook: $(BOOK)/.installed ## the quickstart's notebook, as Jupyter runs it (a minute)
+	$(BOOK)/bin/jupyter-execute docs/quickstart.ipynb
+
+$(BOOK)/.installed: requirements-notebook.lock $(STAMP)
+	$(PYTHON) -m venv --without-pip $(BOOK)
+	$(BIN)/uv pip install --quiet --python $(BOOK)/bin/python --require-hashes -r requirements-notebook.lock
+	$(BIN)/uv pip install --quiet --python $(BOOK)/bin/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
 fix: setup ## repair what the linter can
 	-$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -126,6 +136,7 @@ $(PEERS)/.installed: requirements-peers.lock $(STAMP)
 lock: setup ## compile the pinned, hashed requirements anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra dev pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra peers pyproject.toml -o requirements-peers.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra notebook pyproject.toml -o requirements-notebook.lock
 	echo checkov | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-infra.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header wds_train/serving/space/requirements.txt -o requirements-demo.lock
 	echo skypilot | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header - -o requirements-sky.lock
@@ -135,4 +146,4 @@ s3-stop: setup ## stop the embedded S3 server
 	$(BIN)/python -m wds_train.storage.embedded stop
 
 clean: s3-stop ## remove what was installed, and all data of the embedded S3 server
-	rm -rf $(VENV) $(PEERS) $(INFRA) $(SKY) $(DEMO) .wds
+	rm -rf $(VENV) $(PEERS) $(INFRA) $(SKY) $(DEMO) $(BOOK) .wds

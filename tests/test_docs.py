@@ -19,7 +19,7 @@ from wds_train.cli import main, parser
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
-COMMAND = re.compile(r"(\$ )?([A-Z_]+=\S+ )*(\.venv/bin/)?(make|wds-train|python3?|torchrun) .*")
+COMMAND = re.compile(r"(\$ )?([A-Z_]+=\S+ )*(\.venv/bin/)?(make|wds-train|python3?|torchrun|accelerate) .*")
 OURS = ("wds_train.cli", "shards.make_shards")  # modules that are run as the command line
 # What makes a documented training one of a second.
 SMALL = (
@@ -79,6 +79,8 @@ def typed(words: list[str]) -> list[list[str]]:
         assert importlib.util.find_spec(words[2]), words
         for path in (word for word in words[3:] if word.startswith("tests/")):
             assert (ROOT / path).exists(), path
+    for path in (word for word in words if word.startswith("examples/")):
+        assert (ROOT / path).exists(), path
     return []
 
 
