@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from wds_train.config.recipe import DataRecipe, Recipe
-from wds_train.data.dataset import Dataset
+from wds_train.data.dataset import Dataset, SplitReader
 from wds_train.errors import UsageError
 from wds_train.format.index import image_of
 from wds_train.format.shard import IMAGE_EXTENSIONS
@@ -25,6 +25,9 @@ from wds_train.storage.s3 import S3Store
 
 if TYPE_CHECKING:
     import torch
+
+    from wds_train.data.plan import TrainPlan
+    from wds_train.transforms.sample import TrainTransform
 
 OURS = "wds-train"
 SCALE, RATIO, FLIP = (0.08, 1.0), (3 / 4, 4 / 3), 0.5
@@ -115,8 +118,7 @@ class _Augment:
         return self(row["image"]), row["label"]
 
 
-def _ours(wanted: Pass) -> Iterable[Any]:
-    from wds_train.data.loader import Loader
+def our_parts(wanted: Pass) -> "tuple[SplitReader, TrainPlan, TrainTransform]":
     from wds_train.data.plan import TrainPlan
     from wds_train.transforms.sample import TrainTransform
 
@@ -124,7 +126,13 @@ def _ours(wanted: Pass) -> Iterable[Any]:
     split = dataset.split("train")
     plan = TrainPlan(split.shard_samples, dataset.fingerprint, seed=0, global_batch=wanted.batch, epochs=range(1))
     recipe = Recipe("bench", data=DataRecipe(size=wanted.side, scale=SCALE, ratio=RATIO, flip=FLIP))
-    return Loader(split, plan, TrainTransform(recipe, plan.steps_per_epoch), wanted.workers)
+    return split, plan, TrainTransform(recipe, plan.steps_per_epoch)
+
+
+def _ours(wanted: Pass) -> Iterable[Any]:
+    from wds_train.data.loader import Loader
+
+    return Loader(*our_parts(wanted), wanted.workers)
 
 
 def _webdataset(wanted: Pass) -> Iterable[Any]:
