@@ -152,7 +152,9 @@ def _mark(images: int, servers: list[int]) -> _Mark:
 
 
 def _steady(marks: list[_Mark]) -> dict[str, float]:
-    """Rates from a third to two thirds of a pass. Before, what is read ahead fills; behind, it is used up."""
+    """Rates of the middle third of a pass: of three epochs, the one before which nothing starts and behind which nothing runs
+    dry. Less than an epoch would not do, of which the short first windows are read at once, and used for long.
+    """
     third = len(marks) // 3
     begin, end = marks[third], marks[max(2 * third, third + 1)]
     images = end.images - begin.images

@@ -37,7 +37,7 @@ SHUFFLE_BUFFER = 1000
 
 @dataclass(frozen=True)
 class Pass:
-    """One epoch of one loader: of `dataset` or of its copy below the URL `copies`, with an empty local folder `cache`,
+    """One epoch of one loader, or `epochs` of ours: of `dataset` or of its copy below the URL `copies`, with an empty local folder `cache`,
     in batches of `batch` images of `side` pixels.
     """
 
@@ -47,6 +47,7 @@ class Pass:
     workers: int
     batch: int
     side: int
+    epochs: int = 1
 
 
 class Contender(NamedTuple):
@@ -124,7 +125,8 @@ def our_parts(wanted: Pass) -> "tuple[SplitReader, TrainPlan, TrainTransform]":
 
     dataset = Dataset.open(wanted.dataset)
     split = dataset.split("train")
-    plan = TrainPlan(split.shard_samples, dataset.fingerprint, seed=0, global_batch=wanted.batch, epochs=range(1))
+    epochs = range(wanted.epochs)
+    plan = TrainPlan(split.shard_samples, dataset.fingerprint, seed=0, global_batch=wanted.batch, epochs=epochs)
     recipe = Recipe("bench", data=DataRecipe(size=wanted.side, scale=SCALE, ratio=RATIO, flip=FLIP))
     return split, plan, TrainTransform(recipe, plan.steps_per_epoch)
 
