@@ -61,6 +61,17 @@ def test_ratios_are_ours_to_the_peer(result: dict[str, Any]) -> None:
     assert OURS not in result["ours_to_peer"]
 
 
+def test_the_bound_is_what_decoding_checksum_and_server_allow(result: dict[str, Any]) -> None:
+    bound = result["bound"]
+    assert 0 < bound["checksum_ms"] < bound["decode_ms"] < bound["steady_cpu_ms_per_img"]
+    assert bound["server_cpu_ms_per_img"] >= 0  # of 13 images; nothing is known of a server on more cores than the pass
+    taken = bound["decode_ms"] + bound["checksum_ms"] + bound["server_cpu_ms_per_img"]
+    assert bound["img_per_s"] == pytest.approx(1e3 / taken, rel=0.01)
+    assert bound["share_reached"] == pytest.approx(bound["steady_img_per_s"] / bound["img_per_s"], rel=0.02)
+    own = bound["steady_cpu_ms_per_img"] - bound["decode_ms"]
+    assert bound["own_to_decode"] == pytest.approx(own / bound["decode_ms"], rel=0.02)
+
+
 def test_an_existing_dataset_in_a_directory(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +87,13 @@ def test_an_existing_dataset_in_a_directory(
     )
     assert digits.store.url in result["skipped"]["webdataset"]
     assert sorted(Path(digits.store.url).parent.iterdir()) == before
+
+
+def test_a_pass_of_one_batch_has_a_rate(tmp_path: Path, digits: Dataset) -> None:
+    wanted = Pass(digits.store.url, f"{tmp_path}/copies", str(tmp_path), workers=0, batch=1024, side=8)
+    figures = in_child("measure", OURS, wanted, [0], dict(os.environ))
+    assert (figures["images"], figures["server_cpu_ms_per_img"]) == (1024, 0)
+    assert figures["steady_img_per_s"] > 0 and figures["steady_cpu_ms_per_img"] > 0
 
 
 def test_a_pass_that_cannot_work_says_why(tmp_path: Path, digits: Dataset) -> None:

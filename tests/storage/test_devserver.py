@@ -108,12 +108,12 @@ def test_processes_share_a_server_even_a_killed_one_s_and_the_last_to_leave_stop
     root = embedded_home / "s3"
     with user() as (starter, first):
         starter.kill()
-    (pid,) = embedded._pids(root)
+    (pid,) = embedded.pids(root)
     with user() as (_, second):
         with user() as (_, third):
             assert first == second == third
-        assert embedded._pids(root) == [pid]
-    assert embedded._pids(root) == []
+        assert embedded.pids(root) == [pid]
+    assert embedded.pids(root) == []
     assert (root / "server.json").stat().st_mode & 0o077 == 0
 
 
@@ -141,10 +141,10 @@ def test_a_killed_server_comes_back_where_it_was_with_all_that_it_acknowledged(t
 
 def test_a_damaged_server_file_gives_no_second_server_over_one_folder(tmp_path: Path) -> None:
     embedded.ensure_running(tmp_path)
-    (first,) = embedded._pids(tmp_path)
+    (first,) = embedded.pids(tmp_path)
     (tmp_path / "server.json").write_text("{")
     endpoint = embedded.ensure_running(tmp_path)
-    (second,) = embedded._pids(tmp_path)
+    (second,) = embedded.pids(tmp_path)
     assert second != first
     assert json.loads((tmp_path / "server.json").read_text())["url"] == endpoint.url
     embedded.stop(tmp_path)
@@ -169,7 +169,7 @@ def test_a_server_that_cannot_start_is_reported_with_the_end_of_its_log(tmp_path
         WdsTrainError, match=rf"stopped with code 255; the end of {tmp_path}/server.log:\n(.*\n)*.*filerldb2"
     ):
         embedded.ensure_running(tmp_path)
-    assert embedded._pids(tmp_path) == []
+    assert embedded.pids(tmp_path) == []
 
 
 def test_a_missing_program_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_only_the_s3_port_serves_and_only_with_keys(tmp_path: Path) -> None:
     endpoint = embedded.ensure_running(tmp_path)
     store, secret = S3Store("embedded", "x", endpoint), random.Random(0).randbytes(1000)
     store.write("known", secret)
-    (pid,) = embedded._pids(tmp_path)
+    (pid,) = embedded.pids(tmp_path)
     addresses, sockets = listening(pid)
     assert {port for _, port in addresses} == {*endpoint.ports, *(port + 10_000 for port in endpoint.ports)}
     assert {host for host, _ in addresses} == {"127.0.0.1"}

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,11 @@ FIGURES = {
     "workers_pss_mb": 0,  # the most at any moment, of all workers together
     "workers_rss_mb": 0,
 }
+STEADY = (
+    "steady_img_per_s",
+    "steady_cpu_ms_per_img",
+    "server_cpu_ms_per_img",
+)  # of ours, in the second of three epochs
 COMPARED = ("img_per_s", "first_batch_s", "cpu_ms_per_img", "workers_pss_mb")
 
 
@@ -90,11 +97,16 @@ def bench_loader(wanted: Pass, cores: list[int], repeats: int, *, peers: bool) -
         for name in CONTENDERS
         if (lacking := missing(name)) and peers
     }
+    floors, steady = list[dict[str, float]](), list[dict[str, float]]()
     passes: dict[str, list[dict[str, float]]] = {
         name: [] for name in CONTENDERS if name == OURS or (peers and name not in skipped)
     }
     try:
         for repeat in range(-1, repeats):  # the turn numbered -1 writes the copies
+            if repeat >= 0:
+                _say(f"bound: pass {repeat + 1} of {repeats}")
+                floors += _floors(wanted, cores, environment)
+                steady.append(in_child("measure", OURS, replace(wanted, epochs=3), cores, environment))
             for name in [name for name in passes if name not in skipped]:
                 _say(f"{name}: " + ("copy" if repeat < 0 else f"pass {repeat + 1} of {repeats}"))
                 try:
@@ -108,7 +120,14 @@ def bench_loader(wanted: Pass, cores: list[int], repeats: int, *, peers: bool) -
     finally:
         _remove(wanted.copies)
     done = {name: figures for name, figures in passes.items() if name not in skipped}
-    return _description(wanted, cores, repeats) | _summary(done) | {"skipped": skipped}
+    bound = _bound(floors, steady, len(cores))
+    return _description(wanted, cores, repeats) | _summary(done) | {"bound": bound, "skipped": skipped}
+
+
+def _floors(wanted: Pass, cores: list[int], environment: dict[str, str]) -> list[dict[str, float]]:
+    """One of every core, at the same time: cores share caches, and one alone decodes faster."""
+    with ThreadPoolExecutor(len(cores)) as pool:
+        return list(pool.map(lambda core: in_child("floor", OURS, wanted, [core], environment), cores))
 
 
 def one_pass(task: str, name: str, wanted: Pass, cores: list[int], environment: dict[str, str]) -> dict[str, float]:
@@ -161,6 +180,30 @@ def _summary(passes: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     return {"loaders": loaders, "ours_to_peer": ratios}
 
 
+def _bound(floors: list[dict[str, float]], steady: list[dict[str, float]], cores: int) -> dict[str, float]:
+    """What decoding, checksums and the server, if it is on the same cores, take of a CPU, in ms an image; the rate that this
+    allows, and what ours makes of it while it runs steadily; medians.
+    """
+    columns = {name: statistics.median(one[name] for one in floors) for name in ("decode_ms", "checksum_ms")}
+    columns |= {name: statistics.median(one[name] for one in steady) for name in STEADY}
+    decode, checksum, img_per_s, cpu, server = columns.values()
+    bound = 1e3 * cores / (decode + checksum + server)
+    return {name: round(value, 3) for name, value in columns.items()} | {
+        "img_per_s": round(bound),
+        "share_reached": round(img_per_s / bound, 3),
+        "own_to_decode": round((cpu - decode) / decode, 3),
+    }
+
+
+def _bound_line(bound: dict[str, float], cores: int) -> str:
+    return (
+        f"bound: decoding {bound['decode_ms']:.2f} + checksum {bound['checksum_ms']:.2f} + server "
+        f"{bound['server_cpu_ms_per_img']:.2f} ms of CPU an image, on {cores} cores {bound['img_per_s']} img/s; {OURS}, once it "
+        f"runs steadily: {bound['steady_img_per_s']:.0f} img/s, {bound['share_reached']:.0%} of it, "
+        f"{bound['steady_cpu_ms_per_img']:.2f} ms, its own cost {bound['own_to_decode']:.2f} of decoding"
+    )
+
+
 def _table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['samples']} images of {result['mean_kb']} KB in {result['shards']} shards, crops of {result['size']}, "
@@ -180,6 +223,7 @@ def _table(result: dict[str, Any]) -> str:
             f"| {one['workers_pss_mb']} | "
             + (f"{ratio['img_per_s']:.2f} | {ratio['cpu_ms_per_img']:.2f} |" if ratio else "| |")
         )
+    lines += ["", _bound_line(result["bound"], result["cores"])]
     if fallen := result["loaders"][OURS]["fallbacks"]:
         lines.append(f"{fallen} ranges of {OURS} a pass took a second request: S3 did not answer their signed address")
     return "\n".join(lines + [f"skipped {name}: {why}" for name, why in result["skipped"].items()])

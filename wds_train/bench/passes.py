@@ -15,24 +15,33 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from wds_train.bench.peers import CONTENDERS, Pass, image_count, write_copy
+import numpy as np
+
+from wds_train.bench.peers import CONTENDERS, OURS, Pass, image_count, our_parts, write_copy
 from wds_train.errors import WdsTrainError
+from wds_train.format.index import image_of
+from wds_train.home import home
+from wds_train.storage import embedded
+from wds_train.storage.address import EMBEDDED_BUCKET
 
+FLOOR_IMAGES = 600
 PASS_SECONDS = 1800  # a pass that takes longer hangs
 LOOK_SECONDS = 0.2  # between looks at the memory: each stops the process that is looked at for a moment
 
 
 def in_child(task: str, name: str, wanted: Pass, cores: list[int], environment: dict[str, str]) -> dict[str, float]:
-    """The figures of `task` (`copy` or `measure`), done by a fresh process on `cores`, with the memory of its workers."""
+    """The figures of `task` (`copy`, `measure` or `floor`), done by a fresh process on `cores`, with its workers' memory."""
     with tempfile.TemporaryDirectory(dir=wanted.cache) as folder:
         what = json.dumps(asdict(replace(wanted, cache=folder)))
         command = [sys.executable, "-m", "wds_train.bench.passes", task, name, what]
         with (Path(folder) / "out").open("w+") as out, (Path(folder) / "err").open("w+") as err:
-            with _pinned(cores if task == "measure" else None):
+            with _pinned(None if task == "copy" else cores):
                 child = subprocess.Popen(
                     command, stdout=out, stderr=err, env=environment | {"HF_HOME": folder}, start_new_session=True
                 )
@@ -96,17 +105,29 @@ def cause(stderr: str) -> str:
     return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception): ", line)), lines[-1])
 
 
+class _Mark(NamedTuple):
+    """How far a pass has come: seconds, images, and CPU seconds of the process with its workers, and of the embedded server."""
+
+    at: float
+    images: int
+    cpu: float
+    server: float
+
+
 def measure(name: str, wanted: Pass) -> dict[str, float]:
     """Make one pass in this process; imports are not counted."""
     for module in CONTENDERS[name].modules:
         importlib.import_module(module)
+    servers = _servers(wanted)
     cpu, began = _cpu_seconds(), time.perf_counter()
     loader = CONTENDERS[name].batches(wanted)
     opened = time.perf_counter()
     first, images = 0.0, 0
+    marks = [_mark(0, servers)]
     for batch in loader:
         first = first or time.perf_counter()
         images += image_count(batch)
+        marks.append(_mark(images, servers))
     ended = time.perf_counter()
     if not images:
         raise WdsTrainError(f"{name} yielded no images")
@@ -122,7 +143,65 @@ def measure(name: str, wanted: Pass) -> dict[str, float]:
         "open_s": opened - began,
         "first_batch_s": first - began,
         "cpu_ms_per_img": 1e3 * (_cpu_seconds() - cpu) / images,
+    } | (_steady(marks) if name == OURS else {})
+
+
+def _mark(images: int, servers: list[int]) -> _Mark:
+    workers = [worker.pid for worker in multiprocessing.active_children() if worker.pid]
+    return _Mark(time.perf_counter(), images, time.process_time() + _cpu_of(workers), _cpu_of(servers))
+
+
+def _steady(marks: list[_Mark]) -> dict[str, float]:
+    """Rates of the middle third of a pass: of three epochs, the one before which nothing starts and behind which nothing runs
+    dry. Less than an epoch would not do, of which the short first windows are read at once, and used for long.
+    """
+    third = len(marks) // 3
+    begin, end = marks[third], marks[max(2 * third, third + 1)]
+    images = end.images - begin.images
+    return {
+        "steady_img_per_s": images / (end.at - begin.at),
+        "steady_cpu_ms_per_img": 1e3 * (end.cpu - begin.cpu) / images,
+        "server_cpu_ms_per_img": 1e3 * (end.server - begin.server) / images,
     }
+
+
+def floor(wanted: Pass) -> dict[str, float]:
+    """CPU ms an image, of some of the epoch's, for what no loader does without: the crop out of the bytes, and the checksum."""
+    from wds_train.transforms.decode import decode_crop
+
+    split, plan, transform = our_parts(wanted)
+    index, out, order = split.index, np.empty((wanted.side, wanted.side, 3), np.uint8), plan.order(0)
+    steps = range(min(order.steps, -(-FLOOR_IMAGES // wanted.batch)))
+    ids = np.concatenate([order.batch(step) for step in steps]).tolist()
+    records = [
+        split.store.read(split.shard_names[index.shard[i]], int(index.offset[i]), int(index.length[i])) for i in ids
+    ]
+    began = time.process_time()
+    for record in records:
+        zlib.crc32(record)
+    checked = time.process_time()
+    images = [image_of(index, i, memoryview(record)) for i, record in zip(ids, records, strict=True)]
+    crops = [transform.crop(0, n, int(index.width[i]), int(index.height[i])) for n, i in enumerate(ids)]
+    prepared = time.process_time()
+    for image, (box, flip) in zip(images, crops, strict=True):
+        decode_crop(image, box, out, flip=flip)
+    decoding = time.process_time() - prepared
+    return {"decode_ms": 1e3 * decoding / len(ids), "checksum_ms": 1e3 * (checked - began) / len(ids)}
+
+
+def _servers(wanted: Pass) -> list[int]:
+    """The embedded server that a pass reads from, if it has no cores but those of the pass."""
+    found = embedded.pids(home() / "s3") if wanted.dataset.startswith(f"s3://{EMBEDDED_BUCKET}/") else []
+    return [pid for pid in found if os.sched_getaffinity(pid) <= os.sched_getaffinity(0)]
+
+
+def _cpu_of(pids: list[int]) -> float:
+    """User and system seconds of those of the processes that live."""
+    ticks = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _cpu_seconds() -> float:
@@ -136,7 +215,7 @@ def _child_main() -> None:
         write_copy(name, wanted)
         print("{}")
     else:
-        print(f"\n{json.dumps(measure(name, wanted))}")
+        print(f"\n{json.dumps(floor(wanted) if task == 'floor' else measure(name, wanted))}")
 
 
 if __name__ == "__main__":

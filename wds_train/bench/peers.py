@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from wds_train.config.recipe import DataRecipe, Recipe
-from wds_train.data.dataset import Dataset
+from wds_train.data.dataset import Dataset, SplitReader
 from wds_train.errors import UsageError
 from wds_train.format.index import image_of
 from wds_train.format.shard import IMAGE_EXTENSIONS
@@ -26,6 +26,9 @@ from wds_train.storage.s3 import S3Store
 if TYPE_CHECKING:
     import torch
 
+    from wds_train.data.plan import TrainPlan
+    from wds_train.transforms.sample import TrainTransform
+
 OURS = "wds-train"
 SCALE, RATIO, FLIP = (0.08, 1.0), (3 / 4, 4 / 3), 0.5
 SHARD_BYTES = 64 << 20  # what mosaicml-streaming and litdata recommend; ours and the others get the same
@@ -34,7 +37,7 @@ SHUFFLE_BUFFER = 1000
 
 @dataclass(frozen=True)
 class Pass:
-    """One epoch of one loader: of `dataset` or of its copy below the URL `copies`, with an empty local folder `cache`,
+    """One epoch of one loader, or `epochs` of ours: of `dataset` or of its copy below the URL `copies`, with an empty local folder `cache`,
     in batches of `batch` images of `side` pixels.
     """
 
@@ -44,6 +47,7 @@ class Pass:
     workers: int
     batch: int
     side: int
+    epochs: int = 1
 
 
 class Contender(NamedTuple):
@@ -115,16 +119,22 @@ class _Augment:
         return self(row["image"]), row["label"]
 
 
-def _ours(wanted: Pass) -> Iterable[Any]:
-    from wds_train.data.loader import Loader
+def our_parts(wanted: Pass) -> "tuple[SplitReader, TrainPlan, TrainTransform]":
     from wds_train.data.plan import TrainPlan
     from wds_train.transforms.sample import TrainTransform
 
     dataset = Dataset.open(wanted.dataset)
     split = dataset.split("train")
-    plan = TrainPlan(split.shard_samples, dataset.fingerprint, seed=0, global_batch=wanted.batch, epochs=range(1))
+    epochs = range(wanted.epochs)
+    plan = TrainPlan(split.shard_samples, dataset.fingerprint, seed=0, global_batch=wanted.batch, epochs=epochs)
     recipe = Recipe("bench", data=DataRecipe(size=wanted.side, scale=SCALE, ratio=RATIO, flip=FLIP))
-    return Loader(split, plan, TrainTransform(recipe, plan.steps_per_epoch), wanted.workers)
+    return split, plan, TrainTransform(recipe, plan.steps_per_epoch)
+
+
+def _ours(wanted: Pass) -> Iterable[Any]:
+    from wds_train.data.loader import Loader
+
+    return Loader(*our_parts(wanted), wanted.workers)
 
 
 def _webdataset(wanted: Pass) -> Iterable[Any]:

@@ -127,7 +127,7 @@ def _read(root: Path) -> Endpoint | None:
 def _serves(endpoint: Endpoint, root: Path) -> bool:
     """Whether the server runs and answers. A busy one is given time: killing it would fail whoever uses it now."""
     deadline = time.monotonic() + READY_SECONDS
-    while _pids(root) and time.monotonic() < deadline:
+    while pids(root) and time.monotonic() < deadline:
         with contextlib.suppress(OSError, HTTPException):
             if _lists_buckets(endpoint):
                 return True
@@ -155,17 +155,17 @@ def _client(endpoint: Endpoint):  # type: ignore[no-untyped-def]
 
 def _kill(root: Path) -> bool:
     """End the servers by SIGKILL: SeaweedFS takes 15-25 s over SIGTERM and loses nothing either way."""
-    pids = _pids(root)
-    for pid in pids:
+    found = pids(root)
+    for pid in found:
         with contextlib.suppress(ProcessLookupError):
             process = os.pidfd_open(pid)
             signal.pidfd_send_signal(process, signal.SIGKILL)
             select.select([process], [], [])  # until its ports and files are free, which takes longer than its name
             os.close(process)
-    return bool(pids)
+    return bool(found)
 
 
-def _pids(root: Path) -> list[int]:
+def pids(root: Path) -> list[int]:
     """The servers over `root`, known by their command line: a file could name a reused pid, or miss a server whose
     starter was killed before it wrote the file, and two servers over one folder would spoil it.
     """

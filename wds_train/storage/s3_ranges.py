@@ -34,7 +34,7 @@ class Answer(HTTPResponse):
 
 
 class Ranges:
-    """GETs of ranges, over connections that are kept. boto3 takes three times the CPU for a range of 1 MB, most of it to
+    """GETs of ranges, over connections that are kept. boto3 takes over twice the CPU for a range of 1 MB, most of it to
     sign, to parse and to copy. Safe to use from threads and after a fork.
     """
 
