@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from shards.report import Note, readable
+from shards.report import Note
 from shards.sources.base import CHUNK, ROWS
 from shards.sources.names import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, LITTER, SIDECARS, key_of
 from wds_train.errors import AccessDenied, DataError
 from wds_train.format.arrow import to_batch
+from wds_train.tracking.console import readable
 
 
 class Rows:

@@ -9,13 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards.report import readable, reasons
+from shards.report import reasons
 from shards.sources.base import ROWS, Source, take
 from shards.sources.names import SPLITS, key_of
 from shards.sources.scan import SplitScan
 from wds_train.errors import DataError
 from wds_train.format.arrow import to_array, to_numpy
 from wds_train.format.manifest import UNPRINTABLE, ClassInfo
+from wds_train.tracking.console import readable
 
 
 def from_scans(description: str, classes: tuple[ClassInfo, ...], scans: Sequence[SplitScan]) -> "Source":
