@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shards.images import ImagePolicy, check
-from shards.report import Note, readable
+from shards.report import Note
 from shards.sources.base import is_litter
 from shards.sources.names import choose_splits, split_word
 from shards.sources.tars import OUTSIDE, WdsSample, group, outside
@@ -18,7 +18,7 @@ from wds_train.format.index import write_index
 from wds_train.format.manifest import ClassInfo, DatasetManifest, Index, Shard, Split, read_manifest
 from wds_train.format.tar import members
 from wds_train.storage.base import Entry, Store
-from wds_train.tracking.console import Meter
+from wds_train.tracking.console import Meter, readable
 
 CHUNK = 8 << 20
 # A block of this many samples is what the loader fetches at once; one sample must fit many times over.

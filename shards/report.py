@@ -24,11 +24,6 @@ class Note:
     cause: str
 
 
-def readable(name: str) -> str:
-    """The `name`, which may be no UTF-8 or hold control characters, as something that can be printed in a line."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
-
-
 def reasons(notes: Sequence[Note], most: int = 5) -> str:
     """Why what is left out or ignored is: the causes, most frequent first, each with an example."""
     causes = Counter(note.cause for note in notes if note.what in ("left out", "ignored"))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from shards.report import readable
 from shards.sources import huggingface, imagenet, torchvision
 from shards.sources.base import ANYTHING, Source, Wanted
 from shards.sources.digits import digits
@@ -16,6 +15,7 @@ from shards.sources.table import table, tables
 from shards.sources.tars import TARS, webdataset
 from wds_train.errors import DataError, UsageError
 from wds_train.storage.address import name_from
+from wds_train.tracking.console import readable
 
 DIGITS = "digits"
 Opener = Callable[[Path, Spool, Wanted], Source]

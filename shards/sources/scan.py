@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from shards.report import Note, readable
+from shards.report import Note
 from shards.sources.base import CHUNK, ROWS
 from shards.sources.names import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, LITTER, SIDECARS, key_of
 from wds_train.errors import AccessDenied, DataError, StoreError
 from wds_train.format.arrow import to_batch
 from wds_train.home import home
+from wds_train.tracking.console import readable
 
 MAPPED = 32 * CHUNK  # rows; their paths are no more than a column of texts holds
 

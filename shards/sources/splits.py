@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from shards.report import readable, reasons
+from shards.report import reasons
 from shards.sources.base import ROWS, Source
 from shards.sources.names import SPLITS, key_of
 from shards.sources.scan import Rows, SplitScan
 from wds_train.errors import DataError
 from wds_train.format.arrow import to_array, to_numpy
 from wds_train.format.manifest import UNPRINTABLE, ClassInfo
+from wds_train.tracking.console import readable
 
 
 def from_scans(description: str, classes: tuple[ClassInfo, ...], scans: Sequence[SplitScan]) -> "Source":

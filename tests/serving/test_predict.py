@@ -23,9 +23,11 @@ from wds_train.data.loader import Loader
 from wds_train.data.plan import EvalPlan
 from wds_train.errors import DataError
 from wds_train.evaluation.evaluate import Member, View, chosen_weights
+from wds_train.format.manifest import ClassInfo
 from wds_train.serving.calibrate import calibrate, probabilities
 from wds_train.serving.classify import sample
 from wds_train.serving.download import download, is_public
+from wds_train.serving.predict import Prediction
 from wds_train.storage.open import open_store
 
 CPU = torch.device("cpu")
@@ -112,6 +114,14 @@ def test_bad_images_are_named_and_the_others_answered(
     code, out, _ = answer(capsys, "predict", served, tmp_path / "empty.png", images / "00.png")
     assert code == 1
     assert out.startswith(f"{tmp_path}/empty.png: it is empty (0 bytes)\n{images}/00.png")
+
+
+@pytest.mark.parametrize("found", [{"error": "it is empty"}, {"top": ((ClassInfo("é", "é"), 0.9),)}])
+def test_a_name_that_cannot_be_printed_is_printed_all_the_same(found: dict[str, Any]) -> None:
+    answered = Prediction("a\n\x1b[31m\udcff.jpg", **found)
+    for text in (answered.to_lines({"é": "é"}).partition("\n")[0], answered.to_csv()):
+        assert text.startswith(r"a\n\x1b[31m\udcff.jpg")
+    assert json.loads(answered.to_json().encode())["image"] == answered.image
 
 
 def bomb() -> bytes:

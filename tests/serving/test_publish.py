@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import timm
 import torch
 from answers import answer
 
+from wds_train import serving
 from wds_train.cli import main
 from wds_train.data.dataset import Dataset
 from wds_train.evaluation.evaluate import chosen_weights
@@ -163,3 +165,13 @@ def test_a_hub_that_cannot_be_used_is_told_with_what_to_type(
     assert {"no token": "there is no token", "no right": "403", "no network": "Connect"}[case] in str(error.value)
     assert f"hf upload me/digits {published}/model\n" in str(error.value)
     assert "hf_secret" not in str(error.value)
+
+
+def test_without_the_extra_it_says_what_to_install(
+    served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "wds_train.serving.publish")
+    monkeypatch.delattr(serving, "publish")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    code, _, err = answer(capsys, "publish", served, "--to", tmp_path / "out", "--licence", "mit")
+    assert (code, "publish needs huggingface_hub: install wds-train[serve]" in err) == (2, True)

@@ -22,6 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loading()
-    from wds_train.serving.demo import serve  # of the extra `serve`
+    from wds_train.serving.demo import serve
 
     return serve(run_or_file(args.model, args.bucket), args.python, args.port)

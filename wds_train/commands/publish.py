@@ -5,6 +5,7 @@ from pathlib import Path
 
 from wds_train.checkpoint.find import find_run
 from wds_train.commands.arguments import add_run, run_url
+from wds_train.errors import UsageError
 from wds_train.tracking.console import loading
 
 
@@ -24,7 +25,10 @@ def run(args: argparse.Namespace) -> int:
     loading()
     import torch
 
-    from wds_train.serving import publish  # of the extra `serve`
+    try:
+        from wds_train.serving import publish
+    except ImportError as error:
+        raise UsageError(f"publish needs {error.name}: install wds-train[serve]") from error
     from wds_train.serving.prepare import both_kinds
 
     publish.refuse(args.licence, args.push)

@@ -21,7 +21,7 @@ from wds_train.errors import RunError, UsageError, WdsTrainError
 from wds_train.models.weights import SUFFIX, Weights
 from wds_train.serving.classify import sample
 from wds_train.serving.prepare import both_kinds, prepared
-from wds_train.serving.publish import footer
+from wds_train.serving.provenance import footer
 from wds_train.serving.space_folder import Space
 from wds_train.tracking.console import say
 from wds_train.transforms.jpeg import START

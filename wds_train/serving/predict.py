@@ -14,6 +14,7 @@ from wds_train.format.manifest import ClassInfo
 from wds_train.models.calibration import SURE
 from wds_train.models.weights import Weights
 from wds_train.serving.calibrate import probabilities
+from wds_train.tracking.console import readable
 
 TOP = 5
 
@@ -40,21 +41,22 @@ class Prediction:
 
     def to_json(self) -> str:
         if self.error:
-            return json.dumps({"image": self.image, "error": self.error}, ensure_ascii=False)
+            return json.dumps({"image": self.image, "error": self.error})
         top = [{"id": entry.id, "name": entry.name, "probability": round(share, 6)} for entry, share in self.top]
-        return json.dumps({"image": self.image, "sure": self.sure, "top": top}, ensure_ascii=False)
+        return json.dumps({"image": self.image, "sure": self.sure, "top": top})
 
     def to_csv(self) -> str:
         cells = [cell for entry, share in self.top for cell in (entry.id, entry.name, f"{share:.6f}")]
         sure = "" if self.error else str(self.sure).lower()
-        return csv_line([self.image, self.error, sure, *cells])
+        return csv_line([readable(self.image), self.error, sure, *cells])
 
     def to_lines(self, names: dict[str, str]) -> str:
         """For people, with the `names` of classes by their ids."""
+        image = readable(self.image)
         if self.error:
-            return f"{self.image}: {self.error}"
+            return f"{image}: {self.error}"
         lines = [f"{100 * share:7.2f} %  {names[entry.id]}" for entry, share in self.top]
-        return "\n".join([f"{self.image}{'' if self.sure else ': not sure'}", *lines])
+        return "\n".join([f"{image}{'' if self.sure else ': not sure'}", *lines])
 
 
 def csv_header(classes: int) -> str:

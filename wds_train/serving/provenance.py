@@ -63,3 +63,11 @@ def revision() -> str:
     """The version of this package, with the commit where it runs out of a checkout."""
     commit = machine.revision()
     return f"{version('wds-train')}{f', revision {commit}' if commit else ''}"
+
+
+def footer(run: RunManifest) -> str:
+    """All of it in a line of Markdown."""
+    named = data(run, None)
+    return (
+        f"Run {run.run}, dataset {named['name']} `{named['fingerprint'][:16]}`, by wds-train {revision()}: {cost(run)}"
+    )

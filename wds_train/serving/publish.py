@@ -15,7 +15,7 @@ from wds_train.errors import StoreError, UsageError, WdsTrainError
 from wds_train.models.weights import Weights
 from wds_train.serving.export import new_folder, write_timm_folder
 from wds_train.serving.graph import facts
-from wds_train.serving.provenance import cost, data, results, revision, without_places
+from wds_train.serving.provenance import cost, data, footer, results, revision, without_places
 from wds_train.serving.space_folder import PYTHON, Space, card, file_of, pinned
 
 NAMES = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -52,13 +52,6 @@ def write(folder: Path, run: RunManifest, choices: list[Weights], licence: str, 
         write_timm_folder(choices[0], made / "model")
         shutil.copyfile(space / "models" / file_of(choices[0]), made / "model" / "model.onnx")
         (made / "model" / "README.md").write_text(_model_card(run, choices[0], licence, name))
-
-
-def footer(run: RunManifest) -> str:
-    named = data(run, None)
-    return (
-        f"Run {run.run}, dataset {named['name']} `{named['fingerprint'][:16]}`, by wds-train {revision()}: {cost(run)}"
-    )
 
 
 def _model_card(run: RunManifest, weights: Weights, licence: str, name: str | None) -> str:

@@ -75,6 +75,11 @@ def program() -> str:
     return os.path.relpath(called)
 
 
+def readable(name: str) -> str:
+    """The `name`, which may be no UTF-8 or hold control characters, as something that can be printed in a line."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+
+
 def duration(seconds: float) -> str:
     for unit, size, most in (("s", 1.0, 90.0), ("min", 60.0, 5400.0), ("h", 3600.0, 172_800.0)):
         if seconds < most:
