@@ -90,8 +90,14 @@ def test_batches_are_the_same(digits: Dataset, twin: Dataset, tmp_path: Path, ki
         if kind != "eval":
             plan = TrainPlan(split.shard_samples, dataset.fingerprint, 3, 96, range(2), from_step=25)
         if kind == "cached":
-            cache = BlockCache(tmp_path / "cache", 1 << 20, split, dataset.fingerprint)
+            folder = tmp_path / f"cache-{len(found)}"
+            cache = BlockCache(folder, 1 << 20, split, dataset.fingerprint)
         found.append(list(Loader(split, plan, TRANSFORM, workers, cache)))
+        if kind == "cached":  # blocks as they lie in the shards, of no more than was allowed
+            shards = [dataset.store.read(name) for name in split.shard_names]
+            blocks = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+            assert len(blocks) > len(shards) and sum(map(len, blocks)) <= 1 << 20  # one that is wrong is dropped
+            assert all(any(block in shard for shard in shards) for block in blocks) and len({*blocks}) == len(blocks)
     assert len(found[0]) == len(found[1]) == (5 if kind == "eval" else 3)
     for one, two in zip(*found, strict=True):
         assert one.step == two.step and (one.ids == two.ids).all() and not two.unreadable
