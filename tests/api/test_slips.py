@@ -90,6 +90,12 @@ def test_an_evaluation_has_one_iteration_at_a_time(digits: Dataset) -> None:
         list(zip(validation, validation, strict=False))
 
 
+@pytest.mark.parametrize("size", [10**6, 10**9])
+def test_memory_that_cannot_be_had_is_a_sentence(digits: Dataset, size: int) -> None:
+    with pytest.raises(UsageError, match=r"cannot have the [0-9,.]+ GB of memory that its batches take \("):
+        next(iter(loader(digits, size=size)))
+
+
 def dies(image: np.ndarray, key: str, rng: np.random.Generator) -> np.ndarray:
     if get_worker_info():
         os.kill(os.getpid(), signal.SIGKILL)
