@@ -74,7 +74,7 @@ def index_in_place(store: Store, policy: ImagePolicy | None) -> tuple[dict[str, 
     """
     entries = [entry for entry in store.list() if entry.key.endswith(".tar") and not is_litter(entry.key)]
     if not entries:
-        raise UsageError(f"{store.url} holds no .tar files; check the address")
+        raise UsageError(f"{store.url} holds no .tar files; check the address; .tar.gz must be unpacked to plain tars")
     words = {entry: split_word(entry.key) for entry in entries}
     chosen = choose_splits(words.values())
     splits = {split: Indexed() for split in chosen.values()}

@@ -1,5 +1,6 @@
 """Samples beyond images: tars of stock webdataset, indexed where they lie, and what their members hold."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,17 @@ def test_a_function_is_watched_here_too(captioned: str) -> None:
     for transform, message in ((draws, "numpy.random"), (lambda *_: {}["x"], "failed on part-.*: KeyError: 'x'")):
         with pytest.raises(UsageError, match=message):
             list(SampleLoader(captioned, 8, epochs=1, transform=transform, workers=1))
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: 0, threading.Lock(), (each for each in "x")], ids=lambda each: type(each).__name__
+)
+def test_what_a_worker_cannot_send_is_refused(captioned: str, made: Any) -> None:
+    """The loop would wait for it for ever."""
+    refusal = rf"returned a {type(made).__name__} for part-.*, key \d+, which a worker cannot send .* or use workers=0"
+    with pytest.raises(UsageError, match=refusal):
+        list(SampleLoader(captioned, 8, epochs=1, transform=lambda *_: made, workers=1))
+    assert next(iter(SampleLoader(captioned, 8, epochs=1, transform=lambda *_: made, workers=0))).fields == [made] * 8
 
 
 def test_tars_without_images(sounds: Path, captioned: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,7 +126,7 @@ MISTAKES = [
         2,
         "--executor: 'localhost:8786' is not of the form dask://HOST:PORT",
     ),
-    ("shards index ./photos", 2, "photos holds no .tar files; check the address"),
+    ("shards index ./photos", 2, "photos holds no .tar files; check the address; .tar.gz must be unpacked"),
 ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -13,8 +14,10 @@ from wds_train.config.recipe import DataRecipe
 from wds_train.data.dataset import Dataset
 from wds_train.data.mixture import of_same_classes
 from wds_train.errors import UsageError
+from wds_train.typed import typed
 
 Address = str | PathLike[str]
+Mix = Sequence[tuple[Dataset | Address, float]]
 Normalisation = bool | tuple[Sequence[float], Sequence[float]] | None
 
 
@@ -26,17 +29,39 @@ def whole(name: str, value: Any, least: int) -> int:
         number = least - 1
     if number < least:
         raise UsageError(f"{name} = {value!r} cannot work: it must be a whole number of at least {least}")
-    return number
+    return int(number)
+
+
+def step_of(name: str, value: Any, steps: int) -> int:
+    """`value`, if so many of `steps` steps can have been done."""
+    if (step := whole(name, value, 0)) > steps:
+        raise UsageError(f"{name} = {step} lies beyond the last of {steps} steps; raise epochs")
+    return step
 
 
 def opened(dataset: Dataset | Address) -> Dataset:
-    return dataset if isinstance(dataset, Dataset) else Dataset.open(os.fspath(dataset))
+    return dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
 
 
-def opened_all(dataset: Dataset | Address, mix: Sequence[tuple[Dataset | Address, float]]) -> list[Dataset]:
-    """The datasets of a mixture, the first of which counts the epochs."""
+def opened_all(dataset: Dataset | Address, mix: Mix) -> tuple[list[Dataset], list[float]]:
+    """The datasets of a mixture, the first of which counts the epochs; and the shares of the others."""
+    try:
+        others = [(other, float(share)) for other, share in mix]
+    except (TypeError, ValueError) as error:
+        raise UsageError('mix cannot work: it must be a list of pairs, like [("s3://bucket/more", 0.25)]') from error
     first = opened(dataset)
-    return [first, *(of_same_classes(opened(other), first) for other, _ in mix)]
+    return [first, *(of_same_classes(opened(other), first) for other, _ in others)], [share for _, share in others]
+
+
+def data_recipe(**settings: Any) -> DataRecipe:
+    """A recipe of these settings, each of which may be of NumPy, too; `UsageError` names one of another type."""
+    try:
+        recipe: DataRecipe = typed(
+            DataRecipe, {name: np.asarray(value).tolist() for name, value in settings.items()}, "data"
+        )
+    except ValueError as error:
+        raise UsageError(f"{error}; docs/loader.md says what each argument is") from error
+    return recipe
 
 
 def place(rank: int | None, world: int | None) -> tuple[int, int]:

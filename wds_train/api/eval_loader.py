@@ -4,16 +4,16 @@ from collections.abc import Iterator
 
 import torch
 
-from wds_train.api.arguments import Address, Normalisation, device_of, opened, place, whole
+from wds_train.api.arguments import Address, Normalisation, data_recipe, device_of, opened, place, whole
 from wds_train.api.own import Function
 from wds_train.api.train_loader import Images, refuse_no_images
 from wds_train.api.unreadable import Bound
-from wds_train.config.recipe import DataRecipe
 from wds_train.data.batch import Batch
 from wds_train.data.dataset import Dataset
 from wds_train.data.loader import Loader, on_device
 from wds_train.data.plan import EvalPlan
 from wds_train.data.workers import default_workers
+from wds_train.errors import RunError
 from wds_train.transforms.sample import EvalTransform
 
 
@@ -44,7 +44,7 @@ class EvalLoader:
         self.samples = self.dataset.manifest.split(split).samples
         self._plan = EvalPlan(self.samples, whole("batch", batch, 1), *place(rank, world))
         self._workers = default_workers() if workers is None else whole("workers", workers, 0)
-        data = DataRecipe(eval_size=size, eval_crop=crop_ratio)
+        data = data_recipe(eval_size=size, eval_crop=crop_ratio)
         self._bound = Bound(max_bad, self.samples)
         self._view = EvalTransform(data.eval_size, data.eval_crop)
         self._images = Images(transform, decode, normalize, self.device)
@@ -65,7 +65,11 @@ class EvalLoader:
             self._bound(0, batch.unreadable)
             seen += len(batch.ids)
             yield self._images.normalised(batch)
-        assert seen == self._plan.own_samples, f"{seen} samples came, {self._plan.own_samples} are this rank's"
+        if seen != self._plan.own_samples:
+            raise RunError(
+                f"{seen} samples came, {self._plan.own_samples} are this rank's: the loader was iterated anew before this "
+                "iteration ended; make a loader for each"
+            )
 
     def _ready(self) -> Loader:
         if self._loader is None:

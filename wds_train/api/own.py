@@ -1,7 +1,10 @@
 """A person's own function in the place of our transforms: called, watched, and what it returns looked at."""
 
+import copyreg
+import io
 import traceback
 from collections.abc import Callable, Collection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -133,7 +136,19 @@ class OwnObjects:
         return OBJECT
 
     def decode(self, data: memoryview, place: Place, out: NDArray[Any]) -> None:
-        out[0] = self._own(lambda: self._fields(data), place) if self._own else self._fields(data)
+        out[0] = self._made(self._own, data, place) if self._own else self._fields(data)
+
+    def _made(self, own: Own, data: memoryview, place: Place) -> Any:
+        made = own(lambda: self._fields(data), place)
+        if torch.utils.data.get_worker_info():
+            try:
+                _try_sending(made)
+            except Exception as error:
+                raise UsageError(
+                    f"the transform returned a {type(made).__name__} for {own.named(place)}, which a worker cannot send "
+                    f"({error}); return arrays, numbers, texts, or lists and dictionaries of them, or use workers=0"
+                ) from error
+        return made
 
     def _fields(self, data: memoryview) -> dict[str, bytes]:
         fields = fields_of(data)
@@ -142,3 +157,10 @@ class OwnObjects:
         if lacking := [name for name in self._names if name not in fields]:
             raise DataError(f"it has no member .{lacking[0]}, only .{', .'.join(fields)}")
         return {name: fields[name] for name in self._names}
+
+
+def _try_sending(made: Any) -> None:
+    """Raise what the queue from a worker to its loop would meet with `made`: it drops such a thing, and the loop waits for ever."""
+    attempt = ForkingPickler(io.BytesIO())
+    attempt.dispatch_table = copyreg.dispatch_table  # without PyTorch's, which keeps shared memory for every tensor
+    attempt.dump(made)

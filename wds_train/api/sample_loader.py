@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from wds_train.api.arguments import Address
+from wds_train.api.arguments import Address, Mix
 from wds_train.api.own import Function, OwnObjects
-from wds_train.api.steps import Mix, Steps
+from wds_train.api.steps import Steps
 from wds_train.data.batch import Batch, Unreadable
 from wds_train.data.dataset import Dataset, SplitReader
 from wds_train.errors import UsageError

@@ -1,13 +1,13 @@
 """The steps of a training, for a loop of one's own: what TrainLoader and SampleLoader have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from wds_train.api.arguments import Address, opened_all, place, whole
+from wds_train.api.arguments import Address, Mix, opened_all, place, step_of, whole
 from wds_train.api.unreadable import Bound
 from wds_train.data.batch import Batch
 from wds_train.data.cache import BlockCache
@@ -20,7 +20,6 @@ from wds_train.errors import UsageError
 from wds_train.transforms.sample import Transform
 
 Made = TypeVar("Made")
-Mix = Sequence[tuple[Dataset | Address, float]]
 
 
 class Steps(ABC, Generic[Made]):
@@ -51,13 +50,13 @@ class Steps(ABC, Generic[Made]):
         self.split, self.device = split, device
         self.rank, self.world = place(rank, world)
         self.workers = default_workers() if workers is None else whole("workers", workers, 0)
-        self.datasets = opened_all(dataset, mix)
-        self.shares = shares(self.batch, [share for _, share in mix])
+        self.datasets, weights = opened_all(dataset, mix)
+        self.shares = shares(self.batch, weights)
         self._cache, self._cache_bytes, self._per_epoch = cache, int(cache_gb * 1e9), per_epoch
         plans = [self._plan(each, share, range(1)) for each, share in zip(self.datasets, self.shares, strict=True)]
         self.steps_per_epoch = plans[0].steps_per_epoch
         self.steps = whole("epochs", epochs, 1) * self.steps_per_epoch
-        self.step = self._step("from_step", from_step)
+        self.step = step_of("from_step", from_step, self.steps)
         self._bound = Bound(max_bad, self.steps_per_epoch * self.batch)
         self._source: Iterator[Batch] | None = None
         self._next = self.step
@@ -69,6 +68,15 @@ class Steps(ABC, Generic[Made]):
     @abstractmethod
     def _finished(self, batch: Batch) -> Made:
         """What is handed out of `batch`."""
+
+    @property
+    def step(self) -> int:
+        """How many batches were handed out. Where it is set, the next iteration begins."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step_of("step", step, self.steps)
 
     def __len__(self) -> int:
         """The steps still to come: of all, or with `per_epoch` of this epoch."""
@@ -98,10 +106,14 @@ class Steps(ABC, Generic[Made]):
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """The state after `step` steps, by default those handed out, and what it is a state of; plain values all."""
-        return {"step": self.step if step is None else step, **self._identity()}
+        return {"step": self.step if step is None else step_of("step", step, self.steps), **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, by any number of ranks and workers; `UsageError` where it is of something else."""
+        if not isinstance(state, dict):
+            raise UsageError(
+                f"the state is {state!r:.60}, nothing that state_dict() gave; without one, make a new loader"
+            )
         for name, ours in self._identity().items():
             if name not in state:
                 raise UsageError(
@@ -112,18 +124,13 @@ class Steps(ABC, Generic[Made]):
                     f"the state is of {name} {state[name]!r}, this loader is of {ours!r}: the samples would be others; make "
                     f"the loader with that {name}"
                 )
-        self.step = self._step("the state's step", state.get("step"))
+        self.step = step_of("the state's step", state.get("step"), self.steps)
 
     def _identity(self) -> dict[str, Any]:
         """What decides the order of samples."""
         others = [[other.fingerprint, share] for other, share in zip(self.datasets[1:], self.shares[1:], strict=True)]
         dataset = self.datasets[0].fingerprint
         return {"dataset": dataset, "split": self.split, "batch": self.batch, "seed": self.seed, "mix": others}
-
-    def _step(self, name: str, step: Any) -> int:
-        if whole(name, step, 0) > self.steps:
-            raise UsageError(f"{name} = {step} lies beyond the last of {self.steps} steps; raise epochs")
-        return int(step)
 
     def _end(self) -> int:
         epoch_end = (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch

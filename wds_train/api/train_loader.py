@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from wds_train.api.arguments import Address, Normalisation, device_of, normalisation
+from wds_train.api.arguments import Address, Mix, Normalisation, data_recipe, device_of, normalisation
 from wds_train.api.own import Function, OwnArrays
-from wds_train.api.steps import Mix, Steps
-from wds_train.config.recipe import DataRecipe, Recipe
+from wds_train.api.steps import Steps
+from wds_train.config.recipe import Recipe
 from wds_train.data.batch import Batch
 from wds_train.data.dataset import Dataset, SplitReader
 from wds_train.errors import UsageError
@@ -67,13 +67,13 @@ class TrainLoader(Steps[Batch]):
         )
         for each in self.datasets:
             refuse_no_images(each)
-        data = DataRecipe(
+        data = data_recipe(
             size=size,
             scale=scale,
             ratio=ratio,
             flip=flip,
             color_jitter=color_jitter,
-            auto_augment=augment,
+            auto_augment=augment or "",
         )
         self._recipe = Recipe("loader", self.batch, self.seed, data=data)
         self._images = Images(transform, decode, normalize, self.device)

@@ -1,6 +1,7 @@
 """An existing dataset: its manifest, and the index of a split, both checked against what they say of themselves."""
 
 import hashlib
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from wds_train.data.rows import SharedRows, shared_index
-from wds_train.errors import DataError, NotFound
+from wds_train.errors import DataError, NotFound, UsageError
 from wds_train.format import manifest as manifests
 from wds_train.format.index import SampleIndex, flaws, read_index
 from wds_train.format.manifest import DatasetManifest, Index, Shard, read_manifest
@@ -62,8 +63,14 @@ class Dataset:
     manifest: DatasetManifest
 
     @classmethod
-    def open(cls, url: str) -> "Dataset":
+    def open(cls, url: str | os.PathLike[str]) -> "Dataset":
         """The dataset at the address `url`, or of that name below $WDS_BUCKET/datasets, else on the embedded server."""
+        if isinstance(url, os.PathLike):  # Path("./photos") has lost its "./": as a text, it would be a name
+            url = str(Path(url).absolute())
+        if not isinstance(url, str):
+            raise UsageError(
+                f"the dataset {url!r} is no address; it is s3://BUCKET/PREFIX, a path like /x or ./x, or a name"
+            )
         if not url.startswith("file:///"):
             url = not_here(announced(located(url, "datasets"), url), url)
         store = open_store(url)

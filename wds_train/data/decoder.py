@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from wds_train.data.batch import Unreadable
 from wds_train.data.dataset import SplitReader
 from wds_train.data.plan import Part
-from wds_train.errors import DataError
+from wds_train.errors import DataError, UsageError
 from wds_train.transforms.sample import Form, Place, Transform, square
 
 PREFETCHED_PARTS = 4  # per worker, in shared memory: evens out steps whose images are slow to decode
@@ -44,7 +44,14 @@ class Slots:
     def __init__(self, workers: int, part_bytes: int) -> None:
         # Shared with the workers by fork, and not through /dev/shm, of which a container often has 64 MB.
         shape = (max(1, workers), SLOTS, part_bytes)
-        self._bytes: NDArray[np.uint8] = np.ndarray(shape, np.uint8, mmap.mmap(-1, max(1, math.prod(shape))))
+        try:
+            memory = mmap.mmap(-1, max(1, math.prod(shape)))
+        except (OSError, OverflowError) as error:
+            raise UsageError(
+                f"the loader cannot have the {math.prod(shape) / 1e9:,.1f} GB of memory that its batches take "
+                f"({getattr(error, 'strerror', None) or error}); use smaller images or a smaller batch"
+            ) from error
+        self._bytes: NDArray[np.uint8] = np.ndarray(shape, np.uint8, memory)
 
     def __call__(self, worker: int, slot: int, samples: int, form: Form) -> NDArray[Any]:
         """The slot as [samples, *form.shape]."""

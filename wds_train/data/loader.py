@@ -16,6 +16,7 @@ The stages are a `webdataset.DataPipeline` behind `webdataset.WebLoader`. Nothin
 to hold: a loader starts at any step, and its batches are the same for every number of ranks and workers.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -77,6 +78,19 @@ def _as_it_is(decoded: Decoded | WdsTrainError) -> Decoded | WdsTrainError:
     a connection of its own.
     """
     return decoded
+
+
+@contextlib.contextmanager
+def _deaths_told() -> Iterator[None]:
+    """Within, the death of a worker is a `RunError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"a loader worker died ({error}); if the machine ran out of memory, use fewer --workers, then run again"
+        ) from error
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -155,7 +169,8 @@ class Loader:
         of which a forked child survives.
         """
         items = iter(self._pipeline)
-        self._begun = itertools.chain(list(itertools.islice(items, 1)), items)  # a rank may have no batch at all
+        with _deaths_told():
+            self._begun = itertools.chain(list(itertools.islice(items, 1)), items)  # a rank may have no batch at all
 
     def __iter__(self) -> Iterator[Batch]:
         parts: list[Decoded] = []
@@ -167,7 +182,7 @@ class Loader:
 
     def _received(self) -> Iterator[Decoded]:
         items, self._begun = self._begun or self._pipeline, None
-        try:
+        with _deaths_told():
             for item in items:
                 if isinstance(item, WdsTrainError):
                     try:
@@ -177,12 +192,6 @@ class Loader:
                         # queues are closed before it can tell its workers to end, and it waits 5 s for each.
                         del items, item
                 yield item
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunError(
-                f"a loader worker died ({error}); if the machine ran out of memory, use fewer --workers, then run again"
-            ) from error
 
     def _merge(self, decoded: list[Decoded]) -> Batch:
         """The workers' parts of one step as one batch; they hold ascending lanes, so their order is the lanes'."""
