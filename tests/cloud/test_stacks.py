@@ -182,10 +182,21 @@ def test_stop_launch_again_and_destroy(
     assert "there is no stack wds-train-first in us-east-1; launch it" in capsys.readouterr().err
 
 
+def test_a_half_made_stack_without_its_group_is_destroyed(aws: Aws) -> None:
+    stack = {"StackName": "wds-train-first", "StackStatus": "DELETE_FAILED", "CreationTime": datetime.now(UTC)}
+    with Stubber(aws.client("cloudformation")) as stub:
+        stub.add_response("describe_stacks", {"Stacks": [stack]})
+        stub.add_response("delete_stack", {}, {"StackName": "wds-train-first"})
+        stub.add_client_error("describe_stacks", "ValidationError", "Stack with id x does not exist")
+        stacks.destroy(aws, "first")
+        stub.assert_no_pending_responses()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--max-usd", "0"], "--max-usd 0 buys no hour"),
+        (["--max-usd", "1e9"], "hours are over a year, which is no limit"),
         (["--max-hours", "0"], "'0' is not a number of more than 0"),
         (["--size", "tiny"], "invalid choice: 'tiny'"),
         (["--arguments", "$(reboot)"], "may hold letters, digits, blanks"),
@@ -234,6 +245,7 @@ def test_a_placement_score_is_told(aws: Aws, order: Order) -> None:
     [
         ("ROLLBACK_COMPLETE", "is half-made"),
         ("DELETE_FAILED", "is half-made"),
+        ("UPDATE_ROLLBACK_FAILED", "is half-made"),
         ("UPDATE_IN_PROGRESS", "is being changed"),
     ],
 )
@@ -287,8 +299,9 @@ def test_without_credentials_one_sentence(aws_env: pytest.MonkeyPatch, capsys: p
     assert "log in (aws sso login, aws configure), or set AWS_PROFILE" in err
     assert main(["leftovers", "--region", "us-east-1"]) == 1
     aws_env.delenv("AWS_REGION")
-    assert main(["leftovers"]) == 2
-    assert "no AWS region is set; give --region" in capsys.readouterr().err
+    for nothing in ([], ["--region", ""]):
+        assert main(["leftovers", *nothing]) == 2
+        assert "no AWS region is set; give --region" in capsys.readouterr().err
 
 
 def test_a_right_that_lacks_is_named(aws: Aws) -> None:

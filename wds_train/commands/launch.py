@@ -12,6 +12,7 @@ from wds_train.errors import UsageError
 from wds_train.storage.address import BUCKET, NAME
 
 SIZES = ("small", "medium", "large", "huge", "a100")
+LONGEST = 24 * 365.0  # hours; a date that no calendar has would fail after the stack is made
 PREFIX = re.compile(r"([A-Za-z0-9._-]+/)*")
 ARGUMENTS = re.compile(r"[A-Za-z0-9 ._=,:/@+-]*")
 
@@ -90,6 +91,8 @@ def limited(planned: float, price: float, max_hours: float | None, max_usd: floa
             raise UsageError(f"--max-usd {max_usd:g} buys no hour; give what the run may cost")
         asked.append(max_usd / price)
     limit = min(asked, default=math.ceil(2 * planned))
+    if limit > LONGEST:
+        raise UsageError(f"{limit:.3g} hours are over a year, which is no limit; give fewer with --max-hours")
     if limit < planned:
         print(f"{'note':12}the plan takes {planned:.1f} hours; the limit comes before, and a later launch goes on")
     return limit
