@@ -26,6 +26,7 @@ from wds_train.evaluation.evaluate import Member, View, chosen_weights
 from wds_train.serving.calibrate import calibrate, probabilities
 from wds_train.serving.classify import sample
 from wds_train.serving.download import download, is_public
+from wds_train.serving.predict import csv_line
 from wds_train.storage.open import open_store
 
 CPU = torch.device("cpu")
@@ -87,6 +88,11 @@ def test_an_exported_file_answers_as_its_run(
     assert len(rows) == 40
 
 
+def test_a_cell_of_csv_may_hold_anything() -> None:
+    cells = ["a\nb.jpg", "c\rd", 'say "hi", 猫', "=1+1"]
+    assert [*csv.reader(io.StringIO(csv_line(cells), newline=""))] == [cells]
+
+
 def test_bad_images_are_named_and_the_others_answered(
     served: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +115,10 @@ def test_bad_images_are_named_and_the_others_answered(
     assert rows["nowhere.jpg"]["error"] == "there is no such file"
     assert "pixels" in rows["bomb.png"]["error"]
     assert all(len(rows[name]["top"]) == 5 for name in ("00.png", "cmyk.jpg", "good.gif"))
+    long = "x" * 300  # as of an image that was pasted as its address
+    assert answer(capsys, "predict", served, long, "~nobody-is-called-so/x.jpg")[1] == (
+        f"{long}: it cannot be read: File name too long\n~nobody-is-called-so/x.jpg: there is no such file"
+    )
     code, out, _ = answer(capsys, "predict", served, tmp_path / "empty.png", images / "00.png")
     assert code == 1
     assert out.startswith(f"{tmp_path}/empty.png: it is empty (0 bytes)\n{images}/00.png")
