@@ -188,6 +188,14 @@ def test_a_temperature_makes_overconfident_answers_honest() -> None:
     assert calibrate(truth[:1], drawn[:1]).fitted == 0
 
 
+def test_a_temperature_of_a_few_samples_does_no_harm() -> None:
+    """Those that fit are all right, which asks for no doubt at all; of the others one is wrong."""
+    logits = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
+    found = calibrate(logits, np.array([0, 1, 1, 1]))
+    assert (found.temperature, found.fitted) == (1.0, 2)
+    assert found.error == found.error_raw
+
+
 @pytest.mark.parametrize(
     "address",
     [
