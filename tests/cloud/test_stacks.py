@@ -287,6 +287,29 @@ def test_the_limit_is_the_least_that_was_asked_for(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == ""
     assert limited(10.2, 0.5, 3.0, None) == 3
     assert "the limit comes before" in capsys.readouterr().out
+    assert limited(None, 0.5, None, 8.0) == 16
+
+
+def test_what_the_plan_does_not_know_is_launched_with_a_limit(
+    aws: Aws, order: Order, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = ("--recipe", "small", "--dataset", "quick", "--check")
+    assert launch(order, *unknown) == 2
+    assert "the plan does not know the hours; give --max-hours or --max-usd" in capsys.readouterr().err
+    assert launch(order, *unknown, "--max-hours", "3") == 0
+    assert "the end     3.0 hours from now at the latest" in capsys.readouterr().out
+
+
+def test_what_it_costs_is_reckoned_at_the_dearest_type_and_zone(aws: Aws, order: Order) -> None:
+    entries = [
+        {"InstanceType": name, "SpotPrice": usd, "AvailabilityZone": zone, "Timestamp": datetime.now(UTC)}
+        for name, usd, zone in (("p4d.24xlarge", "6", "a"), ("p4d.24xlarge", "9", "b"), ("p4de.24xlarge", "14", "a"))
+    ]
+    scores = {"SpotPlacementScores": [{"Region": "us-east-1", "Score": 9}]}
+    with Stubber(aws.client("ec2")) as stub:
+        stub.add_response("get_spot_placement_scores", scores)
+        stub.add_response("describe_spot_price_history", {"SpotPriceHistory": entries})
+        assert preflight(aws, replace(order, size="a100")).price == 14
 
 
 def test_without_credentials_one_sentence(aws_env: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
