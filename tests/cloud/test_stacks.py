@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from answers import answer
+from botocore.exceptions import EndpointConnectionError
 from botocore.stub import Stubber
 from moto import mock_aws
 from moto.ec2.responses import EC2Response
@@ -31,7 +33,7 @@ from wds_train.cloud.leftovers import leftovers
 from wds_train.cloud.preflight import SIZES, VCPUS, Order, preflight
 from wds_train.commands.launch import limited
 from wds_train.config.presets import preset
-from wds_train.errors import AccessDenied, NotFound, RunError, UsageError
+from wds_train.errors import AccessDenied, Interrupted, NotFound, RunError, Unavailable, UsageError
 from wds_train.format.manifest import ClassInfo, DatasetManifest, Index, Shard, Split
 
 IMAGE = "ami-03cf127a"  # one of moto's
@@ -352,6 +354,46 @@ def test_what_still_costs_money_is_told(aws: Aws, order: Order, code: None, caps
     assert [line.split()[0] for line in found] == ["group", "instance", "instance", "volume", "bucket"]
     assert "make stop RUN=first" in found[0]
     assert re.search(r"\(7 GiB, available\): aws ec2 delete-volume --volume-id vol-", found[3])
+
+
+def test_a_bucket_that_gives_no_answer_is_a_sentence(aws: Aws, order: Order) -> None:
+    def silent(**_: Any) -> None:
+        raise EndpointConnectionError(endpoint_url="https://s3")
+
+    aws.client("s3").get_bucket_tagging = silent
+    with pytest.raises(Unavailable, match=f"the tags of {order.bucket}: AWS gave no answer"):
+        leftovers(aws)
+
+
+def test_a_run_that_waits_for_its_first_instance_has_a_status(
+    aws: Aws, order: Order, code: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = (
+        "status",
+        "first",
+        "--bucket",
+        f"s3://{order.bucket}/{order.prefix}",
+        "--machines",
+        "--region",
+        "us-east-1",
+    )
+    status, _, err = answer(capsys, *asked)
+    assert (status, "there is no run at" in err) == (1, True)
+    assert launch(order) == 0
+    capsys.readouterr()
+    status, out, _ = answer(capsys, *asked)
+    assert (status, out.splitlines()[0]) == (0, f"run      s3://{order.bucket}/p/runs/first: not begun yet")
+    found = json.loads(answer(capsys, *asked, "--json")[1])
+    assert (found["status"], found["machines"]) == ("not begun", out.splitlines()[1:])
+
+
+def test_who_does_not_wait_for_the_stack_hears_that_it_goes_on(aws: Aws, order: Order, code: None) -> None:
+    def leave(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    aws.client("cloudformation").get_waiter = lambda _: SimpleNamespace(wait=leave)
+    with pytest.raises(Interrupted, match="AWS goes on with the stack wds-train-first by itself"):
+        stacks.make(aws, "first", {"Run": "first"}, '{"Resources": {}, "Parameters": {"Run": {"Type": "String"}}}')
 
 
 def test_the_machines_are_told_with_what_keeps_them(aws: Aws, order: Order, code: None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from botocore.exceptions import ClientError, WaiterError
 
 from wds_train.cloud.aws import Aws, told
-from wds_train.errors import NotFound, RunError, UsageError
+from wds_train.errors import Interrupted, NotFound, RunError, UsageError
 
 TEMPLATE = Path(__file__).parents[2] / "infra" / "stack.yaml"
 END = "wds-train-end"  # the scheduled action that sets the group to none, whatever the instance does
@@ -161,6 +161,10 @@ def _wait(aws: Aws, state: str, name: str) -> None:
         aws.client("cloudformation").get_waiter(state).wait(StackName=name, WaiterConfig=WAIT)
     except WaiterError as error:
         raise RunError(f"the stack {name} failed: {_reason(aws, name)}; what was made of it is taken away") from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"nobody waits any longer, but AWS goes on with the stack {name} by itself; do the same again in some minutes"
+        ) from error
 
 
 def _reason(aws: Aws, name: str) -> str:
