@@ -234,6 +234,16 @@ class _Pages(http.server.BaseHTTPRequestHandler):
             self.end_headers()
         elif path == "missing":
             self.send_error(404)
+        elif path == "headers":  # more than a client takes, if it has the time
+            self.send_response(200)
+            for number in range(150):
+                self.send_header(f"X-{number}", "x")
+                self.flush_headers()
+                time.sleep(0.01)
+        elif path == "echo":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.path.encode())
         else:
             self.send_response(200)
             self.end_headers()
@@ -257,6 +267,11 @@ def test_a_download_follows_redirects(site: str) -> None:
     assert download(f"{site}/to/to/image", allowed=lambda _: True) == b"x" * 10
 
 
+def test_an_address_may_be_written_as_people_see_it(site: str) -> None:
+    found = download(f"{site}/echo/\u00c4 b%20c.jpg?d=\u732b&e=/", allowed=lambda _: True)
+    assert found == b"/echo/%C3%84%20b%20c.jpg?d=%E7%8C%AB&e=/"
+
+
 @pytest.mark.parametrize(
     ("path", "limits", "message"),
     [
@@ -265,6 +280,7 @@ def test_a_download_follows_redirects(site: str) -> None:
         ("to/file:///etc/passwd", {"allowed": lambda _: True}, "none of the form http://HOST"),
         ("to/to/to/to/to/to/to/image", {"allowed": lambda _: True}, "redirects more than 5 times"),
         ("drip", {"allowed": lambda _: True, "seconds": 0.4}, "did not come within 0.4 s"),
+        ("headers", {"allowed": lambda _: True, "seconds": 0.4}, "did not come within 0.4 s"),
         ("large", {"allowed": lambda _: True, "most": 2 << 20}, "more than 2 MB"),
         ("missing", {"allowed": lambda _: True}, "the server answered 404"),
     ],
