@@ -98,7 +98,9 @@ def limited(planned: float | None, price: float, max_hours: float | None, max_us
         raise UsageError("nothing was made, since the plan does not know the hours; give --max-hours or --max-usd")
     limit = min(asked, default=math.ceil(2 * (planned or 0)))
     if limit > LONGEST:
-        raise UsageError(f"{limit:.3g} hours are over a year, which is no limit; give fewer with --max-hours")
+        raise UsageError(
+            f"nothing was made, since {limit:.3g} hours are over a year, which is no limit; give fewer with --max-hours"
+        )
     if limit < (planned or 0):
         print(f"{'note':12}the plan takes {planned:.1f} hours; the limit comes before, and a later launch goes on")
     return limit
