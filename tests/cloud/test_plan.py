@@ -1,6 +1,7 @@
 """`wds-train plan`: the table, one plan in full, prices from three places, and what is refused."""
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -100,18 +101,21 @@ def test_a_price_that_is_given_comes_before_aws_and_aws_before_the_table() -> No
     assert {each.usd for each in quotes(machines, {"g5.xlarge": 0.2}, 0.5).values()} == {0.5}
 
 
-def test_the_spot_price_is_that_of_the_cheapest_zone(aws_env: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("zone", "usd"), [(min, 0.2), (max, 0.3)])
+def test_the_spot_price_is_that_of_the_cheapest_or_dearest_zone(
+    aws_env: pytest.MonkeyPatch, zone: Callable[[float, float], float], usd: float
+) -> None:
     import boto3
     from botocore.stub import Stubber  # moto's prices are all alike
 
     client = boto3.client("ec2", "us-east-1", aws_access_key_id="x", aws_secret_access_key="x")
     entries = [
-        {"InstanceType": name, "SpotPrice": usd, "AvailabilityZone": zone, "Timestamp": datetime.now(UTC)}
-        for name, usd, zone in (("g5.xlarge", "0.3", "a"), ("g5.xlarge", "0.2", "b"), ("g6.xlarge", "0.4", "a"))
+        {"InstanceType": name, "SpotPrice": price, "AvailabilityZone": place, "Timestamp": datetime.now(UTC)}
+        for name, price, place in (("g5.xlarge", "0.3", "a"), ("g5.xlarge", "0.2", "b"), ("g6.xlarge", "0.4", "a"))
     ]
     with Stubber(client) as stub:
         stub.add_response("describe_spot_price_history", {"SpotPriceHistory": entries})
-        assert spot_prices(["g5.xlarge", "g6.xlarge"], client) == {"g5.xlarge": 0.2, "g6.xlarge": 0.4}
+        assert spot_prices(["g5.xlarge", "g6.xlarge"], client, zone) == {"g5.xlarge": usd, "g6.xlarge": 0.4}
 
 
 def test_an_aws_that_refuses_leaves_the_table(capsys: pytest.CaptureFixture[str], aws_env: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from answers import answer
+from botocore.exceptions import EndpointConnectionError
 from botocore.stub import Stubber
 from moto import mock_aws
 from moto.ec2.responses import EC2Response
@@ -31,7 +33,7 @@ from wds_train.cloud.leftovers import leftovers
 from wds_train.cloud.preflight import SIZES, VCPUS, Order, preflight
 from wds_train.commands.launch import limited
 from wds_train.config.presets import preset
-from wds_train.errors import AccessDenied, NotFound, RunError, UsageError
+from wds_train.errors import AccessDenied, Interrupted, NotFound, RunError, Unavailable, UsageError
 from wds_train.format.manifest import ClassInfo, DatasetManifest, Index, Shard, Split
 
 IMAGE = "ami-03cf127a"  # one of moto's
@@ -182,10 +184,21 @@ def test_stop_launch_again_and_destroy(
     assert "there is no stack wds-train-first in us-east-1; launch it" in capsys.readouterr().err
 
 
+def test_a_half_made_stack_without_its_group_is_destroyed(aws: Aws) -> None:
+    stack = {"StackName": "wds-train-first", "StackStatus": "DELETE_FAILED", "CreationTime": datetime.now(UTC)}
+    with Stubber(aws.client("cloudformation")) as stub:
+        stub.add_response("describe_stacks", {"Stacks": [stack]})
+        stub.add_response("delete_stack", {}, {"StackName": "wds-train-first"})
+        stub.add_client_error("describe_stacks", "ValidationError", "Stack with id x does not exist")
+        stacks.destroy(aws, "first")
+        stub.assert_no_pending_responses()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--max-usd", "0"], "--max-usd 0 buys no hour"),
+        (["--max-usd", "1e9"], "hours are over a year, which is no limit"),
         (["--max-hours", "0"], "'0' is not a number of more than 0"),
         (["--size", "tiny"], "invalid choice: 'tiny'"),
         (["--arguments", "$(reboot)"], "may hold letters, digits, blanks"),
@@ -234,6 +247,7 @@ def test_a_placement_score_is_told(aws: Aws, order: Order) -> None:
     [
         ("ROLLBACK_COMPLETE", "is half-made"),
         ("DELETE_FAILED", "is half-made"),
+        ("UPDATE_ROLLBACK_FAILED", "is half-made"),
         ("UPDATE_IN_PROGRESS", "is being changed"),
     ],
 )
@@ -275,6 +289,29 @@ def test_the_limit_is_the_least_that_was_asked_for(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == ""
     assert limited(10.2, 0.5, 3.0, None) == 3
     assert "the limit comes before" in capsys.readouterr().out
+    assert limited(None, 0.5, None, 8.0) == 16
+
+
+def test_what_the_plan_does_not_know_is_launched_with_a_limit(
+    aws: Aws, order: Order, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = ("--recipe", "small", "--dataset", "quick", "--check")
+    assert launch(order, *unknown) == 2
+    assert "the plan does not know the hours; give --max-hours or --max-usd" in capsys.readouterr().err
+    assert launch(order, *unknown, "--max-hours", "3") == 0
+    assert "the end     3.0 hours from now at the latest" in capsys.readouterr().out
+
+
+def test_what_it_costs_is_reckoned_at_the_dearest_type_and_zone(aws: Aws, order: Order) -> None:
+    entries = [
+        {"InstanceType": name, "SpotPrice": usd, "AvailabilityZone": zone, "Timestamp": datetime.now(UTC)}
+        for name, usd, zone in (("p4d.24xlarge", "6", "a"), ("p4d.24xlarge", "9", "b"), ("p4de.24xlarge", "14", "a"))
+    ]
+    scores = {"SpotPlacementScores": [{"Region": "us-east-1", "Score": 9}]}
+    with Stubber(aws.client("ec2")) as stub:
+        stub.add_response("get_spot_placement_scores", scores)
+        stub.add_response("describe_spot_price_history", {"SpotPriceHistory": entries})
+        assert preflight(aws, replace(order, size="a100")).price == 14
 
 
 def test_without_credentials_one_sentence(aws_env: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,8 +324,9 @@ def test_without_credentials_one_sentence(aws_env: pytest.MonkeyPatch, capsys: p
     assert "log in (aws sso login, aws configure), or set AWS_PROFILE" in err
     assert main(["leftovers", "--region", "us-east-1"]) == 1
     aws_env.delenv("AWS_REGION")
-    assert main(["leftovers"]) == 2
-    assert "no AWS region is set; give --region" in capsys.readouterr().err
+    for nothing in ([], ["--region", ""]):
+        assert main(["leftovers", *nothing]) == 2
+        assert "no AWS region is set; give --region" in capsys.readouterr().err
 
 
 def test_a_right_that_lacks_is_named(aws: Aws) -> None:
@@ -316,6 +354,46 @@ def test_what_still_costs_money_is_told(aws: Aws, order: Order, code: None, caps
     assert [line.split()[0] for line in found] == ["group", "instance", "instance", "volume", "bucket"]
     assert "make stop RUN=first" in found[0]
     assert re.search(r"\(7 GiB, available\): aws ec2 delete-volume --volume-id vol-", found[3])
+
+
+def test_a_bucket_that_gives_no_answer_is_a_sentence(aws: Aws, order: Order) -> None:
+    def silent(**_: Any) -> None:
+        raise EndpointConnectionError(endpoint_url="https://s3")
+
+    aws.client("s3").get_bucket_tagging = silent
+    with pytest.raises(Unavailable, match=f"the tags of {order.bucket}: AWS gave no answer"):
+        leftovers(aws)
+
+
+def test_a_run_that_waits_for_its_first_instance_has_a_status(
+    aws: Aws, order: Order, code: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = (
+        "status",
+        "first",
+        "--bucket",
+        f"s3://{order.bucket}/{order.prefix}",
+        "--machines",
+        "--region",
+        "us-east-1",
+    )
+    status, _, err = answer(capsys, *asked)
+    assert (status, "there is no run at" in err) == (1, True)
+    assert launch(order) == 0
+    capsys.readouterr()
+    status, out, _ = answer(capsys, *asked)
+    assert (status, out.splitlines()[0]) == (0, f"run      s3://{order.bucket}/p/runs/first: not begun yet")
+    found = json.loads(answer(capsys, *asked, "--json")[1])
+    assert (found["status"], found["machines"]) == ("not begun", out.splitlines()[1:])
+
+
+def test_who_does_not_wait_for_the_stack_hears_that_it_goes_on(aws: Aws, order: Order, code: None) -> None:
+    def leave(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    aws.client("cloudformation").get_waiter = lambda _: SimpleNamespace(wait=leave)
+    with pytest.raises(Interrupted, match="AWS goes on with the stack wds-train-first by itself"):
+        stacks.make(aws, "first", {"Run": "first"}, '{"Resources": {}, "Parameters": {"Run": {"Type": "String"}}}')
 
 
 def test_the_machines_are_told_with_what_keeps_them(aws: Aws, order: Order, code: None) -> None:

@@ -160,6 +160,9 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     for path in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
         with pytest.raises(UsageError, match="is there and not empty"), new_folder(path):
             pytest.fail("it was begun")
+    for path in (Path(), Path("/")):
+        with pytest.raises(UsageError, match="cannot be made anew; name a folder"), new_folder(path):
+            pytest.fail("it was begun")
     with pytest.raises(KeyError), new_folder(tmp_path / "new") as folder:
         (folder / "half").write_text("half")
         raise KeyError

@@ -27,7 +27,7 @@ from wds_train.format.manifest import ClassInfo
 from wds_train.serving.calibrate import calibrate, probabilities
 from wds_train.serving.classify import sample
 from wds_train.serving.download import download, is_public
-from wds_train.serving.predict import Prediction
+from wds_train.serving.predict import Prediction, csv_line
 from wds_train.storage.open import open_store
 
 CPU = torch.device("cpu")
@@ -89,6 +89,11 @@ def test_an_exported_file_answers_as_its_run(
     assert len(rows) == 40
 
 
+def test_a_cell_of_csv_may_hold_anything() -> None:
+    cells = ["a\nb.jpg", "c\rd", 'say "hi", 猫', "=1+1"]
+    assert [*csv.reader(io.StringIO(csv_line(cells), newline=""))] == [cells]
+
+
 def test_bad_images_are_named_and_the_others_answered(
     served: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +116,10 @@ def test_bad_images_are_named_and_the_others_answered(
     assert rows["nowhere.jpg"]["error"] == "there is no such file"
     assert "pixels" in rows["bomb.png"]["error"]
     assert all(len(rows[name]["top"]) == 5 for name in ("00.png", "cmyk.jpg", "good.gif"))
+    long = "x" * 300  # as of an image that was pasted as its address
+    assert answer(capsys, "predict", served, long, "~nobody-is-called-so/x.jpg")[1] == (
+        f"{long}: it cannot be read: File name too long\n~nobody-is-called-so/x.jpg: there is no such file"
+    )
     code, out, _ = answer(capsys, "predict", served, tmp_path / "empty.png", images / "00.png")
     assert code == 1
     assert out.startswith(f"{tmp_path}/empty.png: it is empty (0 bytes)\n{images}/00.png")
@@ -188,6 +197,14 @@ def test_a_temperature_makes_overconfident_answers_honest() -> None:
     assert calibrate(truth[:1], drawn[:1]).fitted == 0
 
 
+def test_a_temperature_of_a_few_samples_does_no_harm() -> None:
+    """Those that fit are all right, which asks for no doubt at all; of the others one is wrong."""
+    logits = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
+    found = calibrate(logits, np.array([0, 1, 1, 1]))
+    assert (found.temperature, found.fitted) == (1.0, 2)
+    assert found.error == found.error_raw
+
+
 @pytest.mark.parametrize(
     "address",
     [
@@ -226,6 +243,16 @@ class _Pages(http.server.BaseHTTPRequestHandler):
             self.end_headers()
         elif path == "missing":
             self.send_error(404)
+        elif path == "headers":  # more than a client takes, if it has the time
+            self.send_response(200)
+            for number in range(150):
+                self.send_header(f"X-{number}", "x")
+                self.flush_headers()
+                time.sleep(0.01)
+        elif path == "echo":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.path.encode())
         else:
             self.send_response(200)
             self.end_headers()
@@ -249,6 +276,11 @@ def test_a_download_follows_redirects(site: str) -> None:
     assert download(f"{site}/to/to/image", allowed=lambda _: True) == b"x" * 10
 
 
+def test_an_address_may_be_written_as_people_see_it(site: str) -> None:
+    found = download(f"{site}/echo/\u00c4 b%20c.jpg?d=\u732b&e=/", allowed=lambda _: True)
+    assert found == b"/echo/%C3%84%20b%20c.jpg?d=%E7%8C%AB&e=/"
+
+
 @pytest.mark.parametrize(
     ("path", "limits", "message"),
     [
@@ -257,6 +289,7 @@ def test_a_download_follows_redirects(site: str) -> None:
         ("to/file:///etc/passwd", {"allowed": lambda _: True}, "none of the form http://HOST"),
         ("to/to/to/to/to/to/to/image", {"allowed": lambda _: True}, "redirects more than 5 times"),
         ("drip", {"allowed": lambda _: True, "seconds": 0.4}, "did not come within 0.4 s"),
+        ("headers", {"allowed": lambda _: True, "seconds": 0.4}, "did not come within 0.4 s"),
         ("large", {"allowed": lambda _: True, "most": 2 << 20}, "more than 2 MB"),
         ("missing", {"allowed": lambda _: True}, "the server answered 404"),
     ],

@@ -27,7 +27,7 @@ class Aws:
 
     def __init__(self, region: str | None = None) -> None:
         with told("the AWS settings"):
-            self.session = boto3.session.Session(region_name=region)
+            self.session = boto3.session.Session(region_name=region or None)
         if self.session.region_name is None:
             raise UsageError("no AWS region is set; give --region, or set AWS_REGION")
         self.region: str = self.session.region_name

@@ -53,10 +53,11 @@ def _buckets(aws: Aws) -> Iterator[str]:
     with told("the buckets"):
         names = [each["Name"] for each in s3.list_buckets()["Buckets"]]
     for name in names:
-        try:
-            tags = s3.get_bucket_tagging(Bucket=name)["TagSet"]
-        except ClientError:  # it has none, or is not ours to ask
-            continue
+        with told(f"the tags of {name}"):
+            try:
+                tags = s3.get_bucket_tagging(Bucket=name)["TagSet"]
+            except ClientError:  # it has none, or is not ours to ask
+                continue
         if any(tag["Key"] == TAG for tag in tags):
             yield f"bucket    {name}: holds datasets and runs, $.023 per GB and month; kept on purpose"
 

@@ -1,7 +1,7 @@
 """Plans for many recipes on many instances, with prices: AWS's of this moment where it tells them, the table's elsewhere."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,9 +82,11 @@ def best(rows: Sequence[Row]) -> list[Row]:
     return [known[place] for place in front([(each.plan.usd, each.top1 or 0.0) for each in known])]
 
 
-def spot_prices(types: Sequence[str], client: Any = None) -> dict[str, float]:
-    """The spot price of each type in its cheapest zone of the configured region, of Linux, now; `UsageError` where AWS does not
-    tell.
+def spot_prices(
+    types: Sequence[str], client: Any = None, zone: Callable[[float, float], float] = min
+) -> dict[str, float]:
+    """The spot price of each type in its cheapest `zone` of the configured region, or, by `max`, its dearest, of Linux, now;
+    `UsageError` where AWS does not tell.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -99,7 +101,7 @@ def spot_prices(types: Sequence[str], client: Any = None) -> dict[str, float]:
     prices: dict[str, float] = {}
     for entry in found:
         name, usd = entry["InstanceType"], float(entry["SpotPrice"])
-        prices[name] = min(prices.get(name, usd), usd)
+        prices[name] = zone(prices.get(name, usd), usd)
     return prices
 
 

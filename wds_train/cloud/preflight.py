@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -10,7 +10,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from wds_train.checkpoint.lease import read_run
 from wds_train.cloud import stacks
 from wds_train.cloud.aws import Aws, told
-from wds_train.cloud.cost import Images, Plan, plan
+from wds_train.cloud.cost import Images, plan
 from wds_train.cloud.plan import quotes, spot_prices
 from wds_train.cloud.prices import MACHINES
 from wds_train.config.recipe import Recipe
@@ -59,7 +59,8 @@ class Findings:
     has_bucket: bool = False
     image: str = ""
     price: float = 0.0
-    planned: Plan | None = None
+    hours: float | None = None
+    """Which the plan says, if it knows the model."""
 
     def look(self, what: str, at: Callable[[], str]) -> None:
         """Note what `at` says, or the error that it raises, which refuses the launch."""
@@ -197,22 +198,26 @@ def _plan(aws: Aws, order: Order, found: Findings) -> str:
     manifest = Dataset.open(order.dataset).manifest
     train, val = manifest.split("train"), manifest.split("val")
     images = Images(train.samples, val.samples, train.bytes / train.samples)
-    types = [each for each in SIZES[order.size] if each in MACHINES]
+    # Which type in which zone AWS will choose is not known: the dearest hour and the longest time are the ones to reckon with.
     try:
-        live = spot_prices(types, aws.client("ec2"))
+        live = spot_prices(SIZES[order.size], aws.client("ec2"), max)
     except UsageError:
         live = {}
-    machines = [MACHINES[each] for each in types]
+    machines = [MACHINES[each] for each in SIZES[order.size] if each in MACHINES]
     priced = quotes(machines, live, None)
     if not priced:
         raise UsageError(
-            f"no price of {', '.join(types)} is known; let the credentials call ec2:DescribeSpotPriceHistory"
+            f"no price of {', '.join(SIZES[order.size])} is known; let the credentials call ec2:DescribeSpotPriceHistory"
         )
-    plans = [
-        plan(order.recipe, each, images, priced[each.type].usd, spot=True) for each in machines if each.type in priced
-    ]
-    # What AWS will choose is not known: the dearest hour and the longest time are the ones to reckon with.
-    found.planned = replace(max(plans, key=lambda each: each.hours), price=max(each.price for each in plans))
-    found.price = found.planned.price
+    found.price = max([*live.values(), *(each.usd for each in priced.values())])
+    try:
+        plans = [
+            plan(order.recipe, each, images, priced[each.type].usd, spot=True)
+            for each in machines
+            if each.type in priced
+        ]
+    except UsageError as error:
+        return f"not known ({error})"
+    found.hours = max(each.hours for each in plans)
     cheap, dear = min(each.usd for each in plans), max(each.usd for each in plans)
-    return f"{min(each.hours for each in plans):.1f} to {found.planned.hours:.1f} hours, ${cheap:.2f} to ${dear:.2f}"
+    return f"{min(each.hours for each in plans):.1f} to {found.hours:.1f} hours, ${cheap:.2f} to ${dear:.2f}"

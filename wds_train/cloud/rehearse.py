@@ -117,13 +117,17 @@ def _attempt(
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as training:
-        for line in training.stderr or ():
-            told.append(line)
-            epochs += (epoch := bool(EPOCH.match(line)))
-            if epochs <= 1 if epoch else SHOWN.match(line):
-                say(line.rstrip())
-            if epoch and epochs == 1:
-                scored(training)
+        try:
+            for line in training.stderr or ():
+                told.append(line)
+                epochs += (epoch := bool(EPOCH.match(line)))
+                if epochs <= 1 if epoch else SHOWN.match(line):
+                    say(line.rstrip())
+                if epoch and epochs == 1:
+                    scored(training)
+        except BaseException:
+            training.kill()  # or it would train on for its thousand epochs, with nobody who knows of it
+            raise
     if training.returncode != Interrupted.exit_code:
         raise RunError(
             f"the training ended with exit code {training.returncode}, not as interrupted: {''.join(told[-3:]).strip()}"

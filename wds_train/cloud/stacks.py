@@ -8,12 +8,12 @@ from typing import Any
 from botocore.exceptions import ClientError, WaiterError
 
 from wds_train.cloud.aws import Aws, told
-from wds_train.errors import NotFound, RunError, UsageError
+from wds_train.errors import Interrupted, NotFound, RunError, UsageError
 
 TEMPLATE = Path(__file__).parents[2] / "infra" / "stack.yaml"
 END = "wds-train-end"  # the scheduled action that sets the group to none, whatever the instance does
 TAG = "wds-train"
-BROKEN = {"ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED", "DELETE_FAILED"}
+BROKEN = {"ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED", "DELETE_FAILED", "UPDATE_ROLLBACK_FAILED"}
 WAIT = {"Delay": 5, "MaxAttempts": 240}  # of a stack's changes: 20 minutes
 
 
@@ -98,8 +98,10 @@ def stop(aws: Aws, run: str) -> None:
 
 
 def destroy(aws: Aws, run: str) -> None:
-    """Delete the stack, once its instance has gone; the bucket is kept."""
-    stop(aws, run)
+    """Delete the stack, once its instance has gone; the bucket is kept. One that is half-made may have no group."""
+    existing(aws, run)
+    if group(aws, run):
+        stop(aws, run)
     with told(f"the stack {name_of(run)}"):
         aws.client("cloudformation").delete_stack(StackName=name_of(run))
         _wait(aws, "stack_delete_complete", name_of(run))
@@ -159,6 +161,10 @@ def _wait(aws: Aws, state: str, name: str) -> None:
         aws.client("cloudformation").get_waiter(state).wait(StackName=name, WaiterConfig=WAIT)
     except WaiterError as error:
         raise RunError(f"the stack {name} failed: {_reason(aws, name)}; what was made of it is taken away") from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"nobody waits any longer, but AWS goes on with the stack {name} by itself; do the same again in some minutes"
+        ) from error
 
 
 def _reason(aws: Aws, name: str) -> str:

@@ -12,6 +12,7 @@ from wds_train.errors import UsageError
 from wds_train.storage.address import BUCKET, NAME
 
 SIZES = ("small", "medium", "large", "huge", "a100")
+LONGEST = 24 * 365.0  # hours; a date that no calendar has would fail after the stack is made
 PREFIX = re.compile(r"([A-Za-z0-9._-]+/)*")
 ARGUMENTS = re.compile(r"[A-Za-z0-9 ._=,:/@+-]*")
 
@@ -63,9 +64,11 @@ def run(args: argparse.Namespace) -> int:
     if found.refused:
         raise UsageError("\n".join(["nothing was made, since", *found.refused]))
     limit = 0.0
-    if found.planned is not None:
-        limit = limited(found.planned.hours, found.price, args.max_hours, args.max_usd)
-        print(f"{'the end':12}{limit:.1f} hours from now at the latest, ${limit * found.price:.2f} at most")
+    if found.has_bucket:
+        limit = limited(found.hours, found.price, args.max_hours, args.max_usd)
+        print(
+            f"{'the end':12}{limit:.1f} hours from now at the latest, ${limit * found.price:.2f} at the dearest price"
+        )
     if args.check:
         print("nothing was made (--check)")
         return 0
@@ -82,15 +85,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def limited(planned: float, price: float, max_hours: float | None, max_usd: float | None) -> float:
-    """The hours after which the group is set to none: the least that was asked for, else twice what the plan says."""
+def limited(planned: float | None, price: float, max_hours: float | None, max_usd: float | None) -> float:
+    """The hours after which the group is set to none: the least that was asked for, else twice what the plan says; where it
+    says nothing, they must be asked for.
+    """
     asked = [] if max_hours is None else [max_hours]
     if max_usd is not None:
         if max_usd <= 0:
             raise UsageError(f"--max-usd {max_usd:g} buys no hour; give what the run may cost")
         asked.append(max_usd / price)
-    limit = min(asked, default=math.ceil(2 * planned))
-    if limit < planned:
+    if not asked and planned is None:
+        raise UsageError("nothing was made, since the plan does not know the hours; give --max-hours or --max-usd")
+    limit = min(asked, default=math.ceil(2 * (planned or 0)))
+    if limit > LONGEST:
+        raise UsageError(
+            f"nothing was made, since {limit:.3g} hours are over a year, which is no limit; give fewer with --max-hours"
+        )
+    if limit < (planned or 0):
         print(f"{'note':12}the plan takes {planned:.1f} hours; the limit comes before, and a later launch goes on")
     return limit
 

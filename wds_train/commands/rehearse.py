@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +29,7 @@ def _here() -> int:
     from wds_train.cloud.rehearse import rehearse
     from wds_train.storage import embedded
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing may stay that was started here
     with tempfile.TemporaryDirectory(prefix="wds-rehearsal-") as folder:
         os.environ["WDS_HOME"] = folder  # the server and the run go with it
         embedded.ensure_running()  # one for all processes

@@ -11,8 +11,9 @@ from typing import Any
 
 from wds_train.checkpoint.find import SCORES, find_run
 from wds_train.checkpoint.lease import is_gone
-from wds_train.checkpoint.manifest import Checkpoint, RunManifest, best
+from wds_train.checkpoint.manifest import Checkpoint, RunManifest, best, name_of
 from wds_train.commands.arguments import add_region, add_run, dollars, run_url
+from wds_train.errors import NotFound
 
 WATCH_SECONDS = 2.0
 
@@ -35,14 +36,33 @@ def run(args: argparse.Namespace) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             _watch(url, args.price)
         return 0
-    status = describe(find_run(url)[0], time.time(), args.price)
-    print(json.dumps(status, indent=1) if args.json else "\n".join(_lines(status)))
+    try:
+        status = describe(find_run(url)[0], time.time(), args.price)
+        lines = _lines(status)
+    except NotFound:
+        # An instance takes minutes until it begins the run, and without capacity there is none.
+        if not args.machines or not _launched(args.region, name_of(url)):
+            raise
+        status, lines = {"run": name_of(url), "status": "not begun"}, [f"run      {url}: not begun yet"]
+    if not args.json:
+        print("\n".join(lines))  # before AWS is asked, which may refuse
     if args.machines:
         from wds_train.cloud.aws import Aws
         from wds_train.cloud.stacks import machines
 
-        print("\n".join(machines(Aws(args.region), status["run"])))
+        status["machines"] = machines(Aws(args.region), name_of(url))
+        if not args.json:
+            print("\n".join(status["machines"]))
+    if args.json:
+        print(json.dumps(status, indent=1))
     return 0
+
+
+def _launched(region: str | None, run: str) -> bool:
+    from wds_train.cloud.aws import Aws
+    from wds_train.cloud.stacks import group
+
+    return group(Aws(region), run) is not None
 
 
 def _watch(url: str, price: float | None) -> None:

@@ -7,9 +7,10 @@ SURE = 0.5  # the probability of an answer below which it is likelier wrong than
 
 @dataclass(frozen=True)
 class Calibration:
-    """`temperature` was fitted on `fitted` samples, none where it is 0, and judged on `judged` others: `error_raw` and `error` are
-    the expected calibration error without and with it, `sure` the share of sure answers, `right_sure` and `right_unsure` the
-    shares of right ones among these and the others; all in percent, -1 where there were none.
+    """`temperature` was fitted on `fitted` samples, none where it is 0, and judged on `judged` others, where it is 1 if it did
+    not help: `error_raw` and `error` are the expected calibration error without and with it, `sure` the share of sure
+    answers, `right_sure` and `right_unsure` the shares of right ones among these and the others; all in percent, -1 where
+    there were none.
     """
 
     temperature: float = 1.0

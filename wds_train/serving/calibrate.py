@@ -52,17 +52,19 @@ def _scored(classifier: Classifier, split: SplitReader) -> tuple[NDArray[np.floa
 
 
 def calibrate(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Calibration:
-    """What `logits` [samples, classes] of samples with `labels` tell: every other sample fits, the rest judges."""
+    """What `logits` [samples, classes] of samples with `labels` tell: every other sample fits, the rest judges. A temperature
+    that makes it worse there, as one of a few samples does, stays 1.
+    """
     fit, rest = slice(0, None, 2), slice(1, None, 2)
     if len(labels) < 2:
         return Calibration()
 
-    def loss(log_temperature: float) -> float:
-        scaled = log_softmax(logits[fit] / np.exp(log_temperature), axis=1)
-        return -float(scaled[np.arange(len(scaled)), labels[fit]].mean())
+    def loss(log_temperature: float, part: slice) -> float:
+        scaled = log_softmax(logits[part] / np.exp(log_temperature), axis=1)
+        return -float(scaled[np.arange(len(scaled)), labels[part]].mean())
 
-    found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded")
-    temperature = float(np.exp(found.x))
+    found = minimize_scalar(loss, args=(fit,), bounds=np.log(TEMPERATURES), method="bounded")
+    temperature = float(np.exp(found.x)) if loss(found.x, rest) < loss(0.0, rest) else 1.0
     right = logits[rest].argmax(axis=1) == labels[rest]
     raw, probability = (probabilities(logits[rest], t).max(axis=1) for t in (1.0, temperature))
     sure = probability >= SURE

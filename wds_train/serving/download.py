@@ -8,10 +8,11 @@ import contextlib
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection, HTTPException, HTTPResponse
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from wds_train.errors import DataError
 
@@ -20,6 +21,7 @@ SECONDS = 20.0
 REDIRECTS = 5
 MOVED = (301, 302, 303, 307, 308)
 PIECE = 64 << 10
+SAFE = "%/:?#[]@!$&'()*+,;=~"  # of an address, what is quoted already or means something
 PORTS = {"http": 80, "https": 443}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
@@ -62,10 +64,33 @@ def _answer(url: str, allowed: Callable[[str], bool], deadline: float) -> Iterat
     connection = HTTPConnection(parts.hostname, parts.port or PORTS[parts.scheme])
     with contextlib.closing(connection):
         connection.sock = _connected(parts, allowed, deadline)
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request("GET", path, headers={"User-Agent": "wds-train", "Accept": "image/*"})
+        # As people copy it: with blanks, and letters of any alphabet.
+        path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), SAFE)
         connection.sock.settimeout(_left(deadline))
-        yield connection, connection.getresponse()
+        with _ended_at(deadline, connection.sock):
+            connection.request("GET", path, headers={"User-Agent": "wds-train", "Accept": "image/*"})
+            answer = connection.getresponse()
+            _left(deadline)
+        yield connection, answer
+
+
+@contextlib.contextmanager
+def _ended_at(deadline: float, used: socket.socket) -> Iterator[None]:
+    """Nobody sends or receives through the socket `used` after `deadline`; its own limit is for one piece of a header."""
+
+    def end() -> None:
+        with contextlib.suppress(OSError):
+            used.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(_left(deadline), end)
+    timer.start()
+    try:
+        yield
+    except (OSError, HTTPException):
+        _left(deadline)
+        raise
+    finally:
+        timer.cancel()
 
 
 def _connected(parts: SplitResult, allowed: Callable[[str], bool], deadline: float) -> socket.socket:

@@ -93,6 +93,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which gets the name `path` when the block ends well; `UsageError` when there is something of that name
     that is no empty folder.
     """
+    if not path.name:  # "." and "/": what is made beside it and renamed needs one
+        raise UsageError(f"{path} cannot be made anew; name a folder that is not there yet")
     unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):

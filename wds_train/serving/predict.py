@@ -68,8 +68,8 @@ def csv_header(classes: int) -> str:
 
 def csv_line(cells: list[str]) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="").writerow(cells)
-    return out.getvalue()
+    csv.writer(out).writerow(cells)  # a line's end in a cell is quoted if it is one of the writer's own
+    return out.getvalue().removesuffix("\r\n")
 
 
 def class_names(classes: tuple[ClassInfo, ...]) -> dict[str, str]:
