@@ -70,7 +70,13 @@ UV=$(find "$CODE/wheels/uv" -path '*/scripts/uv')
 chmod +x "$UV"
 cd "$CODE"
 "$UV" venv --quiet --allow-existing --python python3 .venv
-"$UV" pip install --quiet --python .venv/bin/python --require-hashes -r requirements.lock
+# The way to the packages fails now and then, and giving up ends the run for good.
+tries=0
+until "$UV" pip install --quiet --python .venv/bin/python --require-hashes -r requirements.lock; do
+  tries=$((tries + 1))
+  [ "$tries" -lt 5 ] || refuse "the packages cannot be installed, for the reason above; five tries were made"
+  sleep $((tries * ${WDS_TRY_SECONDS:-15}))
+done
 "$UV" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 touch .venv/.installed
 

@@ -63,7 +63,9 @@ def test_ratios_are_ours_to_the_peer(result: dict[str, Any]) -> None:
 
 def test_the_bound_is_what_decoding_checksum_and_server_allow(result: dict[str, Any]) -> None:
     bound = result["bound"]
-    assert min(bound["checksum_ms"], bound["decode_ms"], bound["steady_cpu_ms_per_img"]) > 0  # which is more, load decides
+    assert (
+        min(bound["checksum_ms"], bound["decode_ms"], bound["steady_cpu_ms_per_img"]) > 0
+    )  # which is more, load decides
     assert bound["server_cpu_ms_per_img"] >= 0  # of 13 images; nothing is known of a server on more cores than the pass
     taken = bound["decode_ms"] + bound["checksum_ms"] + bound["server_cpu_ms_per_img"]
     assert bound["img_per_s"] == pytest.approx(1e3 / taken, rel=0.01)

@@ -30,8 +30,7 @@ class Instance:
         shutil.copytree(INFRA, self.code / "infra")
         (folder / "etc/wds-train.env").write_text(SETTINGS)
         (folder / "etc/os-release").write_text('PRETTY_NAME="Ubuntu 24.04.1 LTS"\nVERSION_ID="24.04"\n')
-        with zipfile.ZipFile(self.code / "wheels/uv-1-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("uv-1.data/scripts/uv", f'#!/bin/bash\necho "uv $*" >> {folder}/calls\n')
+        self.uv()
         self.stub("nvidia-smi", 'echo "GPU 0: NVIDIA A10G (UUID: x)"')
         self.stub("lsblk", 'echo "/dev/nvme1n1 Amazon EC2 NVMe Instance Storage"')
         self.stub("mountpoint", "exit 1")
@@ -42,6 +41,11 @@ class Instance:
     def stub(self, name: str, script: str) -> None:
         (self.bin / name).write_text(f"#!/bin/bash\n{script}\n")
         (self.bin / name).chmod(0o755)
+
+    def uv(self, script: str = "") -> None:
+        """What the bundle has of uv."""
+        with zipfile.ZipFile(self.code / "wheels/uv-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("uv-1.data/scripts/uv", f'#!/bin/bash\necho "uv $*" >> {self.folder}/calls\n{script}')
 
     def record(self, name: str, script: str = "") -> None:
         self.stub(name, f'echo "{name} $*" >> {self.folder}/calls\n{script}')
@@ -123,6 +127,19 @@ def test_without_a_local_disk_s3_is_read_every_time(instance: Instance) -> None:
     assert code == 0
     assert "no local disk; every epoch will be read from S3" in out
     assert "WDS_CACHE=\n" in (instance.folder / "etc/wds-train.env").read_text()
+
+
+@pytest.mark.parametrize("failures", [2, 99])
+def test_packages_that_do_not_come_are_asked_for_again_for_a_while(instance: Instance, failures: int) -> None:
+    asked = f"grep -c 'pip install.*requirements.lock' {instance.folder}/calls"
+    instance.uv(f'[[ "$*" != *requirements.lock ]] || [ "$({asked})" -gt {failures} ] || exit 1\n')
+    code, out = instance.bootstrap(WDS_TRY_SECONDS="0")
+    if failures == 2:
+        assert code == 0, out
+    else:
+        assert "the packages cannot be installed, for the reason above; five tries were made" in out
+        assert instance.calls[-1].startswith("aws autoscaling terminate-instance-in-auto-scaling-group")
+    assert sum("requirements.lock" in call for call in instance.calls) == min(failures + 1, 5)
 
 
 BROKEN = {
