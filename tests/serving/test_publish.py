@@ -128,6 +128,12 @@ def test_what_cannot_work_leaves_nothing(
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "home"] == before
 
 
+def test_a_folder_that_is_taken_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").touch()
+    code, _, err = answer(capsys, "publish", tmp_path / "no-run", "--to", tmp_path, "--licence", "mit")
+    assert (code, f"{tmp_path} is there and not empty" in err) == (2, True), err
+
+
 class _Hub(http.server.BaseHTTPRequestHandler):
     """A hub that lets nobody in."""
 

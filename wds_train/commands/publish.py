@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"publish needs {error.name}: install wds-train[serve]") from error
     from wds_train.serving.prepare import both_kinds
 
-    publish.refuse(args.licence, args.push)
+    publish.refuse(args.to, args.licence, args.push)
     url = run_url(args.run, args.bucket)
     manifest, _ = find_run(url)
     publish.write(args.to, manifest, both_kinds(url, torch.device("cpu")), args.licence, args.push)

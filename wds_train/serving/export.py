@@ -93,12 +93,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which gets the name `path` when the block ends well; `UsageError` when there is something of that name
     that is no empty folder.
     """
-    if not path.name:  # "." and "/": what is made beside it and renamed needs one
-        raise UsageError(f"{path} cannot be made anew; name a folder that is not there yet")
+    refuse_taken(path)
     unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UsageError(f"{path} is there and not empty; name a folder that is not there yet")
         unfinished.mkdir(parents=True)
         yield unfinished
         unfinished.rename(path)
@@ -106,6 +103,18 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise unwritable(path, error) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def refuse_taken(path: Path) -> None:
+    """`UsageError` where `new_folder` could not make `path`: to be called before the work of minutes."""
+    if not path.name:  # "." and "/": what is made beside it and renamed needs one
+        raise UsageError(f"{path} cannot be made anew; name a folder that is not there yet")
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if taken:
+        raise UsageError(f"{path} is there and not empty; name a folder that is not there yet")
 
 
 @torch.inference_mode()

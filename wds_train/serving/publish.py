@@ -13,7 +13,7 @@ from wds_train.checkpoint.begun import own_dataset
 from wds_train.checkpoint.manifest import RunManifest
 from wds_train.errors import StoreError, UsageError, WdsTrainError
 from wds_train.models.weights import Weights
-from wds_train.serving.export import new_folder, write_timm_folder
+from wds_train.serving.export import new_folder, refuse_taken, write_timm_folder
 from wds_train.serving.graph import facts
 from wds_train.serving.provenance import cost, data, footer, results, revision, without_places
 from wds_train.serving.space_folder import PYTHON, Space, card, file_of, pinned
@@ -22,7 +22,8 @@ NAMES = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 LICENCES = re.compile("[a-z0-9][a-z0-9.-]{0,60}")
 
 
-def refuse(licence: str, push: str | None) -> None:
+def refuse(folder: Path, licence: str, push: str | None) -> None:
+    refuse_taken(folder)
     if not LICENCES.fullmatch(licence):
         raise UsageError(f"--licence {licence!r} is no identifier of the hub, such as apache-2.0, mit or other")
     if push is not None and not NAMES.fullmatch(push):
