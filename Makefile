@@ -78,8 +78,8 @@ $(DEMO)/.installed: requirements-demo.lock $(STAMP)
 rehearse: setup ## a spot instance's end, timed: on this machine (a minute), or RUN='s on AWS (RUN=, BUCKET=)
 	$(strip $(BIN)/wds-train rehearse $(RUN) $(call flag,BUCKET,--bucket) $(call flag,REGION,--region) $(ARGS))
 
-test: check ## the checks and every test, two files at a time
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15 $(ARGS)
+test: check ## the checks and every test, three files at a time, which wait more than they compute
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --durations 15 $(ARGS)
 
 test-cpus: setup ## every test as on four CPUs that can do less (an hour)
 	for cpu in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2; do \
