@@ -18,7 +18,6 @@ from wds_train.rng import Ids
 
 FETCH_THREADS = 8
 AHEAD_BYTES = 32 << 20  # per worker: enough to cover the store's latency, little beside the windows themselves
-FIRST_AHEAD_BYTES = 4 << 20  # growing with what is used: server and network would take the cores from the first images
 SLAB_BYTES = 32 << 20
 GAP_BYTES = 64 << 10  # fetching a hole this small costs less than another request
 
@@ -55,7 +54,8 @@ class Fetcher:
     def __call__(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         pool, memory = ThreadPoolExecutor(FETCH_THREADS), _Memory()
         pending: deque[tuple[Request, int, list[Future[dict[int, memoryview | DataError]]]]] = deque()
-        ahead, bound = 0, FIRST_AHEAD_BYTES
+        # Little at first: server and network would take the cores from the decoding of the first images.
+        ahead, bound = 0, AHEAD_BYTES // 8
         try:
             for request in located(self._split.index, requests):
                 size = int(self._split.index.length[request.ids].sum())
