@@ -23,7 +23,7 @@ class FakeWandb:
 
     def __init__(self) -> None:
         self.broken: int | float | None = None
-        self.stopped = False
+        self.stopped, self._dead = False, False
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.ends: list[dict[str, Any]] = []
         self.said: list[tuple[str, dict[str, Any]]] = []
@@ -54,6 +54,7 @@ class FakeWandb:
         self.die()
 
     def die(self) -> None:
+        self._dead = True  # on connections that are open, too, as a process that is gone
         self._server.shutdown()
         self._server.server_close()
 
@@ -61,6 +62,9 @@ class FakeWandb:
         return [values["title"] for name, values in self.said if name == "NotifyScriptableRunAlert"]
 
     def _answer(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        if self._dead:
+            request.close_connection = True
+            return
         if isinstance(self.broken, float):
             time.sleep(self.broken)
         status = self.broken if isinstance(self.broken, int) else 200
