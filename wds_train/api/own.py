@@ -68,8 +68,7 @@ class Own:
         return failure
 
     def named(self, place: Place) -> str:
-        index = self._split.index
-        return f"{self._split.shard_names[index.shard[place.sample]]}, key {index.key_of(place.sample)}"
+        return f"{self._split.shard_of(place.sample)}, key {self._split.index.key_of(place.sample)}"
 
 
 class OwnArrays:
@@ -105,13 +104,12 @@ class OwnArrays:
 
     def measure(self) -> Form:
         """The form of the first sample that can be read: memory is laid out for it before workers fork."""
-        split, index = self._split, self._split.index
+        split = self._split
         damage = DataError(f"the split {split.name!r} of {split.store.url} has no samples")
         for sample in range(min(SOUGHT, len(split))):
-            start, length = int(index.offset[sample]), int(index.length[sample])
-            record = memoryview(split.store.read(split.shard_names[index.shard[sample]], start, length))
+            record = split.record(sample)
             try:
-                array = self._array(image_of(index, sample, record), Place(sample, (0, 0), 0, 0))
+                array = self._array(image_of(split.index, sample, record), Place(sample, (0, 0), 0, 0))
             except DataError as error:
                 damage = error
             else:

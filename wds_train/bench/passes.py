@@ -173,14 +173,12 @@ def floor(wanted: Pass) -> dict[str, float]:
     index, out, order = split.index, np.empty((wanted.side, wanted.side, 3), np.uint8), plan.order(0)
     steps = range(min(order.steps, -(-FLOOR_IMAGES // wanted.batch)))
     ids = np.concatenate([order.batch(step) for step in steps]).tolist()
-    records = [
-        split.store.read(split.shard_names[index.shard[i]], int(index.offset[i]), int(index.length[i])) for i in ids
-    ]
+    records = [split.record(i) for i in ids]
     began = time.process_time()
     for record in records:
         zlib.crc32(record)
     checked = time.process_time()
-    images = [image_of(index, i, memoryview(record)) for i, record in zip(ids, records, strict=True)]
+    images = [image_of(index, i, record) for i, record in zip(ids, records, strict=True)]
     crops = [transform.crop(0, n, int(index.width[i]), int(index.height[i])) for n, i in enumerate(ids)]
     prepared = time.process_time()
     for image, (box, flip) in zip(images, crops, strict=True):

@@ -45,7 +45,7 @@ def add_region(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--region", metavar="NAME", help="of AWS (default: AWS_REGION, or the profile's)")
 
 
-def typed(question: str) -> str:
+def answered(question: str) -> str:
     """The answer to `question`; "" where there is nobody to ask."""
     try:
         return input(question).strip()

@@ -2,7 +2,7 @@
 
 import argparse
 
-from wds_train.commands.arguments import add_region, typed
+from wds_train.commands.arguments import add_region, answered
 from wds_train.errors import UsageError
 
 
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     aws = Aws(args.region)
     stack = stacks.existing(aws, args.run)
     print("\n".join([f"stack {stack['StackName']}: {stack['StackStatus']}", *stacks.machines(aws, args.run)]))
-    if not args.yes and typed("type the run's name to delete its stack (the bucket stays): ") != args.run:
+    if not args.yes and answered("type the run's name to delete its stack (the bucket stays): ") != args.run:
         raise UsageError("nothing was deleted; type the run's name when asked, or give --yes")
     stacks.destroy(aws, args.run)
     print(f"deleted; the bucket s3://{stacks.parameters(stack).get('Bucket', '')} and all that it holds stay")

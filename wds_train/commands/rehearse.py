@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from wds_train.checkpoint.manifest import name_of
-from wds_train.commands.arguments import add_bucket, add_region, run_url, typed
+from wds_train.commands.arguments import add_bucket, add_region, answered, run_url
 from wds_train.errors import UsageError
 
 
@@ -53,7 +53,7 @@ def _on_aws(args: argparse.Namespace) -> int:
     stacks.existing(aws, name)
     instance = instance_of(aws, name)
     print("\n".join(stacks.machines(aws, name)))
-    if not args.yes and typed(f"type the run's name to have {instance} ended; its group starts another: ") != name:
+    if not args.yes and answered(f"type the run's name to have {instance} ended; its group starts another: ") != name:
         raise UsageError("nothing was ended; type the run's name when asked, or give --yes")
     found = interrupt(aws, url, instance)
     commit = "none" if found.commit is None else f"{found.commit:5.1f} s"

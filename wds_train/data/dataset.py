@@ -56,6 +56,21 @@ class SplitReader:
     def __len__(self) -> int:
         return len(self.index)
 
+    def shard_of(self, sample: int) -> str:
+        """The name of the shard that holds it."""
+        return self.shard_names[self.index.shard[sample]]
+
+    def record(self, sample: int) -> memoryview:
+        """The sample's bytes from the store, header to padding, unchecked; `image_of` checks them, and has the image in them."""
+        index = self.index
+        data = self.store.read(self.shard_of(sample), int(index.offset[sample]), int(index.length[sample]))
+        return memoryview(data)
+
+    def image(self, sample: int) -> bytes:
+        """Its image's bytes from the store, unchecked."""
+        index = self.index
+        return self.store.read(self.shard_of(sample), int(index.data_offset[sample]), int(index.data_length[sample]))
+
 
 @dataclass(frozen=True)
 class Dataset:

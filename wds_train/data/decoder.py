@@ -79,8 +79,8 @@ class Decoder:
                 self._fill(made[place, ...], part.epoch, int(part.positions[place]), sample, record)
             except DataError as error:
                 made[place] = form.blank
-                shard = self._split.shard_names[self._split.index.shard[sample]]
-                unreadable.append(Unreadable(sample, shard, self._split.index.key_of(sample), str(error)))
+                key = self._split.index.key_of(sample)
+                unreadable.append(Unreadable(sample, self._split.shard_of(sample), key, str(error)))
         labels = self._split.index.label[part.ids].astype(np.int64)
         part = part._replace(records=[])
         if objects is None:

@@ -83,20 +83,17 @@ class Fetcher:
         return np.split(ids, np.flatnonzero(cut) + 1)
 
     def _read_run(self, ids: Ids, memory: _Memory) -> dict[int, memoryview | DataError]:
-        index, shard = self._split.index, self._split.shard_names[self._split.index.shard[ids[0]]]
+        index = self._split.index
         if self._cache is not None and self._cache.keeps(ids[0]):
             first, found = self._cache.read(ids[0])
             data = memoryview(found)
         else:
             first = int(index.offset[ids[0]])
             data = memory.take(int(index.offset[ids[-1]] + index.length[ids[-1]]) - first)
-            self._split.store.read_into(shard, first, data)
-        return {
-            i: self._image(i, shard, data[int(index.offset[i]) - first :][: int(index.length[i])]) for i in ids.tolist()
-        }
+            self._split.store.read_into(self._split.shard_of(ids[0]), first, data)
+        return {i: self._image(i, data[int(index.offset[i]) - first :][: int(index.length[i])]) for i in ids.tolist()}
 
-    def _image(self, sample: int, shard: str, record: memoryview) -> memoryview | DataError:
-        index = self._split.index
+    def _image(self, sample: int, record: memoryview) -> memoryview | DataError:
         with contextlib.suppress(DataError):
             return self._wanted(sample, record)
         # Again, from the store: a byte that flipped on the way or in the cache comes right, one in the store does not.
@@ -105,7 +102,7 @@ class Fetcher:
         times = readings(self._split.store)
         next(times)  # `record` was the first
         for _ in times:
-            again = memoryview(self._split.store.read(shard, int(index.offset[sample]), int(index.length[sample])))
+            again = self._split.record(sample)
             try:
                 return self._wanted(sample, again)
             except DataError as error:

@@ -59,6 +59,4 @@ class Classifier:
 
 def sample(split: SplitReader, number: int) -> Photo:
     """A sample of a dataset, as an image that is read when it is wanted."""
-    index, place = split.index, (int(split.index.data_offset[number]), int(split.index.data_length[number]))
-    shard = split.shard_names[index.shard[number]]
-    return Photo(index.key_of(number), lambda: split.store.read(shard, *place))
+    return Photo(split.index.key_of(number), lambda: split.image(number))

@@ -192,7 +192,8 @@ class Meter(Bar):
         finally:
             over.set()
             thread.join()
-            self._next = self._next if self._tqdm.disable else 0.0  # or a bar could vanish long before its end
+            if not self._tqdm.disable:
+                self._next = 0.0  # or a bar could vanish long before its end
             self.reached(*counts())
 
     def _show(self) -> None:

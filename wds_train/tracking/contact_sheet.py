@@ -35,9 +35,7 @@ def contact_sheet(dataset: Dataset, split: str, path: Path) -> None:
 def thumbnail(reader: SplitReader, sample: int, side: int) -> Image.Image:
     """The image, cut to a square of `side` pixels, or a crossed box for one that cannot be read."""
     try:
-        shard = reader.shard_names[reader.index.shard[sample]]
-        start, length = int(reader.index.data_offset[sample]), int(reader.index.data_length[sample])
-        image = Image.open(io.BytesIO(reader.store.read(shard, start, length)))
+        image = Image.open(io.BytesIO(reader.image(sample)))
         return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
     except (OSError, ValueError, SyntaxError, WdsTrainError):
         box = Image.new("RGB", (side, side), "lightgrey")
