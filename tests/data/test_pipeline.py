@@ -19,7 +19,7 @@ from wds_train.cli import main
 from wds_train.config.recipe import DataRecipe, Recipe
 from wds_train.data.batch import Batch
 from wds_train.data.dataset import Dataset
-from wds_train.data.fetch import Fetcher
+from wds_train.data.fetch import Fetcher, Memory
 from wds_train.data.loader import Loader
 from wds_train.data.mixture import Mixture
 from wds_train.data.order import WINDOW
@@ -28,7 +28,7 @@ from wds_train.data.stream import stream_order
 from wds_train.errors import DataError, RunError, UsageError
 from wds_train.format.index import read_index
 from wds_train.storage.local import LocalStore
-from wds_train.transforms.sample import EvalTransform, TrainTransform
+from wds_train.transforms.sample import EvalTransform, Place, TrainTransform
 
 BATCH = 48
 TRANSFORM = TrainTransform(Recipe("test", data=DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33))), 29)
@@ -99,9 +99,11 @@ def test_pixels_are_the_same_from_any_step_by_any_workers(digits: Dataset) -> No
 
 
 def test_augmentation_differs_between_epochs_and_places(digits: Dataset) -> None:
-    boxes = {TRANSFORM.crop(epoch, position, 32, 32) for epoch in range(4) for position in range(50)}
+    places = [Place(0, (32, 32), epoch, position) for epoch in range(4) for position in range(50)]
+    boxes = {TRANSFORM.draw(place) for place in places}
     assert len(boxes) > 150
-    assert TRANSFORM.crop(1, 7, 32, 32) == TRANSFORM.crop(1, 7, 32, 32) != TRANSFORM.crop(2, 7, 32, 32)
+    one, again, other = (TRANSFORM.draw(Place(0, (32, 32), epoch, 7)) for epoch in (1, 1, 2))
+    assert one == again != other
 
 
 class Counted(LocalStore):
@@ -140,6 +142,24 @@ def test_what_a_worker_holds_does_not_grow_with_the_dataset(digits: Dataset, mon
     window = WINDOW * split.index.length.mean()
     assert 0.5 * window < min(peaks)
     assert max(peaks) < 2.5 * window + 150_000
+
+
+def test_memory_is_read_into_again_once_nothing_of_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wds_train.data.fetch.SLAB_BYTES", 1000)
+    memory = Memory()
+
+    def place(piece: memoryview) -> int:
+        return int(np.frombuffer(piece, np.uint8).ctypes.data)
+
+    first, second = memory.take(400), memory.take(600)
+    kept, start = first[10:20], place(first)
+    del first
+    third = memory.take(600)  # another slab: a slice of the first piece is in use
+    assert place(second) == start + 400
+    assert not start <= place(third) < start + 1000
+    del kept, second
+    assert place(memory.take(700)) == start
+    assert len(memory.take(5000)) == 5000
 
 
 def test_pixels_do_not_come_through_shared_memory_files(digits: Dataset) -> None:

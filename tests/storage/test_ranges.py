@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -24,10 +25,12 @@ from fault_proxy import FaultProxy
 from wds_train.cli import main
 from wds_train.data.dataset import Dataset
 from wds_train.errors import Unavailable
+from wds_train.storage.base import PART_BYTES
 from wds_train.storage.embedded import OPENSSL
 from wds_train.storage.open import open_store
 from wds_train.storage.retry import Retry
 from wds_train.storage.s3 import S3Store
+from wds_train.storage.s3_ranges import NoAnswer, Ranges
 
 
 class Bucket(BaseHTTPRequestHandler):
@@ -281,3 +284,119 @@ def test_through_a_proxy_boto3_reads(near: S3Store, strict: Counter[str], aws_en
     near.read_into("shard.tar", 7, memoryview(target))
     assert target == Bucket.content[7:16]
     assert (strict["all"], near.fallbacks) == (1, 0)
+
+
+# What a server may answer
+
+
+@contextlib.contextmanager
+def scripted(*pieces: bytes, pause: float = 0.0) -> Iterator[tuple[Ranges, list[bytes]]]:
+    """Ranges of a server that answers all requests with `pieces`, one by one; and what it was asked, a connection each."""
+    server, asked = socket.create_server(("127.0.0.1", 0)), list[bytes]()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                asked.append(b"")
+                connection.settimeout(5)
+                threading.Thread(target=answer, args=(connection, len(asked) - 1), daemon=True).start()
+
+    def answer(connection: socket.socket, number: int) -> None:
+        with connection, contextlib.suppress(OSError):
+            while piece := connection.recv(65536):
+                asked[number] += piece
+                if asked[number].endswith(b"\r\n\r\n"):
+                    for part in pieces:
+                        connection.sendall(part)
+                        time.sleep(pause)
+                    if b"close" in pieces[0]:
+                        return
+
+    threading.Thread(target=serve, daemon=True).start()
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{server.getsockname()[1]}", **keys)
+    yield Ranges(client, "bucket", 5), asked
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+
+
+def body_of(ranges: Ranges) -> bytes | None:
+    with ranges.get("a.tar", {"Range": "bytes=0-9"}) as answer:
+        if answer is None:
+            return None
+        assert (answer.headers["etag"], answer.left) == ('"x"', 10)
+        target = bytearray(12)
+        while count := answer.readinto1(memoryview(target)[10 - (answer.left or 0) :]):
+            assert count <= 10
+        return bytes(target[:10])
+
+
+HEAD = b'HTTP/1.1 206 Partial Content\r\nETag: "x"\r\nconTENT-length:10\r\n\r\n'
+CLOSED = HEAD.replace(b"ETag", b"Connection: close\r\nETag")
+OLD = HEAD.replace(b"/1.1", b"/1.0")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "connections"),
+    [
+        ((HEAD + b"0123456789",), 1),
+        ((*(HEAD[n : n + 1] for n in range(len(HEAD))), b"0123", b"456789"), 1),
+        ((HEAD + b"0123456789 and what nobody asked for",), 2),
+        ((CLOSED + b"0123456789",), 2),
+        ((OLD + b"0123456789",), 2),
+    ],
+    ids=["at once", "in pieces", "too much", "closed", "HTTP/1.0"],
+)
+def test_a_body_comes_whole_however_it_comes(pieces: tuple[bytes, ...], connections: int) -> None:
+    with scripted(*pieces, pause=0.001) as (ranges, asked):
+        assert body_of(ranges) == body_of(ranges) == b"0123456789"
+        assert len(asked) == connections
+        assert asked[0].startswith(b"GET /bucket/a.tar?") or asked[0].startswith(b"GET /a.tar?")
+        assert b"\r\nRange: bytes=0-9\r\n" in asked[0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        HEAD.replace(b"206", b"200") + b"0123456789",
+        HEAD.replace(b"conTENT-length:10", b"Transfer-Encoding: chunked") + b"a\r\n0123456789\r\n0\r\n\r\n",
+        HEAD.replace(b"conTENT-length:10", b"Content-Length: -1"),
+        b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
+    ],
+    ids=["200", "chunked", "no length", "403"],
+)
+def test_any_other_answer_is_boto3s_to_get(answer: bytes) -> None:
+    with scripted(answer) as (ranges, _):
+        assert body_of(ranges) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", r"no answer in HTTP/1.1: 'SSH-2.0-OpenSSH_9.2'"),
+        (b"HTTP/1.1 close\r\n\r\n", "no answer in HTTP/1.1"),
+        (b"HTTP/1.1 206 OK\r\nX: " + b"a" * 100_000, "a header of over 65536 bytes"),
+        (b"HTTP/1.1 206 close", "closed before an answer came"),
+    ],
+    ids=["another protocol", "no status", "endless", "cut off"],
+)
+def test_what_is_no_answer_is_named(answer: bytes, message: str) -> None:
+    with scripted(answer) as (ranges, _), pytest.raises(NoAnswer, match=message):
+        body_of(ranges)
+
+
+def test_a_shard_goes_up_as_a_tar(s3_url: str) -> None:
+    """Or SeaweedFS compresses what begins with a tar's header, for nothing."""
+    store, told = open_store(s3_url), list[str]()
+    assert isinstance(store, S3Store)
+    for verb in ("UploadPart", "PutObject"):
+        store.client.meta.events.register(
+            f"before-send.s3.{verb}", lambda request, **_: told.append(request.headers["Content-Type"].decode())
+        )
+    store.write("large.tar", bytes(PART_BYTES + 1))
+    store.write("small.tar", b"1")
+    assert told == ["application/x-tar"] * 3
+    for key in ("large.tar", "small.tar"):
+        answer = store.client.head_object(Bucket=store.bucket, Key=f"{store.prefix}/{key}")
+        assert answer["ContentType"] == "application/x-tar"

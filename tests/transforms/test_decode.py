@@ -1,5 +1,6 @@
 """Decoding: right pixels or a DataError that names the cause; never a grey image, a warning or a blow-up."""
 
+import contextlib
 import io
 import os
 import resource
@@ -124,6 +125,19 @@ def test_stopping_at_the_crops_last_row_changes_no_pixel(options: dict[str, int]
         some = jpeg.decode_rows(data, header, rows)
         assert len(some) == rows  # it did stop there
         np.testing.assert_array_equal(some, whole[:rows])
+
+
+@pytest.mark.parametrize("cut", [None, -200], ids=["whole", "damaged"])
+def test_bytes_that_can_be_written_are_left_as_they_were(cut: int | None) -> None:
+    """The next crop of a sample that is repeated is of the same bytes."""
+    data = jpeg_of()[:cut]
+    mine = memoryview(bytearray(data))
+    header = jpeg.read_header(mine)
+    with contextlib.suppress(DataError):
+        np.testing.assert_array_equal(
+            jpeg.decode_rows(mine, header, 5), jpeg.decode_rows(memoryview(data), header, HEIGHT)[:5]
+        )
+    assert mine == data
 
 
 @pytest.mark.parametrize("name", ["jpeg progressive", "jpeg restart markers"])

@@ -81,7 +81,10 @@ class OwnArrays:
     def form(self, step: int) -> Form:
         return self.largest
 
-    def decode(self, data: memoryview, place: Place, out: NDArray[Any]) -> None:
+    def draw(self, place: Place) -> None:
+        """Nothing: the function draws for itself."""
+
+    def decode(self, data: memoryview, place: Place, drawn: None, out: NDArray[Any]) -> None:
         array = self._array(data, place)
         if (form := Form(array.shape, array.dtype)) != self.largest:
             raise UsageError(
@@ -133,7 +136,10 @@ class OwnObjects:
     def form(self, step: int) -> Form:
         return OBJECT
 
-    def decode(self, data: memoryview, place: Place, out: NDArray[Any]) -> None:
+    def draw(self, place: Place) -> None:
+        """Nothing: the function draws for itself."""
+
+    def decode(self, data: memoryview, place: Place, drawn: None, out: NDArray[Any]) -> None:
         out[0] = self._made(self._own, data, place) if self._own else self._fields(data)
 
     def _made(self, own: Own, data: memoryview, place: Place) -> Any:

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from wds_train.bench.peers import CONTENDERS, OURS, Pass, image_count, our_parts, write_copy
 from wds_train.errors import WdsTrainError
@@ -168,6 +168,7 @@ def _steady(marks: list[_Mark]) -> dict[str, float]:
 def floor(wanted: Pass) -> dict[str, float]:
     """CPU ms an image, of some of the epoch's, for what no loader does without: the crop out of the bytes, and the checksum."""
     from wds_train.transforms.decode import decode_crop
+    from wds_train.transforms.sample import Place
 
     split, plan, transform = our_parts(wanted)
     index, out, order = split.index, np.empty((wanted.side, wanted.side, 3), np.uint8), plan.order(0)
@@ -176,10 +177,11 @@ def floor(wanted: Pass) -> dict[str, float]:
     records = [split.record(i) for i in ids]
     began = time.process_time()
     for record in records:
-        zlib.crc32(record)
+        crc32(record)
     checked = time.process_time()
     images = [image_of(index, i, record) for i, record in zip(ids, records, strict=True)]
-    crops = [transform.crop(0, n, int(index.width[i]), int(index.height[i])) for n, i in enumerate(ids)]
+    places = [Place(i, (int(index.width[i]), int(index.height[i])), 0, n) for n, i in enumerate(ids)]
+    crops = [transform.draw(place) for place in places]
     prepared = time.process_time()
     for image, (box, flip) in zip(images, crops, strict=True):
         decode_crop(image, box, out, flip=flip)

@@ -58,10 +58,25 @@ class Slots:
         return np.ndarray((samples, *form.shape), form.dtype, self._bytes[worker, slot])
 
 
-class Decoder:
-    """Decodes parts into slots. With no transform, they stay empty: the order alone is wanted."""
+class OrderAlone:
+    """The `Transform` of who wants to know which samples come, and nothing of them."""
 
-    def __init__(self, split: SplitReader, transform: Transform | None, slots: Slots) -> None:
+    largest = NOTHING
+
+    def form(self, step: int) -> Form:
+        return NOTHING
+
+    def draw(self, place: Place) -> None:
+        """Nothing."""
+
+    def decode(self, data: memoryview, place: Place, drawn: None, out: NDArray[Any]) -> None:
+        """Leave `out` empty."""
+
+
+class Decoder:
+    """Decodes parts into slots."""
+
+    def __init__(self, split: SplitReader, transform: Transform, slots: Slots) -> None:
         self._split = split
         self._transform = transform
         self._slots = slots
@@ -71,16 +86,18 @@ class Decoder:
             yield self._decode(part, worker, number % SLOTS)
 
     def _decode(self, part: Part, worker: int, slot: int) -> Decoded:
-        form = self._transform.form(part.step) if self._transform else NOTHING
+        form = self._transform.form(part.step)
         objects = np.empty((len(part.ids), *form.shape), object) if form.holds_objects else None
         made, unreadable = self._slots(worker, slot, len(part.ids), form) if objects is None else objects, []
-        for place, (sample, record) in enumerate(zip(part.ids.tolist(), part.records, strict=True)):
+        for number, (record, (place, drawn)) in enumerate(zip(part.records, self._drawn(part), strict=True)):
             try:
-                self._fill(made[place, ...], part.epoch, int(part.positions[place]), sample, record)
+                if isinstance(record, DataError):
+                    raise record
+                self._transform.decode(record, place, drawn, made[number, ...])
             except DataError as error:
-                made[place] = form.blank
-                key = self._split.index.key_of(sample)
-                unreadable.append(Unreadable(sample, self._split.shard_of(sample), key, str(error)))
+                made[number] = form.blank
+                key = self._split.index.key_of(place.sample)
+                unreadable.append(Unreadable(place.sample, self._split.shard_of(place.sample), key, str(error)))
         labels = self._split.index.label[part.ids].astype(np.int64)
         part = part._replace(records=[])
         if objects is None:
@@ -88,10 +105,10 @@ class Decoder:
         keys = map(self._split.index.key_of, part.ids.tolist())
         return Decoded(part, labels, unreadable, NOTHING, worker, slot, [*zip(keys, objects[:, 0], strict=True)])
 
-    def _fill(self, out: NDArray[Any], epoch: int, position: int, sample: int, record: memoryview | DataError) -> None:
-        if isinstance(record, DataError):
-            raise record
-        if self._transform is not None:
-            index = self._split.index
-            size = int(index.width[sample]), int(index.height[sample])
-            self._transform.decode(record, Place(sample, size, epoch, position), out)
+    def _drawn(self, part: Part) -> list[tuple[Place, Any]]:
+        """The samples' places, and what is drawn for them."""
+        index, ids = self._split.index, part.ids
+        sizes = zip(index.width[ids].tolist(), index.height[ids].tolist(), strict=True)
+        placed = zip(ids.tolist(), sizes, part.positions.tolist(), strict=True)
+        places = [Place(sample, size, part.epoch, position) for sample, size, position in placed]
+        return [(place, self._transform.draw(place)) for place in places]

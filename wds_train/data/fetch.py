@@ -2,18 +2,20 @@
 
 import contextlib
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wds_train.data.cache import BlockCache
 from wds_train.data.dataset import SplitReader, readings
 from wds_train.data.plan import Fetched, Request
 from wds_train.data.rows import located
 from wds_train.errors import DataError
-from wds_train.format.index import image_of
+from wds_train.format.index import Content, contents
 from wds_train.rng import Ids
 
 FETCH_THREADS = 8
@@ -22,23 +24,34 @@ SLAB_BYTES = 32 << 20
 GAP_BYTES = 64 << 10  # fetching a hole this small costs less than another request
 
 
-class _Memory:
-    """Memory to read into, cut from slabs. A slab is given back when nothing that was cut from it is in use any more;
-    what is cut from one is read, and used up, at about the same time. Left to malloc, which scatters such pieces over an
-    arena for every thread, the workers of docs/benchmarks.md take an eighth more memory.
+class Memory:
+    """Memory to read into, cut from slabs. A slab is cut anew when nothing that was cut from it is in use any more; what is cut
+    from one is read, and used up, at about the same time. Left to malloc, which scatters such pieces over an arena for every
+    thread, the workers of docs/benchmarks.md take an eighth more memory; and given back in between, a slab would be cleared
+    again by the kernel, page by page, which takes as long as receiving into it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._left = memoryview(b"")
+        self._free: list[NDArray[np.uint8]] = []
 
     def take(self, size: int) -> memoryview:
         """A piece of `size` bytes of any content."""
         with self._lock:
             if size > len(self._left):
-                self._left = np.empty(max(size, SLAB_BYTES), np.uint8).data
+                self._left = memoryview(b"")  # of the old slab, before another is looked for
+                self._left = self._slab(size)
             taken, self._left = self._left[:size], self._left[size:]
             return taken
+
+    def _slab(self, size: int) -> memoryview:
+        if size > SLAB_BYTES:
+            return np.empty(size, np.uint8).data
+        slab = self._free.pop() if self._free else np.empty(SLAB_BYTES, np.uint8)
+        view = slab[:]  # which all that is cut from it holds, and which nothing else does
+        weakref.finalize(view, self._free.append, slab).atexit = False
+        return view.data
 
 
 class Fetcher:
@@ -52,7 +65,7 @@ class Fetcher:
         self._whole = whole
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[Fetched]:
-        pool, memory = ThreadPoolExecutor(FETCH_THREADS), _Memory()
+        pool, memory = ThreadPoolExecutor(FETCH_THREADS), Memory()
         pending: deque[tuple[Request, int, list[Future[dict[int, memoryview | DataError]]]]] = deque()
         # Little at first: server and network would take the cores from the decoding of the first images.
         ahead, bound = 0, AHEAD_BYTES // 8
@@ -82,20 +95,24 @@ class Fetcher:
             cut |= np.diff(self._cache.block_of(ids)) != 0
         return np.split(ids, np.flatnonzero(cut) + 1)
 
-    def _read_run(self, ids: Ids, memory: _Memory) -> dict[int, memoryview | DataError]:
+    def _read_run(self, ids: Ids, memory: Memory) -> dict[int, memoryview | DataError]:
         index = self._split.index
         if self._cache is not None and self._cache.keeps(ids[0]):
-            first, found = self._cache.read(ids[0])
-            data = memoryview(found)
+            first, block = self._cache.read(ids[0])
+            data = memoryview(block)
         else:
             first = int(index.offset[ids[0]])
             data = memory.take(int(index.offset[ids[-1]] + index.length[ids[-1]]) - first)
             self._split.store.read_into(self._split.shard_of(ids[0]), first, data)
-        return {i: self._image(i, data[int(index.offset[i]) - first :][: int(index.length[i])]) for i in ids.tolist()}
+        starts, lengths = (index.offset[ids] - first).tolist(), index.length[ids].tolist()
+        records = [data[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        found = zip(ids.tolist(), records, contents(index, ids), strict=True)
+        return {sample: self._wanted(sample, record, content) for sample, record, content in found}
 
-    def _image(self, sample: int, record: memoryview) -> memoryview | DataError:
+    def _wanted(self, sample: int, record: memoryview, content: Content) -> memoryview | DataError:
+        """What is asked for of a sample."""
         with contextlib.suppress(DataError):
-            return self._wanted(sample, record)
+            return self._checked(record, content)
         # Again, from the store: a byte that flipped on the way or in the cache comes right, one in the store does not.
         if self._cache is not None:
             self._cache.drop(sample)
@@ -104,14 +121,14 @@ class Fetcher:
         for _ in times:
             again = self._split.record(sample)
             try:
-                return self._wanted(sample, again)
+                return self._checked(again, content)
             except DataError as error:
                 damage = error
         return damage
 
-    def _wanted(self, sample: int, record: memoryview) -> memoryview:
-        """What is asked for of the sample's `record`; `DataError` when it is damaged."""
-        image = image_of(self._split.index, sample, record)
+    def _checked(self, record: memoryview, content: Content) -> memoryview:
+        """What is asked for of `record`; `DataError` when it is damaged."""
+        image = content.image(record)
         return record if self._whole else image
 
 

@@ -31,7 +31,7 @@ import webdataset as wds
 from wds_train.data.batch import Batch, empty_images
 from wds_train.data.cache import BlockCache
 from wds_train.data.dataset import SplitReader
-from wds_train.data.decoder import NOTHING, PREFETCHED_PARTS, Decoded, Decoder, Slots
+from wds_train.data.decoder import PREFETCHED_PARTS, Decoded, Decoder, OrderAlone, Slots
 from wds_train.data.fetch import Fetcher
 from wds_train.data.plan import Plan
 from wds_train.errors import RunError, WdsTrainError
@@ -139,9 +139,9 @@ class Loader:
     ) -> None:
         workers = plan.useful_workers(workers)
         self._parts_per_batch = plan.parts_per_batch(workers)
-        largest = transform.largest if transform else NOTHING
-        self._slots = Slots(workers, plan.part_samples(max(1, workers)) * largest.bytes)
-        fetch = Fetcher(split, cache, whole=largest.holds_objects)
+        transform = transform or OrderAlone()
+        self._slots = Slots(workers, plan.part_samples(max(1, workers)) * transform.largest.bytes)
+        fetch = Fetcher(split, cache, whole=transform.largest.holds_objects)
         stages = _Stages(plan, fetch, Decoder(split, transform, self._slots))
         self._pipeline = wds.WebLoader(
             wds.DataPipeline(stages, _errors_as_values),

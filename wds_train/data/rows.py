@@ -11,7 +11,6 @@ import json
 import mmap
 import os
 import shutil
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from wds_train.data.plan import Request
@@ -94,11 +94,11 @@ class SharedRows:
         """See that the rows of `shard` are there."""
         start, end = self._place(shard)
         stored = int(self._sums[shard])
-        if not stored or zlib.crc32(self._table[start:end].tobytes()) != stored:
+        if not stored or crc32(self._table[start:end].tobytes()) != stored:
             rows = _packed(self._read(shard))
             # Written, not stored into the map: on a full disk, that would end the process by a signal.
             self._write(start * ROW.itemsize, rows)
-            self._write(self._table.nbytes + 4 * shard, np.array(zlib.crc32(rows), np.uint32).tobytes())
+            self._write(self._table.nbytes + 4 * shard, np.array(crc32(rows), np.uint32).tobytes())
         self._known[shard] = True
 
     def key(self, sample: int) -> pa.StringScalar:

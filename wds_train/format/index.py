@@ -3,14 +3,14 @@ has one of the same form for each shard.
 """
 
 import io
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from wds_train.errors import DataError
@@ -153,9 +153,27 @@ def _odd_key(keys: pa.ChunkedArray) -> int | None:
     return None
 
 
+class Content(NamedTuple):
+    """Where a sample's image is in its record (header to padding), and the record's checksum."""
+
+    start: int
+    length: int
+    crc32: int
+
+    def image(self, record: memoryview) -> memoryview:
+        """The image's bytes within `record`; `DataError` when it is damaged."""
+        # Python's zlib takes 18 times as long for it: .02 ms for a photograph, 2 % of its decoding.
+        if crc32(record) != self.crc32:
+            raise DataError("its bytes do not match the checksum in the index")
+        return record[self.start : self.start + self.length]
+
+
+def contents(index: SampleIndex, samples: NDArray[np.int64]) -> list[Content]:
+    """The `Content` of each of `samples`; all at once, since a cell of an array takes as long to get as the whole column."""
+    columns = index.data_offset[samples] - index.offset[samples], index.data_length[samples], index.crc32[samples]
+    return [Content(*each) for each in zip(*(column.tolist() for column in columns), strict=True)]
+
+
 def image_of(index: SampleIndex, sample: int, record: memoryview) -> memoryview:
-    """The image's bytes within the sample's `record` (header to padding); `DataError` when the record is damaged."""
-    if zlib.crc32(record) != index.crc32[sample]:
-        raise DataError("its bytes do not match the checksum in the index")
-    start = int(index.data_offset[sample] - index.offset[sample])
-    return record[start : start + int(index.data_length[sample])]
+    """The image's bytes within the sample's `record`; `DataError` when it is damaged."""
+    return contents(index, np.array([sample]))[0].image(record)

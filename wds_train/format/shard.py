@@ -6,11 +6,11 @@ Headers carry no times, owners or modes of the machine: the same samples give th
 
 import re
 import tarfile
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from wds_train.errors import DataError
@@ -64,7 +64,7 @@ class ShardWriter:
                 "key": sample.key,
                 "width": sample.width,
                 "height": sample.height,
-                "crc32": zlib.crc32(memoryview(self._buffer)[start:]),
+                "crc32": crc32(memoryview(self._buffer)[start:]),
             }
         )
 

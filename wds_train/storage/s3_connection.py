@@ -169,6 +169,8 @@ class S3Connection:
             url = self.endpoint.url if self.endpoint else None
             client = session.client("s3", config=config, endpoint_url=url, region_name=self._region)
             client.meta.events.register("response-received.s3", self._learn_region)
+            for write in ("PutObject", "CreateMultipartUpload", "UploadPart"):
+                client.meta.events.register(f"before-call.s3.{write}", _say_what_it_is)
             self._session, self._region = session, client.meta.region_name
             url = client.meta.endpoint_url
             proxied = not self.endpoint and urlsplit(url).scheme in get_environ_proxies(url)
@@ -196,6 +198,14 @@ class S3Connection:
     def full_key(self, key: str) -> str:
         """`key`, of an object below the prefix, as the bucket has it."""
         return f"{self.prefix}/{key}" if self.prefix else key
+
+
+def _say_what_it_is(params: dict[str, Any], **_: object) -> None:
+    """Name the type of a shard. SeaweedFS would guess it from the first bytes of each part, the header of a tar, and compress
+    what cannot become smaller: uncompressing takes a seventh of its time when the loader reads.
+    """
+    if params["url_path"].endswith(".tar"):
+        params["headers"]["Content-Type"] = "application/x-tar"
 
 
 class OutOfRange(StoreError):

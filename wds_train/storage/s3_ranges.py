@@ -2,11 +2,11 @@
 
 import contextlib
 import os
+import socket
 import ssl
 import time
 from collections.abc import Iterator
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
 import botocore.session
@@ -17,20 +17,86 @@ if TYPE_CHECKING:
 
 SIGNED_SECONDS = 3600  # an address for reads is good for
 CONNECT_SECONDS = 5
+HEAD_BYTES = 4096  # asked for at a time: what comes of the body with them is copied
+MOST_HEAD_BYTES = 64 << 10
 
 
 class NoAnswer(Exception):
     """The server cannot be reached, or its answer broke off."""
 
 
-class Answer(HTTPResponse):
-    """An answer of a known `length`, in bytes that are still to come."""
+class Answer:
+    """What a server answers to a GET. `status`; `headers` by name in lower case; `left`: bytes of the body that are still to come,
+    None where they are not told; `last`: whether the connection is of no more use.
+    """
 
-    def readinto1(self, target: Any) -> int:
-        """As http.client's, which receives a piece of its own and copies it."""
-        count = self.fp.readinto1(target)
-        self.length = (self.length or 0) - count
+    def __init__(self, sock: socket.socket) -> None:
+        head = b""
+        while (end := head.find(b"\r\n\r\n")) < 0:
+            if len(head) > MOST_HEAD_BYTES:
+                raise NoAnswer(f"a header of over {MOST_HEAD_BYTES} bytes")
+            if not (piece := sock.recv(HEAD_BYTES)):
+                raise ConnectionResetError("the connection was closed before an answer came")
+            head += piece
+        first, *lines = head[:end].decode("latin-1").split("\r\n")
+        protocol, _, rest = first.partition(" ")
+        if not protocol.startswith("HTTP/1.") or not rest[:3].isdecimal():
+            raise NoAnswer(f"no answer in HTTP/1.1: {first[:60]!r}")
+        named = (line.partition(":") for line in lines)
+        self.headers = {name.strip().lower(): value.strip() for name, _, value in named}
+        self.status, length = int(rest[:3]), self.headers.get("content-length", "")
+        self.left = int(length) if length.isdecimal() and "transfer-encoding" not in self.headers else None
+        come = memoryview(head)[end + 4 :]
+        self._come = come[: self.left]
+        closes = protocol == "HTTP/1.0" or self.headers.get("connection", "").lower() == "close"
+        self.last = closes or len(come) > len(self._come)
+        self._socket = sock
+
+    def readinto1(self, target: memoryview) -> int:
+        """Put into `target` what has come of the body, once there is anything: how many bytes that is, 0 at the end."""
+        target = target[: self.left]
+        if self._come:
+            count = min(len(target), len(self._come))
+            target[:count], self._come = self._come[:count], self._come[count:]
+        else:
+            count = self._socket.recv_into(target) if target else 0
+        self.left = (self.left or 0) - count
         return count
+
+    def read1(self, size: int) -> bytes:
+        """At most `size` bytes of the body, as `readinto1`."""
+        piece = bytearray(min(size, self.left or 0))
+        return bytes(piece[: self.readinto1(memoryview(piece))])
+
+
+class _Connection:
+    """An HTTP/1.1 connection, for one GET after the other. http.client takes a quarter of a millisecond of CPU for each, most of it
+    to parse the answer's headers as an e-mail's.
+    """
+
+    def __init__(self, url: SplitResult, context: ssl.SSLContext | None, seconds: float) -> None:
+        where = url.hostname or "", url.port or (443 if context else 80)
+        self._socket = socket.create_connection(where, CONNECT_SECONDS)
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if context:
+                self._socket = context.wrap_socket(self._socket, server_hostname=where[0])
+            self._socket.settimeout(seconds)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, url: SplitResult, headers: dict[str, str]) -> Answer:
+        lines = [f"GET {url.path}?{url.query} HTTP/1.1", f"Host: {url.netloc}", *map(": ".join, headers.items())]
+        try:
+            self._socket.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+            return Answer(self._socket)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._socket.close()
 
 
 class Ranges:
@@ -42,52 +108,39 @@ class Ranges:
         """`seconds` is how long to wait for a byte."""
         self._client, self._bucket, self._seconds = client, bucket, seconds
         self._signed: dict[str, tuple[SplitResult, float]] = {}
-        self._idle: list[HTTPConnection] = []
+        self._idle: list[_Connection] = []
         self._pid = os.getpid()
         self._context = _context() if client.meta.endpoint_url.startswith("https:") else None
 
     @contextlib.contextmanager
     def get(self, key: str, headers: dict[str, str]) -> Iterator[Answer | None]:
         """The answer, with the range as its body; None for any other. `NoAnswer` also while it is read."""
-        url, answer = self._address(key), None
-        connection = self._connection(url)
+        url, answer, connection = self._address(key), None, None
         try:
-            answer = self._answer(connection, f"{url.path}?{url.query}", headers)
-            if answer.status == 206 and answer.length is not None:
+            connection, answer = self._asked(url, headers)
+            if answer.status == 206 and answer.left is not None:
                 yield answer
             else:
                 self._signed.pop(key, None)
                 yield None
-        except (OSError, HTTPException) as error:
+        except OSError as error:
             raise NoAnswer(f"{url.scheme}://{url.netloc}: {error}") from error
         finally:
-            if answer is not None and answer.length == 0:
-                answer.close()
-                self._idle.append(connection)
-            else:
-                connection.close()
+            if connection is not None:
+                if answer is not None and answer.left == 0 and not answer.last:
+                    self._idle.append(connection)
+                else:
+                    connection.close()
 
-    def _answer(self, connection: HTTPConnection, target: str, headers: dict[str, str]) -> Any:
-        if connection.sock is not None:
-            try:
-                return _asked(connection, target, headers)
-            except (ConnectionError, ssl.SSLError):  # the server has closed it meanwhile
-                connection.close()
-        connection.connect()
-        connection.sock.settimeout(self._seconds)
-        return _asked(connection, target, headers)
-
-    def _connection(self, url: SplitResult) -> HTTPConnection:
+    def _asked(self, url: SplitResult, headers: dict[str, str]) -> tuple[_Connection, Answer]:
         if self._pid != os.getpid():  # on a socket shared with a forked parent, the answers of both would mix
             self._idle, self._pid = [], os.getpid()
-        with contextlib.suppress(IndexError):
-            return self._idle.pop()
-        if self._context:
-            connection: HTTPConnection = HTTPSConnection(url.netloc, timeout=CONNECT_SECONDS, context=self._context)
-        else:
-            connection = HTTPConnection(url.netloc, timeout=CONNECT_SECONDS)
-        connection.response_class = Answer
-        return connection
+        # None is idle, or the server has closed it meanwhile.
+        with contextlib.suppress(IndexError, ConnectionError, ssl.SSLError):
+            connection = self._idle.pop()
+            return connection, connection.ask(url, headers)
+        connection = _Connection(url, self._context, self._seconds)
+        return connection, connection.ask(url, headers)
 
     def _address(self, key: str) -> SplitResult:
         address, since = self._signed.get(key, (None, 0.0))
@@ -96,11 +149,6 @@ class Ranges:
             address = urlsplit(self._client.generate_presigned_url("get_object", where, SIGNED_SECONDS))
             self._signed[key] = address, time.monotonic()
         return address
-
-
-def _asked(connection: HTTPConnection, target: str, headers: dict[str, str]) -> HTTPResponse:
-    connection.request("GET", target, headers=headers)
-    return connection.getresponse()
 
 
 def _context() -> ssl.SSLContext:

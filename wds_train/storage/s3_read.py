@@ -89,7 +89,7 @@ class S3Reader:
             with ranges.get(full_key, headers) as found:
                 if found is not None:
                     head = found.headers
-                    yield head.get("ETag", ""), found.length or 0, head.get("Content-Range", ""), found
+                    yield head.get("etag", ""), found.left or 0, head.get("content-range", ""), found
                     return
             self._fallbacks[0] += 1
         answer = connection.client.get_object(Bucket=connection.bucket, Key=full_key, **wanted)  # type: ignore[arg-type]

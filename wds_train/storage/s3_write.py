@@ -3,11 +3,12 @@
 import base64
 import contextlib
 import itertools
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+from isal.isal_zlib import crc32
 
 from wds_train.errors import Conflict, NotFound, StoreError
 from wds_train.storage.base import PART_BYTES, UPLOAD_THREADS, Body
@@ -101,4 +102,4 @@ class S3Writer:
 
 
 def _crc32(body: Body) -> str:
-    return base64.b64encode(zlib.crc32(body).to_bytes(4)).decode()
+    return base64.b64encode(crc32(body).to_bytes(4)).decode()

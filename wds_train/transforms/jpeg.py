@@ -78,13 +78,18 @@ def decode_all(data: memoryview, header: Header) -> NDArray[np.uint8]:
 def decode_rows(data: memoryview, header: Header, rows: int) -> NDArray[np.uint8]:
     """The first `rows` rows, or more: uint8 [>= rows, width, 3] RGB. `DataError` when one of them is damaged or missing.
 
-    Uses the fast inverse DCT and the plain chroma upsampling; what they cost in PSNR is in docs/benchmarks.md.
+    Uses the fast inverse DCT and the plain chroma upsampling; what they cost in PSNR is in docs/benchmarks.md. If `data` can be
+    written, the height is lowered in it, and put right again; else in a copy.
     """
     if header.simple and rows < header.height:
         pixels = np.empty((rows, header.width, 3), np.uint8)
-        cut = bytearray(data)
-        cut[header.frame + 1 : header.frame + 3] = rows.to_bytes(2, "big")
-        if _decode(cut, pixels) is None:
+        cut, height = memoryview(bytearray(data)) if data.readonly else data, slice(header.frame + 1, header.frame + 3)
+        cut[height] = rows.to_bytes(2, "big")
+        try:
+            cause = _decode(cut, pixels)
+        finally:
+            cut[height] = header.height.to_bytes(2, "big")  # the sample may be decoded again, to another crop
+        if cause is None:
             return pixels
     pixels = np.empty((header.height, header.width, 3), np.uint8)
     if (cause := _decode(data, pixels)) is not None:
@@ -92,7 +97,7 @@ def decode_rows(data: memoryview, header: Header, rows: int) -> NDArray[np.uint8
     return pixels
 
 
-def _decode(data: memoryview | bytearray, pixels: NDArray[np.uint8], *, fast: bool = True) -> str | None:
+def _decode(data: memoryview, pixels: NDArray[np.uint8], *, fast: bool = True) -> str | None:
     """Fill `pixels`, or say why not."""
     try:
         size = simplejpeg.decode_jpeg_header(data)[:2]
