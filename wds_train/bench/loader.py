@@ -52,7 +52,8 @@ STEADY = (
     "steady_img_per_s",
     "steady_cpu_ms_per_img",
     "server_cpu_ms_per_img",
-)  # of ours, in the second of three epochs
+)  # of ours, in all epochs but the first and the last of STEADY_EPOCHS
+STEADY_EPOCHS = 5
 COMPARED = ("img_per_s", "first_batch_s", "cpu_ms_per_img", "workers_pss_mb")
 
 
@@ -106,7 +107,7 @@ def bench_loader(wanted: Pass, cores: list[int], repeats: int, *, peers: bool) -
             if repeat >= 0:
                 _say(f"bound: pass {repeat + 1} of {repeats}")
                 floors += _floors(wanted, cores, environment)
-                steady.append(in_child("measure", OURS, replace(wanted, epochs=3), cores, environment))
+                steady.append(in_child("measure", OURS, replace(wanted, epochs=STEADY_EPOCHS), cores, environment))
             for name in [name for name in passes if name not in skipped]:
                 _say(f"{name}: " + ("copy" if repeat < 0 else f"pass {repeat + 1} of {repeats}"))
                 try:

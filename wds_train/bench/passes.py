@@ -32,6 +32,7 @@ from wds_train.storage.address import EMBEDDED_BUCKET
 
 FLOOR_IMAGES = 600
 PASS_SECONDS = 1800  # a pass that takes longer hangs
+MARK_SECONDS = 0.05  # between looks at the CPU time, which takes as long as several small images
 LOOK_SECONDS = 0.2  # between looks at the memory: each stops the process that is looked at for a moment
 
 
@@ -127,8 +128,10 @@ def measure(name: str, wanted: Pass) -> dict[str, float]:
     for batch in loader:
         first = first or time.perf_counter()
         images += image_count(batch)
-        marks.append(_mark(images, servers))
+        if time.perf_counter() - marks[-1].at > MARK_SECONDS:
+            marks.append(_mark(images, servers))
     ended = time.perf_counter()
+    marks.append(_mark(images, servers))
     if not images:
         raise WdsTrainError(f"{name} yielded no images")
     fallbacks = getattr(loader, "fallbacks", 0)  # of ours alone: no other loader has signed addresses to fall back from
@@ -143,7 +146,7 @@ def measure(name: str, wanted: Pass) -> dict[str, float]:
         "open_s": opened - began,
         "first_batch_s": first - began,
         "cpu_ms_per_img": 1e3 * (_cpu_seconds() - cpu) / images,
-    } | (_steady(marks) if name == OURS else {})
+    } | (_steady(marks, wanted.epochs) if name == OURS else {})
 
 
 def _mark(images: int, servers: list[int]) -> _Mark:
@@ -151,12 +154,13 @@ def _mark(images: int, servers: list[int]) -> _Mark:
     return _Mark(time.perf_counter(), images, time.process_time() + _cpu_of(workers), _cpu_of(servers))
 
 
-def _steady(marks: list[_Mark]) -> dict[str, float]:
-    """Rates of the middle third of a pass: of three epochs, the one before which nothing starts and behind which nothing runs
-    dry. Less than an epoch would not do, of which the short first windows are read at once, and used for long.
+def _steady(marks: list[_Mark], epochs: int) -> dict[str, float]:
+    """Rates of a pass but for its first epoch, in which all starts, and its last, in which all runs dry. Less than an epoch would
+    not do, of which the short first windows are read at once, and used for long.
     """
-    third = len(marks) // 3
-    begin, end = marks[third], marks[max(2 * third, third + 1)]
+    epoch = marks[-1].images / epochs
+    within = [mark for mark in marks if epoch <= mark.images <= (epochs - 1) * epoch]
+    begin, end = (within[0], within[-1]) if len(within) > 1 else (marks[0], marks[-1])  # of a pass of a moment, all
     images = end.images - begin.images
     return {
         "steady_img_per_s": images / (end.at - begin.at),
@@ -179,7 +183,8 @@ def floor(wanted: Pass) -> dict[str, float]:
     for record in records:
         crc32(record)
     checked = time.process_time()
-    images = [image_of(index, i, record) for i, record in zip(ids, records, strict=True)]
+    # In memory that can be written, as the loader has them: of others, decoding makes a copy.
+    images = [memoryview(bytearray(image_of(index, i, each))) for i, each in zip(ids, records, strict=True)]
     places = [Place(i, (int(index.width[i]), int(index.height[i])), 0, n) for n, i in enumerate(ids)]
     crops = [transform.draw(place) for place in places]
     prepared = time.process_time()

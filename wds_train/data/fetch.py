@@ -22,6 +22,7 @@ FETCH_THREADS = 8
 AHEAD_BYTES = 32 << 20  # per worker: enough to cover the store's latency, little beside the windows themselves
 SLAB_BYTES = 32 << 20
 GAP_BYTES = 64 << 10  # fetching a hole this small costs less than another request
+SMALL_BYTES = 512 << 10  # on which a request's own costs outweigh its bytes': the short first windows of small images
 
 
 class Memory:
@@ -63,6 +64,7 @@ class Fetcher:
         self._split = split
         self._cache = cache
         self._whole = whole
+        self.small = SMALL_BYTES * len(split) // sum(split.shard_bytes)  # samples that take SMALL_BYTES
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         pool, memory = ThreadPoolExecutor(FETCH_THREADS), Memory()

@@ -47,7 +47,7 @@ class _Stages:
     def __call__(self) -> Iterator[Decoded]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        requests = self._plan.requests(worker, workers)
+        requests = self._plan.requests(worker, workers, self._fetch.small)
         fetched = self._fetch(requests)
         parts = self._plan.parts(fetched, worker, workers)
         return self._decode(parts, worker)

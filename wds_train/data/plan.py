@@ -57,8 +57,8 @@ class Plan(Protocol):
     def part_samples(self, workers: int) -> int:
         """The most samples that a part of one of `workers` holds."""
 
-    def requests(self, worker: int, workers: int) -> Iterator[Request]:
-        """What `worker` of `workers` reads, in the order of need."""
+    def requests(self, worker: int, workers: int, small: int = 0) -> Iterator[Request]:
+        """What `worker` of `workers` reads, in the order of need; what is `small` together, in samples, is one request."""
 
     def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
         """What its requests brought, cut into parts."""
@@ -132,11 +132,12 @@ class TrainPlan:
         own = range(self.rank * lanes // self.world, (self.rank + 1) * lanes // self.world)
         return [int(lane) for lane in np.array_split(own, workers)[worker]]
 
-    def requests(self, worker: int, workers: int) -> Iterator[Request]:
+    def requests(self, worker: int, workers: int, small: int = 0) -> Iterator[Request]:
         lanes = self.lanes(worker, workers)
         # One for all lanes, of which one may be an epoch ahead: of 100 M samples, each takes a second.
         orders = lru_cache(2)(lambda epoch: self.order(epoch).keep(lanes))
-        return heapq.merge(*(self._lane_requests(lane, orders) for lane in lanes), key=lambda request: request[:2])
+        each = (_joined(self._lane_requests(lane, orders), small) for lane in lanes)
+        return heapq.merge(*each, key=lambda request: request[:2])
 
     def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
         lanes = self.lanes(worker, workers)
@@ -164,6 +165,20 @@ class TrainPlan:
             order = orders(epoch)
             for window in order.windows(lane, max(0, self.from_step - before)):
                 yield Request(before + window.start // order.per_lane, lane, epoch, window.ids)
+
+
+def _joined(requests: Iterator[Request], small: int) -> Iterator[Request]:
+    """The `requests` of a lane; those of one epoch that follow one another, and have at most `small` samples together, as one."""
+    waiting = next(requests, None)
+    for request in requests:
+        assert waiting is not None
+        if waiting.epoch == request.epoch and len(waiting.ids) + len(request.ids) <= small:
+            waiting = waiting._replace(ids=np.concatenate([waiting.ids, request.ids]))
+        else:
+            yield waiting
+            waiting = request
+    if waiting is not None:
+        yield waiting
 
 
 def _repeated(part: Part, repeats: int) -> Part:
@@ -216,7 +231,7 @@ class EvalPlan:
     def own_samples(self) -> int:
         return sum(min(self.batch, self.samples - b * self.batch) for b in self.batches)
 
-    def requests(self, worker: int, workers: int) -> Iterator[Request]:
+    def requests(self, worker: int, workers: int, small: int = 0) -> Iterator[Request]:
         for b in self.batches[worker::workers]:
             yield Request(b, 0, 0, np.arange(b * self.batch, min((b + 1) * self.batch, self.samples)))
 
