@@ -1,5 +1,6 @@
 """The loader on real bytes: the same batches for every number of ranks and workers, from any step, and damage named."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -142,6 +143,25 @@ def test_what_a_worker_holds_does_not_grow_with_the_dataset(digits: Dataset, mon
     window = WINDOW * split.index.length.mean()
     assert 0.5 * window < min(peaks)
     assert max(peaks) < 2.5 * window + 150_000
+
+
+@pytest.mark.parametrize("small", [0, 30, 10**6])
+def test_small_requests_of_a_lane_are_joined_and_stay_in_order(digits: Dataset, small: int) -> None:
+    plan = plan_of(digits, epochs=range(2))
+
+    def by_lane(small: int) -> dict[int, list[Request]]:
+        found: dict[int, list[Request]] = {}
+        for request in plan.requests(0, 1, small):
+            found.setdefault(request.lane, []).append(request)
+        return found
+
+    for lane, windows in by_lane(0).items():
+        requests = by_lane(small)[lane]
+        assert [i for each in requests for i in each.ids] == [i for each in windows for i in each.ids]
+        assert {each.epoch for each in requests} == {0, 1}
+        assert all(len(each.ids) <= small or each in windows for each in requests) if small else requests == windows
+        for one, other in itertools.pairwise(requests):  # as much as fits
+            assert len(one.ids) + len(other.ids) > small or one.epoch != other.epoch
 
 
 def test_memory_is_read_into_again_once_nothing_of_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

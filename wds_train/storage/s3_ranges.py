@@ -87,7 +87,8 @@ class _Connection:
             raise
 
     def ask(self, url: SplitResult, headers: dict[str, str]) -> Answer:
-        lines = [f"GET {url.path}?{url.query} HTTP/1.1", f"Host: {url.netloc}", *map(": ".join, headers.items())]
+        headers = {"Host": url.netloc, "Accept-Encoding": "identity"} | headers
+        lines = [f"GET {url.path}?{url.query} HTTP/1.1", *map(": ".join, headers.items())]
         try:
             self._socket.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
             return Answer(self._socket)
