@@ -362,9 +362,10 @@ def test_a_body_comes_whole_however_it_comes(pieces: tuple[bytes, ...], connecti
         HEAD.replace(b"206", b"200") + b"0123456789",
         HEAD.replace(b"conTENT-length:10", b"Transfer-Encoding: chunked") + b"a\r\n0123456789\r\n0\r\n\r\n",
         HEAD.replace(b"conTENT-length:10", b"Content-Length: -1"),
+        HEAD.replace(b"conTENT-length:10", b"Content-Length: " + b"9" * 5000),
         b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
     ],
-    ids=["200", "chunked", "no length", "403"],
+    ids=["200", "chunked", "no length", "no number of bytes", "403"],
 )
 def test_any_other_answer_is_boto3s_to_get(answer: bytes) -> None:
     with scripted(answer) as (ranges, _):

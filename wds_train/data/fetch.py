@@ -72,7 +72,8 @@ class Fetcher:
         self._split = split
         self._cache = cache
         self._whole = whole
-        self.small = SMALL_BYTES * len(split) // sum(split.shard_bytes)  # samples that take SMALL_BYTES
+        # Samples that take SMALL_BYTES. A manifest may say that there are no bytes; what is wrong with it is told when it is read by.
+        self.small = SMALL_BYTES * len(split) // max(1, sum(split.shard_bytes))
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         pool, memory = ThreadPoolExecutor(FETCH_THREADS), Memory()

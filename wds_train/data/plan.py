@@ -169,10 +169,11 @@ class TrainPlan:
 
 def _joined(requests: Iterator[Request], small: int) -> Iterator[Request]:
     """The `requests` of a lane; those of one epoch that follow one another, and have at most `small` samples together, as one."""
-    waiting = next(requests, None)
+    waiting: Request | None = None
     for request in requests:
-        assert waiting is not None
-        if waiting.epoch == request.epoch and len(waiting.ids) + len(request.ids) <= small:
+        if waiting is None:
+            waiting = request
+        elif waiting.epoch == request.epoch and len(waiting.ids) + len(request.ids) <= small:
             waiting = waiting._replace(ids=np.concatenate([waiting.ids, request.ids]))
         else:
             yield waiting

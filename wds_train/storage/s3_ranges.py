@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import ssl
 import time
@@ -27,7 +28,7 @@ class NoAnswer(Exception):
 
 class Answer:
     """What a server answers to a GET. `status`; `headers` by name in lower case; `left`: bytes of the body that are still to come,
-    None where they are not told; `last`: whether the connection is of no more use.
+    None where they are not told; `last`: whether the `socket` that it came over is of no more use.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -45,12 +46,13 @@ class Answer:
         named = (line.partition(":") for line in lines)
         self.headers = {name.strip().lower(): value.strip() for name, _, value in named}
         self.status, length = int(rest[:3]), self.headers.get("content-length", "")
-        self.left = int(length) if length.isdecimal() and "transfer-encoding" not in self.headers else None
+        told = re.fullmatch(r"\d{1,18}", length, re.ASCII) and "transfer-encoding" not in self.headers
+        self.left = int(length) if told else None
         come = memoryview(head)[end + 4 :]
         self._come = come[: self.left]
         closes = protocol == "HTTP/1.0" or self.headers.get("connection", "").lower() == "close"
         self.last = closes or len(come) > len(self._come)
-        self._socket = sock
+        self.socket = sock
 
     def readinto1(self, target: memoryview) -> int:
         """Put into `target` what has come of the body, once there is anything: how many bytes that is, 0 at the end."""
@@ -59,7 +61,7 @@ class Answer:
             count = min(len(target), len(self._come))
             target[:count], self._come = self._come[:count], self._come[count:]
         else:
-            count = self._socket.recv_into(target) if target else 0
+            count = self.socket.recv_into(target) if target else 0
         self.left = (self.left or 0) - count
         return count
 
@@ -69,56 +71,26 @@ class Answer:
         return bytes(piece[: self.readinto1(memoryview(piece))])
 
 
-class _Connection:
-    """An HTTP/1.1 connection, for one GET after the other. http.client takes a quarter of a millisecond of CPU for each, most of it
-    to parse the answer's headers as an e-mail's.
-    """
-
-    def __init__(self, url: SplitResult, context: ssl.SSLContext | None, seconds: float) -> None:
-        where = url.hostname or "", url.port or (443 if context else 80)
-        self._socket = socket.create_connection(where, CONNECT_SECONDS)
-        try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if context:
-                self._socket = context.wrap_socket(self._socket, server_hostname=where[0])
-            self._socket.settimeout(seconds)
-        except BaseException:
-            self.close()
-            raise
-
-    def ask(self, url: SplitResult, headers: dict[str, str]) -> Answer:
-        headers = {"Host": url.netloc, "Accept-Encoding": "identity"} | headers
-        lines = [f"GET {url.path}?{url.query} HTTP/1.1", *map(": ".join, headers.items())]
-        try:
-            self._socket.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-            return Answer(self._socket)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        self._socket.close()
-
-
 class Ranges:
     """GETs of ranges, over connections that are kept. boto3 takes over twice the CPU for a range of 1 MB, most of it to
-    sign, to parse and to copy. Safe to use from threads and after a fork.
+    sign, to parse and to copy; http.client a quarter of a millisecond, most of it to parse an answer's headers as an e-mail's.
+    Safe to use from threads and after a fork.
     """
 
     def __init__(self, client: "S3Client", bucket: str, seconds: float) -> None:
         """`seconds` is how long to wait for a byte."""
         self._client, self._bucket, self._seconds = client, bucket, seconds
         self._signed: dict[str, tuple[SplitResult, float]] = {}
-        self._idle: list[_Connection] = []
+        self._idle: list[socket.socket] = []
         self._pid = os.getpid()
         self._context = _context() if client.meta.endpoint_url.startswith("https:") else None
 
     @contextlib.contextmanager
     def get(self, key: str, headers: dict[str, str]) -> Iterator[Answer | None]:
         """The answer, with the range as its body; None for any other. `NoAnswer` also while it is read."""
-        url, answer, connection = self._address(key), None, None
+        url, answer = self._address(key), None
         try:
-            connection, answer = self._asked(url, headers)
+            answer = self._asked(url, headers)
             if answer.status == 206 and answer.left is not None:
                 yield answer
             else:
@@ -127,21 +99,29 @@ class Ranges:
         except OSError as error:
             raise NoAnswer(f"{url.scheme}://{url.netloc}: {error}") from error
         finally:
-            if connection is not None:
-                if answer is not None and answer.left == 0 and not answer.last:
-                    self._idle.append(connection)
+            if answer is not None:
+                if answer.left == 0 and not answer.last:
+                    self._idle.append(answer.socket)
                 else:
-                    connection.close()
+                    answer.socket.close()
 
-    def _asked(self, url: SplitResult, headers: dict[str, str]) -> tuple[_Connection, Answer]:
+    def _asked(self, url: SplitResult, headers: dict[str, str]) -> Answer:
         if self._pid != os.getpid():  # on a socket shared with a forked parent, the answers of both would mix
             self._idle, self._pid = [], os.getpid()
         # None is idle, or the server has closed it meanwhile.
         with contextlib.suppress(IndexError, ConnectionError, ssl.SSLError):
-            connection = self._idle.pop()
-            return connection, connection.ask(url, headers)
-        connection = _Connection(url, self._context, self._seconds)
-        return connection, connection.ask(url, headers)
+            return _asked(self._idle.pop(), url, headers)
+        return _asked(self._connected(url), url, headers)
+
+    def _connected(self, url: SplitResult) -> socket.socket:
+        host = url.hostname or ""
+        sock = socket.create_connection((host, url.port or (443 if self._context else 80)), CONNECT_SECONDS)
+        with _closed_on_failure(sock):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._context:
+                sock = self._context.wrap_socket(sock, server_hostname=host)
+            sock.settimeout(self._seconds)
+            return sock
 
     def _address(self, key: str) -> SplitResult:
         address, since = self._signed.get(key, (None, 0.0))
@@ -150,6 +130,23 @@ class Ranges:
             address = urlsplit(self._client.generate_presigned_url("get_object", where, SIGNED_SECONDS))
             self._signed[key] = address, time.monotonic()
         return address
+
+
+def _asked(sock: socket.socket, url: SplitResult, headers: dict[str, str]) -> Answer:
+    headers = {"Host": url.netloc, "Accept-Encoding": "identity"} | headers
+    lines = [f"GET {url.path}?{url.query} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
+    with _closed_on_failure(sock):
+        sock.sendall("\r\n".join(lines).encode("latin-1"))
+        return Answer(sock)
+
+
+@contextlib.contextmanager
+def _closed_on_failure(sock: socket.socket) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _context() -> ssl.SSLContext:
