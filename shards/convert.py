@@ -22,6 +22,7 @@ import pyarrow as pa
 from shards.pack import WIP, ShardDone, ShardTask, from_record, put
 from shards.plan import Plan, shard_name
 from shards.report import report_json
+from shards.understood import describe
 from wds_train.errors import Conflict, DataError, NotFound, UsageError
 from wds_train.format import manifest as manifests
 from wds_train.format.index import SCHEMA, write_index
@@ -117,7 +118,10 @@ class Conversion:
                 index = put(self.store, f"{split}/index{self.mark}.parquet", write_index(table))
             splits[split] = Split(tuple(part.shard for part in mine), index)
         notes = self.plan.source.notes + [note for part in done for note in part.notes]
-        report = put(self.store, f"report{self.mark}.json", report_json(notes, sum(part.altered for part in done)))
+        extra = {"understood": describe(self.plan)}
+        report = put(
+            self.store, f"report{self.mark}.json", report_json(notes, sum(part.altered for part in done), extra)
+        )
         made = DatasetManifest(self.plan.source.classes, splits, report=report, **self.plan.settings)
         condition: dict[str, Any] = {"if_match": self._replaces} if self._replaces else {"if_absent": True}
         try:

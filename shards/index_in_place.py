@@ -10,7 +10,7 @@ from isal.isal_zlib import crc32
 
 from shards.images import ImagePolicy, check
 from shards.report import Note
-from shards.sources.base import is_litter
+from shards.sources.litter import is_litter
 from shards.sources.names import choose_splits, split_word
 from shards.sources.tars import OUTSIDE, WdsSample, group, outside
 from wds_train.errors import Conflict, DataError, NotFound, UsageError

@@ -23,6 +23,7 @@ from wds_train.rng import Ids, permutation
 class Options:
     """What decides the dataset's bytes besides its source. `shard_bytes`: a shard's size is at most this. `hold_out`: the
     share of a source without `val` that becomes it. `whole_index`: a split of more samples has an index for each shard.
+    `group`: what says which samples are held out together; empty where each stands for itself.
     """
 
     seed: int = 0
@@ -30,6 +31,7 @@ class Options:
     policy: ImagePolicy = field(default_factory=ImagePolicy)
     hold_out: float = 0.0
     whole_index: int = WHOLE_INDEX_SAMPLES
+    group: str = ""
 
 
 def shard_name(split: str, number: int, mark: str) -> str:
@@ -61,6 +63,7 @@ class Plan:
             "image_policy": options.policy.to_json(),
             "conversion": {"source_sha256": source.digest(), "shard_bytes": options.shard_bytes}
             | ({"hold_out": options.hold_out} if options.hold_out else {})
+            | ({"group": options.group} if options.group else {})
             | ({"whole_index": options.whole_index} if options.whole_index != WHOLE_INDEX_SAMPLES else {}),
         }
         self.digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()

@@ -6,8 +6,9 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from wds_train.errors import DataError
 
@@ -32,10 +33,16 @@ def reasons(notes: Sequence[Note], most: int = 5) -> str:
     return f": {'; '.join(told)}" if told else ""
 
 
-def report_json(notes: Iterable[Note], reencoded: int) -> bytes:
-    """The content of `report.json`: every file and sample that is not in the dataset as it is in the source, and why."""
+def report_json(notes: Iterable[Note], reencoded: int, extra: Mapping[str, Any] | None = None) -> bytes:
+    """Return the content of `report.json`.
+
+    Args:
+        notes: Every file and sample that is not in the dataset as it is in the source, and why.
+        reencoded: How many images were encoded anew.
+        extra: More to keep there: how the source was understood, what is repeated.
+    """
     rows = [vars(note) for note in sorted(notes, key=lambda note: (note.what, note.split, note.origin, note.cause))]
-    content = {"reencoded": reencoded, "samples": rows}
+    content = {**(extra or {}), "reencoded": reencoded, "samples": rows}
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 

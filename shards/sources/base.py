@@ -4,16 +4,19 @@ the format. That makes a shard a pure function of its rows, whichever process or
 """
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from shards.report import Note
-from shards.sources.names import LITTER
+from shards.sources.labels import LabelRules
 from shards.sources.spool import Spool
+from wds_train.errors import UsageError
 from wds_train.format.arrow import to_array
 from wds_train.format.manifest import ClassInfo
 
@@ -30,23 +33,82 @@ ROWS = pa.schema(
 CHUNK = 16_384
 
 
-def is_litter(name: str) -> bool:
-    """Whether the file or tar member is one that an operating system leaves: ._1.jpg beside 1.jpg, on every Mac."""
-    return LITTER.fullmatch(name.rpartition("/")[2]) is not None
-
-
 @dataclass(frozen=True)
 class Wanted:
-    """What a person said of a source: the columns of its table, and whether images that shards do not hold are taken, too
-    (`ImagePolicy.reencode`).
+    """What a person said of a source, by flags.
+
+    Attributes:
+        image: The column of the files or images (--image-column).
+        label: The column of the labels (--label-column).
+        split: The column of the splits (--split-column); `none` for no column.
+        table: The table that says the labels (--table).
+        splits: Split name in small letters -> train, val, test or none (--split WORD=SPLIT).
+        class_level: How many levels below SOURCE, or below a split's folder, the folders lie that name the classes.
+        group: The column, or the pattern of paths, that says which samples are held out together (--group).
+        labels: What was said of the labels.
+        reencode: Whether images that shards do not hold are taken, too (`ImagePolicy.reencode`).
     """
 
     image: str | None = None
     label: str | None = None
+    split: str | None = None
+    table: Path | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    class_level: int | None = None
+    group: str | None = None
+    labels: LabelRules = field(default_factory=LabelRules)
     reencode: bool = False
 
 
 ANYTHING = Wanted()
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which samples belong together: those of a patient, or of a burst of shots.
+
+    Attributes:
+        what: What --group said: a column, or a pattern.
+        column: The value of the column for each image, by its path; None where `what` is a pattern.
+        root: The source's folder: patterns are matched with paths below it.
+    """
+
+    what: str
+    column: dict[str, str] | None = None
+    root: str = ""
+
+    def group_of(self, path: str, key: str) -> str:
+        """Return the group of the image at `path` whose sample has `key`.
+
+        Raises:
+            UsageError: The pattern does not match.
+        """
+        if self.column is not None:
+            return self.column[path]
+        for text in (path.removeprefix(self.root).lstrip("/"), key):
+            if found := re.search(self.what, text):
+                return found[1] if found.groups() else found[0]
+        raise UsageError(
+            f"--group {self.what} is no column of a table here, and as a pattern it does not match {path}; correct it, as in "
+            "--group 'patient_(\\d+)'"
+        )
+
+
+@dataclass
+class Understood:
+    """How a source was read, in words: printed before the work, and kept in the report.
+
+    Attributes:
+        layout: What the source was taken for, and where its splits come from.
+        labels: Where the labels come from.
+        said: What else was decided, a sentence each.
+        doubtful: What may be otherwise than it was read, a sentence each.
+    """
+
+    layout: str
+    labels: str
+    said: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
 
 
 class Stream(Protocol):
@@ -65,7 +127,10 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as it was found. `description` goes into the manifest; `stamp` changes when a file of the source does."""
+    """A dataset as it was found. `description` goes into the manifest; `stamp` changes when a file of the source does.
+
+    `grouping`: which samples are held out together; None where each stands for itself.
+    """
 
     description: str
     classes: tuple[ClassInfo, ...]
@@ -73,6 +138,8 @@ class Source:
     notes: list[Note] = field(default_factory=list)
     stamp: str = ""
     stream: Stream | None = None  # rows have no places yet; this brings them
+    understood: Understood | None = None
+    grouping: Grouping | None = None
 
     @property
     def samples(self) -> int:

@@ -2,12 +2,13 @@
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
-from shards.sources.base import Source
-from shards.sources.splits import to_classes
+from shards.sources.base import Source, Understood
+from shards.sources.labels import to_classes
 from shards.sources.spool import Spool
 from shards.sources.stream import Item, spooled
 from wds_train.rng import permutation
@@ -27,7 +28,10 @@ def digits(spool: Spool) -> Source:
         for number, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
             yield Item("val" if number in held_out else "train", f"{label}/{number:04d}", int(label), _png(pixels))
 
-    return spooled("digits", to_classes([str(n) for n in range(10)]), read, spool)
+    understood = Understood(
+        "scikit-learn's handwritten digits, 360 of them held out as val", "the digit that was written"
+    )
+    return replace(spooled("digits", to_classes([str(n) for n in range(10)]), read, spool), understood=understood)
 
 
 def _png(pixels: np.ndarray) -> bytes:

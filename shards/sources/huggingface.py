@@ -8,9 +8,11 @@ as a stream.
 import contextlib
 import itertools
 import json
+import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +20,70 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.sources.base import ANYTHING, Source, Wanted
-from shards.sources.labels import classes_of, label_text
-from shards.sources.names import choose_splits, split_word
+from shards.report import Note
+from shards.sources.base import ANYTHING, Source, Understood, Wanted
+from shards.sources.labels import NO_LABEL, NO_TEXT, Classes, classes_of, label_text, to_classes
+from shards.sources.names import SPLIT_OF, SPLITS, choose_splits, file_splits, unknown_split
 from shards.sources.scan import SplitScan
-from shards.sources.splits import from_scans, to_classes
+from shards.sources.splits import from_scans
 from shards.sources.spool import Spool
 from shards.sources.stream import Item, spooled
+from shards.sources.table import find_split_column
+from shards.sources.tables import Table
 from wds_train.errors import AccessDenied, DataError, UsageError
-from wds_train.format.manifest import ClassInfo
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
-NO_LABEL = {None, -1}
+ODD_LABEL = -2  # of a value that is no label of any class
+FEW_SPLITS = 12  # different cells of a column in its first rows, above which it says no splits
+PLAIN_TYPES = (
+    pa.types.is_integer,
+    pa.types.is_boolean,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_floating,
+)
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column is the image, which the label; and the labels' names in their order, if the features say."""
+    """Which columns are read.
+
+    Attributes:
+        image: That of the images.
+        label: That of the labels.
+        names: The labels' names in their order, if the features say.
+        split: That of the splits; None where the files' names say them.
+        splits: What each cell of `split` means.
+        doubtful: What else may be the image or the label, a sentence each.
+    """
 
     image: str
     label: str
     names: list[str] | None
+    split: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    doubtful: tuple[str, ...] = ()
+
+    @property
+    def read(self) -> list[str]:
+        """The columns that are read for a sample."""
+        return [self.image, self.label, *([self.split] if self.split else [])]
+
+    def split_of(self, batch: pa.RecordBatch, of_file: str) -> list[str]:
+        """Return the split of each row of `batch`; `of_file` where the row does not say one."""
+        if self.split is None:
+            return [of_file] * batch.num_rows
+        return [self.splits.get(str(cell).strip(), of_file) for cell in batch[self.split].to_pylist()]
 
 
 def find_columns(features: dict[str, Any], where: str, wanted: Wanted) -> Columns:
-    """The columns that `datasets` features name, given as JSON: name -> {"_type": ...}."""
+    """Return the columns that `datasets` features name, given as JSON: name -> {"_type": ...}.
+
+    Raises:
+        DataError: There is none that may be the image, or the label.
+        UsageError: Several may be.
+    """
     kinds = {name: kind.get("_type") if isinstance(kind, dict) else None for name, kind in features.items()}
     images = [name for name, kind in kinds.items() if kind == "Image"] or [n for n in IMAGE_COLUMNS if n in kinds]
     labels = [name for name in LABEL_COLUMNS if name in kinds] or [
@@ -51,6 +91,18 @@ def find_columns(features: dict[str, Any], where: str, wanted: Wanted) -> Column
     ]
     images = [name for name in (wanted.image,) if name in kinds] if wanted.image else images
     labels = [name for name in (wanted.label,) if name in kinds] if wanted.label else labels
+    doubtful = []
+    others = [n for n, kind in kinds.items() if kind == "ClassLabel" and n not in labels[:1]]
+    for found, rest, usual, flag in (
+        (images, images[1:], IMAGE_COLUMNS, "--image-column"),
+        (labels, others, LABEL_COLUMNS, "--label-column"),
+    ):
+        if found and rest and getattr(wanted, flag[2:7]) is None:
+            if found[0] not in usual:
+                raise UsageError(
+                    f"{where} has the columns {', '.join([found[0], *rest])}; say which one it is: {flag} {found[0]}"
+                )
+            doubtful.append(f"{found[0]!r} is read; {', '.join(rest)} may be meant as well: {flag} NAME")
     if not images or not labels:
         raise DataError(
             f"{where} has the columns {', '.join(kinds)}; an image and a label column are needed: name them with "
@@ -61,32 +113,48 @@ def find_columns(features: dict[str, Any], where: str, wanted: Wanted) -> Column
         raise DataError(
             f"{where}: the names of the classes of {labels[0]!r} are no list of texts; write the file again"
         )
-    return Columns(images[0], labels[0], names)
+    return Columns(images[0], labels[0], names, doubtful=tuple(doubtful))
 
 
 def local(root: Path, spool: Spool, wanted: Wanted) -> Source:
-    """The arrow or Parquet files below the folder `root`, or the one file."""
-    files = _files(root)
-    columns = _columns(root, files[0][1], wanted)
-    classes, labels = _classes(columns, files, str(root))
+    """Read the arrow or Parquet files below the folder `root`, or the one file."""
+    files, unused = _files(root, wanted)
+    columns = _columns(root, files, wanted)
+    classes = _classes(columns, files, str(root), wanted)
     description = f"huggingface {root.name}"
+    splits = f"the column {columns.split!r}" if columns.split else "the files' names"
+    understood = Understood(
+        f"{'arrow' if files[0][1].suffix == '.arrow' else 'Parquet'} files with images in the column {columns.image!r}; splits by {splits}",
+        f"the column {columns.label!r}",
+        classes.said,
+        list(columns.doubtful),
+    )
     if files[0][1].suffix == ".arrow":
-        scans = {split: SplitScan(split) for split, _ in files}
+        scans = {
+            split: SplitScan(split) for split in [*dict.fromkeys(split for split, _ in files), *columns.splits.values()]
+        }
+        scans = {split: found for split, found in scans.items() if split in SPLITS}
         for split, path in files:
-            _scan_arrow(scans[split], path, columns, labels, len(classes))
-        return from_scans(description, classes, [*scans.values()])
-    return spooled(description, classes, lambda: _parquet_items(files, columns, labels), spool)
+            _scan_arrow(scans, split, path, columns, classes)
+        source = from_scans(description, classes.infos, [*scans.values()], understood)
+    else:
+        source = spooled(description, classes.infos, lambda: _parquet_items(files, columns, classes), spool)
+    notes = [Note("", str(path), "ignored", cause) for path, cause in unused]
+    return replace(source, understood=understood, notes=[*source.notes, *notes])
 
 
-def _files(root: Path) -> list[tuple[str, Path]]:
-    """Yields (split, path) of every data file, arrow before Parquet, in the order of their names."""
+def _files(root: Path, wanted: Wanted) -> tuple[list[tuple[str, Path]], list[tuple[Path, str]]]:
+    """Return (split, path) of every data file, arrow before Parquet, in the order of their names; and (path, why) of those
+    that are not used.
+    """
     for suffix in (".arrow", ".parquet"):
         paths = [root] if root.is_file() else sorted(p for p in root.rglob(f"*{suffix}") if _is_data(p))
         base = root.parent if root.is_file() else root
-        words = {path: split_word(path.relative_to(base).as_posix()) for path in paths if path.suffix == suffix}
-        chosen = choose_splits(words.values())
-        if words:
-            return sorted((chosen[word], path) for path, word in words.items() if word in chosen)
+        names = {path.relative_to(base).as_posix(): path for path in paths if path.suffix == suffix}
+        if names:
+            used, unused = file_splits([*names], wanted.splits, str(root))
+            files = sorted((split, names[name]) for name, split in used.items())
+            return files, [(names[name], cause) for name, cause in unused.items()]
     raise UsageError(f"{root} holds neither .arrow nor .parquet files")
 
 
@@ -98,7 +166,8 @@ def _is_data(path: Path) -> bool:
     return not state.is_file() or path.name in {e["filename"] for e in json.loads(state.read_text())["_data_files"]}
 
 
-def _columns(root: Path, path: Path, wanted: Wanted) -> Columns:
+def _columns(root: Path, files: Sequence[tuple[str, Path]], wanted: Wanted) -> Columns:
+    path = files[0][1]
     with _reading(path):
         schema = pq.read_schema(path) if path.suffix == ".parquet" else next(_arrow_batches(_mapped(path))).schema
     try:
@@ -118,7 +187,32 @@ def _columns(root: Path, path: Path, wanted: Wanted) -> Columns:
     ):
         if not fits(schema.field(name).type):
             raise DataError(f"{path}: the column {name!r} holds {schema.field(name).type}; {what} needed")
-    return columns
+    return _with_splits(columns, schema, files, wanted)
+
+
+def _with_splits(columns: Columns, schema: pa.Schema, files: Sequence[tuple[str, Path]], wanted: Wanted) -> Columns:
+    """Return the `columns` with that of the splits, if there is one."""
+    path = files[0][1]
+    plain = [
+        name
+        for name in schema.names
+        if name not in (columns.image, columns.label) and _holds_labels(schema.field(name).type)
+    ]
+    few = []
+    for name in plain:
+        first = next(_batches(path, [name]), None)
+        if first is not None and len(set(first[name].to_pylist())) <= FEW_SPLITS:
+            few.append(name)
+    if not few and wanted.split is None:
+        return columns
+    lines = [
+        (number, list(row.values()))
+        for _, each in files
+        for batch in _batches(each, few)
+        for number, row in enumerate(batch.to_pylist())
+    ]
+    name, splits, said = find_split_column(Table(path, few, lines), (), wanted)
+    return replace(columns, split=name, splits=splits, doubtful=(*columns.doubtful, *said))
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -130,26 +224,44 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 def _holds_labels(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _holds_labels(kind.value_type)
-    return any(
-        is_it(kind)
-        for is_it in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
-    )
+    return any(is_it(kind) for is_it in PLAIN_TYPES)
 
 
-def _classes(
-    columns: Columns, files: list[tuple[str, Path]], where: str
-) -> tuple[tuple[ClassInfo, ...], dict[str, int]]:
-    """The feature's names, or else what follows from the labels that occur; and the label of each text."""
+def _classes(columns: Columns, files: Sequence[tuple[str, Path]], where: str, wanted: Wanted) -> Classes:
+    """Return the feature's names as classes, or else what follows from the labels that occur."""
     if columns.names is not None:
-        return to_classes(columns.names), {str(label): label for label in range(len(columns.names))}
-    found, samples = set[str](), 0
+        return _named_classes(columns.names, wanted)
+    counts: dict[str, int] = {}
     for _, path in files:
         for batch in _batches(path, [columns.label]):
-            samples += batch.num_rows
-            for value in set(batch[columns.label].to_pylist()) - NO_LABEL:
+            _refuse_fractions(batch[columns.label], columns.label, path)
+            for value, count in Counter(batch[columns.label].to_pylist()).items():
                 with contextlib.suppress(DataError):  # it is named with its sample
-                    found.add(label_text(value))
-    return classes_of(found, samples, where)
+                    text = label_text(value)
+                    counts[text] = counts.get(text, 0) + count
+    return classes_of(counts, where, wanted.labels)
+
+
+def _refuse_fractions(cells: pa.Array, name: str, path: Path) -> None:
+    """Raise `DataError` for labels that are numbers with a fraction: a gap in a column of numbers makes floats of it, no more."""
+    if not pa.types.is_floating(cells.type):
+        return
+    numbers = [cell for cell in cells.to_pylist() if cell is not None and not math.isnan(cell)]
+    odd = next((number for number in numbers if not number.is_integer()), None)
+    if odd is not None:
+        raise DataError(
+            f"{path}: the column {name!r} holds {cells.type}, such as {odd}; a name or a whole number is needed"
+        )
+
+
+def _named_classes(names: Sequence[str], wanted: Wanted) -> Classes:
+    """Return the classes that a feature names: a label is a place in that list, or in the one that a person gave."""
+    if not wanted.labels.classes:
+        numbers = {str(label): label for label in range(len(names))}
+        return Classes(to_classes(names), numbers | {NO_TEXT: NO_LABEL, str(NO_LABEL): NO_LABEL})
+    found = classes_of(dict.fromkeys(names, 1), "the features", wanted.labels, sure=True)
+    numbers = {str(label): found.numbers[name] for label, name in enumerate(names)}
+    return Classes(found.infos, numbers | {NO_TEXT: NO_LABEL, str(NO_LABEL): NO_LABEL}, found.said)
 
 
 @contextlib.contextmanager
@@ -186,40 +298,49 @@ def _mapped(path: Path) -> pa.Buffer:
         return file.read_buffer()
 
 
-def _label(value: Any, labels: dict[str, int]) -> int:
-    """The label's number; -1, which no class has, for a missing one, as HF marks test images, and -2 for one that is
-    none of `labels`.
+def _label(value: Any, classes: Classes) -> int:
+    """Return the label's number; `NO_LABEL` for a missing one, as HF marks test images, and one that no class has for a
+    value that is none of the classes'.
     """
-    if value in NO_LABEL:
-        return -1
-    return labels.get(str(value).strip(), value if isinstance(value, int) else -2)
+    try:
+        text = label_text(value)
+    except DataError:
+        return ODD_LABEL
+    return classes.numbers.get(text, value if isinstance(value, int) else ODD_LABEL)
 
 
-def _parquet_items(files: list[tuple[str, Path]], columns: Columns, labels: dict[str, int]) -> Iterator[Item]:
-    counts = dict.fromkeys((split for split, _ in files), 0)
-    for split, path in files:
-        for batch in _batches(path, [columns.image, columns.label]):
-            for image, label in zip(batch[columns.image].to_pylist(), batch[columns.label].to_pylist(), strict=True):
-                yield Item(split, f"{counts[split]:08d}", _label(label, labels), _image_bytes(image))
-                counts[split] += 1
+def _parquet_items(files: Sequence[tuple[str, Path]], columns: Columns, classes: Classes) -> Iterator[Item]:
+    counts: dict[str, int] = {}
+    for of_file, path in files:
+        for batch in _batches(path, columns.read):
+            images, labels = batch[columns.image].to_pylist(), batch[columns.label].to_pylist()
+            for image, label, split in zip(images, labels, columns.split_of(batch, of_file), strict=True):
+                if split in SPLITS:
+                    number = counts.get(split, 0)
+                    yield Item(split, f"{number:08d}", _label(label, classes), _image_bytes(image))
+                    counts[split] = number + 1
 
 
 def _image_bytes(image: Any) -> bytes:
     return (image.get("bytes") if isinstance(image, dict) else image) or b""
 
 
-def _scan_arrow(found: SplitScan, path: Path, columns: Columns, labels: dict[str, int], classes: int) -> None:
+def _scan_arrow(scans: Mapping[str, SplitScan], of_file: str, path: Path, columns: Columns, classes: Classes) -> None:
     """Add every row of the file by the place of its bytes in it."""
-    found.stamp.add(path.name, path.stat())
+    scans[of_file].stamp.add(path.name, path.stat())
     with _reading(path):
         whole = _mapped(path)
         for batch in _arrow_batches(whole):
-            values = [_label(value, labels) for value in batch[columns.label].to_pylist()]
-            for label, (offset, length) in zip(values, _places(batch[columns.image], whole, path), strict=True):
+            values = [_label(value, classes) for value in batch[columns.label].to_pylist()]
+            places = _places(batch[columns.image], whole, path)
+            for label, (offset, length), split in zip(values, places, columns.split_of(batch, of_file), strict=True):
+                if split not in SPLITS:
+                    continue
+                found = scans[split]
                 name = f"{found.seen:08d}"
                 found.seen += 1
-                if not 0 <= label < classes:
-                    found.note_label(f"{path}: row {name}", label, classes)
+                if not 0 <= label < len(classes.infos):
+                    found.note_label(f"{path}: row {name}", label, len(classes.infos))
                 elif length == 0:
                     found.note(f"{path}: row {name}", "left out", "zero bytes")
                 else:
@@ -262,7 +383,15 @@ def from_iterable(name: str, splits: Any, spool: Spool, wanted: Wanted = ANYTHIN
     """The source of `splits`: split name -> a `datasets.IterableDataset`, whose images are then taken without decoding."""
     import datasets
 
-    chosen = choose_splits(splits)
+    for word in splits:
+        if word.lower() not in SPLIT_OF and word.lower() not in wanted.splits:
+            raise unknown_split(word, name)
+    said = {word: wanted.splits[word.lower()] for word in splits if word.lower() in wanted.splits}
+    chosen = {word: split for word, split in (choose_splits(splits) | said).items() if split in SPLITS}
+    if not chosen:
+        raise UsageError(
+            f"{name} has the splits {', '.join(splits)}, and none to train on; say which is: --split WORD=train"
+        )
     first = splits[next(iter(chosen))]
     if first.features is None:
         raise DataError(f"{name} does not say its features; give its Parquet files instead")
@@ -270,14 +399,20 @@ def from_iterable(name: str, splits: Any, spool: Spool, wanted: Wanted = ANYTHIN
     if columns.names is None:
         raise DataError(f"{name} does not name its classes; give its Parquet files instead")
 
-    numbers = {str(label): label for label in range(len(columns.names))}
+    classes = _named_classes(columns.names, wanted)
+    understood = Understood(
+        f"a stream of the hub with images in the column {columns.image!r}; splits {', '.join(chosen)}",
+        f"the column {columns.label!r}",
+        classes.said,
+        [*columns.doubtful, *(f"the split {word!r} is not used" for word in splits if word not in chosen)],
+    )
 
     def read() -> Iterator[Item]:
         for word, split in chosen.items():
             rows = splits[word].cast_column(columns.image, datasets.Image(decode=False))
             for number, row in enumerate(rows):
                 yield Item(
-                    split, f"{number:08d}", _label(row[columns.label], numbers), _image_bytes(row[columns.image])
+                    split, f"{number:08d}", _label(row[columns.label], classes), _image_bytes(row[columns.image])
                 )
 
-    return spooled(f"huggingface {name}", to_classes(columns.names), read, spool)
+    return replace(spooled(f"huggingface {name}", classes.infos, read, spool), understood=understood)

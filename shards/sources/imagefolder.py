@@ -1,163 +1,462 @@
-"""Folders of images, one folder a class, as torchvision's ImageFolder reads them: `train/`, `val/` and `test/` of such
-folders, whatever people call these, or just the class folders. Labels are the places of the class folders' names in sorted
-order.
+"""Folders of images, one folder a class, as torchvision's ImageFolder reads them, and as people have them.
+
+The folders are read first (`shards.sources.tree`), then `read_layout` tells splits from classes. Where two readings fit it
+refuses, and names both with what to type.
+
+```
+CLASS/1.jpg                    train/CLASS/1.jpg, val/CLASS/1.jpg, test/CLASS/1.jpg
+wrapped/in/CLASS/1.jpg         CLASS/train/1.jpg, CLASS/test/1.jpg
+```
 """
 
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from shards.sources.base import Source, Wanted
-from shards.sources.names import IMAGE_SUFFIXES, LITTER, SPLIT_FOLDER, SPLITS, choose_splits
-from shards.sources.scan import SplitScan, scan
-from shards.sources.splits import from_scans, to_classes
-from wds_train.errors import DataError
+from shards.sources.base import Source, Understood, Wanted
+from shards.sources.labels import NO_LABEL, Classes, classes_of, to_classes
+from shards.sources.names import (
+    NO_SPLIT,
+    SPLIT_FOLDER,
+    SPLIT_OF,
+    SPLITS,
+    normal,
+    unknown_split,
+)
+from shards.sources.scan import SplitScan
+from shards.sources.splits import from_scans
+from shards.sources.tree import DiskFiles, Folder, read_tree
+from wds_train.errors import DataError, UsageError
 
 LAYOUT = "an ImageFolder is CLASS/IMAGE.jpg, or train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg"
 # Folders of a data set for detection or segmentation, or of one that was cut up: what they are named for are no classes.
 NO_CLASSES = re.compile(
-    r"(?:jpeg)?(images?|imgs?|labels?|annotations?|masks?)|(?:k?fold|part|batch)[-_ ]?\d+", re.IGNORECASE
+    r"(?:jpeg)?(images?|imgs?|labels?|annotations?|masks?)|(?:k?fold|part|batch)[-_ ]?\d+"
+    r"|.*[-_ ](?:part|images?|batch|fold|chunk)[-_ ]?\d+|images?[-_ ]?\d+",
+    re.IGNORECASE,
 )
-WRAPPINGS = 2  # folders that hold nothing but the next one: archive/data/train
+# What people call the folder that holds all of their data: beside others it is still no class.
+DATA = re.compile(
+    r"(?:raw|my|image|the|full|all)?[-_ ]?(?:data[-_ ]?sets?|data|images?|imgs?|photos?|pictures?|raw)", re.IGNORECASE
+)
+# What stands beside a data set in a repository, and holds pictures.
+ASIDE = re.compile(
+    r"examples?|samples?|sample[-_ ]images?|demos?|docs?|assets|figures?|figs?|static|media|screenshots?|previews?|thumbnails?"
+    r"|notebooks?|src|scripts?|readme[-_ ]?(?:images|files)?|logos?|icons?|results?|outputs?|predictions?|plots?|runs|web|app",
+    re.IGNORECASE,
+)
+
+
+class Files(Protocol):
+    """Adds the images of folders to a scan: those of a disk, or those in tars."""
+
+    def note_outside(self, found: SplitScan, folder: Folder) -> None:
+        """Note the files that lie directly in `folder`, outside the class folders."""
+
+    def add(self, found: SplitScan, label: int, folder: Folder, key: str) -> int:
+        """Add every image below `folder`, with keys that begin with `key`; return how many were."""
+
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """Images of one class in one split. `key` is what their keys begin with."""
+
+    split: str
+    name: str
+    folder: Folder
+    key: str
+
+
+@dataclass
+class Layout:
+    """How folders of images are read.
+
+    Attributes:
+        parts: The folders of images, by split and class.
+        flat: The folders of splits that hold images without class folders.
+        ignored: Folders and files that are no part of it, and why.
+        outside: Pictures that lie beside the class folders.
+        text: The layout in words.
+        doubtful: What may be otherwise than it was read.
+    """
+
+    parts: list[ClassFolder] = field(default_factory=list)
+    flat: dict[str, Folder] = field(default_factory=dict)
+    ignored: list[tuple[Path, str]] = field(default_factory=list)
+    outside: list[Folder] = field(default_factory=list)
+    text: str = ""
+    doubtful: list[str] = field(default_factory=list)
+    origin: Folder | None = None
+    """Where the levels of --class-level count from."""
+
+    @property
+    def splits(self) -> list[str]:
+        return [split for split in SPLITS if split in {part.split for part in self.parts}]
 
 
 def image_folder(root: Path, wanted: Wanted) -> Source:
-    """The classes below `root`, by split."""
-    base, splits = find_splits(root)
-    folders = {split: folder if folder == base else _unwrapped(folder) for split, folder in splits.items()}
-    classes = class_ids(folders["train"])
-    infos = to_classes(classes, imagenet_names(classes))  # before the scan: it refuses names that nothing could hold
-    scans: list[SplitScan] = []
-    for split, folder in folders.items():
-        if split == "val" and not _subfolders(folder):
+    """Read the classes below the folder `root` of a disk, by split."""
+    return folder_source(read_layout(read_tree(root), wanted), root.name, DiskFiles(), wanted)
+
+
+def folder_source(layout: Layout, name: str, files: Files, wanted: Wanted) -> Source:
+    """Return the source that `layout` says, with the images that `files` brings.
+
+    Raises:
+        DataError: A split has no classes, or a class no images.
+    """
+    for split, folder in layout.flat.items():
+        if split == "val":
             raise DataError(
-                f"{folder} holds no class folders: sort its images into folders called as those of train, or move it away, "
-                "and a tenth of train is held out"
+                f"{folder.path} holds no class folders: sort its images into folders called as those of train, or move it "
+                "away, and a tenth of train is held out; or name the table of its labels: --table FILE"
             )
-        if split == "test" and not _subfolders(folder):
-            scans[0].note(folder, "ignored", "no class folders: images without labels")
-        else:
-            scans.append(scan_split(split, folder, classes, foreign=wanted.reencode))
-    if base not in splits.values():
-        for entry in scan(base):
-            if Path(entry.path) not in splits.values():
-                scans[0].note(entry.path, "ignored", "beside the folders of the splits")
-    return from_scans(f"imagefolder {root.name}", infos, scans)
+    classes = folder_classes(layout, wanted)
+    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in layout.splits}
+    for part in layout.parts:
+        add_class(scans[part.split], classes.numbers[normal(part.name)], part, files)
+    first = next(iter(scans.values()))
+    note_layout(layout, first, files)
+    understood = Understood(layout.text, "the folders' names", classes.said, layout.doubtful)
+    return from_scans(f"imagefolder {name}", classes.infos, [*scans.values()], understood)
 
 
-def scan_split(split: str, folder: Path, classes: list[str], *, foreign: bool = False) -> SplitScan:
-    """The images in the class folders of `folder`."""
-    found = SplitScan(split, foreign=foreign)
-    for entry in scan(folder):
-        if _is_class(entry):
-            _add_class(found, classes, Path(entry.path))
+def note_layout(layout: Layout, found: SplitScan, files: Files) -> None:
+    """Note what lies beside the folders that are used."""
+    for folder in layout.flat.values():
+        found.note(folder.path, "ignored", "no class folders: images without labels")
+    for path, cause in layout.ignored:
+        found.note(path, "ignored", cause)
+    for outside in layout.outside:
+        files.note_outside(found, outside)
+
+
+def folder_classes(layout: Layout, wanted: Wanted) -> Classes:
+    """Return the classes that the folders of `layout` name, and the label of each name."""
+    train = {normal(part.name) for part in layout.parts if part.split == "train"}
+    counts: dict[str, int] = {}
+    for part in layout.parts:
+        counts[normal(part.name)] = counts.get(normal(part.name), 0) + max(1, part.folder.total)
+    where = layout.parts[0].folder.path.parent
+    found = classes_of(counts, str(where), wanted.labels, sure=True)
+    known = {found.numbers[name] for name in train}
+    for part in layout.parts:
+        if found.numbers[normal(part.name)] not in known and not wanted.labels.classes:
+            raise DataError(
+                f"the class {part.name!r} is in {part.folder.path.parent} but not in train; add it there, or remove it"
+            )
+    names = imagenet_names([entry.id for entry in found.infos])
+    if not names or wanted.labels.classes:
+        return found
+    infos = to_classes([entry.id for entry in found.infos], names)
+    return Classes(infos, found.numbers, found.said)
+
+
+def add_class(found: SplitScan, label: int, part: ClassFolder, files: Files) -> None:
+    """Add the images of a class folder; `DataError` when there are none."""
+    if label == NO_LABEL:
+        found.note(part.folder.path, "ignored", "no class: --no-label says so")
+        return
+    if not files.add(found, label, part.folder, part.key):
+        raise DataError(f"the class folder {part.folder.path} holds no images; add some, or remove the folder")
+
+
+def read_layout(root: Folder, wanted: Wanted) -> Layout:
+    """Tell splits from classes in the folders below `root`.
+
+    Raises:
+        DataError: They are no classes, or can be read in two ways.
+        UsageError: A folder looks like a split, and it is not known which.
+    """
+    layout = Layout()
+    base, splits = find_splits(root, wanted, layout)
+    if splits:
+        for split, folder in splits.items():
+            if split != NO_SPLIT:
+                _read_split(layout, split, folder, wanted)
+        _ignore_neighbours(layout, base, splits, wanted)
+        folders = ", ".join(f"{folder.name}/ ({split})" for split, folder in splits.items())
+        layout.text = f"class folders in {folders}"
+    else:
+        layout.origin = root
+        read_classes(layout, "train", base, wanted)
+        layout.text = layout.text or "class folders"
+    if base is not root:
+        layout.text += f", below {base.path.relative_to(root.path).as_posix()}/"
+    return layout
+
+
+def _read_split(layout: Layout, split: str, folder: Folder, wanted: Wanted) -> None:
+    """Read the class folders of one split."""
+    inner = _unwrapped(folder)
+    if not inner.folders and split != "train":
+        layout.flat[split] = inner
+    else:
+        layout.origin = inner
+        read_classes(layout, split, inner, wanted, in_split=True)
+
+
+def _unwrapped(folder: Folder) -> Folder:
+    """Return where the classes of a split are: seg_train/seg_train, as archives that were packed twice leave it."""
+    inner = folder.filled
+    while len(inner) == 1 and not folder.images and inner[0].filled:
+        folder = inner[0]
+        inner = folder.filled
+    if len(inner) == 1 and not folder.images and NO_CLASSES.fullmatch(inner[0].name):
+        return inner[0]  # test/images/*.jpg
+    return folder
+
+
+def find_splits(root: Folder, wanted: Wanted, layout: Layout) -> tuple[Folder, dict[str, Folder]]:
+    """Find the folder of the splits, which may lie below `root`.
+
+    Returns:
+        That folder, and the folder of each split; without any, the folder of the classes alone.
+    """
+    base = root
+    while True:
+        if splits := splits_in(base, wanted):
+            return base, splits
+        inner = [folder for folder in base.filled if "train" in splits_in(folder, wanted)]
+        if len(inner) > 1:
+            raise DataError(
+                f"{base.path} holds several data sets: {', '.join(f.name for f in inner)}; give the path of one"
+            )
+        alone = inner or _without_asides(base)
+        if len(alone) != 1 or base.images or not alone[0].filled or wanted.class_level:
+            return base, {}
+        for folder in base.filled:
+            if folder is not alone[0]:
+                layout.ignored.append((folder.path, f"{folder.total} images beside the data set {alone[0].name}"))
+        base = alone[0]
+
+
+def _without_asides(base: Folder) -> list[Folder]:
+    """Return the folders in `base` that may hold its classes: of a repository, not the pictures of its README."""
+    filled = base.filled
+    data = [folder for folder in filled if not folder.images and DATA.fullmatch(folder.name)]
+    if len(data) == 1 and len(data[0].filled) > 1:
+        others = [folder for folder in filled if folder is not data[0]]
+        if all(ASIDE.fullmatch(folder.name) for folder in others):
+            return data
+    containers = [folder for folder in filled if not folder.images and len(folder.filled) > 1]
+    others = [folder for folder in filled if folder not in containers]
+    if len(containers) == 1 and all(ASIDE.fullmatch(folder.name) for folder in others):
+        return containers
+    return filled
+
+
+def split_of_folder(name: str, wanted: Wanted) -> str | None:
+    """Return the split that a folder of this name is: train, val, test or none; None for any other name."""
+    said = wanted.splits.get(name.lower())
+    if said is not None:
+        return said
+    found = SPLIT_FOLDER.fullmatch(name)
+    return SPLIT_OF[found[1].lower()] if found else None
+
+
+def splits_in(folder: Folder, wanted: Wanted) -> dict[str, Folder]:
+    """Return the folders of splits in `folder`; none where there is no train that holds class folders.
+
+    Raises:
+        DataError: Two folders are names of one split.
+    """
+    found: dict[str, list[Folder]] = {}
+    for each in folder.folders:
+        split = split_of_folder(each.name, wanted)
+        if split is not None and (each.total or split != NO_SPLIT):
+            found.setdefault(split, []).append(each)
+    if not any(each.folders for each in found.get("train", ())):  # else it may be a class: train, bus, car
+        return {}
+    for split, folders in found.items():
+        if len(folders) > 1 and split != NO_SPLIT:
+            raise DataError(
+                f"{folder.path} holds {' and '.join(each.name for each in folders)}, which are all names of the split "
+                f"{split}; keep one of them, or say what the others are: --split {folders[-1].name}=test, or =none"
+            )
+    order = [*SPLITS, NO_SPLIT]
+    return {split: found[split][0] for split in order if split in found}
+
+
+def _ignore_neighbours(layout: Layout, base: Folder, splits: dict[str, Folder], wanted: Wanted) -> None:
+    """Note what lies beside the folders of the splits.
+
+    Raises:
+        UsageError: A folder there holds the classes of train: it is a split by another name.
+    """
+    classes = {normal(part.name) for part in layout.parts}
+    used = {id(folder) for folder in splits.values()}
+    for folder in base.folders:
+        if split_of_folder(folder.name, wanted) == NO_SPLIT:
+            layout.ignored.append((folder.path, f"{folder.total} images that are left out of every split"))
+        elif id(folder) not in used:
+            named = {normal(each.name) for each in folder.filled}
+            if named and named <= classes:
+                raise unknown_split(folder.name, str(base.path))
+            layout.ignored.append((folder.path, "beside the folders of the splits"))
+    for name in [*base.files, *base.litter]:
+        layout.ignored.append((base.path / name, "beside the folders of the splits"))
+    if base.images:
+        layout.ignored.append((base.path, f"{base.images} images beside the folders of the splits"))
+
+
+def read_classes(layout: Layout, split: str, base: Folder, wanted: Wanted, *, in_split: bool = False) -> None:
+    """Read the class folders in `base`."""
+    if wanted.class_level:
+        _read_level(layout, split, base, wanted.class_level)
+        return
+    folders = _candidates(layout, base, wanted, in_split=in_split)
+    _refuse_no_classes(base, [folder.name for folder in folders], in_split=in_split and split != "train")
+    inner = {folder.name: _unwrapped_class(folder) for folder in folders}
+    holders = [folder for folder in folders if not inner[folder.name].images and inner[folder.name].filled]
+    if holders and _are_split_by_class(holders, wanted):
+        if len(holders) < len(folders):
+            other = next(folder for folder in folders if folder not in holders)
+            raise DataError(
+                f"{holders[0].path} holds folders of splits ({_some(each.name for each in inner[holders[0].name].filled)}), and "
+                f"{other.path} does not; sort its images into such folders, too"
+            )
+        _read_splits_of_classes(layout, base, [inner[folder.name] for folder in folders], folders, wanted)
+        return
+    if holders:
+        _refuse_holders(layout, base, folders, holders, inner)
+    layout.parts += [ClassFolder(split, folder.name, folder, folder.name) for folder in folders]
+    layout.outside.append(base)
+
+
+def _candidates(layout: Layout, base: Folder, wanted: Wanted, *, in_split: bool) -> list[Folder]:
+    """Return the folders in `base` that may be classes; others are noted as ignored."""
+    found = []
+    for folder in base.folders:
+        if split_of_folder(folder.name, wanted) == NO_SPLIT:
+            layout.ignored.append((folder.path, f"{folder.total} images that are left out of every split"))
+            continue
+        # An empty folder in train/ is a class whose images did not arrive; among class folders it may be anything's.
+        if folder.total or (in_split and folder.is_empty):
+            found.append(folder)
         else:
-            is_image = Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not LITTER.fullmatch(entry.name)
-            found.note(entry.path, "left out" if is_image else "ignored", "outside the class folders")
+            layout.ignored.append((folder.path, "a folder without images"))
+            if folder.is_empty:
+                layout.doubtful.append(f"{folder.path} is empty; if it is a class, add its images")
     return found
 
 
-def find_splits(root: Path) -> tuple[Path, dict[str, Path]]:
-    """The folder of the splits, which may lie a little below `root`, and theirs; without any, the folder of the classes
-    alone, as `train`.
-    """
-    base = root
-    for _ in range(WRAPPINGS + 1):
-        if splits := _splits_in(base):
-            return base, splits
-        inner = [folder for folder in _subfolders(base) if "train" in _splits_in(folder)]
-        alone = inner or _subfolders(base)
-        if len(inner) > 1:
-            raise DataError(f"{base} holds several data sets: {', '.join(f.name for f in inner)}; give the path of one")
-        if len(alone) != 1 or not (inner or _subfolders(alone[0])):
-            break
-        base = alone[0]
-    return base, {"train": base}
-
-
-def _splits_in(folder: Path) -> dict[str, Path]:
-    """The folders train, val and test as far as they are folders in `folder`; empty where there is no train that holds
-    class folders.
-    """
-    words: dict[str, list[Path]] = {}
-    for each in _subfolders(folder):
-        if found := SPLIT_FOLDER.fullmatch(each.name):
-            split = next(iter(choose_splits([found[1].lower()]).values()))
-            words.setdefault(split, []).append(each)
-    if not any(_subfolders(each) for each in words.get("train", ())):  # else it may be a class: train, bus, car
-        return {}
-    for split, folders in words.items():
-        if len(folders) > 1:
-            raise DataError(
-                f"{folder} holds {' and '.join(each.name for each in folders)}, which are all names of the split "
-                f"{split}; keep one of them, or move the others away"
-            )
-    return {split: words[split][0] for split in SPLITS if split in words}
-
-
-def _unwrapped(folder: Path) -> Path:
-    """Where the classes of the split `folder` are: seg_train/seg_train, as archives that were packed twice leave it."""
-    inner = _subfolders(folder)
-    return inner[0] if len(inner) == 1 and _subfolders(inner[0]) else folder
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return [Path(entry.path) for entry in scan(folder) if _is_class(entry)]
-
-
-def class_ids(folder: Path) -> list[str]:
-    """The names of the class folders; `DataError` when they are none, or the layout was plainly meant otherwise."""
-    ids = [entry.name for entry in scan(folder) if _is_class(entry)]
+def _refuse_no_classes(base: Folder, ids: Sequence[str], *, in_split: bool) -> None:
+    """Raise `DataError` when folders of these names are no classes."""
     if not ids:
-        raise DataError(f"{folder} holds no class folders; {LAYOUT}")
+        raise DataError(f"{base.path} holds no class folders; {LAYOUT}")
+    if in_split:
+        return
     told = f"the classes would be {', '.join(ids[:5])}{', ...' if ids[5:] else ''}"
     if all(NO_CLASSES.fullmatch(id) for id in ids):
         raise DataError(
-            f"{folder} is no folder of classes: {told}; {LAYOUT}, or put a labels.csv with the columns file and label there"
+            f"{base.path} is no folder of classes: {told}; {LAYOUT}, or put a labels.csv with the columns file and label there"
         )
     if all(SPLIT_FOLDER.fullmatch(id) for id in ids):
-        raise DataError(f"{folder} is no folder of classes: {told}, which are names of splits; {LAYOUT}")
+        raise DataError(f"{base.path} is no folder of classes: {told}, which are names of splits; {LAYOUT}")
     if len(ids) == 1:
-        raise DataError(f"{folder} holds one class folder, {ids[0]!r}: there is nothing to tell apart; {LAYOUT}")
-    return ids
+        raise DataError(f"{base.path} holds one class folder, {ids[0]!r}: there is nothing to tell apart; {LAYOUT}")
 
 
-def _is_class(entry: os.DirEntry[str]) -> bool:
-    return is_folder(entry) and not LITTER.fullmatch(entry.name)
+def _unwrapped_class(folder: Folder) -> Folder:
+    """Return where the images of a class are: n01443537/images, as in Tiny ImageNet."""
+    while not folder.images and len(folder.filled) == 1:
+        folder = folder.filled[0]
+    return folder
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether `path` is a folder or leads to one. A link to itself is neither: it is noted like any file that cannot be
-    read.
+def _are_split_by_class(holders: Sequence[Folder], wanted: Wanted) -> bool:
+    """Tell whether each class is split by itself: cats/train, cats/test, dogs/train."""
+    inner = [each for folder in holders for each in _unwrapped_class(folder).filled]
+    found = {split_of_folder(each.name, wanted) for each in inner}
+    return "train" in found and None not in found
+
+
+def _read_splits_of_classes(
+    layout: Layout, base: Folder, inner: Sequence[Folder], folders: Sequence[Folder], wanted: Wanted
+) -> None:
+    """Read splits that lie in the folders of the classes."""
+    for folder, holder in zip(folders, inner, strict=True):
+        used: dict[str, Folder] = {}
+        for each in holder.filled:
+            split = split_of_folder(each.name, wanted)
+            assert split is not None, "_are_split_by_class looked"
+            if split == NO_SPLIT:
+                layout.ignored.append((each.path, f"{each.total} images that are left out of every split"))
+                continue
+            if split in used:
+                raise DataError(
+                    f"{holder.path} holds {used[split].name} and {each.name}, which are both names of the split {split}; say "
+                    f"what one of them is: --split {each.name}=test, or =none"
+                )
+            used[split] = each
+            layout.parts.append(ClassFolder(split, folder.name, each, folder.name))
+    words = sorted({each.name for holder in inner for each in holder.filled})
+    layout.text = f"class folders with {', '.join(words)} in each"
+    layout.outside.append(base)
+
+
+def _refuse_holders(
+    layout: Layout,
+    base: Folder,
+    folders: Sequence[Folder],
+    holders: Sequence[Folder],
+    inner: dict[str, Folder],
+) -> None:
+    """Raise `DataError` where it is not certain that folders which hold only folders are classes.
+
+    A few of them among class folders that hold images are classes, whose images were sorted further.
     """
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
+    below = {folder.name: {normal(each.name) for each in inner[folder.name].filled} for folder in holders}
+    names = {normal(folder.name) for folder in folders}
+    within = next((name for name, inside in below.items() if len(inside & names) > len(inside) / 2), None)
+    if within is None and len(holders) < len(folders) - len(holders):
+        for folder in holders:
+            layout.doubtful.append(
+                f"the images of {folder.name} lie in its folders {_some(below[folder.name])}; they are read as {folder.name}"
+            )
+        return
+    shared = set.union(*below.values())
+    common = set.intersection(*below.values()) if len(below) > 1 else set[str]()
+    origin = layout.origin or base
+    first = len(base.path.parts) - len(origin.path.parts) + 1
+    level = len(inner[holders[0].name].path.parts) - len(origin.path.parts) + 1
+    ways = [f"the folders {_some(folder.name for folder in folders)} are the classes: --class-level {first}"]
+    if common:
+        ways.append(
+            f"each of them holds the classes {_some(common)}: give the path of one, such as "
+            f"{inner[holders[0].name].path}, or --class-level {level} for all of them together"
+        )
+    else:
+        ways.append(f"the folders in them, {_some(shared)}, are the classes: --class-level {level}")
+        if len(holders) == 1:
+            ways.append(f"{inner[holders[0].name].path} is the data set: give its path")
+    raise DataError(f"{base.path} can be read in {len(ways)} ways: {'; or '.join(ways)}")
 
 
-def _add_class(found: SplitScan, classes: list[str], folder: Path) -> None:
-    if folder.name not in classes:
-        raise DataError(f"the class {folder.name!r} is in {folder.parent} but not in train; add it there, or remove it")
-    label = classes.index(folder.name)
-    if not sum([found.add_file(label, path, f"{folder.name}/{name}") for path, name in walk(folder, "")]):
-        raise DataError(f"the class folder {folder} holds no images; add some, or remove the folder")
+def _read_level(layout: Layout, split: str, base: Folder, level: int) -> None:
+    """Read the folders that lie `level` levels below `base` as the classes, whatever they lie in."""
+    found = base.below(level)
+    if not found:
+        raise UsageError(f"{base.path} holds no folders with images {level} levels below; --class-level says which")
+    for folder in found:
+        key = folder.path.relative_to(base.path).as_posix()
+        layout.parts.append(ClassFolder(split, folder.name, folder, key))
+    if len({part.name for part in layout.parts if part.split == split}) < 2:
+        raise DataError(
+            f"{base.path} holds one class {level} levels below, {found[0].name!r}: there is nothing to tell apart"
+        )
+    layout.text = f"class folders {level} level{'s' * (level > 1)} below {base.name}"
+    for depth in range(level):
+        layout.outside += base.below(depth)
 
 
-def walk(folder: Path, prefix: str, above: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, str]]:
-    """Every file under `folder` and its name below it; links are followed, one that leads back up is an error. What the
-    operating system keeps in a folder of its own stays there.
-    """
-    here = folder.resolve()
-    if here in above:
-        raise DataError(f"{folder} is a link to a folder that holds it; remove the link")
-    for entry in scan(folder):
-        name = f"{prefix}{entry.name}"
-        if is_folder(entry) and not LITTER.fullmatch(entry.name):
-            yield from walk(Path(entry.path), f"{name}/", above | {here})
-        else:
-            yield Path(entry.path), name
+def _some(names: object) -> str:
+    """Name a few of `names`."""
+    listed = sorted(names)  # type: ignore[call-overload]
+    return ", ".join(listed[:4]) + (f", ... ({len(listed)})" if listed[4:] else "")
 
 
 def imagenet_names(ids: list[str]) -> dict[str, str]:

@@ -10,11 +10,13 @@ import io
 import tarfile
 from pathlib import Path
 
-from shards.sources.base import Source
-from shards.sources.imagefolder import imagenet_names, is_folder, scan_split
+from shards.sources.base import ANYTHING, Source, Understood
+from shards.sources.imagefolder import Layout, add_class, imagenet_names, note_layout, read_classes
+from shards.sources.labels import to_classes
 from shards.sources.scan import SplitScan, scan
-from shards.sources.splits import from_scans, to_classes
+from shards.sources.splits import from_scans
 from shards.sources.tars import is_safe, tar_members
+from shards.sources.tree import DiskFiles, read_tree
 from wds_train.errors import DataError
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -42,7 +44,11 @@ def ilsvrc_tars(root: Path) -> Source:
     if (root / VAL_TAR).is_file():
         truth, names = _ground_truth(root)
         scans.append(_val_tar(root / VAL_TAR, truth, classes))
-    return from_scans("imagenet ILSVRC2012 tars", to_classes(classes, imagenet_names(classes) | names), scans)
+    understood = Understood(
+        f"ImageNet's own tars; splits by {TRAIN_TAR} and {VAL_TAR}", "the class tars, and the ground truth"
+    )
+    infos = to_classes(classes, imagenet_names(classes) | names)
+    return from_scans("imagenet ILSVRC2012 tars", infos, scans, understood)
 
 
 def _add_images(found: SplitScan, outer: Path, wnid: str, label: int, where: tuple[int, int]) -> bool:
@@ -128,12 +134,21 @@ def kaggle(root: Path) -> Source:
     """Kaggle's unpacked archive: `ILSVRC/`, `LOC_val_solution.csv` and `LOC_synset_mapping.txt` in `root`."""
     train_folder = root / KAGGLE_TRAIN
     names = _mapping(root / "LOC_synset_mapping.txt")
-    classes = [entry.name for entry in scan(train_folder) if is_folder(entry)]
-    scans = [scan_split("train", train_folder, classes)]
+    layout = Layout()
+    read_classes(layout, "train", read_tree(train_folder), ANYTHING, in_split=True)
+    classes = [part.name for part in layout.parts]
+    train = SplitScan("train")
+    for label, part in enumerate(layout.parts):
+        add_class(train, label, part, DiskFiles())
+    note_layout(layout, train, DiskFiles())
+    scans = [train]
     val_folder = train_folder.with_name("val")
     if val_folder.is_dir():
         scans.append(_kaggle_val(val_folder, root / "LOC_val_solution.csv", classes))
-    return from_scans("imagenet Kaggle", to_classes(classes, names), scans)
+    understood = Understood(
+        "Kaggle's ImageNet; splits by the folders train and val", "class folders, and LOC_val_solution.csv"
+    )
+    return from_scans("imagenet Kaggle", to_classes(classes, names), scans, understood)
 
 
 def _kaggle_val(folder: Path, solution: Path, classes: list[str]) -> SplitScan:

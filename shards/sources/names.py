@@ -1,24 +1,68 @@
-"""What splits, images and the rest are called in people's folders and archives."""
+"""What splits, images and the files beside them are called in people's folders and archives."""
 
 import hashlib
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 
+from wds_train.errors import UsageError
 from wds_train.format.shard import KEY_LENGTH
 
 # What a split is called, in the order of preference.
-SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
-_WORDS = "|".join(word for words in SPLITS.values() for word in words)
+SPLITS = {
+    "train": ("train", "training", "trn"),
+    "val": (
+        "val",
+        "validation",
+        "valid",
+        "dev",
+        "devel",
+        "development",
+        "eval",
+        "evaluation",
+        "holdout",
+        "hold_out",
+        "hold-out",
+        "held_out",
+        "held-out",
+        "publictest",  # FER2013 and Kaggle: the public leaderboard is what people validate on
+    ),
+    "test": ("test", "testing", "tst", "privatetest"),
+}
+# Images without labels, as STL-10 and semi-supervised sets have them. They are never trained on.
+UNLABELED = ("unlabeled", "unlabelled", "unsup", "unsupervised", "unannotated")
+NO_SPLIT = "none"  # what --split WORD=none says: leave these out
+SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+SPLIT_OF |= dict.fromkeys(UNLABELED, NO_SPLIT)
+_WORDS = "|".join(sorted(SPLIT_OF, key=len, reverse=True))
 # In the name of a file: the word between separators.
-SPLIT_WORD = re.compile(rf"(?:^|[-_./])({_WORDS})(?=[-_./0-9{{]|$)", re.IGNORECASE)
+SPLIT_WORD = re.compile(rf"(?:^|[-_./ ])({_WORDS})(?=[-_./0-9{{ ]|$)", re.IGNORECASE)
 # A folder is a split when its name is such a word and no more than what people put around it: seg_train, Test Images.
 SPLIT_FOLDER = re.compile(
     rf"(?:(?:seg|img|images?|data|dataset)[-_ .]?)?({_WORDS})[-_ .]?(?:set|data|img|images?|split|folder)?[-_ .]?\d*",
     re.IGNORECASE,
 )
+# `train` in train-00000-of-00008.parquet: whatever stands before such numbers is the name of a split.
+PART_OF = re.compile(r"(?:.*/)?([^/]+?)[-_.]\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.\w+")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".webp")
 # Of images that shards do not hold: `ImagePolicy.reencode` takes them.
-FOREIGN_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".avif")
+FOREIGN_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+# Of pictures that nothing here reads: a folder of them is a class all the same, whose images must be converted.
+UNREAD_SUFFIXES = (
+    ".svg",
+    ".psd",
+    ".raw",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".arw",
+    ".jp2",
+    ".jxl",
+    ".dcm",
+    ".pgm",
+    ".ppm",
+    ".npy",
+)
 # What stands beside images in people's folders, and is no sample: counted, one note a kind.
 SIDECARS = (
     ".txt",
@@ -36,21 +80,126 @@ SIDECARS = (
     ".ini",
     ".db",
 )
-# What operating systems leave in folders: nobody's sample, so it does not count as a bad one.
-LITTER = re.compile(r"\..*|(eh)?Thumbs\.db|desktop\.ini|__MACOSX|@eaDir|\$RECYCLE\.BIN|lost\+found", re.IGNORECASE)
+
+
+def normal(text: str) -> str:
+    """Return `text` in Unicode's composed form (NFC): macOS writes `é` as two characters, tables as one."""
+    return unicodedata.normalize("NFC", text)
 
 
 def split_word(name: str) -> str:
-    """The last word in a path that names a split; `train` where none does."""
+    """Return the last word in a path that names a split; `train` where none does."""
     words = SPLIT_WORD.findall(name)
     return words[-1].lower() if words else "train"
 
 
 def choose_splits(words: Iterable[str]) -> dict[str, str]:
-    """Which of the splits in a source become `train`, `val` and `test`; of two names for one, the first in `SPLITS`."""
+    """Choose which of the splits in a source become `train`, `val` and `test`.
+
+    Args:
+        words: Split names as a source has them, in small letters.
+
+    Returns:
+        The word -> split of those that are used. Of two names for one split the first in `SPLITS` is.
+    """
     there = set(words)
     chosen = {split: next((name for name in names if name in there), None) for split, names in SPLITS.items()}
     return {word: split for split, word in chosen.items() if word is not None}
+
+
+def assign_splits(words: Iterable[str], said: Mapping[str, str], where: str) -> dict[str, str]:
+    """Decide for every split name of a source what it becomes.
+
+    Args:
+        words: The names, as the source writes them.
+        said: What a person said of them with --split WORD=SPLIT; keys in small letters.
+        where: The source, for messages.
+
+    Returns:
+        word -> `train`, `val`, `test`, or `none` for samples that are left out.
+
+    Raises:
+        UsageError: A name is not known, or two names mean one split.
+    """
+    names = dict.fromkeys(words)
+    splits: dict[str, str] = {}
+    for word in names:
+        split = said.get(word.lower()) or SPLIT_OF.get(word.lower().strip())
+        if split is None:
+            raise unknown_split(word, where)
+        splits[word] = split
+    for split in SPLITS:
+        alike = [word for word, found in splits.items() if found == split and word.lower() not in said]
+        if len({word.lower() for word in alike}) > 1:
+            raise UsageError(
+                f"{where} has {' and '.join(map(repr, alike))}, which are all names of the split {split}; say which one "
+                f"is used, and leave the others out: --split {alike[-1]}=none"
+            )
+    return splits
+
+
+def file_splits(paths: Sequence[str], said: Mapping[str, str], where: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Decide for every data file of a source what split it belongs to: tars, Parquet and arrow files.
+
+    Args:
+        paths: The files' paths below the source.
+        said: What a person said of splits with --split WORD=SPLIT; keys in small letters.
+        where: The source, for messages.
+
+    Returns:
+        path -> `train`, `val` or `test` of those that are used; path -> why, of the others.
+
+    Raises:
+        UsageError: Some files are named for splits, and others for something that is not known.
+    """
+    words = {path: _split_in(path, said) for path in paths}
+    unknown = sorted({_stem(path) for path, word in words.items() if word is None})
+    known = {word for word in words.values() if word is not None}
+    splits_known = {said.get(word) or SPLIT_OF[word] for word in known}
+    # Files of one unknown name are the training data where nothing else is.
+    if unknown and ("train" in splits_known or (known and len(unknown) > 1)):
+        raise unknown_split(unknown[0], where)
+    if not known and len(unknown) > 1 and all(PART_OF.fullmatch(path) for path in paths):
+        raise unknown_split(unknown[0], where)
+    chosen = choose_splits(known) | {word: said[word] for word in known if word in said}
+    used: dict[str, str] = {}
+    unused: dict[str, str] = {}
+    for path, word in words.items():
+        split = "train" if word is None else chosen.get(word, NO_SPLIT)
+        if split == NO_SPLIT:
+            unused[path] = f"the split {word!r} is not used"
+        else:
+            used[path] = split
+    if not used:
+        raise UsageError(
+            f"{where} holds {', '.join(sorted(known))} alone, and nothing to train on; say which is: --split WORD=train"
+        )
+    return used, unused
+
+
+def _split_in(path: str, said: Mapping[str, str]) -> str | None:
+    """Return the word in a file's path that names its split, None where none does."""
+    pieces = re.split(r"[-_./ ]", path.lower())
+    for word in said:
+        if word in pieces or word == _stem(path).lower():
+            return word
+    words = SPLIT_WORD.findall(path)
+    return words[-1].lower() if words else None
+
+
+def _stem(path: str) -> str:
+    """Return what a file is called without its number: `extra` of extra-000012.tar."""
+    part = PART_OF.fullmatch(path)
+    name = part[1] if part else path.rpartition("/")[2].split(".")[0]
+    return re.sub(r"[-_]?\d+$", "", name) or name
+
+
+def unknown_split(word: str, where: str) -> UsageError:
+    """Return the refusal of a split whose name is not known."""
+    return UsageError(
+        f"{where} has the split {word!r}, and it is not known what that is for; say it: --split {word}=train, =val, =test, "
+        "or =none to leave it out"
+    )
 
 
 def key_of(*parts: str) -> str:

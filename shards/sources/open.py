@@ -3,23 +3,30 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from shards.sources import huggingface, imagenet, torchvision
 from shards.sources.base import ANYTHING, Source, Wanted
 from shards.sources.digits import digits
-from shards.sources.imagefolder import class_ids, find_splits, image_folder, is_folder
-from shards.sources.names import LITTER
+from shards.sources.folder import folder, table
+from shards.sources.imagefolder import image_folder, read_layout
+from shards.sources.litter import is_litter
 from shards.sources.scan import scan
 from shards.sources.splits import checked
 from shards.sources.spool import Spool
-from shards.sources.table import table, tables
+from shards.sources.tables import holds_bytes
 from shards.sources.tars import TARS, webdataset
+from shards.sources.tree import is_folder, read_tree
 from wds_train.errors import DataError, UsageError
 from wds_train.storage.address import name_from
 from wds_train.tracking.console import readable
 
 DIGITS = "digits"
+LOOKED_THROUGH = 8  # folders in a source that are looked into for data files
 Opener = Callable[[Path, Spool, Wanted], Source]
 FORMATS: dict[str, Opener] = {
+    "folder": lambda root, spool, wanted: folder(root, wanted),
     "imagefolder": lambda root, spool, wanted: image_folder(root, wanted),
     "table": lambda root, spool, wanted: table(root, wanted),
     "ilsvrc": lambda root, spool, wanted: imagenet.ilsvrc_tars(root),
@@ -30,8 +37,17 @@ FORMATS: dict[str, Opener] = {
 
 
 def open_source(address: str, spool: Spool, form: str | None = None, wanted: Wanted = ANYTHING) -> Source:
-    """The source at `address`: `digits`, `hf:ID`, `torchvision:CLASS`, `wds:PATH`, or a path, whose format is `form` or
-    what its files look like.
+    """Open the source at an address.
+
+    Args:
+        address: `digits`, `hf:ID`, `torchvision:CLASS`, `wds:PATH`, or a path.
+        spool: Where images that come as a stream are kept.
+        form: The format of a path, one of `FORMATS`; else it is what its files look like.
+        wanted: What a person said of the source.
+
+    Raises:
+        UsageError: There is nothing, or not what `form` says.
+        DataError: It cannot become a dataset.
     """
     if address == DIGITS:
         return checked(digits(spool))
@@ -52,13 +68,24 @@ def open_source(address: str, spool: Spool, form: str | None = None, wanted: Wan
         raise UsageError(f"{readable(str(root))} has a name that is not UTF-8, or cannot be printed; rename it")
     if root.name == imagenet.TRAIN_TAR:
         root = root.parent
-    if root.is_file() and (form or recognise(root)) in ("imagefolder", "table", "kaggle"):
+    form = form or recognise(root)
+    _refuse_misfit(root, form)
+    return checked(FORMATS[form](root, spool, wanted))
+
+
+def _refuse_misfit(root: Path, form: str) -> None:
+    """Raise `UsageError` when what lies at `root` cannot be of the format `form`."""
+    if root.is_file() and form not in ("huggingface", "wds"):
         raise UsageError(f"{root} is a file; give the folder of the images")
-    return checked(FORMATS[form or recognise(root)](root, spool, wanted))
+    needed = {"ilsvrc": Path(imagenet.TRAIN_TAR), "kaggle": imagenet.KAGGLE_TRAIN}.get(form)
+    if needed is not None and not (root / needed).exists():
+        raise UsageError(
+            f"{root} does not hold {needed}, which --source {form} needs; leave --source out, or give another folder"
+        )
 
 
 def source_root(address: str) -> Path | None:
-    """Where the source at `address` lies, as far as it is a path."""
+    """Return where the source at `address` lies, as far as it is a path."""
     prefix, colon, rest = address.partition(":")
     if address == DIGITS or (colon and prefix in ("hf", "torchvision")):
         return None
@@ -67,37 +94,73 @@ def source_root(address: str) -> Path | None:
 
 
 def recognise(root: Path) -> str:
-    """The format of what lies at `root`."""
+    """Return the format of what lies at `root`."""
     if (root / imagenet.TRAIN_TAR).is_file():
         return "ilsvrc"
     if (root / imagenet.KAGGLE_TRAIN).is_dir():
         return "kaggle"
-    files = [root] if root.is_file() else _first_files(root)
-    suffixes = {path.suffix for path in files}
-    if suffixes & {".arrow", ".parquet"}:
-        return "huggingface"
-    if any(path.name.endswith(TARS) for path in files):
-        return "wds"
     if root.is_file():
-        raise UsageError(f"{root} is neither a tar, an arrow file nor Parquet; give the folder of the images")
-    return "table" if tables(root) and not _holds_classes(root) else "imagefolder"
+        return _recognise_file(root)
+    files = _first_files(root)
+    # Parquet beside tars, or beside images, may hold no more than what is known of them (img2dataset's does).
+    data = [path for path in files if path.suffix == ".arrow" or _holds_images(path)]
+    tars = [path for path in files if path.name.endswith(TARS)]
+    form = "folder"
+    if data:
+        form = "huggingface"
+    elif tars:
+        form = "wds"
+    elif files and not read_tree(root).total:
+        form = "huggingface"  # which says what its columns hold
+    if data or tars:
+        _refuse_images_beside(root, (data or tars)[0], form)
+    return form
 
 
-def _holds_classes(root: Path) -> bool:
-    """Whether folders say the classes: those in `root`, or in its splits wherever. A table says those of images that lie further down."""
-    try:
-        base, splits = find_splits(root)
-        return (base == root or base not in splits.values()) and bool(class_ids(splits["train"]))
-    except DataError:
+def _recognise_file(path: Path) -> str:
+    """Return the format of a single file."""
+    if path.suffix in (".arrow", ".parquet"):
+        return "huggingface"
+    if path.name.endswith(TARS):
+        return "wds"
+    raise UsageError(f"{path} is neither a tar, an arrow file nor Parquet; give the folder of the images")
+
+
+def _holds_images(path: Path) -> bool:
+    """Tell whether a Parquet file has a column of bytes; one that cannot be read is looked at later."""
+    if path.suffix != ".parquet":
         return False
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError):
+        return True
+    return any(holds_bytes(field.type) for field in schema)
+
+
+def _refuse_images_beside(root: Path, data: Path, form: str) -> None:
+    """Raise `UsageError` where class folders lie beside data files: an archive beside what was unpacked of it, perhaps."""
+    try:
+        layout = read_layout(read_tree(root), ANYTHING)
+    except (DataError, UsageError):
+        return
+    total = sum(part.folder.total for part in layout.parts)
+    raise UsageError(
+        f"{root} holds {data.relative_to(root)} and {total:,} images in class folders; say which are the source: "
+        f"--source {form}, or --source folder"
+    )
 
 
 def _first_files(root: Path) -> list[Path]:
-    """The files in `root` and in the folders in it: enough to tell data files from class folders."""
-    entries = [entry for entry in scan(root) if not LITTER.fullmatch(entry.name)]
-    folders = [root, *[Path(entry.path) for entry in entries if is_folder(entry)][:8]]
+    """Return the data files in `root` and in the folders in it: enough to tell them from class folders."""
+    entries = [entry for entry in scan(root) if not is_litter(entry.name)]
+    folders = [root, *[Path(entry.path) for entry in entries if is_folder(entry)][:LOOKED_THROUGH]]
     kinds = (".arrow", ".parquet", *TARS)
-    return [Path(entry.path) for folder in folders for entry in scan(folder) if entry.name.endswith(kinds)]
+    return [
+        Path(entry.path)
+        for place in folders
+        for entry in scan(place)
+        if entry.name.endswith(kinds) and not is_litter(entry.name)
+    ]
 
 
 def name_of(address: str) -> str:

@@ -11,12 +11,15 @@ import pyarrow as pa
 
 from shards.report import Note
 from shards.sources.base import CHUNK, ROWS
-from shards.sources.names import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, LITTER, SIDECARS, key_of
+from shards.sources.labels import NO_LABEL
+from shards.sources.litter import litter_origin
+from shards.sources.names import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, SIDECARS, key_of
 from wds_train.errors import AccessDenied, DataError, StoreError
 from wds_train.format.arrow import to_batch
 from wds_train.home import home
 from wds_train.tracking.console import readable
 
+UNLABELED = "no label"
 MAPPED = 32 * CHUNK  # rows; their paths are no more than a column of texts holds
 
 
@@ -105,9 +108,9 @@ class SplitScan:
         return self.notes + beside
 
     def note_label(self, origin: str, label: int, classes: int) -> None:
-        """Note a sample whose label is none of the classes'. Test images are often handed out without (-1)."""
-        if self.split == "test" and label == -1:
-            self.note(origin, "ignored", "a test image without a label")
+        """Note a sample whose label is none of the classes'. Test images are often handed out without."""
+        if label == NO_LABEL:
+            self.note(origin, "ignored", "a test image without a label" if self.split == "test" else UNLABELED)
         else:
             self.note(origin, "left out", f"its label {label} is outside the {classes} classes")
 
@@ -126,8 +129,8 @@ class SplitScan:
         base = name.rpartition("/")[2]
         suffix = Path(base).suffix
         origin = f"{path}: {name}" if offset else path
-        if LITTER.fullmatch(base):
-            self.note(origin, "ignored", "left by the operating system")
+        if litter := litter_origin(base):
+            self.note(origin, "ignored", litter)
         elif suffix.lower() in SIDECARS:
             self.sidecars[suffix.lower()] += 1
         elif suffix.lower() not in self._suffixes:

@@ -1,21 +1,22 @@
-"""Folders of images with a table beside them: `labels.csv` with a column for the file and one for the label."""
+"""Images that a table labels: which columns say the file, the label and the split, and what each row says.
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
+Nothing is taken for a label because it stands in the right place: the column of the files is the one whose cells name
+images that are here, the column of the labels one that is called so, and whatever else could be one is refused by name.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from shards.sources.base import Source, Wanted
-from shards.sources.imagefolder import walk
-from shards.sources.labels import classes_of, label_text
-from shards.sources.names import IMAGE_SUFFIXES, SPLITS, choose_splits, split_word
-from shards.sources.scan import SplitScan, scan
-from shards.sources.splits import from_scans, relabelled
+from shards.sources.base import Wanted
+from shards.sources.image_index import ImageIndex, Match, fold
+from shards.sources.labels import label_text
+from shards.sources.names import SPLIT_FOLDER, SPLIT_OF, SPLIT_WORD, assign_splits, normal
+from shards.sources.tables import Table, texts, without_names
 from wds_train.errors import DataError, UsageError
 
-SUFFIXES = (".csv", ".tsv")
 FILE_COLUMNS = (
     "file",
     "filename",
@@ -28,147 +29,428 @@ FILE_COLUMNS = (
     "image_name",
     "image_id",
     "imageid",
+    "image index",
     "img",
     "img_path",
     "img_name",
+    "img_file",
+    "image_file",
+    "photo",
+    "picture",
     "id",
     "name",
+    "uuid",
 )
-LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classname", "category", "target", "species", "breed")
-SPLIT_COLUMNS = ("split", "set", "subset", "fold", "data set", "dataset")
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "class",
+    "classes",
+    "class_name",
+    "classname",
+    "class_id",
+    "classid",
+    "category",
+    "category_name",
+    "category_id",
+    "target",
+    "species",
+    "breed",
+    "dx",
+    "diagnosis",
+    "finding labels",
+    "emotion",
+    "expression",
+    "tags",
+    "fine_label",
+    "label_name",
+    "label_id",
+)
+SPLIT_COLUMNS = (
+    "split",
+    "set",
+    "subset",
+    "fold",
+    "data set",
+    "dataset",
+    "partition",
+    "usage",
+    "phase",
+    "data_split",
+    "mode",
+)
+SURE_SPLITS = ("split", "partition", "usage", "data_split")  # whatever such a column holds, it is a split
+TRUTHS = {"1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False}
+IS_SPLIT = re.compile(
+    rf"(?:is|in|for)?[-_ ]?({'|'.join(SPLIT_OF)})(?:ing)?(?:[-_ ]?(?:set|image|img|split|flag))?", re.IGNORECASE
+)
+NAMES_IMAGES = 0.5  # of a column's cells, above which it is the column of the files
+SUBMISSION = re.compile(r".*submission.*", re.IGNORECASE)  # Kaggle's sample_submission.csv: every label is made up
+NO_COLUMN = "none"
 
 
-def tables(root: Path) -> list[Path]:
-    """The tables in the folder `root`."""
-    return [Path(entry.path) for entry in scan(root) if entry.name.lower().endswith(SUFFIXES) and entry.is_file()]
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table say what.
+
+    Attributes:
+        image: That of the files.
+        label: That of the labels; None where `onehot` are several, of 0 and 1, each for a class.
+        label_name: One that says the same in words, where `label` holds numbers.
+        split_name: That of the splits, if there is one.
+        split: What each of its cells means.
+        said: What is to be said of other columns.
+    """
+
+    image: str
+    label: str | None
+    label_name: str | None = None
+    onehot: tuple[str, ...] = ()
+    split_name: str | None = None
+    split: Mapping[str, str] = field(default_factory=dict)
+    said: tuple[str, ...] = ()
 
 
-def table(root: Path, wanted: Wanted) -> Source:
-    """The images below `root` that its tables name. A table is of the split that its name or a column says, else of train."""
-    images, scans, labels = _Images(root), {split: SplitScan(split) for split in SPLITS}, dict[str, int]()
-    paths, unusable = tables(root), []
-    for path in paths:
+@dataclass(frozen=True)
+class Row:
+    """What a row says of an image. `split` is empty where the row does not say one."""
+
+    match: Match
+    text: str
+    split: str
+    line: int
+    name: str
+
+    @property
+    def image(self) -> int:
+        """The image's place in `ImageIndex.paths`."""
+        return self.match.image
+
+
+@dataclass
+class LabelTable:
+    """A table that labels images.
+
+    Attributes:
+        rows: What its rows say, in their order.
+        odd: (line, name, label, split, cause) of rows that cannot be used.
+        columns: Which columns were read.
+    """
+
+    table: Table
+    columns: Columns
+    rows: list[Row] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+    """The human name of each label, where a column says it."""
+    odd: list[tuple[int, str, str, str, str]] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        return self.table.path
+
+    @property
+    def images(self) -> set[int]:
+        return {row.image for row in self.rows}
+
+    @property
+    def word(self) -> str:
+        """The split that the table's name, or that of its folder, says; empty where neither does."""
+        words = SPLIT_WORD.findall(self.path.stem) or SPLIT_FOLDER.findall(self.path.parent.name)
+        return words[-1].lower() if words else ""
+
+
+def read_labels(table: Table, images: ImageIndex, wanted: Wanted, classes: Collection[str] = ()) -> LabelTable:
+    """Read what `table` says of `images`.
+
+    Args:
+        classes: The names of the classes, where these are known: the column that holds them is that of the labels.
+
+    Raises:
+        UsageError: Its columns cannot be told.
+    """
+    table = _with_header_as_row(table, images)
+    columns = find_columns(table, images, wanted, classes)
+    found = LabelTable(table, columns)
+    image = table.columns.index(columns.image)
+    label = table.columns.index(columns.label) if columns.label is not None else None
+    label_name = table.columns.index(columns.label_name) if columns.label_name is not None else None
+    split = table.columns.index(columns.split_name) if columns.split_name is not None else None
+    onehot = [table.columns.index(name) for name in columns.onehot]
+    for line, cells in table.lines:
+        name = normal(str(cells[image] if cells[image] is not None else "")).strip()
+        word = "" if split is None else normal(str(cells[split] if cells[split] is not None else "")).strip()
+        of_split = columns.split.get(word, "")
+        raw = cells[label] if label is not None else _hot(cells, onehot, columns.onehot)
         try:
-            rows = _rows(path, wanted)
-        except UsageError as error:
-            if len(paths) == 1 or wanted.image or wanted.label:
-                raise
-            unusable.append((path, str(error)))
-            continue
-        scans["train"].stamp.add(path.name, path.stat())
-        _add(rows, path, images, scans, labels)
-    if len(unusable) == len(paths):
-        raise UsageError(unusable[0][1])
-    for path, cause in unusable:
-        scans["train"].note(path, "ignored", cause)
-    if count := images.unnamed():
-        scans["train"].note(root, "ignored", f"{count} images that no table names")
-    found = [each for each in scans.values() if each.rows.table().num_rows or each.notes]
-    samples = sum(each.rows.table().num_rows for each in found)
-    classes, numbers = classes_of(labels, samples, str(root))
-    if len(classes) == 1:
-        raise DataError(f"the tables of {root} know one label, {classes[0].id!r}: there is nothing to tell apart")
-    source = from_scans(f"table {root.name}", classes, found)
-    return relabelled(source, np.array([numbers[text] for text in labels], np.int32))
-
-
-def _add(
-    rows: Iterator[tuple[str, str, str]],
-    path: Path,
-    images: "_Images",
-    scans: dict[str, SplitScan],
-    labels: dict[str, int],
-) -> None:
-    for number, (name, label, word) in enumerate(rows, 2):
-        split = choose_splits([word.lower()]).get(word.lower()) if word else None
-        found = scans[split or next(iter(choose_splits([split_word(path.stem)]).values()))]
-        origin = f"{path}, line {number}: {name}"
-        try:
-            image = images.find(name, path.stem)
-            text = label_text(label)
+            match = images.find(name, table.path)
+            text = label_text(raw)
         except DataError as error:
-            found.note(origin, "ignored" if found.split == "test" and not label.strip() else "left out", str(error))
+            found.odd.append((line, name, "" if raw is None else str(raw), of_split, str(error)))
             continue
-        found.add_file(labels.setdefault(text, len(labels)), image, image.relative_to(images.root).as_posix())
+        if label_name is not None and text:
+            found.names.setdefault(text, _text(cells[label_name]))
+        found.rows.append(Row(match, text, of_split, line, name))
+    return found
 
 
-class _Images:
-    """The image files below `root`, found by path, name or stem."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._named: set[Path] = set()
-        self._places: dict[str, list[Path]] = {}
-        self._small: dict[
-            str, list[Path]
-        ] = {}  # by the same in small letters: a table of Windows' says img_1.jpg for IMG_1.JPG
-        self._files = [path for path, _ in walk(root, "") if path.suffix.lower() in IMAGE_SUFFIXES]
-        for path in self._files:
-            place = path.relative_to(root)
-            ends = ["/".join(place.parts[start:]) for start in range(len(place.parts))]
-            for name in dict.fromkeys([*ends, *(end.removesuffix(path.suffix) for end in ends)]):
-                self._places.setdefault(name, []).append(path)
-            for name in {end.lower() for end in ends}:
-                self._small.setdefault(name, []).append(path)
-
-    def find(self, name: str, table: str) -> Path:
-        """The image that the table `table` calls `name`: of train.csv, first what lies in train/. `DataError` when there is
-        none, or several.
-        """
-        parts = Path(name.strip().replace("\\", "/")).parts
-        ends = [
-            "/".join(parts[start:]) for start in range(len(parts))
-        ]  # the path may have been right where it was made
-        ends = [*(f"{table}/{end}" for end in ends), *ends]
-        for places in [
-            *(self._places.get(end, []) for end in ends),
-            *(self._small.get(end.lower(), []) for end in ends),
-        ]:
-            if len(places) > 1:
-                raise DataError(f"it may be {places[0]} or {places[1]}; write its folder, too")
-            if places:
-                self._named.add(places[0])
-                return places[0]
-        raise DataError("there is no such image")
-
-    def unnamed(self) -> int:
-        """How many images no table named."""
-        return len(self._files) - len(self._named)
+def _with_header_as_row(table: Table, images: ImageIndex) -> Table:
+    """Return the table with its first line as a row where that names an image, and is no line of names."""
+    if not table.named or any(name.lower() in (*FILE_COLUMNS, *LABEL_COLUMNS) for name in table.columns):
+        return table
+    if any(_is_image(name, images, table.path) for name in table.columns if "." in name or "/" in name):
+        return without_names(table)
+    return table
 
 
-def _rows(path: Path, wanted: Wanted) -> Iterator[tuple[str, str, str]]:
-    """Yields (file, label, split or '') of every row; `UsageError` when the columns cannot be told."""
-    data = path.read_bytes()
+def _is_image(text: str, images: ImageIndex, path: Path) -> bool:
     try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")
-    first = text.partition("\n")[0]
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    names = [name.strip() for name in next(reader, [])]
-    image, label = _column(names, wanted.image, FILE_COLUMNS), _column(names, wanted.label, LABEL_COLUMNS)
-    if label is None and wanted.label is None and image is not None and len(names) == 2:
-        label = 1 - image
-    for column, flag in ((image, "--image-column"), (label, "--label-column")):
-        if column is None or image == label:
-            raise UsageError(f"{path} has the columns {', '.join(names) or '(none)'}; say which one it is: {flag} NAME")
-    assert image is not None and label is not None
-    split = next((n for n, name in enumerate(names) if name.lower() in SPLIT_COLUMNS), None)
+        images.find(text, path)
+    except DataError:
+        return False
+    return True
 
-    def rows() -> Iterator[tuple[str, str, str]]:
+
+def find_columns(table: Table, images: ImageIndex, wanted: Wanted, classes: Collection[str] = ()) -> Columns:
+    """Tell which columns of `table` say the file, the label and the split."""
+    image = _image_column(table, images, wanted)
+    label, label_name, onehot = _label_column(table, image, wanted, classes)
+    if image is None or (label is None and not onehot) or image == label:
+        flag = "--image-column" if image is None or image == label else "--label-column"
+        names = ", ".join(table.columns) or "(none)"
+        raise UsageError(f"{table.path} has the columns {names}; say which one it is: {flag} NAME")
+    used = [image, *([label] if label else onehot)]
+    split_name, split, said = find_split_column(table, used, wanted)
+    return Columns(image, label, label_name, onehot, split_name, split, said)
+
+
+def _named(table: Table, name: str, flag: str) -> str:
+    """Return the column of `table` that a person named."""
+    found = next((column for column in table.columns if fold(column) == fold(name)), None)
+    if found is None:
+        raise UsageError(f"{table.path} has no column {name!r}; it has {', '.join(table.columns)}: correct {flag}")
+    return found
+
+
+def _image_column(table: Table, images: ImageIndex, wanted: Wanted) -> str | None:
+    if wanted.image is not None:
+        return _named(table, wanted.image, "--image-column")
+    shares = {name: _share_of_images(table, name, images) for name in table.columns}
+    usual = [name for known in FILE_COLUMNS for name in table.columns if name.lower() == known]
+    sound = [name for name in usual if shares[name] > NAMES_IMAGES]
+    if sound:
+        return sound[0]
+    # Numbers may be names of images (1.jpg) or labels: only where nothing else names images are they asked.
+    other = [name for name in table.columns if shares[name] > NAMES_IMAGES]
+    texts_first = sorted(
+        other, key=lambda name: (all(text.isdigit() for text in texts(table.column(name), 20)), -shares[name])
+    )
+    if texts_first:
+        return texts_first[0]
+    return usual[0] if usual else None
+
+
+def _share_of_images(table: Table, name: str, images: ImageIndex) -> float:
+    """Return the share of a column's first cells that name an image, ambiguously or not."""
+    place = table.columns.index(name)
+    cells = texts([cells[place] for cells in table.sample])
+    found = 0
+    for cell in cells:
         try:
-            for row in reader:
-                if any(cell.strip() for cell in row):
-                    cells = [*row, *[""] * (len(names) - len(row))]
-                    yield cells[image], cells[label], "" if split is None else cells[split].strip()
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}, cannot be read: {error}") from error
-
-    return rows()
+            images.find(cell, table.path)
+            found += 1
+        except DataError as error:
+            found += "it may be" in str(error)
+    return found / len(cells) if cells else 0.0
 
 
-def _column(names: Sequence[str], wanted: str | None, usual: Sequence[str]) -> int | None:
-    small = [name.lower() for name in names]
-    known = [wanted.lower()] if wanted is not None else usual
-    return next((small.index(name) for name in known if name in small), None)
+def _label_column(
+    table: Table, image: str | None, wanted: Wanted, classes: Collection[str]
+) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Return the column of the labels, and one of their names in words; or the columns of 0 and 1 that are a class each."""
+    if wanted.label is not None:
+        return _named(table, wanted.label, "--label-column"), None, ()
+    rest = [name for name in table.columns if name != image]
+    usual = [name for known in LABEL_COLUMNS for name in rest if name.lower().strip() == known]
+    if not usual and classes:
+        usual = [name for name in rest if (cells := texts(table.column(name))) and {*cells} <= {*classes}]
+    if not usual and image is not None and len(table.columns) == 2:
+        usual = [name for name in rest if not _looks_like_split(table, name, wanted)]
+    if not usual:
+        return None, None, _onehot_columns(table, rest)
+    first = usual[0]
+    for other in usual[1:]:
+        if not _say_the_same(table.column(first), table.column(other)):
+            raise UsageError(
+                f"{table.path} has the columns {first} and {other}, which both may be the labels, and differ; say which one it is: "
+                f"--label-column {first}, or --label-column {other}"
+            )
+    in_words = [name for name in usual[1:] if not all(text.isdigit() for text in texts(table.column(name)))]
+    if in_words and all(text.isdigit() for text in texts(table.column(first))):
+        return first, in_words[0], ()
+    return first, None, ()
+
+
+def _say_the_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Tell whether two columns name the same classes, each in its own words."""
+    pairs = {(str(a), str(b)) for a, b in zip(one, other, strict=True)}
+    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+def _onehot_columns(table: Table, rest: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns that hold 0 or 1 alone, where there are several."""
+    found = []
+    for name in rest:
+        cells = texts(table.column(name), len(table.lines))
+        if cells and len(cells) == len(table.lines) and {cell.lower() for cell in cells} <= TRUTHS.keys():
+            found.append(name)
+    marks = [name for name in found if table.named and not IS_SPLIT.fullmatch(name)]
+    return tuple(marks) if len(marks) > 1 else ()
+
+
+def _hot(cells: Sequence[Any], places: Sequence[int], names: Sequence[str]) -> Any:
+    """Return the names of the columns that are 1."""
+    return [name for place, name in zip(places, names, strict=True) if TRUTHS[str(cells[place]).strip().lower()]]
+
+
+def find_split_column(
+    table: Table, used: Collection[str], wanted: Wanted
+) -> tuple[str | None, dict[str, str], tuple[str, ...]]:
+    """Return the column of the splits, what its cells mean, and what is to be said of others that look like one."""
+    if wanted.split == NO_COLUMN:
+        return None, {}, ()
+    if wanted.split is not None:
+        name = _named(table, wanted.split, "--split-column")
+        return name, _cells_to_splits(table, name, wanted), ()
+    found: dict[str, dict[str, str]] = {}
+    said = []
+    for name in table.columns:
+        if name in used:
+            continue
+        known = _looks_like_split(table, name, wanted)
+        if known:
+            found[name] = _cells_to_splits(table, name, wanted)
+        elif known is False:
+            shown = ", ".join(sorted({*texts(table.column(name))})[:5])
+            said.append(
+                f"the column {name!r} of {table.path.name} ({shown}) is not read as splits; --split-column {name} would be"
+            )
+    if len(found) > 1:
+        first, second = list(found)[:2]
+        one = [found[first].get(_text(cell), "") for cell in table.column(first)]
+        other = [found[second].get(_text(cell), "") for cell in table.column(second)]
+        if one != other:
+            raise UsageError(
+                f"{table.path} has the columns {first} and {second}, which both look like splits, and differ; say which one it is: "
+                f"--split-column {first}, or --split-column {NO_COLUMN}"
+            )
+    if not found:
+        return None, {}, tuple(said)
+    first = next(iter(found))
+    return first, found[first], tuple(said)
+
+
+def _text(cell: Any) -> str:
+    return normal(str(cell if cell is not None else "")).strip()
+
+
+def _looks_like_split(table: Table, name: str, wanted: Wanted) -> bool | None:
+    """Tell whether a column says splits: True, False for one that is called so and holds something else, None for no."""
+    cells = {*texts(table.column(name), len(table.lines))}
+    words = {cell.lower() for cell in cells}
+    known = words & (SPLIT_OF.keys() | wanted.splits.keys())
+    called = name.lower().strip() in SPLIT_COLUMNS
+    if IS_SPLIT.fullmatch(name) and name.lower() not in SPLIT_COLUMNS and words and words <= TRUTHS.keys():
+        return True
+    if called and (known or name.lower().strip() in SURE_SPLITS) and words:
+        return True
+    if known and known == words and (len(words) > 1 or called):
+        return True
+    return False if called and words else None
+
+
+def _cells_to_splits(table: Table, name: str, wanted: Wanted) -> dict[str, str]:
+    """Return what each cell of a column of splits means."""
+    cells = {text for text in map(_text, table.column(name)) if text}
+    where = f"the column {name!r} of {table.path}"
+    mark = IS_SPLIT.fullmatch(name)
+    if all(cell.lower() in wanted.splits for cell in cells):
+        return assign_splits(sorted(cells), wanted.splits, where)
+    if mark and {cell.lower() for cell in cells} <= TRUTHS.keys():
+        split = SPLIT_OF[mark[1].lower()]
+        truths = [TRUTHS[_text(cell).lower()] for cell in table.column(name) if _text(cell)]
+        if split != "train" and sum(truths) > len(truths) / 2:
+            raise UsageError(
+                f"{where} is true for {sum(truths):,} of {len(truths):,} rows: does it say the split {split}, or that an image is sound? "
+                f"--split-column {name} with --split 1={split} --split 0=train reads it so, --split-column {NO_COLUMN} leaves it"
+            )
+        other = "test" if split == "train" else "train"
+        return {cell: split if TRUTHS[cell.lower()] else other for cell in cells}
+    return assign_splits(sorted(cells), wanted.splits, where)
+
+
+def is_submission(path: Path) -> bool:
+    """Tell whether the table is one of made-up answers, as Kaggle hands them out to be filled in."""
+    return SUBMISSION.fullmatch(path.stem) is not None
+
+
+def split_of_path(path: str, wanted: Wanted) -> str:
+    """Return the split that the folders in an image's path say; empty where none does."""
+    for part in reversed(path.split("/")[:-1]):
+        said = wanted.splits.get(part.lower())
+        if said:
+            return said
+        found = SPLIT_FOLDER.fullmatch(part)
+        if found:
+            return SPLIT_OF[found[1].lower()]
+    return ""
+
+
+def read_splits(table: Table, images: ImageIndex, wanted: Wanted) -> dict[int, str]:
+    """Read which split each image belongs to, of a table that says that and no label.
+
+    It is a list of one column in a file that is called as a split is (`meta/train.txt` of Food-101), or has a column of splits
+    (`list_eval_partition.csv` of CelebA).
+
+    Returns:
+        image -> split; empty where the table says no splits.
+
+    Raises:
+        UsageError: The names of its splits are not known.
+    """
+    image = _image_column(table, images, wanted)
+    if image is None or _share_of_images(table, image, images) <= NAMES_IMAGES:
+        return {}
+    word = LabelTable(table, Columns(image, None)).word
+    if len(table.columns) == 1:
+        split = wanted.splits.get(word) or SPLIT_OF.get(word, "")
+        cells = [split] * len(table.lines)
+    else:
+        name, meanings, _ = find_split_column(table, [image], wanted)
+        cells = [meanings.get(_text(cell), "") for cell in table.column(name)] if name else []
+    found = {}
+    for name_cell, split in zip(table.column(image), cells, strict=False):
+        try:
+            match = images.find(_text(name_cell), table.path)
+        except DataError:
+            continue
+        if split:
+            found[match.image] = split
+    return found
+
+
+def split_of_row(row: Row, table: LabelTable, images: ImageIndex, listed: Mapping[int, str], wanted: Wanted) -> str:
+    """Return the split of a row.
+
+    It is what the row says itself, else what a list of splits says, else what its table is called, else the folder of its image.
+
+    Raises:
+        DataError: The table is that of one split, and the image lies in the folder of another one.
+    """
+    said = wanted.splits.get(table.word) or SPLIT_OF.get(table.word, "")
+    path = images.paths[row.image]
+    lies = split_of_path(path, wanted)
+    if row.split or row.image in listed:
+        return row.split or listed[row.image]
+    if said and lies and said != lies:
+        raise DataError(f"{table.path.name} is a table of {said}, and the image lies in a folder of {lies}")
+    return said or lies or "train"

@@ -6,21 +6,22 @@ import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shards.sources.base import Source, Wanted, is_litter
-from shards.sources.labels import classes_of, label_text
-from shards.sources.names import choose_splits, split_word
+from shards.sources.base import Source, Understood, Wanted
+from shards.sources.labels import Classes, LabelRules, classes_of, label_text, read_class_list
+from shards.sources.litter import is_litter
+from shards.sources.names import file_splits
 from shards.sources.scan import SplitScan, read_bytes
-from shards.sources.splits import from_scans, relabelled, to_classes
+from shards.sources.splits import from_scans, label_counts, relabelled
 from shards.sources.spool import Spool
 from wds_train.errors import AccessDenied, DataError, UsageError
 from wds_train.format import manifest as manifests
-from wds_train.format.manifest import ClassInfo, DatasetManifest
 from wds_train.format.shard import IMAGE_EXTENSIONS
 from wds_train.format.tar import Member, key_and_extension, members
 
@@ -121,7 +122,7 @@ def _parsed(text: bytes) -> Any:
         return text
     if isinstance(content, dict):
         content = next((content[name] for name in LABEL_FIELDS if name in content), None)
-    return content if not isinstance(content, float) else text
+    return content
 
 
 def group(plain: Iterator[Member]) -> Iterator[WdsSample]:
@@ -163,21 +164,23 @@ def webdataset(root: Path, spool: Spool, wanted: Wanted) -> Source:
     paths = [path for path in below if not _is_folder(path)]
     if not paths or not root.exists():
         raise UsageError(f"{root} holds no .tar files")
-    words = {path: split_word(path.relative_to(root if root.is_dir() else root.parent).as_posix()) for path in paths}
-    chosen = choose_splits(words.values())
-    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in chosen.values()}
+    base = root if root.is_dir() else root.parent
+    names = {path.relative_to(base).as_posix(): path for path in paths}
+    used, unused = file_splits([*names], wanted.splits, str(root))
+    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in dict.fromkeys(used.values())}
     labels: dict[str, int] = {}  # in the order in which they come
-    for path, word in words.items():
-        if word not in chosen:
-            scans[next(iter(scans))].note(path, "ignored", f"the split {word!r} is not used")
-            continue
-        found = scans[chosen[word]]
+    for name, cause in unused.items():
+        next(iter(scans.values())).note(names[name], "ignored", cause)
+    for name, split in used.items():
+        path = names[name]
+        found = scans[split]
         found.stamp.add(path.name, path.stat())
         _scan_wds(found, path, spool, labels)
-    samples = sum(found.rows.table().num_rows for found in scans.values())
-    classes, numbers = wds_classes(root if root.is_dir() else root.parent, labels, samples)
-    source = from_scans(f"webdataset {root.name}", classes, [*scans.values()])
-    return relabelled(source, np.array([numbers[text] for text in labels], np.int32))
+    counts = label_counts(scans.values(), [*labels])
+    classes = wds_classes(root if root.is_dir() else root.parent, counts, wanted.labels)
+    understood = Understood("WebDataset tars", "the members .cls, .json and their like", classes.said)
+    source = from_scans(f"webdataset {root.name}", classes.infos, [*scans.values()], understood)
+    return relabelled(source, np.array([classes.numbers[text] for text in labels], np.int32))
 
 
 def _scan_wds(found: SplitScan, path: Path, spool: Spool, labels: dict[str, int]) -> None:
@@ -230,34 +233,13 @@ def unpacked(path: Path, spool: Spool) -> Path:
     return target
 
 
-def wds_classes(root: Path, labels: Collection[str], samples: int) -> tuple[tuple[ClassInfo, ...], dict[str, int]]:
-    """The classes, and the label of each text in `labels`: those that a manifest of ours or a list beside the tars names,
-    or else what follows from the labels.
+def wds_classes(root: Path, counts: Mapping[str, int], rules: LabelRules) -> Classes:
+    """Find the classes of tars: those that a person, a manifest of ours or a list beside the tars names, or else what follows
+    from the labels.
     """
-    known, where = _named_classes(root)
-    if known is None:
-        return classes_of(labels, samples, str(root))
-    numbers = {str(number): number for number in range(len(known))}
-    numbers = numbers if numbers.keys() >= set(labels) else {entry.id: n for n, entry in enumerate(known)}
-    if odd := sorted(set(labels) - numbers.keys()):
-        raise DataError(f"{root} holds the label {odd[0]}, {where} names {len(known)} classes and not that one")
-    return known, numbers
-
-
-def _named_classes(root: Path) -> tuple[tuple[ClassInfo, ...] | None, Path]:
-    manifest = root / manifests.NAME
-    if manifest.is_file():
-        return DatasetManifest.from_json(manifest.read_bytes(), str(manifest)).classes, manifest
-    for path in (root / name for name in CLASS_LISTS):
-        if path.is_file():
-            try:
-                text = path.read_text()
-                names = json.loads(text) if path.suffix == ".json" else text.split("\n")
-                if isinstance(names, dict):
-                    names = [names[str(number)] for number in range(len(names))]
-                return to_classes([label_text(name) for name in names if name != ""]), path
-            except (ValueError, KeyError, TypeError, RecursionError, OSError, DataError) as error:
-                raise DataError(
-                    f"{path} does not name the classes ({error!r}); it takes a name a line, or a JSON list of names"
-                ) from error
-    return None, root
+    place = next((root / name for name in (manifests.NAME, *CLASS_LISTS) if (root / name).is_file()), None)
+    if place is None or rules.classes:
+        return classes_of(counts, str(root), rules)
+    named = replace(rules, classes=read_class_list(place))
+    found = classes_of(counts, str(root), named)
+    return Classes(found.infos, found.numbers, [f"the classes are those of {place.name}", *found.said])

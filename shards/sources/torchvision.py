@@ -8,13 +8,15 @@ other pickle is opened here.
 import inspect
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shards.sources.base import Source
+from shards.sources.base import Source, Understood
+from shards.sources.labels import to_classes
 from shards.sources.names import SPLITS
 from shards.sources.scan import SplitScan
-from shards.sources.splits import from_scans, to_classes
+from shards.sources.splits import from_scans
 from shards.sources.spool import Spool
 from shards.sources.stream import Item, spooled
 from wds_train.errors import DataError, UsageError
@@ -31,10 +33,14 @@ def torchvision(name: str, root: Path, spool: Spool) -> Source:
     parts = {split: part for split, part in found.items() if part is not None}
     ids = getattr(parts["train"], "wnids", None) or [_word(entry) for entry in parts["train"].classes]
     names = dict(zip(ids, map(_word, parts["train"].classes), strict=True))
+    understood = Understood(
+        f"torchvision's {name}; splits {', '.join(parts)} as torchvision has them", "torchvision's own"
+    )
     if all(_samples(part) for part in parts.values()):
         scans = [_scan(split, _samples(part)) for split, part in parts.items()]
-        return from_scans(f"torchvision {name}", to_classes(ids, names), scans)
-    return spooled(f"torchvision {name}", to_classes(ids, names), lambda: _items(parts), spool)
+        return from_scans(f"torchvision {name}", to_classes(ids, names), scans, understood)
+    source = spooled(f"torchvision {name}", to_classes(ids, names), lambda: _items(parts), spool)
+    return replace(source, understood=understood)
 
 
 def _open(kind: Any, root: Path, split: str) -> Any:

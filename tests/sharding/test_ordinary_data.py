@@ -261,7 +261,7 @@ ODD_FILES: dict[str, tuple[bytes, str, tuple[str, ...]]] = {
     "movie.mp4": (b"x", "not an image that shards hold (.mp4)", ()),
     "no extension": (PHOTOS[5], "not an image that shards hold (no extension)", ()),
     "model.pkl": (b"cos\nsystem\n(S'true'\ntR.", "not an image that shards hold (.pkl)", ()),
-    "photo.jpg.part": (PHOTOS[5], "not an image that shards hold (.part)", ()),
+    "photo.jpg.part": (PHOTOS[5], IGNORED, ()),
 }
 
 
@@ -306,7 +306,8 @@ def labelled(extension: str, *labels: bytes) -> list[dict[str, bytes]]:
 
 
 TARS: dict[str, tuple[list[dict[str, bytes]], dict[str, int]]] = {
-    "numbers": (labelled("cls", b"0", b"2", b"2\n", b" 0 "), {"0": 2, "1": 0, "2": 2}),
+    "numbers": (labelled("cls", b"0", b"1", b"1\n", b" 0 "), {"0": 2, "1": 2}),
+    "numbers with a gap": (labelled("cls", b"0", b"2", b"2", b"0"), {"0": 2, "2": 2}),
     "names": (labelled("cls", b"cat", b"dog", b"cat", b"dog"), {"cat": 2, "dog": 2}),
     "names of figures": (labelled("cls", b"003", b"007", b"003", b"007"), {"003": 2, "007": 2}),
     "a number among names": (labelled("cls", b"7", b"cat", b"7", b"cat"), {"7": 2, "cat": 2}),
@@ -360,7 +361,7 @@ def test_names_for_the_labels_of_tars(tmp_path: Path, capsys: pytest.CaptureFixt
     assert understood(tmp_path / "out") == {"train": {"cat": 2, "dog": 2, "cow": 0}}
     put(root, {"classes.txt": b"cat\n"})
     code, output = conversion(capsys, root, tmp_path / "other")
-    assert code == 1 and "holds the label 0, " in output and "names 1 classes" in output
+    assert code == 1 and "holds the label 1, " in output and "names 1 classes" in output
 
 
 def test_members_that_lie_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,7 +407,7 @@ HF: dict[str, tuple[Callable[[Path], Path], str | dict[str, int]]] = {
     "no bytes": (lambda p: parquet(p, pa.array([{"path": "x"}] * 4), FOUR), "the column 'image' holds struct<"),
     "all without labels": (
         lambda p: parquet(p, BYTES, pa.array([None, None, None, None], pa.int64())),
-        "4 x its label -1",
+        "4 x no label",
     ),
     "all empty": (lambda p: parquet(p, pa.array([b""] * 4), FOUR), "4 x zero bytes"),
     "names no list": (

@@ -16,7 +16,8 @@ def of_same_classes(other: Dataset, dataset: Dataset) -> Dataset:
     if other.manifest.classes != dataset.manifest.classes:
         raise UsageError(
             f"{other.store.url} cannot be mixed into {dataset.store.url}: its {len(other.manifest.classes)} classes are not "
-            f"the same {len(dataset.manifest.classes)}, in the same order; convert it with the same class list"
+            f"the same {len(dataset.manifest.classes)}, in the same order; convert it again with those: "
+            f"wds-train inspect {dataset.store.url} --json > classes.json, then wds-train shards ... --classes classes.json"
         )
     return other
 

@@ -1,0 +1,419 @@
+"""A folder of images: read by its class folders, by a table that labels the images, or by both.
+
+A table that labels nearly all images decides, wherever they lie. Otherwise the class folders do, and a table may label the
+images of a split that has none (`val_annotations.txt` of Tiny ImageNet) or say which image belongs to which split.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shards.sources.base import Grouping, Source, Understood, Wanted
+from shards.sources.image_index import ImageIndex
+from shards.sources.imagefolder import Layout, add_class, folder_classes, folder_source, note_layout, read_layout
+from shards.sources.label_tables import NEARLY_ALL, Tables, choose_tables, decides, named_images, read_tables
+from shards.sources.labels import NO_LABEL, NO_TEXT, Classes, classes_of, to_classes
+from shards.sources.names import NO_SPLIT, SPLIT_OF, SPLITS, normal
+from shards.sources.scan import UNLABELED, SplitScan
+from shards.sources.splits import from_scans
+from shards.sources.table import LabelTable, Row, split_of_row
+from shards.sources.tables import find_tables
+from shards.sources.tree import DiskFiles, Folder, read_tree
+from wds_train.errors import DataError, UsageError
+
+UNREAD_TABLES = (".xlsx", ".xls", ".ods", ".mat", ".pkl", ".h5", ".hdf5", ".npy", ".npz", ".db", ".sqlite")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What lies in a folder of images.
+
+    Attributes:
+        root: The folder.
+        images: The images below it.
+        tables: The tables below it.
+        layout: How its class folders are read; None where it has none.
+        wanted: What a person said.
+    """
+
+    root: Path
+    images: ImageIndex
+    tables: Tables
+    layout: Layout | None
+    wanted: Wanted
+
+    def path(self, image: int) -> Path:
+        """Return the path of an image."""
+        return self.root / self.images.paths[image]
+
+    def name(self, path: Path) -> str:
+        """Return how a message calls a file of the folder."""
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a table says of one image."""
+
+    image: int
+    text: str
+    split: str
+    origin: str
+
+
+def folder(root: Path, wanted: Wanted) -> Source:
+    """Read the folder `root`, by whatever says the labels of its images.
+
+    Raises:
+        DataError, UsageError: Nothing does, or two things do and differ.
+    """
+    tree = read_tree(root)
+    layout: Layout | None = None
+    refusal: DataError | UsageError | None = None
+    try:
+        layout = read_layout(tree, wanted)
+    except (DataError, UsageError) as error:
+        refusal = error
+
+    # Without tables the class folders decide alone.
+    paths = [wanted.table] if wanted.table else _outside_classes(find_tables(tree), layout)
+    if not paths or not tree.total:
+        if layout is None:
+            raise _with_hint(refusal, tree)
+        return folder_source(layout, root.name, DiskFiles(), wanted)
+
+    # A table that labels nearly all images does, unless the folders say the same.
+    images = ImageIndex(root)
+    names = {normal(part.name) for part in layout.parts} if layout else set[str]()
+    tables = read_tables(paths, images, wanted, names)
+    contents = Contents(root, images, tables, layout, wanted)
+    chosen = choose_tables(tables, images, wanted)
+    if layout is None:
+        if chosen:
+            return _from_tables(chosen, contents)
+    elif chosen and decides(chosen, images, wanted) and not _agrees(chosen, contents, layout):
+        return _from_tables(chosen, contents)
+    else:
+        return _from_folders(layout, contents)
+    raise tables.refusals[0] if tables.refusals else _with_hint(refusal, tree)
+
+
+def table(root: Path, wanted: Wanted) -> Source:
+    """Read the folder `root` by its tables alone (`--source table`)."""
+    images = ImageIndex(root)
+    paths = [wanted.table] if wanted.table else find_tables(read_tree(root))
+    tables = read_tables(paths, images, wanted, set())
+    chosen = choose_tables(tables, images, wanted)
+    if not chosen:
+        if tables.refusals:
+            raise tables.refusals[0]
+        raise UsageError(
+            f"{root} holds no table that labels its images, such as a labels.csv with the columns file and label"
+        )
+    return _from_tables(chosen, Contents(root, images, tables, None, wanted))
+
+
+def _outside_classes(paths: Sequence[Path], layout: Layout | None) -> list[Path]:
+    """Return those of `paths` that do not lie in class folders, where files stand beside single images."""
+    if layout is None:
+        return list(paths)
+    inside = {part.folder.path for part in layout.parts}
+    return [path for path in paths if not inside.intersection(path.parents)]
+
+
+def _with_hint(refusal: DataError | UsageError | None, tree: Folder) -> DataError | UsageError:
+    """Return the `refusal`, with a word on files that may hold the labels and are not read."""
+    assert refusal is not None, "without a layout there is a refusal"
+    unread = sorted(
+        name for folder in (tree, *tree.folders) for name in folder.files if name.lower().endswith(UNREAD_TABLES)
+    )
+    if not unread:
+        return refusal
+    return type(refusal)(f"{refusal}; if {unread[0]} holds the labels, save it as CSV with the columns file and label")
+
+
+def _agrees(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -> bool:
+    """Tell whether the class folders say what the tables say: the same classes, and the same splits."""
+    if contents.wanted.table:
+        return False
+    places = _places(layout, contents.images)
+    pairs = set()
+    for each in chosen:
+        for row in each.rows:
+            if row.image not in places:
+                return False
+            split, name = places[row.image]
+            try:
+                of_row = split_of_row(row, each, contents.images, contents.tables.listed, contents.wanted)
+            except DataError:
+                return False
+            if split != of_row:
+                return False
+            pairs.add((row.text, name))
+    if set(layout.flat) - {split for split, _ in places.values()}:
+        return False  # the folders do not label that split, the table may
+    same = len(pairs) == len({text for text, _ in pairs}) == len({name for _, name in pairs})
+    if same:
+        layout.doubtful.append(f"{chosen[0].path.name} labels the images as their folders do; the folders are read")
+    return same
+
+
+def _places(layout: Layout, images: ImageIndex) -> dict[int, tuple[str, str]]:
+    """Return the split and the class of each image that lies in a class folder."""
+    parts = {part.folder.path.relative_to(images.root).as_posix(): part for part in layout.parts}
+    found = {}
+    for image, path in enumerate(images.paths):
+        pieces = path.split("/")
+        for depth in range(len(pieces) - 1, 0, -1):
+            part = parts.get("/".join(pieces[:depth]))
+            if part is not None:
+                found[image] = part.split, normal(part.name)
+                break
+    return found
+
+
+def _from_tables(chosen: Sequence[LabelTable], contents: Contents) -> Source:
+    """Return the source that the `chosen` tables label."""
+    root, images, wanted = contents.root, contents.images, contents.wanted
+    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in SPLITS}
+    labelled = {each.path: list(_resolve(each, contents, scans)) for each in chosen}
+    _refuse_two_splits(labelled)
+
+    # All texts together decide what the classes are.
+    counts = Counter(row.text for rows in labelled.values() for row in rows)
+    classes = _with_names(classes_of(counts, str(root), wanted.labels), chosen, wanted)
+    if len(classes.infos) == 1:
+        raise DataError(f"the tables of {root} know one label, {classes.infos[0].id!r}: there is nothing to tell apart")
+
+    for each in chosen:
+        scans["train"].stamp.add(each.path.name, each.path.stat())
+        for row in labelled[each.path]:
+            label = classes.numbers[row.text]
+            if label == NO_LABEL:
+                scans[row.split].note(row.origin, "ignored", UNLABELED)
+            else:
+                scans[row.split].add_file(label, contents.path(row.image), images.paths[row.image])
+    for path, cause in contents.tables.ignored:
+        scans["train"].note(path, "ignored", cause)
+    if count := len(images) - len(named_images(chosen)):
+        scans["train"].note(root, "ignored", f"{count} images that no table names")
+    found = [each for each in scans.values() if each.rows.table().num_rows or each.notes]
+    understood = _understood(chosen, classes.said, contents)
+    return _grouped(from_scans(f"table {root.name}", classes.infos, found, understood), chosen, contents)
+
+
+def _with_names(classes: Classes, chosen: Sequence[LabelTable], wanted: Wanted) -> Classes:
+    """Return the `classes` with the names that a second column gives to numbers."""
+    names = {text: name for each in chosen for text, name in each.names.items()}
+    if wanted.labels.classes or not names:
+        return classes
+    by_id = {classes.infos[number].id: names[text] for text, number in classes.numbers.items() if text in names}
+    return replace(classes, infos=to_classes([entry.id for entry in classes.infos], by_id))
+
+
+def _understood(chosen: Sequence[LabelTable], said: list[str], contents: Contents) -> Understood:
+    names = ", ".join(contents.name(each.path) for each in chosen)
+    columns = chosen[0].columns
+    label = f"the column {columns.label!r}" if columns.label else f"the {len(columns.onehot)} columns of 0 and 1"
+    splits = "names of tables and folders"
+    if contents.tables.listed:
+        splits = ", ".join(map(contents.name, contents.tables.lists))
+    if columns.split_name:
+        splits = f"the column {columns.split_name!r}"
+    found = Understood(
+        f"images that {names} names in the column {columns.image!r}; splits by {splits}",
+        f"{label} of {names}",
+        said,
+        [sentence for each in chosen for sentence in each.columns.said],
+    )
+    if contents.layout is not None:
+        shown = ", ".join(sorted({part.name for part in contents.layout.parts})[:4])
+        found.doubtful.append(
+            f"the folders ({shown}, ...) are not the classes, the table is; --source imagefolder takes the folders"
+        )
+    return found
+
+
+def _resolve(table: LabelTable, contents: Contents, scans: dict[str, SplitScan]) -> Iterator[Labelled]:
+    """Yield what `table` says of each image once; what cannot be used is noted."""
+    images, wanted = contents.images, contents.wanted
+    _note_odd(table, scans, wanted)
+    deepest = _deepest(table)
+    texts: dict[int, dict[str, int]] = {}
+    for row in table.rows:
+        if _is_meant(row, deepest):
+            texts.setdefault(row.image, {}).setdefault(row.text, row.line)
+    seen: set[int] = set()
+    left_out: Counter[str] = Counter()
+    for row in table.rows:
+        path = images.paths[row.image]
+        origin = f"{table.path}, line {row.line}: {row.name}"
+        try:
+            split = split_of_row(row, table, images, contents.tables.listed, wanted)
+        except DataError as error:
+            scans["train"].note(origin, "left out", str(error))
+            continue
+        if split == NO_SPLIT:
+            left_out[path.rpartition("/")[0]] += 1
+            continue
+        cause = _cause(row, split, deepest, texts[row.image], seen)
+        if cause is not None:
+            scans[split].note(origin, *cause)
+        else:
+            seen.add(row.image)
+            yield Labelled(row.image, row.text, split, origin)
+    for name, count in left_out.items():
+        cause = "ignored", f"{count} rows of images in {name or 'the source'}, which are left out of every split"
+        scans["train"].note(table.path, *cause)
+
+
+def _note_odd(table: LabelTable, scans: dict[str, SplitScan], wanted: Wanted) -> None:
+    """Note the rows that name no image, or hold no label. Test images are often listed without one."""
+    said = wanted.splits.get(table.word) or SPLIT_OF.get(table.word, "")
+    for line, name, label, split, cause in table.odd:
+        found = scans.get(split or said or "train", scans["train"])
+        is_test = found.split == "test" and not label.strip()
+        found.note(f"{table.path}, line {line}: {name}", "ignored" if is_test else "left out", cause)
+
+
+def _deepest(table: LabelTable) -> dict[int, int]:
+    """Return how many parts of each image's path agree with the row that names it best."""
+    deepest: dict[int, int] = {}
+    for row in table.rows:
+        deepest[row.image] = max(row.match.parts, deepest.get(row.image, 0))
+    return deepest
+
+
+def _is_meant(row: Row, deepest: dict[int, int]) -> bool:
+    """Tell whether a row means the image that was found: cat/0.jpg does not mean dog/0.jpg, which another row names."""
+    return row.match.whole or row.match.parts == deepest[row.image]
+
+
+def _cause(
+    row: Row, split: str, deepest: dict[int, int], texts: dict[str, int], seen: set[int]
+) -> tuple[str, str] | None:
+    """Return why a row is not used, as a note says it: (what, cause)."""
+    if not _is_meant(row, deepest):
+        return "left out", "there is no such image"
+    if len(texts) > 1:
+        lines = " and ".join(f"{text!r} in line {line}" for text, line in texts.items())
+        return "left out", f"it is labelled {lines}; one label for each image is what is trained on"
+    if row.image in seen:
+        return "ignored", "the same row once more"
+    if row.text == NO_TEXT and split == "test":
+        return "ignored", "a test image without a label"
+    return None
+
+
+def _refuse_two_splits(labelled: dict[Path, list[Labelled]]) -> None:
+    """Raise `DataError` for an image that two tables name, in two splits or with two labels."""
+    seen: dict[int, Labelled] = {}
+    for rows in labelled.values():
+        for row in rows:
+            other = seen.setdefault(row.image, row)
+            if other is not row:
+                raise DataError(
+                    f"one image is named twice: {other.origin} ({other.split}, {other.text!r}) and {row.origin} ({row.split}, "
+                    f"{row.text!r}); keep one of the rows, or name one table: --table FILE"
+                )
+
+
+def _grouped(source: Source, chosen: Sequence[LabelTable], contents: Contents) -> Source:
+    """Return the `source` with the groups of the column that --group names, if it is one."""
+    group = contents.wanted.group
+    if group is None or not all(group in each.table.columns for each in chosen):
+        return source
+    column = {}
+    for each in chosen:
+        cells = dict(zip((line for line, _ in each.table.lines), each.table.column(group), strict=True))
+        for row in each.rows:
+            column[str(contents.path(row.image))] = str(cells[row.line])
+    return replace(source, grouping=Grouping(group, column))
+
+
+def _from_folders(layout: Layout, contents: Contents) -> Source:
+    """Return the source that class folders label, with what tables say of its splits."""
+    images, tables, wanted = contents.images, contents.tables, contents.wanted
+    unsplit = layout.splits == ["train"] and not layout.flat
+    nearly_all = len(tables.listed) >= NEARLY_ALL * len(images)
+    if unsplit and nearly_all and "train" in tables.listed.values():
+        return _from_lists(layout, contents)
+    for path in tables.lists:
+        layout.doubtful.append(f"{contents.name(path)} says splits of images, and is not used: the folders say them")
+
+    # A table may label a split that has no class folders.
+    flat: dict[str, FlatSplit] = {}
+    for split in layout.flat:
+        labelled = _label_flat(split, layout, contents)
+        if labelled is not None:
+            flat[split] = labelled
+    for split in flat:
+        del layout.flat[split]
+    for each in tables.usable:
+        if each.path not in {labelled.path for labelled in flat.values()}:
+            cause = f"it labels {len(each.images):,} of {len(images):,} images, the folders all"
+            tables.ignored.append((each.path, cause))
+    layout.ignored += tables.ignored
+    if not flat:
+        return folder_source(layout, contents.root.name, DiskFiles(), wanted)
+
+    classes = folder_classes(layout, wanted)
+    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in (*layout.splits, *flat)}
+    for part in layout.parts:
+        add_class(scans[part.split], classes.numbers[normal(part.name)], part, DiskFiles())
+    said = list(classes.said)
+    for split, labelled in flat.items():
+        scans[split].stamp.add(labelled.path.name, labelled.path.stat())
+        for image, text in labelled.texts.items():
+            scans[split].add_file(classes.numbers[text], contents.path(image), images.paths[image])
+        said.append(f"{split} is labelled by the column {labelled.column!r} of {labelled.path.name}")
+    note_layout(layout, scans["train"], DiskFiles())
+    understood = Understood(layout.text, "the folders' names", said, layout.doubtful)
+    return from_scans(f"imagefolder {contents.root.name}", classes.infos, [*scans.values()], understood)
+
+
+@dataclass(frozen=True)
+class FlatSplit:
+    """The label of each image of a split without class folders, and the table and column that say it."""
+
+    texts: dict[int, str]
+    column: str | None
+    path: Path
+
+
+def _label_flat(split: str, layout: Layout, contents: Contents) -> FlatSplit | None:
+    """Return what a table says of the images of a split without class folders, if one labels nearly all of them."""
+    images = contents.images
+    prefix = f"{layout.flat[split].path.relative_to(images.root).as_posix()}/"
+    inside = {image for image, path in enumerate(images.paths) if path.startswith(prefix)}
+    names = {normal(part.name) for part in layout.parts}
+    for each in contents.tables.usable:
+        texts = {row.image: row.text for row in each.rows if row.image in inside}
+        differ = any(texts[row.image] != row.text for row in each.rows if row.image in inside)
+        nearly_all = bool(inside) and len(texts) >= NEARLY_ALL * len(inside)
+        if nearly_all and {*texts.values()} <= names and not differ:
+            return FlatSplit(texts, each.columns.label, each.path)
+    return None
+
+
+def _from_lists(layout: Layout, contents: Contents) -> Source:
+    """Return the source whose classes are folders and whose splits are lists: `meta/train.txt` of Food-101."""
+    images, listed, wanted = contents.images, contents.tables.listed, contents.wanted
+    classes = folder_classes(layout, wanted)
+    places = _places(layout, images)
+    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in SPLITS if split in listed.values()}
+    for path in contents.tables.lists:
+        scans["train"].stamp.add(path.name, path.stat())
+    for image in range(len(images)):
+        if image in places and listed.get(image) in SPLITS:
+            label = classes.numbers[places[image][1]]
+            scans[listed[image]].add_file(label, contents.path(image), images.paths[image])
+    rest = sum(listed.get(image) not in SPLITS for image in range(len(images)))
+    if rest:
+        scans["train"].note(contents.root, "ignored", f"{rest} images that no list puts into a split")
+    layout.ignored += contents.tables.ignored
+    note_layout(layout, scans["train"], DiskFiles())
+    text = f"{layout.text}; splits by {', '.join(map(contents.name, contents.tables.lists))}"
+    understood = Understood(text, "the folders' names", classes.said, layout.doubtful)
+    return from_scans(f"imagefolder {contents.root.name}", classes.infos, [*scans.values()], understood)

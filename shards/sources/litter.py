@@ -1,0 +1,69 @@
+"""What systems and programs leave in people's folders. It is nobody's sample: ignored, and counted.
+
+Sources: Microsoft's and Apple's documentation of the named files, Synology's and QNAP's of their shared folders, and
+the `.gitignore` templates for Windows, macOS, Linux and editors that are common on GitHub.
+"""
+
+import re
+from typing import NamedTuple
+
+SYSTEM = "left by the operating system"
+STORAGE = "left by a storage device or a cloud drive"
+DOWNLOAD = "an unfinished download"
+EDITOR = "left by an editor or a program"
+
+
+class Litter(NamedTuple):
+    """A pattern that a whole file or folder name must match, and what leaves such names."""
+
+    pattern: str
+    origin: str
+
+
+KINDS = (
+    # Hidden on Linux and macOS: .DS_Store, ._photo.jpg, .Trash-1000, .ipynb_checkpoints, .dropbox.cache, .@__thumb.
+    Litter(r"\..*", SYSTEM),
+    # Windows Explorer and NTFS. A stream name such as photo.jpg:Zone.Identifier becomes a file in archives and on WSL.
+    Litter(r"(eh)?thumbs(_vista)?\.db(:encryptable)?", SYSTEM),
+    Litter(r"desktop\.ini|iconcache\.db|ntuser\.dat.*", SYSTEM),
+    Litter(r".*[:\uf03a]zone\.identifier", SYSTEM),
+    Litter(r".*:(com\.apple\..*|encryptable|afp_.*|mshield|smartscreen)", SYSTEM),
+    Litter(r"\$recycle\.bin|recycler|system volume information|found\.\d{3}", SYSTEM),
+    Litter(r".*\.lnk", SYSTEM),
+    # macOS.
+    Litter(r"icon[\r\uf00d]", SYSTEM),
+    Litter(r"__macosx|network trash folder|temporary items", SYSTEM),
+    # Linux.
+    Litter(r"lost\+found", SYSTEM),
+    # Synology DSM (@eaDir, #recycle, #snapshot, @tmp) and QNAP QTS (@Recycle, @Recently-Snapshot, @__thumb).
+    Litter(r"@(eadir|tmp|synoeastream|synoresource|sharebin|appstore|download|s2s|img_bkp_cache)", STORAGE),
+    Litter(r".*@syno(eastream|resource)", STORAGE),
+    Litter(r"#(recycle|snapshot|trash)", STORAGE),
+    Litter(r"@(recycle|recently-snapshot|recently_snapshot|__thumb|qmapping)", STORAGE),
+    # Google Drive's links to documents, Dropbox' and OneDrive's own files.
+    Litter(r".*\.(gdoc|gsheet|gslides|gform|gdraw|gmap|gsite|gshortcut)", STORAGE),
+    Litter(r".*\.dropbox(\.attr|\.cache)?|dropbox\.attr", STORAGE),
+    # Chrome, Firefox and wget, Edge, Opera, Safari, aria2, BitTorrent clients.
+    Litter(r".*\.(crdownload|part|partial|opdownload|download|aria2|!ut|!qb|bc!|filepart|tmp|temp)", DOWNLOAD),
+    # Backups and swap files of editors, locks of Office and LibreOffice, Python's caches.
+    Litter(r".*~|#.*#|~\$.*|.*\.(swp|swo|swx|bak|orig|kate-swp|pyc|pyo)", EDITOR),
+    Litter(r"__pycache__|node_modules", EDITOR),
+)
+_PATTERNS = [(re.compile(kind.pattern, re.IGNORECASE | re.DOTALL), kind.origin) for kind in KINDS]
+
+
+def litter_origin(name: str) -> str | None:
+    """Say what leaves files or folders of this name.
+
+    Args:
+        name: The last part of a path, or of a tar member's name.
+
+    Returns:
+        One of the sentences above, or None for a name that may be a person's own.
+    """
+    return next((origin for pattern, origin in _PATTERNS if pattern.fullmatch(name)), None)
+
+
+def is_litter(path: str) -> bool:
+    """Tell whether the file or tar member at `path` is one that a system or a program leaves."""
+    return litter_origin(path.rpartition("/")[2]) is not None
