@@ -22,6 +22,7 @@ refuse() {
   exit 1
 }
 setting() { grep -q "^$1=." "$SETTINGS"; }
+is_whole() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; }
 is_ubuntu() { grep -q '^VERSION_ID="24.04"' "$ROOT/etc/os-release"; }
 has_room() { [ "$(df --output=avail -BG "$CODE" | tail -1 | tr -dc 0-9)" -ge "${WDS_ROOM_GB:-20}" ]; }
 has_gpus() { nvidia-smi --list-gpus | grep -q '^GPU '; }
@@ -33,6 +34,9 @@ drive() { # the first local disk of this instance, none of EBS
 need "$SETTINGS is missing; the stack's user data writes it" test -r "$SETTINGS"
 for name in WDS_RUN WDS_RECIPE WDS_BUCKET AWS_REGION; do
   need "$SETTINGS does not set $name; make the stack anew with wds-train launch" setting "$name"
+done
+for name in WDS_ROOM_GB WDS_TRY_SECONDS; do
+  need "$name = '${!name:-}' in the environment is not a whole number of at least 0; unset it" is_whole "${!name:-0}"
 done
 need "this image is no Ubuntu 24.04 ($(sed -n 's/^PRETTY_NAME=//p' "$ROOT/etc/os-release" 2>/dev/null || true))" is_ubuntu
 need "this machine is no x86_64 but $(uname -m)" test "$(uname -m)" = x86_64

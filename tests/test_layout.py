@@ -19,6 +19,7 @@ ROOMS = {
     "home": "the folder of this machine's state",
     "dotenv": "settings in a file .env",
     "config": "what is trained, and how: recipe, settings, presets, schedule; pure",
+    "environment": "numbers from the environment",
     "storage": "where bytes live: addresses, a local directory, S3, the embedded server",
     "format": "what a dataset is on the disk: manifest, tars, shards, index",
     "transforms": "what happens to an image: decode, crop, policies, mixing",

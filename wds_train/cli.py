@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from wds_train.config.numbers import Number
 from wds_train.dotenv import read_dotenv
+from wds_train.environment import SETTINGS, refuse_bad_numbers
 from wds_train.errors import Interrupted, UsageError, WdsTrainError, did_you_mean, tell
 from wds_train.tracking.console import add_level, set_level
 
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         read_dotenv()  # before the parsers, whose defaults are of the environment
+        refuse_bad_numbers(SETTINGS)  # before any work, though it may take hours until one is used
         args = parser(arguments).parse_args(arguments)
         args.arguments = arguments
         set_level(args)

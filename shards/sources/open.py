@@ -1,5 +1,6 @@
 """Which source an address means: by its own look, or as --source says."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def open_source(address: str, spool: Spool, form: str | None = None, wanted: Wan
     if not root.exists():
         remedy = f"SOURCE is {DIGITS!r}, a path, hf:ID, torchvision:CLASS or wds:PATH"
         if address.startswith("s3://"):
-            remedy = f"sources are read from this machine's disks; tars on S3 are indexed in place: wds-train shards index {address}"
+            remedy = f"sources are read from this machine's disks; tars on S3 are indexed in place: wds-train shards index {shlex.quote(address)}"
         raise UsageError(f"{address!r} does not exist; {remedy}")
     if readable(str(root)) != str(root):
         raise UsageError(f"{readable(str(root))} has a name that is not UTF-8, or cannot be printed; rename it")

@@ -71,6 +71,17 @@ def test_status_says_how_far_a_run_is_and_what_it_cost(run: Path, capsys: pytest
     assert [line.split("\t")[0] for line in out.splitlines()[1:]] == [str(c["step"]) for c in status["checkpoints"]]
 
 
+def test_no_machines_of_aws_are_asked_for_where_the_run_is_not_there(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wds_train.cloud.aws.Aws.__init__", None)  # a call of it would fail
+    with_machines = answer(capsys, "status", run, "--machines", "--json")
+    assert with_machines[0] == 0
+    assert "machines" not in json.loads(with_machines[1])
+    code, out = answer(capsys, "status", "none", "--machines", "--bucket", run.parent)
+    assert (code, "there is no run at" in out) == (1, True)
+
+
 def test_rows_say_what_is_repeatable_and_how_it_went_this_time(run: Path) -> None:
     store = open_store(str(run))
     opened = Run(store, *read_run(store))

@@ -172,6 +172,15 @@ def test_an_assumption_that_does_not_hold_is_a_sentence_and_the_end(instance: In
     assert instance.calls[-1].startswith("aws autoscaling terminate-instance-in-auto-scaling-group --should-decrement")
 
 
+@pytest.mark.parametrize("name", ["WDS_ROOM_GB", "WDS_TRY_SECONDS"])
+@pytest.mark.parametrize("text", ["abc", "-1", "1.5", "010", " "])
+def test_a_number_that_is_none_is_named(instance: Instance, name: str, text: str) -> None:
+    code, out = instance.bootstrap(**{name: text})
+    assert code != 0
+    assert f"{name} = '{text}' in the environment is not a whole number of at least 0; unset it" in out
+    assert not [call for call in instance.calls if "pip install" in call]
+
+
 def test_a_group_that_cannot_be_told_leaves_the_shutdown(instance: Instance) -> None:
     instance.record("aws", "exit 255")
     instance.stub("nvidia-smi", "exit 9")

@@ -1,7 +1,6 @@
 """What people give a loader, and what it means; `UsageError` for what cannot work."""
 
 import operator
-import os
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from wds_train.config.recipe import DataRecipe
 from wds_train.data.dataset import Dataset
 from wds_train.data.mixture import of_same_classes
+from wds_train.environment import number_of
 from wds_train.errors import UsageError
 from wds_train.typed import typed
 
@@ -74,7 +74,8 @@ def place(rank: int | None, world: int | None) -> tuple[int, int]:
         return rank, world
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":  # every rank would read what the others do
+    size = int(number_of("WORLD_SIZE", 1))
+    if size > 1:  # every rank would read what the others do
         raise UsageError(
             f"WORLD_SIZE = {size}, but torch.distributed is not initialised; make the loader after "
             "init_process_group, or give it rank= and world="

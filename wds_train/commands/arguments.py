@@ -1,6 +1,8 @@
 """The arguments that several commands have, and their types. A type says what is wrong with a value; argparse prints it."""
 
 import argparse
+import os
+from pathlib import Path
 
 from wds_train.checkpoint.manifest import name_of
 from wds_train.config.numbers import Number, count, positive  # noqa: F401 (for the commands, too)
@@ -43,6 +45,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_region(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--region", metavar="NAME", help="of AWS (default: AWS_REGION, or the profile's)")
+
+
+def local_path(text: str) -> Path:
+    """The path that `text` names; `~` is the home folder, which no shell replaces in --flag=~/x."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (Path's raises for a user who is not there)
 
 
 def answered(question: str) -> str:

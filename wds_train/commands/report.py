@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wds_train.checkpoint.find import find_run
-from wds_train.commands.arguments import add_device, add_run, add_workers, count, dollars, run_url
+from wds_train.commands.arguments import add_device, add_run, add_workers, count, dollars, local_path, run_url
 from wds_train.errors import UsageError, WdsTrainError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workers(parser)
     add_device(parser)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="write report.html, report.md and PNGs there"
+        "--out", type=local_path, required=True, metavar="DIR", help="write report.html, report.md and PNGs there"
     )
     parser.add_argument(
         "--images",

@@ -14,6 +14,7 @@ from wds_train.checkpoint.lease import is_gone
 from wds_train.checkpoint.manifest import Checkpoint, RunManifest, best, name_of
 from wds_train.commands.arguments import add_region, add_run, dollars, run_url
 from wds_train.errors import NotFound
+from wds_train.storage.address import is_embedded
 
 WATCH_SECONDS = 2.0
 
@@ -26,12 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--price", type=dollars, metavar="USD", help="price of an instance hour, to sum up the cost so far"
     )
-    parser.add_argument("--machines", action="store_true", help="and its instances on AWS")
+    parser.add_argument("--machines", action="store_true", help="and its instances on AWS, if its bucket is there")
     add_region(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     url = run_url(args.run, args.bucket)
+    machines_wanted = args.machines and url.startswith("s3://") and not is_embedded(url)
     if args.watch:
         with contextlib.suppress(KeyboardInterrupt):
             _watch(url, args.price)
@@ -41,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
         lines = _lines(status)
     except NotFound:
         # An instance takes minutes until it begins the run, and without capacity there is none.
-        if not args.machines or not _launched(args.region, name_of(url)):
+        if not machines_wanted or not _launched(args.region, name_of(url)):
             raise
         status, lines = {"run": name_of(url), "status": "not begun"}, [f"run      {url}: not begun yet"]
     if not args.json:
         print("\n".join(lines))  # before AWS is asked, which may refuse
-    if args.machines:
+    if machines_wanted:
         from wds_train.cloud.aws import Aws
         from wds_train.cloud.stacks import machines
 

@@ -29,6 +29,7 @@ from wds_train.config.presets import preset
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import following, parsed, with_settings
 from wds_train.data.dataset import Dataset
+from wds_train.environment import PLACE, refuse_bad_numbers
 from wds_train.errors import NotFound, UsageError, WdsTrainError
 from wds_train.format.manifest import NAME
 from wds_train.storage.address import announced, located, name_from
@@ -131,6 +132,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_bad_numbers(PLACE)
     dataset = _sharded(args) if args.shard else args.dataset  # before `listen`: a conversion stops in its own way
     stop = StopRequest().listen()
     meant = _meant(args, dataset)
@@ -278,7 +280,7 @@ def _run_url(args: argparse.Namespace, dataset: str | None) -> str:
     if named:
         return named[0]
     if args.like is not None:
-        raise UsageError(f"the new run needs a name: wds-train train NAME --like {args.like}")
+        raise UsageError(f"the new run needs a name: wds-train train NAME --like {shlex.quote(args.like)}")
     recipe = args.recipe or DEFAULT
     name = recipe if dataset is None else name_from(dataset.rstrip("/").rpartition("/")[2])
     return run_url(name if name == recipe else f"{name}-{recipe}", args.bucket)
@@ -300,7 +302,8 @@ def _sharded(args: argparse.Namespace) -> str | None:
         return args.dataset
     url = announced(located(name_from(folder.resolve().name), "datasets", args.bucket), args.dataset)
     if "RANK" in os.environ:
-        raise UsageError(f"--shard is for one process, which starts the others; first: wds-train shards {folder} {url}")
+        first = shlex.join(["wds-train", "shards", args.dataset, url])
+        raise UsageError(f"--shard is for one process, which starts the others; first: {first}")
     _convert(str(folder.resolve()), url)
     return url
 

@@ -16,14 +16,19 @@ class Number:
     """Which bounds are no values themselves: "(" the lower one, ")" the upper one."""
 
     def __call__(self, text: str) -> int | float:
+        """The number that a flag's value says, as argparse asks for it."""
         try:
-            value = self.kind(text)
+            return self.parse(text)
         except ValueError:
-            value = math.nan  # which is in no range
+            raise argparse.ArgumentTypeError(f"{text!r} is not {self}") from None
+
+    def parse(self, text: str) -> int | float:
+        """The number that `text` says; `ValueError` where it says none, or one out of range."""
+        value = self.kind(text)
         low = value > self.least if "(" in self.open else value >= self.least
         high = value < self.most if ")" in self.open else value <= self.most
-        if not (low and high) or abs(value) == math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {self}")
+        if not (low and high) or abs(value) == math.inf:  # of NaN, both are false
+            raise ValueError(text)
         return value
 
     def __str__(self) -> str:

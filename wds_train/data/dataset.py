@@ -92,7 +92,7 @@ class Dataset:
         try:
             return cls(store, _manifest(store))
         except NotFound as error:
-            remedy = f"check the address, or make one: wds-train shards SOURCE {url}"
+            remedy = f"check the address, or make one: wds-train shards SOURCE {shlex.quote(url)}"
             if not store.url.startswith("s3://") and any(Path(store.url).glob("*")):
                 name = name_from(Path(store.url).name)
                 remedy = (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -123,5 +124,5 @@ class Weights:
 
 def _unusable(path: Path, error: Exception) -> WdsTrainError:
     if isinstance(error, FileNotFoundError):
-        return NotFound(f"there is no file {path}; `wds-train export RUN --to {path}` makes one")
+        return NotFound(f"there is no file {path}; `wds-train export RUN --to {shlex.quote(str(path))}` makes one")
     return RunError(f"{path} is no safetensors file ({error}); `wds-train export RUN --to FILE` makes one")

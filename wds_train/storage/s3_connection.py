@@ -14,6 +14,7 @@ from botocore.config import Config
 from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
+from wds_train.environment import number_of
 from wds_train.errors import AccessDenied, Conflict, NotFound, StoreError, Unavailable, UsageError
 from wds_train.storage.base import inside
 from wds_train.storage.embedded import Endpoint
@@ -76,7 +77,7 @@ class S3Connection:
     def __init__(self, bucket: str, prefix: str, endpoint: Endpoint | None) -> None:
         self.bucket, self.prefix, self.endpoint = bucket, prefix, endpoint
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self.patience = float(os.environ.get("WDS_S3_PATIENCE", PATIENCE_SECONDS))
+        self.patience = number_of("WDS_S3_PATIENCE", PATIENCE_SECONDS)
         self.answered = False
         self._made: _Made | None = None
         self._session: boto3.session.Session | None = None

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -72,7 +73,7 @@ def program() -> str:
     called = sys.argv[0]
     if os.path.basename(called) != "wds-train" or shutil.which("wds-train"):  # noqa: PTH119
         return "wds-train"
-    return os.path.relpath(called)
+    return shlex.quote(os.path.relpath(called))
 
 
 def readable(name: str) -> str:

@@ -1,6 +1,7 @@
 """Rows of a training: collected for the run's metrics, and passed on to Weights & Biases."""
 
 import os
+import shlex
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -142,4 +143,4 @@ def _alert(board: Board, error: BaseException | None) -> None:
 
 
 def _remedy(run: Run) -> str:
-    return f"the metrics are with the run, and `wds-train wandb {run.store.url}` sends what is missing"
+    return f"the metrics are with the run, and `wds-train wandb {shlex.quote(run.store.url)}` sends what is missing"

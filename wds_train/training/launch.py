@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from wds_train.environment import number_of
 from wds_train.errors import Interrupted, RunError, UsageError
 from wds_train.training.ranks import LAST_SECONDS
 
@@ -67,8 +68,8 @@ def die_with_launcher() -> None:
     """Have the kernel send SIGHUP to this rank when its launcher dies; it would train on, unseen, otherwise. The kernel sends
     it at the death of each of the launcher's threads in turn, and of SIGHUP alone any number counts as one.
     """
-    launcher = os.environ.get("WDS_LAUNCHER")
+    launcher = int(number_of("WDS_LAUNCHER", 0))
     if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
-        if os.getppid() != int(launcher):
+        if os.getppid() != launcher:
             os.kill(os.getpid(), signal.SIGHUP)

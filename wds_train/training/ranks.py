@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from wds_train.environment import PLACE, number_of, refuse_bad_numbers
 from wds_train.errors import RanksLost, UsageError
 
 FIRST_WORD = "run"
@@ -38,11 +39,16 @@ class Ranks:
 
     @classmethod
     def of_environment(cls, *, cpu: bool = False) -> Self:
-        rank, size, local = (
-            _variable(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
+        refuse_bad_numbers(PLACE)
+        rank, size = int(number_of("RANK", 0)), int(number_of("WORLD_SIZE", 1))
+        local = int(number_of("LOCAL_RANK", 0))
         if not 0 <= rank < size:
             raise UsageError(f"RANK = {rank} cannot work with WORLD_SIZE = {size}; start with torchrun")
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if size > 1 and missing:
+            raise UsageError(
+                f"WORLD_SIZE = {size}, but the environment lacks {' and '.join(missing)}; start with torchrun"
+            )
         return cls(rank, size, local, cpu=cpu)
 
     @property
@@ -134,13 +140,6 @@ def _meeting() -> dist.Store:
     store = next(dist.rendezvous("env://", timeout=SILENCE))[0]
     start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.environ['WORLD_SIZE']}"
     return dist.PrefixStore(f"wds-train-{start}", store)
-
-
-def _variable(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UsageError(f"{name} = {text!r} in the environment is not a whole number; torchrun sets it, or unset it")
-    return int(text)
 
 
 def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:

@@ -6,6 +6,7 @@ refuse what cannot work -> claim the run -> restore the newest checkpoint -> for
 import contextlib
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -134,10 +135,8 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool)
     say(f"state    {options.run}")
     _write_report(run, options, REPORT_SECONDS)
     if wandb_at:
-        say(
-            f"W&B      {wandb_at}"
-            + ("" if wandb_at.startswith("http") else f" (offline; upload: wds-train wandb {options.run})")
-        )
+        upload = f" (offline; upload: wds-train wandb {shlex.quote(options.run)})"
+        say(f"W&B      {wandb_at}{'' if wandb_at.startswith('http') else upload}")
     say("\n".join(next_commands(run.manifest, options.run, test=test)))
 
 
