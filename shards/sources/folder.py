@@ -11,9 +11,17 @@ from pathlib import Path
 
 from shards.sources.base import Grouping, Source, Understood, Wanted
 from shards.sources.image_index import ImageIndex
-from shards.sources.imagefolder import Layout, add_class, folder_classes, folder_source, note_layout, read_layout
-from shards.sources.label_tables import NEARLY_ALL, Tables, choose_tables, decides, named_images, read_tables
-from shards.sources.labels import NO_LABEL, NO_TEXT, Classes, classes_of, to_classes
+from shards.sources.imagefolder import (
+    Layout,
+    add_class,
+    folder_classes,
+    folder_source,
+    folder_splits,
+    note_layout,
+    read_layout,
+)
+from shards.sources.label_tables import NEARLY_ALL, Tables, choose_tables, named_images, read_tables, trainable_images
+from shards.sources.labels import NO_LABEL, NO_TEXT, Classes, classes_of, plain_number, to_classes
 from shards.sources.names import NO_SPLIT, SPLIT_OF, SPLITS, normal
 from shards.sources.scan import UNLABELED, SplitScan
 from shards.sources.splits import from_scans
@@ -77,32 +85,127 @@ def folder(root: Path, wanted: Wanted) -> Source:
         refusal = error
 
     # Without tables the class folders decide alone.
-    paths = [wanted.table] if wanted.table else _outside_classes(find_tables(tree), layout)
+    paths = _outside_classes(_table_files(tree, wanted), layout)
     if not paths or not tree.total:
         if layout is None:
             raise _with_hint(refusal, tree)
         return folder_source(layout, root.name, DiskFiles(), wanted)
 
-    # A table that labels nearly all images does, unless the folders say the same.
-    images = ImageIndex(root)
+    # A table decides where the folders are no classes; the folders do where it says the same, or nothing certain.
+    images = ImageIndex(root, folder_splits(tree, wanted))
     names = {normal(part.name) for part in layout.parts} if layout else set[str]()
     tables = read_tables(paths, images, wanted, names)
     contents = Contents(root, images, tables, layout, wanted)
     chosen = choose_tables(tables, images, wanted)
-    if layout is None:
-        if chosen:
-            return _from_tables(chosen, contents)
-    elif chosen and decides(chosen, images, wanted) and not _agrees(chosen, contents, layout):
+    if layout is not None:
+        return _by_both(chosen, contents, layout)
+    if chosen and (chosen[0].rows or len(tables.usable) == 1):
         return _from_tables(chosen, contents)
-    else:
-        return _from_folders(layout, contents)
     raise tables.refusals[0] if tables.refusals else _with_hint(refusal, tree)
+
+
+def _by_both(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -> Source:
+    """Read a folder that has class folders and tables: by the one that says the classes.
+
+    Raises:
+        UsageError: Both may.
+    """
+    tables, wanted = contents.tables, contents.wanted
+    if wanted.table and chosen:
+        return _from_tables(chosen, contents)
+    sure = [each for each in chosen if each.columns.sure]
+    if not sure:
+        for each in chosen:
+            tables.ignored.append((each.path, _not_called(each)))
+        if wanted.label or wanted.image:
+            raise UsageError(
+                f"{contents.root} is read by its class folders; leave --label-column and --image-column out, or name a table: --table FILE"
+            )
+        return _from_folders(layout, contents)
+
+    # Labels that go with the folders are the folders' names; labels that cross them are the classes, and the folders are not.
+    trainable = trainable_images(contents.images)
+    named = named_images(sure)
+    nearly_all = bool(named) and len(named & trainable) >= NEARLY_ALL * len(trainable)
+    relation = _relation(sure, contents, layout)
+    if relation == SAME:
+        layout.doubtful.append(f"{sure[0].path.name} labels the images as their folders do; the folders are read")
+        return _from_folders(layout, contents)
+    if relation == SAME_CLASSES and not nearly_all:
+        _add_splits(sure, contents)
+        return _from_folders(layout, contents)
+    if nearly_all or (relation == CROSSES and _names_all_it_touches(sure, contents)):
+        return _from_tables(sure, contents)
+    ambiguous = any("it may be" in row[-1] for each in sure for row in each.odd)
+    if relation == CROSSES or ambiguous:
+        shown = contents.name(sure[0].path)
+        raise UsageError(
+            f"{contents.root} has class folders, and {shown} labels {len(named):,} of their {len(contents.images):,} images otherwise"
+            + (", by names that several images have" if ambiguous else "")
+            + f"; say which is right: --table {sure[0].path}, or --source imagefolder"
+        )
+    return _from_folders(layout, contents)
+
+
+def _not_called(table: LabelTable) -> str:
+    """Return why a table is not read where class folders are."""
+    return f"its column {table.columns.label!r} is not called as labels are, and the folders say the classes; --table takes it"
+
+
+SAME = "the same classes and splits"
+SAME_CLASSES = "the same classes in other splits"
+CROSSES = "labels that cross the folders"
+OTHERWISE = "something else"
+
+
+def _relation(tables: Sequence[LabelTable], contents: Contents, layout: Layout) -> str:
+    """Compare what tables say with what the class folders say."""
+    places = _places(layout, contents.images)
+    pairs = set()
+    same_splits = True
+    for each in tables:
+        for row in each.rows:
+            if row.image not in places:
+                same_splits = False  # an image of a split that the folders do not label, perhaps
+                continue
+            split, name = places[row.image]
+            try:
+                of_row = split_of_row(row, each, contents.images, contents.tables.listed, contents.wanted)
+            except DataError:
+                of_row = ""
+            same_splits = same_splits and split == of_row
+            pairs.add((row.text, name))
+    labels = {text for text, _ in pairs}
+    names = {name for _, name in pairs}
+    if not pairs:
+        return OTHERWISE
+    if len(pairs) == len(labels) == len(names):
+        return SAME if same_splits else SAME_CLASSES
+    return CROSSES
+
+
+def _names_all_it_touches(tables: Sequence[LabelTable], contents: Contents) -> bool:
+    """Tell whether tables name nearly all images of the folders that hold some of theirs."""
+    named = named_images(tables)
+    folders = {contents.images.paths[image].rpartition("/")[0] for image in named}
+    touched = [path for path in contents.images.paths if path.rpartition("/")[0] in folders]
+    return len(named) >= NEARLY_ALL * len(touched)
+
+
+def _add_splits(tables: Sequence[LabelTable], contents: Contents) -> None:
+    """Take tables that label images as their folders do for lists of splits."""
+    for each in tables:
+        for row in each.rows:
+            split = split_of_row(row, each, contents.images, {}, contents.wanted)
+            contents.tables.listed.setdefault(row.image, split)
+        contents.tables.lists.append(each.path)
 
 
 def table(root: Path, wanted: Wanted) -> Source:
     """Read the folder `root` by its tables alone (`--source table`)."""
-    images = ImageIndex(root)
-    paths = [wanted.table] if wanted.table else find_tables(read_tree(root))
+    tree = read_tree(root)
+    images = ImageIndex(root, folder_splits(tree, wanted))
+    paths = _table_files(tree, wanted)
     tables = read_tables(paths, images, wanted, set())
     chosen = choose_tables(tables, images, wanted)
     if not chosen:
@@ -112,6 +215,12 @@ def table(root: Path, wanted: Wanted) -> Source:
             f"{root} holds no table that labels its images, such as a labels.csv with the columns file and label"
         )
     return _from_tables(chosen, Contents(root, images, tables, None, wanted))
+
+
+def _table_files(tree: Folder, wanted: Wanted) -> list[Path]:
+    """Return the files that may be tables, and the one that a person named, wherever it lies."""
+    found = find_tables(tree)
+    return found if wanted.table is None or wanted.table in found else [*found, wanted.table]
 
 
 def _outside_classes(paths: Sequence[Path], layout: Layout | None) -> list[Path]:
@@ -131,32 +240,6 @@ def _with_hint(refusal: DataError | UsageError | None, tree: Folder) -> DataErro
     if not unread:
         return refusal
     return type(refusal)(f"{refusal}; if {unread[0]} holds the labels, save it as CSV with the columns file and label")
-
-
-def _agrees(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -> bool:
-    """Tell whether the class folders say what the tables say: the same classes, and the same splits."""
-    if contents.wanted.table:
-        return False
-    places = _places(layout, contents.images)
-    pairs = set()
-    for each in chosen:
-        for row in each.rows:
-            if row.image not in places:
-                return False
-            split, name = places[row.image]
-            try:
-                of_row = split_of_row(row, each, contents.images, contents.tables.listed, contents.wanted)
-            except DataError:
-                return False
-            if split != of_row:
-                return False
-            pairs.add((row.text, name))
-    if set(layout.flat) - {split for split, _ in places.values()}:
-        return False  # the folders do not label that split, the table may
-    same = len(pairs) == len({text for text, _ in pairs}) == len({name for _, name in pairs})
-    if same:
-        layout.doubtful.append(f"{chosen[0].path.name} labels the images as their folders do; the folders are read")
-    return same
 
 
 def _places(layout: Layout, images: ImageIndex) -> dict[int, tuple[str, str]]:
@@ -197,10 +280,18 @@ def _from_tables(chosen: Sequence[LabelTable], contents: Contents) -> Source:
     for path, cause in contents.tables.ignored:
         scans["train"].note(path, "ignored", cause)
     if count := len(images) - len(named_images(chosen)):
-        scans["train"].note(root, "ignored", f"{count} images that no table names")
+        scans["train"].note(root, "ignored", f"{count} images that no table names{_where_most(chosen, images)}")
     found = [each for each in scans.values() if each.rows.table().num_rows or each.notes]
     understood = _understood(chosen, classes.said, contents)
     return _grouped(from_scans(f"table {root.name}", classes.infos, found, understood), chosen, contents)
+
+
+def _where_most(chosen: Sequence[LabelTable], images: ImageIndex) -> str:
+    """Return where most of the images lie that no table names."""
+    named = named_images(chosen)
+    folders = Counter(path.rpartition("/")[0] for image, path in enumerate(images.paths) if image not in named)
+    name, count = folders.most_common(1)[0]
+    return f", {count} of them in {name}/" if name else ""
 
 
 def _with_names(classes: Classes, chosen: Sequence[LabelTable], wanted: Wanted) -> Classes:
@@ -242,7 +333,7 @@ def _resolve(table: LabelTable, contents: Contents, scans: dict[str, SplitScan])
     deepest = _deepest(table)
     texts: dict[int, dict[str, int]] = {}
     for row in table.rows:
-        if _is_meant(row, deepest):
+        if _is_meant(row, deepest) and row.text != NO_TEXT:
             texts.setdefault(row.image, {}).setdefault(row.text, row.line)
     seen: set[int] = set()
     left_out: Counter[str] = Counter()
@@ -257,7 +348,7 @@ def _resolve(table: LabelTable, contents: Contents, scans: dict[str, SplitScan])
         if split == NO_SPLIT:
             left_out[path.rpartition("/")[0]] += 1
             continue
-        cause = _cause(row, split, deepest, texts[row.image], seen)
+        cause = _cause(row, split, deepest, texts.get(row.image, {}), seen)
         if cause is not None:
             scans[split].note(origin, *cause)
         else:
@@ -299,7 +390,7 @@ def _cause(
     if len(texts) > 1:
         lines = " and ".join(f"{text!r} in line {line}" for text, line in texts.items())
         return "left out", f"it is labelled {lines}; one label for each image is what is trained on"
-    if row.image in seen:
+    if row.image in seen or (row.text == NO_TEXT and texts):
         return "ignored", "the same row once more"
     if row.text == NO_TEXT and split == "test":
         return "ignored", "a test image without a label"
@@ -321,23 +412,22 @@ def _refuse_two_splits(labelled: dict[Path, list[Labelled]]) -> None:
 
 def _grouped(source: Source, chosen: Sequence[LabelTable], contents: Contents) -> Source:
     """Return the `source` with the groups of the column that --group names, if it is one."""
-    group = contents.wanted.group
-    if group is None or not all(group in each.table.columns for each in chosen):
-        return source
+    wanted = (contents.wanted.group or "").casefold()
+    columns = [next((name for name in each.table.columns if name.casefold() == wanted), None) for each in chosen]
     column = {}
-    for each in chosen:
+    for each, group in zip(chosen, columns, strict=True):
+        if group is None:
+            return source
         cells = dict(zip((line for line, _ in each.table.lines), each.table.column(group), strict=True))
         for row in each.rows:
             column[str(contents.path(row.image))] = str(cells[row.line])
-    return replace(source, grouping=Grouping(group, column))
+    return replace(source, grouping=Grouping(contents.wanted.group or "", column))
 
 
 def _from_folders(layout: Layout, contents: Contents) -> Source:
     """Return the source that class folders label, with what tables say of its splits."""
     images, tables, wanted = contents.images, contents.tables, contents.wanted
-    unsplit = layout.splits == ["train"] and not layout.flat
-    nearly_all = len(tables.listed) >= NEARLY_ALL * len(images)
-    if unsplit and nearly_all and "train" in tables.listed.values():
+    if tables.listed and layout.splits == ["train"] and not layout.flat:
         return _from_lists(layout, contents)
     for path in tables.lists:
         layout.doubtful.append(f"{contents.name(path)} says splits of images, and is not used: the folders say them")
@@ -387,12 +477,15 @@ def _label_flat(split: str, layout: Layout, contents: Contents) -> FlatSplit | N
     images = contents.images
     prefix = f"{layout.flat[split].path.relative_to(images.root).as_posix()}/"
     inside = {image for image, path in enumerate(images.paths) if path.startswith(prefix)}
-    names = {normal(part.name) for part in layout.parts}
+    names = {
+        plain_number(normal(part.name)): normal(part.name) for part in layout.parts
+    }  # the folder 00014 is class 14
     for each in contents.tables.usable:
-        texts = {row.image: row.text for row in each.rows if row.image in inside}
-        differ = any(texts[row.image] != row.text for row in each.rows if row.image in inside)
+        rows = [row for row in each.rows if row.image in inside]
+        texts = {row.image: names.get(plain_number(row.text), "") for row in rows}
+        differ = any(texts[row.image] != names.get(plain_number(row.text), "") for row in rows)
         nearly_all = bool(inside) and len(texts) >= NEARLY_ALL * len(inside)
-        if nearly_all and {*texts.values()} <= names and not differ:
+        if nearly_all and "" not in texts.values() and not differ:
             return FlatSplit(texts, each.columns.label, each.path)
     return None
 
@@ -402,16 +495,21 @@ def _from_lists(layout: Layout, contents: Contents) -> Source:
     images, listed, wanted = contents.images, contents.tables.listed, contents.wanted
     classes = folder_classes(layout, wanted)
     places = _places(layout, images)
-    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in SPLITS if split in listed.values()}
+    used = {"train", *listed.values()}
+    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in SPLITS if split in used}
     for path in contents.tables.lists:
         scans["train"].stamp.add(path.name, path.stat())
+    rest = "" if "train" in listed.values() else "train"  # lists of val and test alone: what is left is trained on
+    unlisted = 0
     for image in range(len(images)):
-        if image in places and listed.get(image) in SPLITS:
+        split = listed.get(image, rest)
+        if image in places and split in SPLITS:
             label = classes.numbers[places[image][1]]
-            scans[listed[image]].add_file(label, contents.path(image), images.paths[image])
-    rest = sum(listed.get(image) not in SPLITS for image in range(len(images)))
-    if rest:
-        scans["train"].note(contents.root, "ignored", f"{rest} images that no list puts into a split")
+            scans[split].add_file(label, contents.path(image), images.paths[image])
+        else:
+            unlisted += 1
+    if unlisted:
+        scans["train"].note(contents.root, "ignored", f"{unlisted} images that no list puts into a split")
     layout.ignored += contents.tables.ignored
     note_layout(layout, scans["train"], DiskFiles())
     text = f"{layout.text}; splits by {', '.join(map(contents.name, contents.tables.lists))}"

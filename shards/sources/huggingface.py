@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.report import Note
-from shards.sources.base import ANYTHING, Source, Understood, Wanted
+from shards.sources.base import ANYTHING, Grouping, Source, Understood, Wanted
 from shards.sources.labels import NO_LABEL, NO_TEXT, Classes, classes_of, label_text, to_classes
-from shards.sources.names import SPLIT_OF, SPLITS, choose_splits, file_splits, unknown_split
+from shards.sources.names import SPLIT_FOLDER, SPLIT_OF, SPLIT_WORD, SPLITS, choose_splits, file_splits, unknown_split
 from shards.sources.scan import SplitScan
 from shards.sources.splits import from_scans
 from shards.sources.spool import Spool
@@ -140,7 +140,24 @@ def local(root: Path, spool: Spool, wanted: Wanted) -> Source:
     else:
         source = spooled(description, classes.infos, lambda: _parquet_items(files, columns, classes), spool)
     notes = [Note("", str(path), "ignored", cause) for path, cause in unused]
-    return replace(source, understood=understood, notes=[*source.notes, *notes])
+    source = replace(source, understood=understood, notes=[*source.notes, *notes])
+    return _grouped(source, columns, files, wanted)
+
+
+def _grouped(source: Source, columns: Columns, files: Sequence[tuple[str, Path]], wanted: Wanted) -> Source:
+    """Return the `source` with the groups of the column that --group names, if it is one."""
+    group = next((name for name in _features(files[0][1]) if name.casefold() == (wanted.group or "").casefold()), None)
+    if group is None:
+        return source
+    groups: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    for of_file, path in files:
+        for batch in _batches(path, [group, *([columns.split] if columns.split else [])]):
+            for value, split in zip(batch[group].to_pylist(), columns.split_of(batch, of_file), strict=True):
+                if split == "train":
+                    groups[f"{seen[split]:08d}"] = str(value)
+                seen[split] += 1
+    return replace(source, grouping=Grouping(group, groups))
 
 
 def _files(root: Path, wanted: Wanted) -> tuple[list[tuple[str, Path]], list[tuple[Path, str]]]:
@@ -152,10 +169,27 @@ def _files(root: Path, wanted: Wanted) -> tuple[list[tuple[str, Path]], list[tup
         base = root.parent if root.is_file() else root
         names = {path.relative_to(base).as_posix(): path for path in paths if path.suffix == suffix}
         if names:
+            _refuse_several_sets([*names], root)
             used, unused = file_splits([*names], wanted.splits, str(root))
             files = sorted((split, names[name]) for name, split in used.items())
             return files, [(names[name], cause) for name, cause in unused.items()]
     raise UsageError(f"{root} holds neither .arrow nor .parquet files")
+
+
+def _refuse_several_sets(names: Sequence[str], root: Path) -> None:
+    """Raise `UsageError` for files of several data sets, or configurations of one: full/train-... and tiny/train-..."""
+    sets: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split("/")
+        above = "/".join(part for part in parts[:-1] if not SPLIT_FOLDER.fullmatch(part))
+        words = SPLIT_WORD.findall(name)
+        sets.setdefault(words[-1].lower() if words else "", set()).add(above)
+    several = next((found for word, found in sets.items() if word and len(found) > 1), None)
+    if several:
+        shown = sorted(several)
+        raise UsageError(
+            f"{root} holds several data sets: {', '.join(place or '.' for place in shown)}; give the path of one: {root / shown[-1]}"
+        )
 
 
 def _is_data(path: Path) -> bool:
@@ -170,24 +204,62 @@ def _columns(root: Path, files: Sequence[tuple[str, Path]], wanted: Wanted) -> C
     path = files[0][1]
     with _reading(path):
         schema = pq.read_schema(path) if path.suffix == ".parquet" else next(_arrow_batches(_mapped(path))).schema
-    try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
-        features = {name: {} for name in schema.names} | info.get("features", {})
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # not written by `datasets`: the columns alone count
-        features = {name: {} for name in schema.names}
-    columns = find_columns({name: features[name] for name in schema.names}, str(root), wanted)
+    columns = find_columns(_features(path), str(root), wanted)
     for name, fits, what in (
         (columns.image, _holds_bytes, "encoded images (bytes) are"),
         (columns.label, _holds_labels, "a name or a whole number is"),
     ):
         if not fits(schema.field(name).type):
             raise DataError(f"{path}: the column {name!r} holds {schema.field(name).type}; {what} needed")
+    _refuse_paths(columns, path)
+    _refuse_other_columns(columns, files)
     return _with_splits(columns, schema, files, wanted)
+
+
+def _features(path: Path) -> dict[str, Any]:
+    """Return the columns of a file: name -> its feature as `datasets` writes it, or {} where nobody wrote one."""
+    with _reading(path):
+        schema = pq.read_schema(path) if path.suffix == ".parquet" else next(_arrow_batches(_mapped(path))).schema
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+        return {name: info.get("features", {}).get(name, {}) for name in schema.names}
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # not written by `datasets`: the columns alone count
+        return {name: {} for name in schema.names}
+
+
+def _refuse_other_columns(columns: Columns, files: Sequence[tuple[str, Path]]) -> None:
+    """Raise `DataError` for files that do not agree on the columns, or on the names of the classes."""
+    for _, path in files:
+        features = _features(path)
+        missing = [name for name in (columns.image, columns.label) if name not in features]
+        if missing:
+            raise DataError(
+                f"{path} has no column {missing[0]!r}, which {files[0][1]} has; give files of one form, one after the other"
+            )
+        kind = features[columns.label]
+        names = kind.get("names") if isinstance(kind, dict) else None
+        if columns.names is not None and names != columns.names:
+            raise DataError(
+                f"{path} names the classes {', '.join(map(str, names or ()))[:100]}, and {files[0][1]} {', '.join(columns.names)[:100]}: "
+                "a number would be two classes; write the files again with one list"
+            )
+
+
+def _refuse_paths(columns: Columns, path: Path) -> None:
+    """Raise `DataError` for images that are paths of files elsewhere, and no bytes."""
+    first = next(_batches(path, [columns.image]), None)
+    images = first[columns.image].to_pylist() if first is not None else []
+    paths = [image.get("path") for image in images if isinstance(image, dict) and not image.get("bytes")]
+    if images and len(paths) == len(images) and any(paths):
+        raise DataError(
+            f"{path}: the column {columns.image!r} holds paths such as {next(filter(None, paths))}, and no bytes; embed the images, or give "
+            "the folder of the files and a table with their labels"
+        )
 
 
 def _with_splits(columns: Columns, schema: pa.Schema, files: Sequence[tuple[str, Path]], wanted: Wanted) -> Columns:

@@ -1,9 +1,10 @@
 """The images below a folder, found by what tables call them: a path, a name, or a name without its suffix."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from shards.sources.imagefolder import MASKS
 from shards.sources.names import IMAGE_SUFFIXES, normal
 from shards.sources.tree import PICTURES, walk_files
 from wds_train.errors import DataError
@@ -31,8 +32,10 @@ class ImageIndex:
         paths: Each image's path below `root`, in the order of the scan.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, splits: Mapping[str, str]) -> None:
+        """Read the images below `root`; `splits` are the splits of folders that are called so, by their paths below it."""
         self.root = root
+        self._splits = splits
         self.paths: list[str] = []
         self._by_name: dict[str, list[int]] = {}
         self._by_stem: dict[str, list[int]] = {}
@@ -60,6 +63,8 @@ class ImageIndex:
             raise DataError("there is no such image: the cell is empty")
         base = fold(given[-1])
         found = self._by_name.get(base, []) or self._by_stem.get(base, [])
+        if not found and base.endswith(PICTURES):  # converted since: the table says .jpg, the file is a .png
+            found = self._by_stem.get(base.rpartition(".")[0], [])
         if not found:
             raise DataError("there is no such image")
         if len(found) == 1:
@@ -87,6 +92,8 @@ class ImageIndex:
         parts = normal(self.paths[image]).split("/")
         if fold(parts[-1]) != fold(given[-1]):  # found by its name without a suffix
             parts[-1] = parts[-1].rpartition(".")[0]
+            if fold(given[-1]).endswith(PICTURES):
+                given = [*given[:-1], given[-1].rpartition(".")[0]]
         alike = exact = 0
         same_case = True
         for mine, other in zip(reversed(parts), reversed(given), strict=False):
@@ -97,14 +104,24 @@ class ImageIndex:
             exact += same_case
         return alike, exact
 
-    def _rank(self, image: int, given: Sequence[str], near: Sequence[str]) -> tuple[int, int, bool, int]:
+    def split_of(self, image: int) -> str:
+        """Return the split that the folders of an image say; empty where none does."""
+        pieces = self.paths[image].split("/")
+        for depth in range(len(pieces) - 1, 0, -1):
+            split = self._splits.get("/".join(pieces[:depth]))
+            if split is not None:
+                return split
+        return ""
+
+    def _rank(self, image: int, given: Sequence[str], near: Sequence[str]) -> tuple[int, int, bool, bool, int]:
         alike, exact = self._agreement(image, given)
         before = "/".join(self.paths[image].split("/")[:-alike]) if alike else ""
         beside = bool(near) and any(
             fold(before) == fold(folder) or fold(before).endswith(f"/{fold(folder)}") for folder in near
         )
         is_kept = self.paths[image].lower().endswith(IMAGE_SUFFIXES)
-        return alike, int(beside), is_kept, exact
+        is_mask = any(MASKS.fullmatch(part) for part in self.paths[image].split("/")[:-1])
+        return alike, int(beside), not is_mask, is_kept, exact
 
 
 def fold(name: str) -> str:

@@ -10,7 +10,7 @@ wrapped/in/CLASS/1.jpg         CLASS/train/1.jpg, CLASS/test/1.jpg
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -19,9 +19,11 @@ from shards.sources.base import Source, Understood, Wanted
 from shards.sources.labels import NO_LABEL, Classes, classes_of, to_classes
 from shards.sources.names import (
     NO_SPLIT,
+    OTHER_SPLITS,
     SPLIT_FOLDER,
     SPLIT_OF,
     SPLITS,
+    framed_split,
     normal,
     unknown_split,
 )
@@ -37,9 +39,11 @@ NO_CLASSES = re.compile(
     r"|.*[-_ ](?:part|images?|batch|fold|chunk)[-_ ]?\d+|images?[-_ ]?\d+",
     re.IGNORECASE,
 )
-# What people call the folder that holds all of their data: beside others it is still no class.
-DATA = re.compile(
-    r"(?:raw|my|image|the|full|all)?[-_ ]?(?:data[-_ ]?sets?|data|images?|imgs?|photos?|pictures?|raw)", re.IGNORECASE
+IMAGES = re.compile(r"(?:jpeg)?(?:images?|imgs?|photos?)", re.IGNORECASE)
+# What lies beside images, and is made of pixels all the same: their segmentation, or what one sees of it.
+MASKS = re.compile(
+    r"(?:tri)?maps?|masks?|annotations?|labels?|segmentations?|(?:ground[-_ ]?truths?|gt)|depths?|overlays?|heat[-_ ]?maps?",
+    re.IGNORECASE,
 )
 # What stands beside a data set in a repository, and holds pictures.
 ASIDE = re.compile(
@@ -49,24 +53,30 @@ ASIDE = re.compile(
 )
 
 
+MOST_ASIDE = 0.5  # of the data set's images, as pictures beside it that are no part of it
+
+
 class Files(Protocol):
     """Adds the images of folders to a scan: those of a disk, or those in tars."""
 
     def note_outside(self, found: SplitScan, folder: Folder) -> None:
         """Note the files that lie directly in `folder`, outside the class folders."""
 
-    def add(self, found: SplitScan, label: int, folder: Folder, key: str) -> int:
-        """Add every image below `folder`, with keys that begin with `key`; return how many were."""
+    def add(self, found: SplitScan, label: int, folder: Folder, key: str, without: Collection[Path] = ()) -> int:
+        """Add every image below `folder` but those in the folders `without`, with keys that begin with `key`; return how
+        many were.
+        """
 
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """Images of one class in one split. `key` is what their keys begin with."""
+    """Images of one class in one split. `key` is what their keys begin with; the folders `without` are no part of it."""
 
     split: str
     name: str
     folder: Folder
     key: str
+    without: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -90,6 +100,8 @@ class Layout:
     doubtful: list[str] = field(default_factory=list)
     origin: Folder | None = None
     """Where the levels of --class-level count from."""
+    masked: set[Path] = field(default_factory=set)
+    """Folders of images that lie beside folders of masks."""
 
     @property
     def splits(self) -> list[str]:
@@ -159,7 +171,7 @@ def add_class(found: SplitScan, label: int, part: ClassFolder, files: Files) -> 
     if label == NO_LABEL:
         found.note(part.folder.path, "ignored", "no class: --no-label says so")
         return
-    if not files.add(found, label, part.folder, part.key):
+    if not files.add(found, label, part.folder, part.key, part.without):
         raise DataError(f"the class folder {part.folder.path} holds no images; add some, or remove the folder")
 
 
@@ -191,7 +203,10 @@ def read_layout(root: Folder, wanted: Wanted) -> Layout:
 def _read_split(layout: Layout, split: str, folder: Folder, wanted: Wanted) -> None:
     """Read the class folders of one split."""
     inner = _unwrapped(folder)
-    if not inner.folders and split != "train":
+    alone = inner.filled[0] if len(inner.filled) == 1 and not inner.images else None
+    if split != "train" and alone is not None and alone.name.casefold() == folder.name.casefold():
+        inner = alone  # test/test/1.jpg, as an archive that was packed twice leaves it
+    if not inner.filled and (inner.images or not inner.folders) and split != "train":
         layout.flat[split] = inner
     else:
         layout.origin = inner
@@ -236,14 +251,11 @@ def find_splits(root: Folder, wanted: Wanted, layout: Layout) -> tuple[Folder, d
 def _without_asides(base: Folder) -> list[Folder]:
     """Return the folders in `base` that may hold its classes: of a repository, not the pictures of its README."""
     filled = base.filled
-    data = [folder for folder in filled if not folder.images and DATA.fullmatch(folder.name)]
-    if len(data) == 1 and len(data[0].filled) > 1:
-        others = [folder for folder in filled if folder is not data[0]]
-        if all(ASIDE.fullmatch(folder.name) for folder in others):
-            return data
     containers = [folder for folder in filled if not folder.images and len(folder.filled) > 1]
     others = [folder for folder in filled if folder not in containers]
-    if len(containers) == 1 and all(ASIDE.fullmatch(folder.name) for folder in others):
+    aside = sum(folder.total for folder in others)
+    are_asides = all(ASIDE.fullmatch(folder.name) for folder in others)
+    if len(containers) == 1 and are_asides and aside < containers[0].total * MOST_ASIDE:
         return containers
     return filled
 
@@ -268,6 +280,8 @@ def splits_in(folder: Folder, wanted: Wanted) -> dict[str, Folder]:
         split = split_of_folder(each.name, wanted)
         if split is not None and (each.total or split != NO_SPLIT):
             found.setdefault(split, []).append(each)
+    if "train" not in found:
+        found = _framed_splits(folder, wanted) or found
     if not any(each.folders for each in found.get("train", ())):  # else it may be a class: train, bus, car
         return {}
     for split, folders in found.items():
@@ -278,6 +292,35 @@ def splits_in(folder: Folder, wanted: Wanted) -> dict[str, Folder]:
             )
     order = [*SPLITS, NO_SPLIT]
     return {split: found[split][0] for split in order if split in found}
+
+
+def _framed_splits(folder: Folder, wanted: Wanted) -> dict[str, list[Folder]]:
+    """Return the folders of splits in `folder` that are called leaf_train and leaf_test, say: one frame, several splits."""
+    frames: dict[str, dict[str, list[Folder]]] = {}
+    for each in folder.filled:
+        found = framed_split(each.name)
+        if found is not None and each.name.lower() not in wanted.splits:
+            frames.setdefault(found.frame, {}).setdefault(found.split, []).append(each)
+    several = [splits for splits in frames.values() if len(splits) > 1 and "train" in splits]
+    if len(several) > 1:
+        names = [each.name for splits in several for folders in splits.values() for each in folders]
+        raise UsageError(
+            f"{folder.path} holds the splits of several data sets: {', '.join(names)}; say which are used, as in "
+            f"--split {names[0]}=train, and leave the others out with =none"
+        )
+    return several[0] if several else {}
+
+
+def folder_splits(root: Folder, wanted: Wanted) -> dict[str, str]:
+    """Return the split of each folder below `root` that is called so, by its path below `root`."""
+    found: dict[str, str] = {}
+    for folder in root.walk():
+        framed = {each.name: split for split, folders in _framed_splits(folder, wanted).items() for each in folders}
+        for each in folder.folders:
+            split = split_of_folder(each.name, wanted) or framed.get(each.name)
+            if split is not None:
+                found[each.path.relative_to(root.path).as_posix()] = split
+    return found
 
 
 def _ignore_neighbours(layout: Layout, base: Folder, splits: dict[str, Folder], wanted: Wanted) -> None:
@@ -293,7 +336,7 @@ def _ignore_neighbours(layout: Layout, base: Folder, splits: dict[str, Folder], 
             layout.ignored.append((folder.path, f"{folder.total} images that are left out of every split"))
         elif id(folder) not in used:
             named = {normal(each.name) for each in folder.filled}
-            if named and named <= classes:
+            if len(named & classes) > len(named) / 2:
                 raise unknown_split(folder.name, str(base.path))
             layout.ignored.append((folder.path, "beside the folders of the splits"))
     for name in [*base.files, *base.litter]:
@@ -309,9 +352,11 @@ def read_classes(layout: Layout, split: str, base: Folder, wanted: Wanted, *, in
         return
     folders = _candidates(layout, base, wanted, in_split=in_split)
     _refuse_no_classes(base, [folder.name for folder in folders], in_split=in_split and split != "train")
-    inner = {folder.name: _unwrapped_class(folder) for folder in folders}
+    if not in_split:
+        _refuse_split_among_classes(base, folders, wanted)
+    inner = {folder.name: _unwrapped_class(folder, wanted, layout) for folder in folders}
     holders = [folder for folder in folders if not inner[folder.name].images and inner[folder.name].filled]
-    if holders and _are_split_by_class(holders, wanted):
+    if holders and _are_split_by_class([inner[folder.name] for folder in holders], wanted):
         if len(holders) < len(folders):
             other = next(folder for folder in folders if folder not in holders)
             raise DataError(
@@ -322,7 +367,11 @@ def read_classes(layout: Layout, split: str, base: Folder, wanted: Wanted, *, in
         return
     if holders:
         _refuse_holders(layout, base, folders, holders, inner)
-    layout.parts += [ClassFolder(split, folder.name, folder, folder.name) for folder in folders]
+    for folder in folders:
+        without = _without_splits(layout, inner[folder.name], wanted)
+        part = inner[folder.name] if without is None else folder
+        key = folder.name if part is folder else f"{folder.name}/{part.name}"
+        layout.parts.append(ClassFolder(split, folder.name, part, key, tuple(without or ())))
     layout.outside.append(base)
 
 
@@ -360,16 +409,62 @@ def _refuse_no_classes(base: Folder, ids: Sequence[str], *, in_split: bool) -> N
         raise DataError(f"{base.path} holds one class folder, {ids[0]!r}: there is nothing to tell apart; {LAYOUT}")
 
 
-def _unwrapped_class(folder: Folder) -> Folder:
-    """Return where the images of a class are: n01443537/images, as in Tiny ImageNet."""
-    while not folder.images and len(folder.filled) == 1:
-        folder = folder.filled[0]
+def _unwrapped_class(folder: Folder, wanted: Wanted, layout: Layout) -> Folder:
+    """Return where the images of a class are: n01443537/images, as in Tiny ImageNet; beside masks, those that are none."""
+    while not folder.images and folder.filled:
+        inner = folder.filled
+        images = [each for each in inner if IMAGES.fullmatch(each.name)]
+        masks = [each for each in inner if MASKS.fullmatch(each.name)]
+        if len(images) == 1 and len(images) + len(masks) == len(inner) and masks:
+            layout.ignored += [(each.path, f"{each.total} images in a folder of {each.name}") for each in masks]
+            layout.masked.add(images[0].path)
+            return images[0]
+        if len(inner) > 1 or split_of_folder(inner[0].name, wanted) is not None:
+            return folder
+        folder = inner[0]
     return folder
+
+
+def _without_splits(layout: Layout, folder: Folder, wanted: Wanted) -> list[Path] | None:
+    """Return the folders in a class folder that hold no images of the class to train on; None for images beside masks.
+
+    Raises:
+        UsageError: A class folder holds images, and a folder that is called as a split is.
+    """
+    if folder.path in layout.masked:
+        return None
+    without = []
+    for each in folder.filled if folder.images else ():
+        split = split_of_folder(each.name, wanted)
+        if split == NO_SPLIT:
+            layout.ignored.append((each.path, f"{each.total} images that are left out of every split"))
+            without.append(each.path)
+        elif split in ("val", "test"):
+            raise UsageError(
+                f"{folder.path} holds images, and a folder {each.name} that may be a split; move its images, or leave them out: "
+                f"--split {each.name}=none"
+            )
+    return without
+
+
+def _refuse_split_among_classes(base: Folder, folders: Sequence[Folder], wanted: Wanted) -> None:
+    """Raise `UsageError` where folders of splits, or one such, stand where class folders should."""
+    framed = [each for splits in _framed_splits(base, wanted).values() for each in splits]
+    exact = [each for each in folders if split_of_folder(each.name, wanted) in ("val", "test")]
+    others = [each for each in folders if each.name.lower() in OTHER_SPLITS]
+    odd = [*framed, *exact, *others]
+    if framed or len(others) > 1 or (others and exact) or (exact and len(exact) < len(folders)):
+        name = (exact or others or odd)[0].name
+        raise UsageError(
+            f"{base.path} holds {_some(each.name for each in folders)}; {_some({each.name for each in odd})} may be splits. "
+            f"Images without class folders need a table that labels them: --table FILE. Leave out what is not to be used: "
+            f"--split {name}=none; or take each folder for a class: --class-level 1"
+        )
 
 
 def _are_split_by_class(holders: Sequence[Folder], wanted: Wanted) -> bool:
     """Tell whether each class is split by itself: cats/train, cats/test, dogs/train."""
-    inner = [each for folder in holders for each in _unwrapped_class(folder).filled]
+    inner = [each for folder in holders for each in folder.filled]
     found = {split_of_folder(each.name, wanted) for each in inner}
     return "train" in found and None not in found
 
@@ -412,7 +507,8 @@ def _refuse_holders(
     below = {folder.name: {normal(each.name) for each in inner[folder.name].filled} for folder in holders}
     names = {normal(folder.name) for folder in folders}
     within = next((name for name, inside in below.items() if len(inside & names) > len(inside) / 2), None)
-    if within is None and len(holders) < len(folders) - len(holders):
+    direct = [folder for folder in folders if folder.images]
+    if within is None and len(holders) < len(direct) and len(direct) + len(holders) == len(folders):
         for folder in holders:
             layout.doubtful.append(
                 f"the images of {folder.name} lie in its folders {_some(below[folder.name])}; they are read as {folder.name}"

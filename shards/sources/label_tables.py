@@ -1,13 +1,13 @@
 """The tables in a folder of images: which of them label the images, and which belong together."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards.sources.base import Wanted
 from shards.sources.image_index import ImageIndex
-from shards.sources.names import NO_SPLIT
-from shards.sources.table import LabelTable, is_submission, read_labels, read_splits, split_of_path
+from shards.sources.names import NO_SPLIT, SPLIT_OF, framed_split
+from shards.sources.table import LabelTable, is_submission, read_labels, read_splits
 from shards.sources.tables import read_table
 from wds_train.errors import UsageError
 
@@ -35,7 +35,7 @@ class Tables:
     refusals: list[UsageError] = field(default_factory=list)
 
 
-def read_tables(paths: Sequence[Path], images: ImageIndex, wanted: Wanted, classes: set[str]) -> Tables:
+def read_tables(paths: Sequence[Path], images: ImageIndex, wanted: Wanted, classes: Collection[str]) -> Tables:
     """Read those of the files `paths` that are tables.
 
     Args:
@@ -45,48 +45,80 @@ def read_tables(paths: Sequence[Path], images: ImageIndex, wanted: Wanted, class
         UsageError: The table that a person named is none, or two lists differ.
     """
     found = Tables()
+    family = _family(wanted.table, paths) if wanted.table else []
+    for path in family:
+        _read_one(path, images, wanted, classes, found, named=True)
     for path in paths:
-        if is_submission(path) and not wanted.table:
+        if path in family:
+            continue
+        if is_submission(path):
             found.ignored.append((path, "answers to be filled in, as its name says: no labels"))
-            continue
-        content = read_table(path)
-        if content is None:
-            if wanted.table:
-                raise UsageError(f"{path} is no table; give CSV, TSV, JSON lines, or a list of file and label")
-            continue
-        try:
-            labels = read_labels(content, images, wanted, classes)
-        except UsageError as error:
-            splits = {} if wanted.table else read_splits(content, images, wanted)
+        elif not wanted.table:
+            _read_one(path, images, wanted, classes, found, named=False)
+        elif not found.lists:  # the table that was named says the labels; a list may still say the splits
+            content = read_table(path)
+            splits = read_splits(content, images, wanted) if content else {}
             if splits:
                 _add_list(found, path, splits, images)
-                continue
-            if path.suffix.lower() not in QUIET:
-                found.ignored.append((path, str(error)))
-            found.refusals.append(error)
-            continue
-        if labels.rows or (labels.odd and path.suffix.lower() not in QUIET):
-            found.usable.append(labels)
     found.refusals.sort(key=lambda error: any(suffix in str(error) for suffix in QUIET))
     return found
+
+
+def _family(named: Path, paths: Sequence[Path]) -> list[Path]:
+    """Return the table that a person named, and those called as it is but for the split: style_train.csv, style_val.csv."""
+    framed = framed_split(named.stem)
+    if framed is None:
+        return [named]
+    alike = [path for path in paths if path.parent == named.parent and path.suffix == named.suffix]
+    frames = {path: framed_split(path.stem) for path in alike}
+    same = [path for path, other in frames.items() if other is not None and other.frame == framed.frame]
+    return sorted({named, *same})
+
+
+def _read_one(
+    path: Path, images: ImageIndex, wanted: Wanted, classes: Collection[str], found: Tables, *, named: bool
+) -> None:
+    """Read one table, and keep it as what it is."""
+    content = read_table(path)
+    if content is None:
+        if named:
+            raise UsageError(f"{path} is no table; give CSV, TSV, JSON lines, or a list of file and label")
+        return
+    try:
+        labels = read_labels(content, images, wanted, classes)
+    except UsageError as error:
+        splits = read_splits(content, images, wanted)
+        if splits:
+            _add_list(found, path, splits, images)
+            return
+        if path.suffix.lower() not in QUIET:
+            columns = ", ".join(content.columns[:6]) + (", ..." if content.columns[6:] else "")
+            found.ignored.append((path, f"none of its columns ({columns}) is known to be the labels of images here"))
+        found.refusals.append(error)
+        return
+    if labels.rows or (labels.odd and path.suffix.lower() not in QUIET):
+        found.usable.append(labels)
 
 
 def _add_list(found: Tables, path: Path, splits: dict[int, str], images: ImageIndex) -> None:
     """Keep a table that says splits alone; `UsageError` where it differs from another one."""
     odd = next((image for image, split in splits.items() if found.listed.get(image, split) != split), None)
+    if odd is not None and path.stem.lower() == "trainval":  # VOC's: train and val once more
+        found.ignored.append((path, "train and val together; the lists of each are used"))
+        return
     if odd is not None:
         raise UsageError(
             f"{images.paths[odd]} is of the split {found.listed[odd]} by {' or '.join(map(str, found.lists))}, and of "
-            f"{splits[odd]} by {path}; remove one of these lists"
+            f"{splits[odd]} by {path}; name the lists to use by one of them: --table {path}"
         )
     found.listed |= splits
     found.lists.append(path)
 
 
-def trainable_images(images: ImageIndex, wanted: Wanted) -> set[int]:
+def trainable_images(images: ImageIndex) -> set[int]:
     """Return the images that lie in no folder of test images or of images without labels."""
     aside = ("test", NO_SPLIT)
-    return {image for image, path in enumerate(images.paths) if split_of_path(path, wanted) not in aside}
+    return {image for image in range(len(images)) if images.split_of(image) not in aside}
 
 
 def choose_tables(tables: Tables, images: ImageIndex, wanted: Wanted) -> list[LabelTable]:
@@ -98,15 +130,14 @@ def choose_tables(tables: Tables, images: ImageIndex, wanted: Wanted) -> list[La
     with_rows = [table for table in tables.usable if table.rows]
     if not with_rows:  # nothing that is named is here: the rows say so, one by one
         return tables.usable[:1]
-    trainable = trainable_images(images, wanted)
+    trainable = trainable_images(images)
     alike: dict[tuple[str, str], list[LabelTable]] = {}
     for each in with_rows:
         signature = each.columns.image, str(each.columns.label or each.columns.onehot)
         alike.setdefault(signature, []).append(each)
     groups = [_of_one_kind(group, tables, images, wanted) for group in alike.values()]
-    groups.sort(
-        key=lambda group: len(named_images(group) & trainable) or len(named_images(group)) / len(images), reverse=True
-    )
+    groups = [group for group in groups if group]
+    groups.sort(key=lambda group: _rank(group, trainable), reverse=True)
     chosen = groups[0]
     for group in groups[1:]:
         for other in group:
@@ -117,7 +148,7 @@ def choose_tables(tables: Tables, images: ImageIndex, wanted: Wanted) -> list[La
             ):
                 chosen = [*chosen, other]
                 continue
-            _refuse_second(chosen, other, trainable)
+            _refuse_second(chosen, other)
             tables.ignored.append(
                 (
                     other.path,
@@ -125,6 +156,12 @@ def choose_tables(tables: Tables, images: ImageIndex, wanted: Wanted) -> list[La
                 )
             )
     return chosen
+
+
+def _rank(group: Sequence[LabelTable], trainable: set[int]) -> tuple[bool, int, int]:
+    """Return what tables are chosen by: whether their columns are known ones, and how many images they name."""
+    named = named_images(group)
+    return group[0].columns.sure, len(named & trainable), len(named)
 
 
 def named_images(group: Sequence[LabelTable]) -> set[int]:
@@ -137,12 +174,13 @@ def _of_one_kind(group: list[LabelTable], tables: Tables, images: ImageIndex, wa
     kept: list[LabelTable] = []
     has_words = any(each.word for each in group)
     for each in sorted(group, key=lambda each: (not each.word, -len(each.images), str(each.path))):
-        of_splits = {split_of_path(images.paths[image], wanted) for image in each.images}
+        of_splits = {images.split_of(image) for image in each.images}
         if has_words and not each.word and "" in of_splits and kept and not each.columns.split:
             tables.ignored.append((each.path, f"it names {len(each.images)} images that belong to no split"))
             continue
         texts = {row.text for row in each.rows}
-        if len(texts) == 1 and len(each.rows) > PLACEHOLDERS and of_splits == {"test"} and not wanted.table:
+        is_test = of_splits == {"test"} or SPLIT_OF.get(each.word) == "test"
+        if len(texts) == 1 and len(each.rows) > PLACEHOLDERS and is_test and not wanted.table:
             tables.ignored.append(
                 (each.path, f"all of its rows say {next(iter(texts))!r}, of test images: placeholders")
             )
@@ -166,9 +204,9 @@ def _equal_labels(one: LabelTable, other: LabelTable) -> bool:
     return all(texts.get(row.image, row.text) == row.text for row in other.rows)
 
 
-def _refuse_second(chosen: Sequence[LabelTable], other: LabelTable, trainable: set[int]) -> None:
-    """Raise `UsageError` when `other` labels nearly all images, too, and not as the `chosen` do."""
-    if len(other.images & trainable) < NEARLY_ALL * len(trainable) or not trainable:
+def _refuse_second(chosen: Sequence[LabelTable], other: LabelTable) -> None:
+    """Raise `UsageError` when `other` labels the images that the `chosen` do, and not as they do."""
+    if not other.columns.sure or len(other.images & named_images(chosen)) < len(other.images) / 2:
         return
     mine = {row.image: row.text for each in chosen for row in each.rows}
     pairs = {(mine[row.image], row.text) for row in other.rows if row.image in mine}
@@ -177,10 +215,3 @@ def _refuse_second(chosen: Sequence[LabelTable], other: LabelTable, trainable: s
             f"{chosen[0].path} and {other.path} label the same images, and differ; say which one is right: "
             f"--table {chosen[0].path}, or --table {other.path}"
         )
-
-
-def decides(chosen: Sequence[LabelTable], images: ImageIndex, wanted: Wanted) -> bool:
-    """Tell whether the tables label nearly all images that are there to train on."""
-    trainable = trainable_images(images, wanted)
-    named = named_images(chosen)
-    return bool(wanted.table) or (bool(named) and len(named & trainable) >= NEARLY_ALL * len(trainable))

@@ -21,11 +21,12 @@ from wds_train.format.manifest import UNPRINTABLE, ClassInfo, DatasetManifest
 NO_TEXT = ""  # the text of a value that is no label: an empty cell, null, NaN
 NO_LABEL = -1  # the number of such a text
 WHOLE = re.compile(r"([+-]?)(\d{1,19})(?:\.0*)?")
+LIST_OF_ONE = re.compile(r"""\s*\[\s*['"]?([^'",\[\]]+)['"]?\s*\]\s*""")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 # What programs write where there is no value. Beside numbers all of them say so; beside names the first group does, and
 # the second may as well be a class ("none": no defect) or an abbreviation ("NA": Namibia).
-NEVER_NAMES = {"nan", "NaN", "<NA>", "#N/A", *UNLABELED}
-MAYBE_NAMES = {"NA", "N/A", "n/a", "null", "NULL", "None"}
+NEVER_NAMES = {"nan", "NaN", "<NA>", "#N/A"}
+MAYBE_NAMES = {"NA", "N/A", "n/a", "null", "NULL", "None", "-1", "?"}
 MISSING_BESIDE_NUMBERS = {"nan", "<na>", "#n/a", "na", "n/a", "null", "none", "?", "-", "missing"}
 MAX_CLASSES = 1 << 16
 MAX_NAME = 200  # characters; a longer text is a caption
@@ -87,6 +88,8 @@ def label_text(value: Any) -> str:
             raise DataError(f"its label is {value}, which is neither a name nor a whole number")
         value = int(value)
     content = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    if isinstance(content, str) and (alone := LIST_OF_ONE.fullmatch(content)):
+        content = alone[1]
     if not isinstance(content, str | int):
         raise DataError(f"its label is {_brief(value)}, which is neither a name nor a whole number")
     text = normal(str(content)).strip()
@@ -115,6 +118,9 @@ def classes_of(
     Raises:
         DataError, UsageError: They are no classes, or can be read in two ways.
     """
+    unknown = sorted(rules.none - counts.keys())
+    if unknown and counts:
+        raise UsageError(f"--no-label {unknown[0]}: {where} holds no such label; correct it, or leave it out")
     texts = {text: count for text, count in counts.items() if text != NO_TEXT and text not in rules.none}
     none = dict.fromkeys(counts.keys() - texts.keys(), NO_LABEL)
     said: list[str] = []
@@ -161,7 +167,7 @@ def _missing(texts: Mapping[str, int], where: str) -> set[str]:
             f"{where} holds the label {maybe[0]!r} beside names, {texts[maybe[0]]:,} times; many programs write that for a "
             f"missing value. --no-label {maybe[0]} leaves these out; --classes FILE with a line {maybe[0]} makes it a class"
         )
-    return {text for text in texts if text in NEVER_NAMES}
+    return {text for text in texts if text in NEVER_NAMES or text.casefold() in UNLABELED}
 
 
 def _refuse_captions(texts: Mapping[str, int], where: str) -> None:
@@ -205,7 +211,8 @@ def _are_tags(texts: Collection[str]) -> bool:
     for separator, texts_a_word in ((None, 2), (",", 1)):
         parts = [text.split(separator) for text in texts]
         words = {word.strip() for each in parts for word in each}
-        if max(map(len, parts), default=0) > 1 and len(texts) > texts_a_word * len(words):
+        combined = max(map(len, parts), default=0) > 1 and len(texts) > 2
+        if combined and len(texts) >= texts_a_word * len(words):
             return True
     return False
 
@@ -213,7 +220,7 @@ def _are_tags(texts: Collection[str]) -> bool:
 def _spellings(texts: Mapping[str, int], where: str, rules: LabelRules) -> dict[str, str]:
     """Map each text to the class id that it spells: 3.0 and 3, and where told so, Dog and dog."""
     if all(WHOLE.fullmatch(text) for text in texts):
-        spelled = {text: _plain_number(text, texts) for text in texts}
+        spelled = {text: _without_fraction(text) for text in texts}
     else:
         spelled = {text: text for text in texts}
     twins: dict[str, list[str]] = {}
@@ -222,7 +229,8 @@ def _spellings(texts: Mapping[str, int], where: str, rules: LabelRules) -> dict[
     different = next((ids for ids in twins.values() if len(ids) > 1), None)
     if different and not rules.case:
         raise UsageError(
-            f"{where} holds the labels {' and '.join(map(repr, sorted(different)))}, which differ in case or blanks only; "
+            f"{where} holds the labels {' and '.join(map(repr, sorted(different)))}, which differ in "
+            f"{'zeros' if different[0].isdigit() else 'case or blanks'} only; "
             "--label-case fold makes them one class, --label-case keep leaves them apart"
         )
     if rules.case != "fold":
@@ -230,7 +238,7 @@ def _spellings(texts: Mapping[str, int], where: str, rules: LabelRules) -> dict[
     return {text: twins[_folded(id)][0] for text, id in spelled.items()}
 
 
-def _plain_number(text: str, texts: Collection[str]) -> str:
+def _without_fraction(text: str) -> str:
     """Return "3" for "3.0"; texts such as "007" are codes, and stay as they are."""
     sign, digits = WHOLE.fullmatch(text).groups()  # type: ignore[union-attr]
     sign = "" if sign == "+" else sign
@@ -274,14 +282,14 @@ def _listed(texts: Mapping[str, int], where: str, rules: LabelRules) -> Classes:
     """Match the texts with the list of classes that a person gave."""
     fold = _folded if rules.case == "fold" else normal
     places = {fold(entry.id): place for place, entry in enumerate(rules.classes)}
-    numbers = {text: places.get(fold(text), places.get(_whole(text), NO_LABEL)) for text in texts}
+    numbers = {text: places.get(fold(text), places.get(plain_number(text), NO_LABEL)) for text in texts}
     odd = sorted(text for text, number in numbers.items() if number == NO_LABEL)
-    if odd == sorted(texts) and all(WHOLE.fullmatch(text) and not text.startswith("-") for text in odd):
+    if odd and odd == sorted(texts) and all(WHOLE.fullmatch(text) and not text.startswith("-") for text in odd):
         # The labels are numbers and the list holds names: a number is a place in the list.
-        return _by_place({text: int(_whole(text)) for text in odd}, where, rules)
+        return _by_place({text: int(plain_number(text)) for text in odd}, where, rules)
     if odd:
         names = ", ".join(map(repr, odd[:5])) + (f" and {len(odd) - 5} more" if odd[5:] else "")
-        raise UsageError(
+        raise DataError(
             f"{where} holds the label {names}, which the list of {len(rules.classes)} classes does not name; add it there, or "
             f"leave its samples out: --no-label {odd[0]}"
         )
@@ -305,12 +313,12 @@ def _by_place(places: dict[str, int], where: str, rules: LabelRules) -> Classes:
         return Classes(
             rules.classes, numbers, [f"the labels count from 1: label 1 is {first}, the first of the list of classes"]
         )
-    raise UsageError(
+    raise DataError(
         f"{where} holds the label {largest}, the list of classes names {length} classes and not that one; make it longer"
     )
 
 
-def _whole(text: str) -> str:
+def plain_number(text: str) -> str:
     """Return the number in `text` as it is usually written; any other text as it is."""
     found = WHOLE.fullmatch(text)
     return f"{found[1].replace('+', '')}{int(found[2])}" if found else text

@@ -14,10 +14,17 @@ EDITOR = "left by an editor or a program"
 
 
 class Litter(NamedTuple):
-    """A pattern that a whole file or folder name must match, and what leaves such names."""
+    """A pattern that a whole name must match, and what leaves such names.
+
+    Attributes:
+        pattern: A regular expression, in any case.
+        origin: What leaves it.
+        folders: Whether folders may be called so, too: a class may be called `vehicle.part`.
+    """
 
     pattern: str
     origin: str
+    folders: bool = True
 
 
 KINDS = (
@@ -28,8 +35,8 @@ KINDS = (
     Litter(r"desktop\.ini|iconcache\.db|ntuser\.dat.*", SYSTEM),
     Litter(r".*[:\uf03a]zone\.identifier", SYSTEM),
     Litter(r".*:(com\.apple\..*|encryptable|afp_.*|mshield|smartscreen)", SYSTEM),
-    Litter(r"\$recycle\.bin|recycler|system volume information|found\.\d{3}", SYSTEM),
-    Litter(r".*\.lnk", SYSTEM),
+    Litter(r"\$recycle\.bin|(?-i:RECYCLER)|system volume information|(?-i:FOUND)\.\d{3}", SYSTEM),
+    Litter(r".*\.lnk", SYSTEM, folders=False),
     # macOS.
     Litter(r"icon[\r\uf00d]", SYSTEM),
     Litter(r"__macosx|network trash folder|temporary items", SYSTEM),
@@ -44,24 +51,30 @@ KINDS = (
     Litter(r".*\.(gdoc|gsheet|gslides|gform|gdraw|gmap|gsite|gshortcut)", STORAGE),
     Litter(r".*\.dropbox(\.attr|\.cache)?|dropbox\.attr", STORAGE),
     # Chrome, Firefox and wget, Edge, Opera, Safari, aria2, BitTorrent clients.
-    Litter(r".*\.(crdownload|part|partial|opdownload|download|aria2|!ut|!qb|bc!|filepart|tmp|temp)", DOWNLOAD),
+    Litter(
+        r".*\.(crdownload|part|partial|opdownload|download|aria2|!ut|!qb|bc!|filepart|tmp|temp)",
+        DOWNLOAD,
+        folders=False,
+    ),
     # Backups and swap files of editors, locks of Office and LibreOffice, Python's caches.
-    Litter(r".*~|#.*#|~\$.*|.*\.(swp|swo|swx|bak|orig|kate-swp|pyc|pyo)", EDITOR),
+    Litter(r".*~|#.*#|~\$.*|.*\.(swp|swo|swx|bak|orig|kate-swp|pyc|pyo)", EDITOR, folders=False),
     Litter(r"__pycache__|node_modules", EDITOR),
 )
-_PATTERNS = [(re.compile(kind.pattern, re.IGNORECASE | re.DOTALL), kind.origin) for kind in KINDS]
+_PATTERNS = [(re.compile(kind.pattern, re.IGNORECASE | re.DOTALL), kind) for kind in KINDS]
 
 
-def litter_origin(name: str) -> str | None:
+def litter_origin(name: str, *, folder: bool = False) -> str | None:
     """Say what leaves files or folders of this name.
 
     Args:
         name: The last part of a path, or of a tar member's name.
+        folder: Whether it is the name of a folder.
 
     Returns:
         One of the sentences above, or None for a name that may be a person's own.
     """
-    return next((origin for pattern, origin in _PATTERNS if pattern.fullmatch(name)), None)
+    found = (kind for pattern, kind in _PATTERNS if pattern.fullmatch(name))
+    return next((kind.origin for kind in found if kind.folders or not folder), None)
 
 
 def is_litter(path: str) -> bool:

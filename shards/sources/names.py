@@ -4,13 +4,14 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from wds_train.errors import UsageError
 from wds_train.format.shard import KEY_LENGTH
 
 # What a split is called, in the order of preference.
 SPLITS = {
-    "train": ("train", "training", "trn"),
+    "train": ("train", "training", "trn", "trainval"),
     "val": (
         "val",
         "validation",
@@ -35,6 +36,10 @@ NO_SPLIT = "none"  # what --split WORD=none says: leave these out
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 SPLIT_OF |= dict.fromkeys(UNLABELED, NO_SPLIT)
 _WORDS = "|".join(sorted(SPLIT_OF, key=len, reverse=True))
+# The words in a name: FER2013Train has FER, 2013 and Train.
+WORDS_IN_NAMES = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+# What people call sets of images that are neither trained nor validated on, beside a split's folder.
+OTHER_SPLITS = ("gallery", "query", "probe", "support", "distractors")
 # In the name of a file: the word between separators.
 SPLIT_WORD = re.compile(rf"(?:^|[-_./ ])({_WORDS})(?=[-_./0-9{{ ]|$)", re.IGNORECASE)
 # A folder is a split when its name is such a word and no more than what people put around it: seg_train, Test Images.
@@ -80,6 +85,29 @@ SIDECARS = (
     ".ini",
     ".db",
 )
+
+
+class Framed(NamedTuple):
+    """A name with a split's word in it: `bounding_box_train` is `train` in the frame `bounding_box_*`."""
+
+    split: str
+    frame: str
+
+
+def framed_split(name: str) -> Framed | None:
+    """Find the word of a split in a name of several words.
+
+    Such a name says a split where another one of the same frame says another split: leaf_train beside leaf_test, FER2013Train
+    beside FER2013Test, trainset.csv beside testset.csv. A class may be called test_tube.
+    """
+    for found in reversed(list(WORDS_IN_NAMES.finditer(name))):
+        word = found[0].lower()
+        base = re.sub(r"(?<=.)(set|data|list|labels?|images?|imgs?)$", "", word)
+        split = SPLIT_OF.get(word) or SPLIT_OF.get(base)
+        if split is not None:
+            rest = word[len(base) :] if word not in SPLIT_OF else ""
+            return Framed(split, f"{name[: found.start()]}*{rest}{name[found.end() :]}".lower())
+    return None
 
 
 def normal(text: str) -> str:
@@ -191,7 +219,11 @@ def _stem(path: str) -> str:
     """Return what a file is called without its number: `extra` of extra-000012.tar."""
     part = PART_OF.fullmatch(path)
     name = part[1] if part else path.rpartition("/")[2].split(".")[0]
-    return re.sub(r"[-_]?\d+$", "", name) or name
+    stem = re.sub(r"[-_]?\d+$", "", name)
+    folder = path.rpartition("/")[0].rpartition("/")[2]
+    if stem in ("", "data") and folder:
+        return folder  # query/data-00000-of-00001.arrow, default/0000.parquet
+    return stem or name
 
 
 def unknown_split(word: str, where: str) -> UsageError:

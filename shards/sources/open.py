@@ -24,7 +24,8 @@ from wds_train.storage.address import name_from
 from wds_train.tracking.console import readable
 
 DIGITS = "digits"
-LOOKED_THROUGH = 8  # folders in a source that are looked into for data files
+DEPTH = 3  # levels of folders in a source that are looked into for data files
+LOOKED_THROUGH = 8  # folders of each
 Opener = Callable[[Path, Spool, Wanted], Source]
 FORMATS: dict[str, Opener] = {
     "folder": lambda root, spool, wanted: folder(root, wanted),
@@ -152,16 +153,17 @@ def _refuse_images_beside(root: Path, data: Path, form: str) -> None:
 
 
 def _first_files(root: Path) -> list[Path]:
-    """Return the data files in `root` and in the folders in it: enough to tell them from class folders."""
-    entries = [entry for entry in scan(root) if not is_litter(entry.name)]
-    folders = [root, *[Path(entry.path) for entry in entries if is_folder(entry)][:LOOKED_THROUGH]]
+    """Return the data files in `root` and in folders a little below it: enough to tell them from class folders."""
     kinds = (".arrow", ".parquet", *TARS)
-    return [
-        Path(entry.path)
-        for place in folders
-        for entry in scan(place)
-        if entry.name.endswith(kinds) and not is_litter(entry.name)
-    ]
+    found = []
+    level = [root]
+    for _ in range(DEPTH + 1):
+        entries = [entry for place in level for entry in scan(place) if not is_litter(entry.name)]
+        found += [Path(entry.path) for entry in entries if entry.name.endswith(kinds)]
+        level = [Path(entry.path) for entry in entries if not entry.name.endswith(kinds) and is_folder(entry)][
+            :LOOKED_THROUGH
+        ]
+    return found
 
 
 def name_of(address: str) -> str:

@@ -140,7 +140,14 @@ def checked(source: Source) -> Source:
         raise DataError(
             f"{source.description} holds no images that can be used{reasons(source.notes)}; check the address"
         )
-    return replace(source, splits={split: _distinct(rows) for split, rows in source.splits.items()})
+    splits = {split: _distinct(rows) for split, rows in source.splits.items() if rows.num_rows}
+    left = [note for note in source.notes if note.split == "train" and note.what == "ignored"]
+    if "train" not in splits and "train" in source.splits:
+        raise DataError(
+            f"{source.description} holds images of {', '.join(splits)} and none to train on{reasons(left)}; name the table or the "
+            "folder of train: --table FILE, --split WORD=train"
+        )
+    return replace(source, splits=splits)
 
 
 def _distinct(rows: pa.Table) -> pa.Table:

@@ -13,7 +13,16 @@ from typing import Any
 from shards.sources.base import Wanted
 from shards.sources.image_index import ImageIndex, Match, fold
 from shards.sources.labels import label_text
-from shards.sources.names import SPLIT_FOLDER, SPLIT_OF, SPLIT_WORD, assign_splits, normal
+from shards.sources.names import (
+    SPLIT_FOLDER,
+    SPLIT_OF,
+    SPLIT_WORD,
+    SPLITS,
+    UNLABELED,
+    assign_splits,
+    framed_split,
+    normal,
+)
 from shards.sources.tables import Table, texts, without_names
 from wds_train.errors import DataError, UsageError
 
@@ -79,12 +88,14 @@ SPLIT_COLUMNS = (
     "data_split",
     "mode",
 )
-SURE_SPLITS = ("split", "partition", "usage", "data_split")  # whatever such a column holds, it is a split
+SURE_SPLITS = ("split", "partition", "data_split")  # whatever such a column holds, it is a split
 TRUTHS = {"1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False}
 IS_SPLIT = re.compile(
-    rf"(?:is|in|for)?[-_ ]?({'|'.join(SPLIT_OF)})(?:ing)?(?:[-_ ]?(?:set|image|img|split|flag))?", re.IGNORECASE
+    rf"(?:is|in|for)?[-_ ]?({'|'.join(word for words in SPLITS.values() for word in words)})(?:ing)?(?:[-_ ]?(?:set|image|img|split|flag))?",
+    re.IGNORECASE,
 )
 NAMES_IMAGES = 0.5  # of a column's cells, above which it is the column of the files
+SPLIT_LIST = re.compile(r"(?:^|[-_ ])(?:split|partition|fold)s?(?:[-_ .]|$)", re.IGNORECASE)  # list_eval_partition.txt
 SUBMISSION = re.compile(r".*submission.*", re.IGNORECASE)  # Kaggle's sample_submission.csv: every label is made up
 NO_COLUMN = "none"
 
@@ -97,6 +108,7 @@ class Columns:
         image: That of the files.
         label: That of the labels; None where `onehot` are several, of 0 and 1, each for a class.
         label_name: One that says the same in words, where `label` holds numbers.
+        sure: Whether the column of the labels is called so, and not just the other one of two.
         split_name: That of the splits, if there is one.
         split: What each of its cells means.
         said: What is to be said of other columns.
@@ -106,6 +118,7 @@ class Columns:
     label: str | None
     label_name: str | None = None
     onehot: tuple[str, ...] = ()
+    sure: bool = True
     split_name: str | None = None
     split: Mapping[str, str] = field(default_factory=dict)
     said: tuple[str, ...] = ()
@@ -156,7 +169,10 @@ class LabelTable:
     def word(self) -> str:
         """The split that the table's name, or that of its folder, says; empty where neither does."""
         words = SPLIT_WORD.findall(self.path.stem) or SPLIT_FOLDER.findall(self.path.parent.name)
-        return words[-1].lower() if words else ""
+        if words:
+            return words[-1].lower()
+        framed = framed_split(self.path.stem)
+        return framed.split if framed else ""
 
 
 def read_labels(table: Table, images: ImageIndex, wanted: Wanted, classes: Collection[str] = ()) -> LabelTable:
@@ -214,13 +230,15 @@ def find_columns(table: Table, images: ImageIndex, wanted: Wanted, classes: Coll
     """Tell which columns of `table` say the file, the label and the split."""
     image = _image_column(table, images, wanted)
     label, label_name, onehot = _label_column(table, image, wanted, classes)
+    sure = label is None or wanted.label is not None or label.lower().strip() in LABEL_COLUMNS
+    sure = sure or (label is not None and {*texts(table.column(label))} <= {*classes})
     if image is None or (label is None and not onehot) or image == label:
         flag = "--image-column" if image is None or image == label else "--label-column"
         names = ", ".join(table.columns) or "(none)"
         raise UsageError(f"{table.path} has the columns {names}; say which one it is: {flag} NAME")
     used = [image, *([label] if label else onehot)]
     split_name, split, said = find_split_column(table, used, wanted)
-    return Columns(image, label, label_name, onehot, split_name, split, said)
+    return Columns(image, label, label_name, onehot, sure, split_name, split, said)
 
 
 def _named(table: Table, name: str, flag: str) -> str:
@@ -274,7 +292,7 @@ def _label_column(
     if not usual and classes:
         usual = [name for name in rest if (cells := texts(table.column(name))) and {*cells} <= {*classes}]
     if not usual and image is not None and len(table.columns) == 2:
-        usual = [name for name in rest if not _looks_like_split(table, name, wanted)]
+        usual = [name for name in rest if _may_be_label(table, name, wanted)]
     if not usual:
         return None, None, _onehot_columns(table, rest)
     first = usual[0]
@@ -288,6 +306,14 @@ def _label_column(
     if in_words and all(text.isdigit() for text in texts(table.column(first))):
         return first, in_words[0], ()
     return first, None, ()
+
+
+def _may_be_label(table: Table, name: str, wanted: Wanted) -> bool:
+    """Tell whether the other one of two columns may be the labels: not splits, and not a number or a name for each image."""
+    if _looks_like_split(table, name, wanted) or SPLIT_LIST.search(table.path.stem):
+        return False
+    cells = texts(table.column(name), len(table.lines))
+    return len(cells) <= 2 or len({*cells}) < len(cells)
 
 
 def _say_the_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
@@ -304,12 +330,14 @@ def _onehot_columns(table: Table, rest: Sequence[str]) -> tuple[str, ...]:
         if cells and len(cells) == len(table.lines) and {cell.lower() for cell in cells} <= TRUTHS.keys():
             found.append(name)
     marks = [name for name in found if table.named and not IS_SPLIT.fullmatch(name)]
-    return tuple(marks) if len(marks) > 1 else ()
+    classes = [name for name in marks if name.lower() not in UNLABELED]
+    return tuple(marks) if len(classes) > 1 else ()
 
 
 def _hot(cells: Sequence[Any], places: Sequence[int], names: Sequence[str]) -> Any:
     """Return the names of the columns that are 1."""
-    return [name for place, name in zip(places, names, strict=True) if TRUTHS[str(cells[place]).strip().lower()]]
+    hot = [name for place, name in zip(places, names, strict=True) if TRUTHS[str(cells[place]).strip().lower()]]
+    return hot or None
 
 
 def find_split_column(
@@ -379,9 +407,12 @@ def _cells_to_splits(table: Table, name: str, wanted: Wanted) -> dict[str, str]:
         split = SPLIT_OF[mark[1].lower()]
         truths = [TRUTHS[_text(cell).lower()] for cell in table.column(name) if _text(cell)]
         if split != "train" and sum(truths) > len(truths) / 2:
+            true, false = (
+                sorted(cells, key=lambda cell: not TRUTHS[cell.lower()])[:2] if len(cells) > 1 else (*cells, "0")
+            )
             raise UsageError(
                 f"{where} is true for {sum(truths):,} of {len(truths):,} rows: does it say the split {split}, or that an image is sound? "
-                f"--split-column {name} with --split 1={split} --split 0=train reads it so, --split-column {NO_COLUMN} leaves it"
+                f"--split-column {name} with --split {true}={split} --split {false}=train reads it so, --split-column {NO_COLUMN} leaves it"
             )
         other = "test" if split == "train" else "train"
         return {cell: split if TRUTHS[cell.lower()] else other for cell in cells}
@@ -391,18 +422,6 @@ def _cells_to_splits(table: Table, name: str, wanted: Wanted) -> dict[str, str]:
 def is_submission(path: Path) -> bool:
     """Tell whether the table is one of made-up answers, as Kaggle hands them out to be filled in."""
     return SUBMISSION.fullmatch(path.stem) is not None
-
-
-def split_of_path(path: str, wanted: Wanted) -> str:
-    """Return the split that the folders in an image's path say; empty where none does."""
-    for part in reversed(path.split("/")[:-1]):
-        said = wanted.splits.get(part.lower())
-        if said:
-            return said
-        found = SPLIT_FOLDER.fullmatch(part)
-        if found:
-            return SPLIT_OF[found[1].lower()]
-    return ""
 
 
 def read_splits(table: Table, images: ImageIndex, wanted: Wanted) -> dict[int, str]:
@@ -424,6 +443,10 @@ def read_splits(table: Table, images: ImageIndex, wanted: Wanted) -> dict[int, s
     if len(table.columns) == 1:
         split = wanted.splits.get(word) or SPLIT_OF.get(word, "")
         cells = [split] * len(table.lines)
+    elif len(table.columns) == 2 and SPLIT_LIST.search(table.path.stem):
+        other = next(column for column in table.columns if column != image)
+        by_cell = _cells_to_splits(table, other, wanted)
+        cells = [by_cell.get(_text(cell), "") for cell in table.column(other)]
     else:
         name, meanings, _ = find_split_column(table, [image], wanted)
         cells = [meanings.get(_text(cell), "") for cell in table.column(name)] if name else []
@@ -441,16 +464,17 @@ def read_splits(table: Table, images: ImageIndex, wanted: Wanted) -> dict[int, s
 def split_of_row(row: Row, table: LabelTable, images: ImageIndex, listed: Mapping[int, str], wanted: Wanted) -> str:
     """Return the split of a row.
 
-    It is what the row says itself, else what a list of splits says, else what its table is called, else the folder of its image.
+    It is what the row says itself, else what its table is called, else what a list of splits says, else the folder of its image.
 
     Raises:
         DataError: The table is that of one split, and the image lies in the folder of another one.
     """
     said = wanted.splits.get(table.word) or SPLIT_OF.get(table.word, "")
-    path = images.paths[row.image]
-    lies = split_of_path(path, wanted)
-    if row.split or row.image in listed:
-        return row.split or listed[row.image]
+    lies = images.split_of(row.image)
+    if row.split:
+        return row.split
+    if not said and row.image in listed:
+        return listed[row.image]
     if said and lies and said != lies:
         raise DataError(f"{table.path.name} is a table of {said}, and the image lies in a folder of {lies}")
     return said or lies or "train"

@@ -111,7 +111,7 @@ def _read_text(path: Path, *, listed: bool) -> Table | None:
     first = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t|", key=first.count)
     if first.count(delimiter) == 0 and listed:
-        lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = _spaced_lines(text)
     else:
         lines = list(_csv_lines(path, text, delimiter))
     if not lines:
@@ -121,6 +121,16 @@ def _read_text(path: Path, *, listed: bool) -> Table | None:
         return Table(path, [str(n + 1) for n in range(width)], _padded(lines, width), named=False)
     names = [str(name).strip() for name in lines[0][1]]
     return Table(path, names, _padded(lines[1:], len(names)))
+
+
+def _spaced_lines(text: str) -> list[tuple[int, list[Any]]]:
+    """Split lines at blanks: into as many cells as all of them have, else into the first one and the rest (`1.jpg Boeing 707`)."""
+    filled = [
+        (number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")
+    ]
+    widths = {len(line.split()) for _, line in filled}
+    most = -1 if len(widths) == 1 else 1
+    return [(number, line.split(None, most)) for number, line in filled]
 
 
 def _csv_lines(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[Any]]]:

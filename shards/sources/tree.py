@@ -4,7 +4,7 @@ The folders lie on a disk, or in tars (`tar cf data.tar CLASSES/`): both become 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -98,9 +98,10 @@ def read_tree(path: Path, above: frozenset[Path] = frozenset()) -> Folder:
         raise DataError(f"{path} is a link to a folder that holds it; remove the link")
     found = Folder(path)
     for entry in scan(path):
-        if litter_origin(entry.name):
+        holds_files = is_folder(entry)
+        if litter_origin(entry.name, folder=holds_files):
             found.litter.append(entry.name)
-        elif is_folder(entry):
+        elif holds_files:
             found.folders.append(read_tree(Path(entry.path), above | {here}))
         elif is_picture(entry.name):
             found.images += 1
@@ -109,31 +110,38 @@ def read_tree(path: Path, above: frozenset[Path] = frozenset()) -> Folder:
     return found
 
 
-def walk_files(folder: Path, prefix: str = "") -> Iterator[tuple[Path, str]]:
-    """Yield every file under `folder` and its name below it, litter in folders of its own left out."""
+def walk_files(folder: Path, prefix: str = "", without: Collection[Path] = ()) -> Iterator[tuple[Path, str]]:
+    """Yield every file under `folder` and its name below it, without folders of litter and those in `without`."""
     for entry in scan(folder):
         name = f"{prefix}{entry.name}"
-        if is_folder(entry) and not litter_origin(entry.name):
-            yield from walk_files(Path(entry.path), f"{name}/")
-        else:
-            yield Path(entry.path), name
+        path = Path(entry.path)
+        if not is_folder(entry):
+            yield path, name
+        elif litter_origin(entry.name, folder=True):
+            yield path, name  # noted as what it is
+        elif path not in without:
+            yield from walk_files(path, f"{name}/", without)
 
 
 class DiskFiles:
     """Adds the images of folders on a disk to a scan."""
 
-    def add(self, found: SplitScan, label: int, folder: Folder, key: str) -> int:
+    def add(self, found: SplitScan, label: int, folder: Folder, key: str, without: Collection[Path] = ()) -> int:
         """Add every image below `folder`, with keys that begin with `key`.
+
+        Args:
+            without: Folders below it that are passed over.
 
         Returns:
             How many samples were added.
         """
-        return sum(found.add_file(label, path, f"{key}/{name}") for path, name in walk_files(folder.path))
+        files = walk_files(folder.path, without=without)
+        return sum(found.add_file(label, path, f"{key}/{name}") for path, name in files)
 
     def note_outside(self, found: SplitScan, folder: Folder) -> None:
         """Note the files that lie directly in `folder`, outside the class folders."""
         for entry in scan(folder.path):
-            if not is_folder(entry) or litter_origin(entry.name):
+            if not is_folder(entry) or litter_origin(entry.name, folder=True):
                 found.note(entry.path, _what_outside(entry.name), OUTSIDE_CLASSES)
 
 
@@ -154,7 +162,7 @@ class TarFiles:
         self._by_folder: dict[str, list[TarFile]] = {}
         for file in files:
             parts = [part for part in file.name.split("/")[:-1] if part != "."]
-            if not any(map(litter_origin, parts)):
+            if not any(litter_origin(part, folder=True) for part in parts):
                 self._by_folder.setdefault("/".join(parts), []).append(file)
 
     def tree(self, root: str) -> Folder:
@@ -177,11 +185,13 @@ class TarFiles:
             base = file.name.rpartition("/")[2]
             found.note(f"{file.tar}: {file.name}", _what_outside(base), OUTSIDE_CLASSES)
 
-    def add(self, found: SplitScan, label: int, folder: Folder, key: str) -> int:
+    def add(self, found: SplitScan, label: int, folder: Folder, key: str, without: Collection[Path] = ()) -> int:
         """Add every image below `folder`, with keys that begin with `key`."""
         inside = "/".join(folder.path.parts[1:])
         added = 0
         for name, files in self._by_folder.items():
+            if any(Path(folder.path.parts[0]) / name == passed for passed in without):
+                continue
             if not inside or name == inside or name.startswith(f"{inside}/"):
                 rest = name[len(inside) :].strip("/")
                 for file in files:

@@ -860,7 +860,7 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...], str]] = {
     "two lists that differ": (
         folders("images/") | {"train.txt": b"cat/0\ncat/1\ndog/0\ndog/1\n", "test.txt": b"cat/1\ncat/2\ndog/2\n"},
         (),
-        "remove one of these lists",
+        "name the lists to use by one of them: --table",
     ),
     "two tables that differ": (
         flat("", FEW)
