@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from shards.pack import WIP, ShardDone, ShardTask, from_record, put
 from shards.plan import Plan, shard_name
+from shards.repeats import Packed, Repeats, find_repeats
 from shards.report import report_json
 from shards.understood import describe
 from wds_train.errors import Conflict, DataError, NotFound, UsageError
@@ -61,6 +62,7 @@ class Conversion:
     def __init__(self, plan: Plan, store: Store) -> None:
         self.plan, self.store = plan, store
         self.mark = ""
+        self.repeats = Repeats((), ())  # found by `finish`
         self._replaces: str | None = None  # the tag of the manifest that ours takes the place of
 
     def tasks(self, finished: set[tuple[str, int]]) -> Iterator[Iterator[ShardTask]]:
@@ -117,11 +119,8 @@ class Conversion:
                 table = pa.Table.from_batches([batch for rows in tables for batch in rows.to_batches()], SCHEMA)
                 index = put(self.store, f"{split}/index{self.mark}.parquet", write_index(table))
             splits[split] = Split(tuple(part.shard for part in mine), index)
-        notes = self.plan.source.notes + [note for part in done for note in part.notes]
-        extra = {"understood": describe(self.plan)}
-        report = put(
-            self.store, f"report{self.mark}.json", report_json(notes, sum(part.altered for part in done), extra)
-        )
+        self.repeats = self._find_repeats(done)
+        report = put(self.store, f"report{self.mark}.json", self._report(done))
         made = DatasetManifest(self.plan.source.classes, splits, report=report, **self.plan.settings)
         condition: dict[str, Any] = {"if_match": self._replaces} if self._replaces else {"if_absent": True}
         try:
@@ -133,6 +132,19 @@ class Conversion:
                 ) from error
         self.sweep(made)
         return made
+
+    def _find_repeats(self, done: list[ShardDone]) -> Repeats:
+        packed = []
+        for part in done:
+            rows = self.plan.parts[part.split][part.number]
+            packed.append(Packed(part.split, rows, part.digests))
+        return find_repeats(self.plan.source.splits, packed, self.plan.source.classes)
+
+    def _report(self, done: list[ShardDone]) -> bytes:
+        notes = self.plan.source.notes + [note for part in done for note in part.notes]
+        altered = sum(part.altered for part in done)
+        extra = {"understood": describe(self.plan), "repeats": asdict(self.repeats)}
+        return report_json(notes, altered, extra)
 
     def sweep(self, made: DatasetManifest) -> None:
         """Remove what the plan names, its own or what it replaced, and `made` does not; then the plan and its records.

@@ -2,19 +2,24 @@
 
 import contextlib
 import hashlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from isal.isal_zlib import crc32
 
 from shards.images import ImagePolicy, check
+from shards.repeats import Packed, Repeats, find_repeats, image_digest
 from shards.report import Note
 from shards.sources.litter import is_litter
 from shards.sources.names import choose_splits, split_word
 from shards.sources.tars import OUTSIDE, WdsSample, group, outside
 from wds_train.errors import Conflict, DataError, NotFound, UsageError
 from wds_train.format import manifest as manifests
+from wds_train.format.arrow import to_batch
 from wds_train.format.index import write_index
 from wds_train.format.manifest import ClassInfo, DatasetManifest, Index, Shard, Split, read_manifest
 from wds_train.format.tar import members
@@ -25,6 +30,7 @@ CHUNK = 8 << 20
 # A block of this many samples is what the loader fetches at once; one sample must fit many times over.
 MAX_SAMPLE = 64 << 20
 ANY = "any"  # the one class of samples that may hold anything
+SAMPLES = pa.schema([("key", pa.string()), ("label", pa.int32())])
 ANY_TOO = "--any indexes samples without images, for SampleLoader (docs/loader.md)"
 
 
@@ -62,10 +68,13 @@ class Forward:
 
 @dataclass
 class Indexed:
-    """What indexing brings together for one split. A row's label is a text, until all are known."""
+    """What indexing brings together for one split. A row's label is a text, until all are known.
+    `digests`: the `image_digest` of each row.
+    """
 
     shards: list[Shard] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    digests: "array[int]" = field(default_factory=lambda: array("Q"))
     notes: list[Note] = field(default_factory=list)
 
 
@@ -104,6 +113,7 @@ def _index_tar(found: Indexed, split: str, file: Forward, policy: ImagePolicy | 
                 continue
             try:
                 found.rows.append(_row(sample, file, number, policy))
+                found.digests.append(_digest(found.rows[-1], file))
             except DataError as error:
                 found.notes.append(Note(split, readable(f"{name}: {sample.key}"), "left out", str(error)))
     except DataError as error:
@@ -154,6 +164,22 @@ def _row(sample: WdsSample, file: Forward, number: int, policy: ImagePolicy | No
         "height": height,
         "crc32": crc32(file.read(start, end - start)),
     }
+
+
+def _digest(row: dict[str, Any], file: Forward) -> int:
+    """The `image_digest` of the sample that the `file` was read to last."""
+    return image_digest(file.read(row["data_offset"], row["data_length"]))
+
+
+def repeats_in_place(splits: dict[str, Indexed], classes: tuple[ClassInfo, ...]) -> Repeats:
+    """Which images the tars hold twice. To be asked when the label of every row is a number."""
+    tables, packed = {}, []
+    for split, found in splits.items():
+        keys = [row["key"] for row in found.rows]
+        labels = [row["label"] for row in found.rows]
+        tables[split] = pa.Table.from_batches([to_batch([keys, labels], SAMPLES)])
+        packed.append(Packed(split, np.arange(len(keys)), np.array(found.digests, np.uint64)))
+    return find_repeats(tables, packed, classes)
 
 
 def write_dataset(

@@ -5,19 +5,21 @@ import logging
 import os
 import sys
 import time
+from array import array
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from shards.arguments import HELD_OUT, INDEX, add_arguments, read_wanted
 from shards.convert import Conversion
 from shards.estimate import print_plan
 from shards.executors import counted, opened, prepare, run_tasks
 from shards.images import ImagePolicy
-from shards.index_in_place import ANY, ANY_TOO, Indexed, index_in_place, write_dataset
+from shards.index_in_place import ANY, ANY_TOO, Indexed, index_in_place, repeats_in_place, write_dataset
 from shards.overlap import refuse_overlap
 from shards.pack import Counts, ShardDone
 from shards.plan import Options, Plan
+from shards.repeats import repeat_lines
 from shards.report import Note, judge, print_notes, report_json, say
 from shards.sources.base import Grouping, Source
 from shards.sources.labels import NO_LABEL, Classes, classes_of, count_texts
@@ -73,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         judge(notes, met, args.max_bad)
         made = conversion.finish(done)
     print_notes(notes, made.report.name if made.report else "")
+    for line in repeat_lines(conversion.repeats, held_out=bool(plan.options.hold_out)):
+        say(line)
     say(f"{store.url}: {_counts(made)}, in {time.monotonic() - began:.0f} s")
     say(f"fingerprint {made.fingerprint}")
     return 0
@@ -165,11 +169,22 @@ def _index(args: argparse.Namespace) -> int:
         say(f"  note      {sentence}")
     if args.dry_run:
         return 0
-    made = write_dataset(
-        store, splits, classes.infos, {ANY: True} if args.any else {}, report_json(notes, 0), overwrite=args.overwrite
-    )
+    twice = None if args.any else repeats_in_place(splits, classes.infos)
+    extra = {"understood": _understood_tars(splits, classes), "repeats": asdict(twice) if twice else None}
+    report = report_json(notes, 0, extra)
+    policy = {ANY: True} if args.any else {}
+    made = write_dataset(store, splits, classes.infos, policy, report, overwrite=args.overwrite)
+    for line in repeat_lines(twice, held_out=False) if twice else []:
+        say(line)
     say(f"{store.url}: {_counts(made)}\nfingerprint {made.fingerprint}")
     return 0
+
+
+def _understood_tars(splits: dict[str, Indexed], classes: Classes) -> dict[str, object]:
+    """Return how tars that stay where they are were understood, as `report.json` holds it."""
+    counts = {split: len(found.rows) for split, found in splits.items()}
+    labels = "the members .cls, .json and their like"
+    return {"layout": "WebDataset tars, indexed in place", "labels": labels, "said": classes.said, "splits": counts}
 
 
 def _number_labels(found: Indexed, classes: Classes) -> None:
@@ -182,7 +197,9 @@ def _drop_unlabeled(found: Indexed) -> list[str]:
     """Leave the samples without a label out of the index; return their keys."""
     dropped = [row["key"] for row in found.rows if row["label"] == NO_LABEL]
     if dropped:
-        found.rows = [row for row in found.rows if row["label"] != NO_LABEL]
+        kept = [number for number, row in enumerate(found.rows) if row["label"] != NO_LABEL]
+        found.digests = array("Q", (found.digests[number] for number in kept))
+        found.rows = [found.rows[number] for number in kept]
         samples = Counter(row["shard"] for row in found.rows)
         found.shards = [replace(shard, samples=samples[number]) for number, shard in enumerate(found.shards)]
     return dropped

@@ -1,5 +1,6 @@
 """One shard: its images read, checked, packed and uploaded, confirmed and recorded."""
 
+import base64
 import hashlib
 import io
 import json
@@ -9,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from shards.images import ImagePolicy, check
 from shards.plan import shard_index_name, shard_name
+from shards.repeats import NO_IMAGE, image_digest
 from shards.report import Note
 from shards.sources.scan import read_bytes
 from wds_train.errors import DataError, NotFound, StoreError
@@ -23,6 +27,7 @@ from wds_train.format.shard import Sample, ShardWriter
 from wds_train.storage.base import PART_BYTES, Store
 
 WIP = ".wip/"
+RECORDED = np.dtype("<u8")  # of digests, whichever machine reads the record
 COUNT_SECONDS = 0.2  # between two additions of a process to the counts, which all of them wait for
 
 
@@ -71,6 +76,9 @@ class ShardTask:
 class ShardDone:
     """A finished shard, as its record in `.wip/` holds it. `tag` is the object's version in the store. Its samples' rows are in
     `rows`, or else in the object `index`.
+
+    `digests`: of each of the task's rows, in order, the `image_digest` of what was packed, or
+    `NO_IMAGE` where nothing was.
     """
 
     shard: Shard
@@ -79,6 +87,7 @@ class ShardDone:
     tag: str
     notes: list[Note]
     altered: int
+    digests: NDArray[np.uint64]
     rows: pa.Table | None
     index: Index | None = None
 
@@ -89,6 +98,7 @@ class Packing:
     def __init__(self, task: ShardTask) -> None:
         self.task = task
         self.notes: list[Note] = []
+        self.digests: list[int] = []
         self.altered = self.bytes = 0
         self.digest = hashlib.sha256()
         self.writer = ShardWriter(task.number)
@@ -123,10 +133,12 @@ class Packing:
             image = check(data, self.task.policy)
         except DataError as error:
             self.notes.append(Note(split, origin, "left out", str(error)))
+            self.digests.append(NO_IMAGE)
             return
         if image.oddity:
             self.notes.append(Note(split, origin, "kept", image.oddity))
         self.altered += image.altered
+        self.digests.append(image_digest(image.data))
         self.writer.add(Sample(row["key"], row["label"], image.data, image.extension, image.width, image.height))
 
 
@@ -149,7 +161,17 @@ def _make(task: ShardTask) -> ShardDone:
     if task.own_index:
         index = put(task.store, shard_index_name(task.split, task.number, task.mark), write_index(rows))
         rows = None
-    return ShardDone(shard, task.split, task.number, tag, packing.notes, packing.altered, rows, index)
+    return ShardDone(
+        shard=shard,
+        split=task.split,
+        number=task.number,
+        tag=tag,
+        notes=packing.notes,
+        altered=packing.altered,
+        digests=np.array(packing.digests, np.uint64),
+        rows=rows,
+        index=index,
+    )
 
 
 def put(store: Store, name: str, body: bytes) -> Index:
@@ -165,12 +187,21 @@ def confirm(store: Store, name: str, size: int, tag: str) -> None:
 
 
 def _to_record(done: ShardDone, plan: str) -> bytes:
-    facts = {"plan": plan} | {name: value for name, value in vars(done).items() if name != "rows"}
-    facts |= {"shard": asdict(done.shard), "notes": [vars(note) for note in done.notes]}
-    facts["index"] = asdict(done.index) if done.index else None
+    facts = {
+        "plan": plan,
+        "shard": asdict(done.shard),
+        "split": done.split,
+        "number": done.number,
+        "tag": done.tag,
+        "notes": [asdict(note) for note in done.notes],
+        "altered": done.altered,
+        "digests": base64.b64encode(done.digests.astype(RECORDED).tobytes()).decode(),
+        "index": asdict(done.index) if done.index else None,
+    }
     sink = io.BytesIO()
     rows = SCHEMA.empty_table() if done.rows is None else done.rows
-    pq.write_table(rows.replace_schema_metadata({"wds-train": json.dumps(facts)}), sink)
+    table = rows.replace_schema_metadata({"wds-train": json.dumps(facts)})
+    pq.write_table(table, sink)
     return sink.getvalue()
 
 
@@ -181,9 +212,12 @@ def from_record(data: bytes, plan: str) -> ShardDone | None:
         facts = json.loads(table.schema.metadata[b"wds-train"])
         if facts.pop("plan") != plan:
             return None
-        facts |= {"shard": Shard(**facts["shard"]), "notes": [Note(**note) for note in facts["notes"]]}
-        if facts.get("index"):
-            return ShardDone(rows=None, **facts | {"index": Index(**facts["index"])})
+        facts["shard"] = Shard(**facts["shard"])
+        facts["notes"] = [Note(**note) for note in facts["notes"]]
+        facts["digests"] = np.frombuffer(base64.b64decode(facts["digests"]), RECORDED)
+        if facts["index"]:
+            facts["index"] = Index(**facts["index"])
+            return ShardDone(rows=None, **facts)
         return ShardDone(rows=table.replace_schema_metadata(None), **facts)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return None

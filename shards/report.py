@@ -42,7 +42,7 @@ def report_json(notes: Iterable[Note], reencoded: int, extra: Mapping[str, Any] 
         extra: More to keep there: how the source was understood, what is repeated.
     """
     rows = [vars(note) for note in sorted(notes, key=lambda note: (note.what, note.split, note.origin, note.cause))]
-    content = {**(extra or {}), "reencoded": reencoded, "samples": rows}
+    content = {"reencoded": reencoded, **(extra or {}), "samples": rows}
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 

@@ -21,7 +21,7 @@ from shards.sources.imagefolder import (
     read_layout,
 )
 from shards.sources.label_tables import NEARLY_ALL, Tables, choose_tables, named_images, read_tables, trainable_images
-from shards.sources.labels import NO_LABEL, NO_TEXT, Classes, classes_of, plain_number, to_classes
+from shards.sources.labels import NO_LABEL, NO_TEXT, ONE_LABEL, Classes, classes_of, plain_number, to_classes
 from shards.sources.names import NO_SPLIT, SPLIT_OF, SPLITS, normal
 from shards.sources.scan import UNLABELED, SplitScan
 from shards.sources.splits import from_scans
@@ -30,6 +30,8 @@ from shards.sources.tables import find_tables
 from shards.sources.tree import DiskFiles, Folder, read_tree
 from wds_train.errors import DataError, UsageError
 
+MANY = 10  # images with several labels, and their share, above which these are no slips
+SEVERAL_LABELS = 0.05
 UNREAD_TABLES = (".xlsx", ".xls", ".ods", ".mat", ".pkl", ".h5", ".hdf5", ".npy", ".npz", ".db", ".sqlite")
 
 
@@ -99,9 +101,11 @@ def folder(root: Path, wanted: Wanted) -> Source:
     chosen = choose_tables(tables, images, wanted)
     if layout is not None:
         return _by_both(chosen, contents, layout)
-    if chosen and (chosen[0].rows or len(tables.usable) == 1):
+    unclear = refusal is not None and "can be read in" in str(refusal)
+    poor = sum(len(each.rows) for each in chosen) < sum(len(each.odd) for each in chosen)
+    if chosen and (chosen[0].rows or len(tables.usable) == 1) and not (unclear and poor):
         return _from_tables(chosen, contents)
-    raise tables.refusals[0] if tables.refusals else _with_hint(refusal, tree)
+    raise tables.refusals[0] if tables.refusals and not poor else _with_hint(refusal, tree)
 
 
 def _by_both(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -> Source:
@@ -129,7 +133,7 @@ def _by_both(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -
     nearly_all = bool(named) and len(named & trainable) >= NEARLY_ALL * len(trainable)
     relation = _relation(sure, contents, layout)
     if relation == SAME:
-        layout.doubtful.append(f"{sure[0].path.name} labels the images as their folders do; the folders are read")
+        layout.said.append(f"{sure[0].path.name} labels the images as their folders do")
         return _from_folders(layout, contents)
     if relation == SAME_CLASSES and not nearly_all:
         _add_splits(sure, contents)
@@ -260,6 +264,7 @@ def _from_tables(chosen: Sequence[LabelTable], contents: Contents) -> Source:
     """Return the source that the `chosen` tables label."""
     root, images, wanted = contents.root, contents.images, contents.wanted
     scans = {split: SplitScan(split, foreign=wanted.reencode) for split in SPLITS}
+    _refuse_several_labels(chosen)
     labelled = {each.path: list(_resolve(each, contents, scans)) for each in chosen}
     _refuse_two_splits(labelled)
 
@@ -286,6 +291,23 @@ def _from_tables(chosen: Sequence[LabelTable], contents: Contents) -> Source:
     return _grouped(from_scans(f"table {root.name}", classes.infos, found, understood), chosen, contents)
 
 
+def _refuse_several_labels(chosen: Sequence[LabelTable]) -> None:
+    """Raise `UsageError` where many images have several labels: they are no slips, the task is another one."""
+    for each in chosen:
+        texts: dict[int, set[str]] = {}
+        for row in each.rows:
+            texts.setdefault(row.image, set()).add(row.text)
+        several = [image for image, found in texts.items() if len(found - {NO_TEXT}) > 1]
+        odd = [name for _, name, _, _, cause in each.odd if ONE_LABEL in cause]
+        count = len(several) + len(odd)
+        if count >= MANY and count > SEVERAL_LABELS * (len(texts) + len(odd)):
+            example = odd[0] if odd else next(row.name for row in each.rows if row.image == several[0])
+            raise UsageError(
+                f"{each.path} gives several labels to {count:,} images, such as {example}; {ONE_LABEL}. Keep one row for each image, or "
+                "name a column that holds one: --label-column NAME"
+            )
+
+
 def _where_most(chosen: Sequence[LabelTable], images: ImageIndex) -> str:
     """Return where most of the images lie that no table names."""
     named = named_images(chosen)
@@ -307,7 +329,7 @@ def _understood(chosen: Sequence[LabelTable], said: list[str], contents: Content
     names = ", ".join(contents.name(each.path) for each in chosen)
     columns = chosen[0].columns
     label = f"the column {columns.label!r}" if columns.label else f"the {len(columns.onehot)} columns of 0 and 1"
-    splits = "names of tables and folders"
+    splits = "names of tables and folders, where these are splits' names"
     if contents.tables.listed:
         splits = ", ".join(map(contents.name, contents.tables.lists))
     if columns.split_name:
@@ -452,7 +474,7 @@ def _from_folders(layout: Layout, contents: Contents) -> Source:
     scans = {split: SplitScan(split, foreign=wanted.reencode) for split in (*layout.splits, *flat)}
     for part in layout.parts:
         add_class(scans[part.split], classes.numbers[normal(part.name)], part, DiskFiles())
-    said = list(classes.said)
+    said = [*layout.said, *classes.said]
     for split, labelled in flat.items():
         scans[split].stamp.add(labelled.path.name, labelled.path.stat())
         for image, text in labelled.texts.items():
@@ -513,5 +535,5 @@ def _from_lists(layout: Layout, contents: Contents) -> Source:
     layout.ignored += contents.tables.ignored
     note_layout(layout, scans["train"], DiskFiles())
     text = f"{layout.text}; splits by {', '.join(map(contents.name, contents.tables.lists))}"
-    understood = Understood(text, "the folders' names", classes.said, layout.doubtful)
+    understood = Understood(text, "the folders' names", [*layout.said, *classes.said], layout.doubtful)
     return from_scans(f"imagefolder {contents.root.name}", classes.infos, [*scans.values()], understood)

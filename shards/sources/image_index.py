@@ -39,11 +39,15 @@ class ImageIndex:
         self.paths: list[str] = []
         self._by_name: dict[str, list[int]] = {}
         self._by_stem: dict[str, list[int]] = {}
+        self._by_number: dict[int, list[int]] = {}
         for _, name in walk_files(root):
             if name.lower().endswith(PICTURES):
                 base = fold(name.rpartition("/")[2])
                 self._by_name.setdefault(base, []).append(len(self.paths))
-                self._by_stem.setdefault(base.rpartition(".")[0], []).append(len(self.paths))
+                stem = base.rpartition(".")[0]
+                self._by_stem.setdefault(stem, []).append(len(self.paths))
+                if stem.isdecimal():
+                    self._by_number.setdefault(int(stem), []).append(len(self.paths))
                 self.paths.append(name)
 
     def __len__(self) -> int:
@@ -63,6 +67,8 @@ class ImageIndex:
             raise DataError("there is no such image: the cell is empty")
         base = fold(given[-1])
         found = self._by_name.get(base, []) or self._by_stem.get(base, [])
+        if not found and base.isdecimal():  # the table says 7, the file is 007.png
+            found = self._by_number.get(int(base), [])
         if not found and base.endswith(PICTURES):  # converted since: the table says .jpg, the file is a .png
             found = self._by_stem.get(base.rpartition(".")[0], [])
         if not found:
@@ -90,10 +96,13 @@ class ImageIndex:
     def _agreement(self, image: int, given: Sequence[str]) -> tuple[int, int]:
         """Count the last parts of the image's path that agree with `given`: in any case, and exactly."""
         parts = normal(self.paths[image]).split("/")
+        given = list(given)
         if fold(parts[-1]) != fold(given[-1]):  # found by its name without a suffix
             parts[-1] = parts[-1].rpartition(".")[0]
             if fold(given[-1]).endswith(PICTURES):
                 given = [*given[:-1], given[-1].rpartition(".")[0]]
+            if parts[-1].isdecimal() and given[-1].isdecimal():
+                parts[-1] = given[-1] = str(int(parts[-1]))
         alike = exact = 0
         same_case = True
         for mine, other in zip(reversed(parts), reversed(given), strict=False):

@@ -53,6 +53,12 @@ ASIDE = re.compile(
 )
 
 
+# Folders of code, pages and data: one of them among class folders says that these are none.
+REPOSITORY = re.compile(
+    r"src|docs?|static|assets|readme[-_ ]?(?:images|files|assets)?|data[-_ ]?sets?|data|images?|imgs?|gui|screenshots?"
+    r"|scripts?|notebooks?|media|public|examples?|samples?[-_ ]?(?:images|data)?|demos?|node_modules",
+    re.IGNORECASE,
+)
 MOST_ASIDE = 0.5  # of the data set's images, as pictures beside it that are no part of it
 
 
@@ -89,6 +95,7 @@ class Layout:
         ignored: Folders and files that are no part of it, and why.
         outside: Pictures that lie beside the class folders.
         text: The layout in words.
+        said: What else was decided.
         doubtful: What may be otherwise than it was read.
     """
 
@@ -97,6 +104,7 @@ class Layout:
     ignored: list[tuple[Path, str]] = field(default_factory=list)
     outside: list[Folder] = field(default_factory=list)
     text: str = ""
+    said: list[str] = field(default_factory=list)
     doubtful: list[str] = field(default_factory=list)
     origin: Folder | None = None
     """Where the levels of --class-level count from."""
@@ -131,7 +139,7 @@ def folder_source(layout: Layout, name: str, files: Files, wanted: Wanted) -> So
         add_class(scans[part.split], classes.numbers[normal(part.name)], part, files)
     first = next(iter(scans.values()))
     note_layout(layout, first, files)
-    understood = Understood(layout.text, "the folders' names", classes.said, layout.doubtful)
+    understood = Understood(layout.text, "the folders' names", [*layout.said, *classes.said], layout.doubtful)
     return from_scans(f"imagefolder {name}", classes.infos, [*scans.values()], understood)
 
 
@@ -367,6 +375,8 @@ def read_classes(layout: Layout, split: str, base: Folder, wanted: Wanted, *, in
         return
     if holders:
         _refuse_holders(layout, base, folders, holders, inner)
+    if not in_split:
+        _refuse_repository(base, folders)
     for folder in folders:
         without = _without_splits(layout, inner[folder.name], wanted)
         part = inner[folder.name] if without is None else folder
@@ -447,6 +457,17 @@ def _without_splits(layout: Layout, folder: Folder, wanted: Wanted) -> list[Path
     return without
 
 
+def _refuse_repository(base: Folder, folders: Sequence[Folder]) -> None:
+    """Raise `DataError` for folders of a repository, which hold pictures and are no classes."""
+    odd = [folder.name for folder in folders if REPOSITORY.fullmatch(folder.name)]
+    if odd:
+        raise DataError(
+            f"{base.path} is no folder of classes, by the names of its folders: {_some(folder.name for folder in folders)}. Give the "
+            f"path of the one that holds the class folders, or the table that labels the images: --table FILE; to take each for a "
+            f"class, {odd[0]} as well: --class-level 1"
+        )
+
+
 def _refuse_split_among_classes(base: Folder, folders: Sequence[Folder], wanted: Wanted) -> None:
     """Raise `UsageError` where folders of splits, or one such, stand where class folders should."""
     framed = [each for splits in _framed_splits(base, wanted).values() for each in splits]
@@ -500,20 +521,8 @@ def _refuse_holders(
     holders: Sequence[Folder],
     inner: dict[str, Folder],
 ) -> None:
-    """Raise `DataError` where it is not certain that folders which hold only folders are classes.
-
-    A few of them among class folders that hold images are classes, whose images were sorted further.
-    """
+    """Raise `DataError`: folders that hold only folders may be classes, or hold the classes."""
     below = {folder.name: {normal(each.name) for each in inner[folder.name].filled} for folder in holders}
-    names = {normal(folder.name) for folder in folders}
-    within = next((name for name, inside in below.items() if len(inside & names) > len(inside) / 2), None)
-    direct = [folder for folder in folders if folder.images]
-    if within is None and len(holders) < len(direct) and len(direct) + len(holders) == len(folders):
-        for folder in holders:
-            layout.doubtful.append(
-                f"the images of {folder.name} lie in its folders {_some(below[folder.name])}; they are read as {folder.name}"
-            )
-        return
     shared = set.union(*below.values())
     common = set.intersection(*below.values()) if len(below) > 1 else set[str]()
     origin = layout.origin or base

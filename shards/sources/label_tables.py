@@ -91,11 +91,16 @@ def _read_one(
         if splits:
             _add_list(found, path, splits, images)
             return
+        if named:
+            raise
         if path.suffix.lower() not in QUIET:
             columns = ", ".join(content.columns[:6]) + (", ..." if content.columns[6:] else "")
             found.ignored.append((path, f"none of its columns ({columns}) is known to be the labels of images here"))
         found.refusals.append(error)
         return
+    if named and not labels.rows:
+        cause = labels.odd[0][-1] if labels.odd else "it has no rows"
+        raise UsageError(f"{path} names no image below {images.root}: {cause}; name another table, or another SOURCE")
     if labels.rows or (labels.odd and path.suffix.lower() not in QUIET):
         found.usable.append(labels)
 

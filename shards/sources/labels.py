@@ -134,6 +134,7 @@ def classes_of(
             _refuse_captions(texts, where)
             _refuse_several(texts, where)
         spelling = _spellings(texts, where, rules)
+        said += _folded_words(spelling)
         ids = _in_order(set(spelling.values()), where, said, sure=sure)
         places = {id: place for place, id in enumerate(ids)}
         found = Classes(to_classes(ids), {text: places[id] for text, id in spelling.items()})
@@ -149,6 +150,8 @@ def _missing(texts: Mapping[str, int], where: str) -> set[str]:
     words = {text for text in texts if text.casefold() in MISSING_BESIDE_NUMBERS}
     rest = [text for text in texts if text not in words]
     if rest and all(NUMBER.fullmatch(text) for text in rest):
+        if not all(WHOLE.fullmatch(text) for text in rest):
+            return words  # measurements, which are refused as such
         negative = [text for text in rest if text.startswith("-") and float(text) < 0]
         if any(float(text) != -1 for text in negative):
             raise UsageError(
@@ -236,6 +239,15 @@ def _spellings(texts: Mapping[str, int], where: str, rules: LabelRules) -> dict[
     if rules.case != "fold":
         return spelled
     return {text: twins[_folded(id)][0] for text, id in spelled.items()}
+
+
+def _folded_words(spelling: Mapping[str, str]) -> list[str]:
+    """Return what was folded, in a sentence."""
+    others = sorted(text for text, id in spelling.items() if text != id and not WHOLE.fullmatch(text))
+    if not others:
+        return []
+    shown = ", ".join(f"{text!r} is {spelling[text]!r}" for text in others[:5])
+    return [f"spellings are folded: {shown}{', ...' if others[5:] else ''}"]
 
 
 def _without_fraction(text: str) -> str:

@@ -110,7 +110,9 @@ def _read_text(path: Path, *, listed: bool) -> Table | None:
         return None
     first = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t|", key=first.count)
-    if first.count(delimiter) == 0 and listed:
+    spaced = first.count(delimiter) == 0 and (listed or " " in first.strip())
+    listed = listed or spaced
+    if spaced:
         lines = _spaced_lines(text)
     else:
         lines = list(_csv_lines(path, text, delimiter))

@@ -142,7 +142,8 @@ class DiskFiles:
         """Note the files that lie directly in `folder`, outside the class folders."""
         for entry in scan(folder.path):
             if not is_folder(entry) or litter_origin(entry.name, folder=True):
-                found.note(entry.path, _what_outside(entry.name), OUTSIDE_CLASSES)
+                cause = litter_origin(entry.name, folder=is_folder(entry)) or OUTSIDE_CLASSES
+                found.note(entry.path, _what_outside(entry.name), cause)
 
 
 @dataclass(frozen=True)

@@ -643,12 +643,12 @@ FOLDERS: dict[str, Case] = {
         {"train": {"cat": 5, "dog": 5}},
         "",
     ),
-    "one class sorted further": (
+    "one class sorted further, said": (
         folders("", classes=("cat", "dog", "cow"))
         | {f"pig/{d}/{n}.png": painted("pig", n + 10 * d) for d in range(2) for n in range(2)},
-        (),
+        ("--class-level", "1"),
         {"train": {"cat": 3, "cow": 3, "dog": 3, "pig": 4}},
-        "the images of pig lie in its folders 0, 1; they are read as pig",
+        "class folders 1 level below",
     ),
     "images of a class in a folder of their own": (folders("", below="images/"), (), SIX, ""),
 }
