@@ -132,7 +132,7 @@ def _by_both(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -
     named = named_images(sure)
     nearly_all = bool(named) and len(named & trainable) >= NEARLY_ALL * len(trainable)
     relation = _relation(sure, contents, layout)
-    if relation == SAME:
+    if relation == SAME and not (layout.lies_below and nearly_all):  # keys are then paths, as they were before
         layout.said.append(f"{sure[0].path.name} labels the images as their folders do")
         return _from_folders(layout, contents)
     if relation == SAME_CLASSES and not nearly_all:
@@ -286,7 +286,7 @@ def _from_tables(chosen: Sequence[LabelTable], contents: Contents) -> Source:
         scans["train"].note(path, "ignored", cause)
     if count := len(images) - len(named_images(chosen)):
         scans["train"].note(root, "ignored", f"{count} images that no table names{_where_most(chosen, images)}")
-    found = [each for each in scans.values() if each.rows.table().num_rows or each.notes]
+    found = [each for each in scans.values() if each.rows.table().num_rows or each.notes or each.split == "train"]
     understood = _understood(chosen, classes.said, contents)
     return _grouped(from_scans(f"table {root.name}", classes.infos, found, understood), chosen, contents)
 

@@ -290,7 +290,7 @@ def _with_splits(columns: Columns, schema: pa.Schema, files: Sequence[tuple[str,
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
 
 
 def _holds_labels(kind: pa.DataType) -> bool:

@@ -108,6 +108,8 @@ class Layout:
     doubtful: list[str] = field(default_factory=list)
     origin: Folder | None = None
     """Where the levels of --class-level count from."""
+    lies_below: bool = False
+    """Whether the class folders, without splits, lie below the source's own folder."""
     masked: set[Path] = field(default_factory=set)
     """Folders of images that lie beside folders of masks."""
 
@@ -201,6 +203,7 @@ def read_layout(root: Folder, wanted: Wanted) -> Layout:
         layout.text = f"class folders in {folders}"
     else:
         layout.origin = root
+        layout.lies_below = base is not root
         read_classes(layout, "train", base, wanted)
         layout.text = layout.text or "class folders"
     if base is not root:

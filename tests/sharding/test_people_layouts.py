@@ -1143,3 +1143,411 @@ def test_files_named_for_splits(
     else:
         assert code == 0, output
         assert {*read(tmp_path / "out")} == splits
+
+
+# Tables and folders that disagree, folders of splits by other names, lists of splits, files of other sets.
+
+
+def two_labels(place: str, each: int = 4, start: int = 0) -> tuple[Files, dict[str, str]]:
+    """Images of both classes in one folder, and their labels."""
+    labels = named(each, "cat", "dog", start=start)
+    return flat(place, labels, start), labels
+
+
+PART_1, LABELS_1 = two_labels("part_a/")
+PART_2, LABELS_2 = two_labels("part_b/", start=200)
+
+DISAGREE: dict[str, Case] = {
+    "HAM10000 with its test images": (
+        PART_1
+        | PART_2
+        | flat("ISIC2018_Task3_Test_Images/", {f"t{n}": "x" for n in range(9)}, 700)
+        | flat("ISIC2018_Task3_Train_Images/", {}, 800)
+        | {"HAM10000_metadata.csv": rows_of("image_id,dx", LABELS_1 | LABELS_2)},
+        (),
+        {"train": {"cat": 8, "dog": 8}},
+        "HAM10000_metadata.csv",
+    ),
+    "photos and previews of them": (
+        two_labels("photos/")[0]
+        | flat("previews/", {f"p{n}": "x" for n in range(4)}, 700)
+        | {"labels.csv": rows_of("file,label", LABELS_1)},
+        (),
+        EIGHT,
+        "4 images that no table names, 4 of them in previews/",
+    ),
+    "RSNA": (
+        two_labels("stage_2_train_images/")[0]
+        | flat("stage_2_test_images/", {f"t{n}": "x" for n in range(4)}, 700)
+        | {"stage_2_train_labels.csv": rows_of("patientId,Target", LABELS_1)},
+        (),
+        EIGHT,
+        "stage_2_train_labels.csv",
+    ),
+    "class folders and a table of sizes": (
+        folders("")
+        | {
+            "info.csv": rows_of(
+                "filename,width", {f"{c}/{n}.png": str(8 * (n % 2)) for c in ("cat", "dog") for n in range(3)}
+            )
+        },
+        (),
+        SIX,
+        "its column 'width' is not called as labels are",
+    ),
+    "class folders and a table of photographers": (
+        folders("")
+        | {
+            "info.csv": rows_of(
+                "filename,photographer", {f"{c}/{n}.png": "ab"[n % 2] for c in ("cat", "dog") for n in range(3)}
+            )
+        },
+        (),
+        SIX,
+        "'photographer'",
+    ),
+    "class folders and addresses": (
+        folders("")
+        | {
+            "urls.csv": rows_of(
+                "filename,url", {f"{c}/{n}.png": f"https://x/{c}{n}" for c in ("cat", "dog") for n in range(3)}
+            )
+        },
+        (),
+        SIX,
+        "urls.csv",
+    ),
+    "leaf_train, leaf_test": (folders("leaf_train/", "leaf_test/"), (), of("train", "test"), "leaf_train/ (train)"),
+    "FER2013Train, FER2013Valid": (folders("FER2013Train/", "FER2013Valid/"), (), of("train", "val"), ""),
+    "train_v2, test_v2": (folders("train_v2/", "test_v2/"), (), of("train", "test"), ""),
+    "a class called test_tube": (
+        folders("", classes=("test_tube", "flask")),
+        (),
+        {"train": {"flask": 3, "test_tube": 3}},
+        "",
+    ),
+    "GTSRB as it is downloaded": (
+        {f"Final_Training/Images/{c:05d}/{n}.png": painted(f"{c:05d}", n) for c in range(3) for n in range(3)}
+        | flat("Final_Test/Images/", {f"{n:05d}": f"{n % 3:05d}" for n in range(3)}, 200)
+        | {
+            "GT-final_test.csv": b"Filename;Width;ClassId\n"
+            + b"".join(b"%05d.png;8;%d\n" % (n, n % 3) for n in range(3))
+        },
+        (),
+        {"train": {f"{c:05d}": 3 for c in range(3)}, "test": {f"{c:05d}": 1 for c in range(3)}},
+        "test is labelled by the column 'ClassId' of GT-final_test.csv",
+    ),
+    "trainval.txt and test.txt": (
+        folders("images/") | {"trainval.txt": b"cat/0\ncat/1\ndog/0\ndog/1\n", "test.txt": b"cat/2\ndog/2\n"},
+        (),
+        of("train", each=2) | of("test", each=1),
+        "splits by",
+    ),
+    "a list of test images alone": (
+        folders("") | {"testing_list.txt": b"cat/2.png\ndog/2.png\n"},
+        (),
+        of("train", each=2) | of("test", each=1),
+        "splits by testing_list.txt",
+    ),
+    "lists that hold labels, of some of the images": (
+        folders("", each=5)
+        | {
+            "train.txt": b"".join(b"%s/%d.png %s\n" % (c, n, c) for c in (b"cat", b"dog") for n in range(3)),
+            "test.txt": b"".join(b"%s/3.png %s\n" % (c, c) for c in (b"cat", b"dog")),
+        },
+        (),
+        SIX | of("test", each=1),
+        "2 images that no list puts into a split",
+    ),
+    "--table keeps the list of splits": (
+        flat("pics/", PETS)
+        | {
+            "labels.csv": rows_of("file,label", PETS),
+            "splits.csv": b"file,split\n"
+            + b"".join(b"img%03d,%s\n" % (n, b"test" if n > 5 else b"train") for n in range(8)),
+        },
+        ("--table", "labels.csv"),
+        of("train") | of("test", each=1),
+        "splits by splits.csv",
+    ),
+    "--table takes its family": (
+        flat("pics/", FEW)
+        | flat("pics/", MORE, 50)
+        | {
+            "style_train.csv": rows_of("file,label", FEW),
+            "style_val.csv": rows_of("file,label", MORE),
+            "genre_train.csv": rows_of("file,label", dict.fromkeys(FEW, "x")),
+        },
+        ("--table", "style_train.csv"),
+        SIX | of("val", each=2),
+        "style_val.csv",
+    ),
+    "Roboflow's column Unlabeled": (
+        {f"{split}/{k}": v for split, start in (("train", 0), ("valid", 300)) for k, v in flat("", FEW, start).items()}
+        | {
+            f"{split}/_classes.csv": b"filename,Unlabeled,cat,dog\n"
+            + "".join(f"{n}.png,0,{int(c == 'cat')},{int(c == 'dog')}\n" for n, c in FEW.items()).encode()
+            for split in ("train", "valid")
+        },
+        (),
+        of("train", "val"),
+        "",
+    ),
+    "labels of several words": (
+        flat("pics/", {"a": "A300", "b": "Boeing 707", "c": "Boeing 737", "d": "A300"})
+        | {"list.txt": b"a.png A300\nb.png Boeing 707\nc.png Boeing 737\nd.png A300\n"},
+        (),
+        {"train": {"A300": 2, "Boeing 707": 1, "Boeing 737": 1}},
+        "",
+    ),
+    "trainset.csv, testset.csv": (
+        flat("pics/", FEW)
+        | flat("pics/", MORE, 50)
+        | {"trainset.csv": rows_of("file,label", FEW), "testset.csv": rows_of("file,label", MORE)},
+        (),
+        SIX | of("test", each=2),
+        "",
+    ),
+    "predictions beside answers": (
+        flat("pics/", FEW)
+        | flat("pics/", MORE, 50)
+        | {
+            "train.csv": rows_of("file,label", FEW),
+            "test.csv": rows_of("file,label", MORE),
+            "predictions.csv": rows_of(
+                "file,prediction", {n: "cat" if k % 3 else "dog" for k, n in enumerate(FEW | MORE)}
+            ),
+        },
+        (),
+        SIX | of("test", each=2),
+        "predictions.csv",
+    ),
+    "placeholders where images share a folder": (
+        flat("pics/", FEW)
+        | flat("pics/", {f"t{n}": "x" for n in range(5)}, 50)
+        | {
+            "train.csv": rows_of("file,label", FEW),
+            "test.csv": rows_of("file,label", {f"t{n}": "cat" for n in range(5)}),
+        },
+        (),
+        SIX,
+        "placeholders",
+    ),
+    "Oxford's trimaps": (
+        flat("images/", PETS)
+        | {f"annotations/trimaps/{name}.png": painted("x", 700 + n) for n, name in enumerate(PETS)}
+        | {
+            "annotations/trainval.txt": "".join(
+                f"{n} {int(c == 'dog')} 1 1\n" for n, c in list(PETS.items())[:4]
+            ).encode(),
+            "annotations/test.txt": "".join(f"{n} {int(c == 'dog')} 1 1\n" for n, c in list(PETS.items())[4:]).encode(),
+        },
+        ("--label-column", "2", "--classes", "annotations/names.json"),
+        of("train", "test", each=2),
+        "",
+    ),
+    "images and masks in each class": (
+        folders("COVID/", "Normal/", classes=("images",), each=0)
+        | {
+            f"{c}/{kind}/{n}.png": painted(c if kind == "images" else "x", n)
+            for c in ("cat", "dog")
+            for kind in ("images", "masks")
+            for n in range(3)
+        },
+        (),
+        SIX,
+        "3 images in a folder of masks",
+    ),
+    "unlabeled images in each class": (
+        folders("") | {f"{c}/unlabeled/{n}.png": painted("x", n) for c in ("cat", "dog") for n in range(2)},
+        (),
+        SIX,
+        "left out of every split",
+    ),
+    "test images in a folder of the same name": (
+        folders("train/train/") | flat("test/test/", {"t1": "x", "t2": "x"}, 600),
+        (),
+        SIX,
+        "images without labels",
+    ),
+    "ids without zeros": (
+        flat("pics/", {f"{n:03d}": ("cat", "dog")[n % 2] for n in range(12)})
+        | {"labels.csv": rows_of("id,label", {str(n): ("cat", "dog")[n % 2] for n in range(12)})},
+        (),
+        of("train", each=6),
+        "",
+    ),
+    "a table of another suffix": (
+        flat("pics/", FEW) | {"labels.csv": rows_of("file,label", FEW, "{name}.jpg,{label}")},
+        (),
+        SIX,
+        "",
+    ),
+    "an empty label and a label": (
+        flat("pics/", FEW) | {"labels.csv": rows_of("file,label", FEW) + b"img000,\n"},
+        (),
+        SIX,
+        "the same row once more",
+    ),
+}
+DISAGREE["Oxford's trimaps"][0]["annotations/names.json"] = b'{"0": "cat", "1": "dog"}'
+
+
+@pytest.mark.parametrize("name", DISAGREE)
+def test_tables_and_folders(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, out = convert(DISAGREE[name], tmp_path, capsys)
+    assert code == 0, output
+    assert read(out) == DISAGREE[name][2], output
+    assert DISAGREE[name][3] in output
+
+
+MANY_ROWS = {f"i{n:02d}": ("cat", "dog", "cow")[n % 3] for n in range(30)}
+NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
+    "half of the images labelled otherwise": (
+        {**two_labels("a/")[0], **two_labels("b/", start=200)[0]}
+        | {"labels.csv": rows_of("file,label", dict(list(LABELS_1.items())[:5]))},
+        (),
+        "say which is right: --table",
+    ),
+    "names that several images have": (
+        {f"{c}/{n}.png": painted(c, n) for c in ("a", "b") for n in range(4)}
+        | {"labels.csv": b"file,label\n" + b"".join(b"%d.png,cat\n" % n for n in range(4))},
+        (),
+        "by names that several images have",
+    ),
+    "a folder test among classes": (
+        folders("", classes=("cat", "dog", "cow")) | flat("test/", {"t1": "x"}),
+        (),
+        "test may be splits",
+    ),
+    "a folder test in a class": (
+        folders("") | {"cat/test/9.png": painted("cat", 99)},
+        (),
+        "a folder test that may be a split",
+    ),
+    "Market-1501": (
+        flat("bounding_box_train/", {"a": "x"}) | flat("bounding_box_test/", {"b": "x"}) | flat("query/", {"c": "x"}),
+        (),
+        "may be splits",
+    ),
+    "CycleGAN": (
+        folders("trainA/", "trainB/", "testA/", "testB/", classes=("x", "y")),
+        (),
+        "the splits of several data sets",
+    ),
+    "gallery and query": (flat("gallery/", {"a": "x"}) | flat("query/", {"b": "x"}), (), "may be splits"),
+    "a split that holds one class more": (
+        folders("train/") | folders("gallery/", classes=("cat", "dog", "pig")),
+        (),
+        "the split 'gallery', and it is not known",
+    ),
+    "superclasses of one class": (
+        folders("a/", classes=("abbey", "airport"))
+        | folders("b/", classes=("badlands",))
+        | folders("c/", classes=("cabin",)),
+        (),
+        "can be read in 3 ways",
+    ),
+    "a repository of code and pictures": (
+        flat("docs/", {"a": "x"}) | flat("src/", {"b": "y"}),
+        (),
+        "by the names of its folders",
+    ),
+    "a repository whose data lies among others": (
+        folders("dataset/") | flat("Logo/", {"l": "x"}) | flat("model_v2/", {"m": "y"}),
+        (),
+        "can be read in",
+    ),
+    "pages and images": (flat("images/", {"a": "x"}) | flat("static/", {"b": "y"}), (), "is no folder of classes"),
+    "a table named that names nothing": (
+        folders("") | {"other.csv": b"file,label\nnowhere1,cat\nnowhere2,dog\n"},
+        ("--table", "other.csv"),
+        "names no image below",
+    ),
+    "a table named whose columns are unclear": (
+        folders("") | {"other.csv": b"file,a,b\ncat/0.png,1,2\n"},
+        ("--table", "other.csv"),
+        "say which one it is: --label-column NAME",
+    ),
+    "-1 beside names": (table_of(a="cat", b="dog", c="cat", d="-1"), (), "--no-label -1"),
+    "combinations of labels": (
+        flat("", FEW) | {"t.tsv": b"file\tlabel\nimg000\tcat, dog\nimg001\tcat, cow\nimg002\tdog, cow\n"},
+        (),
+        "several labels in one cell",
+    ),
+    "many images with several labels": (
+        flat("", MANY_ROWS)
+        | {
+            "t.csv": rows_of("file,label", MANY_ROWS) + rows_of("", dict.fromkeys(list(MANY_ROWS)[1::3], "cat")).strip()
+        },
+        (),
+        "gives several labels to 10 images",
+    ),
+    "a label that is not there": (table_of(a="cat", b="dog", c="cat"), ("--no-label", "cta"), "holds no such label"),
+    "no images to train on": (
+        flat("pics/", FEW) | {"dev.csv": rows_of("file,label", FEW)},
+        ("--hold-out", "0"),
+        "none to train on",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_WAY)
+def test_what_can_be_read_in_two_ways(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, flags, sentence = NO_WAY[name]
+    code, output, out = convert((files, flags, {}, ""), tmp_path, capsys)
+    assert code in (1, 2), output
+    assert sentence in output, output
+    assert not (out / "manifest.json").exists()
+
+
+def features(names: list[str]) -> dict[bytes, bytes]:
+    label = {"_type": "ClassLabel", "names": names}
+    return {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": label}}}).encode()}
+
+
+def test_files_that_number_the_classes_differently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        table = pa.table({"image": images_of("cat", "dog"), "label": [names.index("cat"), names.index("dog")]})
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        pq.write_table(table.replace_schema_metadata(features(names)), tmp_path / "mine" / f"{name}.parquet")
+    code, output = conversion(capsys, tmp_path / "mine", tmp_path / "out")
+    assert code == 1 and "a number would be two classes" in output, output
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"full/train-0.parquet": TWO, "tiny/train-0.parquet": TWO}, "several data sets: full, tiny"),
+        (
+            {"train.parquet": TWO, "val.parquet": {"image": TWO["image"], "labels": TWO["label"]}},
+            "has no column 'label'",
+        ),
+        (
+            {"train.parquet": {"image": [{"bytes": None, "path": "a.png"}] * 2, "label": ["a", "b"]}},
+            "holds paths such as a.png",
+        ),
+    ],
+)
+def test_files_of_several_forms(
+    files: dict[str, dict[str, list[object]]], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, columns in files.items():
+        place = tmp_path / "mine" / name
+        parquet(place.parent, columns, place.name)
+    code, output = conversion(capsys, tmp_path / "mine", tmp_path / "out")
+    assert code in (1, 2) and sentence in output, output
+
+
+def test_groups_of_a_parquet_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    columns = {
+        "image": images_of(*["a", "b"] * 10),
+        "label": ["a", "b"] * 10,
+        "Patient": [f"p{n // 4}" for n in range(20)],
+    }
+    root = parquet(tmp_path / "mine", columns)
+    code, output = conversion(capsys, root, tmp_path / "out", "--group", "patient", "--hold-out", "0.2")
+    assert code == 0, output
+    assert read(tmp_path / "out") == {"train": {"a": 8, "b": 8}, "val": {"a": 2, "b": 2}}
+    keys = Dataset.open(str(tmp_path / "out")).split("val").index.key.to_pylist()
+    assert len({int(key) // 4 for key in keys}) == 1
