@@ -3,26 +3,40 @@
 import contextlib
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from isal.isal_zlib import crc32
+from isal.isal_zlib import crc32, crc32_combine
 
 from shards.images import ImagePolicy, check
 from shards.repeats import Packed, Repeats, find_repeats, image_digest
 from shards.report import Note
 from shards.sources.litter import is_litter
-from shards.sources.names import choose_splits, split_word
-from shards.sources.tars import OUTSIDE, WdsSample, group, outside
+from shards.sources.names import file_splits
+from shards.sources.tar_keys import ANYTHING, Keys
+from shards.sources.tar_samples import (
+    BESIDE_CAPTIONS,
+    MAX_LABEL,
+    Labels,
+    NoLabel,
+    SeveralLabels,
+    WdsSample,
+    group,
+    is_image,
+    kind_of,
+    without_label,
+)
+from shards.sources.tars import OUTSIDE, outside
 from wds_train.errors import Conflict, DataError, NotFound, UsageError
 from wds_train.format import manifest as manifests
 from wds_train.format.arrow import to_batch
 from wds_train.format.index import write_index
 from wds_train.format.manifest import ClassInfo, DatasetManifest, Index, Shard, Split, read_manifest
-from wds_train.format.tar import members
+from wds_train.format.tar import Member, members
 from wds_train.storage.base import Entry, Store
 from wds_train.tracking.console import Meter, readable
 
@@ -58,11 +72,17 @@ class Forward:
         del self._data[: offset - self._start]
         self._start = offset
 
+    def pass_over(self, stop: int) -> None:
+        """Read up to `stop`, and keep nothing of it."""
+        while (at := self._start + len(self._data)) < stop:
+            after = min(at + CHUNK, stop)
+            self.read(at, after - at)
+            self.forget(after)
+        self.forget(stop)
+
     def sha256(self) -> str:
         """The sha256 of the whole object, which is read to its end."""
-        while (at := self._start + len(self._data)) < self.entry.bytes:
-            self.read(at, CHUNK)
-            self.forget(min(at + CHUNK, self.entry.bytes))
+        self.pass_over(self.entry.bytes)
         return self._digest.hexdigest()
 
 
@@ -78,97 +98,179 @@ class Indexed:
     notes: list[Note] = field(default_factory=list)
 
 
-def index_in_place(store: Store, policy: ImagePolicy | None) -> tuple[dict[str, Indexed], list[Note]]:
-    """The index of every tar below `store`, by split, and the notes on what was left out; nothing is written. With no
-    policy for images, of samples that hold anything.
+def index_in_place(
+    store: Store, policy: ImagePolicy | None, said: Mapping[str, str] = MappingProxyType({})
+) -> tuple[dict[str, Indexed], list[Note]]:
+    """Index every tar below `store`, by split; nothing is written.
+
+    Args:
+        store: Where the tars lie.
+        policy: How images are checked; None for samples that hold anything.
+        said: What a person said of splits; see `file_splits`.
+
+    Returns:
+        The index of each split, and the notes on what was left out.
     """
-    entries = [entry for entry in store.list() if entry.key.endswith(".tar") and not is_litter(entry.key)]
+    entries = {entry.key: entry for entry in store.list() if entry.key.endswith(".tar") and not is_litter(entry.key)}
     if not entries:
         raise UsageError(f"{store.url} holds no .tar files; check the address; .tar.gz must be unpacked to plain tars")
-    words = {entry: split_word(entry.key) for entry in entries}
-    chosen = choose_splits(words.values())
-    splits = {split: Indexed() for split in chosen.values()}
-    with Meter(sum(entry.bytes for entry, word in words.items() if word in chosen)) as meter:
-        for entry, word in words.items():
-            if word in chosen:
-                _index_tar(splits[chosen[word]], chosen[word], Forward(store, entry, meter), policy)
-    notes = [
-        Note("", e.key, "ignored", f"the split {word!r} is not used") for e, word in words.items() if word not in chosen
-    ]
-    return splits, notes + [note for found in splits.values() for note in found.notes]
+    used, unused = file_splits([*entries], said, store.url)
+    splits = {split: Indexed() for split in dict.fromkeys(used.values())}
+    indexer = _Indexer(policy)
+    with Meter(sum(entries[key].bytes for key in used)) as meter:
+        for key, split in used.items():
+            indexer.add(splits[split], split, Forward(store, entries[key], meter))
+    indexer.labels.refuse(store.url, len(used))
+    notes = [Note("", key, "ignored", cause) for key, cause in unused.items()]
+    notes += [Note("", store.url, "kept", told) for told in (indexer.keys.told(), indexer.labels.told()) if told]
+    notes += [note for found in splits.values() for note in found.notes]
+    # Test images are often handed out without labels: these are no split.
+    return {split: found for split, found in splits.items() if found.rows or split != "test"}, notes
 
 
-def _index_tar(found: Indexed, split: str, file: Forward, policy: ImagePolicy | None) -> None:
-    name, number, before = file.entry.key, len(found.shards), len(found.rows)
-    seen: set[str] = set()
-    try:
-        for sample in _samples(file):
+@dataclass(frozen=True)
+class _Part:
+    """A member of a tar that was read once: what is needed of it, whichever sample it belongs to."""
+
+    member: Member
+    crc32: int  # from its header to its padding
+    text: bytes = b""  # of what may be a label
+    size: tuple[int, int] = (1, 1)  # width and height of an image
+    flaw: str = ""  # why it is no image that can be used
+    digest: int = 0  # the `image_digest` of an image
+
+
+class _Indexer:
+    """Indexes the tars of a source, one after the other, with what they have in common."""
+
+    def __init__(self, policy: ImagePolicy | None) -> None:
+        self.keys = Keys()
+        self.labels = Labels()
+        self._policy = policy
+
+    def add(self, found: Indexed, split: str, file: Forward) -> None:
+        """Add the samples of the tar `file` to those `found`."""
+        name, before = file.entry.key, len(found.rows)
+        try:
+            parts = [_read(member, file, self._policy) for member in members(file.read, 0, file.entry.bytes)]
+            plain = [part.member for part in parts if _counts(part.member)]
+            odd = next((member for member in plain if member.kind != "file"), None)
+            if odd is not None:
+                raise DataError(f"{odd.name!r} is a {odd.kind}; only plain files can be used")
+            how = self.keys.choose(name, plain, BESIDE_CAPTIONS if self._policy else ANYTHING)
+            self._add_samples(found, split, name, [*group(plain, how)], parts)
+        except DataError as error:
+            raise DataError(f"{name} cannot be indexed: {error}") from error
+        found.shards.append(Shard(name, file.entry.bytes, len(found.rows) - before, file.sha256()))
+
+    def _add_samples(self, found: Indexed, split: str, name: str, samples: list[WdsSample], parts: list[_Part]) -> None:
+        tar, seen = _TarParts(parts), set[str]()
+        for sample in samples:
             if sample.key in seen:
                 raise DataError(
                     f"the members of {sample.key!r} do not lie side by side; re-shard it: wds-train shards wds:PATH"
                 )
             seen.add(sample.key)
-            if sample.is_none and policy:
-                found.notes.append(Note(split, readable(f"{name}: {sample.key}"), "ignored", "beside the samples"))
+            origin = readable(f"{name}: {sample.key}")
+            if sample.is_none and self._policy:
+                found.notes.append(Note(split, origin, "ignored", "beside the samples"))
                 continue
             try:
-                found.rows.append(_row(sample, file, number, policy))
-                found.digests.append(_digest(found.rows[-1], file))
+                row = {"shard": len(found.shards)} | self._row(sample, tar)
+                found.rows.append(row)
+                found.digests.append(tar.digest(row["data_offset"]))
+            except SeveralLabels as error:
+                raise DataError(f"{sample.key}: {error}") from error
+            except NoLabel as error:
+                found.notes.append(without_label(split, origin, error))
             except DataError as error:
-                found.notes.append(Note(split, readable(f"{name}: {sample.key}"), "left out", str(error)))
-    except DataError as error:
-        raise DataError(f"{file.entry.key} cannot be indexed: {error}") from error
-    found.shards.append(Shard(name, file.entry.bytes, len(found.rows) - before, file.sha256()))
+                found.notes.append(Note(split, origin, "left out", str(error)))
+
+    def _row(self, sample: WdsSample, tar: "_TarParts") -> dict[str, Any]:
+        own = sorted(sample.members.values(), key=lambda member: member.offset)
+        start, end = own[0].offset, own[-1].end
+        if self._policy and not sample.images():
+            raise DataError(f"no image member; {ANY_TOO}")
+        if not self._policy and not any(member.size for member in own):
+            raise DataError("its members are empty")
+        if not sample.key or readable(sample.key) != sample.key:
+            raise DataError("its name is empty, not UTF-8, or cannot be printed; rename it")
+        if outside(sample.key):
+            raise DataError(OUTSIDE)
+        if end - start > MAX_SAMPLE:
+            raise DataError(f"it takes {end - start} bytes; at most {MAX_SAMPLE} can be streamed")
+        label = self.labels.label(sample, tar.text) if self._policy else ANY
+        image = sample.image() if self._policy else max(own, key=lambda member: member.size)
+        assert image is not None, "it has one"
+        part = tar.at(image)
+        if part.flaw:
+            raise DataError(part.flaw)
+        return {
+            "offset": start,
+            "length": end - start,
+            "data_offset": image.data_offset,
+            "data_length": image.size,
+            "label": label,
+            "key": sample.key,
+            "width": part.size[0],
+            "height": part.size[1],
+            "crc32": tar.crc32(own[0], own[-1]),
+        }
 
 
-def _samples(file: Forward) -> Iterator[WdsSample]:
-    """The samples of a tar; each one's bytes can be read until the next is asked for."""
-    everything = members(file.read, 0, file.entry.bytes)
-    plain = (member for member in everything if member.kind != "directory" and not is_litter(member.name))
-    for sample in group(plain):
-        odd = next((member for member in sample.members.values() if member.kind != "file"), None)
-        if odd is not None:
-            raise DataError(f"{odd.name!r} is a {odd.kind}; only plain files can be used")
-        yield sample
-        file.forget(max(member.end for member in sample.members.values()))
+class _TarParts:
+    """The members of a tar, by where they lie."""
+
+    def __init__(self, parts: list[_Part]) -> None:
+        self._parts = parts
+        self._place = {part.member.offset: place for place, part in enumerate(parts)}
+        self._by_data = {part.member.data_offset: part for part in parts}
+
+    def at(self, member: Member) -> _Part:
+        return self._parts[self._place[member.offset]]
+
+    def text(self, offset: int, length: int) -> bytes:
+        """The content of the label member whose data begin at `offset`."""
+        return self._by_data[offset].text
+
+    def digest(self, offset: int) -> int:
+        """The `image_digest` of the image whose data begin at `offset`."""
+        return self._by_data[offset].digest
+
+    def crc32(self, first: Member, last: Member) -> int:
+        """The checksum of all that lies from the `first` member to the end of the `last`."""
+        checksum = 0
+        for part in self._parts[self._place[first.offset] : self._place[last.offset] + 1]:
+            checksum = crc32_combine(checksum, part.crc32, part.member.end - part.member.offset)
+        return checksum
 
 
-def _row(sample: WdsSample, file: Forward, number: int, policy: ImagePolicy | None) -> dict[str, Any]:
-    parts = sorted(sample.members.values(), key=lambda member: member.offset)
-    start, end = parts[0].offset, parts[-1].end
-    image = sample.image if policy else max(parts, key=lambda member: member.size)
-    if image is None:
-        raise DataError(f"no image member; {ANY_TOO}")
-    if not image.size and not policy:
-        raise DataError("its members are empty")
-    if not sample.key or readable(sample.key) != sample.key:
-        raise DataError("its name is empty, not UTF-8, or cannot be printed; rename it")
-    if outside(sample.key):
-        raise DataError(OUTSIDE)
-    if end - start > MAX_SAMPLE:
-        raise DataError(f"it takes {end - start} bytes; at most {MAX_SAMPLE} can be streamed")
-    label, width, height = ANY, 1, 1
-    if policy:
-        label = sample.label(file.read)
-        checked = check(file.read(image.data_offset, image.size), policy)
-        width, height = checked.width, checked.height
-    return {
-        "shard": number,
-        "offset": start,
-        "length": end - start,
-        "data_offset": image.data_offset,
-        "data_length": image.size,
-        "label": label,
-        "key": sample.key,
-        "width": width,
-        "height": height,
-        "crc32": crc32(file.read(start, end - start)),
-    }
+def _counts(member: Member) -> bool:
+    """Whether the member belongs to a sample: folders and litter do not."""
+    return member.kind != "directory" and not is_litter(member.name)
 
 
-def _digest(row: dict[str, Any], file: Forward) -> int:
-    """The `image_digest` of the sample that the `file` was read to last."""
-    return image_digest(file.read(row["data_offset"], row["data_length"]))
+def _read(member: Member, file: Forward, policy: ImagePolicy | None) -> _Part:
+    """What is needed of the member; its bytes are let go of."""
+    if member.end - member.offset > MAX_SAMPLE:  # no sample can hold it
+        file.pass_over(member.end)
+        return _Part(member, 0)
+    record = file.read(member.offset, member.end - member.offset)
+    file.forget(member.end)
+    checksum = crc32(record)
+    if not policy or not _counts(member):
+        return _Part(member, checksum)
+    start = member.data_offset - member.offset
+    data = record[start : start + member.size]
+    if is_image(member.name):
+        try:
+            image = check(data, policy)
+        except DataError as error:
+            return _Part(member, checksum, flaw=str(error))
+        return _Part(member, checksum, size=(image.width, image.height), digest=image_digest(data))
+    name = member.name.lower()
+    may_be_label = kind_of(name) in BESIDE_CAPTIONS or ".label." in name
+    return _Part(member, checksum, data if may_be_label and member.size <= MAX_LABEL else b"")
 
 
 def repeats_in_place(splits: dict[str, Indexed], classes: tuple[ClassInfo, ...]) -> Repeats:
@@ -203,7 +305,7 @@ def write_dataset(
         for split, found in splits.items()
     }
     made = DatasetManifest(
-        classes, parts, "webdataset, indexed in place", 0, image_policy, {}, _put(store, "report", ".json", report)
+        classes, parts, manifests.IN_PLACE, 0, image_policy, {}, _put(store, "report", ".json", report)
     )
     if there is not None and not overwrite and there.fingerprint != made.fingerprint:
         raise UsageError(f"{store.url} has another manifest already, {there.fingerprint}; --overwrite replaces it")

@@ -1,36 +1,52 @@
 """Tars as sources: read where they lie, through their headers. Nothing is unpacked, no link followed, nothing executed."""
 
 import gzip
-import json
 import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from shards.report import Note
 from shards.sources.base import Source, Understood, Wanted
-from shards.sources.labels import Classes, LabelRules, classes_of, label_text, read_class_list
+from shards.sources.imagefolder import folder_source, read_layout
+from shards.sources.labels import CAPTIONS, Classes, LabelRules, classes_of, read_class_list
 from shards.sources.litter import is_litter
 from shards.sources.names import file_splits
-from shards.sources.scan import SplitScan, read_bytes
+from shards.sources.scan import SplitScan, Stamp, read_bytes
 from shards.sources.splits import from_scans, label_counts, relabelled
 from shards.sources.spool import Spool
+from shards.sources.tar_keys import Keys
+from shards.sources.tar_samples import (
+    BESIDE_CAPTIONS,
+    CAPTION,
+    LABELS,
+    Labels,
+    NoLabel,
+    SeveralLabels,
+    WdsSample,
+    gather,
+    how_to_label,
+    is_image,
+    kind_of,
+    without_label,
+)
+from shards.sources.tree import TarFile, TarFiles
 from wds_train.errors import AccessDenied, DataError, UsageError
 from wds_train.format import manifest as manifests
-from wds_train.format.shard import IMAGE_EXTENSIONS
 from wds_train.format.tar import Member, key_and_extension, members
+from wds_train.tracking.console import readable
 
-MAX_LABEL = 1 << 16
 OUTSIDE = "its name points outside the archive"
 CHUNK = 1 << 20
 TARS = (".tar", ".tar.gz", ".tgz")
-LABELS = ("cls", "json", "label", "class", "txt")  # the members that may hold a sample's label, the first that is there
-LABEL_FIELDS = ("label", "cls", "class", "class_name", "category")
+SENTENCE = 4  # words, in half of the texts: of what are captions
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 CLASS_LISTS = ("classes.txt", "classes.json", "labels.txt", "class_names.txt")
 
 
@@ -75,143 +91,201 @@ def is_safe(found: SplitScan, origin: str, member: Member) -> bool:
     return False
 
 
-class WdsSample:
-    """Members of one key: where its image lies, and its label. `members` by extension, in small letters."""
+def folder_files(tars: Mapping[Path, Path]) -> tuple[dict[Path, list[TarFile]], list[Note]]:
+    """List the files of tars that hold folders of images and no labels, as `tar cf data.tar CLASSES/` makes them.
 
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.members: dict[str, Member] = {}
+    Args:
+        tars: The tars, and where each lies as a plain one.
 
-    @property
-    def image(self) -> Member | None:
-        """The member `.jpg` or its like; else one whose name ends so, as in `000.image.jpg`."""
-        known = {name: member for name, member in self.members.items() if name in IMAGE_EXTENSIONS}
-        known = known or {n: m for n, m in self.members.items() if n.rpartition(".")[2] in IMAGE_EXTENSIONS}
-        return next(iter(known.values()), None)
-
-    @property
-    def is_none(self) -> bool:
-        """Whether it is no sample at all, but a file that lies beside samples."""
-        return self.image is None and not set(self.members) & {"cls", "json"}
-
-    @property
-    def labels(self) -> dict[str, Member]:
-        """The members that may hold the label, by what they are called: 7.cls, 7.label.cls and 7.label.txt, too."""
-        parts = {name.rpartition(".")[2]: member for name, member in self.members.items()}
-        parts |= {name.partition(".")[0]: member for name, member in self.members.items() if name.startswith("label.")}
-        return {name: parts[name] for name in LABELS if name in parts}
-
-    def label(self, read: Callable[[int, int], bytes], names: Collection[str] = LABELS[:-1]) -> str:
-        """The label in the first of `names` that is there: from `.json`, its field label, cls or class; `DataError` for
-        none.
-        """
-        name, member = next(((n, m) for n, m in self.labels.items() if n in names), ("", None))
-        if member is None or not member.size:
-            raise DataError("no .cls or .json member with a label")
-        if member.size > MAX_LABEL:
-            raise DataError(f"its label member .{name} has {member.size} bytes, at most {MAX_LABEL} can be read")
-        text = read(member.data_offset, member.size)
-        return label_text(text if name == "txt" else _parsed(text))
-
-
-def _parsed(text: bytes) -> Any:
-    """What a `.cls` or `.json` says: JSON, from which the label is taken, or else the bare text."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    if isinstance(content, dict):
-        content = next((content[name] for name in LABEL_FIELDS if name in content), None)
-    return content
-
-
-def group(plain: Iterator[Member]) -> Iterator[WdsSample]:
-    """Members in a row whose names are equal up to the first dot of the base name: webdataset's rule."""
-    sample: WdsSample | None = None
-    for member in plain:
-        key, extension = key_and_extension(member.name)
-        if sample is None or sample.key != key or extension in sample.members:
-            if sample is not None:
-                yield sample
-            sample = WdsSample(key)
-        sample.members[extension] = member
-    if sample is not None:
-        yield sample
-
-
-def gather(plain: Iterator[Member]) -> Iterator[WdsSample]:
-    """The samples of members that need not lie side by side, as those of `group` must; a member that a sample has
-    already begins another.
+    Returns:
+        The files of each tar, none where these are not such tars; and notes on members that are no files.
     """
-    samples: dict[str, list[WdsSample]] = {}
-    for member in plain:
-        key, extension = key_and_extension(member.name)
-        known = samples.setdefault(key, [])
-        sample = next((each for each in known if extension not in each.members), None)
-        if sample is None:
-            known.append(sample := WdsSample(key))
-        sample.members[extension] = member
-    yield from (sample for known in samples.values() for sample in known)
+    files = {tar: list[TarFile]() for tar in tars}
+    found = SplitScan("train")
+    for tar, plain in tars.items():
+        kinds: dict[str, set[str]] = {}
+        for member in tar_members(plain):
+            if not is_safe(found, str(tar), member):
+                continue
+            key, extension = key_and_extension(member.name)
+            of_key = kinds.setdefault(key, set())
+            of_key.add("image" if is_image(member.name) else kind_of(extension))
+            if "image" in of_key and of_key & {*LABELS}:
+                return {}, []
+            files[tar].append(TarFile(member.name, str(plain), member.data_offset, member.size))
+    names = [file.name.removeprefix("./") for of_tar in files.values() for file in of_tar]
+    if not any(is_image(name) and "/" in name for name in names):
+        return {}, []
+    return files, found.notes
 
 
 def webdataset(root: Path, spool: Spool, wanted: Wanted) -> Source:
-    """Existing WebDataset tars: every .tar, .tar.gz or .tgz below the folder `root`, or the one file."""
-    below = (
-        sorted(path for path in root.rglob("*") if path.name.endswith(TARS) and not is_litter(path.name))
-        if root.is_dir()
-        else [root]
-    )
+    """Read existing tars: every .tar, .tar.gz or .tgz below the folder `root`, or the one file.
+
+    They are WebDataset's, or hold folders of images.
+    """
+    base = root if root.is_dir() else root.parent
+    below = [root]
+    if root.is_dir():
+        below = sorted(path for path in root.rglob("*") if path.name.endswith(TARS) and not is_litter(path.name))
     paths = [path for path in below if not _is_folder(path)]
     if not paths or not root.exists():
         raise UsageError(f"{root} holds no .tar files")
-    base = root if root.is_dir() else root.parent
     names = {path.relative_to(base).as_posix(): path for path in paths}
     used, unused = file_splits([*names], wanted.splits, str(root))
-    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in dict.fromkeys(used.values())}
-    labels: dict[str, int] = {}  # in the order in which they come
-    for name, cause in unused.items():
-        next(iter(scans.values())).note(names[name], "ignored", cause)
-    for name, split in used.items():
-        path = names[name]
-        found = scans[split]
-        found.stamp.add(path.name, path.stat())
-        _scan_wds(found, path, spool, labels)
-    counts = label_counts(scans.values(), [*labels])
+    splits = {names[name]: split for name, split in used.items()}
+    tars = {path: path if path.name.endswith(".tar") else unpacked(path, spool) for path in splits}
+    ignored = {names[name]: cause for name, cause in unused.items()}
+    files, notes = folder_files(tars)
+    if files:
+        source = _class_folders(root, files, splits, wanted)
+        notes += [Note("train", readable(str(path)), "ignored", cause) for path, cause in ignored.items()]
+        return replace(source, notes=[*source.notes, *notes])
+    return _samples(root, tars, splits, ignored, wanted)
+
+
+def _samples(
+    root: Path, tars: Mapping[Path, Path], splits: Mapping[Path, str], ignored: Mapping[Path, str], wanted: Wanted
+) -> Source:
+    """Return the samples of WebDataset tars."""
+    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in dict.fromkeys(splits.values())}
+    first = next(iter(scans.values()))
+    for path, cause in ignored.items():
+        first.note(path, "ignored", cause)
+    scan = _TarScan(root, tars)
+    for path, split in splits.items():
+        scan.add(path, scans[split])
+    scan.judge()
+    counts = label_counts(scans.values(), [*scan.labels])
     classes = wds_classes(root if root.is_dir() else root.parent, counts, wanted.labels)
-    understood = Understood("WebDataset tars", "the members .cls, .json and their like", classes.said)
+    told = scan.told()
+    for sentence in told:
+        first.note(root, "kept", sentence)
+    understood = Understood("WebDataset tars", scan.origin, [*classes.said, *told])
     source = from_scans(f"webdataset {root.name}", classes.infos, [*scans.values()], understood)
-    return relabelled(source, np.array([classes.numbers[text] for text in labels], np.int32))
+    return relabelled(source, np.array([classes.numbers[text] for text in scan.labels], np.int32))
 
 
-def _scan_wds(found: SplitScan, path: Path, spool: Spool, labels: dict[str, int]) -> None:
-    others: Counter[str] = Counter()
-    plain_tar = path.name.endswith(".tar")
+def _class_folders(
+    root: Path, files: Mapping[Path, list[TarFile]], splits: Mapping[Path, str], wanted: Wanted
+) -> Source:
+    """Return the images of folders in tars, which are read like folders on a disk."""
+    table = next((file for of_tar in files.values() for file in of_tar if file.name.lower().endswith(TABLES)), None)
+    if table is not None:
+        raise DataError(
+            f"{root} holds images in folders, and a table that may label them, {table.name}, which is not read inside a tar; "
+            "unpack it, and give the folder"
+        )
+    together, stamp = list[TarFile](), Stamp()
+    for tar, of_tar in files.items():
+        stamp.add(tar.name, tar.stat())
+        # train.tar and val.tar, each with the same folders of classes.
+        prefix = f"{splits[tar]}/" if len(set(splits.values())) > 1 else ""
+        together += [replace(file, name=prefix + file.name.removeprefix("./")) for file in of_tar]
+    found = TarFiles(together)
+    source = folder_source(read_layout(found.tree(root.name), wanted), root.name, found, wanted)
+    return replace(source, stamp=source.stamp + stamp.hexdigest())
 
-    def read(offset: int, length: int) -> bytes:
-        return read_bytes(str(place), offset, length)
 
-    place = path if plain_tar else unpacked(path, spool)
-    plain = (member for member in tar_members(place) if is_safe(found, str(path), member))
-    samples = [*gather(plain)]
-    # Beside any other label, a .txt is a caption.
-    names = LABELS[-1:] if not any(set(sample.labels) - {*LABELS[-1:]} for sample in samples) else LABELS[:-1]
-    for sample in samples:
-        origin, image = f"{path}: {sample.key}", sample.image
-        known = {*IMAGE_EXTENSIONS, *LABELS}
-        others.update(name for name in sample.members if name.rpartition(".")[2] not in known)
-        if image is None:
+class _TarScan:
+    """Scans the tars of a source, one after the other, with what they have in common."""
+
+    def __init__(self, root: Path, places: Mapping[Path, Path]) -> None:
+        self.labels: dict[str, int] = {}  # in the order in which they come
+        self._keys = Keys()
+        self._root, self._places = root, places
+        self._asked = Labels()
+        self._texts = Counter[str]()  # those of .txt members that are labels
+        self._tar_of: dict[str, Path] = {}  # the first whose labels are in .txt, and the first with others
+
+    def add(self, path: Path, found: SplitScan) -> None:
+        """Add the samples in the tar at `path` to those `found`."""
+        found.stamp.add(path.name, path.stat())
+        place = self._places[path]
+        plain = [member for member in tar_members(place) if is_safe(found, str(path), member)]
+        samples = gather(plain)
+        kinds = self._kinds(path, samples)
+        split = self._keys.choose(str(path), plain, kinds)
+        if split is not key_and_extension:
+            samples = gather(plain, split)
+        others: Counter[str] = Counter()
+        for sample in samples:
+            image = self._add_sample(sample, path, found, kinds)
+            others.update(_beside(sample, image))
+        for extension, count in others.items():
+            found.note(path, "ignored", f"{count} members .{extension}")
+
+    def _add_sample(self, sample: WdsSample, path: Path, found: SplitScan, kinds: Collection[str]) -> Member | None:
+        """Add the sample, or note why not; its image, where it was added."""
+        place = str(self._places[path])
+        origin = f"{path}: {sample.key}"
+        if not sample.images():
             if not sample.is_none:
                 found.note(origin, "left out", "no image member")
-            continue
+            return None
         try:
-            text = sample.label(read, names)
+            text = self._asked.label(sample, partial(read_bytes, place), kinds)
+            image = sample.image()
+        except SeveralLabels as error:
+            raise DataError(f"{origin}: {error}") from error
+        except NoLabel as error:
+            found.notes.append(without_label(found.split, readable(origin), error))
+            return None
         except DataError as error:
             found.note(origin, "left out", str(error))
-            continue
-        label = labels.setdefault(text, len(labels))
-        found.add(label, image.name, str(place), image.data_offset, image.size)
-    for extension, count in others.items():
-        found.note(path, "ignored", f"{count} members .{extension}")
+            return None
+        assert image is not None, "it has one"
+        self._texts.update([text] if CAPTION in kinds else [])
+        label = self.labels.setdefault(text, len(self.labels))
+        found.add(label, image.name, place, image.data_offset, image.size)
+        return image
+
+    def _kinds(self, path: Path, samples: Sequence[WdsSample]) -> Collection[str]:
+        """The kinds of members of a tar that may hold labels: beside any other label, in any of the tars, a .txt is a
+        caption.
+        """
+        with_image = [sample for sample in samples if sample.images()]
+        if any(sample.labels(kind) for sample in with_image for kind in BESIDE_CAPTIONS):
+            self._tar_of.setdefault("others", path)
+        elif any(sample.labels(CAPTION) for sample in with_image):
+            self._tar_of.setdefault(CAPTION, path)
+            if "others" not in self._tar_of:
+                return (CAPTION,)
+        if len(self._tar_of) > 1 and self._tar_of["others"] == path:
+            raise DataError(
+                f"{self._tar_of[CAPTION]} has labels in .txt members alone, {path} in others, beside which a .txt is a "
+                "caption; make a dataset of each, or add a .cls to every sample"
+            )
+        return BESIDE_CAPTIONS
+
+    @property
+    def origin(self) -> str:
+        """Where the labels come from."""
+        if CAPTION in self._tar_of and "others" not in self._tar_of:
+            return "the .txt members, beside which there is nothing else that holds one"
+        return "the members .cls, .json and their like"
+
+    def told(self) -> list[str]:
+        """What there is to say of the keys and labels, a sentence each."""
+        return [sentence for sentence in (self._keys.told(), self._asked.told()) if sentence]
+
+    def judge(self) -> None:
+        """Refuse tars without any label, and those whose .txt members hold captions."""
+        self._asked.refuse(str(self._root), len(self._places))
+        words = sorted(len(text.split()) for text in self._texts)
+        if words and len(words) > CAPTIONS * self._texts.total() and words[len(words) // 2] >= SENTENCE:
+            raise DataError(
+                f"{self._root} has a .txt for each sample and no other label, such as {min(self._texts, key=len)!r}: these are "
+                f"captions; {how_to_label(str(self._root))}"
+            )
+
+
+def _beside(sample: WdsSample, image: Member | None) -> list[str]:
+    """The extensions of what a sample has besides its `image` (None where it was left out) and what may be its label."""
+    there = {name: member for name, member in sample.members.items() if kind_of(name) not in LABELS}
+    if image is None:
+        return [name for name in there if not is_image(f".{name}")]
+    return [name for name, member in there.items() if member != image]
 
 
 def unpacked(path: Path, spool: Spool) -> Path:

@@ -131,7 +131,7 @@ class OwnObjects:
 
     def __init__(self, function: Function | None, split: SplitReader, seed: int, names: Collection[str] | None) -> None:
         self._own = Own(function, split, seed) if function else None
-        self._names = names
+        self._split, self._names = split, names
 
     def form(self, step: int) -> Form:
         return OBJECT
@@ -140,10 +140,10 @@ class OwnObjects:
         """Nothing: the function draws for itself."""
 
     def decode(self, data: memoryview, place: Place, drawn: None, out: NDArray[Any]) -> None:
-        out[0] = self._made(self._own, data, place) if self._own else self._fields(data)
+        out[0] = self._made(self._own, data, place) if self._own else self._fields(data, place)
 
     def _made(self, own: Own, data: memoryview, place: Place) -> Any:
-        made = own(lambda: self._fields(data), place)
+        made = own(lambda: self._fields(data, place), place)
         if torch.utils.data.get_worker_info():
             try:
                 _try_sending(made)
@@ -154,8 +154,8 @@ class OwnObjects:
                 ) from error
         return made
 
-    def _fields(self, data: memoryview) -> dict[str, bytes]:
-        fields = fields_of(data)
+    def _fields(self, data: memoryview, place: Place) -> dict[str, bytes]:
+        fields = fields_of(data, self._split.index.key_of(place.sample))
         if self._names is None:
             return fields
         if lacking := [name for name in self._names if name not in fields]:

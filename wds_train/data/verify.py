@@ -11,8 +11,8 @@ from isal.isal_zlib import crc32
 from wds_train.data.dataset import Dataset, read_whole, readings
 from wds_train.errors import DataError, NotFound
 from wds_train.format.index import SampleIndex, read_index
-from wds_train.format.manifest import Index, Shard
-from wds_train.format.tar import members
+from wds_train.format.manifest import IN_PLACE, Index, Shard
+from wds_train.format.tar import extension_of, members
 from wds_train.storage.base import Store
 
 CHUNK = 8 << 20
@@ -114,6 +114,7 @@ def _verify_samples(
 ) -> tuple[list[Damage], str]:
     """The damaged ones of the samples `rows` of an object, and the sha256 of all of it, reading it once."""
     store, ids = dataset.store, [entry.id for entry in dataset.manifest.classes]
+    own = dataset.manifest.source != IN_PLACE
     ends = index.offset[rows] + index.length[rows]
     starts = np.concatenate([[0], ends])[:-1]
     usable = (ends <= size) & (index.offset[rows] >= starts)
@@ -127,7 +128,7 @@ def _verify_samples(
             damaged = []
             for row in rows[first : last + 1].tolist():
                 offset = int(index.offset[row]) - start
-                cause = _sample_damage(data[offset : offset + int(index.length[row])], index, row, ids)
+                cause = _sample_damage(data[offset : offset + int(index.length[row])], index, row, ids, own=own)
                 damaged += [Damage(name, index.key_of(row), cause)] if cause else []
             if not damaged:
                 break
@@ -160,8 +161,14 @@ def _plain(label: bytes) -> str:
     return label.decode(errors="replace").strip().strip('"')
 
 
-def _sample_damage(record: bytes, index: SampleIndex, row: int, ids: Sequence[str]) -> str:
-    """Why the sample is not what its row says, or nothing. `ids`: the classes'."""
+def _sample_damage(record: bytes, index: SampleIndex, row: int, ids: Sequence[str], *, own: bool) -> str:
+    """Say why a sample is not what its row says, or nothing.
+
+    Args:
+        record: Its bytes, from the first header to the last padding.
+        ids: The classes'.
+        own: Whether the shard is one that we wrote.
+    """
     if crc32(record) != index.crc32[row]:
         return "its bytes do not match the checksum in the index"
     # The record alone is not an archive: two zero blocks end it as one.
@@ -173,11 +180,15 @@ def _sample_damage(record: bytes, index: SampleIndex, row: int, ids: Sequence[st
     image = next((part for part in parts if part.data_offset == index.data_offset[row] - index.offset[row]), None)
     if image is None or image.size != index.data_length[row]:
         return "its image is not where the index says"
-    label = next((part for part in parts if part.name.endswith(".cls")), None)
-    inside = record[label.data_offset : label.data_offset + label.size] if label is not None else b""
-    if label is not None and _plain(inside) not in (str(index.label[row]), ids[index.label[row]]):
-        return f"its label is {inside.decode(errors='replace')!r} in the shard and {index.label[row]} in the index"
     key = index.key_of(row)
-    if any(not part.name.startswith((f"{key}.", f"{key}/")) for part in parts):
-        return f"the shard calls it {parts[0].name!r}"
-    return ""
+    # Between the members of others lie folders and what systems leave: these are no part of the sample.
+    mine = {part: name for part in parts if (name := extension_of(part.name, key)) is not None}
+    label = next((part for name in ("cls", "label.cls") for part in mine if mine[part] == name), None)
+    if label is not None:
+        inside = record[label.data_offset : label.data_offset + label.size]
+        said, right = _plain(inside), (str(index.label[row]), ids[index.label[row]])
+        # Others write a label in many ways (3.0, cafe\u0301): it is wrong for certain where it names another class.
+        if said not in right and (own or said in ids):
+            return f"its label is {inside.decode(errors='replace')!r} in the shard and {index.label[row]} in the index"
+    odd = next((part for part in parts if part not in mine and (own or part is image)), None)
+    return f"the shard calls it {odd.name!r}" if odd is not None else ""

@@ -22,6 +22,7 @@ FORMAT = 1
 FORMAT_BY_SHARD = 2
 KIND = "wds-train dataset"
 NAME = "manifest.json"
+IN_PLACE = "webdataset, indexed in place"  # the source of a dataset whose tars others wrote
 # A shard that replaces one of the same place in an overwritten dataset: train/shard-000007.1f2e3d4c.tar.
 SHA256 = re.compile("[0-9a-f]{64}")
 MOST = 1 << 62  # bytes or samples: sums of a few still fit into 64 bits

@@ -2,13 +2,22 @@
 
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from wds_train.errors import DataError
 
 TAR_BLOCK = 512
 PLAIN_STEMS = {"image", "img", "label", "cls", "class", "target", "meta", "metadata"}
+# Words that name one of a sample's members (7.seg.png beside 7.jpg) and so are no part of its key.
+FIELD_WORDS = PLAIN_STEMS | {
+    *("jpeg", "jpg", "png", "webp"),  # 7.jpg.json
+    *("alpha", "audio", "bbox", "bboxes", "boxes", "caption", "captions", "clip", "depth", "emb", "embedding"),
+    *("feature", "features", "input", "keypoints", "latent", "mask", "masks", "original", "output", "rgb"),
+    *("seg", "segmentation", "text", "thumb", "thumbnail", "video"),
+}
+COMPRESSED = {"bz2", "gz", "lz4", "xz", "zst"}  # behind another extension: 7.json.gz
+EXTENSION = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 def padded(size: int) -> int:
@@ -32,12 +41,44 @@ class Member(NamedTuple):
 
 
 def key_and_extension(name: str) -> tuple[str, str]:
-    """What a member's name says by webdataset's rule; 7/image.jpg and 7/label.cls are one sample, too."""
+    """Split a member's name at the first dot of its base name, as webdataset does.
+
+    7/image.jpg and 7/label.cls are members of one sample, too: their key is the folder.
+    """
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     if folder and stem.lower() in PLAIN_STEMS:
         return folder, extension.lower()
     return folder + slash + stem, extension.lower()
+
+
+def key_and_last_extension(name: str, fields: Collection[str] = FIELD_WORDS) -> tuple[str, str]:
+    """Split a member's name before its last extension: cat.0.jpg is the jpg of cat.0.
+
+    Words that name one of the `fields` go with the extension: cat.0.seg.png is the seg.png of cat.0. Where there is one
+    dot, or no extension behind the last one, this is `key_and_extension`.
+    """
+    folder, slash, base = name.rpartition("/")
+    parts = base.split(".")
+    if len(parts) < 3 or not EXTENSION.fullmatch(parts[-1]):
+        return key_and_extension(name)
+    first = len(parts) - 1
+    if parts[first].lower() in COMPRESSED and EXTENSION.fullmatch(parts[first - 1]):
+        first -= 1
+    while first > 1 and parts[first - 1].lower() in fields:
+        first -= 1
+    stem, extension = ".".join(parts[:first]), ".".join(parts[first:]).lower()
+    if folder and stem.lower() in PLAIN_STEMS:
+        return folder, extension
+    return folder + slash + stem, extension
+
+
+def extension_of(name: str, key: str) -> str | None:
+    """What `name` is called within the sample `key`, whichever way the two were split; None where it is not its member."""
+    if name.startswith(f"{key}."):
+        return name[len(key) + 1 :].lower()
+    own, extension = key_and_extension(name)
+    return extension if own == key else None
 
 
 KINDS = {
@@ -134,12 +175,20 @@ def _extended(kind: bytes, data: bytes) -> dict[str, str]:
     return records
 
 
-def fields_of(record: memoryview) -> dict[str, bytes]:
-    """The members of the one sample whose bytes, header to padding, are `record`: their contents by extension."""
+def fields_of(record: memoryview, key: str) -> dict[str, bytes]:
+    """The contents of the members of the sample `key`, by extension.
+
+    Args:
+        record: The bytes of that sample alone, from its first header to the padding of its last member.
+        key: As the index has it. It says where each name is split: an index holds keys with dots, too.
+    """
 
     def read(offset: int, length: int) -> bytes:
         return bytes(record[offset : offset + length]).ljust(length, b"\0")  # behind it, the zeros that end a tar
 
-    found = members(read, 0, len(record) + 2 * TAR_BLOCK)
-    plain = (member for member in found if member.kind == "file")
-    return {key_and_extension(each.name)[1]: read(each.data_offset, each.size) for each in plain}
+    fields = {}
+    for member in members(read, 0, len(record) + 2 * TAR_BLOCK):
+        extension = extension_of(member.name, key)
+        if member.kind == "file" and extension is not None:
+            fields[extension] = read(member.data_offset, member.size)
+    return fields
