@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, O
 
 from wds_train.config.presets import preset
 from wds_train.config.recipe import DataRecipe, EmaRecipe, Recipe, ScheduleRecipe
-from wds_train.config.schedule import average_decay, image_side, lr_share
+from wds_train.config.schedule import average_decay, image_side, is_averaged, lr_share
 
 STEPS = 5  # an epoch
 
@@ -123,3 +124,12 @@ def test_a_flat_rate_before_the_way_down(kind: str) -> None:
     assert [lr_share(schedule, step, 1) for step in range(6)] == [0, 1, 1, 1, 1, 1]
     plain = ScheduleRecipe(kind=kind, epochs=5, warmup_epochs=0)  # type: ignore[arg-type]
     assert [lr_share(schedule, 5 + step, 1) for step in range(5)] == [lr_share(plain, step, 1) for step in range(5)]
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+@pytest.mark.parametrize("every", [1, 3, 32])
+def test_weights_are_averaged_once_they_were_updated(kind: Any, every: int) -> None:
+    ema = EmaRecipe(kind=kind, every=every, swa_start=0.5)
+    for done in range(70):
+        updates = [step for step in range(done) if average_decay(ema, step, 70) is not None]
+        assert is_averaged(done, every) == bool(updates)

@@ -28,8 +28,8 @@ from wds_train.data.plan import EvalPlan, Plan, TrainPlan
 from wds_train.data.rows import ROW, SharedIndex
 from wds_train.data.verify import verify
 from wds_train.errors import StoreError, WdsTrainError
+from wds_train.evaluation.evaluate import spread
 from wds_train.format.index import SCHEMA
-from wds_train.report.findings import spread
 from wds_train.transforms.sample import TrainTransform
 
 TRANSFORM = TrainTransform(Recipe("test", data=DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33))), 29)

@@ -18,7 +18,8 @@ from trainers import Job, Training
 from wds_train.cli import main
 from wds_train.data.dataset import Dataset
 from wds_train.errors import DataError
-from wds_train.report.findings import calibration, spread
+from wds_train.evaluation.calibrate import calibration
+from wds_train.evaluation.evaluate import spread
 
 SCRIPT = "<script>alert(1)</script>"
 

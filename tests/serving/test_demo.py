@@ -57,12 +57,23 @@ def test_it_answers_as_predict_does(
 
 
 @WITH_GRADIO
+def test_it_begins_with_the_weights_that_eval_judged(
+    page: Page, served: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", served, "--workers", "0", "--device", "cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    kind, top1 = report["members"][0]["weights"], report["top1"]
+    assert page.choice == f"{'EMA' if kind == 'ema' else kind}, epoch 2 (step 44), top-1 {top1:.2f} %"
+
+
+@WITH_GRADIO
 def test_every_kept_checkpoint_answers(page: Page, digits: Dataset) -> None:
     path = page.upload("photo.png", sample(digits.split("val"), 0).read()).json()[0]
     image = {"path": path, "meta": {"_type": "gradio.FileData"}}
     assert page.learned is not None
     table = page.call(page.learned, [image])["output"]["data"][0]
     assert table.count("<tr>") == 1 + 3  # EMA and raw of the second epoch, and one of them of the first
+    assert table.count("%, not calibrated") == 1  # which was not looked at before, of the first
 
 
 @WITH_GRADIO

@@ -56,7 +56,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], Logits], float]] = {
 def test_others_find_the_logits_of_the_evaluation(served: str, digits: Dataset, tmp_path: Path, form: str) -> None:
     name, loaded, tolerance = FORMATS[form]
     assert main(["export", served, "--format", form, "--to", str(tmp_path / name)]) == 0
-    weights = chosen_weights(served, "ema", None)
+    weights = chosen_weights(served, "best", None)
     member, split = Member(weights, View.of(weights.recipe, None), CPU), digits.split("val")
     logits = loaded(tmp_path / name)
     with torch.inference_mode():

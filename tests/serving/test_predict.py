@@ -22,9 +22,10 @@ from wds_train.data.dataset import Dataset
 from wds_train.data.loader import Loader
 from wds_train.data.plan import EvalPlan
 from wds_train.errors import DataError
+from wds_train.evaluation.calibrate import calibrate
 from wds_train.evaluation.evaluate import Member, View, chosen_weights
 from wds_train.format.manifest import ClassInfo
-from wds_train.serving.calibrate import calibrate, probabilities
+from wds_train.models.calibration import probabilities
 from wds_train.serving.classify import sample
 from wds_train.serving.download import download, is_public
 from wds_train.serving.predict import Prediction, csv_line
@@ -197,11 +198,11 @@ def test_a_temperature_makes_overconfident_answers_honest() -> None:
     assert calibrate(truth[:1], drawn[:1]).fitted == 0
 
 
-def test_a_temperature_of_a_few_samples_does_no_harm() -> None:
-    """Those that fit are all right, which asks for no doubt at all; of the others one is wrong."""
+def test_a_temperature_that_helps_nobody_does_no_harm() -> None:
+    """Those that fit are all right, which asks for no doubt at all; of the others every second one is wrong."""
     logits = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
-    found = calibrate(logits, np.array([0, 1, 1, 1]))
-    assert (found.temperature, found.fitted) == (1.0, 2)
+    found = calibrate(np.tile(logits, (30, 1)), np.tile(np.array([0, 1, 1, 1]), 30))
+    assert (found.temperature, found.fitted) == (1.0, 60)
     assert found.error == found.error_raw
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import reduce
 from typing import Any
 
+from wds_train.checkpoint.scores import SCORES, every_of, telling
 from wds_train.config.recipe import Recipe
 from wds_train.errors import RunError, UsageError
 from wds_train.typed import refuse_depth, typed
@@ -51,8 +52,8 @@ class Progress:
     best_epoch: int = 0
 
     def validated(self, metrics: dict[str, float]) -> "Progress":
-        """With one epoch more validated, which gave `metrics`; the next one's sums begin."""
-        epoch, top1 = self.evaluated + 1, max(metrics[name] for name in RESULT)
+        """With one epoch more validated, which gave `metrics`, telling ones; the next one's sums begin."""
+        epoch, top1 = self.evaluated + 1, max(metrics[name] for name in RESULT if name in metrics)
         best = (top1, epoch) if top1 > self.best else (self.best, self.best_epoch)
         return Progress(self.step, epoch, best=best[0], best_epoch=best[1])
 
@@ -212,7 +213,7 @@ class RunManifest:
     def with_commit(self, checkpoint: Checkpoint, segment: Segment | None, keep_every: int = 0) -> "RunManifest":
         """The manifest after a commit, holding the checkpoints that `keep` names. Adding the same again changes nothing."""
         others = [c for c in self.checkpoints if c.object.key != checkpoint.object.key]
-        kept = keep((*others, checkpoint), keep_every)
+        kept = keep((*others, checkpoint), keep_every, every_of(self.recipe))
         new = () if segment is None or segment in self.metrics else (segment,)
         ahead = tuple(s for s in self.replayed if s.fence != self.fence or not s.within(checkpoint.progress))
         return replace(self, checkpoints=kept, metrics=self.metrics + new, replayed=ahead)
@@ -350,17 +351,20 @@ def name_of(url: str) -> str:
     return name
 
 
-def best(checkpoints: tuple[Checkpoint, ...], metric: str) -> Checkpoint | None:
-    """The checkpoint with the highest `metric`, the earliest of equals; None when none has it."""
-    scored = [checkpoint for checkpoint in checkpoints if metric in checkpoint.metrics]
-    return max(scored, key=lambda checkpoint: checkpoint.metrics[metric], default=None)
+def best(checkpoints: Iterable[Checkpoint], kind: str, ema_every: int) -> Checkpoint | None:
+    """The checkpoint whose `kind` weights had the highest top-1, the earliest of equals; None when none has a telling one.
+    `ema_every` is the recipe's `ema.every`.
+    """
+    scored = [(c, telling(c.metrics, c.progress.step, ema_every).get(SCORES[kind])) for c in checkpoints]
+    tops = [(checkpoint, top1) for checkpoint, top1 in scored if top1 is not None]
+    return max(tops, key=lambda each: each[1], default=(None, 0.0))[0]
 
 
-def keep(checkpoints: tuple[Checkpoint, ...], every: int = 0) -> tuple[Checkpoint, ...]:
+def keep(checkpoints: tuple[Checkpoint, ...], every: int = 0, ema_every: int = 1) -> tuple[Checkpoint, ...]:
     """The checkpoints that are worth their storage: the newest KEPT, the best by raw and by EMA top-1, and, with
     `every`, those of each `every`th epoch's validation; oldest first.
     """
-    kept = {*checkpoints[-KEPT:], best(checkpoints, "val/top1"), best(checkpoints, "val/top1_ema")}
+    kept = {*checkpoints[-KEPT:], *(best(checkpoints, kind, ema_every) for kind in SCORES)}
     if every:
         kept |= {c for c in checkpoints if c.metrics and c.progress.evaluated % every == 0}
     return tuple(checkpoint for checkpoint in checkpoints if checkpoint in kept)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+from wds_train.checkpoint.choice import Choice
 from wds_train.checkpoint.manifest import Checkpoint, Object, RunManifest, Segment, steps
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.errors import NotFound, RunError
@@ -69,23 +70,24 @@ def read_records(store: Store, segment: Segment) -> list[dict[str, Any]]:
         raise RunError(f"{store.url}/{segment.object.key} is damaged: {error}") from error
 
 
-def weights_of(store: Store, manifest: RunManifest, chosen: Checkpoint, kind: str) -> Weights:
-    """The `kind` ("raw" or "ema") weights of a checkpoint; `RunError` when it is damaged, with the steps of those that are
+def weights_of(store: Store, manifest: RunManifest, choice: Choice) -> Weights:
+    """The weights chosen out of the run's checkpoints; `RunError` when theirs is damaged, with the steps of those that are
     not, or of a version that did not note the classes.
     """
+    chosen = choice.checkpoint
     snapshot = read_chosen(store, manifest, chosen)
     if "classes" not in snapshot.extra:
         raise RunError(
             f"{store.url}/{chosen.object.key} does not hold its classes, being of an older wds-train; train again"
         )
-    part = {"raw": "model/", "ema": "ema/"}[kind]
+    part = {"raw": "model/", "ema": "ema/"}[choice.kind]
     return Weights(
         section(snapshot.tensors, part),
-        kind,
+        choice.kind,
         store.url,
         chosen.progress.step,
         chosen.progress.evaluated,
-        chosen.metrics,
+        choice.metrics,
         manifest.settings,
         tuple(ClassInfo(*entry) for entry in snapshot.extra["classes"]),
     )

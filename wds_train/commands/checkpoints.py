@@ -2,7 +2,8 @@
 
 import argparse
 
-from wds_train.checkpoint.find import SCORES, find_run
+from wds_train.checkpoint.find import find_run
+from wds_train.checkpoint.scores import SCORES, every_of, telling
 from wds_train.commands.arguments import add_run, run_url
 
 
@@ -14,7 +15,8 @@ def run(args: argparse.Namespace) -> int:
     manifest, _ = find_run(run_url(args.run, args.bucket))
     print("step\tepochs\tMB\ttop-1\tEMA top-1\tkey")
     for checkpoint in manifest.checkpoints:
-        scores = [f"{score[name]:.2f}" if name in (score := checkpoint.metrics) else "-" for name in SCORES.values()]
+        metrics = telling(checkpoint.metrics, checkpoint.progress.step, every_of(manifest.recipe))
+        scores = [f"{metrics[name]:.2f}" if name in metrics else "-" for name in SCORES.values()]
         size = f"{checkpoint.object.bytes / 1e6:.1f}"
         print(checkpoint.progress.step, checkpoint.progress.evaluated, size, *scores, checkpoint.object.key, sep="\t")
     return 0

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from wds_train.checkpoint.begun import own_dataset
-from wds_train.checkpoint.find import SCORES, find_run
+from wds_train.checkpoint.choice import BEST, KINDS
+from wds_train.checkpoint.find import find_run
 from wds_train.commands.arguments import (
     FILE,
     add_bucket,
@@ -35,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights",
-        choices=["best", *SCORES],
-        default="best",
+        choices=KINDS,
+        default=BEST,
         help="of a run: the raw or the EMA ones, of their best epoch; by default those of the higher top-1",
     )
     parser.add_argument("--step", type=count, metavar="N", help="of a run: those of the checkpoint of this step")

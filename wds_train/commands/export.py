@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from wds_train.checkpoint.find import SCORES, choose, find_run
+from wds_train.checkpoint.choice import BEST, KINDS, choose
+from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.manifest import name_of
 from wds_train.commands.arguments import add_run, count, run_url
 from wds_train.errors import UsageError
@@ -14,7 +15,12 @@ FORMATS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--best", choices=SCORES, default="ema", help="which weights, by default of their best epoch")
+    parser.add_argument(
+        "--best",
+        choices=KINDS,
+        default=BEST,
+        help="the raw or the EMA weights, of their best epoch; by default those of the higher top-1, as eval",
+    )
     parser.add_argument("--step", type=count, metavar="N", help="of the checkpoint of this step instead")
     parser.add_argument(
         "--format",
@@ -36,21 +42,16 @@ def run(args: argparse.Namespace) -> int:
     if not to.parent.is_dir():
         raise UsageError(f"--to {to}: there is no folder {to.parent}; make it first")
     manifest, store = find_run(url)
-    checkpoint = choose(manifest, args.best, args.step)
+    choice = choose(manifest, args.best, args.step)
     loading()  # after all that can be refused without it
     import torch
 
-    from wds_train.checkpoint.read import weights_of
-    from wds_train.serving.calibrate import calibrated
-    from wds_train.serving.classify import Classifier
     from wds_train.serving.export import WRITERS
+    from wds_train.serving.prepare import of_choice
 
-    weights = weights_of(store, manifest, checkpoint, args.best)
-    weights = calibrated(weights, Classifier(weights, None, torch.device("cpu")), manifest)
+    weights = of_choice(store, manifest, choice, torch.device("cpu"))
     call = WRITERS[args.format](weights, to)
-    scores = ", ".join(f"{name} {value:.2f}" for name, value in weights.metrics.items()) or "not validated"
-    print(f"{to}: {weights.kind} weights of step {weights.step} ({scores})")
-    if weights.calibration.fitted:
-        print(f"calibrated: {weights.calibration}")
+    print(f"{to}: {choice}")
+    print(f"calibrated: {weights.calibration}" if weights.calibration.used else weights.calibration)
     print(f"load it with {call}")
     return 0

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from wds_train.commands.arguments import add_bucket, add_device, run_or_file
-from wds_train.tracking.console import Meter, loading
+from wds_train.tracking.console import Meter, loading, note
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loading()
+    from wds_train.evaluation.report import describe_weights
     from wds_train.serving.classify import Classifier
     from wds_train.serving.photos import photos
     from wds_train.serving.predict import Prediction, class_names, csv_header
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     images = list(photos(args.images))
     weights = prepared(run_or_file(args.model, args.bucket), device)
     names, bad = class_names(weights.classes), 0
+    if not (args.json or args.csv):
+        note(f"by the {describe_weights(weights)}")
     if args.csv:
         print(csv_header(len(weights.classes)))
     with Meter(0, len(images)) as meter:

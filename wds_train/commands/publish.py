@@ -23,19 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loading()
-    import torch
-
     try:
         from wds_train.serving import publish
     except ImportError as error:
         raise UsageError(f"publish needs {error.name}: install wds-train[serve]") from error
+    from wds_train.evaluation.report import describe_weights
     from wds_train.serving.prepare import both_kinds
+    from wds_train.training.ranks import Ranks
 
     publish.refuse(args.to, args.licence, args.push)
-    url = run_url(args.run, args.bucket)
-    manifest, _ = find_run(url)
-    publish.write(args.to, manifest, both_kinds(url, torch.device("cpu")), args.licence, args.push)
-    print(f"{args.to}/model: weights, ONNX file and card")
+    manifest, store = find_run(run_url(args.run, args.bucket))
+    device = Ranks().device
+    choices = both_kinds(store, manifest, device)
+    publish.write(args.to, manifest, choices, args.licence, args.push, device=device)
+    print(f"{args.to}/model: the {describe_weights(choices[0])}; ONNX file and card")
     print(
         f"{args.to}/space: the page; try it: pip install -r {args.to}/space/requirements.txt, python {args.to}/space/app.py"
     )

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         warn(f"evaluating at most {args.images:,} validation images; --no-images leaves that out")
         device = Ranks(cpu=args.device == "cpu").device
         try:
-            findings = find(store.url, manifest, args.images, workers=args.workers, device=device)
+            findings = find(store, manifest, args.images, workers=args.workers, device=device)
         except WdsTrainError as error:
             findings = f"The model could not be evaluated: {error}."
             warn(findings)

@@ -3,7 +3,7 @@
 import argparse
 import time
 
-from wds_train.checkpoint.find import SCORES
+from wds_train.checkpoint.choice import best_weights
 from wds_train.checkpoint.manifest import NAME, RunManifest
 from wds_train.commands.listing import Row, add_list, age, list_all
 from wds_train.commands.status import describe
@@ -22,12 +22,12 @@ def _read(store: Store, name: str) -> Row:
     key = f"{name}/{NAME}"
     manifest = RunManifest.from_json(store.read(key), f"{store.url}/{key}")
     status = describe(manifest, time.time(), None)
-    scored = [checkpoint.metrics for checkpoint in manifest.checkpoints] + [manifest.result]
+    best = best_weights(manifest)
     return {
         "state": status["status"],
         "epochs": status["epochs"],
         "of_epochs": status["of_epochs"],
-        "top1": max((each[score] for each in scored for score in SCORES.values() if score in each), default=None),
+        "top1": best.top1 if best else None,
         "recipe": manifest.settings.name,
         "model": manifest.settings.model.name,
         "dataset": manifest.dataset.get("url", ""),

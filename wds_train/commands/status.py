@@ -9,9 +9,11 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from wds_train.checkpoint.find import SCORES, find_run
+from wds_train.checkpoint.choice import best_weights
+from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.lease import is_gone
-from wds_train.checkpoint.manifest import Checkpoint, RunManifest, best, name_of
+from wds_train.checkpoint.manifest import Checkpoint, RunManifest, name_of
+from wds_train.checkpoint.scores import SCORES, every_of, telling, told
 from wds_train.commands.arguments import add_region, add_run, dollars, run_url
 from wds_train.errors import NotFound
 from wds_train.storage.address import is_embedded
@@ -97,7 +99,6 @@ def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str
     last sign of life.
     """
     newest = manifest.checkpoints[-1] if manifest.checkpoints else None
-    scored = [checkpoint for checkpoint in manifest.checkpoints if checkpoint.metrics]
     totals, silent_s = manifest.totals(), now - manifest.written
     hours = totals.seconds / 3600
     status = manifest.status
@@ -111,7 +112,7 @@ def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str
         "step": newest.progress.step if newest else 0,
         "epochs": newest.progress.evaluated if newest else 0,
         "of_epochs": manifest.settings.schedule.epochs,
-        "metrics": manifest.result or (scored[-1].metrics if scored else {}),
+        "metrics": _newest_metrics(manifest),
         "owner": str(manifest.owner),
         "lease_s": manifest.lease,
         "lease_age_s": round(silent_s, 1),
@@ -127,10 +128,24 @@ def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str
         if totals.dollars
         else None,
         "checkpoints": [_row(checkpoint) for checkpoint in manifest.checkpoints],
-        "best": {
-            kind: found.progress.step for kind, name in SCORES.items() if (found := best(manifest.checkpoints, name))
-        },
+        "best": {kind: found.checkpoint.progress.step for kind in SCORES if (found := best_weights(manifest, [kind]))},
+        "weights": _weights(manifest),
     }
+
+
+def _newest_metrics(run: RunManifest) -> dict[str, float]:
+    """Those of the last validation, without what says nothing."""
+    scored = [checkpoint for checkpoint in run.checkpoints if checkpoint.metrics]
+    metrics = run.result or (scored[-1].metrics if scored else {})
+    return telling(metrics, scored[-1].progress.step, every_of(run.recipe)) if scored else metrics
+
+
+def _weights(run: RunManifest) -> dict[str, Any] | None:
+    """Those that every command takes, with their own score; None where nothing was validated."""
+    if (found := best_weights(run)) is None:
+        return None
+    progress = found.checkpoint.progress
+    return {"kind": found.kind, "step": progress.step, "epoch": progress.evaluated, "top1": found.top1}
 
 
 def _row(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -145,10 +160,15 @@ def _lines(status: dict[str, Any]) -> list[str]:
     scores = ", ".join(f"{name} {value:.4g}" for name, value in status["metrics"].items()) or "none yet"
     stored = sum(row["bytes"] for row in status["checkpoints"]) / 1e6
     dollars = "" if status["dollars"] is None else f", ${status['dollars']:.2f}"
+    best = "none yet"
+    if weights := status["weights"]:
+        own = {SCORES[weights["kind"]]: weights["top1"]}
+        best = told(weights["kind"], weights["step"], weights["epoch"], own)
     return [
         f"run          {status['run']}: {status['status']}",
         f"progress     step {status['step']}, {status['epochs']} of {status['of_epochs']} epochs validated",
         f"metrics      {scores}",
+        f"best         {best}",
         f"owner        {status['owner']}, last heard of {status['lease_age_s']:.0f} s ago (lease {status['lease_s']:g} s)",
         f"checkpoints  {len(status['checkpoints'])}, {stored:.1f} MB",
         f"attempts     {status['attempts']}, of which {status['interruptions']} interrupted, {status['failures']} failed",

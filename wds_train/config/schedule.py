@@ -65,3 +65,10 @@ def average_decay(ema: EmaRecipe, step: int, total_steps: int) -> float | None:
         return min(ema.decay, update / (9 + update))
     since = update - 1 - math.ceil(ema.swa_start * total_steps / ema.every)
     return max(0, since) / (max(0, since) + 1)
+
+
+def is_averaged(step: int, every: int) -> bool:
+    """Whether the averaged weights have been updated once in the first `step` optimizer steps, with `ema.every` = `every`. If
+    not, they still are the weights that the training began with: mostly random ones.
+    """
+    return step >= every

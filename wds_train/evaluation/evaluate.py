@@ -4,17 +4,19 @@ Every member of an ensemble sees the samples at its own size and normalisation; 
 validation, so that the same weights give the same numbers.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from wds_train.checkpoint.find import best_kind, choose, find_run
-from wds_train.checkpoint.manifest import Checkpoint, RunManifest
+from wds_train.checkpoint.choice import BEST, choose
+from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.read import weights_of
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
@@ -24,8 +26,11 @@ from wds_train.data.loader import Loader
 from wds_train.data.plan import EvalPlan
 from wds_train.errors import DataError, UsageError
 from wds_train.evaluation.scoring import Predictor, sums
+from wds_train.format.arrow import to_array
+from wds_train.format.index import SampleIndex
 from wds_train.models.model import create_model, refuse_sizes
 from wds_train.models.weights import SUFFIX, Weights
+from wds_train.rng import Ids
 from wds_train.transforms.normalise import Normaliser
 from wds_train.transforms.sample import EvalTransform
 
@@ -63,33 +68,40 @@ class View:
 @dataclass(frozen=True)
 class Scored:
     """What a pass over a split found. `totals` float64 [4], the sum of all `scoring.sums`; `predicted` int64 [samples],
-    -1 where a sample could not be read; `confidence` float32 [samples], the probability given to the predicted class.
+    -1 where a sample could not be read; `logits` float32 [samples, classes], or [samples, 0] where they were not to be kept.
     """
 
     totals: torch.Tensor
     predicted: NDArray[np.int64]
-    confidence: NDArray[np.float32]
+    logits: NDArray[np.float32]
     unreadable: list[Unreadable]
 
 
 def chosen_weights(source: str, kind: str, step: int | None) -> Weights:
-    """The weights of a file, or of a run: by default the kind with the higher top-1."""
+    """The weights of a file, or those that `choose` takes out of a run."""
     if source.endswith(SUFFIX):
         weights = Weights.read(Path(source))
-        if kind not in ("best", weights.kind) or step not in (None, weights.step):
+        if kind not in (BEST, weights.kind) or step not in (None, weights.step):
             raise UsageError(
                 f"{source} holds the {weights.kind} weights of step {weights.step} alone; leave out --weights and --step"
             )
         return weights
     manifest, store = find_run(source)
-    return weights_of(store, manifest, *chosen_checkpoint(manifest, kind, step))
+    return weights_of(store, manifest, choose(manifest, kind, step))
 
 
-def chosen_checkpoint(manifest: RunManifest, kind: str, step: int | None) -> tuple[Checkpoint, str]:
-    """The checkpoint, and the kind of its weights: by default those with the higher top-1."""
-    if kind == "best":
-        kind = best_kind(manifest.checkpoints if step is None else (choose(manifest, kind, step),))
-    return choose(manifest, kind, step), kind
+def spread(split: SplitReader, most: int) -> SplitReader:
+    """At most `most` samples of the split, evenly taken: one made by others may be sorted by class."""
+    if len(split) <= most:
+        return split
+    ids: Ids = np.linspace(0, len(split) - 1, most).round().astype(np.int64)
+    taken = {
+        column.name: getattr(split.index, column.name)[ids]
+        for column in dataclasses.fields(SampleIndex)
+        if column.name != "key"
+    }
+    keys = to_array([split.index.key_of(sample) for sample in ids.tolist()], pa.string())
+    return replace(split, index=SampleIndex(key=pa.chunked_array([keys]), **taken))
 
 
 def refuse_other_classes(weights: Weights, dataset: Dataset) -> None:
@@ -116,6 +128,7 @@ def score(
     workers: int,
     device: torch.device,
     seen: Callable[[int], object] = lambda _: None,
+    keep_logits: bool = False,
 ) -> Scored:
     """One pass over the split; members that see the same pixels share a loader. `seen` is told of each batch's samples."""
     if not len(split):
@@ -129,7 +142,7 @@ def score(
     members = [Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     predicted, times = np.empty(len(split), np.int64), np.zeros(len(split), np.int64)
-    confidence = np.empty(len(split), np.float32)
+    logits = np.empty((len(split), len(chosen[0].classes) if keep_logits else 0), np.float32)
     unreadable: list[Unreadable] = []
     for found in _together(loaders):
         joint = _mean_probabilities([member.logits(found[member.view.transform].images) for member in members])
@@ -137,13 +150,14 @@ def score(
         one = replace(next(iter(found.values())), unreadable=list(named.values()))
         totals += sums(joint, one)
         predicted[one.ids] = joint.argmax(dim=1).cpu().numpy()
-        confidence[one.ids] = joint.softmax(dim=1).amax(dim=1).cpu().numpy()
+        if keep_logits:
+            logits[one.ids] = joint.cpu().numpy()
         predicted[list(named)] = -1
         times[one.ids] += 1
         unreadable += one.unreadable
         seen(len(one.ids))
     assert (times == 1).all(), f"samples {np.flatnonzero(times != 1)[:5]} did not come exactly once"
-    return Scored(totals, predicted, confidence, unreadable)
+    return Scored(totals, predicted, logits, unreadable)
 
 
 def _together(loaders: dict[EvalTransform, Loader]) -> Iterator[dict[EvalTransform, Batch]]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wds_train.checkpoint.find import SCORES
+from wds_train.checkpoint.scores import SCORES, told
 from wds_train.data.dataset import SplitReader
 from wds_train.evaluation.evaluate import Scored, View
 from wds_train.evaluation.scoring import metrics, percent
@@ -66,6 +66,11 @@ def write_classes(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def describe_weights(weights: Weights) -> str:
+    """Which weights these are, and their own score, in a line."""
+    return told(weights.kind, weights.step, weights.epoch, weights.metrics)
 
 
 def describe_member(weights: Weights, view: View, *, best: bool) -> dict[str, Any]:

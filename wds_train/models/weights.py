@@ -1,6 +1,7 @@
 """A trained model's weights, with all that it takes to use them: out of a run's checkpoint, or of an exported file."""
 
 import json
+import logging
 import os
 import shlex
 from dataclasses import asdict, dataclass, field, replace
@@ -13,14 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encoded
 
 from wds_train.config.recipe import Recipe
+from wds_train.config.schedule import is_averaged
 from wds_train.errors import NotFound, RunError, UsageError, WdsTrainError, unwritable
 from wds_train.format.manifest import ClassInfo
-from wds_train.models.calibration import Calibration
+from wds_train.models.calibration import Calibration, as_judged_now
 from wds_train.models.fit import refuse_other_weights
 from wds_train.typed import typed
 
 SUFFIX = ".safetensors"  # timm tells the format by the name
 OWN = "wds-train"  # the entry of a file's header that says what the weights are of
+LOG = logging.getLogger(__name__)
 
 
 def is_exported(path: Path) -> bool:
@@ -64,7 +67,7 @@ class Weights:
     @classmethod
     def read(cls, path: Path) -> "Weights":
         """The weights that `save` wrote; `NotFound` when there is no such file, `RunError` when `save` did not write
-        it, or it lacks weights.
+        it, or it lacks weights. What an earlier version wrote, and this one would not, is read all the same, and said.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -81,7 +84,14 @@ class Weights:
             refuse_other_weights(tensors, model, len(weights.classes))
         except RunError as error:
             raise RunError(f"the weights of {path} do not fit the model {model.name}: {error}") from error
-        return weights
+        every = weights.recipe.ema.every
+        if weights.kind == "ema" and not is_averaged(weights.step, every):
+            LOG.warning(
+                "%s holds EMA weights that were never updated (ema.every is %d, and these are of step %d): they still are those "
+                "that the training began with; `wds-train export` of its run makes a better file",
+                *(path, every, weights.step),
+            )
+        return replace(weights, calibration=as_judged_now(weights.calibration))
 
     def timm_call(self, path: Path) -> str:
         """The Python expression that makes the model from the file at `path`."""

@@ -2,12 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from wds_train.checkpoint.manifest import RunManifest
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.scores import every_of, telling
 from wds_train.config.recipe import Recipe
 from wds_train.errors import RunError
 from wds_train.storage.base import Store
@@ -19,7 +20,7 @@ LARGEST = 1e300  # beyond it the ends of an axis, or a sum, are not finite
 @dataclass(frozen=True)
 class Account:
     """What is known of a run. `recipe` is None where this version cannot read it; `steps` and `epochs` are the rows of
-    training steps and of validations, without what is not finite; `history` and `replayed` are all rows as they are. `notes`
+    training steps and of validations, without what is not finite or says nothing; `history` and `replayed` are all rows as they are. `notes`
     says what is missing.
     """
 
@@ -49,7 +50,7 @@ class Account:
         run = Run(store, manifest, "", say=note, leads=False)
         history = run.history()
         replayed = [row for row in run.replayed() if abs(row.get("step", math.inf)) < LARGEST]
-        rows = [*_sound(history, note)]
+        rows = _telling(_sound(history, note), every_of(manifest.recipe), note)
         if not rows:
             note("no metrics are committed yet")
         steps, epochs = ([row for row in rows if name in row] for name in ("train/loss", "val/top1"))
@@ -78,3 +79,18 @@ def _sound(rows: list[Row], note: Callable[[str], None]) -> Iterator[Row]:
             odd["a row has no step or epoch"] += 1
     for what, count in sorted(odd.items()):
         note(f"{what}, {count} time{'' if count == 1 else 's'}: left out")
+
+
+def _telling(rows: Iterable[Row], every: int, note: Callable[[str], None]) -> list[Row]:
+    """The rows without scores of EMA weights that were not updated yet, which are noted."""
+    found, last = [], 0
+    for row in rows:
+        kept = telling(row, row["step"], every)
+        if len(kept) < len(row):
+            last = int(row["step"])
+        found.append(kept)
+    if last:
+        note(
+            f"the EMA weights are updated every {every} steps (ema.every): their scores up to step {last} are left out"
+        )
+    return found

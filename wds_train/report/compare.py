@@ -2,8 +2,9 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from itertools import chain
 
+from wds_train.checkpoint.choice import best_weights
+from wds_train.checkpoint.scores import NAMES
 from wds_train.config.settings import setting_names, setting_of
 from wds_train.report.account import Account
 from wds_train.report.charts import Line, line_chart
@@ -55,7 +56,7 @@ def results(accounts: Sequence[Account], price: float | None) -> Table:
         "epochs": lambda a: f"{a.last.get('epoch', 0):g} of {a.recipe.schedule.epochs if a.recipe else '?'}",
         "top-1": lambda a: percent(a.last.get("val/top1")),
         "top-1, EMA": lambda a: percent(a.last.get("val/top1_ema")),
-        "best top-1": lambda a: percent(max((top for _, top in _tops(a)), default=None)),
+        "best top-1": _best,
         "validation loss": lambda a: number(a.last.get("val/loss")),
         "train loss": lambda a: number(a.last.get("epoch/loss")),
         "images a second": lambda a: number(_median([rate for _, rate in a.points("time/img_s")])),
@@ -91,8 +92,12 @@ def _names(accounts: Sequence[Account]) -> list[str]:
     return names if len({*names}) == len(names) else [account.url for account in accounts]
 
 
-def _tops(account: Account) -> list[tuple[float, float]]:
-    return [*chain(account.points("val/top1"), account.points("val/top1_ema"))]
+def _best(account: Account) -> str:
+    """The score of the weights that every command takes, and which these are."""
+    found = best_weights(account.manifest)
+    if found is None:
+        return percent(None)
+    return f"{percent(found.top1)} {NAMES[found.kind]}, epoch {found.checkpoint.progress.evaluated}"
 
 
 def _median(values: list[float]) -> float | None:

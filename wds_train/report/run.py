@@ -10,6 +10,7 @@ from platform import python_version
 import numpy as np
 from numpy.typing import NDArray
 
+from wds_train.checkpoint.choice import Choice, best_weights
 from wds_train.config.presets import PRESETS
 from wds_train.config.recipe import Recipe
 from wds_train.config.schedule import image_side, lr_at
@@ -67,14 +68,16 @@ def _state(account: Account) -> str:
 
 def _facts(account: Account, attempts: list[Attempt], cost: Cost) -> list[tuple[str, str, str]]:
     totals, epochs = account.manifest.totals(), account.recipe.schedule.epochs if account.recipe else "?"
-    last = account.last
+    last, best = account.last, best_weights(account.manifest)
     preset = PRESETS.get(str(account.manifest.recipe.get("name")))
     figures = FIGURES.match(preset.expected) if preset else None
     expected = figures[0] if figures else "not measured"
     twice = [attempt.twice for attempt in attempts if attempt.twice is not None]
     lost = sum(attempt.lost for attempt in attempts)
+    chosen = [("best top-1", percent(best.top1), f"the {best.kind} weights of epoch {_epoch(best)}")] if best else []
     return [
         ("top-1", percent(last.get("val/top1")), f"EMA {percent(last.get('val/top1_ema'))}"),
+        *chosen,
         ("expected", expected, f"recipe {account.manifest.recipe.get('name', '?')}"),
         ("epochs", f"{last.get('epoch', 0):g} of {epochs}", f"step {_step(account):,}"),
         ("hours", f"{cost.hours:.2f}", f"in {count(totals.attempts, 'attempt')}"),
@@ -82,6 +85,10 @@ def _facts(account: Account, attempts: list[Attempt], cost: Cost) -> list[tuple[
         ("interruptions", str(totals.interruptions + totals.failures), f"{lost / 60:.1f} min lost"),
         ("trained twice", _at_least(sum(twice)) if twice else "–", "images"),
     ]
+
+
+def _epoch(choice: Choice) -> int:
+    return choice.checkpoint.progress.evaluated
 
 
 def _cost_remark(cost: Cost) -> str:
@@ -235,7 +242,8 @@ def _classes(found: Findings) -> list[Block]:
             f"The {member['weights']} weights of step {member['step']} (epoch {member['epoch']}), on {part} {found.total:,} "
             f"validation images at {member['size']} px: top-1 {percent(report['top1'])}, top-5 {percent(report['top5'])}, "
             f"expected calibration error {percent(found.calibration_error)}."
-        )
+        ),
+        Text(_calibrated(found)),
     ]
     if unreadable := report["unreadable"]:
         shown.append(Text(f"{count(len(unreadable), 'image')} could not be read, and count as wrong."))
@@ -255,6 +263,13 @@ def _classes(found: Findings) -> list[Block]:
         pairs = [[pair["class"], pair["taken_for"], str(pair["samples"])] for pair in report["confused"]]
         shown.append(Table("Most confused", ["class", "taken for", "images"], pairs))
     return [*shown, _mistakes(found)]
+
+
+def _calibrated(found: Findings) -> str:
+    """How the confidences came about."""
+    if found.calibration.used:
+        return f"The confidences are calibrated, as in every command: {found.calibration}."
+    return f"The confidences are {found.calibration}."
 
 
 def _calibration(found: Findings) -> Chart:

@@ -14,10 +14,14 @@ import numpy as np
 import torch
 
 from wds_train.checkpoint.begun import own_dataset
+from wds_train.checkpoint.choice import Choice
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.manifest import Checkpoint, RunManifest
 from wds_train.checkpoint.read import weights_of
+from wds_train.checkpoint.scores import every_of
+from wds_train.config.schedule import is_averaged
 from wds_train.errors import RunError, UsageError, WdsTrainError
+from wds_train.evaluation.report import describe_weights
 from wds_train.models.weights import SUFFIX, Weights
 from wds_train.serving.classify import sample
 from wds_train.serving.prepare import both_kinds, prepared
@@ -87,13 +91,21 @@ def serve(source: str, python: str | None, port: int) -> int:
 
 
 def _of_run(url: str, device: torch.device) -> Space:
-    choices = both_kinds(url, device)
     manifest, store = find_run(url)
-    kind, known = choices[0].kind, {(weights.kind, weights.step) for weights in choices}
-    older = [each for each in manifest.checkpoints if (kind, each.progress.step) not in known]
+    choices = both_kinds(store, manifest, device)
+    first = choices[0]
+    say(f"the page begins with the {describe_weights(first)}")
+    known = {(weights.kind, weights.step) for weights in choices}
+    older = [each for each in _trained(manifest, first.kind) if (first.kind, each.progress.step) not in known]
     chosen = sorted({round(place) for place in np.linspace(0, len(older) - 1, min(CHECKPOINTS, len(older)))})
-    others = [weights_of(store, manifest, older[place], kind) for place in chosen]
-    return Space(choices, footer(manifest), others, _examples(manifest, choices[0]))
+    others = [weights_of(store, manifest, Choice(older[place], first.kind)) for place in chosen]
+    return Space(choices, footer(manifest), others, _examples(manifest, first))
+
+
+def _trained(run: RunManifest, kind: str) -> list[Checkpoint]:
+    """The checkpoints whose `kind` weights are others than those that the training began with."""
+    every = every_of(run.recipe)
+    return [each for each in run.checkpoints if kind == "raw" or is_averaged(each.progress.step, every)]
 
 
 def _examples(run: RunManifest, weights: Weights) -> list[tuple[str, bytes]]:

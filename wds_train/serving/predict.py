@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from wds_train.errors import WdsTrainError
 from wds_train.format.manifest import ClassInfo
-from wds_train.models.calibration import SURE
+from wds_train.models.calibration import SURE, probabilities
 from wds_train.models.weights import Weights
-from wds_train.serving.calibrate import probabilities
 from wds_train.tracking.console import readable
 
 TOP = 5

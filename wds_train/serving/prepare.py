@@ -1,49 +1,49 @@
 """The calibrated weights of a run or an exported file."""
 
-import contextlib
 from pathlib import Path
 
 import torch
 
-from wds_train.checkpoint.find import SCORES, find_run
+from wds_train.checkpoint.choice import Choice, best_weights, choose
+from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.manifest import RunManifest
-from wds_train.checkpoint.read import weights_of
-from wds_train.errors import WdsTrainError
-from wds_train.evaluation.evaluate import chosen_checkpoint
-from wds_train.home import home
+from wds_train.checkpoint.scores import NAMES, SCORES
+from wds_train.evaluation.calibrate import calibrated, loaded
 from wds_train.models.weights import SUFFIX, Weights
-from wds_train.serving.calibrate import calibrated
-from wds_train.serving.classify import Classifier
+from wds_train.storage.base import Store
+from wds_train.tracking.console import counted, say
 
 
-def prepared(source: str, device: torch.device, kind: str = "best") -> Weights:
-    """The weights in the file `source`, or those of the run at that address: of the `kind` ("raw", "ema", or whichever scored
-    higher), of their best epoch, calibrated. A run's are kept below `home()`: to download a whole checkpoint and to calibrate
-    it takes longer than most of what follows.
-    """
+def prepared(source: str, device: torch.device) -> Weights:
+    """The weights in the file `source`, or the best ones of the run at that address; said where they are not calibrated."""
     if source.endswith(SUFFIX):
-        return Weights.read(Path(source))
-    manifest, store = find_run(source)
-    checkpoint, kind = chosen_checkpoint(manifest, kind, None)
-    kept = _place(manifest, checkpoint.object.sha256[:16], kind)
-    with contextlib.suppress(WdsTrainError):
-        return Weights.read(kept)
-    weights = weights_of(store, manifest, checkpoint, kind)
-    weights = calibrated(weights, Classifier(weights, None, device), manifest)
-    if weights.calibration.fitted:
-        with contextlib.suppress(OSError, WdsTrainError):  # the next time takes as long, no more
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            for older in kept.parent.glob(_place(manifest, "[0-9a-f]" * 16, kind).name):
-                older.unlink(missing_ok=True)
-            weights.save(kept)
+        return _said(Weights.read(Path(source)))
+    run, store = find_run(source)
+    return _said(of_choice(store, run, choose(run), device))
+
+
+def of_choice(store: Store, run: RunManifest, choice: Choice, device: torch.device) -> Weights:
+    """The weights chosen out of `run`, calibrated where that can be."""
+    return calibrated(loaded(store, run, choice), run, choice, device, counted)
+
+
+def both_kinds(store: Store, run: RunManifest, device: torch.device) -> list[Weights]:
+    """The best weights of `run`, then the best ones of the other kind; said where it has none, and where they are not
+    calibrated.
+    """
+    choices = [choose(run)]
+    for kind in SCORES:
+        if kind == choices[0].kind:
+            continue
+        if other := best_weights(run, [kind]):
+            choices.append(other)
+        else:
+            say(f"run {run.run} has no {NAMES[kind]} weights that were trained: they are left out")
+    return [_said(of_choice(store, run, choice, device)) for choice in choices]
+
+
+def _said(weights: Weights) -> Weights:
+    """`weights`, having said why their probabilities are not calibrated, if they are not."""
+    if not weights.calibration.used:
+        say(f"the probabilities of the {weights.kind} weights of step {weights.step} are {weights.calibration}")
     return weights
-
-
-def both_kinds(url: str, device: torch.device) -> list[Weights]:
-    """The raw and the EMA weights of the run at `url`, those that scored higher first."""
-    first = prepared(url, device)
-    return [first, *(prepared(url, device, kind) for kind in SCORES if kind != first.kind)]
-
-
-def _place(run: RunManifest, checkpoint: str, kind: str) -> Path:
-    return home() / "exports" / f"{run.run}-{checkpoint}-{kind}{SUFFIX}"

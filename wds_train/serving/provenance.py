@@ -4,20 +4,27 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from wds_train.checkpoint.find import SCORES
-from wds_train.checkpoint.manifest import RunManifest, best
+from wds_train.checkpoint.choice import best_weights
+from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.scores import SCORES
 from wds_train.models.weights import Weights
 from wds_train.tracking import machine
 
 
 def results(run: RunManifest) -> list[dict[str, Any]]:
-    """The best validation of the raw and of the EMA weights."""
-    rows = []
-    for kind, name in SCORES.items():
-        if found := best(run.checkpoints, name):
-            top5 = found.metrics[name.replace("top1", "top5")]
-            rows.append({"weights": kind, "epoch": found.progress.evaluated, "top1": found.metrics[name], "top5": top5})
-    return rows
+    """The best validation of the raw and of the EMA weights, of those that are published first."""
+    found = [choice for kind in SCORES if (choice := best_weights(run, [kind]))]
+    published = best_weights(run)
+    found.sort(key=lambda choice: choice != published)
+    return [
+        {
+            "weights": choice.kind,
+            "epoch": choice.checkpoint.progress.evaluated,
+            "top1": choice.top1,
+            "top5": choice.metrics[SCORES[choice.kind].replace("top1", "top5")],
+        }
+        for choice in found
+    ]
 
 
 def without_places(weights: Weights) -> Weights:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from wds_train.checkpoint.scores import NAMES, SCORES
 from wds_train.models.weights import Weights
 from wds_train.serving.export import write_onnx
 from wds_train.tracking.console import say
@@ -65,7 +66,9 @@ def file_of(weights: Weights) -> str:
 
 
 def _title(weights: Weights) -> str:
-    return f"{'EMA' if weights.kind == 'ema' else weights.kind}, epoch {weights.epoch} (step {weights.step})"
+    title = f"{NAMES[weights.kind]}, epoch {weights.epoch} (step {weights.step})"
+    top1 = weights.metrics.get(SCORES[weights.kind])
+    return title if top1 is None else f"{title}, top-1 {top1:.2f} %"
 
 
 def pinned(name: str) -> str:

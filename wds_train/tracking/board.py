@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from wds_train.checkpoint.manifest import RunManifest, best
+from wds_train.checkpoint.choice import best_weights
+from wds_train.checkpoint.manifest import RunManifest
 from wds_train.home import home
 from wds_train.tracking.records import Row
 
@@ -107,14 +108,14 @@ class Board:
         self._run.finish(exit_code=0 if manifest.status == "done" else 1)
 
     def _refer(self, manifest: RunManifest, url: str) -> None:
-        """Name the best checkpoint where it lies; nothing is read or copied."""
-        chosen = best(manifest.checkpoints, "val/top1")
+        """Name the checkpoint of the best weights where it lies; nothing is read or copied."""
+        chosen = best_weights(manifest)
         if chosen is None or not url.startswith("s3://"):
             return
         import wandb
 
-        artifact = wandb.Artifact(f"{manifest.run}-best", "model", metadata=chosen.metrics)
-        artifact.add_reference(f"{url}/{chosen.object.key}", checksum=False)
+        artifact = wandb.Artifact(f"{manifest.run}-best", "model", metadata={"weights": chosen.kind} | chosen.metrics)
+        artifact.add_reference(f"{url}/{chosen.checkpoint.object.key}", checksum=False)
         self._run.log_artifact(artifact)
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Self
 
 from tqdm import tqdm
@@ -211,3 +212,10 @@ class Meter(Bar):
         parts += [f"{rate / 1e6:,.1f} MB/s"] if self._size else []
         parts += [f"{images_s:,.0f} img/s"] if self._images else []
         self.show(done if self._size else seen, *parts)
+
+
+@contextlib.contextmanager
+def counted(images: int) -> Iterator[Callable[[int], None]]:
+    """A bar for so many images; within, tell how many more are done."""
+    with Meter(0, images) as meter:
+        yield partial(meter.add, 0)

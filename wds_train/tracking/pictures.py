@@ -34,7 +34,7 @@ def tables(findings: Findings, classes: tuple[ClassInfo, ...]) -> dict[str, Any]
     """The mistakes, the most confused pairs and the worst classes, bounded."""
     import wandb
 
-    mistakes = wandb.Table(["sample", "image", "class", "taken for", "confidence"])
+    mistakes = wandb.Table(["sample", "image", "class", "taken for", "confidence, not calibrated"])
     for each in findings.mistakes:
         picture = wandb.Image(_small(each.image), file_type="jpg")
         names = title_of(classes[each.label]), title_of(classes[each.taken_for])

@@ -11,6 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from wds_train.checkpoint.manifest import Progress
+from wds_train.checkpoint.scores import telling
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.config.precision import Precision
 from wds_train.config.recipe import DataRecipe, Recipe
@@ -175,7 +176,7 @@ class Trainer:
 
     def evaluated(self, metrics: dict[str, float]) -> None:
         """Count the epoch as validated, which gave `metrics`, and begin its sums anew."""
-        self.progress = self.progress.validated(metrics)
+        self.progress = self.progress.validated(telling(metrics, self.progress.step, self.recipe.ema.every))
         self.loss_sum.zero_()
 
     @torch.inference_mode()

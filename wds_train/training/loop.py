@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.scores import telling
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.data.batch import Batch
 from wds_train.data.cache import BlockCache
@@ -201,7 +202,8 @@ class Session:
         if findings is not None:
             self._tracker.show_findings(findings, self._datasets[0].manifest.classes)
         self._rows.log(record | metrics, trainer.progress)
-        self._say(_epoch_line(f"{epoch:3d}/{schedule.epochs}", loss, metrics, unreadable, self._loader.fallbacks))
+        shown = telling(metrics, trainer.progress.step, self._options.recipe.ema.every)
+        self._say(_epoch_line(f"{epoch:3d}/{schedule.epochs}", loss, shown, unreadable, self._loader.fallbacks))
         over = is_over(schedule, trainer.progress)
         done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if over else {}
         self._commit(metrics, **done)
@@ -245,8 +247,9 @@ class Session:
 
 
 def _epoch_line(epoch: str, loss: float, metrics: dict[str, float], unreadable: int, fallbacks: int) -> str:
+    ema = f"{metrics['val/top1_ema']:.2f} %" if "val/top1_ema" in metrics else "not updated yet"
     return (
-        f"epoch {epoch}  loss {loss:.3f}  top-1 {metrics['val/top1']:.2f} %  EMA {metrics['val/top1_ema']:.2f} %"
+        f"epoch {epoch}  loss {loss:.3f}  top-1 {metrics['val/top1']:.2f} %  EMA {ema}"
         + (f"  {unreadable} unreadable" if unreadable else "")
         + (f"  {fallbacks} ranges asked for twice" if fallbacks else "")
     )

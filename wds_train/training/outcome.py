@@ -2,28 +2,32 @@
 
 from shlex import quote
 
-from wds_train.checkpoint.find import SCORES, best_kind
-from wds_train.checkpoint.manifest import RunManifest, best
+from wds_train.checkpoint.choice import best_weights
+from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.scores import NAMES, every_of, never_averaged, telling
 from wds_train.storage.address import brief
 from wds_train.tracking.console import program
-
-NAMES = {"raw": "raw", "ema": "EMA"}
 
 
 def outcome(run: RunManifest) -> list[str]:
     """The best epoch's accuracy, and the last's."""
-    kind, result = best_kind(run.checkpoints), run.result
-    lines = [f"last     top-1 {result['val/top1']:.2f} % raw, {result['val/top1_ema']:.2f} % EMA"]
-    if found := best(run.checkpoints, SCORES[kind]):
-        top = f"top-1 {found.metrics[SCORES[kind]]:.2f} % {NAMES[kind]}, of epoch {found.progress.evaluated}"
+    every = every_of(run.recipe)
+    result = telling(run.result, run.step, every)
+    ema = f"the EMA weights were {never_averaged(run.step, every)}"
+    if "val/top1_ema" in result:
+        ema = f"{result['val/top1_ema']:.2f} % EMA"
+    lines = [f"last     top-1 {result['val/top1']:.2f} % raw, {ema}"]
+    if found := best_weights(run):
+        top = f"top-1 {found.top1:.2f} % {NAMES[found.kind]}, of epoch {found.checkpoint.progress.evaluated}"
         lines.append(f"best     {top}: the weights that eval takes")
     return lines
 
 
 def next_commands(run: RunManifest, url: str, *, test: bool) -> list[str]:
     """What suits this run, at `url`, whose dataset has a split for a last `test` or not."""
-    wds_train, name, kind = program(), quote(brief(url)), best_kind(run.checkpoints)
-    weights, seed = "" if kind == "ema" else f" --best {kind}", run.recipe["seed"] + 1
+    wds_train, name = program(), quote(brief(url))
+    found, seed = best_weights(run), run.recipe["seed"] + 1
+    weights = " --best raw" if found and found.kind == "raw" else ""
     another = quote(brief(f"{url.rstrip('/')}-seed-{seed}"))
     commands = [f"eval {name} --split test"] if test else []
     commands.append(f"export {name}{weights} --to {run.run}.safetensors")

@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 ABOUT: dict[str, Any] = json.loads((HERE / "app.json").read_text())
 MODELS = {title: HERE / "models" / name for title, name in ABOUT["models"].items()}
 KEPT_SECONDS = 300
-CAPTION = "Only the probabilities of the weights that can be chosen above are calibrated."
+CAPTION = "Only the probabilities of the weights that can be chosen above are calibrated, where that could be."
 TOP = 5
 CSS = "footer {display: none} .learn td, .learn th {padding: .2em .8em; text-align: left}"
 
@@ -84,9 +84,17 @@ def answer(image: Image.Image | None, title: str) -> tuple[dict[str, float] | No
     lines = [
         "" if sure else "**Not sure:** likelier wrong than right.",
         f"{took:.0f} ms, of which {1000 * found.seconds:.0f} ms in the model",
-        "" if model.facts["calibration"]["fitted"] else "the probabilities are not calibrated",
+        _uncalibrated(model),
     ]
     return shares, heat, " · ".join(line for line in lines if line)
+
+
+def _uncalibrated(model: Classifier) -> str:
+    """That the model's probabilities are not calibrated, and why; empty where they are."""
+    calibration = model.facts["calibration"]
+    if reason := calibration.get("reason"):  # files of earlier versions give none
+        return f"the probabilities are not calibrated: {reason}"
+    return "" if calibration["fitted"] else "the probabilities are not calibrated"
 
 
 def learned(image: Image.Image | None) -> str:
@@ -98,7 +106,8 @@ def learned(image: Image.Image | None) -> str:
         model = classifier(title)
         found = model.answer(image)
         best = found.top(1)[0]
-        cells = (title, model.facts["names"][best], f"{100 * found.probabilities[best]:.1f} %")
+        share = f"{100 * found.probabilities[best]:.1f} %"
+        cells = (title, model.facts["names"][best], f"{share}, not calibrated" if _uncalibrated(model) else share)
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     return f"<table class=learn><caption>{CAPTION}</caption><tr><th>weights<th>answer<th>probability</tr>{''.join(rows)}</table>"
 
