@@ -152,8 +152,9 @@ def _index(args: argparse.Namespace) -> int:
     if args.dataset is None:
         raise UsageError("index needs the address of the tars: wds-train shards index s3://bucket/prefix")
     store = open_store(announced(located(args.dataset, "datasets", args.bucket), args.dataset))
+    wanted = read_wanted(args)
     note(f"reading the tars of {store.url} ...")
-    splits, notes = index_in_place(store, None if args.any else ImagePolicy(verify=args.verify))
+    splits, notes = index_in_place(store, None if args.any else ImagePolicy(verify=args.verify), wanted.splits)
     samples = sum(len(found.rows) for found in splits.values())
     left_out = sum(note.what == "left out" for note in notes)
     if not samples + left_out:
@@ -161,7 +162,7 @@ def _index(args: argparse.Namespace) -> int:
     judge(notes, samples + left_out, args.max_bad)
     print_notes(notes)
     counts = count_texts(row["label"] for found in splits.values() for row in found.rows)
-    classes = classes_of(counts, store.url, read_wanted(args).labels)
+    classes = classes_of(counts, store.url, wanted.labels)
     for split, found in splits.items():
         _number_labels(found, classes)
         notes += [Note(split, key, "ignored", UNLABELED) for key in _drop_unlabeled(found)]
@@ -170,7 +171,7 @@ def _index(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     twice = None if args.any else repeats_in_place(splits, classes.infos)
-    extra = {"understood": _understood_tars(splits, classes), "repeats": asdict(twice) if twice else None}
+    extra = {"understood": _understood_tars(splits, classes, notes), "repeats": asdict(twice) if twice else None}
     report = report_json(notes, 0, extra)
     policy = {ANY: True} if args.any else {}
     made = write_dataset(store, splits, classes.infos, policy, report, overwrite=args.overwrite)
@@ -180,11 +181,12 @@ def _index(args: argparse.Namespace) -> int:
     return 0
 
 
-def _understood_tars(splits: dict[str, Indexed], classes: Classes) -> dict[str, object]:
+def _understood_tars(splits: dict[str, Indexed], classes: Classes, notes: list[Note]) -> dict[str, object]:
     """Return how tars that stay where they are were understood, as `report.json` holds it."""
     counts = {split: len(found.rows) for split, found in splits.items()}
     labels = "the members .cls, .json and their like"
-    return {"layout": "WebDataset tars, indexed in place", "labels": labels, "said": classes.said, "splits": counts}
+    said = [*classes.said, *(note.cause for note in notes if note.what == "kept" and not note.split)]
+    return {"layout": "WebDataset tars, indexed in place", "labels": labels, "said": said, "splits": counts}
 
 
 def _number_labels(found: Indexed, classes: Classes) -> None:

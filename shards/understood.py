@@ -35,7 +35,7 @@ def describe(plan: Plan) -> dict[str, Any]:
 def print_understood(plan: Plan) -> None:
     """Print what the source was taken for: a person sees at once when it is not what it is."""
     source, share = plan.source, plan.options.hold_out
-    names = ", ".join(entry.name.partition(",")[0] for entry in source.classes[:SHOWN])
+    names = ", ".join(_short(entry.name) for entry in source.classes[:SHOWN])
     more = ", ..." if source.classes[SHOWN:] else ""
     counts = ", ".join(f"{split} {rows.num_rows:,}" for split, rows in source.splits.items())
     say(f"{source.description}: {len(source.classes)} classes ({names}{more}); {counts}")
@@ -44,7 +44,8 @@ def print_understood(plan: Plan) -> None:
         _line("layout", told["layout"])
         _line("labels", told["labels"])
         for split, of_classes in told["classes"].items():
-            _line("counts", f"{split}: {_in_short(of_classes)}")
+            shown = dict(zip((_short(entry.name) for entry in source.classes), of_classes.values(), strict=True))
+            _line("counts", f"{split}: {_in_short(shown if len(shown) == len(of_classes) else of_classes)}")
     for name in ("said", "ignored", "doubtful"):
         for sentence in told[name]:
             _line("note" if name == "said" else name, sentence)
@@ -57,6 +58,11 @@ def print_understood(plan: Plan) -> None:
         say(f"val is {share:.0%} of each class of train, held out; --hold-out sets another share, 0 keeps none")
     elif "val" not in source.splits:
         say("there is no val split, which training needs: --hold-out 0.1 keeps a tenth of each class for one")
+
+
+def _short(name: str) -> str:
+    """Return the first of a class's human names: `tench, Tinca tinca` is a tench."""
+    return name.partition(",")[0]
 
 
 def _line(name: str, text: str) -> None:

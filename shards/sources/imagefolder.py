@@ -199,7 +199,9 @@ def read_layout(root: Folder, wanted: Wanted) -> Layout:
             if split != NO_SPLIT:
                 _read_split(layout, split, folder, wanted)
         _ignore_neighbours(layout, base, splits, wanted)
-        folders = ", ".join(f"{folder.name}/ ({split})" for split, folder in splits.items())
+        folders = ", ".join(
+            f"{folder.name}/" + (f" ({split})" if folder.name != split else "") for split, folder in splits.items()
+        )
         layout.text = f"class folders in {folders}"
     else:
         layout.origin = root

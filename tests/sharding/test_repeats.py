@@ -25,7 +25,7 @@ from shards.images import ImagePolicy
 from shards.index_in_place import index_in_place, repeats_in_place, write_dataset
 from shards.repeats import Contradictions, Packed, Pair, Repeats, Shared, find_repeats, image_digest, repeat_lines
 from shards.report import report_json
-from shards.sources.labels import classes_of
+from shards.sources.labels import classes_of, count_texts
 from wds_train.cli import main
 from wds_train.format.manifest import ClassInfo
 from wds_train.storage.local import LocalStore
@@ -273,12 +273,12 @@ def test_in_place(case: str, tmp_path: Path) -> None:
     content, expected = IN_PLACE[case]
     store = LocalStore(tars(tmp_path / "tars", content))
     splits, notes = index_in_place(store, ImagePolicy())
-    classes, numbers = classes_of({row["label"] for each in splits.values() for row in each.rows}, 4, "here")
+    classes = classes_of(count_texts(row["label"] for each in splits.values() for row in each.rows), "here")
     for row in (row for each in splits.values() for row in each.rows):
-        row["label"] = numbers[row["label"]]
-    twice = repeats_in_place(splits, classes)
+        row["label"] = classes.numbers[row["label"]]
+    twice = repeats_in_place(splits, classes.infos)
     report = report_json(notes, 0, {"repeats": asdict(twice)})
-    write_dataset(store, splits, classes, {}, report, overwrite=False)
+    write_dataset(store, splits, classes.infos, {}, report, overwrite=False)
     assert summary(found(tmp_path / "tars")) == expected
 
 

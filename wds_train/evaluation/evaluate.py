@@ -115,7 +115,7 @@ def refuse_other_classes(weights: Weights, dataset: Dataset) -> None:
         what = f"has {ours[label]!r} as class {label}, the dataset {theirs[label]!r}"
     raise UsageError(
         f"the model of {weights.run} cannot be evaluated on {dataset.store.url}: it {what}; use a dataset of the "
-        "classes that it was trained on"
+        "classes that it was trained on, or make its shards again with that list: wds-train shards ... --classes FILE"
     )
 
 
