@@ -14,6 +14,7 @@ from shards.sources.table import NO_COLUMN
 from wds_train.config.numbers import Number, above_zero, positive, whole
 from wds_train.errors import UsageError
 from wds_train.format.index import WHOLE_INDEX_SAMPLES
+from wds_train.storage.proof import UNSAFE_HELP
 
 INDEX = "index"
 HELD_OUT = 0.1  # of each class, where a source has no val split
@@ -141,6 +142,7 @@ def _add_writing(group: "argparse._ArgumentGroup") -> None:
     add("--spool", type=Path, help="local folder for images that come as a stream (.wds/spool)")
     add("--spool-gb", type=above_zero, default=50, help="most that it may hold; less means more passes (%(default)s)")
     add("--overwrite", action="store_true", help="replace a dataset made with other settings")
+    add("--unsafe-store", action="store_true", help=UNSAFE_HELP)
     add("--dry-run", action="store_true", help="print the plan, its time and its cost, and write nothing")
 
 

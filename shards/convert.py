@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,13 +23,14 @@ import pyarrow as pa
 from shards.pack import WIP, ShardDone, ShardTask, from_record, put
 from shards.plan import Plan, shard_name
 from shards.repeats import Packed, Repeats, find_repeats
-from shards.report import report_json
+from shards.report import report_json, say
 from shards.understood import describe
-from wds_train.errors import Conflict, DataError, NotFound, UsageError
+from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
 from wds_train.format import manifest as manifests
 from wds_train.format.index import SCHEMA, write_index
 from wds_train.format.manifest import DatasetManifest, Index, Split, read_manifest
 from wds_train.storage.base import Store
+from wds_train.storage.proof import is_probe, prove
 
 PLAN = f"{WIP}plan.json"
 RECORD = re.compile(r"\.wip/[a-z]+/shard-\d{6}\.parquet")
@@ -74,15 +76,17 @@ class Conversion:
                 for split, number, rows in window
             )
 
-    def begin(self, *, overwrite: bool) -> list[ShardDone] | None:
+    def begin(self, *, overwrite: bool, unsafe: bool = False) -> list[ShardDone] | None:
         """What earlier runs finished; None when the dataset is complete. Refused when another one is there, or files of
-        somebody else's under the names that would be written.
+        somebody else's under the names that would be written, or the store ignores conditional writes and is not said to
+        be `unsafe`.
         """
         made = self._read_manifest()
         if made is not None and self._settings(made) == self.plan.settings:
             return None
         if made is not None and not overwrite:
             raise self._other_settings(manifests.NAME, self._settings(made))
+        prove(self.store, WIP, say, unsafe=unsafe)
         while True:
             begun, tag = self._read_begun()
             if begun is not None and begun.plan == self.plan.settings:
@@ -148,15 +152,24 @@ class Conversion:
 
     def sweep(self, made: DatasetManifest) -> None:
         """Remove what the plan names, its own or what it replaced, and `made` does not; then the plan and its records.
-        Nothing else is ours.
+        Nothing else is ours. The dataset is complete: what cannot be removed is told, and no more.
         """
+        for tidy in (self._abort_uploads, partial(self._remove_stale, made)):
+            try:
+                tidy()
+            except StoreError as error:
+                say(f"what interrupted or older conversions left stays there ({error}); see docs/stores.md", 2)
+
+    def _abort_uploads(self) -> None:
         for split in self.plan.parts:
             self.store.abort_uploads(f"{split}/shard-")
+
+    def _remove_stale(self, made: DatasetManifest) -> None:
         begun, _ = self._read_begun()
         if begun is None or begun.plan != self.plan.settings:  # another conversion's by now
             return
         stale = {*begun.names, *begun.stale} - made.objects()
-        records = {entry.key for entry in self.store.list(WIP) if RECORD.fullmatch(entry.key)}
+        records = {entry.key for entry in self.store.list(WIP) if RECORD.fullmatch(entry.key) or is_probe(entry.key)}
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(self.store.delete, stale | records))
         self.store.delete(PLAN)  # last: it names what there is to remove

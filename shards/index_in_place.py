@@ -14,7 +14,7 @@ from isal.isal_zlib import crc32, crc32_combine
 
 from shards.images import ImagePolicy, check
 from shards.repeats import Packed, Repeats, find_repeats, image_digest
-from shards.report import Note
+from shards.report import Note, say
 from shards.sources.litter import is_litter
 from shards.sources.names import file_splits
 from shards.sources.tar_keys import ANYTHING, Keys
@@ -31,7 +31,7 @@ from shards.sources.tar_samples import (
     without_label,
 )
 from shards.sources.tars import OUTSIDE, outside
-from wds_train.errors import Conflict, DataError, NotFound, UsageError
+from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
 from wds_train.format import manifest as manifests
 from wds_train.format.arrow import to_batch
 from wds_train.format.index import write_index
@@ -311,9 +311,12 @@ def write_dataset(
         raise UsageError(f"{store.url} has another manifest already, {there.fingerprint}; --overwrite replaces it")
     store.write(manifests.NAME, made.to_json(), **condition)
     tars = {shard.name for split in splits.values() for shard in split.shards}
-    for stale in (there.objects() if there else set()) - made.objects() - tars:
-        if not stale.endswith(".tar"):  # a tar is somebody's data, whoever indexed it before
-            store.delete(stale)
+    try:
+        for stale in (there.objects() if there else set()) - made.objects() - tars:
+            if not stale.endswith(".tar"):  # a tar is somebody's data, whoever indexed it before
+                store.delete(stale)
+    except StoreError as error:
+        say(f"the index that was replaced stays there ({error})", 2)
     return made
 
 

@@ -17,7 +17,7 @@ from shards.executors import counted, opened, prepare, run_tasks
 from shards.images import ImagePolicy
 from shards.index_in_place import ANY, ANY_TOO, Indexed, index_in_place, repeats_in_place, write_dataset
 from shards.overlap import refuse_overlap
-from shards.pack import Counts, ShardDone
+from shards.pack import WIP, Counts, ShardDone
 from shards.plan import Options, Plan
 from shards.repeats import repeat_lines
 from shards.report import Note, judge, print_notes, report_json, say
@@ -32,6 +32,7 @@ from wds_train.format.manifest import DatasetManifest
 from wds_train.home import home
 from wds_train.storage.address import announced, located
 from wds_train.storage.open import open_store
+from wds_train.storage.proof import prove
 from wds_train.tracking.console import LOG, Meter, note
 
 __all__ = ["add_arguments", "main", "run"]
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             print_plan(plan, args.processes)
             return 0
         conversion = Conversion(plan, store)
-        done = conversion.begin(overwrite=args.overwrite)
+        done = conversion.begin(overwrite=args.overwrite, unsafe=args.unsafe_store)
         if done is None:
             say(f"{store.url} is complete already: {_counts(conversion.complete())}")
             return 0
@@ -153,6 +154,8 @@ def _index(args: argparse.Namespace) -> int:
         raise UsageError("index needs the address of the tars: wds-train shards index s3://bucket/prefix")
     store = open_store(announced(located(args.dataset, "datasets", args.bucket), args.dataset))
     wanted = read_wanted(args)
+    if not args.dry_run:  # before the hours that reading may take
+        prove(store, WIP, say, unsafe=args.unsafe_store)
     note(f"reading the tars of {store.url} ...")
     splits, notes = index_in_place(store, None if args.any else ImagePolicy(verify=args.verify), wanted.splits)
     samples = sum(len(found.rows) for found in splits.values())

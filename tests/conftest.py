@@ -67,7 +67,8 @@ def s3_url(s3_server: Endpoint, aws_env: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture
 def fault_proxy(s3_server: Endpoint, s3_url: str, aws_env: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """A proxy before the session's server, to which the AWS environment variables point from now on."""
-    with FaultProxy(int(s3_server.url.rpartition(":")[2])) as proxy:
+    keys = s3_server.access_key, s3_server.secret_key
+    with FaultProxy(int(s3_server.url.rpartition(":")[2]), keys=keys) as proxy:
         aws_env.setenv("AWS_ENDPOINT_URL", proxy.url)
         yield proxy
 

@@ -15,16 +15,23 @@ from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 
 PIECE = 1 << 16
 
-Kind = Literal["reset", "status", "hang", "stall", "truncate", "drip", "flip", "flip_up", "lost_ack"]
+Kind = Literal[
+    "reset", "status", "hang", "stall", "truncate", "drip", "flip", "flip_up", "lost_ack", "strip", "equal_parts"
+]
 
 
 @dataclass
 class Fault:
-    """What to do to requests of `method` whose key contains `key`, `times` times, to the `share` drawn by the seed.
+    """What to do to requests of `method` whose key contains `key`, `times` times, to the `share` drawn by the seed. With
+    `header`, a pattern, only to those that have such a header.
 
     reset: the connection dies, after `after` bytes of the answer's body (before the request is sent on, if 0).
     status: the server is not asked; `status` and `code` are the answer.
@@ -34,6 +41,8 @@ class Fault:
     drip: the answer's body comes at one byte each `pause` seconds after `after` bytes.
     flip, flip_up: one bit of the answer's body, or of the request's, is wrong: in the byte `after`.
     lost_ack: the server does what was asked; the connection dies before its answer.
+    strip: the headers that match `header` do not reach the server; the request is signed anew without them.
+    equal_parts: an upload whose parts, but for the last, are not of one length is answered as by `status`.
     """
 
     kind: Kind
@@ -46,9 +55,18 @@ class Fault:
     status: int = 503
     code: str = "SlowDown"
     pause: float = 0.05
+    header: str = ""
+    message: str = "injected"
 
-    def matches(self, method: str, key: str, query: str) -> bool:
-        return self.times > 0 and self.method in ("", method) and self.key in key and self.query in query
+    def matches(self, method: str, key: str, query: str, head: bytes) -> bool:
+        has_header = not self.header or self.lines.search(head)
+        asked = self.method in ("", method) and self.key in key and self.query in query
+        return self.times > 0 and asked and bool(has_header)
+
+    @property
+    def lines(self) -> re.Pattern[bytes]:
+        """The lines of a request's head that `header` means."""
+        return re.compile(rb"(?i)\r\n(%s): *[^\r]*" % self.header.encode())
 
 
 class _Broken(Exception):
@@ -57,18 +75,19 @@ class _Broken(Exception):
 
 class FaultProxy:
     """`requests`, `sent`, `received`: requests, and bytes of bodies to and from the client, by (method, key). `heads`: those of
-    each request and of its answer.
+    each request and of its answer. `parts`: the lengths of parts, by upload and number.
 
-    `port` is the server's own. A key is the path without its bucket; a bucket's own requests (listings) have the key "".
+    `port` is the server's own, `keys` what it knows its clients by. A key is the path without its bucket; a bucket's own requests (listings) have the key "".
     """
 
-    def __init__(self, port: int, seed: int = 0) -> None:
+    def __init__(self, port: int, seed: int = 0, keys: tuple[str, str] = ("", "")) -> None:
         self.faults: list[Fault] = []
         self.requests: Counter[tuple[str, str]] = Counter()
         self.sent: Counter[tuple[str, str]] = Counter()
         self.received: Counter[tuple[str, str]] = Counter()
         self.heads: list[tuple[bytes, bytes]] = []
-        self.port = port
+        self.port, self.keys = port, keys
+        self.parts: dict[str, dict[int, int]] = {}
         self._draws = random.Random(seed)
         self._tasks: set[asyncio.Task[None] | None] = set()  # asyncio keeps none alive that waits
         self._loop = asyncio.new_event_loop()
@@ -108,12 +127,27 @@ class FaultProxy:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _draw(self, method: str, key: str, query: str) -> Fault | None:
+    def _draw(self, method: str, key: str, query: str, head: bytes) -> Fault | None:
         for fault in self.faults:
-            if fault.matches(method, key, query) and self._draws.random() < fault.share:
-                fault.times -= 1
-                return fault
+            if not fault.matches(method, key, query, head) or self._draws.random() >= fault.share:
+                continue
+            if fault.kind == "equal_parts" and not self._is_unequal(query):
+                continue
+            fault.times -= 1
+            return fault
         return None
+
+    def _note_part(self, method: str, query: str, head: bytes) -> None:
+        asked = parse_qs(query)
+        if method == "PUT" and "partNumber" in asked:
+            lengths = re.findall(rb"(?i)\r\n(?:x-amz-decoded-)?content-length: *(\d+)", head)
+            parts = self.parts.setdefault(asked["uploadId"][0], {})
+            parts[int(asked["partNumber"][0])] = min(map(int, lengths))
+
+    def _is_unequal(self, query: str) -> bool:
+        parts = self.parts.get(parse_qs(query).get("uploadId", [""])[0], {})
+        *lengths, last = [parts[number] for number in sorted(parts)] or [0]
+        return len({*lengths}) > 1 or any(last > length for length in lengths)
 
     async def _serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
         server_out = None
@@ -149,16 +183,20 @@ class FaultProxy:
         address = urlsplit(target.decode())
         what = method.decode(), unquote(address.path).lstrip("/").partition("/")[2]
         self.requests[what] += 1
-        fault = self._draw(*what, address.query)
+        self._note_part(what[0], address.query, head)
+        fault = self._draw(*what, address.query, head)
         if fault and fault.kind == "reset" and not fault.after:
             raise _Broken("reset")
         if fault and fault.kind == "hang":
             await asyncio.sleep(3600)
-        if fault and fault.kind == "status":
+        if fault and fault.kind == "strip":
+            head = self._signed(fault.lines.sub(b"", head))
+        if fault and fault.kind in ("status", "equal_parts"):
             await self._refuse(fault, head, client_in, client_out)
             return
         server_out.write(head)
-        if re.search(rb"(?i)\r\nexpect: *100", head):
+        # Nobody gives leave to send an empty body.
+        if re.search(rb"(?i)\r\nexpect: *100", head) and not re.search(rb"(?i)\r\ncontent-length: *0\r", head):
             client_out.write(await server_in.readuntil(b"\r\n\r\n"))
         done = 0
         async for piece in _body(head, client_in):
@@ -183,19 +221,43 @@ class FaultProxy:
                 await client_out.drain()
                 done += len(piece)
 
+    def _signed(self, head: bytes) -> bytes:
+        """The request with a signature of its own: the client's was of the headers that are gone."""
+        first, *lines = head.decode().split("\r\n\r\n")[0].split("\r\n")
+        method, target = first.split(" ")[:2]
+        headers = dict(line.split(": ", 1) for line in lines)
+        headers.pop("Authorization")
+        request = AWSRequest(method, f"http://{headers['Host']}{target}", headers=headers)
+        _SameBody(Credentials(*self.keys), "s3", "us-east-1").add_auth(request)
+        told = [first, *(f"{name}: {value}" for name, value in request.headers.items()), "", ""]
+        return "\r\n".join(told).encode()
+
     async def _refuse(
         self, fault: Fault, head: bytes, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter
     ) -> None:
         if not re.search(rb"(?i)\r\nexpect: *100", head):  # who waits for leave to send a body will not send it
             async for _ in _body(head, client_in):
                 pass
-        xml = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>injected</Message></Error>".encode()
+        xml = (
+            f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>{fault.message}</Message></Error>".encode()
+        )
         client_out.write(
             b"HTTP/1.1 %d Injected\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n"
             % (fault.status, len(xml))
             + (b"" if head.startswith(b"HEAD") else xml)
         )
         await client_out.drain()
+
+
+class _SameBody(S3SigV4Auth):
+    """A signature over the digest of the body that the request names, whatever that is."""
+
+    def payload(self, request: AWSRequest) -> str:
+        return self._named
+
+    def _modify_request_before_signing(self, request: AWSRequest) -> None:
+        self._named = request.headers["X-Amz-Content-SHA256"]
+        super()._modify_request_before_signing(request)
 
 
 async def _nothing():

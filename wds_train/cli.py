@@ -50,6 +50,7 @@ COMMANDS = {
     "export": ("wds_train.commands.export", "a run's weights for timm, onnxruntime or torch.export"),
     "demo": ("wds_train.commands.demo", "try a model in the browser"),
     "publish": ("wds_train.commands.publish", "a run as a model repository and a page for everyone"),
+    "check-store": ("wds_train.commands.check_store", "what an S3 server does of all that is asked of one"),
     "wandb": ("wds_train.commands.wandb", "complete a run's page in Weights & Biases from what is on S3"),
     "bench": ("wds_train.commands.bench", "measure what the parts cost"),
 }

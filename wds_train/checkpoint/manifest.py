@@ -30,7 +30,7 @@ SHA256 = re.compile("[0-9a-f]{64}")
 LONGEST_LEASE = 3600.0  # seconds; a claimant waits for as long as a manifest says
 MOST_CLASSES = 1 << 24
 RESULT = ("val/top1", "val/top1_ema")  # every validation gives them, among others
-ADDED = {"earlier", "rollbacks", "result", "replayed"}  # to the manifest, since its first version
+ADDED = {"earlier", "rollbacks", "result", "replayed", "unsafe_store"}  # to the manifest, since its first version
 REPLAYED = 50  # segments kept of rows that no checkpoint goes with
 LISTED = 100  # attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever
 KEPT = 2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
@@ -165,7 +165,8 @@ class RunManifest:
     """All that is known of a run. `attempts` are the newest LISTED, `earlier` sums up those before them. `written` is
     Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not finite. `replayed`
     are the newest REPLAYED segments of rows ahead of a checkpoint: those of the last attempt may yet be committed, those
-    before were logged by attempts that ended before that, or went back behind them.
+    before were logged by attempts that ended before that, or went back behind them. `unsafe_store`: it was claimed last
+    with --unsafe-store, on a store that ignores conditional writes.
     """
 
     run: str
@@ -185,6 +186,7 @@ class RunManifest:
     attempts: tuple[Attempt, ...] = ()
     earlier: Totals = Totals()
     result: dict[str, float] = field(default_factory=dict)
+    unsafe_store: bool = False
 
     def claimed(self, owner: Owner, lease: float, now: float) -> "RunManifest":
         """The manifest of its next owner, the attempt of the one before ended."""

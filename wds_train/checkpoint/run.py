@@ -10,7 +10,6 @@ An instance that another one has replaced meets a foreign fence at its next writ
 have uploaded at that moment carries its own fence in the key: named by nobody, and removed at the next claim.
 """
 
-import contextlib
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -29,8 +28,9 @@ from wds_train.checkpoint.manifest import Checkpoint, RunManifest, Segment
 from wds_train.checkpoint.read import read_checkpoint, read_chosen, read_records
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.writer import Writer
-from wds_train.errors import AccessDenied, Conflict, NotFound, RunError, StoreError, Unavailable, UsageError
+from wds_train.errors import Conflict, NotFound, RunError, StoreError, Unavailable, UsageError
 from wds_train.storage.base import Store
+from wds_train.storage.proof import PROBES, is_probe, prove
 from wds_train.storage.within import within
 
 LAST_WORD_SECONDS = 5.0
@@ -70,25 +70,36 @@ class Run:
         pause: Callable[[float], None] = time.sleep,
         keep_every: int = 0,
         go_on: bool = False,
+        unsafe: bool = False,
     ) -> "Run":
-        """Claim the run at `store`, or create it as `fresh`; a run that is done is only read. `UsageError` when it is
-        of another recipe or dataset, or a person stopped it and nobody says `go_on`; `RunError` when another instance
-        holds it and `wait` is False.
+        """Claim the run at `store`, or create it as `fresh`; a run that is done is only read.
+
+        Args:
+            unsafe: Claim it even if the store ignores conditional writes; the manifest then says so.
+
+        Raises:
+            UsageError: It is of another recipe or dataset, or a person stopped it and nobody says `go_on`.
+            RunError: Another instance holds it and `wait` is False.
+            StoreError: The store ignores conditional writes, by which a run has one owner.
         """
+        safe: bool | None = None
         while True:
             try:
                 found, tag = read_run(store)
             except NotFound:
                 found = fresh
                 condition: dict[str, Any] = {"if_absent": True}
+                safe = prove(store, PROBES, say, unsafe=unsafe) if safe is None else safe
             else:
-                going_on(found, fresh, store.url)  # what cannot be is refused before the wait
+                # What cannot be is refused before the wait.
+                going_on(found, fresh, store.url)
+                if safe is None and found.status != "done":
+                    safe = prove(store, PROBES, say, unsafe=unsafe)
                 found, tag = until_free(store, found, tag, wait=wait, say=say, pause=pause)
                 found = going_on(found, fresh, store.url)
                 if found.status == "done":
                     run = cls(store, found, tag, say=say)
-                    with contextlib.suppress(StoreError):  # who may only read a finished run leaves it as it is
-                        run._collect_orphans()  # of a kill right after the last commit
+                    run._collect_orphans()  # of a kill right after the last commit
                     return run
                 if found.status == "stopped" and not go_on:
                     raise UsageError(
@@ -96,6 +107,7 @@ class Run:
                     )
                 condition = {"if_match": tag}
             try:
+                found = replace(found, unsafe_store=not safe)
                 run = cls._take(store, found, condition, say, keep_every)
             except Conflict:
                 pause(0.1)  # another claimant was faster: look again
@@ -104,9 +116,10 @@ class Run:
                 return run
 
     @staticmethod
-    def roll_back(store: Store, step: int, say: Say) -> tuple[RunManifest, RunManifest]:
+    def roll_back(store: Store, step: int, say: Say, *, unsafe: bool = False) -> tuple[RunManifest, RunManifest]:
         """Make the checkpoint of `step` the newest, forgetting what was committed after it; the manifests before and after.
-        `RunError` when it cannot be used, or an instance holds the run: then nothing has changed.
+        `RunError` when it cannot be used, or an instance holds the run, `StoreError` when the store ignores conditional
+        writes and it is not said to be `unsafe`: then nothing has changed.
 
         One swap both claims the run, so that no earlier owner writes again, and takes it back; only then is deleted what
         came after.
@@ -116,6 +129,8 @@ class Run:
         read_chosen(store, before, after.checkpoints[-1])
         if after == before:
             return before, before
+        safe = prove(store, PROBES, say, unsafe=unsafe)
+        after = replace(after, unsafe_store=not safe)
         claimed = replace(after.claimed(this_process(), leases.LEASE_SECONDS, time.time()), status=after.status)
         after = claimed.stamped(secrets.token_hex(16), time.time(), 0.0)
         store.write(states.NAME, after.to_json(), if_match=tag)
@@ -194,17 +209,31 @@ class Run:
         within(LAST_WORD_SECONDS, last, self.store.url)
 
     def _collect_orphans(self) -> None:
-        """Delete what a killed instance uploaded and never named. Safe for fences up to ours: they can name nothing more."""
-        named = self.manifest.keys
+        """Delete what a killed instance uploaded and never named. Safe for fences up to ours: they can name nothing more.
+
+        This is housekeeping: what a server lacks for it, or a role may not do, is told in one line. Who may only read a
+        finished run leaves it as it is, and is told nothing.
+        """
+        told = self.manifest.status == "done"
         for prefix in ("ckpt/", "metrics/"):
-            for entry in list(self.store.list(prefix)):
-                fence = entry.key.removeprefix(prefix).partition("-")[0]
-                if entry.key not in named and fence <= f"{self.manifest.fence:06d}":
-                    self.store.delete(entry.key)
-                    self._say(f"removed {entry.key}, which no manifest names: left by an interrupted upload or removal")
-            # Without leave to list unfinished uploads, the bucket's lifecycle rule has to remove them.
-            with contextlib.suppress(AccessDenied):
-                self.store.abort_uploads(prefix)
+            for tidy in (self._remove_orphans, self.store.abort_uploads):
+                try:
+                    tidy(prefix)
+                except StoreError as error:
+                    if not told:
+                        self._say(f"what interrupted uploads left stays there ({error}); see docs/stores.md")
+                    told = True
+                    if isinstance(error, Unavailable):  # the next request would wait as long
+                        return
+
+    def _remove_orphans(self, prefix: str) -> None:
+        named = self.manifest.keys
+        for entry in list(self.store.list(prefix)):
+            fence = entry.key.removeprefix(prefix).partition("-")[0]
+            is_orphan = entry.key not in named and fence <= f"{self.manifest.fence:06d}"
+            if is_orphan or is_probe(entry.key):
+                self.store.delete(entry.key)
+                self._say(f"removed {entry.key}, which no manifest names: left by an interrupted upload or removal")
 
 
 def _resumed_at(checkpoint: Checkpoint, found: RunManifest) -> RunManifest:

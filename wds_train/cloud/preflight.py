@@ -17,6 +17,7 @@ from wds_train.config.recipe import Recipe
 from wds_train.data.dataset import Dataset
 from wds_train.errors import NotFound, UsageError, WdsTrainError
 from wds_train.storage.open import open_store
+from wds_train.storage.proof import PROBES, prove
 
 # The stack's sizes, as its template has them.
 SIZES = {
@@ -71,7 +72,7 @@ class Findings:
 
 
 def preflight(aws: Aws, order: Order) -> Findings:
-    """Everything that can be known beforehand; no object is written and nothing is made."""
+    """Everything that can be known beforehand; nothing is made, and no object stays that was written."""
     found = Findings()
     found.look("account", aws.account)
     if found.refused:  # every other answer would be the same
@@ -83,6 +84,7 @@ def preflight(aws: Aws, order: Order) -> Findings:
     found.look("image", lambda: _image(aws, found))
     if found.has_bucket:
         found.look("run", lambda: _run(order.run_url))
+        found.look("store", lambda: _store(order.run_url))
         found.look("plan", lambda: _plan(aws, order, found))
     return found
 
@@ -156,6 +158,12 @@ def _run(url: str) -> str:
         raise UsageError(f"{url} is being trained by {manifest.owner}; stop that first, or choose another RUN=")
     step = manifest.checkpoints[-1].progress.step if manifest.checkpoints else 0
     return f"{url}, to go on at step {step}"
+
+
+def _store(url: str) -> str:
+    told: list[str] = []
+    prove(open_store(url), PROBES, told.append)
+    return "; ".join(["refuses conditional writes as it must", *told])
 
 
 def _quota(aws: Aws, size: str) -> str:

@@ -4,12 +4,14 @@ import argparse
 
 from wds_train.checkpoint.find import find_run
 from wds_train.commands.arguments import add_run, count, run_url
+from wds_train.storage.proof import UNSAFE_HELP
 from wds_train.tracking.console import loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("--to", type=count, required=True, metavar="STEP", help="the step of one of its checkpoints")
+    parser.add_argument("--unsafe-store", action="store_true", help=UNSAFE_HELP)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -17,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     loading()
     from wds_train.checkpoint.run import Run
 
-    before, after = Run.roll_back(store, args.to, print)
+    before, after = Run.roll_back(store, args.to, print, unsafe=args.unsafe_store)
     if after == before:
         done = "done, and " if after.status == "done" else ""
         print(f"{store.url} is {done}at step {args.to}, its last; nothing is changed")

@@ -121,6 +121,7 @@ def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str
         "interruptions": totals.interruptions,
         "failures": totals.failures,
         "rollbacks": manifest.rollbacks,
+        "unsafe_store": manifest.unsafe_store,
         "hours": round(hours, 4),
         "dollars": round(hours * price, 2)
         if price is not None
@@ -164,7 +165,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
     if weights := status["weights"]:
         own = {SCORES[weights["kind"]]: weights["top1"]}
         best = told(weights["kind"], weights["step"], weights["epoch"], own)
-    return [
+    lines = [
         f"run          {status['run']}: {status['status']}",
         f"progress     step {status['step']}, {status['epochs']} of {status['of_epochs']} epochs validated",
         f"metrics      {scores}",
@@ -174,3 +175,6 @@ def _lines(status: dict[str, Any]) -> list[str]:
         f"attempts     {status['attempts']}, of which {status['interruptions']} interrupted, {status['failures']} failed",
         f"time         {status['hours']:.2f} hours{dollars}",
     ]
+    if status["unsafe_store"]:
+        lines.append("store        ignores conditional writes (--unsafe-store): never train this run twice at a time")
+    return lines

@@ -34,6 +34,7 @@ from wds_train.errors import NotFound, UsageError, WdsTrainError
 from wds_train.format.manifest import NAME
 from wds_train.storage.address import announced, located, name_from
 from wds_train.storage.open import open_store
+from wds_train.storage.proof import UNSAFE_HELP
 from wds_train.tracking.console import loading, say
 from wds_train.training.stop import StopRequest
 
@@ -128,6 +129,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the model: minutes at the start, faster then")
     parser.add_argument("--no-wait", action="store_true", help="fail at once when another instance holds the run")
     parser.add_argument("--go-on", action="store_true", help="go on with a run that a person stopped, in W&B")
+    parser.add_argument("--unsafe-store", action="store_true", help=UNSAFE_HELP)
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: bit-equal, more slowly")
 
 
@@ -183,6 +185,7 @@ def run(args: argparse.Namespace) -> int:
         cpu=cpu,
         price=args.price,
         go_on=args.go_on,
+        unsafe_store=args.unsafe_store,
     )
     if args.dry_run:
         print("\n".join([*estimate(options), f"nothing was written: without --dry-run, this {_next(meant.own)}"]))
@@ -268,7 +271,7 @@ def _dataset(args: argparse.Namespace, dataset: str | None, source: RunManifest 
     except NotFound as error:
         if recipe != DEFAULT or args.dry_run:
             raise UsageError(f"no --dataset is given, and none is called like the recipe: {error}") from error
-        _convert(DEFAULT, url)
+        _convert(DEFAULT, url, args)
         return Dataset.open(url)
 
 
@@ -304,13 +307,13 @@ def _sharded(args: argparse.Namespace) -> str | None:
     if "RANK" in os.environ:
         first = shlex.join(["wds-train", "shards", args.dataset, url])
         raise UsageError(f"--shard is for one process, which starts the others; first: {first}")
-    _convert(str(folder.resolve()), url)
+    _convert(str(folder.resolve()), url, args)
     return url
 
 
-def _convert(source: str, url: str) -> None:
+def _convert(source: str, url: str, args: argparse.Namespace) -> None:
     from shards import make_shards
 
     parser = argparse.ArgumentParser()
     make_shards.add_arguments(parser)
-    make_shards.run(parser.parse_args([source, url]))
+    make_shards.run(parser.parse_args([source, url, *["--unsafe-store"][: args.unsafe_store]]))

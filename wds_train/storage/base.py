@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 from wds_train.errors import StoreError
 
 Body = bytes | bytearray | memoryview
-PART_BYTES = 16 << 20  # a larger body goes up in parts of this size, of which UPLOAD_THREADS are copied at a time
+PART_BYTES = 16 << 20  # a larger body goes up in parts of exactly this size, UPLOAD_THREADS of them at a time
 UPLOAD_THREADS = 4
 
 
@@ -53,8 +53,8 @@ class Store(Protocol):
 
     def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
         """Store `pieces` as one object and return its tag. The next is asked for while others are on their way, of which
-        there are `UPLOAD_THREADS` at most; each but the last takes `PART_BYTES` or more. What asking for one raises
-        passes through, and nothing is stored. `NotFound` when an answer was lost and it is unknown what became of it.
+        there are `UPLOAD_THREADS` at most. Pieces may be of any length. What asking for one raises passes through, and
+        nothing is stored. `NotFound` when an answer was lost and it is unknown what became of it.
         """
 
     def upload(self, key: str, path: Path) -> None:

@@ -1,10 +1,12 @@
 """A store below a prefix of an S3 bucket."""
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from wds_train.errors import NotFound, StoreError
 from wds_train.storage.base import Body, Entry, contents
 from wds_train.storage.embedded import Endpoint
 from wds_train.storage.s3_connection import S3Connection
@@ -23,17 +25,17 @@ class S3Store:
     """
 
     def __init__(self, bucket: str, prefix: str, endpoint: Endpoint | None = None) -> None:
-        self._s3 = S3Connection(bucket, prefix, endpoint)
-        self.bucket, self.prefix, self.url = bucket, prefix, self._s3.url
-        self._reader = S3Reader(self._s3)
-        self._writer = S3Writer(self._s3, self._reader)
+        self.connection = S3Connection(bucket, prefix, endpoint)
+        self.bucket, self.prefix, self.url = bucket, prefix, self.connection.url
+        self._reader = S3Reader(self.connection)
+        self._writer = S3Writer(self.connection, self._reader)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _shared, (self.bucket, self.prefix, self._s3.endpoint)
+        return _shared, (self.bucket, self.prefix, self.connection.endpoint)
 
     @property
     def client(self) -> "S3Client":
-        return self._s3.client
+        return self.connection.client
 
     @property
     def fallbacks(self) -> int:
@@ -50,7 +52,7 @@ class S3Store:
         return self._reader.read_tagged(key)
 
     def reconnect(self) -> None:
-        self._s3.reconnect()
+        self.connection.reconnect()
 
     def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
         return self._writer.write(key, body, if_absent=if_absent, if_match=if_match)
@@ -62,31 +64,49 @@ class S3Store:
         self.write(key, contents(path))
 
     def head(self, key: str) -> tuple[int, str]:
-        return self._s3.head(key)
+        return self.connection.head(key)
 
     def list(self, prefix: str = "", *, flat: bool = False) -> Iterator[Entry]:
         found: list[Entry] = []
-        more, above = {"Delimiter": "/"} if flat else {}, len(self._s3.full_key(""))
-        while True:
-            page = self._s3.ask("list_objects_v2", prefix, Prefix=self._s3.full_key(prefix), **more)
+        delimiter, above = {"Delimiter": "/"} if flat else {}, len(self.connection.full_key(""))
+        token = {"ContinuationToken": "NextContinuationToken"}
+        for page in _pages(self.connection, "list_objects_v2", prefix, token, **delimiter):
             found += [
                 Entry(entry["Key"][above:], entry["Size"], entry["LastModified"].timestamp())
                 for entry in page.get("Contents", ())
             ]
             found += [Entry(entry["Prefix"][above:]) for entry in page.get("CommonPrefixes", ())]
-            if not page["IsTruncated"]:
-                break
-            more = {"ContinuationToken": page["NextContinuationToken"]}
         yield from sorted(found)  # AWS sorts by key already, SeaweedFS folder by folder
 
     def delete(self, key: str) -> None:
-        self._s3.ask("delete_object", key, Key=self._s3.full_key(key))
+        self.connection.ask("delete_object", key, Key=self.connection.full_key(key))
 
     def abort_uploads(self, prefix: str) -> None:
-        found = self._s3.ask("list_multipart_uploads", "", Prefix=self._s3.full_key(prefix))
-        for upload in found.get("Uploads", ()):
-            where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-            self._s3.ask("abort_multipart_upload", upload["Key"], **where)
+        whole = self.connection.full_key(prefix)
+        markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+        # All pages first: an upload that is gone could not mark where the next page begins.
+        pages = list(_pages(self.connection, "list_multipart_uploads", prefix, markers))
+        for upload in (each for page in pages for each in page.get("Uploads", ())):
+            # Some servers list the uploads of the whole bucket, whatever prefix is asked for.
+            if upload["Key"].startswith(whole):
+                where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                with contextlib.suppress(NotFound):  # it has ended meanwhile
+                    self.connection.ask("abort_multipart_upload", prefix, **where)
+
+
+def _pages(
+    s3: S3Connection, verb: str, prefix: str, markers: dict[str, str], **details: str
+) -> Iterator[dict[str, Any]]:
+    """The answers to one listing. `markers` has what asks for the next page, and where the answer has it."""
+    marks: dict[str, str] = {}
+    while True:
+        page = s3.ask(verb, prefix, Prefix=s3.full_key(prefix), **details, **marks)
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        last, marks = marks, {name: page[told] for name, told in markers.items() if page.get(told)}
+        if not marks or marks == last:
+            raise StoreError(f"{s3.url}: the S3 server lists no more than its first objects; it cannot be used")
 
 
 @functools.cache

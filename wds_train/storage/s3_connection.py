@@ -5,7 +5,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import boto3
@@ -22,12 +22,21 @@ from wds_train.storage.retry import Retry
 from wds_train.storage.s3_ranges import NoAnswer, Ranges
 
 if TYPE_CHECKING:
+    from botocore.model import OperationModel
     from mypy_boto3_s3 import S3Client
 
 PATIENCE_SECONDS = 120.0  # for a server that has answered before; $WDS_S3_PATIENCE overrides
 FIRST_SECONDS = 15.0  # for one that never has: the address may be wrong
 SOCKET_SECONDS = 20.0  # without a byte
 
+GOOGLE_HOST = "storage.googleapis.com"
+GOOGLE_HEADERS = ("x-goog-", "x-guploader-")  # of its answers, under whatever name it is reached
+
+REQUESTER = "requester"
+CHECKSUM_HEADER = re.compile(r"(?i)x-amz-(sdk-)?checksum[a-z0-9-]*|x-amz-trailer")
+CHECKSUM_REMEDY = "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required: what is written then goes with Content-MD5, which every S3 server knows"
+
+Checksums = Literal["when_supported", "when_required"]
 QUERY = re.compile(r"\?[^\s?'\"()<>]*=[^\s'\"()<>]*")
 
 # What is worth another try: the network, a server in trouble, and bytes damaged on their way to it.
@@ -71,21 +80,39 @@ class _Made(NamedTuple):
 class S3Connection:
     """What the requests below a prefix of a bucket share: a boto3 client, another one after a fork, in the bucket's own
     region once an answer has told it; repetition; and the translation of what goes wrong. Credentials and endpoint come
-    from the usual AWS settings, or from `endpoint`.
+    from the usual AWS settings, or from `endpoint`; so does `checksum_calculation`, unless it is given.
     """
 
-    def __init__(self, bucket: str, prefix: str, endpoint: Endpoint | None) -> None:
+    def __init__(
+        self, bucket: str, prefix: str, endpoint: Endpoint | None, checksum_calculation: Checksums | None = None
+    ) -> None:
         self.bucket, self.prefix, self.endpoint = bucket, prefix, endpoint
+        self._checksum_calculation = checksum_calculation
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.patience = number_of("WDS_S3_PATIENCE", PATIENCE_SECONDS)
+        self.payer = _payer()
         self.answered = False
         self._made: _Made | None = None
         self._session: boto3.session.Session | None = None
+        self._is_google = False
         self._region: str | None = None  # the settings', then the bucket's own, once an answer has told it
 
     @property
     def client(self) -> "S3Client":
         return self._connected().client
+
+    @property
+    def server(self) -> str:
+        """The server's name, for people."""
+        url = self.client.meta.endpoint_url
+        if self._is_google or (urlsplit(url).hostname or "").endswith(GOOGLE_HOST):
+            return f"Google Cloud Storage ({url}), which has no conditions of ETags on writes,"
+        return f"the S3 server {url}"
+
+    @property
+    def checksums(self) -> bool:
+        """Whether bodies go with a CRC-32, as all do unless the settings ask for no more than S3 requires."""
+        return self.client.meta.config.request_checksum_calculation != "when_required"  # type: ignore[attr-defined]
 
     @property
     def ranges(self) -> Ranges | None:
@@ -119,7 +146,7 @@ class S3Connection:
 
     def head(self, key: str) -> tuple[int, str]:
         answer = self.ask("head_object", key, Key=self.full_key(key))
-        return answer["ContentLength"], answer["ETag"]
+        return answer["ContentLength"], tag_in(self, answer)
 
     def retry(self) -> "Retry":
         return Retry(self.patience if self.answered else min(self.patience, FIRST_SECONDS))
@@ -132,6 +159,10 @@ class S3Connection:
         except boto_errors.ClientError as error:
             self.answered = True
             translated = _translate(error, name)
+            if isinstance(translated, Refused) and self.checksums and (header := CHECKSUM_HEADER.search(str(error))):
+                raise Refused(
+                    f"{translated} This server does not take {header[0].lower()}: {CHECKSUM_REMEDY}"
+                ) from error
             if isinstance(translated, Unavailable) and self.endpoint and self.endpoint.is_full():
                 full = f"no space left on the disk of {self.endpoint.root}, where the embedded S3 server keeps {name}"
                 raise StoreError(f"{full}; free some and run again") from error
@@ -157,6 +188,7 @@ class S3Connection:
             connect_timeout=5,
             read_timeout=SOCKET_SECONDS,
             max_pool_connections=32,
+            request_checksum_calculation=self._checksum_calculation,
             response_checksum_validation="when_required",  # it holds only for whole bodies, which resuming has none of
             # As boto3 does over https: bodies go with a CRC. It would hash them for plain http too, which hides nothing.
             s3={"payload_signing_enabled": False},
@@ -169,24 +201,31 @@ class S3Connection:
             session = self._session or self._sign_in()
             url = self.endpoint.url if self.endpoint else None
             client = session.client("s3", config=config, endpoint_url=url, region_name=self._region)
-            client.meta.events.register("response-received.s3", self._learn_region)
+            client.meta.events.register("response-received.s3", self._learn)
+            if self.payer:
+                client.meta.events.register("before-parameter-build.s3", _say_who_pays)
             for write in ("PutObject", "CreateMultipartUpload", "UploadPart"):
                 client.meta.events.register(f"before-call.s3.{write}", _say_what_it_is)
             self._session, self._region = session, client.meta.region_name
             url = client.meta.endpoint_url
             proxied = not self.endpoint and urlsplit(url).scheme in get_environ_proxies(url)
-            return _Made(os.getpid(), client, None if proxied else Ranges(client, self.bucket, SOCKET_SECONDS))
+            payer = {"x-amz-request-payer": self.payer} if self.payer else {}
+            ranges = None if proxied else Ranges(client, self.bucket, SOCKET_SECONDS, payer)
+            return _Made(os.getpid(), client, ranges)
         except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
             raise UsageError(
                 f"the AWS settings cannot be used for {self.url} ({_brief(error)}); "
                 "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
             ) from error
 
-    def _learn_region(self, response_dict: dict[str, Any] | None, **_: object) -> None:
-        """Connect anew in the region that S3 names when it was asked in another: botocore follows it for the one request
-        alone, and every range would cost two. `response_dict` is None when no answer came.
+    def _learn(self, response_dict: dict[str, Any] | None, **_: object) -> None:
+        """Learn from an answer's headers whose server it is, and the bucket's region. In another region than we asked in, we
+        connect anew: botocore follows it for the one request alone, and every range would cost two. `response_dict` is
+        None when no answer came.
         """
-        region = response_dict["headers"].get("x-amz-bucket-region") if response_dict else None
+        headers = response_dict["headers"] if response_dict else {}
+        self._is_google = self._is_google or any(name.lower().startswith(GOOGLE_HEADERS) for name in headers)
+        region = headers.get("x-amz-bucket-region")
         if region and region != self._region:
             self._region = region
             self._made = None
@@ -201,6 +240,26 @@ class S3Connection:
         return f"{self.prefix}/{key}" if self.prefix else key
 
 
+def tag_in(s3: S3Connection, answer: dict[str, Any]) -> str:
+    """The ETag that an answer tells, without which no write can be conditional."""
+    if not (tag := str(answer.get("ETag", ""))):
+        raise StoreError(f"{s3.url}: {s3.server} tells no ETags; it cannot be used")
+    return tag
+
+
+def _payer() -> str:
+    """Who pays for requests, other than the bucket's owner; "" where nobody does."""
+    payer = os.environ.get("WDS_REQUEST_PAYER", "").strip()
+    if payer not in ("", REQUESTER):
+        raise UsageError(f"WDS_REQUEST_PAYER is {payer!r}; it is {REQUESTER!r}, or not set")
+    return payer
+
+
+def _say_who_pays(params: dict[str, Any], model: "OperationModel", **_: object) -> None:
+    if model.input_shape and "RequestPayer" in model.input_shape.members:
+        params["RequestPayer"] = REQUESTER
+
+
 def _say_what_it_is(params: dict[str, Any], **_: object) -> None:
     """Name the type of a shard. SeaweedFS would guess it from the first bytes of each part, the header of a tar, and compress
     what cannot become smaller: uncompressing takes a seventh of its time when the loader reads.
@@ -211,6 +270,10 @@ def _say_what_it_is(params: dict[str, Any], **_: object) -> None:
 
 class OutOfRange(StoreError):
     """The object ends before the range that was asked for."""
+
+
+class Refused(StoreError):
+    """The server does not take the request: it lacks something, or a header or a value is not to its liking."""
 
 
 def _translate(error: boto_errors.ClientError, name: str) -> StoreError:
@@ -227,7 +290,7 @@ def _translate(error: boto_errors.ClientError, name: str) -> StoreError:
     if status == 416:
         return OutOfRange(f"{name} is shorter than the range that was asked for")
     answered = f"{name}: the S3 server answered {status} {code}: {_brief(error)}"
-    return Unavailable(answered) if status in RETRIED or code in RETRIED_CODES else StoreError(answered)
+    return Unavailable(answered) if status in RETRIED or code in RETRIED_CODES else Refused(answered)
 
 
 def _brief(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
+import botocore
 import botocore.session
 from botocore.httpsession import get_cert_path
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SIGNED_SECONDS = 3600  # an address for reads is good for
 CONNECT_SECONDS = 5
+AGENT = f"Botocore/{botocore.__version__}"  # who signs; Hugging Face sends all others to another server
 HEAD_BYTES = 4096  # asked for at a time: what comes of the body with them is copied
 MOST_HEAD_BYTES = 64 << 10
 
@@ -77,9 +79,10 @@ class Ranges:
     Safe to use from threads and after a fork.
     """
 
-    def __init__(self, client: "S3Client", bucket: str, seconds: float) -> None:
-        """`seconds` is how long to wait for a byte."""
+    def __init__(self, client: "S3Client", bucket: str, seconds: float, signed: dict[str, str] | None = None) -> None:
+        """`seconds` is how long to wait for a byte, `signed` are the headers that the client signs in each address."""
         self._client, self._bucket, self._seconds = client, bucket, seconds
+        self._headers = signed or {}
         self._signed: dict[str, tuple[SplitResult, float]] = {}
         self._idle: list[socket.socket] = []
         self._pid = os.getpid()
@@ -90,7 +93,7 @@ class Ranges:
         """The answer, with the range as its body; None for any other. `NoAnswer` also while it is read."""
         url, answer = self._address(key), None
         try:
-            answer = self._asked(url, headers)
+            answer = self._asked(url, self._headers | headers)
             if answer.status == 206 and answer.left is not None:
                 yield answer
             else:
@@ -133,7 +136,7 @@ class Ranges:
 
 
 def _asked(sock: socket.socket, url: SplitResult, headers: dict[str, str]) -> Answer:
-    headers = {"Host": url.netloc, "Accept-Encoding": "identity"} | headers
+    headers = {"Host": url.netloc, "Accept-Encoding": "identity", "User-Agent": AGENT} | headers
     lines = [f"GET {url.path}?{url.query} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
     with _closed_on_failure(sock):
         sock.sendall("\r\n".join(lines).encode("latin-1"))

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from wds_train.errors import StoreError, Unavailable
+from wds_train.errors import Conflict, StoreError, Unavailable
 from wds_train.storage.base import inside, too_short
 from wds_train.storage.retry import SLOWEST
-from wds_train.storage.s3_connection import SOCKET_SECONDS, OutOfRange, S3Connection
+from wds_train.storage.s3_connection import SOCKET_SECONDS, OutOfRange, S3Connection, tag_in
 from wds_train.storage.s3_ranges import Answer
 
 PIECE_BYTES = 1 << 18
@@ -38,7 +38,7 @@ class S3Reader:
 
     def read_tagged(self, key: str) -> tuple[bytes, str]:
         body = self._received(key, _Body(0, None))
-        return b"".join(body.pieces), body.tag
+        return b"".join(body.pieces), tag_in(self._connection, {"ETag": body.tag})
 
     def _received(self, key: str, body: "_Body") -> "_Body":
         retry = self._connection.retry()
@@ -49,6 +49,8 @@ class S3Reader:
                     self._read_on(key, body)
                 return body
             except OutOfRange as error:
+                if body.size:  # there were bytes there when the reading began
+                    raise self._changed(key) from error
                 raise too_short(f"{self._connection.url}/{key}", body.start, body.length) from error
             except Unavailable as error:
                 # Bodies break off: go on from the byte that came last.
@@ -57,11 +59,14 @@ class S3Reader:
     def _read_on(self, key: str, body: "_Body") -> None:
         """Append to `body` what is missing of it. What comes later must be of the same version of the object."""
         first = body.start + body.size
-        wanted = {"IfMatch": body.tag} if body.tag else {}
+        wanted = {}
         if first or body.length is not None:
             wanted["Range"] = f"bytes={first}-" + ("" if body.length is None else str(body.start + body.length - 1))
         with self._get(key, wanted) as (tag, size, answered_range, stream):
             self._connection.answered = True
+            # Not by If-Match: some servers do not know it for reads.
+            if body.size and tag != body.tag:
+                raise self._changed(key)
             body.tag, body.expected = tag, body.size + size
             too_much = body.length is not None and body.expected > body.length
             if "Range" in wanted and (too_much or not answered_range.startswith(f"bytes {first}-")):
@@ -75,6 +80,9 @@ class S3Reader:
         if body.size < body.expected:  # an early end is no error to http.client and urllib3
             raise Unavailable(f"{self._connection.url}/{key} broke off after {body.size} of {body.expected} bytes")
 
+    def _changed(self, key: str) -> Conflict:
+        return Conflict(f"{self._connection.url}/{key} was changed by another writer while it was read")
+
     @contextlib.contextmanager
     def _get(self, key: str, wanted: dict[str, str]) -> Iterator[tuple[str, int, str, Any]]:
         """Tag, size in bytes, Content-Range and body of one GET.
@@ -85,8 +93,7 @@ class S3Reader:
         connection = self._connection
         full_key = connection.full_key(inside(key, connection.url))
         if "Range" in wanted and (ranges := connection.ranges):
-            headers = {"If-Match" if name == "IfMatch" else name: value for name, value in wanted.items()}
-            with ranges.get(full_key, headers) as found:
+            with ranges.get(full_key, wanted) as found:
                 if found is not None:
                     head = found.headers
                     yield head.get("etag", ""), found.left or 0, head.get("content-range", ""), found
@@ -94,7 +101,7 @@ class S3Reader:
             self._fallbacks[0] += 1
         answer = connection.client.get_object(Bucket=connection.bucket, Key=full_key, **wanted)  # type: ignore[arg-type]
         with contextlib.closing(answer["Body"]._raw_stream) as stream:  # type: ignore[attr-defined]
-            yield answer["ETag"], answer["ContentLength"], answer.get("ContentRange", ""), stream
+            yield answer.get("ETag", ""), answer["ContentLength"], answer.get("ContentRange", ""), stream
 
 
 class _Body:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from isal.isal_zlib import crc32
 
 from wds_train.errors import Conflict, NotFound, StoreError
 from wds_train.storage.base import PART_BYTES, UPLOAD_THREADS, Body
-from wds_train.storage.s3_connection import S3Connection
+from wds_train.storage.s3_connection import S3Connection, tag_in
 from wds_train.storage.s3_read import S3Reader
 
 
@@ -29,7 +30,7 @@ class S3Writer:
                 whole = memoryview(body)
                 starts = range(0, len(body), PART_BYTES)
                 return self._write_parts(key, (whole[start : start + PART_BYTES] for start in starts), condition)
-            return self._send("put_object", key, body, **condition)["ETag"]
+            return tag_in(self._s3, self._send("put_object", key, body, **condition))
         except (Conflict, NotFound) as error:
             tag = self._tag_of(key, memoryview(body))
             if tag is None:
@@ -37,22 +38,24 @@ class S3Writer:
             return tag
 
     def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
-        first, second = next(pieces, b""), next(pieces, None)
+        parts = _equal_parts(pieces)
+        first, second = next(parts, b""), next(parts, None)
         if second is None:
             return self.write(key, first)
-        return self._write_parts(key, itertools.chain((first, second), pieces), {})
+        return self._write_parts(key, itertools.chain((first, second), parts), {})
 
     def _write_parts(self, key: str, pieces: Iterable[Body], condition: dict[str, str]) -> str:
         """A multipart upload: nothing is visible before its end, and nothing remains of one that failed."""
         where = {"Key": self._s3.full_key(key)}
-        upload = where | {
-            "UploadId": self._s3.ask("create_multipart_upload", key, **where, ChecksumAlgorithm="CRC32")["UploadId"]
-        }
+        algorithm = {"ChecksumAlgorithm": "CRC32"} if self._s3.checksums else {}
+        begun = self._s3.ask("create_multipart_upload", key, **where, **algorithm)
+        upload = where | {"UploadId": begun["UploadId"]}
         try:
             size, parts = self._send_parts(key, pieces, upload["UploadId"])
-            tag = self._s3.ask(
+            ended = self._s3.ask(
                 "complete_multipart_upload", key, **upload, MultipartUpload={"Parts": parts}, **condition
-            )["ETag"]
+            )
+            tag = tag_in(self._s3, ended)
         except BaseException:
             # Once only: when the server is gone, the bucket's lifecycle rule has to do it.
             with contextlib.suppress(StoreError), self._s3.translated(key):
@@ -68,7 +71,8 @@ class S3Writer:
 
         def send(part: int, piece: Body) -> dict[str, Any]:
             answer = self._send("upload_part", key, piece, UploadId=upload, PartNumber=part)
-            return {"PartNumber": part, "ETag": answer["ETag"], "ChecksumCRC32": answer["ChecksumCRC32"]}
+            told = {"PartNumber": part, "ETag": tag_in(self._s3, answer)}
+            return told | {name: value for name, value in answer.items() if name == "ChecksumCRC32"}
 
         size, parts, pending = 0, [], deque[Future[dict[str, Any]]]()
         with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
@@ -81,8 +85,11 @@ class S3Writer:
 
     def _send(self, verb: str, key: str, body: Body, **details: Any) -> dict[str, Any]:
         """Send `body` with its checksum, which the server compares, and answers if it stores it."""
-        crc, content = _crc32(body), bytes(body) if isinstance(body, memoryview) else body
-        answer = self._s3.ask(verb, key, Key=self._s3.full_key(key), Body=content, ChecksumCRC32=crc, **details)
+        digest, content = digest_of(self._s3, body), bytes(body) if isinstance(body, memoryview) else body
+        answer = self._s3.ask(verb, key, Key=self._s3.full_key(key), Body=content, **digest, **details)
+        crc = digest.get("ChecksumCRC32")
+        if crc is None:
+            return answer
         if answer.get("ChecksumCRC32", crc) != crc:
             raise StoreError(f"{self._s3.url}/{key}: the S3 server stored other bytes than it was sent")
         return answer | {"ChecksumCRC32": crc}
@@ -101,5 +108,22 @@ class S3Writer:
         return tag if same else None
 
 
-def _crc32(body: Body) -> str:
-    return base64.b64encode(crc32(body).to_bytes(4)).decode()
+def _equal_parts(pieces: Iterable[Body]) -> Iterator[Body]:
+    """`pieces`, cut anew into parts of PART_BYTES, and the rest last: Cloudflare R2 takes no others."""
+    waiting = bytearray()
+    for piece in pieces:
+        waiting += piece
+        while len(waiting) >= PART_BYTES:
+            yield bytes(memoryview(waiting)[:PART_BYTES])
+            del waiting[:PART_BYTES]
+    if waiting:
+        yield waiting
+
+
+def digest_of(s3: S3Connection, body: Body) -> dict[str, str]:
+    """What goes with `body`, for the server to compare: its CRC-32, or where the settings ask for none, its MD5, which
+    servers know that are older than S3's checksums.
+    """
+    if s3.checksums:
+        return {"ChecksumCRC32": base64.b64encode(crc32(body).to_bytes(4)).decode()}
+    return {"ContentMD5": base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()}

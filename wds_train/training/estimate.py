@@ -1,4 +1,6 @@
-"""`wds-train train --dry-run`: what a training would take, measured on this machine. Nothing is claimed, and nothing written."""
+"""`wds-train train --dry-run`: what a training would take, measured on this machine. Nothing is claimed, and
+nothing stays written: the store is proved, as by a claim.
+"""
 
 import itertools
 import os
@@ -15,7 +17,8 @@ from wds_train.data.dataset import Dataset
 from wds_train.data.mixture import of_same_classes
 from wds_train.errors import UsageError
 from wds_train.storage.open import open_store
-from wds_train.tracking.console import dollars, duration, note
+from wds_train.storage.proof import PROBES, prove
+from wds_train.tracking.console import dollars, duration, note, say
 from wds_train.training.engine import Trainer
 from wds_train.training.memory import fit_accumulation
 from wds_train.training.options import TrainOptions
@@ -125,7 +128,9 @@ class Estimate:
 def estimate(options: TrainOptions) -> list[str]:
     """What would be trained and what it would take, in lines. On a CPU where it takes too long, what would not."""
     this = Estimate(options)
-    refuse(options, this.datasets, fresh_run(options, this.datasets), open_store(options.run), this.ranks)
+    store = open_store(options.run)
+    refuse(options, this.datasets, fresh_run(options, this.datasets), store, this.ranks)
+    prove(store, PROBES, say, unsafe=options.unsafe_store)
     note("measuring two steps ...")
     batches, loading = this.read()
     cost = this.cost(this.small, batches, loading)

@@ -32,6 +32,8 @@ class TrainOptions:
     """Whether to leave the GPUs alone."""
     go_on: bool = False
     """Whether to go on with a run that a person stopped."""
+    unsafe_store: bool = False
+    """Whether to train on a store that ignores conditional writes."""
     price: float | None = None
     """Dollars that an hour of this machine costs."""
 

@@ -87,7 +87,14 @@ def _lead(
     try:
         refuse(options, datasets, fresh, store, ranks)
         run = Run.claim(
-            store, fresh, say, wait=options.wait, pause=stop.sleep, keep_every=options.keep_every, go_on=options.go_on
+            store,
+            fresh,
+            say,
+            wait=options.wait,
+            pause=stop.sleep,
+            keep_every=options.keep_every,
+            go_on=options.go_on,
+            unsafe=options.unsafe_store,
         )
         with ending(run, stop, repeats=_repeats(options, ranks)):
             snapshot = None if run.manifest.status == "done" else run.restore(say)

@@ -1,0 +1,138 @@
+"""The proof that a store refuses a conditional write whose condition does not hold.
+
+Everything rests on that: a run has one owner, and a manifest one writer, because the server refuses the second one. Some
+servers and gateways take such a write and ignore its condition, and answer as if all were well.
+"""
+
+import secrets
+from collections.abc import Callable
+
+from wds_train.errors import Conflict, NotFound, StoreError
+from wds_train.storage.base import Store
+from wds_train.storage.s3 import S3Store
+from wds_train.storage.s3_connection import CHECKSUM_REMEDY, Refused, S3Connection
+from wds_train.storage.s3_write import digest_of
+
+PROBES = "ckpt/"  # of a run: where an instance's role may write and delete
+PROBE = "probe-"  # begins the name of the object that is written; no fence of a run sorts after it
+LOOKS = 3  # before a server is refused: another process may have removed the probe meanwhile
+TRIES = 5  # at a first write that the server refuses for the moment (409)
+BODY = b"wds-train"
+WRONG_TAG = f'"{"0" * 32}"'
+UNSAFE_HELP = "use a store that ignores conditional writes: only where nothing else ever writes to it at the same time"
+
+COULD_HAPPEN = "two processes could own one run or dataset at a time, and overwrite each other's work unnoticed"
+KNOWN = "AWS S3, Cloudflare R2 and SeaweedFS (the embedded server) are known to refuse such writes; see docs/stores.md"
+REMEDY = "--unsafe-store uses it all the same, if you know that nothing else writes there at the same time"
+
+Say = Callable[[str], None]
+
+
+def prove(store: Store, folder: str, say: Say, *, unsafe: bool = False) -> bool:
+    """See that `store` refuses what it must, by a small object in `folder` (ends in "/") that is removed again.
+
+    It takes four small requests. A local directory needs none: its writes exclude one another by a lock.
+
+    Args:
+        unsafe: Say what is wrong, and return False, instead of raising.
+
+    Raises:
+        StoreError: The server ignores a condition.
+    """
+    if not isinstance(store, S3Store):
+        return True
+    flaw = ""
+    for _ in range(LOOKS):
+        key = f"{folder}{PROBE}{secrets.token_hex(8)}"
+        try:
+            flaw = _flaw(store.connection, key)
+        finally:
+            _remove(store.connection, key, say)
+        if not flaw:
+            return True
+    if not unsafe:
+        raise StoreError(f"{store.url}: {flaw}, so that {COULD_HAPPEN}. {KNOWN}. {REMEDY}")
+    say(f"{store.url}: {flaw}; --unsafe-store: nothing else may write there at the same time")
+    return False
+
+
+def is_probe(key: str) -> bool:
+    """Whether an object is a probe, which a process left that was killed in the middle of its proof.
+
+    It may be removed at any time: a proof that is at work misses its probe, and looks again with another one.
+    """
+    return key.rpartition("/")[2].startswith(PROBE)
+
+
+def _flaw(s3: S3Connection, key: str) -> str:
+    """What is wrong with the server, to be read after its name; "" where nothing is."""
+    if not _is_written(s3, key):
+        return f"{s3.server} refuses every write with If-None-Match, even of a new object"
+    if not _is_refused(s3, key, IfNoneMatch="*"):
+        return f"{s3.server} ignores If-None-Match (it wrote over an object that was there)"
+    if not _is_refused(s3, key, IfMatch=WRONG_TAG):
+        return f"{s3.server} ignores If-Match (it wrote over an object of another ETag)"
+    return ""
+
+
+def _is_written(s3: S3Connection, key: str) -> bool:
+    """Write the probe. It is there, too, when the answer to the first request was lost and its repetition refused."""
+    for _ in range(TRIES):
+        try:
+            _put(s3, key, IfNoneMatch="*")
+        except Conflict:
+            if _is_there(s3, key):
+                return True
+        except Refused as error:
+            raise _explained(s3, key, error) from error
+        else:
+            return True
+    return False
+
+
+def _put(s3: S3Connection, key: str, **condition: str) -> None:
+    s3.ask("put_object", key, Key=s3.full_key(key), Body=BODY, **digest_of(s3, BODY), **condition)
+
+
+def _explained(s3: S3Connection, key: str, error: Refused) -> StoreError:
+    """Which header it is that the server does not take, found out by leaving out one after the other."""
+    plain = S3Connection(s3.bucket, s3.prefix, s3.endpoint, "when_required")
+    if s3.checksums and _is_taken(plain, key, IfNoneMatch="*"):
+        return StoreError(f"{s3.server} does not take x-amz-checksum-crc32 ({error}): {CHECKSUM_REMEDY}")
+    if _is_taken(plain, key):
+        return StoreError(
+            f"{s3.server} does not take If-None-Match on a write ({error}), by which a run has one owner. {KNOWN}"
+        )
+    return error
+
+
+def _is_taken(s3: S3Connection, key: str, **condition: str) -> bool:
+    try:
+        _put(s3, key, **condition)
+    except StoreError:
+        return False
+    return True
+
+
+def _is_there(s3: S3Connection, key: str) -> bool:
+    try:
+        s3.head(key)
+    except NotFound:
+        return False
+    return True
+
+
+def _is_refused(s3: S3Connection, key: str, **condition: str) -> bool:
+    try:
+        _put(s3, key, **condition)
+    except (Conflict, NotFound):
+        return True
+    return False
+
+
+def _remove(s3: S3Connection, key: str, say: Say) -> None:
+    """Remove the probe. Whoever may not delete can train all the same."""
+    try:
+        s3.ask("delete_object", key, Key=s3.full_key(key))
+    except StoreError as error:
+        say(f"the object {key} stays behind: {error}")
