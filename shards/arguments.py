@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from shards.executors import dask_address
 from shards.sources.base import Wanted
@@ -11,7 +12,7 @@ from shards.sources.labels import LabelRules, read_class_list
 from shards.sources.names import NO_SPLIT, SPLITS
 from shards.sources.open import DIGITS, FORMATS
 from shards.sources.table import NO_COLUMN
-from wds_train.config.numbers import Number, above_zero, positive, whole
+from wds_train.config.numbers import Number, above_zero, positive, whole, with_range
 from wds_train.errors import UsageError
 from wds_train.format.index import WHOLE_INDEX_SAMPLES
 from wds_train.storage.proof import UNSAFE_HELP
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reading(group: "argparse._ArgumentGroup") -> None:
-    add = group.add_argument
+    def add(*names: str, **options: Any) -> None:
+        group.add_argument(*names, **with_range(options))
+
     add("--source", dest="form", choices=sorted(FORMATS), help="the format of SOURCE, when it is not recognised")
     add(
         "--table",
@@ -66,7 +69,7 @@ def _add_reading(group: "argparse._ArgumentGroup") -> None:
         "--classes",
         type=Path,
         metavar="FILE",
-        help="the classes in their order: a name a line, JSON, or a dataset's manifest.json",
+        help="the classes in their order: a name a line, JSON, a dataset's manifest.json, or what inspect --json prints",
     )
     add(
         "--class-level",
@@ -102,7 +105,9 @@ def _add_reading(group: "argparse._ArgumentGroup") -> None:
 
 
 def _add_images(group: "argparse._ArgumentGroup") -> None:
-    add = group.add_argument
+    def add(*names: str, **options: Any) -> None:
+        group.add_argument(*names, **with_range(options))
+
     add("--resize-shorter", type=positive, metavar="PX", help="encode images anew whose shorter side is longer")
     add("--quality", type=Number(int, 1, 100), default=90, help="of JPEGs that are encoded anew (%(default)s)")
     add("--reencode", action="store_true", help="take BMP, GIF, TIFF and AVIF too, encoded anew as JPEG of --quality")
@@ -117,7 +122,9 @@ def _add_images(group: "argparse._ArgumentGroup") -> None:
 
 
 def _add_writing(group: "argparse._ArgumentGroup") -> None:
-    add = group.add_argument
+    def add(*names: str, **options: Any) -> None:
+        group.add_argument(*names, **with_range(options))
+
     add("--seed", type=whole, default=0, help="of the shuffle over the whole source (%(default)s)")
     add("--shard-mb", type=above_zero, default=128, help="largest shard, in MiB (%(default)s)")
     add(

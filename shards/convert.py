@@ -82,10 +82,10 @@ class Conversion:
         be `unsafe`.
         """
         made = self._read_manifest()
-        if made is not None and self._settings(made) == self.plan.settings:
+        if made is not None and _settings(made, self.plan) == self.plan.settings:
             return None
         if made is not None and not overwrite:
-            raise self._other_settings(manifests.NAME, self._settings(made))
+            raise _other_settings(f"{self.store.url}/{manifests.NAME}", _settings(made, self.plan), self.plan)
         prove(self.store, WIP, say, unsafe=unsafe)
         while True:
             begun, tag = self._read_begun()
@@ -93,7 +93,7 @@ class Conversion:
                 self.mark = begun.mark
                 return self._finished()
             if begun is not None and not overwrite:
-                raise self._other_settings(PLAN, begun.plan)
+                raise _other_settings(f"{self.store.url}/{PLAN}", begun.plan, self.plan)
             replaced = (made.objects() if made else set()) | ({*begun.names, *begun.stale} if begun else set())
             self.mark = f".{self.plan.digest[:8]}" if replaced else ""
             mine = self.plan.names(self.mark)
@@ -198,15 +198,6 @@ class Conversion:
             return Begun.from_json(data, f"{self.store.url}/{PLAN}"), tag
         return None, ""
 
-    def _settings(self, made: DatasetManifest) -> dict[str, Any]:
-        return {name: getattr(made, name) for name in self.plan.settings}
-
-    def _other_settings(self, where: str, there: dict[str, Any]) -> UsageError:
-        return UsageError(
-            f"{self.store.url}/{where} was begun with other settings: {_differences(there, self.plan.settings)}; "
-            "use the same ones, another destination, or --overwrite to replace it"
-        )
-
     def _finished(self) -> list[ShardDone]:
         records = [entry.key for entry in self.store.list(WIP) if entry.key.endswith(".parquet")]
         with ThreadPoolExecutor(16) as pool:
@@ -222,6 +213,19 @@ class Conversion:
             return done if self.store.head(done.shard.name) == (done.shard.bytes, done.tag) else None
         except NotFound:
             return None
+
+
+def _settings(made: DatasetManifest, plan: Plan) -> dict[str, Any]:
+    """Return what a finished dataset was made with, as `Plan.settings` has it."""
+    return {name: getattr(made, name) for name in plan.settings}
+
+
+def _other_settings(where: str, there: dict[str, Any], plan: Plan) -> UsageError:
+    """Return the refusal of a place where something was begun with other settings."""
+    return UsageError(
+        f"{where} was begun with other settings: {_differences(there, plan.settings)}; "
+        "use the same ones, another destination, or --overwrite to replace it"
+    )
 
 
 def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from wds_train.config.numbers import Number
+from wds_train.config.numbers import with_range
 from wds_train.dotenv import read_dotenv
 from wds_train.environment import SETTINGS, refuse_bad_numbers
 from wds_train.errors import Interrupted, UsageError, WdsTrainError, did_you_mean, tell
@@ -60,9 +60,7 @@ class Parser(argparse.ArgumentParser):
     """A parser, and those of its commands, whose every complaint is one sentence, and whose help says the range of a number."""
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        if isinstance(kind := options.get("type"), Number):
-            options["help"] = f"{options.get('help', '')} [{kind}]".strip()
-        return super().add_argument(*names, **options)
+        return super().add_argument(*names, **with_range(options))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse's, but each command refuses what it does not know itself, and thus can name what it does."""

@@ -4,6 +4,7 @@ A table that labels nearly all images decides, wherever they lie. Otherwise the 
 images of a split that has none (`val_annotations.txt` of Tiny ImageNet) or say which image belongs to which split.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +26,22 @@ from shards.sources.labels import NO_LABEL, NO_TEXT, ONE_LABEL, Classes, classes
 from shards.sources.names import NO_SPLIT, SPLIT_OF, SPLITS, normal
 from shards.sources.scan import UNLABELED, SplitScan
 from shards.sources.splits import from_scans
-from shards.sources.table import LabelTable, Row, split_of_row
-from shards.sources.tables import find_tables
+from shards.sources.table import NO_COLUMN, LabelTable, Row, split_of_row
+from shards.sources.tables import decode, find_tables
 from shards.sources.tree import DiskFiles, Folder, read_tree
 from wds_train.errors import DataError, UsageError
 
 MANY = 10  # images with several labels, and their share, above which these are no slips
 SEVERAL_LABELS = 0.05
+# train_test_split.txt, list_patition_label.txt, split_zhou.json, train.lst, setid.mat.
+SPLIT_FILE = re.compile(
+    r"(?:^|[-_ .])(?:splits?|part?itions?|setid|train|training|test|testing|val|validation)(?:[-_ .]|list|$)",
+    re.IGNORECASE,
+)
+SURE_SPLIT_FILE = re.compile(r"(?:^|[-_ .])(?:splits?|part?itions?|setid)(?:[-_ .]|$)", re.IGNORECASE)
+SPLIT_SUFFIXES = (".txt", ".lst", ".list", ".json", ".mat", ".csv", ".tsv", ".npy", ".npz")
+NAMED = 3  # images that a file called train or test names, to be a list of them
+MOST_READ = 4 << 20  # bytes of such a file
 UNREAD_TABLES = (".xlsx", ".xls", ".ods", ".mat", ".pkl", ".h5", ".hdf5", ".npy", ".npz", ".db", ".sqlite")
 
 
@@ -45,6 +55,7 @@ class Contents:
         tables: The tables below it.
         layout: How its class folders are read; None where it has none.
         wanted: What a person said.
+        beside: Files that lie beside the class folders.
     """
 
     root: Path
@@ -52,6 +63,7 @@ class Contents:
     tables: Tables
     layout: Layout | None
     wanted: Wanted
+    beside: tuple[Path, ...] = ()
 
     def path(self, image: int) -> Path:
         """Return the path of an image."""
@@ -88,16 +100,17 @@ def folder(root: Path, wanted: Wanted) -> Source:
 
     # Without tables the class folders decide alone.
     paths = _outside_classes(_table_files(tree, wanted), layout)
-    if not paths or not tree.total:
-        if layout is None:
-            raise _with_hint(refusal, tree)
+    beside = _files_beside(tree, layout)
+    if layout is None and (not paths or not tree.total):
+        raise _with_hint(refusal, tree)
+    if layout is not None and not paths and not any(map(_may_say_splits, beside)):
         return folder_source(layout, root.name, DiskFiles(), wanted)
 
     # A table decides where the folders are no classes; the folders do where it says the same, or nothing certain.
     images = ImageIndex(root, folder_splits(tree, wanted))
     names = {normal(part.name) for part in layout.parts} if layout else set[str]()
     tables = read_tables(paths, images, wanted, names)
-    contents = Contents(root, images, tables, layout, wanted)
+    contents = Contents(root, images, tables, layout, wanted, tuple(beside))
     chosen = choose_tables(tables, images, wanted)
     if layout is not None:
         return _by_both(chosen, contents, layout)
@@ -114,18 +127,11 @@ def _by_both(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -
     Raises:
         UsageError: Both may.
     """
-    tables, wanted = contents.tables, contents.wanted
-    if wanted.table and chosen:
+    if contents.wanted.table and chosen:
         return _from_tables(chosen, contents)
     sure = [each for each in chosen if each.columns.sure]
     if not sure:
-        for each in chosen:
-            tables.ignored.append((each.path, _not_called(each)))
-        if wanted.label or wanted.image:
-            raise UsageError(
-                f"{contents.root} is read by its class folders; leave --label-column and --image-column out, or name a table: --table FILE"
-            )
-        return _from_folders(layout, contents)
+        return _beside_unsure_tables(chosen, contents, layout)
 
     # Labels that go with the folders are the folders' names; labels that cross them are the classes, and the folders are not.
     trainable = trainable_images(contents.images)
@@ -148,6 +154,21 @@ def _by_both(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -
             + (", by names that several images have" if ambiguous else "")
             + f"; say which is right: --table {sure[0].path}, or --source imagefolder"
         )
+    return _from_folders(layout, contents)
+
+
+def _beside_unsure_tables(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -> Source:
+    """Read a folder by its class folders, beside tables whose columns may be anything."""
+    if chosen and _relation(chosen, contents, layout) == SAME_CLASSES:
+        _add_splits(chosen, contents)  # train.txt and test.txt with a label in each line
+        return _from_folders(layout, contents)
+    wanted = contents.wanted
+    if wanted.label or wanted.image or wanted.split not in (None, NO_COLUMN):
+        raise UsageError(
+            f"{contents.root} is read by its class folders, and not by a table; leave --label-column, --image-column and --split-column out, "
+            "or name the table: --table FILE"
+        )
+    contents.tables.ignored += [(each.path, _not_called(each)) for each in chosen]
     return _from_folders(layout, contents)
 
 
@@ -219,6 +240,33 @@ def table(root: Path, wanted: Wanted) -> Source:
             f"{root} holds no table that labels its images, such as a labels.csv with the columns file and label"
         )
     return _from_tables(chosen, Contents(root, images, tables, None, wanted))
+
+
+def _may_say_splits(path: Path) -> bool:
+    """Tell whether a file is called as one that says which images are to train on."""
+    return path.suffix.lower() in SPLIT_SUFFIXES and SPLIT_FILE.search(path.stem) is not None
+
+
+def _says_splits(path: Path, images: ImageIndex) -> bool:
+    """Tell whether a file says which images are to train on: by its name alone, or by its name and the images that it names."""
+    if not _may_say_splits(path):
+        return False
+    if SURE_SPLIT_FILE.search(path.stem):
+        return True
+    try:
+        text = decode(path.read_bytes()[:MOST_READ])
+    except OSError:
+        return False
+    words = {word.rpartition("/")[2] for word in re.findall(r"[^\s,;:\"'\[\]{}]+", text)}
+    named = sum(images.has_name(word) for word in words)
+    return named >= min(NAMED, len(images) / 4)
+
+
+def _files_beside(tree: Folder, layout: Layout | None) -> list[Path]:
+    """Return the files that lie outside of class folders."""
+    inside = {part.folder.path for part in layout.parts} if layout else set[Path]()
+    folders = [each for each in tree.walk() if each.path not in inside and not inside.intersection(each.path.parents)]
+    return [each.path / name for each in folders for name in each.files]
 
 
 def _table_files(tree: Folder, wanted: Wanted) -> list[Path]:
@@ -451,6 +499,7 @@ def _from_folders(layout: Layout, contents: Contents) -> Source:
     images, tables, wanted = contents.images, contents.tables, contents.wanted
     if tables.listed and layout.splits == ["train"] and not layout.flat:
         return _from_lists(layout, contents)
+    _refuse_unread_splits(layout, contents)
     for path in tables.lists:
         layout.doubtful.append(f"{contents.name(path)} says splits of images, and is not used: the folders say them")
 
@@ -483,6 +532,19 @@ def _from_folders(layout: Layout, contents: Contents) -> Source:
     note_layout(layout, scans["train"], DiskFiles())
     understood = Understood(layout.text, "the folders' names", said, layout.doubtful)
     return from_scans(f"imagefolder {contents.root.name}", classes.infos, [*scans.values()], understood)
+
+
+def _refuse_unread_splits(layout: Layout, contents: Contents) -> None:
+    """Raise `UsageError` where a file seems to say the splits, nothing else does, and it cannot be read."""
+    if layout.splits != ["train"] or layout.flat or contents.wanted.table:
+        return
+    read = {each.path for each in contents.tables.usable if each.columns.sure}
+    odd = [path for path in contents.beside if path not in read and _says_splits(path, contents.images)]
+    if odd:
+        raise UsageError(
+            f"{contents.root}: {contents.name(odd[0])} seems to say which images are to train on and which to test, and cannot be read; write "
+            "it as CSV with the columns file and split, or train on all images all the same: --source imagefolder"
+        )
 
 
 @dataclass(frozen=True)

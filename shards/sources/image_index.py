@@ -113,6 +113,11 @@ class ImageIndex:
             exact += same_case
         return alike, exact
 
+    def has_name(self, text: str) -> bool:
+        """Tell whether an image is called so, with or without a suffix; numbers alone may be anything."""
+        base = fold(text)
+        return base in self._by_name or (base in self._by_stem and not base.isdecimal())
+
     def split_of(self, image: int) -> str:
         """Return the split that the folders of an image say; empty where none does."""
         pieces = self.paths[image].split("/")

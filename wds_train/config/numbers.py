@@ -3,6 +3,7 @@
 import argparse
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class Number:
         bounds = [text for text, bound in ((low, self.least), (high, self.most)) if not math.isinf(bound)]
         noun = "a whole number" if self.kind is int else "a number"
         return f"{noun}{' of ' * bool(bounds)}{' and '.join(bounds)}"
+
+
+def with_range(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of an argument, whose help says the range of a number."""
+    kind = options.get("type")
+    if not isinstance(kind, Number):
+        return options
+    return options | {"help": f"{options.get('help', '')} [{kind}]".strip()}
 
 
 count = Number(int, 0)
