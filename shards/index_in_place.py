@@ -45,6 +45,7 @@ CHUNK = 8 << 20
 MAX_SAMPLE = 64 << 20
 ANY = "any"  # the one class of samples that may hold anything
 SAMPLES = pa.schema([("key", pa.string()), ("label", pa.int32())])
+RESHARD = "make shards of them: wds-train shards wds:PATH"
 ANY_TOO = "--any indexes samples without images, for SampleLoader (docs/loader.md)"
 
 
@@ -267,6 +268,9 @@ def _read(member: Member, file: Forward, policy: ImagePolicy | None) -> _Part:
             image = check(data, policy)
         except DataError as error:
             return _Part(member, checksum, flaw=str(error))
+        if image.altered:
+            flaw = f"it has to be encoded anew ({image.oddity}), and tars stay as they are; {RESHARD}"
+            return _Part(member, checksum, flaw=flaw)
         return _Part(member, checksum, size=(image.width, image.height), digest=image_digest(data))
     name = member.name.lower()
     may_be_label = kind_of(name) in BESIDE_CAPTIONS or ".label." in name

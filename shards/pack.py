@@ -136,7 +136,7 @@ class Packing:
             self.digests.append(NO_IMAGE)
             return
         if image.oddity:
-            self.notes.append(Note(split, origin, "kept", image.oddity))
+            self.notes.append(Note(split, origin, "altered" if image.altered else "kept", image.oddity))
         self.altered += image.altered
         self.digests.append(image_digest(image.data))
         self.writer.add(Sample(row["key"], row["label"], image.data, image.extension, image.width, image.height))

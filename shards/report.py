@@ -16,7 +16,7 @@ from wds_train.errors import DataError
 @dataclass(frozen=True)
 class Note:
     """A file or sample that is not in the dataset as the source holds it. `what`: `left out` (counts against the
-    tolerance), `ignored` (no sample at all), `altered`, or `kept` (untouched, but odd).
+    tolerance), `ignored` (no sample at all), `altered` (encoded anew), or `kept` (untouched, but odd).
     """
 
     split: str
@@ -71,10 +71,11 @@ def say(line: str, number: int = 1) -> None:
 
 
 def print_notes(notes: list[Note], report: str = "report.json", most: int = 20) -> None:
-    """A line for each of the notes, but one for all of a split that are ignored for the same cause."""
+    """A line for each of the notes that are left out, and one for all others of a split with the same cause."""
     alike: dict[object, list[Note]] = {}
     for number, note in enumerate(notes):
-        alike.setdefault((note.split, note.cause) if note.what == "ignored" else number, []).append(note)
+        key = number if note.what == "left out" else (note.what, note.split, note.cause)
+        alike.setdefault(key, []).append(note)
     for first, *others in itertools.islice(alike.values(), most):
         also = f" and {len(others):,} more" if others else ""
         say(f"{first.what:9} {first.split:6} {first.origin}{also}: {first.cause}")

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import layouts
 import numpy as np
+import odd_images as odd
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,8 @@ from wds_train.cli import main
 from wds_train.data.dataset import Dataset
 from wds_train.evaluation.evaluate import Member, View, chosen_weights
 from wds_train.serving.classify import Classifier, sample
-from wds_train.transforms.decode import decode_center
+from wds_train.transforms.decode import decode_center, decode_whole
+from wds_train.transforms.plain import plain_bytes
 
 pytest.importorskip("onnxruntime")
 CPU = torch.device("cpu")
@@ -93,7 +95,7 @@ TURNED[0x0112] = 6
     [
         (encoded(PHOTO.convert("CMYK"), "JPEG"), (60, 40)),
         (encoded(PHOTO, "JPEG", exif=TURNED), (40, 60)),
-        (encoded(PHOTO.convert("I;16"), "PNG"), (60, 40)),
+        (encoded(Image.fromarray(np.asarray(PHOTO.convert("L")) * np.uint16(257)), "PNG"), (60, 40)),
         (encoded(PHOTO.convert("P"), "PNG"), (60, 40)),
         (encoded(PHOTO.convert("LA"), "PNG"), (60, 40)),
         (encoded(PHOTO, "WEBP"), (60, 40)),
@@ -103,6 +105,77 @@ TURNED[0x0112] = 6
 def test_odd_images_are_read(page: ModuleType, data: bytes, size: tuple[int, int]) -> None:
     image = page.opened(data)
     assert (image.mode, image.size) == ("RGB", size)
+
+
+SAMPLES = np.random.default_rng(0).integers(0, 256, (odd.HEIGHT, odd.WIDTH, 4), dtype=np.uint8)
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def deep(channels: int, top: int, *bits: int) -> bytes:
+    """A PNG of 16 bits a sample, of numbers up to `top`, and what its sBIT says."""
+    samples = (SAMPLES[..., :channels] / 255 * top).round().astype(np.uint16)
+    return odd.png(samples, odd.chunk(b"sBIT", bytes(bits)) if bits else b"")
+
+
+SEEN_ALIKE = {
+    "RGBA": odd.png(SAMPLES),
+    "LA": odd.png(SAMPLES[..., :2]),
+    "a transparent colour": odd.png(
+        SAMPLES[..., :3], odd.chunk(b"tRNS", bytes([0, SAMPLES[0, 0, 0], 0, SAMPLES[0, 0, 1], 0, SAMPLES[0, 0, 2]]))
+    ),
+    "a transparent grey": odd.png(SAMPLES[..., :1], odd.chunk(b"tRNS", bytes([0, SAMPLES[0, 0, 0]]))),
+    "a transparent grey of 2 bits": odd.few_bits_png(SAMPLES[..., 0] >> 6, 2, odd.chunk(b"tRNS", b"\0\1")),
+    "a transparent grey of 4 bits": odd.few_bits_png(SAMPLES[..., 0] >> 4, 4, odd.chunk(b"tRNS", b"\0\7")),
+    "a palette": encoded(PHOTO.quantize(8), "PNG", transparency=bytes([0, 100, 255])),
+    "a transparent index": encoded(PHOTO.quantize(8), "PNG", transparency=3),
+    "WebP": encoded(Image.fromarray(SAMPLES), "WEBP", lossless=True, exact=True),
+    "GIF": encoded(PHOTO.quantize(8), "GIF", transparency=3),
+    "16 bits": deep(1, 65535),
+    "16 bits, colours": deep(3, 65535),
+    "16 bits, RGBA": deep(4, 65535),
+    "16 bits, LA": deep(2, 65535),
+    "16 bits, a transparent grey": odd.png(
+        SAMPLES[..., :1] * np.uint16(257), odd.chunk(b"tRNS", bytes([SAMPLES[0, 0, 0]] * 2))
+    ),
+    "12 bits": deep(1, 4095, 12),
+    "12 bits, colours": deep(3, 4095, 12, 12, 12),
+    "12 bits, RGBA": deep(4, 4095, 12, 12, 12, 12),
+    "12 bits, LA": deep(2, 4095, 12, 12),
+    "14 bits": deep(1, 16383, 14),
+    "8 bits in 16": deep(1, 255, 8),
+    "black": deep(1, 0),
+    "raw profile": odd.png(SAMPLES[..., :3], odd.text_chunk("zTXt", b"Raw profile type exif", odd.raw_profile(6))),
+    "raw profile behind": odd.png(SAMPLES, b"", odd.text_chunk("tEXt", b"Raw profile type exif", odd.raw_profile(8))),
+    "raw profile without sense": odd.png(SAMPLES, odd.text_chunk("tEXt", b"Raw profile type exif", b"\n\n\nxy")),
+    "EXIF and transparency": odd.png(SAMPLES, odd.chunk(b"eXIf", odd.tiff_exif(5))),
+    "EXIF and 12 bits": odd.png(
+        SAMPLES * np.uint16(16), odd.chunk(b"eXIf", odd.tiff_exif(5)) + odd.chunk(b"sBIT", b"\x0c\x0c\x0c\x0c")
+    ),
+    "XMP alone, JPEG": encoded(PHOTO, "JPEG", xmp=XMP),
+    "XMP alone, WebP": encoded(PHOTO, "WEBP", xmp=XMP, lossless=True),
+    "XMP alone, PNG": odd.png(SAMPLES[..., :3], odd.text_chunk("iTXt", b"XML:com.adobe.xmp", XMP)),
+    "2 MB of text": odd.png(SAMPLES[..., :3], odd.text_chunk("zTXt", b"a", b"text " * 400_000)),
+    "2 MB of text, RGBA": odd.png(SAMPLES, odd.text_chunk("iTXt-z", b"a", b"text " * 400_000)),
+    "2 MB of profile": odd.png(SAMPLES[..., :3], odd.colour_profile(2 << 20)),
+    "lossless grey": odd.jpeg((200,), 0xC3),
+    "oddly sampled": odd.jpeg((200, 100, 160), sampling=(0x14, 0x11, 0x11)),
+    "arithmetic": odd.arithmetic("colours"),
+}
+
+
+@pytest.mark.parametrize("name", SEEN_ALIKE)
+def test_it_sees_odd_images_as_a_conversion_makes_them(page: ModuleType, name: str) -> None:
+    """And as `predict` does, which asks the same function."""
+    data = SEEN_ALIKE[name]
+    np.testing.assert_array_equal(np.asarray(page.opened(data)), decode_whole(plain_bytes(data)))
+
+
+@pytest.mark.parametrize(("channels", "top"), [(1, 4095), (3, 4095), (4, 1000), (2, 255)])
+def test_numbers_without_a_range_are_a_sentence(page: ModuleType, channels: int, top: int) -> None:
+    with pytest.raises(
+        page.Refused, match=rf"has 16 bits a sample, of 0 to {top}, and does not say which number is white"
+    ):
+        page.opened(deep(channels, top))
 
 
 def huge() -> bytes:

@@ -1,4 +1,7 @@
-"""The images that a person names: files, folders, what is below a prefix on S3, web addresses."""
+"""The images that a person names: files, folders, what is below a prefix on S3, web addresses.
+
+Each is read as a conversion would have put it into a shard: transparent pixels lie on white, and so on (`transforms/plain.py`).
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -10,9 +13,10 @@ from wds_train.errors import DataError, NotFound
 from wds_train.serving.download import download
 from wds_train.storage.base import Store, contents
 from wds_train.storage.open import open_store
+from wds_train.transforms.plain import plain_bytes
 
 # Those of a folder or a prefix that are taken for images; a file that is named alone may be called anything.
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".heic", ".heif")
 MOST_BYTES = 256 << 20  # of a file: an image of all the pixels that are decoded has less
 
 
@@ -27,12 +31,22 @@ class Photo:
 def photos(texts: Iterable[str]) -> Iterator[Photo]:
     """The images that `texts` name, those of a folder or a prefix in the order of their names, however deep they lie."""
     for text in texts:
-        if text.lower().startswith(("http://", "https://")):
-            yield Photo(text, partial(download, text))
-        elif text.startswith("s3://"):
-            yield from _on_s3(text)
-        else:
-            yield from _local(text)
+        for photo in _named(text):
+            yield Photo(photo.name, partial(_plain, photo))
+
+
+def _plain(photo: Photo) -> bytes:
+    return plain_bytes(photo.read())
+
+
+def _named(text: str) -> Iterator[Photo]:
+    """What one of the texts names, with the bytes as they lie there."""
+    if text.lower().startswith(("http://", "https://")):
+        yield Photo(text, partial(download, text))
+    elif text.startswith("s3://"):
+        yield from _on_s3(text)
+    else:
+        yield from _local(text)
 
 
 def _local(text: str) -> Iterator[Photo]:

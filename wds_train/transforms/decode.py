@@ -1,19 +1,17 @@
 """Encoded bytes -> a crop, resized, in place: uint8 HWC RGB into the batch array.
 
-JPEG goes through simplejpeg (libjpeg-turbo), down to the crop's last row (`jpeg.py`); PNG, WebP, GIF and four-colour
-JPEG through Pillow. A crop of over twice the output's size is resized by PyTorch's anti-aliased filter, which equals
+JPEG goes through simplejpeg (libjpeg-turbo), down to the crop's last row (`jpeg.py`); PNG, WebP, GIF and the JPEGs that
+simplejpeg does not read, those of four colours first of all, through Pillow (`pillow.py`). A crop of over twice the output's size is resized by PyTorch's anti-aliased filter, which equals
 Pillow's; a smaller one by OpenCV's bilinear, which still reads every pixel. All of them release the GIL.
 docs/benchmarks.md has the figures, what that costs in PSNR, and what else was tried.
 
 Colours are those of Pillow's `convert("RGB")`: transparency and colour profiles are ignored; of 16 bits the upper 8 are
-kept. Boxes are in the pixels of the upright image: EXIF's orientation is applied.
+kept. A conversion lays transparent pixels on white, and stretches what is less than 16 bits, before they come here
+(`plain.py`); what older shards hold is read as ever. Boxes are in the pixels of the upright image: EXIF's orientation is applied.
 """
 
-import io
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import cv2
@@ -21,18 +19,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from wds_train.errors import DataError
-from wds_train.format.index import MAX_PIXELS
 from wds_train.transforms import jpeg
 from wds_train.transforms.crop import Box
-from wds_train.transforms.pillow import to_rgb, upright
+from wds_train.transforms.pillow import fast_header, open_upright, to_rgb, whole
 
 # From this factor on, plain bilinear skips source pixels. 1 makes every reduction anti-aliased.
 BILINEAR_UP_TO = 2
 THIN = 16  # from this ratio of its sides on, the middle of an image is all that is resized
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 cv2.setNumThreads(0)  # loader workers are the parallelism; OpenCV's own threads would fight them for the cores
 # Pillow warns of odd files that it reads all the same; a line for each would bury the run's own.
@@ -48,9 +44,9 @@ class ImageInfo(NamedTuple):
 
 def probe(data: bytes | memoryview) -> ImageInfo:
     """What the image's header says; `DataError` when it is no image that can be read, or one of over MAX_PIXELS."""
-    if header := _jpeg_header(data):
+    if header := fast_header(data):
         return _upright_size(header)
-    return ImageInfo(*_open(data).size)
+    return ImageInfo(*open_upright(data).size)
 
 
 def decode_crop(data: bytes | memoryview, box: Box, out: NDArray[np.uint8], *, flip: bool = False) -> None:
@@ -60,7 +56,7 @@ def decode_crop(data: bytes | memoryview, box: Box, out: NDArray[np.uint8], *, f
     below the crop may go unseen, and so may altered bits that still make sense: only a checksum finds those.
     It reads the header itself, at no cost that can be measured: `probe` is for those who need the size first.
     """
-    if (header := _jpeg_header(data)) is None:
+    if (header := fast_header(data)) is None:
         _resize(_pillow_crop(data, box), out, (False, False, flip))
         return
     transposed, mirror_rows, mirror_columns = ORIENTATIONS[header.orientation]
@@ -80,7 +76,7 @@ def decode_center(data: bytes | memoryview, crop: float, out: NDArray[np.uint8])
     pixels: decoded exactly, the shorter side resized by Pillow to side / `crop`, `side` of each cut from the middle. So
     an exported model scores elsewhere what it scored here; `decode_crop` is faster. `DataError` as there.
     """
-    image, side = _whole(data), len(out)
+    image, side = whole(data), len(out)
     shorter = min(image.size)
     if max(image.size) > THIN * shorter:  # resized, a strip of one pixel by a million would be gigabytes
         image = ImageOps.fit(
@@ -94,14 +90,7 @@ def decode_center(data: bytes | memoryview, crop: float, out: NDArray[np.uint8])
 
 def decode_whole(data: bytes | memoryview) -> NDArray[np.uint8]:
     """The whole upright image, uint8 [height, width, 3], exactly as Pillow decodes it. `DataError` as there."""
-    return np.array(_whole(data))
-
-
-def _whole(data: bytes | memoryview) -> Image.Image:
-    """The upright image in RGB, exactly as Pillow decodes it."""
-    if (header := _jpeg_header(data)) is None:
-        return to_rgb(_open(data))
-    return upright(Image.fromarray(jpeg.decode_all(memoryview(data), header)), data)
+    return np.array(whole(data))
 
 
 # How the stored image becomes the upright one, by EXIF orientation: transpose it? then mirror its rows? its columns?
@@ -144,28 +133,9 @@ def _resize_antialiased(pixels: NDArray[np.uint8], height: int, width: int) -> N
     return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def _jpeg_header(data: bytes | memoryview) -> jpeg.Header | None:
-    """The header of a JPEG that simplejpeg reads right, grey or of three colours; None for all else."""
-    if len(data) == 0:
-        raise DataError("it is empty (0 bytes)")
-    if data[:2] != jpeg.START:
-        return None
-    header = jpeg.read_header(memoryview(data))
-    _check_size(header.width, header.height)
-    return header if header.components in (1, 3) else None
-
-
 def _upright_size(header: jpeg.Header) -> ImageInfo:
     transposed = ORIENTATIONS[header.orientation][0]
     return ImageInfo(header.height, header.width) if transposed else ImageInfo(header.width, header.height)
-
-
-def _check_size(width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise DataError(
-            f"it has {width}x{height} pixels, 1 to {MAX_PIXELS} are allowed; "
-            "shrink it, or raise MAX_PIXELS in wds_train/format/index.py"
-        )
 
 
 def _checked(box: Box, info: ImageInfo) -> Box:
@@ -180,28 +150,7 @@ def _checked(box: Box, info: ImageInfo) -> Box:
 
 def _pillow_crop(data: bytes | memoryview, box: Box) -> NDArray[np.uint8]:
     """The `box` of the upright image, uint8 [height, width, 3]."""
-    image = _open(data)
+    image = open_upright(data)
     left, top, width, height = _checked(box, ImageInfo(*image.size))
     image = image.crop((left, top, left + width, top + height))
     return np.array(to_rgb(image))  # a copy: PyTorch warns of read-only arrays, which asarray gives
-
-
-def _open(data: bytes | memoryview) -> Image.Image:
-    """The upright image."""
-    with _foreign_errors(data):
-        image: Image.Image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
-        _check_size(*image.size)
-        image.load()  # here, where what damage raises becomes a `DataError`
-        return upright(image, data)
-
-
-@contextmanager
-def _foreign_errors(data: bytes | memoryview) -> Iterator[None]:
-    try:
-        yield
-    except (DataError, MemoryError):
-        raise
-    except UnidentifiedImageError as error:
-        raise DataError(f"it is no JPEG, PNG, WebP or GIF; it begins with {bytes(data[:8])!r}") from error
-    except Exception as error:  # on damaged bytes Pillow's readers raise nearly anything: struct.error, KeyError, ...
-        raise DataError(f"it cannot be decoded: {error}") from error

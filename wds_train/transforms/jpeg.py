@@ -17,6 +17,17 @@ START = b"\xff\xd8"
 SCAN, RESTART_INTERVAL, EXIF = 0xDA, 0xDD, 0xE1
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SEQUENTIAL_FRAMES = (0xC0, 0xC1)
+USUAL_FRAMES = (0xC0, 0xC1, 0xC2)  # with Huffman's codes, sequential or progressive
+LOSSLESS_FRAME = 0xC3
+# Processes that neither libjpeg-turbo nor Pillow decodes.
+UNREAD_FRAMES = dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG") | {
+    0xCB: "lossless JPEG of arithmetic codes"
+}
+JPEG_LS_FRAME = 0xF7
+BITS = 8
+GREY, COLOURS, CMYK = 1, 3, 4  # components of a frame
+# Of the first colour, as two digits; the others are 0x11. All decoders know these: 4:4:4, 4:2:2, 4:4:0, 4:2:0 and 4:1:1.
+USUAL_SAMPLING = (0x11, 0x21, 0x12, 0x22, 0x41)
 NO_SEGMENT = (0x00, 0x01, *range(0xD0, 0xD8), 0xFF)  # stuffing, the markers without content, fill bytes
 ORIENTATION_TAG = 0x0112
 INTEGERS = {1: 1, 3: 2, 4: 4}  # TIFF's BYTE, SHORT and LONG: their sizes in bytes
@@ -29,7 +40,8 @@ LEFT_OVER = "extraneous bytes before marker 0xd9"
 
 class Header(NamedTuple):
     """What a JPEG's header says. `width` and `height` as stored, in pixels; `orientation` as in EXIF, 1 (upright) to 8;
-    `frame`: offset of the frame header's content; `simple`: all pixels in one sequential scan, without restart markers.
+    `frame`: offset of the frame header's content; `simple`: all pixels in one sequential scan, without restart markers;
+    `usual`: of a process and a sampling that every decoder knows; `lossless`: of the process for that.
     """
 
     width: int
@@ -38,10 +50,14 @@ class Header(NamedTuple):
     orientation: int
     frame: int
     simple: bool
+    usual: bool
+    lossless: bool
 
 
 def read_header(data: memoryview) -> Header:
-    """The header of the JPEG file `data`; `DataError` when there is none that makes sense."""
+    """The header of the JPEG file `data`; `DataError` when there is none that makes sense, or one of a kind of JPEG that no
+    decoder here reads.
+    """
     orientation, frame_marker, frame, restarts = 1, 0, 0, False
     at = len(START)
     while at + 4 <= len(data):
@@ -53,18 +69,55 @@ def read_header(data: memoryview) -> Header:
         if marker == SCAN:
             if not frame or content >= len(data):
                 break
-            simple = frame_marker in SEQUENTIAL_FRAMES and data[content] == data[frame + 5] and not restarts
+            components = data[frame + 5]
+            _refuse_unread(frame_marker, data[frame], components)
+            simple = frame_marker in SEQUENTIAL_FRAMES and data[content] == components and not restarts
             if not simple:
                 _check_scans(data)
             height, width = _uint16(data, frame + 1), _uint16(data, frame + 3)
-            return Header(width, height, data[frame + 5], orientation, frame, simple)
+            sampling = bytes(data[frame + 7 : frame + 7 + 3 * components : 3])
+            usual = frame_marker in USUAL_FRAMES and _is_usual(sampling)
+            lossless = frame_marker == LOSSLESS_FRAME
+            return Header(width, height, components, orientation, frame, simple, usual, lossless)
         if marker in FRAMES and not frame and content + 6 <= len(data):
             frame_marker, frame = marker, content
+        elif marker == JPEG_LS_FRAME:
+            raise DataError("it is a JPEG-LS, which is not read; convert it to an ordinary JPEG, or to PNG")
         elif marker == RESTART_INTERVAL:
             restarts = True
         elif marker == EXIF and orientation == 1:
             orientation = exif_orientation(bytes(data[content:at])) if data[content : content + 6] == b"Exif\0\0" else 1
     raise DataError("it is cut off or damaged: a JPEG without a frame and a scan header")
+
+
+def is_fast(data: memoryview, header: Header) -> bool:
+    """Whether simplejpeg decodes this JPEG, right and to RGB. Pillow reads the others, those of four colours among them."""
+    if header.lossless or header.components == CMYK:
+        return False
+    return header.usual or not isinstance(_size_read(data), str)
+
+
+def contradiction(data: memoryview, height: int, width: int) -> str | None:
+    """What is wrong with the header of a JPEG that `is_fast` and should be of this size, as simplejpeg reads it; None where
+    nothing is. No pixel is decoded.
+    """
+    size = _size_read(data)
+    if isinstance(size, str):
+        return size
+    if size != (height, width):  # rows that libjpeg does not see would keep what was in their memory
+        return f"its header says {height, width} rows and columns or {size}, depending on how it is read"
+    return None
+
+
+def _size_read(data: memoryview) -> tuple[int, int] | str:
+    """Rows and columns by simplejpeg's own reading of the header, or why it has none."""
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        return str(error)
+    except KeyError as error:  # a sampling that libjpeg-turbo knows, and simplejpeg has no name for
+        return f"its chroma sampling is not known ({error})"
+    return height, width
 
 
 def decode_all(data: memoryview, header: Header) -> NDArray[np.uint8]:
@@ -99,14 +152,35 @@ def decode_rows(data: memoryview, header: Header, rows: int) -> NDArray[np.uint8
 
 def _decode(data: memoryview, pixels: NDArray[np.uint8], *, fast: bool = True) -> str | None:
     """Fill `pixels`, or say why not."""
+    height, width, _ = pixels.shape
+    if (cause := contradiction(data, height, width)) is not None:
+        return cause
     try:
-        size = simplejpeg.decode_jpeg_header(data)[:2]
-        if size != pixels.shape[:2]:  # rows that libjpeg does not see would keep what was in their memory
-            return f"its header says {pixels.shape[:2]} rows and columns or {size}, depending on how it is read"
         simplejpeg.decode_jpeg(data, fastdct=fast, fastupsample=fast, buffer=pixels)
     except ValueError as error:
         return None if LEFT_OVER in str(error) else str(error)
     return None
+
+
+def _refuse_unread(process: int, precision: int, components: int) -> None:
+    """`DataError` for what neither simplejpeg nor Pillow decodes. They would call it damaged, or no image."""
+    kind = UNREAD_FRAMES.get(process)
+    if precision != BITS:
+        kind = f"JPEG of {precision} bits a sample"
+    if components not in (GREY, COLOURS, CMYK):
+        kind = f"JPEG of {components} colours"
+    if kind is not None:
+        raise DataError(f"it is a {kind}, which is not read; convert it to an ordinary JPEG, or to PNG")
+
+
+def _is_usual(sampling: bytes) -> bool:
+    """Whether every decoder knows this sampling, a byte for each colour. That of a single one has no meaning."""
+    if len(sampling) == GREY:
+        return True
+    first, *chroma = sampling
+    if len(sampling) == CMYK and chroma.pop() != first:  # black is sampled as the first
+        return False
+    return first in USUAL_SAMPLING and chroma == [0x11, 0x11]
 
 
 def _check_scans(data: memoryview) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 MOST_BYTES = 20 << 20
 MOST_PIXELS = 50_000_000  # 150 MB once decoded
@@ -21,6 +21,12 @@ THIN = 16  # a longer side of more times the shorter is cut before it is resized
 HOT = np.array([255, 60, 0], np.float32)
 THREADS = 2
 Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS is the limit; Pillow's own would call a larger image damaged
+# A PNG's texts and colour profile, of which Pillow's own limit is 1 MB: it would call a sound image damaged.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
+BACKGROUND = "white"  # below transparent pixels, as in training
+FEW_GREYS = {b"\2\0": 85, b"\4\0": 17}
+FILLED = 0x1000  # from this value on, 16 bits are taken for filled
+SURE_BITS = 12
 
 Pixels = NDArray[np.uint8]
 
@@ -96,13 +102,21 @@ def opened(data: bytes) -> Image.Image:
     if len(data) > MOST_BYTES:
         raise Refused(f"This file has {len(data) >> 20} MB; at most {MOST_BYTES >> 20} MB are taken.")
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
             raise Refused(
                 f"This image has {image.width} x {image.height} pixels; at most {MOST_PIXELS // 10**6} million are taken."
             )
         image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        for text in ("xmp", "XML:com.adobe.xmp"):  # by which Pillow turns an image, and browsers do not
+            image.info.pop(text, None)
+        is_deep = image.format == "PNG" and data[24] == 16
+        if (
+            image.format == "PNG" and "transparency" in image.info
+        ):  # of 2 or 4 bits, which Pillow scales to 8 without it
+            image.info["transparency"] *= FEW_GREYS.get(data[24:26], 1)
+        coloured = _of_sixteen_bits(image, data) if is_deep else _colours(image)
+        return _upright(_on_background(coloured), image.info)
     except Image.UnidentifiedImageError as error:
         raise Refused("This is no JPEG, PNG, WebP or GIF image.") from error
     except Refused:
@@ -111,11 +125,83 @@ def opened(data: bytes) -> Image.Image:
         raise Refused("This image is damaged, or cut off.") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Of 16 bits the upper 8, which `convert` would clip at 255 instead."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+def _colours(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _of_sixteen_bits(image: Image.Image, data: bytes) -> Image.Image:
+    """A PNG with 8 bits a sample, as the conversion to shards makes it (docs/shards.md, Images)."""
+    colours = 1 if data[25] in (0, 4) else 3
+    samples, bits = _samples(data), _significant_bits(data)
+    planes = [_eight(samples[..., :colours], bits[:colours])]
+    hidden = image.info.get("transparency")
+    if samples.shape[2] > colours:
+        planes.append(_eight(samples[..., colours:], bits[colours:]))
+    elif hidden is not None:
+        planes.append(np.where((samples == hidden).all(axis=2, keepdims=True), 0, 255).astype(np.uint8))
+    pixels = np.concatenate(planes, axis=2)
+    return _colours(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+
+
+def _samples(data: bytes) -> NDArray[np.uint16]:
+    """All 16 bits, [height, width, channels]. Pillow gives them for grey alone, else the first byte (16B) or the second (16L)."""
+
+    def unpacked(raw: str) -> NDArray[Any]:
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        image.tile = [tile._replace(args=raw) for tile in image.tile]
+        image.load()
+        return np.asarray(image)
+
+    if data[25] == 0:
+        return unpacked("I;16B").astype(np.uint16)[..., None]
+    if data[25] == 4:  # the four bytes of a pixel, as if they were four colours of 8 bits
+        return unpacked("RGBA").view(">u2").astype(np.uint16)
+    mode = "RGB" if data[25] == 2 else "RGBA"
+    return np.left_shift(unpacked(f"{mode};16B"), 8, dtype=np.uint16) | unpacked(f"{mode};16L")
+
+
+def _significant_bits(data: bytes) -> bytes:
+    """What the chunk sBIT says; empty where there is none."""
+    at = 8
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] == b"sBIT":
+            return data[at + 8 : at + 8 + size]
+        at += 12 + size
+    return b""
+
+
+def _eight(samples: NDArray[np.uint16], bits: bytes) -> Pixels:
+    """Stretched where sBIT says that fewer bits are used, else the upper 8."""
+    highest = int(samples.max())
+    count = max(bits, default=0)
+    if highest == 0 or not 0 < count <= 16:
+        if 0 < highest < FILLED:
+            raise Refused(
+                f"This image has 16 bits a sample, of 0 to {highest}, and does not say which number is white. Convert it to 8 bits."
+            )
+        return (samples >> 8).astype(np.uint8)
+    top = (1 << count) - 1
+    behind = samples & (0xFFFF >> count)
+    is_scaled_up = bool(((behind == 0) | (behind == samples >> count)).all())
+    if count == 16 or highest > top or (count > SURE_BITS and is_scaled_up):
+        return (samples >> 8).astype(np.uint8)
+    return np.rint(samples.astype(np.float64) * 255 / top).astype(np.uint8)
+
+
+def _upright(image: Image.Image, info: dict[Any, Any]) -> Image.Image:
+    """Turned as the EXIF in `info` says; EXIF that makes no sense turns nothing."""
+    image.info = info
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def _on_background(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
 
 
 def _square(image: Image.Image, crop: float, side: int) -> Image.Image:
