@@ -9,7 +9,7 @@ from typing import Any
 from shards.executors import dask_address
 from shards.sources.base import Wanted
 from shards.sources.labels import LabelRules, read_class_list
-from shards.sources.names import NO_SPLIT, SPLITS
+from shards.sources.names import NO_SPLIT, SPLITS, SaidSplits
 from shards.sources.open import DIGITS, FORMATS
 from shards.sources.table import NO_COLUMN
 from wds_train.config.numbers import Number, above_zero, positive, whole, with_range
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bucket", help="s3://bucket/prefix: a name is then datasets/NAME below it ($WDS_BUCKET)")
     _add_reading(parser.add_argument_group("how SOURCE is read"))
+    _add_labels(parser.add_argument_group("classes and splits"))
     _add_images(parser.add_argument_group("images"))
     _add_writing(parser.add_argument_group("how DATASET is made"))
 
@@ -65,6 +66,12 @@ def _add_reading(group: "argparse._ArgumentGroup") -> None:
         metavar="WORD=SPLIT",
         help=f"what a folder, file or cell called WORD is: {', '.join(SPLITS)}, or {NO_SPLIT} to leave it out; may be repeated",
     )
+
+
+def _add_labels(group: "argparse._ArgumentGroup") -> None:
+    def add(*names: str, **options: Any) -> None:
+        group.add_argument(*names, **with_range(options))
+
     add(
         "--classes",
         type=Path,
@@ -177,9 +184,9 @@ def read_wanted(args: argparse.Namespace) -> Wanted:
     )
 
 
-def _said_splits(said: list[str]) -> dict[str, str]:
+def _said_splits(said: list[str]) -> SaidSplits:
     """Return the splits that --split WORD=SPLIT names, by word in small letters."""
-    splits: dict[str, str] = {}
+    splits = SaidSplits()
     for text in said:
         word, equals, split = text.rpartition("=")
         if not equals or not word or split not in (*SPLITS, NO_SPLIT):
@@ -191,6 +198,16 @@ def _said_splits(said: list[str]) -> dict[str, str]:
                 f"--split says two things of {word!r}: {splits[word.lower()]} and {split}; leave one of them out"
             )
     return splits
+
+
+def refuse_unmet(wanted: Wanted, source: str) -> None:
+    """Raise `UsageError` for a --split whose word nothing in the source is called: a slip would go unseen."""
+    unmet = wanted.splits.unmet if isinstance(wanted.splits, SaidSplits) else []
+    if unmet:
+        raise UsageError(
+            f"--split {unmet[0]}={wanted.splits[unmet[0]]}: no folder, file or cell of {source} that may be a split is called {unmet[0]!r}; "
+            "correct it, or leave it out"
+        )
 
 
 def _checked_group(group: str | None) -> str | None:

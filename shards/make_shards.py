@@ -10,7 +10,7 @@ from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 
-from shards.arguments import HELD_OUT, INDEX, add_arguments, read_wanted
+from shards.arguments import HELD_OUT, INDEX, add_arguments, read_wanted, refuse_unmet
 from shards.convert import Conversion
 from shards.estimate import print_plan
 from shards.executors import counted, opened, prepare, run_tasks
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     with Spool(args.spool or home() / "spool", url, int(args.spool_gb * 1e9)) as spool:
         source = _with_group(open_source(args.source, spool, args.form, wanted), args)
+        refuse_unmet(wanted, args.source)
         plan = Plan(source, _options(args, source))
         met = source.samples + sum(note.what == "left out" for note in source.notes)
         if LOG.isEnabledFor(logging.INFO):

@@ -5,6 +5,7 @@ images of a split that has none (`val_annotations.txt` of Tiny ImageNet) or say 
 """
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -104,6 +105,7 @@ def folder(root: Path, wanted: Wanted) -> Source:
     if layout is None and (not paths or not tree.total):
         raise _with_hint(refusal, tree)
     if layout is not None and not paths and not any(map(_may_say_splits, beside)):
+        _refuse_columns(wanted, root)
         return folder_source(layout, root.name, DiskFiles(), wanted)
 
     # A table decides where the folders are no classes; the folders do where it says the same, or nothing certain.
@@ -152,7 +154,7 @@ def _by_both(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -
         raise UsageError(
             f"{contents.root} has class folders, and {shown} labels {len(named):,} of their {len(contents.images):,} images otherwise"
             + (", by names that several images have" if ambiguous else "")
-            + f"; say which is right: --table {sure[0].path}, or --source imagefolder"
+            + f"; say which is right: --table {shlex.quote(str(sure[0].path))}, or --source imagefolder"
         )
     return _from_folders(layout, contents)
 
@@ -162,14 +164,18 @@ def _beside_unsure_tables(chosen: Sequence[LabelTable], contents: Contents, layo
     if chosen and _relation(chosen, contents, layout) == SAME_CLASSES:
         _add_splits(chosen, contents)  # train.txt and test.txt with a label in each line
         return _from_folders(layout, contents)
-    wanted = contents.wanted
-    if wanted.label or wanted.image or wanted.split not in (None, NO_COLUMN):
-        raise UsageError(
-            f"{contents.root} is read by its class folders, and not by a table; leave --label-column, --image-column and --split-column out, "
-            "or name the table: --table FILE"
-        )
+    _refuse_columns(contents.wanted, contents.root)
     contents.tables.ignored += [(each.path, _not_called(each)) for each in chosen]
     return _from_folders(layout, contents)
+
+
+def _refuse_columns(wanted: Wanted, root: Path) -> None:
+    """Raise `UsageError` where columns of a table are named, and the class folders are read."""
+    if wanted.label or wanted.image or wanted.split not in (None, NO_COLUMN):
+        raise UsageError(
+            f"{root} is read by its class folders, and not by a table; leave --label-column, --image-column and --split-column out, "
+            "or name the table: --table FILE"
+        )
 
 
 def _not_called(table: LabelTable) -> str:
@@ -311,6 +317,11 @@ def _places(layout: Layout, images: ImageIndex) -> dict[int, tuple[str, str]]:
 def _from_tables(chosen: Sequence[LabelTable], contents: Contents) -> Source:
     """Return the source that the `chosen` tables label."""
     root, images, wanted = contents.root, contents.images, contents.wanted
+    if wanted.class_level:
+        raise UsageError(
+            f"{contents.name(chosen[0].path)} labels the images of {root}, and --class-level is of class folders; leave it out, or read the "
+            "folders: --source imagefolder"
+        )
     scans = {split: SplitScan(split, foreign=wanted.reencode) for split in SPLITS}
     _refuse_several_labels(chosen)
     labelled = {each.path: list(_resolve(each, contents, scans)) for each in chosen}
@@ -383,7 +394,7 @@ def _understood(chosen: Sequence[LabelTable], said: list[str], contents: Content
     if columns.split_name:
         splits = f"the column {columns.split_name!r}"
     found = Understood(
-        f"images that {names} names in the column {columns.image!r}; splits by {splits}",
+        f"images named in the column {columns.image!r} of {names}; splits by {splits}",
         f"{label} of {names}",
         said,
         [sentence for each in chosen for sentence in each.columns.said],

@@ -458,7 +458,8 @@ def from_iterable(name: str, splits: Any, spool: Spool, wanted: Wanted = ANYTHIN
     for word in splits:
         if word.lower() not in SPLIT_OF and word.lower() not in wanted.splits:
             raise unknown_split(word, name)
-    said = {word: wanted.splits[word.lower()] for word in splits if word.lower() in wanted.splits}
+    named = {word: wanted.splits.get(word.lower()) for word in splits}
+    said = {word: split for word, split in named.items() if split is not None}
     chosen = {word: split for word, split in (choose_splits(splits) | said).items() if split in SPLITS}
     if not chosen:
         raise UsageError(

@@ -1,13 +1,16 @@
 """The images below a folder, found by what tables call them: a path, a name, or a name without its suffix."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from shards.sources.imagefolder import MASKS
-from shards.sources.names import IMAGE_SUFFIXES, normal
+from shards.sources.names import IMAGE_SUFFIXES, SPLIT_OF, normal
 from shards.sources.tree import PICTURES, walk_files
 from wds_train.errors import DataError
+
+SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(SPLIT_OF, key=len, reverse=True))})[-_ ]?\d", re.IGNORECASE)
 
 
 class Match(NamedTuple):
@@ -37,6 +40,7 @@ class ImageIndex:
         self.root = root
         self._splits = splits
         self.paths: list[str] = []
+        self._split_in_name: dict[int, str] = {}
         self._by_name: dict[str, list[int]] = {}
         self._by_stem: dict[str, list[int]] = {}
         self._by_number: dict[int, list[int]] = {}
@@ -49,9 +53,21 @@ class ImageIndex:
                 if stem.isdecimal():
                     self._by_number.setdefault(int(stem), []).append(len(self.paths))
                 self.paths.append(name)
+        self._read_splits_in_names()
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def _read_splits_in_names(self) -> None:
+        """Read the splits of images that are called so: train_0001.jpg, test_0001.jpg. All of them must be."""
+        found: dict[int, str] = {}
+        for image, path in enumerate(self.paths):
+            word = SPLIT_PREFIX.match(path.rpartition("/")[2])
+            if word is None:
+                return
+            found[image] = SPLIT_OF[word[1].lower()]
+        if "train" in found.values() and len({*found.values()}) > 1:
+            self._split_in_name = found
 
     def find(self, name: str, table: Path) -> Match:
         """Return the image that the file `table` calls `name`.
@@ -125,7 +141,7 @@ class ImageIndex:
             split = self._splits.get("/".join(pieces[:depth]))
             if split is not None:
                 return split
-        return ""
+        return self._split_in_name.get(image, "")
 
     def _rank(self, image: int, given: Sequence[str], near: Sequence[str]) -> tuple[int, int, bool, bool, int]:
         alike, exact = self._agreement(image, given)

@@ -10,6 +10,7 @@ wrapped/in/CLASS/1.jpg         CLASS/train/1.jpg, CLASS/test/1.jpg
 """
 
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,9 @@ LAYOUT = "an ImageFolder is CLASS/IMAGE.jpg, or train/CLASS/IMAGE.jpg and val/CL
 # Folders of a data set for detection or segmentation, or of one that was cut up: what they are named for are no classes.
 NO_CLASSES = re.compile(
     r"(?:jpeg)?(images?|imgs?|labels?|annotations?|masks?)|(?:k?fold|part|batch)[-_ ]?\d+"
-    r"|.*[-_ ](?:part|images?|batch|fold|chunk)[-_ ]?\d+|images?[-_ ]?\d+",
+    r"|.*[-_ ](?:part|images?|batch|fold|chunk)[-_ ]?\d+|images?[-_ ]?\d+"
+    r"|(?:set|cv|session|camera|cam|user|patient|subject|run|round|shard|chunk)[-_ ]?(?:\d+|[a-z])|(?:19|20)\d\d"
+    r"|rgb|depth|nir|thermal|inputs?|targets?|gt|lq|hq|lr|hr|originals?|augmented|raw|processed",
     re.IGNORECASE,
 )
 IMAGES = re.compile(r"(?:jpeg)?(?:images?|imgs?|photos?)", re.IGNORECASE)
@@ -57,6 +60,12 @@ ASIDE = re.compile(
 REPOSITORY = re.compile(
     r"src|docs?|static|assets|readme[-_ ]?(?:images|files|assets)?|data[-_ ]?sets?|data|images?|imgs?|gui|screenshots?"
     r"|scripts?|notebooks?|media|public|examples?|samples?[-_ ]?(?:images|data)?|demos?|node_modules",
+    re.IGNORECASE,
+)
+# Folders that may be classes, and rarely are.
+ODD_CLASS = re.compile(
+    r"masks?|thumb(?:nail)?s?|cache[d]?|trash|backup|duplicates?|un(?:sorted|known|labell?ed)|to[-_ ]?sort|temp|tmp|misc|others?"
+    r"|new folder.*|untitled.*|.* - copy.*|.* ?\(copy\)|.* \(\d+\)|copy of .*",
     re.IGNORECASE,
 )
 MOST_ASIDE = 0.5  # of the data set's images, as pictures beside it that are no part of it
@@ -382,6 +391,9 @@ def read_classes(layout: Layout, split: str, base: Folder, wanted: Wanted, *, in
         _refuse_holders(layout, base, folders, holders, inner)
     if not in_split:
         _refuse_repository(base, folders)
+    odd = [folder.name for folder in folders if ODD_CLASS.fullmatch(folder.name)]
+    if odd:
+        layout.doubtful.append(f"{_some(odd)} may be no class; --split {shlex.quote(f'{odd[0]}=none')} leaves it out")
     for folder in folders:
         without = _without_splits(layout, inner[folder.name], wanted)
         part = inner[folder.name] if without is None else folder
@@ -418,7 +430,7 @@ def _refuse_no_classes(base: Folder, ids: Sequence[str], *, in_split: bool) -> N
         raise DataError(
             f"{base.path} is no folder of classes: {told}; {LAYOUT}, or put a labels.csv with the columns file and label there"
         )
-    if all(SPLIT_FOLDER.fullmatch(id) for id in ids):
+    if all(SPLIT_FOLDER.fullmatch(id) or framed_split(id) or id.lower() in OTHER_SPLITS for id in ids):
         raise DataError(f"{base.path} is no folder of classes: {told}, which are names of splits; {LAYOUT}")
     if len(ids) == 1:
         raise DataError(f"{base.path} holds one class folder, {ids[0]!r}: there is nothing to tell apart; {LAYOUT}")

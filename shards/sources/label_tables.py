@@ -1,5 +1,6 @@
 """The tables in a folder of images: which of them label the images, and which belong together."""
 
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ def read_tables(paths: Sequence[Path], images: ImageIndex, wanted: Wanted, class
         UsageError: The table that a person named is none, or two lists differ.
     """
     found = Tables()
+    paths = sorted(paths, key=_is_trainval)  # stable: its lists are those of train and val once more
     family = _family(wanted.table, paths) if wanted.table else []
     for path in family:
         _read_one(path, images, wanted, classes, found, named=True)
@@ -64,6 +66,10 @@ def read_tables(paths: Sequence[Path], images: ImageIndex, wanted: Wanted, class
     return found
 
 
+def _is_trainval(path: Path) -> bool:
+    return path.stem.lower() == "trainval"
+
+
 def _family(named: Path, paths: Sequence[Path]) -> list[Path]:
     """Return the table that a person named, and those called as it is but for the split: style_train.csv, style_val.csv."""
     framed = framed_split(named.stem)
@@ -72,7 +78,7 @@ def _family(named: Path, paths: Sequence[Path]) -> list[Path]:
     alike = [path for path in paths if path.parent == named.parent and path.suffix == named.suffix]
     frames = {path: framed_split(path.stem) for path in alike}
     same = [path for path, other in frames.items() if other is not None and other.frame == framed.frame]
-    return sorted({named, *same})
+    return sorted({named, *same}, key=lambda path: (_is_trainval(path), path))
 
 
 def _read_one(
@@ -93,6 +99,8 @@ def _read_one(
             return
         if named:
             raise
+        if path.suffix.lower() in QUIET and "--label-column" not in str(error):
+            return  # a list of something else
         if path.suffix.lower() not in QUIET:
             columns = ", ".join(content.columns[:6]) + (", ..." if content.columns[6:] else "")
             found.ignored.append((path, f"none of its columns ({columns}) is known to be the labels of images here"))
@@ -108,13 +116,13 @@ def _read_one(
 def _add_list(found: Tables, path: Path, splits: dict[int, str], images: ImageIndex) -> None:
     """Keep a table that says splits alone; `UsageError` where it differs from another one."""
     odd = next((image for image, split in splits.items() if found.listed.get(image, split) != split), None)
-    if odd is not None and path.stem.lower() == "trainval":  # VOC's: train and val once more
+    if odd is not None and _is_trainval(path):
         found.ignored.append((path, "train and val together; the lists of each are used"))
         return
     if odd is not None:
         raise UsageError(
             f"{images.paths[odd]} is of the split {found.listed[odd]} by {' or '.join(map(str, found.lists))}, and of "
-            f"{splits[odd]} by {path}; name the lists to use by one of them: --table {path}"
+            f"{splits[odd]} by {path}; name the lists to use by one of them: --table {shlex.quote(str(path))}"
         )
     found.listed |= splits
     found.lists.append(path)
@@ -194,7 +202,7 @@ def _of_one_kind(group: list[LabelTable], tables: Tables, images: ImageIndex, wa
         if twin is not None and twin.word == each.word:
             if not _equal_labels(twin, each):
                 raise UsageError(
-                    f"{twin.path} and {each.path} label the same images, and differ; say which one is right: --table {each.path}"
+                    f"{twin.path} and {each.path} label the same images, and differ; say which one is right: --table {shlex.quote(str(each.path))}"
                 )
             tables.ignored.append((each.path, f"it says the same as {twin.path.name}"))
             continue
@@ -218,5 +226,5 @@ def _refuse_second(chosen: Sequence[LabelTable], other: LabelTable) -> None:
     if len(pairs) > len({a for a, _ in pairs}) or len(pairs) > len({b for _, b in pairs}):
         raise UsageError(
             f"{chosen[0].path} and {other.path} label the same images, and differ; say which one is right: "
-            f"--table {chosen[0].path}, or --table {other.path}"
+            f"--table {shlex.quote(str(chosen[0].path))}, or --table {shlex.quote(str(other.path))}"
         )

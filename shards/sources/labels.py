@@ -8,6 +8,7 @@ which are two spellings of one class.
 import json
 import math
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -303,7 +304,7 @@ def _listed(texts: Mapping[str, int], where: str, rules: LabelRules) -> Classes:
         names = ", ".join(map(repr, odd[:5])) + (f" and {len(odd) - 5} more" if odd[5:] else "")
         raise DataError(
             f"{where} holds the label {names}, which the list of {len(rules.classes)} classes does not name; add it there, or "
-            f"leave its samples out: --no-label {odd[0]}"
+            f"leave its samples out: --no-label={shlex.quote(odd[0])}"
         )
     return Classes(rules.classes, numbers)
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from wds_train.errors import UsageError
 from wds_train.format.shard import KEY_LENGTH
@@ -87,6 +89,25 @@ SIDECARS = (
 )
 
 
+class SaidSplits(dict[str, str]):
+    """What a person said of splits: word in small letters -> split. It keeps which words occurred in the source."""
+
+    def __init__(self, said: Mapping[str, str] = MappingProxyType({})) -> None:
+        super().__init__(said)
+        self.met: set[str] = set()
+
+    def get(self, word: str, default: Any = None) -> Any:
+        """Return the split that was said of `word`."""
+        if word in self:
+            self.met.add(word)
+        return super().get(word, default)
+
+    @property
+    def unmet(self) -> list[str]:
+        """The words that nothing in the source is called."""
+        return sorted(self.keys() - self.met)
+
+
 class Framed(NamedTuple):
     """A name with a split's word in it: `bounding_box_train` is `train` in the frame `bounding_box_*`."""
 
@@ -106,7 +127,8 @@ def framed_split(name: str) -> Framed | None:
         split = SPLIT_OF.get(word) or SPLIT_OF.get(base)
         if split is not None:
             rest = word[len(base) :] if word not in SPLIT_OF else ""
-            return Framed(split, f"{name[: found.start()]}*{rest}{name[found.end() :]}".lower())
+            frame = f"{name[: found.start()]}*{rest}{name[found.end() :]}".lower()
+            return Framed(split, re.sub(r"\d+", "#", frame))  # 01_train, 02_test
     return None
 
 
@@ -229,7 +251,7 @@ def _stem(path: str) -> str:
 def unknown_split(word: str, where: str) -> UsageError:
     """Return the refusal of a split whose name is not known."""
     return UsageError(
-        f"{where} has the split {word!r}, and it is not known what that is for; say it: --split {word}=train, =val, =test, "
+        f"{where} has the split {word!r}, and it is not known what that is for; say it: --split {shlex.quote(f'{word}=train')}, =val, =test, "
         "or =none to leave it out"
     )
 

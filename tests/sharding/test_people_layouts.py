@@ -982,7 +982,7 @@ def test_whole_groups_are_held_out(form: str, tmp_path: Path, capsys: pytest.Cap
     if form == "folder":
         files = {f"{label}/{name[:10]}/{name}.png": painted(label, n) for n, (name, label) in enumerate(labels.items())}
         flag = "patient_(\\d+)/"
-    flags = ("--group", flag, "--hold-out", "0.2", "--class-level", "1")
+    flags = ("--group", flag, "--hold-out", "0.2", *(("--class-level", "1") if form == "folder" else ()))
     code, output, out = convert((files, flags, {}, ""), tmp_path, capsys)
     assert code == 0, output
     assert read(out) == {"train": {"cat": 16, "dog": 16}, "val": {"cat": 4, "dog": 4}}
@@ -1259,6 +1259,58 @@ DISAGREE: dict[str, Case] = {
         SIX | of("test", each=1),
         "2 images that no list puts into a split",
     ),
+    "lists with labels beside class folders": (
+        folders("")
+        | {
+            "train.txt": b"".join(
+                b"%s/%d.png %d\n" % (c, n, k) for k, c in enumerate((b"cat", b"dog")) for n in range(2)
+            ),
+            "test.txt": b"cat/2.png 0\ndog/2.png 1\n",
+        },
+        (),
+        of("train", each=2) | of("test", each=1),
+        "splits by",
+    ),
+    "RAF-DB, whose images are called by their splits": (
+        {
+            f"aligned/{split}_{n}.png": painted(str(n % 2 + 1), n)
+            for n, split in enumerate(("train", "train", "train", "train", "test", "test"))
+        }
+        | {
+            "list_patition_label.txt": b"".join(
+                b"%s_%d.png %d\n" % (b"train" if n < 4 else b"test", n, n % 2 + 1) for n in range(6)
+            )
+        },
+        (),
+        {"train": {"1": 2, "2": 2}, "test": {"1": 1, "2": 1}},
+        "",
+    ),
+    "VOC's lists": (
+        folders("")
+        | {
+            "ImageSets/train.txt": b"cat/0\ndog/0\n",
+            "ImageSets/val.txt": b"cat/1\ndog/1\n",
+            "ImageSets/trainval.txt": b"cat/0\ncat/1\ndog/0\ndog/1\n",
+            "ImageSets/test.txt": b"cat/2\ndog/2\n",
+        },
+        (),
+        of("train", "val", "test", each=1),
+        "splits by",
+    ),
+    "numbers before splits": (folders("01_train/", "02_test/"), (), of("train", "test"), ""),
+    "a copy of a class": (
+        folders("", classes=("cat", "dog", "dog - Copy")),
+        ("--split", "dog - Copy=none"),
+        SIX,
+        "left out of every split",
+    ),
+    "results of a training beside class folders": (
+        folders("")
+        | {"test_results.json": b'{"top1": 0.5}', "train_config.json": b"{}", "requirements.txt": b"torch\n"},
+        (),
+        SIX,
+        "",
+    ),
     "--table keeps the list of splits": (
         flat("pics/", PETS)
         | {
@@ -1403,6 +1455,28 @@ def test_tables_and_folders(name: str, tmp_path: Path, capsys: pytest.CaptureFix
 
 MANY_ROWS = {f"i{n:02d}": ("cat", "dog", "cow")[n % 3] for n in range(30)}
 NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
+    "CUB-200": (
+        {f"images/{c}/{c}_a{n}.png": painted(c, n) for c in ("cat", "dog") for n in range(8)}
+        | {
+            "images.txt": "".join(
+                f"{n + 8 * k + 1} {c}/{c}_a{n}.png\n" for k, c in enumerate(("cat", "dog")) for n in range(8)
+            ).encode(),
+            "train_test_split.txt": b"".join(b"%d %d\n" % (n + 1, n % 2) for n in range(16)),
+        },
+        (),
+        "train_test_split.txt seems to say which images are to train on",
+    ),
+    "a JSON of splits": (
+        folders("") | {"splits.json": b'{"train": ["cat/0.png", "dog/0.png"], "test": ["cat/1.png", "dog/1.png"]}'},
+        (),
+        "splits.json seems to say which images are to train on",
+    ),
+    "lists by an unknown suffix": (
+        {f"{c}/{c}{n}.png": painted(c, n) for c in ("cat", "dog") for n in range(4)}
+        | {"train.list": b"cat0\ncat1\ndog0\ndog1\n", "test.list": b"cat2\ncat3\ndog2\n"},
+        (),
+        "seems to say which images are to train on",
+    ),
     "half of the images labelled otherwise": (
         {**two_labels("a/")[0], **two_labels("b/", start=200)[0]}
         | {"labels.csv": rows_of("file,label", dict(list(LABELS_1.items())[:5]))},
@@ -1428,14 +1502,14 @@ NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
     "Market-1501": (
         flat("bounding_box_train/", {"a": "x"}) | flat("bounding_box_test/", {"b": "x"}) | flat("query/", {"c": "x"}),
         (),
-        "may be splits",
+        "names of splits",
     ),
     "CycleGAN": (
         folders("trainA/", "trainB/", "testA/", "testB/", classes=("x", "y")),
         (),
         "the splits of several data sets",
     ),
-    "gallery and query": (flat("gallery/", {"a": "x"}) | flat("query/", {"b": "x"}), (), "may be splits"),
+    "gallery and query": (flat("gallery/", {"a": "x"}) | flat("query/", {"b": "x"}), (), "names of splits"),
     "a split that holds one class more": (
         folders("train/") | folders("gallery/", classes=("cat", "dog", "pig")),
         (),
@@ -1483,6 +1557,16 @@ NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
         (),
         "gives several labels to 10 images",
     ),
+    "a split that is not there": (folders("train/"), ("--split", "tset=test"), "that may be a split is called 'tset'"),
+    "levels of a table": (
+        table_of(a="cat", b="dog", c="cat"),
+        ("--class-level", "2"),
+        "--class-level is of class folders",
+    ),
+    "columns of no table": (folders(""), ("--label-column", "zzz"), "leave --label-column"),
+    "years": (folders("", classes=("2019", "2020")), (), "is no folder of classes"),
+    "domains of images": (folders("", classes=("trainA", "trainB")), (), "names of splits"),
+    "colour and depth": (folders("", classes=("rgb", "depth")), (), "is no folder of classes"),
     "a label that is not there": (table_of(a="cat", b="dog", c="cat"), ("--no-label", "cta"), "holds no such label"),
     "no images to train on": (
         flat("pics/", FEW) | {"dev.csv": rows_of("file,label", FEW)},
