@@ -159,7 +159,7 @@ def test_the_role_writes_below_its_run_alone_and_only_under_a_condition() -> Non
         resources = each["Resource"] if isinstance(each["Resource"], list) else [each["Resource"]]
         ends = {one["Fn::Sub"].partition("${Bucket}/")[2] for one in resources}
         run = "${Prefix}runs/${Run}/"
-        assert ends <= {f"{run}ckpt/*", f"{run}ckpt/probe-*", f"{run}metrics/*", f"{run}manifest.json"}
+        assert ends <= {f"{run}ckpt/*", f"{run}metrics/*", f"{run}manifest.json"}
     assert "manifest" not in json.dumps([found["Parts"], found["Remove"]])
     assert found["List"]["Condition"]["StringLikeIfExists"]["s3:prefix"][1]["Fn::Sub"] == "${Prefix}runs/${Run}/*"
 

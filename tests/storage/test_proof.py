@@ -215,7 +215,7 @@ def test_a_claim_that_loses_a_race_proves_the_store_once(
 
 
 def test_the_probe_of_a_killed_process_is_removed_by_the_next_claim(store: S3Store) -> None:
-    for name in ("ckpt/probe-0123", "ckpt/probe-4567"):
+    for name in ("metrics/probe-0123", "ckpt/probe-4567"):
         store.write(name, b"")
     Run.claim(store, FRESH, print).end("interrupted")
     assert keys(store) == ["manifest.json"]

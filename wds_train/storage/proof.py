@@ -13,7 +13,7 @@ from wds_train.storage.s3 import S3Store
 from wds_train.storage.s3_connection import CHECKSUM_REMEDY, Refused, S3Connection
 from wds_train.storage.s3_write import digest_of
 
-PROBES = "ckpt/"  # of a run: where an instance's role may write and delete
+PROBES = "metrics/"  # of a run: where an instance's role may write and delete
 PROBE = "probe-"  # begins the name of the object that is written; no fence of a run sorts after it
 LOOKS = 3  # before a server is refused: another process may have removed the probe meanwhile
 TRIES = 5  # at a first write that the server refuses for the moment (409)
