@@ -1,7 +1,6 @@
 """The flags of `wds-train shards`, and what they say of a source."""
 
 import argparse
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from shards.sources.table import NO_COLUMN
 from wds_train.config.numbers import Number, above_zero, positive, whole, with_range
 from wds_train.errors import UsageError
 from wds_train.format.index import WHOLE_INDEX_SAMPLES
+from wds_train.limits import cores
 from wds_train.storage.proof import UNSAFE_HELP
 
 INDEX = "index"
@@ -144,7 +144,7 @@ def _add_writing(group: "argparse._ArgumentGroup") -> None:
     add(
         "--processes",
         type=positive,
-        default=len(os.sched_getaffinity(0)),
+        default=cores(),
         help="shards made side by side (%(default)s)",
     )
     add(

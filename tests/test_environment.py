@@ -91,11 +91,12 @@ def test_a_setting_is_looked_at_before_any_command(
     assert [path.name for path in tmp_path.iterdir()] == [".env"]
 
 
-def test_numbers_reach_what_uses_them(here: pytest.MonkeyPatch) -> None:
+def test_numbers_reach_what_uses_them(here: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert S3Connection("bucket", "", None).patience == PATIENCE_SECONDS
     here.setenv("WDS_S3_PATIENCE", "3")
     assert S3Connection("bucket", "", None).patience == 3.0
     here.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    here.setattr("wds_train.limits.ROOT", tmp_path)  # no quota of a container
     assert default_workers() == 15
     here.setenv("LOCAL_WORLD_SIZE", "4")
     assert default_workers() == 3

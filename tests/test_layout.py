@@ -20,6 +20,8 @@ ROOMS = {
     "dotenv": "settings in a file .env",
     "config": "what is trained, and how: recipe, settings, presets, schedule; pure",
     "environment": "numbers from the environment",
+    "slurm": "this process's place, as Slurm says it",
+    "limits": "the cores and the memory that this process may use",
     "storage": "where bytes live: addresses, a local directory, S3, the embedded server",
     "format": "what a dataset is on the disk: manifest, tars, shards, index",
     "transforms": "what happens to an image: decode, crop, policies, mixing",

@@ -19,6 +19,19 @@ PLACE = {
 }
 """What tells one process of a training its place among the others. torchrun sets it, or our own launcher."""
 
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": positive,
+    "SLURM_NTASKS": positive,
+    "SLURM_PROCID": count,
+    "SLURM_LOCALID": count,
+    "SLURM_STEP_NUM_NODES": positive,
+    "SLURM_NNODES": positive,
+    "SLURM_CPUS_PER_TASK": positive,
+}
+"""The same by Slurm, whose `srun` starts a process for each task."""
+
+KINDS = SETTINGS | PLACE | SLURM
+
 
 def number_of(name: str, default: float) -> float:
     """The number in the variable `name`, which is one of those above; `default` where it is not set.
@@ -29,8 +42,12 @@ def number_of(name: str, default: float) -> float:
     text = os.environ.get(name)
     if text is None:
         return default
-    kind = SETTINGS.get(name) or PLACE[name]
-    remedy = "set such a number, or unset it" if name in SETTINGS else "torchrun sets it, or unset it"
+    kind = KINDS[name]
+    remedy = "torchrun sets it, or unset it"
+    if name in SETTINGS:
+        remedy = "set such a number, or unset it"
+    elif name in SLURM:
+        remedy = "Slurm sets it, or unset it"
     try:
         return kind.parse(text)
     except ValueError:

@@ -9,6 +9,8 @@
     │   └── Unavailable             the store did not answer, or kept failing, until the retries ran out
     ├── DataError              1    a dataset or a sample is not what its manifest says
     ├── RunError               1    the state of a run cannot be used, or training cannot go on
+    │   ├── NotFinite               a loss or a weight is not finite
+    │   └── WorkerDied              a loader worker was killed, or crashed
     ├── StoppedByPerson        1    stopped for good by a person, after committing: only they let it go on
     └── Interrupted            75   stopped by a signal or a newer owner, after committing what could be: run it again
         └── RanksLost               another process of this training is gone
@@ -62,6 +64,14 @@ class RunError(WdsTrainError):
 
 class NotFinite(RunError):
     pass
+
+
+class WorkerDied(RunError):
+    def __init__(self, how: str) -> None:
+        super().__init__(
+            f"a loader worker died ({how}); if the machine ran out of memory, use fewer --workers, then run again"
+        )
+        self.how = how
 
 
 class StoppedByPerson(WdsTrainError):

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from fake_imds import ROLE, FakeImds
 
 from wds_train.storage.embedded import Endpoint
 from wds_train.storage.s3 import S3Store
-from wds_train.training.spot import SpotWatch
+from wds_train.training import spot as spots
+from wds_train.training.spot import SpotWatch, evidence_of_ec2
 from wds_train.training.stop import StopRequest
 
 ACTION = "/latest/meta-data/spot/instance-action"
@@ -90,10 +92,10 @@ def test_a_failing_service_says_nothing_and_is_asked_again(imds: FakeImds, stop:
     with SpotWatch(stop, every=3600) as spot:
         wait_until(lambda: imds.asked["GET", ACTION, 404] == 1)
         imds.give_notice()
-        imds.broken = broken
+        imds.broken, spot._seconds = broken, 0.4
         assert not spot.look()
         assert stop.cause is None
-        imds.broken = None
+        imds.broken, spot._seconds = None, 20.0
         assert spot.look()
 
 
@@ -115,21 +117,191 @@ def test_a_clock_that_is_off_gives_no_impossible_deadline(imds: FakeImds, stop: 
         assert 105 < stop.left <= 120
 
 
+@pytest.fixture
+def nowhere(imds: FakeImds, aws_env: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """No machine of EC2, but the fake service at the usual address."""
+    aws_env.delenv("AWS_EC2_METADATA_SERVICE_ENDPOINT")
+    aws_env.setattr(spots, "ADDRESSES", {"ipv4": imds.url})
+    aws_env.setattr(spots, "SYSTEM", tmp_path)
+    aws_env.setattr(spots, "ANSWER_SECONDS", 0.4)
+    return aws_env
+
+
 @pytest.mark.parametrize("why", ["refused", "silent", "disabled", "no service"])
 def test_elsewhere_than_on_ec2_nothing_is_polled(
-    imds: FakeImds, aws_env: pytest.MonkeyPatch, stop: StopRequest, why: str
+    imds: FakeImds, nowhere: pytest.MonkeyPatch, stop: StopRequest, why: str
 ) -> None:
+    said: list[str] = []
     if why == "refused":
-        aws_env.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:9")
+        nowhere.setattr(spots, "ADDRESSES", {"ipv4": "http://127.0.0.1:9"})
     elif why == "silent":
         imds.broken = 5.0
     elif why == "disabled":
-        aws_env.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        nowhere.setenv("AWS_EC2_METADATA_DISABLED", "true")
     else:
         imds.broken = 404
-    with SpotWatch(stop, every=0.01) as spot:
+    with SpotWatch(stop, every=0.01, say=said.append) as spot:
         wait_until(lambda: not spot._thread.is_alive())
     assert imds.asked["GET", ACTION, 404] == 0
+    assert said == []
+
+
+def test_a_service_that_answers_is_polled_whatever_the_machine_says(
+    imds: FakeImds, nowhere: pytest.MonkeyPatch, stop: StopRequest
+) -> None:
+    with SpotWatch(stop, every=0.01):
+        wait_until(lambda: imds.asked["GET", ACTION, 404] > 3)
+        imds.give_notice()
+        wait_until(lambda: stop.cause == "the spot notice")
+
+
+MACHINES = {
+    "class/dmi/id/sys_vendor": ("Amazon EC2\n", "sys_vendor is Amazon EC2"),
+    "class/dmi/id/board_vendor": ("Amazon EC2", "board_vendor is Amazon EC2"),
+    "class/dmi/id/bios_vendor": ("Amazon EC2", "bios_vendor is Amazon EC2"),
+    "class/dmi/id/bios_version": ("4.11.amazon\n", "bios_version names Amazon"),
+    "class/dmi/id/product_uuid": ("EC2E1916-9099-7CAF-FD21-012345ABCDEF", "class/dmi/id/product_uuid begins with ec2"),
+    "hypervisor/uuid": ("ec2e1916-9099-7caf-fd21-012345abcdef\n", "hypervisor/uuid begins with ec2"),
+}
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("path", MACHINES)
+def test_a_machine_of_ec2_is_known(nowhere: pytest.MonkeyPatch, tmp_path: Path, path: str) -> None:
+    text, evidence = MACHINES[path]
+    write(tmp_path / path, text)
+    assert evidence_of_ec2() == evidence
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("class/dmi/id/sys_vendor", "Google"),
+        ("class/dmi/id/board_vendor", "Microsoft Corporation"),
+        ("class/dmi/id/product_uuid", "4c4c4544-0042-ec2e-8051-b7c04f435831"),
+        ("hypervisor/uuid", ""),
+        ("class/dmi/id/bios_version", "1.0"),
+        ("class/dmi/other", "Amazon EC2"),
+    ],
+)
+def test_another_machine_is_none_of_ec2(nowhere: pytest.MonkeyPatch, tmp_path: Path, path: str, text: str) -> None:
+    write(tmp_path / path, text)
+    assert evidence_of_ec2() == ""
+
+
+@pytest.mark.parametrize("path", [*list(MACHINES)[::2], "the variable"])
+def test_a_service_that_is_slow_at_first_is_asked_on(
+    imds: FakeImds, nowhere: pytest.MonkeyPatch, tmp_path: Path, stop: StopRequest, path: str
+) -> None:
+    """Its answers come after the first patience of those who ask, but come."""
+    if path == "the variable":
+        nowhere.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", imds.url)
+    else:
+        write(tmp_path / path, MACHINES[path][0])
+    nowhere.setattr(spots, "ANSWER_SECONDS", 60.0)
+    said: list[str] = []
+    imds.broken = 1.0
+    with SpotWatch(stop, every=0.01, say=said.append):
+        wait_until(lambda: imds.asked["GET", ACTION, 404] > 0)
+        imds.broken = None
+        imds.give_notice()
+        wait_until(lambda: stop.cause == "the spot notice")
+    assert said == []
+
+
+HOPS = "--http-put-response-hop-limit 2 (HttpPutResponseHopLimit 2)"
+
+
+@pytest.mark.parametrize(
+    ("why", "seen"),
+    [
+        ("refused", ("cannot be reached ([Errno 111] Connection refused)", HOPS)),
+        ("silent", ("cannot be reached (timed out)", HOPS)),
+        ("no address", ("cannot be reached (nonsense is no address such as", HOPS)),
+        (500, ("cannot be reached (status 500)", HOPS)),
+        (403, ("gives no token (status 403)", "--http-endpoint enabled")),
+        (404, ("gives no token (status 404)", "--http-endpoint enabled")),
+    ],
+)
+def test_on_ec2_a_service_that_cannot_be_reached_is_said_and_asked_on(
+    imds: FakeImds, nowhere: pytest.MonkeyPatch, tmp_path: Path, why: str | int, seen: tuple[str, str]
+) -> None:
+    stop = StopRequest()
+    write(tmp_path / "class/dmi/id/sys_vendor", "Amazon EC2")
+    nowhere.setattr(spots, "ANSWER_SECONDS", 0.1)
+    imds.broken = 1.0 if why == "silent" else why if isinstance(why, int) else None
+    elsewhere = {"refused": "http://127.0.0.1:9", "no address": "nonsense"}
+    said: list[str] = []
+    if why in elsewhere:
+        nowhere.setattr(spots, "ADDRESSES", {"ipv4": elsewhere[str(why)]})
+    with SpotWatch(stop, every=0.01, say=said.append) as spot:
+        wait_until(lambda: said != [])
+        assert said[0].startswith("spot     this is EC2 (sys_vendor is Amazon EC2), whose metadata service at ")
+        assert "no spot notice would be seen" in said[0]
+        assert all(part in said[0] for part in seen)
+        assert spot._thread.is_alive() and stop.cause is None
+        # It comes back, and is heeded.
+        nowhere.setattr(spots, "ANSWER_SECONDS", 20.0)
+        nowhere.setattr(spots, "ADDRESSES", {"ipv4": imds.url})
+        spot._seconds, imds.broken = 20.0, None
+        imds.give_notice()
+        wait_until(lambda: stop.cause == "the spot notice")
+    assert len(said) == 2 and said[1].endswith("answers now: a spot notice will be heeded")
+
+
+@pytest.mark.parametrize("why", ["over at once", "disabled"])
+def test_what_could_not_be_seen_is_said_of_the_shortest_training(
+    imds: FakeImds, nowhere: pytest.MonkeyPatch, stop: StopRequest, tmp_path: Path, why: str
+) -> None:
+    write(tmp_path / "class/dmi/id/board_vendor", "Amazon EC2")
+    said: list[str] = []
+    imds.broken = 5.0
+    if why == "disabled":
+        nowhere.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with SpotWatch(stop, every=0.01, say=said.append):
+        pass
+    assert len(said) == 1 and "no spot notice would be seen" in said[0]
+    assert ("AWS_EC2_METADATA_DISABLED = true" in said[0]) == (why == "disabled")
+
+
+@pytest.mark.parametrize("broken", [500, 401, 1.0])
+def test_a_service_that_falls_silent_is_said_once(
+    imds: FakeImds, aws_env: pytest.MonkeyPatch, stop: StopRequest, broken: float
+) -> None:
+    aws_env.setattr(spots, "SILENT_LOOKS", 2)
+    said: list[str] = []
+    with SpotWatch(stop, every=0.01, say=said.append) as spot:
+        wait_until(lambda: imds.asked["GET", ACTION, 404] > 0)
+        spot._seconds, imds.broken = 0.1, broken
+        wait_until(lambda: said != [])
+        imds.broken, spot._seconds = None, 20.0
+        imds.give_notice()
+        wait_until(lambda: stop.cause == "the spot notice")
+    assert len(said) == 1 and "answers no more (" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, "http://169.254.169.254"),
+        ({"_MODE": "IPv6"}, "http://[fd00:ec2::254]"),
+        ({"_MODE": "ipv4"}, "http://169.254.169.254"),
+        ({"_MODE": "IPv6", "": "http://127.0.0.1:1/"}, "http://127.0.0.1:1/"),
+        ({"": ""}, "http://169.254.169.254"),
+    ],
+)
+def test_the_service_is_where_the_aws_settings_say(
+    aws_env: pytest.MonkeyPatch, settings: dict[str, str], found: str
+) -> None:
+    for end in ("", "_MODE"):
+        aws_env.delenv(f"AWS_EC2_METADATA_SERVICE_ENDPOINT{end}", raising=False)
+    for end, text in settings.items():
+        aws_env.setenv(f"AWS_EC2_METADATA_SERVICE_ENDPOINT{end}", text)
+    assert spots.address() == found
 
 
 def test_the_store_signs_with_the_role_of_the_instance(

@@ -14,6 +14,7 @@ from wds_train.data.dataset import Dataset
 from wds_train.data.mixture import of_same_classes
 from wds_train.environment import number_of
 from wds_train.errors import UsageError
+from wds_train.slurm import tasks_by_srun
 from wds_train.typed import typed
 
 Address = str | PathLike[str]
@@ -74,10 +75,12 @@ def place(rank: int | None, world: int | None) -> tuple[int, int]:
         return rank, world
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    size = int(number_of("WORLD_SIZE", 1))
+    name, size = "WORLD_SIZE", int(number_of("WORLD_SIZE", 0))
+    if not size:
+        name, size = "SLURM_NTASKS", tasks_by_srun()
     if size > 1:  # every rank would read what the others do
         raise UsageError(
-            f"WORLD_SIZE = {size}, but torch.distributed is not initialised; make the loader after "
+            f"{name} = {size}, but torch.distributed is not initialised; make the loader after "
             "init_process_group, or give it rank= and world="
         )
     return 0, 1

@@ -13,7 +13,7 @@ from wds_train.data.dataset import Dataset
 from wds_train.data.loader import Loader, on_device
 from wds_train.data.plan import EvalPlan
 from wds_train.data.workers import default_workers
-from wds_train.errors import RunError
+from wds_train.errors import RunError, WorkerDied
 from wds_train.transforms.sample import EvalTransform
 
 
@@ -61,10 +61,14 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         self._bound.reset()
         seen = 0
-        for batch in on_device(self._ready(), self.device):
-            self._bound(0, batch.unreadable)
-            seen += len(batch.ids)
-            yield self._images.normalised(batch)
+        try:
+            for batch in on_device(self._ready(), self.device):
+                self._bound(0, batch.unreadable)
+                seen += len(batch.ids)
+                yield self._images.normalised(batch)
+        except WorkerDied:
+            self._loader = None  # the next iteration has workers of its own
+            raise
         if seen != self._plan.own_samples:
             raise RunError(
                 f"{seen} samples came, {self._plan.own_samples} are this rank's: the loader was iterated anew before this "

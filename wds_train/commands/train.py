@@ -32,6 +32,7 @@ from wds_train.data.dataset import Dataset
 from wds_train.environment import PLACE, refuse_bad_numbers
 from wds_train.errors import NotFound, UsageError, WdsTrainError
 from wds_train.format.manifest import NAME
+from wds_train.slurm import take_place
 from wds_train.storage.address import announced, located, name_from
 from wds_train.storage.open import open_store
 from wds_train.storage.proof import UNSAFE_HELP
@@ -135,6 +136,8 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     refuse_bad_numbers(PLACE)
+    if not args.dry_run and (taken := take_place(args.processes)):
+        say(taken)
     dataset = _sharded(args) if args.shard else args.dataset  # before `listen`: a conversion stops in its own way
     stop = StopRequest().listen()
     meant = _meant(args, dataset)
@@ -143,7 +146,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     # Growing images ask for other sizes all the time, which fragments the GPU's memory otherwise. Read by PyTorch's import.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in a log, one endless line
     if "LOCAL_RANK" not in os.environ:  # else another process has said so

@@ -16,7 +16,6 @@ The stages are a `webdataset.DataPipeline` behind `webdataset.WebLoader`. Nothin
 to hold: a loader starts at any step, and its batches are the same for every number of ranks and workers.
 """
 
-import contextlib
 import itertools
 import os
 import signal
@@ -34,7 +33,8 @@ from wds_train.data.dataset import SplitReader
 from wds_train.data.decoder import PREFETCHED_PARTS, Decoded, Decoder, OrderAlone, Slots
 from wds_train.data.fetch import Fetcher
 from wds_train.data.plan import Plan
-from wds_train.errors import RunError, WdsTrainError
+from wds_train.data.workers import Workers
+from wds_train.errors import WdsTrainError
 from wds_train.transforms.sample import Transform
 
 
@@ -54,10 +54,11 @@ class _Stages:
 
 
 def _init_worker(_: int) -> None:
-    """Prepare a worker, which lives and dies with its trainer: Ctrl-C, which the terminal sends to both, is the
-    trainer's to handle.
+    """Prepare a worker, which lives and dies with its trainer: what a terminal or Slurm sends to all processes at once is
+    the trainer's to handle.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     # Python's exit terminates workers that are left. Were that their end by a signal, PyTorch would take it for a crash of
     # theirs, and raise in the midst of the exit.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -78,19 +79,6 @@ def _as_it_is(decoded: Decoded | WdsTrainError) -> Decoded | WdsTrainError:
     a connection of its own.
     """
     return decoded
-
-
-@contextlib.contextmanager
-def _deaths_told() -> Iterator[None]:
-    """Within, the death of a worker is a `RunError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise RunError(
-            f"a loader worker died ({error}); if the machine ran out of memory, use fewer --workers, then run again"
-        ) from error
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -155,6 +143,7 @@ class Loader:
             multiprocessing_context="fork" if workers else None,
             worker_init_fn=_init_worker,
         )
+        self._workers = Workers(workers)
         self._pinned = pinned
         self._begun: Iterator[Decoded | WdsTrainError] | None = None
         self._store = split.store
@@ -169,7 +158,7 @@ class Loader:
         of which a forked child survives.
         """
         items = iter(self._pipeline)
-        with _deaths_told():
+        with self._workers.awaited():
             self._begun = itertools.chain(list(itertools.islice(items, 1)), items)  # a rank may have no batch at all
 
     def __iter__(self) -> Iterator[Batch]:
@@ -180,18 +169,25 @@ class Loader:
                 yield self._merge(parts)
                 parts = []
 
+    def check_workers(self) -> None:
+        """Raise `WorkerDied` if a worker is no more."""
+        self._workers.check()
+
     def _received(self) -> Iterator[Decoded]:
-        items, self._begun = self._begun or self._pipeline, None
-        with _deaths_told():
-            for item in items:
-                if isinstance(item, WdsTrainError):
-                    try:
-                        raise item
-                    finally:
-                        # Its traceback holds this frame, and `items` holds it: left to the garbage collector, DataLoader's
-                        # queues are closed before it can tell its workers to end, and it waits 5 s for each.
-                        del items, item
-                yield item
+        items, self._begun = self._begun or iter(self._pipeline), None
+        while True:
+            with self._workers.awaited():
+                item = next(items, None)
+            if item is None:
+                return
+            if isinstance(item, WdsTrainError):
+                try:
+                    raise item
+                finally:
+                    # Its traceback holds this frame, and `items` holds it: left to the garbage collector, DataLoader's
+                    # queues are closed before it can tell its workers to end, and it waits 5 s for each.
+                    del items, item
+            yield item
 
     def _merge(self, decoded: list[Decoded]) -> Batch:
         """The workers' parts of one step as one batch; they hold ascending lanes, so their order is the lanes'."""

@@ -36,6 +36,11 @@ class Mixture:
     def fallbacks(self) -> int:
         return sum(loader.fallbacks for loader in self._loaders)
 
+    def check_workers(self) -> None:
+        """Raise `WorkerDied` if a worker of any loader is no more."""
+        for loader in self._loaders:
+            loader.check_workers()
+
     def start(self) -> None:
         for loader in self._loaders:
             loader.start()

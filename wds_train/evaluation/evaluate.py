@@ -24,6 +24,7 @@ from wds_train.data.batch import Batch, Unreadable
 from wds_train.data.dataset import Dataset, SplitReader
 from wds_train.data.loader import Loader
 from wds_train.data.plan import EvalPlan
+from wds_train.data.workers import limit_threads
 from wds_train.errors import DataError, UsageError
 from wds_train.evaluation.scoring import Predictor, sums
 from wds_train.format.arrow import to_array
@@ -131,6 +132,7 @@ def score(
     keep_logits: bool = False,
 ) -> Scored:
     """One pass over the split; members that see the same pixels share a loader. `seen` is told of each batch's samples."""
+    limit_threads()
     if not len(split):
         raise DataError(f"the split {split.name!r} of {split.store.url} has no samples")
     transforms = {view.transform for view in views}

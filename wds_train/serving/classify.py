@@ -1,6 +1,5 @@
 """A trained model that answers for images given as bytes, through the very transform of its validation."""
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from wds_train.data.dataset import SplitReader
+from wds_train.data.workers import limit_threads, own_cores
 from wds_train.errors import WdsTrainError
 from wds_train.evaluation.evaluate import Member, View
 from wds_train.models.weights import Weights
@@ -31,7 +31,8 @@ class Classifier:
         """Each image with its logits, in the order given."""
         waiting: deque[list[tuple[Photo, Future[NDArray[np.uint8] | WdsTrainError]]]] = deque()
         source = iter(images)
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        limit_threads()
+        with ThreadPoolExecutor(own_cores()) as pool:
             while batch := list(islice(source, BATCH)):
                 waiting.append([(photo, pool.submit(self._pixels, photo)) for photo in batch])
                 if len(waiting) > 1:

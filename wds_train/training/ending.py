@@ -16,6 +16,7 @@ from wds_train.errors import (
     StoreError,
     Unavailable,
     WdsTrainError,
+    WorkerDied,
     tell,
 )
 from wds_train.tracking.console import say
@@ -41,6 +42,22 @@ def early_end(schedule: ScheduleRecipe, progress: Progress) -> str:
 def is_over(schedule: ScheduleRecipe, progress: Progress) -> bool:
     """Whether a training has no epoch before it, so that its run is done."""
     return progress.evaluated == schedule.epochs or bool(early_end(schedule, progress))
+
+
+def cause_of_end(error: WorkerDied, trained: bool, ranks: int) -> str:
+    """Return the cause to tell where a training commits and leaves since a loader worker died, to be started again.
+
+    Raises:
+        WorkerDied: Nothing was trained since this start: the next one would only repeat it.
+        RanksLost: There are other ranks, which wait within the step that this one has no batch for.
+    """
+    if not trained:
+        raise error
+    if ranks > 1:
+        raise RanksLost(
+            f"{error}; the same command, on any number of GPUs, goes on from the newest checkpoint"
+        ) from error
+    return f"the death of a loader worker ({error.how}; if the machine ran out of memory, use fewer --workers)"
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@ nothing stays written: the store is proved, as by a claim.
 """
 
 import itertools
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -15,7 +14,9 @@ from wds_train.config.settings import with_settings
 from wds_train.data.batch import Batch
 from wds_train.data.dataset import Dataset
 from wds_train.data.mixture import of_same_classes
+from wds_train.data.workers import limit_threads
 from wds_train.errors import UsageError
+from wds_train.limits import memory
 from wds_train.storage.open import open_store
 from wds_train.storage.proof import PROBES, prove
 from wds_train.tracking.console import dollars, duration, note, say
@@ -116,7 +117,7 @@ class Estimate:
     def room(self) -> float:
         """The bytes of memory that there are."""
         if self.on_cpu:
-            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            return float(memory())
         return float(torch.cuda.get_device_properties(self.ranks.device).total_memory)
 
     def _memory(self) -> float:
@@ -127,6 +128,7 @@ class Estimate:
 
 def estimate(options: TrainOptions) -> list[str]:
     """What would be trained and what it would take, in lines. On a CPU where it takes too long, what would not."""
+    limit_threads()
     this = Estimate(options)
     store = open_store(options.run)
     refuse(options, this.datasets, fresh_run(options, this.datasets), store, this.ranks)

@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from wds_train.environment import number_of
 from wds_train.errors import Interrupted, RunError, UsageError
+from wds_train.limits import cores
 from wds_train.training.ranks import LAST_SECONDS
+from wds_train.training.stop import SIGNALS
 
 PR_SET_PDEATHSIG = 1
 
@@ -25,11 +27,11 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     place |= {"TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    threads = max(1, cores() // processes)
     place |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "WDS_LAUNCHER": str(os.getpid())}
     ranks: list[subprocess.Popen[bytes]] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # by `nohup`
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # by `nohup`
             signal.signal(number, lambda number, _: _send(ranks, number))
     for rank in range(processes):
         environment = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

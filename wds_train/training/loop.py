@@ -5,7 +5,7 @@ step; while validating, between batches: the validation is then repeated after t
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from wds_train.checkpoint.run import Run
@@ -15,14 +15,14 @@ from wds_train.data.batch import Batch
 from wds_train.data.cache import BlockCache
 from wds_train.data.dataset import Dataset
 from wds_train.data.loader import on_device
-from wds_train.errors import Interrupted, StoppedByPerson
+from wds_train.errors import Interrupted, StoppedByPerson, WorkerDied
 from wds_train.evaluation.findings import Findings
 from wds_train.evaluation.scoring import EVAL_BATCH
 from wds_train.tracking.console import Bar, note, say
 from wds_train.tracking.progress import TrainingBar
 from wds_train.tracking.wandb import Tracker
-from wds_train.training.ending import give_up, is_over
-from wds_train.training.engine import gpu_figures
+from wds_train.training.ending import cause_of_end, give_up, is_over
+from wds_train.training.engine import Trainer, gpu_figures
 from wds_train.training.in_time import Stopped, in_time
 from wds_train.training.memory import fit_accumulation
 from wds_train.training.options import TrainOptions
@@ -109,12 +109,16 @@ class Session:
             self._say(f"resuming at step {step} of {self._total} (epoch {step / self._epoch_steps:.2f})")
 
     def run_to_end(self) -> None:
-        with SpotWatch(self._stop, tell=self._run.writer.note) as self._spot:
+        with SpotWatch(self._stop, tell=self._run.writer.note, say=_voice(self._ranks)) as self._spot:
             options, leads, pace = self._options, self._ranks.leads, expected_pace(self._options, self._datasets)
-            self._bar = TrainingBar(pace, self._trainer.progress.step, options.recipe.batch, options.price, shown=leads)
+            begun_at = self._trainer.progress
+            self._bar = TrainingBar(pace, begun_at.step, options.recipe.batch, options.price, shown=leads)
             try:
                 self._train()
             except Stopped:
+                self._interrupt()
+            except WorkerDied as error:
+                self._stop.ask(cause_of_end(error, begun_at != self._trainer.progress, self._ranks.size))
                 self._interrupt()
             finally:
                 self._bar.close()
@@ -179,8 +183,7 @@ class Session:
             shown = self._ranks.total(loss.item())[0] / self._ranks.size
             self._trainer.epoch_loss()
             record = {"step": done, "epoch": done / self._epoch_steps, "train/loss": shown}
-            record |= {"train/lr": self._trainer.lr(done - 1), "train/grad_norm": self._trainer.grad_norm.item()}
-            record |= {"train/resolution": batch.images.shape[1]} | gpu_figures(self._trainer)
+            record |= _figures(self._trainer, batch)
         self._rows.add_step(waited, time.perf_counter() - start)
         if record:
             record |= {"s3/fallbacks": self._loader.fallbacks} if self._loader.fallbacks else {}
@@ -244,6 +247,22 @@ class Session:
         self._stop.doing = "another rank"
         self._ranks.total(1)  # the others wait for the leader's commit; the first that leaves ends them all
         raise _stopped(self._stop, _outcome(progress.step, self._total, self._run.store.url, committed))
+
+
+def _figures(trainer: Trainer, batch: Batch) -> dict[str, Any]:
+    """What a record tells of the step that was just taken, besides its loss."""
+    done = trainer.progress.step
+    figures = {"train/lr": trainer.lr(done - 1), "train/grad_norm": trainer.grad_norm.item()}
+    return figures | {"train/resolution": batch.images.shape[1]} | gpu_figures(trainer)
+
+
+def _voice(ranks: Ranks) -> Callable[[str], object]:
+    """What says what every process on this machine sees: that of one of them."""
+    return _keep_quiet if ranks.local else say
+
+
+def _keep_quiet(_: str) -> None:
+    """Say nothing."""
 
 
 def _epoch_line(epoch: str, loss: float, metrics: dict[str, float], unreadable: int, fallbacks: int) -> str:

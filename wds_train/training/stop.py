@@ -14,6 +14,10 @@ from wds_train.errors import Interrupted, StoppedByPerson
 
 GRACE_SECONDS = 90.0  # from a signal to the end: the least that supervisors and EC2 wait between asking and killing
 LOOK_SECONDS = 0.5  # between two looks at the deadline
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What a training commits and ends on."""
+TWICE = (signal.SIGTERM, signal.SIGINT)
+"""Those that end it at once the second time."""
 
 
 class StopRequest:
@@ -21,8 +25,9 @@ class StopRequest:
     the process when the time is up, whatever hangs. The first cause is the one that is told, the earliest deadline the
     one that counts.
 
-    Asked by SIGTERM, SIGINT, SIGHUP (a terminal that was closed) and whoever calls `ask`. SIGTERM or SIGINT again stops at
-    once; SIGHUP comes twice by itself, from the kernel and from the shell.
+    Asked by the SIGNALS and whoever calls `ask`. SIGTERM or SIGINT again stops at once. The others may come twice by
+    themselves: SIGHUP, of a terminal that was closed, from the kernel and from the shell; SIGUSR1 and SIGUSR2, which
+    Slurm sends some time before its limit, from Slurm and from a script that passes them on.
     """
 
     def __init__(self) -> None:
@@ -36,10 +41,10 @@ class StopRequest:
 
     def listen(self) -> Self:
         """Heed signals. It is to be called before the imports that take seconds, so that one during these is not lost."""
-        numbers = [signal.SIGTERM, signal.SIGINT]
+        numbers = set(SIGNALS)
         # `nohup` ignores it. A rank heeds it in any case: it says that the launcher died, and no terminal sends it there.
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN or "WDS_LAUNCHER" in os.environ:
-            numbers.append(signal.SIGHUP)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and "WDS_LAUNCHER" not in os.environ:
+            numbers.remove(signal.SIGHUP)
         for number in numbers:
             signal.signal(number, self._set)
         # Python's handlers wait for the main thread, which may hang in C code; what arrives here does not.
@@ -47,7 +52,7 @@ class StopRequest:
         os.set_blocking(arrive, False)
         signal.set_wakeup_fd(arrive, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))  # a loader worker's signals are its own
-        threading.Thread(target=self._watch, args=(arrived, set(numbers)), name="deadline", daemon=True).start()
+        threading.Thread(target=self._watch, args=(arrived, numbers), name="deadline", daemon=True).start()
         return self
 
     def ask(self, cause: str, seconds: float | None = None, *, by_person: bool = False) -> None:
@@ -67,12 +72,12 @@ class StopRequest:
     def _set(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         if number in self._signals:
-            if number == signal.SIGHUP:
+            if number not in TWICE:
                 return
             raise KeyboardInterrupt
         self._signals.add(number)
         self.ask(name)
-        again = "" if number == signal.SIGHUP else "; once more stops at once"
+        again = "; once more stops at once" if number in TWICE else ""
         start = "\n" if os.isatty(2) else ""  # behind the bar, and the ^C that the terminal shows
         _tell(f"{start}{name}: stopping at the next step, state committed{again}\n")
 

@@ -22,6 +22,7 @@ from wds_train.checkpoint.run import Run
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.data.dataset import Dataset
 from wds_train.data.mixture import of_same_classes
+from wds_train.data.workers import limit_threads
 from wds_train.errors import Interrupted
 from wds_train.home import home
 from wds_train.storage.base import Store
@@ -36,15 +37,15 @@ from wds_train.training.options import TrainOptions
 from wds_train.training.outcome import next_commands, outcome
 from wds_train.training.ranks import Ranks
 from wds_train.training.setup import fresh_run, make_cache, refuse
-from wds_train.training.stop import StopRequest
+from wds_train.training.stop import SIGNALS, StopRequest
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 REPORT_SECONDS = 15.0  # for the metrics that the report is drawn from, once the run is done
 
 
 def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     """Train, or go on with, `options.run`; the final metrics. Raises `Interrupted` once asked to stop, state committed."""
     die_with_launcher()
+    limit_threads()
     ranks = Ranks.of_environment(cpu=options.cpu)
     if options.deterministic:
         _be_deterministic()
@@ -156,7 +157,8 @@ def _leaving_a_report(run: Run, options: TrainOptions, stop: StopRequest, ranks:
         yield
     except Interrupted:
         scored = any(checkpoint.metrics for checkpoint in run.manifest.checkpoints)
-        if ranks.leads and scored and run.manifest.status == "interrupted" and stop.cause in SIGNALS:
+        by_signal = stop.cause in [number.name for number in SIGNALS]
+        if ranks.leads and scored and run.manifest.status == "interrupted" and by_signal:
             stop.doing = "the report"
             _write_report(run, options, min(REPORT_SECONDS, stop.left / 2))
         raise
