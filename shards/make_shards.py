@@ -1,6 +1,7 @@
 """`wds-train shards`: a dataset becomes tar shards on S3, once."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -22,15 +23,17 @@ from shards.plan import Options, Plan
 from shards.repeats import repeat_lines
 from shards.report import Note, judge, print_notes, report_json, say
 from shards.sources.base import Grouping, Source
-from shards.sources.labels import NO_LABEL, Classes, classes_of, count_texts
+from shards.sources.labels import NO_LABEL, Classes, LabelRules, classes_of, count_texts, parse_class_list
 from shards.sources.open import name_of, open_source, source_root
 from shards.sources.scan import UNLABELED
 from shards.sources.spool import Spool
+from shards.sources.tars import CLASS_LISTS
 from shards.understood import print_understood
-from wds_train.errors import DataError, Interrupted, UsageError
+from wds_train.errors import DataError, Interrupted, NotFound, UsageError
 from wds_train.format.manifest import DatasetManifest
 from wds_train.home import home
 from wds_train.storage.address import announced, located
+from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 from wds_train.storage.proof import prove
 from wds_train.tracking.console import LOG, Meter, note
@@ -155,6 +158,7 @@ def _index(args: argparse.Namespace) -> int:
         raise UsageError("index needs the address of the tars: wds-train shards index s3://bucket/prefix")
     store = open_store(announced(located(args.dataset, "datasets", args.bucket), args.dataset))
     wanted = read_wanted(args)
+    _refuse_unheeded(args)
     if not args.dry_run:  # before the hours that reading may take
         prove(store, WIP, say, unsafe=args.unsafe_store)
     note(f"reading the tars of {store.url} ...")
@@ -166,7 +170,7 @@ def _index(args: argparse.Namespace) -> int:
     judge(notes, samples + left_out, args.max_bad)
     print_notes(notes)
     counts = count_texts(row["label"] for found in splits.values() for row in found.rows)
-    classes = classes_of(counts, store.url, wanted.labels)
+    classes = classes_of(counts, store.url, _listed_classes(store, wanted.labels))
     for split, found in splits.items():
         _number_labels(found, classes)
         notes += [Note(split, key, "ignored", UNLABELED) for key in _drop_unlabeled(found)]
@@ -175,7 +179,9 @@ def _index(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     twice = None if args.any else repeats_in_place(splits, classes.infos)
-    extra = {"understood": _understood_tars(splits, classes, notes), "repeats": asdict(twice) if twice else None}
+    extra: dict[str, object] = {"understood": _understood_tars(splits, classes, notes)}
+    if twice is not None:
+        extra["repeats"] = asdict(twice)
     report = report_json(notes, 0, extra)
     policy = {ANY: True} if args.any else {}
     made = write_dataset(store, splits, classes.infos, policy, report, overwrite=args.overwrite)
@@ -183,6 +189,35 @@ def _index(args: argparse.Namespace) -> int:
         say(line)
     say(f"{store.url}: {_counts(made)}\nfingerprint {made.fingerprint}")
     return 0
+
+
+def _refuse_unheeded(args: argparse.Namespace) -> None:
+    """Raise `UsageError` for flags that mean nothing where tars are indexed: they would be dropped in silence."""
+    given = {
+        "--table": args.table,
+        "--image-column": args.image_column,
+        "--label-column": args.label_column,
+        "--split-column": args.split_column,
+        "--class-level": args.class_level,
+        "--source": args.form,
+        "--hold-out": args.hold_out,
+        "--group": args.group,
+        "--resize-shorter": args.resize_shorter,
+        "--reencode": args.reencode or None,
+    }
+    unheeded = [flag for flag, value in given.items() if value is not None]
+    if unheeded:
+        raise UsageError(
+            f"{unheeded[0]} says nothing of tars that stay as they are; leave it out, or convert them: wds-train shards wds:PATH"
+        )
+
+
+def _listed_classes(store: Store, rules: LabelRules) -> LabelRules:
+    """Return the `rules` with the list of classes that lies beside the tars, if there is one and a person gave none."""
+    for name in () if rules.classes else CLASS_LISTS:
+        with contextlib.suppress(NotFound):
+            return replace(rules, classes=parse_class_list(store.read(name), f"{store.url}/{name}"))
+    return rules
 
 
 def _understood_tars(splits: dict[str, Indexed], classes: Classes, notes: list[Note]) -> dict[str, object]:

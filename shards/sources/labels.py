@@ -348,13 +348,20 @@ def read_class_list(path: Path) -> tuple[ClassInfo, ...]:
         DataError: The file names no classes, or one twice.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".json":
-            infos = _from_json(json.loads(text), path)
-        else:
-            infos = to_classes([name for name in map(label_text, text.splitlines()) if name])
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; give a file with a class's name a line") from error
+    return parse_class_list(data, str(path))
+
+
+def parse_class_list(data: bytes, path: str) -> tuple[ClassInfo, ...]:
+    """Return the classes that the content of the file at `path` lists; see `read_class_list`."""
+    try:
+        text = data.decode("utf-8-sig")
+        if path.lower().endswith(".json"):
+            infos = _from_json(json.loads(text), data, path)
+        else:
+            infos = to_classes([name for name in map(label_text, text.splitlines()) if name])
     except (ValueError, KeyError, TypeError, RecursionError, DataError) as error:
         raise DataError(
             f"{path} does not name the classes ({error!r}); it takes a name a line, or a JSON list of names"
@@ -367,11 +374,11 @@ def read_class_list(path: Path) -> tuple[ClassInfo, ...]:
     return infos
 
 
-def _from_json(content: Any, path: Path) -> tuple[ClassInfo, ...]:
+def _from_json(content: Any, data: bytes, path: str) -> tuple[ClassInfo, ...]:
     if isinstance(content, list):
         return to_classes([label_text(name) for name in content])
     if content.get("kind") == manifests.KIND:
-        return DatasetManifest.from_json(path.read_bytes(), str(path)).classes
+        return DatasetManifest.from_json(data, path).classes
     if isinstance(content.get("classes"), list):  # what `wds-train inspect DATASET --json` prints
         named = [(label_text(entry["id"]), label_text(entry["name"])) for entry in content["classes"]]
         return to_classes([id for id, _ in named], dict(named))

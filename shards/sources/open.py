@@ -26,6 +26,21 @@ from wds_train.tracking.console import readable
 DIGITS = "digits"
 DEPTH = 3  # levels of folders in a source that are looked into for data files
 LOOKED_THROUGH = 8  # folders of each
+FLAGS = {
+    "--table": "table",
+    "--image-column": "image",
+    "--label-column": "label",
+    "--split-column": "split",
+    "--class-level": "class_level",
+}
+HEEDED = {
+    "folder": tuple(FLAGS.values()),
+    "imagefolder": ("class_level",),
+    "table": ("table", "image", "label", "split"),
+    "huggingface": ("image", "label", "split"),
+    "hf": ("image", "label"),
+    "wds": ("class_level",),
+}
 Opener = Callable[[Path, Spool, Wanted], Source]
 FORMATS: dict[str, Opener] = {
     "folder": lambda root, spool, wanted: folder(root, wanted),
@@ -52,8 +67,11 @@ def open_source(address: str, spool: Spool, form: str | None = None, wanted: Wan
         DataError: It cannot become a dataset.
     """
     if address == DIGITS:
+        _refuse_unheeded(wanted, DIGITS)
         return checked(digits(spool))
     prefix, colon, rest = address.partition(":")
+    if colon and prefix in ("hf", "torchvision"):
+        _refuse_unheeded(wanted, prefix)
     if colon and prefix == "hf":
         return checked(huggingface.hub(rest, spool, wanted))
     if colon and prefix == "torchvision":
@@ -72,6 +90,7 @@ def open_source(address: str, spool: Spool, form: str | None = None, wanted: Wan
         root = root.parent
     form = form or recognise(root)
     _refuse_misfit(root, form)
+    _refuse_unheeded(wanted, form)
     return checked(FORMATS[form](root, spool, wanted))
 
 
@@ -83,6 +102,16 @@ def _refuse_misfit(root: Path, form: str) -> None:
     if needed is not None and not (root / needed).exists():
         raise UsageError(
             f"{root} does not hold {needed}, which --source {form} needs; leave --source out, or give another folder"
+        )
+
+
+def _refuse_unheeded(wanted: Wanted, form: str) -> None:
+    """Raise `UsageError` for a flag that sources of this format do not heed: it would be dropped in silence."""
+    given = [flag for flag, name in FLAGS.items() if getattr(wanted, name) is not None]
+    unheeded = [flag for flag in given if FLAGS[flag] not in HEEDED.get(form, ())]
+    if unheeded:
+        raise UsageError(
+            f"{unheeded[0]} says nothing of a source that is read as {form}; leave it out, or name the format: --source FORMAT"
         )
 
 

@@ -239,7 +239,9 @@ def _value(text: bytes, name: str) -> Any:
     """What a `.cls` or `.json` says: JSON, from which the label is taken, or else the bare text."""
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if name.endswith("json") or text.lstrip()[:1] == b"{":
+            raise DataError(f"its .{name} is no JSON: {str(error)[:100]}") from error
         return text
     if isinstance(content, dict):
         field = next((field for field in LABEL_FIELDS if field in content), None)

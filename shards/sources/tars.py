@@ -17,7 +17,7 @@ from shards.sources.base import Source, Understood, Wanted
 from shards.sources.imagefolder import folder_source, read_layout
 from shards.sources.labels import CAPTIONS, Classes, LabelRules, classes_of, read_class_list
 from shards.sources.litter import is_litter
-from shards.sources.names import file_splits
+from shards.sources.names import SPLIT_FOLDER, SPLIT_OF, file_splits
 from shards.sources.scan import SplitScan, Stamp, read_bytes
 from shards.sources.splits import from_scans, label_counts, relabelled
 from shards.sources.spool import Spool
@@ -148,6 +148,8 @@ def _samples(
     root: Path, tars: Mapping[Path, Path], splits: Mapping[Path, str], ignored: Mapping[Path, str], wanted: Wanted
 ) -> Source:
     """Return the samples of WebDataset tars."""
+    if wanted.class_level:
+        raise UsageError(f"{root} holds labelled samples, and --class-level is of class folders; leave it out")
     scans = {split: SplitScan(split, foreign=wanted.reencode) for split in dict.fromkeys(splits.values())}
     first = next(iter(scans.values()))
     for path, cause in ignored.items():
@@ -187,6 +189,18 @@ def _class_folders(
     return replace(source, stamp=source.stamp + stamp.hexdigest())
 
 
+def _refuse_split_folders(path: Path, samples: Sequence[WdsSample], split: str) -> None:
+    """Raise `DataError` for samples that lie in folders of splits: the tar's name says the split of all of them."""
+    folders = {folder for sample in samples for folder in sample.key.split("/")[:-1]}
+    named = {folder: SPLIT_OF[found[1].lower()] for folder in folders if (found := SPLIT_FOLDER.fullmatch(folder))}
+    splits = set(named.values())
+    if len(splits) > 1 or splits - {split, "train"}:
+        raise DataError(
+            f"{path} holds samples in the folders {', '.join(sorted(named))}, which are called as splits are, and would all be {split}; "
+            "make a tar of each split, called train.tar, val.tar and test.tar"
+        )
+
+
 class _TarScan:
     """Scans the tars of a source, one after the other, with what they have in common."""
 
@@ -208,6 +222,7 @@ class _TarScan:
         split = self._keys.choose(str(path), plain, kinds)
         if split is not key_and_extension:
             samples = gather(plain, split)
+        _refuse_split_folders(path, samples, found.split)
         others: Counter[str] = Counter()
         for sample in samples:
             image = self._add_sample(sample, path, found, kinds)

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -1635,3 +1636,63 @@ def test_groups_of_a_parquet_column(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert read(tmp_path / "out") == {"train": {"a": 8, "b": 8}, "val": {"a": 2, "b": 2}}
     keys = Dataset.open(str(tmp_path / "out")).split("val").index.key.to_pylist()
     assert len({int(key) // 4 for key in keys}) == 1
+
+
+# Tars.
+
+
+def tar_with(root: Path, members: Files, name: str = "train.tar") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(layouts.tar_of([*members.items()]))
+    return root
+
+
+def labelled(*labels: bytes, extension: str = "cls", place: str = "") -> Files:
+    files: Files = {}
+    for n, label in enumerate(labels):
+        files |= {f"{place}{n}.png": painted(label.decode(), n), f"{place}{n}.{extension}": label}
+    return files
+
+
+TAR_FLAGS = [("--table", "t.csv"), ("--label-column", "x"), ("--image-column", "x"), ("--split-column", "x")]
+
+
+@pytest.mark.parametrize("flags", TAR_FLAGS)
+@pytest.mark.parametrize("way", ["conversion", "index"])
+def test_flags_that_tars_do_not_heed(
+    flags: tuple[str, str], way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tar_with(tmp_path / "mine", labelled(b"a", b"b", b"a", b"b"))
+    (tmp_path / "t.csv").write_bytes(b"file,label\n0,b\n")
+    value = str(tmp_path / flags[1]) if flags[0] == "--table" else flags[1]
+    where = ("index", root) if way == "index" else (root, tmp_path / "out")
+    code, output = conversion(capsys, *where, flags[0], value)
+    assert code == 2 and f"{flags[0]} says nothing of" in output, output
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        (labelled(b"a", b"b", place="train/") | labelled(b"a", b"b", place="test/"), "make a tar of each split"),
+        (labelled(b"a", b"b", place="x/") | labelled(b"a", b"b", place="val/"), "make a tar of each split"),
+        (labelled(b"a", b"b") | labelled(b"a", b"b", place="unlabeled/"), "make a tar of each split"),
+        (labelled(b"a", b"b") | {"7.png": painted("a", 7), "7.json": b'{"label":0'}, "its .json is no JSON"),
+    ],
+)
+def test_tars_that_are_refused(
+    members: Files, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tar_with(tmp_path / "mine", members)
+    code, output = conversion(capsys, root, tmp_path / "out")
+    assert code in (1, 2) and sentence in output, output
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "classes.json", "class_names.txt"])
+def test_a_list_beside_tars_counts_for_both_ways(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tar_with(tmp_path / "mine", labelled(b"b", b"a", b"b", b"a"))
+    (root / name).write_bytes(b'["b", "a"]' if name.endswith("json") else b"b\na\n")
+    assert conversion(capsys, root, tmp_path / "out", "--hold-out", "0")[0] == 0
+    assert conversion(capsys, "index", root)[0] == 0
+    for made in (tmp_path / "out", root):
+        assert [entry.id for entry in Dataset.open(str(made)).manifest.classes] == ["b", "a"]
+        assert read(made) == {"train": {"a": 2, "b": 2}}
