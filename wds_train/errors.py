@@ -11,6 +11,7 @@
     ├── RunError               1    the state of a run cannot be used, or training cannot go on
     │   ├── NotFinite               a loss or a weight is not finite
     │   └── WorkerDied              a loader worker was killed, or crashed
+    ├── Dropped                1    what a run's manifest named is gone, since its newest one names it no more
     ├── StoppedByPerson        1    stopped for good by a person, after committing: only they let it go on
     └── Interrupted            75   stopped by a signal or a newer owner, after committing what could be: run it again
         └── RanksLost               another process of this training is gone
@@ -72,6 +73,10 @@ class WorkerDied(RunError):
             f"a loader worker died ({how}); if the machine ran out of memory, use fewer --workers, then run again"
         )
         self.how = how
+
+
+class Dropped(WdsTrainError):
+    pass
 
 
 class StoppedByPerson(WdsTrainError):

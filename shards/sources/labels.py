@@ -199,15 +199,23 @@ def _refuse_several(texts: Mapping[str, int], where: str) -> None:
 def _holds_several(text: str, texts: Mapping[str, int]) -> bool:
     if text[:1] in "[{(" and text[-1:] in "]})" and re.search(r"[,'\"]", text):
         return True
-    if "|" in text.strip("|") or ";" in text.strip(";"):
-        return True
+    # A bar or a semicolon may belong to a name, too; not where one of the parts is in another label.
+    for separator in ("|", ";"):
+        parts = {part.strip() for part in text.split(separator)} - {""}
+        if len(parts) > 1 and any(_is_part(parts, other, separator) for other in texts if other != text):
+            return True
     # A comma, a slash, a plus or a blank may belong to a name; not where each part is a label by itself, too.
     for separator in (",", "/", "+", "&"):
-        parts = [part.strip() for part in text.split(separator)]
-        if len(parts) > 1 and all(part in texts for part in parts):
+        pieces = [part.strip() for part in text.split(separator)]
+        if len(pieces) > 1 and all(piece in texts for piece in pieces):
             return True
     words = text.split()
     return len(words) > 1 and all(word in texts for word in words)
+
+
+def _is_part(parts: Collection[str], other: str, separator: str) -> bool:
+    """Tell whether another label holds one of the `parts`."""
+    return any(part.strip() in parts for part in other.split(separator))
 
 
 def _are_tags(texts: Collection[str]) -> bool:

@@ -1,5 +1,6 @@
 """Keys with letters that URLs write otherwise, in prefixes and in the names of objects."""
 
+import io
 import random
 import re
 
@@ -69,15 +70,23 @@ def test_tars_are_indexed_and_read_where_they_lie(
     assert len(capsys.readouterr().out.splitlines()) == Dataset.open(url).manifest.split("train").samples // 2 * 2
 
 
+def png(shade: int) -> bytes:
+    """A picture of one grey."""
+    out = io.BytesIO()
+    Image.new("L", (4, 4), shade).save(out, "PNG")
+    return out.getvalue()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_photos_are_found(s3_url: str, name: str) -> None:
     store = open_store(s3_url)
-    for key in (f"{name}/{name}.png", f"{name}/b.png"):
-        store.write(key, key.encode())
+    images = {f"{name}/{name}.png": png(1), f"{name}/b.png": png(2)}
+    for key, image in images.items():
+        store.write(key, image)
     found = {photo.name: photo.read() for photo in photos([f"{s3_url}/{name}"])}
-    assert found == {f"{s3_url}/{key}": f"test/{key}"[5:].encode() for key in (f"{name}/{name}.png", f"{name}/b.png")}
+    assert found == {f"{s3_url}/{key}": image for key, image in images.items()}
     (alone,) = photos([f"{s3_url}/{name}/{name}.png"])
-    assert alone.read() == f"{name}/{name}.png".encode()
+    assert alone.read() == png(1)
 
 
 # Requester pays

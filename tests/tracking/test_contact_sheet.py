@@ -77,7 +77,7 @@ def test_classes(classes: int, shown: int, tmp_path: Path, monkeypatch: pytest.M
     dataset = made(tmp_path, images)
     sheet, written = sheet_of(dataset, tmp_path / "grid.png", monkeypatch)
     reader = dataset.split("train")
-    titles = [line for line in put(written, TEXT) if not line.startswith("source")]
+    titles = [line for line in put(written, TEXT) if not line.startswith(("layout", "labels"))]
     labels = [int(title.removeprefix("c")) for title in titles]
     assert titles == [f"c{label:04d}" for label in labels]
     counts = [f"label {label}, {per_class} image{'s' * (per_class > 1)}" for label in labels]
@@ -133,7 +133,7 @@ def test_names(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         names = sorted(f"{LONG[:200]}{name.rsplit(' ')[-1]}" for name in NAMES[case])
     images = {name: [encoded((8, 8), colour_of(n, 1))] for n, name in enumerate(names)}
     _, written = sheet_of(made(tmp_path, images), tmp_path / "grid.png", monkeypatch)
-    titles = [line for line in put(written, TEXT) if not line.startswith("source")]
+    titles = [line for line in put(written, TEXT) if not line.startswith(("layout", "labels"))]
     assert len({*titles}) == len(names)
     for name, title in zip(names, titles, strict=True):
         start, mark, end = title.partition("…")
@@ -163,6 +163,9 @@ def test_what_was_understood_heads_it(tmp_path: Path, monkeypatch: pytest.Monkey
     dataset = made(tmp_path, {"a": [encoded((8, 8), (1, 2, 3))], "b": [encoded((8, 8), (4, 2, 3))]})
     _, written = sheet_of(dataset, tmp_path / "grid.png", monkeypatch)
     assert written[0][2] == "out, train: 2 classes, up to 4 images of each"
+    assert written[1][2] == "layout: class folders in train/, val/"
+    monkeypatch.setattr("wds_train.commands.inspect._report", lambda dataset: {})  # of a dataset of before
+    _, written = sheet_of(dataset, tmp_path / "grid.png", monkeypatch)
     assert written[1][2] == "source: imagefolder source"
     understood = {"understood": {"layout": "images in class folders", "labels": "the folders' names"}}
     monkeypatch.setattr("wds_train.commands.inspect._report", lambda dataset: understood)

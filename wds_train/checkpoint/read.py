@@ -2,24 +2,58 @@
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from wds_train.checkpoint.choice import Choice
+from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.manifest import Checkpoint, Object, RunManifest, Segment, steps
 from wds_train.checkpoint.snapshot import Snapshot
-from wds_train.errors import NotFound, RunError
+from wds_train.errors import Dropped, NotFound, RunError, WdsTrainError
 from wds_train.format.manifest import ClassInfo
 from wds_train.models.fit import section
 from wds_train.models.weights import Weights
 from wds_train.storage.base import Store
 from wds_train.typed import typed
 
+T = TypeVar("T")
+ROUNDS = 10  # of reading what a run in training has replaced meanwhile
+
+
+def from_newest(store: Store, manifest: RunManifest, read: Callable[[RunManifest], T]) -> T:
+    """Return what `read` makes of the run's manifest, the newest one where a commit has dropped what it named.
+
+    Raises:
+        RunError: The run commits faster than it can be read.
+    """
+    for _ in range(ROUNDS):
+        try:
+            return read(manifest)
+        except Dropped:
+            manifest = read_run(store)[0]
+    raise too_fast(store)
+
+
+def too_fast(store: Store) -> RunError:
+    """Return the error that tells of a run that is never the same for as long as reading it takes."""
+    return RunError(
+        f"{store.url} commits faster than it can be read: {ROUNDS} times a newer commit had replaced what was to be read; "
+        "try again when it commits less often, or nearer to its store"
+    )
+
 
 def read_object(store: Store, named: Object) -> bytes:
-    """The bytes of an object that a manifest names; `RunError` when they are missing, or not those it names."""
+    """Return the bytes of an object that a manifest names.
+
+    Raises:
+        Dropped: They are gone, and the run's manifest names them no more: a training has committed meanwhile.
+        RunError: They are missing, or not those that the manifest names.
+    """
     try:
         data = store.read(named.key)
     except NotFound as error:
+        if _is_dropped(store, named.key):
+            raise Dropped(f"{store.url}/{named.key} was replaced by a newer commit of the run; try again") from error
         raise RunError(f"{store.url}/{named.key} is missing") from error
     found = Object(named.key, len(data), hashlib.sha256(data).hexdigest())
     if found != named:
@@ -28,6 +62,15 @@ def read_object(store: Store, named: Object) -> bytes:
             f"committed were {named.bytes} of {named.sha256}"
         )
     return data
+
+
+def _is_dropped(store: Store, key: str) -> bool:
+    """Whether the run's manifest, read anew, does not name the object."""
+    try:
+        newest, _ = read_run(store)
+    except WdsTrainError:  # then nothing tells that it was replaced
+        return False
+    return key not in newest.keys
 
 
 def read_checkpoint(store: Store, run: RunManifest, named: Checkpoint) -> Snapshot:

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from wds_train.checkpoint.choice import BEST, KINDS, choose
+from wds_train.checkpoint.choice import BEST, KINDS, Choice, choose
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.manifest import name_of
+from wds_train.checkpoint.manifest import RunManifest, name_of
 from wds_train.commands.arguments import add_run, count, run_url
 from wds_train.errors import UsageError
 from wds_train.tracking.console import loading
@@ -42,14 +42,20 @@ def run(args: argparse.Namespace) -> int:
     if not to.parent.is_dir():
         raise UsageError(f"--to {to}: there is no folder {to.parent}; make it first")
     manifest, store = find_run(url)
-    choice = choose(manifest, args.best, args.step)
+    choose(manifest, args.best, args.step)
     loading()  # after all that can be refused without it
     import torch
 
+    from wds_train.checkpoint.read import from_newest
+    from wds_train.models.weights import Weights
     from wds_train.serving.export import WRITERS
     from wds_train.serving.prepare import of_choice
 
-    weights = of_choice(store, manifest, choice, torch.device("cpu"))
+    def chosen(newest: RunManifest) -> tuple[Choice, Weights]:
+        choice = choose(newest, args.best, args.step)
+        return choice, of_choice(store, newest, choice, torch.device("cpu"))
+
+    choice, weights = from_newest(store, manifest, chosen)
     call = WRITERS[args.format](weights, to)
     print(f"{to}: {choice}")
     print(f"calibrated: {weights.calibration}" if weights.calibration.used else weights.calibration)

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         from wds_train.serving import publish
     except ImportError as error:
         raise UsageError(f"publish needs {error.name}: install wds-train[serve]") from error
+    from wds_train.checkpoint.read import from_newest
     from wds_train.evaluation.report import describe_weights
     from wds_train.serving.prepare import both_kinds
     from wds_train.training.ranks import Ranks
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     publish.refuse(args.to, args.licence, args.push)
     manifest, store = find_run(run_url(args.run, args.bucket))
     device = Ranks().device
-    choices = both_kinds(store, manifest, device)
+    choices = from_newest(store, manifest, lambda newest: both_kinds(store, newest, device))
     publish.write(args.to, manifest, choices, args.licence, args.push, device=device)
     print(f"{args.to}/model: the {describe_weights(choices[0])}; ONNX file and card")
     print(

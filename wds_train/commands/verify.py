@@ -4,12 +4,14 @@ import argparse
 
 from wds_train.checkpoint import manifest as states
 from wds_train.checkpoint.find import find_run
+from wds_train.checkpoint.manifest import Checkpoint, RunManifest, Segment
 from wds_train.commands.arguments import add_bucket
 from wds_train.data.dataset import Dataset
 from wds_train.data.verify import verify
-from wds_train.errors import NotFound, RunError
+from wds_train.errors import Dropped, NotFound, RunError
 from wds_train.format.manifest import NAME
 from wds_train.storage.address import announced, located, not_here
+from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 from wds_train.tracking.console import Meter, loading
 
@@ -55,39 +57,68 @@ def _verify_dataset(url: str) -> int:
 
 
 def _verify_run(url: str) -> int:
-    """Read all that a run names; a line for each object that is damaged, and the checkpoint that a resume would use."""
+    """Read all that a run names; a line for each object that is damaged, and the checkpoint that a resume would use.
+
+    A run in training drops checkpoints meanwhile: then what its newest manifest names is read, too.
+    """
     manifest, store = find_run(url)
     loading()
+    from wds_train.checkpoint.read import ROUNDS, too_fast
+
+    flaws: dict[str, RunError | None] = {}
+    with Meter(sum(named.bytes for named in manifest.objects)) as meter:
+        for _ in range(ROUNDS):
+            if _read_all(store, manifest, flaws, meter):
+                break
+            manifest = find_run(url)[0]
+        else:
+            raise too_fast(store)
+    return _tell(store, manifest, flaws)
+
+
+def _read_all(store: Store, manifest: RunManifest, flaws: dict[str, RunError | None], meter: Meter) -> bool:
+    """Note in `flaws`, by their keys, what is wrong with the objects that were not read before; whether all were there to
+    be read, rather than dropped by a newer commit.
+    """
     from wds_train.checkpoint.read import flaw_of, read_records
 
-    usable, damaged = [], []
-    size = sum(named.bytes for named in manifest.objects)
-    with Meter(size) as meter:
-        for checkpoint in manifest.checkpoints:
-            if (flaw := flaw_of(store, manifest, checkpoint)) is None:
-                usable.append(checkpoint)
+    whole = True
+    parts: list[Checkpoint | Segment] = [*manifest.checkpoints, *manifest.metrics, *manifest.replayed]
+    for named in parts:
+        key = named.object.key
+        if key in flaws:
+            continue
+        try:
+            if isinstance(named, Checkpoint):
+                flaws[key] = flaw_of(store, manifest, named)
             else:
-                damaged.append(str(flaw))
-            meter.add(checkpoint.object.bytes)
-        for segment in manifest.metrics + manifest.replayed:
-            try:
-                read_records(store, segment)
-            except RunError as error:
-                damaged.append(str(error))
-            meter.add(segment.object.bytes)
+                flaws[key] = None
+                read_records(store, named)
+        except RunError as error:
+            flaws[key] = error
+        except Dropped:
+            flaws.pop(key, None)
+            whole = False
+        meter.add(named.object.bytes)
+    return whole
+
+
+def _tell(store: Store, manifest: RunManifest, flaws: dict[str, RunError | None]) -> int:
+    """Print what is wrong with what `manifest` names; the exit code."""
+    damaged = [flaw for key, flaw in flaws.items() if flaw is not None and key in manifest.keys]
     for line in damaged:
         print(line)
     state = f"{len(damaged)} damaged" if damaged else "whole"
+    size = sum(named.bytes for named in manifest.objects)
     print(
         f"{store.url}: {state}; {len(manifest.checkpoints)} checkpoints, {len(manifest.metrics + manifest.replayed)} segments "
         f"of metrics, {size / 1e6:,.1f} MB"
     )
+    usable = [each for each in manifest.checkpoints if flaws[each.object.key] is None]
     if usable:
         print(f"a resume uses the checkpoint of step {usable[-1].progress.step}, {usable[-1].object.key}")
+    elif damaged:
+        print("there is no checkpoint that a resume could use")
     else:
-        print(
-            "there is no checkpoint that a resume could use"
-            if damaged
-            else "a resume begins anew: nothing is committed"
-        )
+        print("a resume begins anew: nothing is committed")
     return 1 if damaged else 0

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loading()
+    from wds_train.checkpoint.read import from_newest
     from wds_train.checkpoint.run import Run
     from wds_train.tracking.board import Board, one_line, send, usual_mode
 
@@ -24,8 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if mode == "disabled":
         raise UsageError("WANDB_MODE is disabled; unset it")
     manifest, store = find_run(run_url(args.run, args.bucket))
-    found = Run(store, manifest, "", leads=False)
-    history = found.history()
+    history = from_newest(store, manifest, lambda newest: Run(store, newest, "", leads=False).history())
     try:
         board = Board.open(manifest, mode, {}, finish_timeout=FINISH_SECONDS)
         where = board.where

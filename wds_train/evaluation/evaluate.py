@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from wds_train.checkpoint.choice import BEST, choose
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.read import weights_of
+from wds_train.checkpoint.read import from_newest, weights_of
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
 from wds_train.data.batch import Batch, Unreadable
@@ -88,7 +88,7 @@ def chosen_weights(source: str, kind: str, step: int | None) -> Weights:
             )
         return weights
     manifest, store = find_run(source)
-    return weights_of(store, manifest, choose(manifest, kind, step))
+    return from_newest(store, manifest, lambda newest: weights_of(store, newest, choose(newest, kind, step)))
 
 
 def spread(split: SplitReader, most: int) -> SplitReader:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.read import from_newest
 from wds_train.checkpoint.run import Run
 from wds_train.checkpoint.scores import every_of, telling
 from wds_train.config.recipe import Recipe
@@ -35,24 +36,28 @@ class Account:
 
     @classmethod
     def of(cls, store: Store, manifest: RunManifest, say: Callable[[str], None]) -> "Account":
-        """The account of the run at `store`; what cannot be read is said, and noted."""
+        """The account of the run at `store`; what cannot be read is said, and noted. Where a commit has dropped meanwhile
+        what `manifest` names, it is of the newest one.
+        """
+        account = from_newest(store, manifest, lambda newest: cls._read(store, newest))
+        for note in account.notes:
+            say(note)
+        return account
+
+    @classmethod
+    def _read(cls, store: Store, manifest: RunManifest) -> "Account":
         notes: list[str] = []
-
-        def note(message: str) -> None:
-            notes.append(message)
-            say(message)
-
         recipe = None
         try:
             recipe = manifest.settings
         except RunError as error:
-            note(f"{error}; what needs the recipe is left out")
-        run = Run(store, manifest, "", say=note, leads=False)
+            notes.append(f"{error}; what needs the recipe is left out")
+        run = Run(store, manifest, "", say=notes.append, leads=False)
         history = run.history()
         replayed = [row for row in run.replayed() if abs(row.get("step", math.inf)) < LARGEST]
-        rows = _telling(_sound(history, note), every_of(manifest.recipe), note)
+        rows = _telling(_sound(history, notes.append), every_of(manifest.recipe), notes.append)
         if not rows:
-            note("no metrics are committed yet")
+            notes.append("no metrics are committed yet")
         steps, epochs = ([row for row in rows if name in row] for name in ("train/loss", "val/top1"))
         return cls(store.url, manifest, recipe, history, replayed, steps, epochs, notes)
 

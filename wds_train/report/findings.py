@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wds_train.checkpoint.choice import choose
+from wds_train.checkpoint.choice import Choice, choose
 from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.read import from_newest
 from wds_train.data.dataset import Dataset, SplitReader
 from wds_train.errors import DataError
 from wds_train.evaluation.calibrate import Bin, calibrated, calibration, loaded
@@ -20,6 +21,7 @@ from wds_train.evaluation.report import describe_member, report_of, title_of
 from wds_train.evaluation.scoring import EVAL_BATCH
 from wds_train.format.manifest import ClassInfo
 from wds_train.models.calibration import Calibration, probabilities
+from wds_train.models.weights import Weights
 from wds_train.storage.base import Store
 from wds_train.tracking.contact_sheet import thumbnail
 
@@ -58,8 +60,7 @@ class Findings:
 
 def find(store: Store, manifest: RunManifest, most: int, *, workers: int, device: torch.device) -> Findings:
     """Evaluate the best weights of the run at `store` on at most `most` images. `WdsTrainError` where that cannot be done."""
-    choice = choose(manifest)
-    weights = loaded(store, manifest, choice)
+    choice, weights = from_newest(store, manifest, lambda newest: _best(store, newest))
     dataset = Dataset.open(str(manifest.dataset.get("url", "")))
     if dataset.fingerprint != manifest.dataset.get("fingerprint"):
         raise DataError(
@@ -111,6 +112,11 @@ def _confusion(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes:
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels, predicted), 1)
     return counts
+
+
+def _best(store: Store, manifest: RunManifest) -> tuple[Choice, Weights]:
+    choice = choose(manifest)
+    return choice, loaded(store, manifest, choice)
 
 
 def _titles(classes: Sequence[ClassInfo]) -> list[str]:

@@ -17,7 +17,7 @@ from wds_train.checkpoint.begun import own_dataset
 from wds_train.checkpoint.choice import Choice
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.manifest import Checkpoint, RunManifest
-from wds_train.checkpoint.read import weights_of
+from wds_train.checkpoint.read import from_newest, weights_of
 from wds_train.checkpoint.scores import every_of
 from wds_train.config.schedule import is_averaged
 from wds_train.errors import RunError, UsageError, WdsTrainError
@@ -27,6 +27,7 @@ from wds_train.serving.classify import sample
 from wds_train.serving.prepare import both_kinds, prepared
 from wds_train.serving.provenance import footer
 from wds_train.serving.space_folder import Space
+from wds_train.storage.base import Store
 from wds_train.tracking.console import say
 from wds_train.transforms.jpeg import START
 
@@ -92,6 +93,10 @@ def serve(source: str, python: str | None, port: int) -> int:
 
 def _of_run(url: str, device: torch.device) -> Space:
     manifest, store = find_run(url)
+    return from_newest(store, manifest, lambda newest: _space(store, newest, device))
+
+
+def _space(store: Store, manifest: RunManifest, device: torch.device) -> Space:
     choices = both_kinds(store, manifest, device)
     first = choices[0]
     say(f"the page begins with the {describe_weights(first)}")

@@ -7,6 +7,7 @@ import torch
 from wds_train.checkpoint.choice import Choice, best_weights, choose
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.read import from_newest
 from wds_train.checkpoint.scores import NAMES, SCORES
 from wds_train.evaluation.calibrate import calibrated, loaded
 from wds_train.models.weights import SUFFIX, Weights
@@ -19,7 +20,7 @@ def prepared(source: str, device: torch.device) -> Weights:
     if source.endswith(SUFFIX):
         return _said(Weights.read(Path(source)))
     run, store = find_run(source)
-    return _said(of_choice(store, run, choose(run), device))
+    return _said(from_newest(store, run, lambda newest: of_choice(store, newest, choose(newest), device)))
 
 
 def of_choice(store: Store, run: RunManifest, choice: Choice, device: torch.device) -> Weights:

@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ LOG = logging.getLogger(__name__)
 READY_SECONDS = 60.0
 MIN_FREE_BYTES = 512 << 20
 RESERVED_BYTES = 256 << 20
+SOCKETS = Path("/tmp")  # where SeaweedFS makes its Unix sockets, whatever TMPDIR says
 PORT_TAKEN = "address already in use"
 CERTIFICATE, KEY = "tls.crt", "tls.key"
 OPENSSL = (
@@ -207,6 +209,7 @@ def _start(root: Path, last: Endpoint | None) -> Endpoint:
             f"less than {MIN_FREE_BYTES >> 20} MiB are free on the disk of {root}; the embedded S3 server needs room: "
             "free some, or set WDS_HOME to a folder on another disk"
         )
+    _refuse_no_sockets()
     LOG.info("starting the embedded S3 server ...")
     (root / "data").mkdir(exist_ok=True)
     if last and all(_is_free(port) and _is_free(port + GRPC_OFFSET) for port in last.ports):
@@ -221,6 +224,18 @@ def _start(root: Path, last: Endpoint | None) -> Endpoint:
             if remaining == 0 or PORT_TAKEN not in str(error):
                 raise
     raise AssertionError("unreachable")
+
+
+def _refuse_no_sockets() -> None:
+    """Raise `WdsTrainError` where the server could make no sockets: it would be waited for in vain."""
+    try:
+        with tempfile.TemporaryFile(dir=SOCKETS):
+            pass
+    except OSError as error:
+        raise WdsTrainError(
+            f"nothing can be written in {SOCKETS} ({error.strerror}), where the embedded S3 server makes its sockets; make "
+            "it writable (in a container: --tmpfs /tmp), or give a bucket with --bucket or WDS_BUCKET"
+        ) from error
 
 
 def _launch(root: Path, endpoint: Endpoint) -> Endpoint:

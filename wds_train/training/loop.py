@@ -115,10 +115,9 @@ class Session:
             self._bar = TrainingBar(pace, begun_at.step, options.recipe.batch, options.price, shown=leads)
             try:
                 self._train()
-            except Stopped:
-                self._interrupt()
-            except WorkerDied as error:
-                self._stop.ask(cause_of_end(error, begun_at != self._trainer.progress, self._ranks.size))
+            except (Stopped, WorkerDied) as error:
+                if isinstance(error, WorkerDied):
+                    self._stop.ask(cause_of_end(error, begun_at != self._trainer.progress, self._ranks.size))
                 self._interrupt()
             finally:
                 self._bar.close()
