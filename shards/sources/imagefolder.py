@@ -262,8 +262,11 @@ def find_splits(root: Folder, wanted: Wanted, layout: Layout) -> tuple[Folder, d
                 f"{base.path} holds several data sets: {', '.join(f.name for f in inner)}; give the path of one"
             )
         alone = inner or _without_asides(base)
-        if len(alone) != 1 or base.images or not alone[0].filled or wanted.class_level:
+        few = len(alone) == 1 and base.images <= alone[0].total * MOST_ASIDE
+        if not few or not alone[0].filled or wanted.class_level:
             return base, {}
+        if base.images:
+            layout.ignored.append((base.path, f"{base.images} images beside the data set {alone[0].name}"))
         for folder in base.filled:
             if folder is not alone[0]:
                 layout.ignored.append((folder.path, f"{folder.total} images beside the data set {alone[0].name}"))

@@ -613,6 +613,12 @@ FOLDERS: dict[str, Case] = {
         SIX,
         "below flowers/",
     ),
+    "a repository with a picture at its top": (
+        folders("flowers/") | {"banner.png": painted("x", 900), "README.md": b"![](banner.png)"},
+        (),
+        SIX,
+        "1 images beside the data set flowers",
+    ),
     "scripts beside the data": (
         folders("dataset/", classes=("with_mask", "without_mask"))
         | {"face_detector/deploy.prototxt": b"x", "train.py": b""},
