@@ -30,7 +30,7 @@ from shards.sources.tar_samples import (
     kind_of,
     without_label,
 )
-from shards.sources.tars import OUTSIDE, outside
+from shards.sources.tars import OUTSIDE, UNPACK, is_tar, outside, refuse_archives
 from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
 from wds_train.format import manifest as manifests
 from wds_train.format.arrow import to_batch
@@ -112,7 +112,12 @@ def index_in_place(
     Returns:
         The index of each split, and the notes on what was left out.
     """
-    entries = {entry.key: entry for entry in store.list() if entry.key.endswith(".tar") and not is_litter(entry.key)}
+    there = {entry.key: entry for entry in store.list() if not is_litter(entry.key)}
+    entries = {key: entry for key, entry in there.items() if key.lower().endswith(".tar")}
+    refuse_archives(there, store.url)
+    packed = [key for key in there if is_tar(key) and key not in entries]
+    if entries and packed:
+        raise DataError(f"{store.url} holds {', '.join(packed[:4])}, compressed, which cannot be indexed; {UNPACK}")
     if not entries:
         raise UsageError(f"{store.url} holds no .tar files; check the address; .tar.gz must be unpacked to plain tars")
     used, unused = file_splits([*entries], said, store.url)
@@ -317,7 +322,7 @@ def write_dataset(
     tars = {shard.name for split in splits.values() for shard in split.shards}
     try:
         for stale in (there.objects() if there else set()) - made.objects() - tars:
-            if not stale.endswith(".tar"):  # a tar is somebody's data, whoever indexed it before
+            if not stale.lower().endswith(".tar"):  # a tar is somebody's data, whoever indexed it before
                 store.delete(stale)
     except StoreError as error:
         say(f"the index that was replaced stays there ({error})", 2)

@@ -17,7 +17,7 @@ from shards.sources.scan import scan
 from shards.sources.splits import checked
 from shards.sources.spool import Spool
 from shards.sources.tables import holds_bytes
-from shards.sources.tars import TARS, webdataset
+from shards.sources.tars import is_tar, refuse_archives, webdataset
 from shards.sources.tree import is_folder, read_tree
 from wds_train.errors import DataError, UsageError
 from wds_train.storage.address import name_from
@@ -135,14 +135,15 @@ def recognise(root: Path) -> str:
     files = _first_files(root)
     # Parquet beside tars, or beside images, may hold no more than what is known of them (img2dataset's does).
     data = [path for path in files if path.suffix == ".arrow" or _holds_images(path)]
-    tars = [path for path in files if path.name.endswith(TARS)]
+    tars = [path for path in files if is_tar(path.name)]
     form = "folder"
     if data:
         form = "huggingface"
     elif tars:
         form = "wds"
-    elif files and not read_tree(root).total:
-        form = "huggingface"  # which says what its columns hold
+    elif not read_tree(root).total:
+        refuse_archives((path.relative_to(root).as_posix() for path in root.rglob("*")), str(root))
+        form = "huggingface" if files else "folder"  # the former says what its columns hold
     if data or tars:
         _refuse_images_beside(root, (data or tars)[0], form)
     return form
@@ -152,8 +153,9 @@ def _recognise_file(path: Path) -> str:
     """Return the format of a single file."""
     if path.suffix in (".arrow", ".parquet"):
         return "huggingface"
-    if path.name.endswith(TARS):
+    if is_tar(path.name):
         return "wds"
+    refuse_archives([path.name], str(path.parent))
     raise UsageError(f"{path} is neither a tar, an arrow file nor Parquet; give the folder of the images")
 
 
@@ -183,16 +185,19 @@ def _refuse_images_beside(root: Path, data: Path, form: str) -> None:
 
 def _first_files(root: Path) -> list[Path]:
     """Return the data files in `root` and in folders a little below it: enough to tell them from class folders."""
-    kinds = (".arrow", ".parquet", *TARS)
     found = []
     level = [root]
     for _ in range(DEPTH + 1):
         entries = [entry for place in level for entry in scan(place) if not is_litter(entry.name)]
-        found += [Path(entry.path) for entry in entries if entry.name.endswith(kinds)]
-        level = [Path(entry.path) for entry in entries if not entry.name.endswith(kinds) and is_folder(entry)][
-            :LOOKED_THROUGH
-        ]
+        found += [Path(entry.path) for entry in entries if _holds_data(entry.name)]
+        level = [Path(entry.path) for entry in entries if not _holds_data(entry.name) and is_folder(entry)]
+        level = level[:LOOKED_THROUGH]
     return found
+
+
+def _holds_data(name: str) -> bool:
+    """Tell whether a file of this name may hold many images or labels."""
+    return name.endswith((".arrow", ".parquet")) or is_tar(name)
 
 
 def name_of(address: str) -> str:

@@ -2,10 +2,11 @@
 
 import gzip
 import os
+import re
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from shards.sources.scan import SplitScan, Stamp, read_bytes
 from shards.sources.splits import from_scans, label_counts, relabelled
 from shards.sources.spool import Spool
 from shards.sources.tar_keys import Keys
+from shards.sources.tar_lists import refuse_lists
 from shards.sources.tar_samples import (
     BESIDE_CAPTIONS,
     CAPTION,
@@ -44,9 +46,15 @@ from wds_train.tracking.console import readable
 
 OUTSIDE = "its name points outside the archive"
 CHUNK = 1 << 20
-TARS = (".tar", ".tar.gz", ".tgz")
+TARS = (".tar", ".tar.gz", ".tgz")  # in any case
+# Archives that are not read: other compressions, other formats, and the pieces of an archive that was cut.
+ARCHIVE = re.compile(
+    r".+\.(?:tar\.(?:xz|bz2?|zstd?|lz4?|lzma|lzo|br|sz|z|7z)|t(?:xz|bz2?|b2|zst|lz|az)|zip|7z|rar"
+    r"|(?:tar|tgz|zip|7z|tar\.\w+)\.(?:part)?[-_]?(?:\d+|[a-z]{2})|z\d\d)",
+    re.IGNORECASE,
+)
+UNPACK = "unpack each to a plain .tar, or move it away"
 SENTENCE = 4  # words, in half of the texts: of what are captions
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 CLASS_LISTS = ("classes.txt", "classes.json", "labels.txt", "class_names.txt")
 
 
@@ -59,6 +67,24 @@ def _is_folder(path: Path) -> bool:
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise DataError(f"{path} is no plain file; remove it")
     return stat.S_ISDIR(mode)
+
+
+def is_tar(name: str) -> bool:
+    """Tell whether a file of this name is a tar that can be read, plain or compressed with gzip."""
+    return name.lower().endswith(TARS)
+
+
+def refuse_archives(names: Iterable[str], where: str) -> None:
+    """Raise `DataError` for archives among the files of a source: what is in them would be missing in silence.
+
+    Args:
+        names: The paths of all files of the source, or the one file that is the source.
+        where: The source, for the message.
+    """
+    found = sorted(name for name in names if ARCHIVE.fullmatch(name) and not is_tar(name) and not is_litter(name))
+    if found:
+        shown = ", ".join(found[:4]) + (", ..." if found[4:] else "")
+        raise DataError(f"{where} holds {shown}, which cannot be read as it is; {UNPACK}")
 
 
 def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
@@ -120,21 +146,23 @@ def folder_files(tars: Mapping[Path, Path]) -> tuple[dict[Path, list[TarFile]], 
 
 
 def webdataset(root: Path, spool: Spool, wanted: Wanted) -> Source:
-    """Read existing tars: every .tar, .tar.gz or .tgz below the folder `root`, or the one file.
+    """Read existing tars: every .tar, .tar.gz or .tgz, in any case, below the folder `root`, or the one file.
 
     They are WebDataset's, or hold folders of images.
     """
     base = root if root.is_dir() else root.parent
     below = [root]
     if root.is_dir():
-        below = sorted(path for path in root.rglob("*") if path.name.endswith(TARS) and not is_litter(path.name))
+        there = sorted(root.rglob("*"))
+        refuse_archives((path.relative_to(root).as_posix() for path in there), str(root))
+        below = [path for path in there if is_tar(path.name) and not is_litter(path.name)]
     paths = [path for path in below if not _is_folder(path)]
     if not paths or not root.exists():
         raise UsageError(f"{root} holds no .tar files")
     names = {path.relative_to(base).as_posix(): path for path in paths}
     used, unused = file_splits([*names], wanted.splits, str(root))
     splits = {names[name]: split for name, split in used.items()}
-    tars = {path: path if path.name.endswith(".tar") else unpacked(path, spool) for path in splits}
+    tars = {path: path if path.name.lower().endswith(".tar") else unpacked(path, spool) for path in splits}
     ignored = {names[name]: cause for name, cause in unused.items()}
     files, notes = folder_files(tars)
     if files:
@@ -172,12 +200,7 @@ def _class_folders(
     root: Path, files: Mapping[Path, list[TarFile]], splits: Mapping[Path, str], wanted: Wanted
 ) -> Source:
     """Return the images of folders in tars, which are read like folders on a disk."""
-    table = next((file for of_tar in files.values() for file in of_tar if file.name.lower().endswith(TABLES)), None)
-    if table is not None:
-        raise DataError(
-            f"{root} holds images in folders, and a table that may label them, {table.name}, which is not read inside a tar; "
-            "unpack it, and give the folder"
-        )
+    refuse_lists(root, files)
     together, stamp = list[TarFile](), Stamp()
     for tar, of_tar in files.items():
         stamp.add(tar.name, tar.stat())

@@ -645,7 +645,7 @@ def test_a_table_beside_folders_in_a_tar(table: str, tmp_path: Path, capsys: pyt
     files = [("part_a/1.jpg", picture("cat")), ("part_b/1.jpg", picture("dog")), (table, b"file,label\n")]
     root = put(tmp_path / "mine", {"a.tar": files})
     code, output = conversion(capsys, root, tmp_path / "out")
-    assert code == 1 and f"a table that may label them, {table}, which is not read inside a tar" in output, output
+    assert code == 1 and f"say their splits, {table}, which is not read inside a tar" in output, output
 
 
 @pytest.mark.parametrize(
@@ -684,3 +684,73 @@ def test_no_image_gets_the_label_of_another(tmp_path: Path) -> None:
                 found += 1
         if not any("IMG" in name or "mask" in name for name in names):
             assert found == len(names), (seed, names)
+
+
+# What lies beside the tars that are read.
+
+
+@pytest.mark.parametrize("name", ["val.TAR", "val.Tar", "val.TAR.GZ", "val.Tgz"])
+def test_tars_in_any_case_are_read(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = put(tmp_path / "mine", {"train.tar": pairs(FOUR), "val.tar": pairs(FOUR[:2])})
+    data = (root / "val.tar").read_bytes()
+    (root / "val.tar").unlink()
+    packed = name.lower().endswith("gz")
+    (root / name).write_bytes(gzip.compress(data) if packed else data)
+    assert conversion(capsys, root, tmp_path / "out")[0] == 0
+    assert sorted(seen(tmp_path / "out", "val").values()) == ["cat", "dog"]
+    code, output = conversion(capsys, "index", root)
+    if packed:
+        assert code == 1 and f"holds {name}, compressed, which cannot be indexed" in output, output
+    else:
+        assert code == 0 and sorted(seen(root, "val").values()) == ["cat", "dog"], output
+        assert wds_train(["verify", str(root)]) == 0
+
+
+UNREAD = ["val.tar.xz", "val.TAR.BZ2", "val.tar.zst", "val.tbz2", "val.zip", "val.7z", "val.tar.gz.aa", "val.tar.001"]
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_archives_that_are_not_read(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = put(tmp_path / "mine", {"train.tar": pairs(FOUR)})
+    alone = tmp_path / "alone"
+    for folder in (root / "more", alone):
+        folder.mkdir()
+        (folder / name).write_bytes(b"x")
+    for arguments, place in (
+        ((root, tmp_path / "out"), f"more/{name}"),
+        (("index", root), f"more/{name}"),
+        ((alone, tmp_path / "out"), name),
+        ((alone / name, tmp_path / "out"), name),
+        (("index", alone), name),
+    ):
+        code, output = conversion(capsys, *arguments)
+        assert code == 1 and f" holds {place}, which cannot be read as it is; unpack each" in output, output
+
+
+LISTS: dict[str, str] = {
+    "train.txt": "cat/1\ncat/2\n",
+    "test.txt": "",
+    "splits.json": '{"train": ["cat/1.jpg"], "test": ["cat/2.jpg"]}',
+    "train.lst": "1\t0\tcat/1.jpg\n",
+    "labels.csv": "file,label\n1.jpg,cat\n",
+    "index.txt": "1 cat/1.jpg\n2 dog/2.jpg\n",
+    "meta.json": '[{"file": "my 2.jpg", "set": "val"}]',
+}
+NO_LISTS = {"README.txt": "Photos of 1 cat and 2 dogs, v1.2\n", "LICENSE.txt": "1. CC BY\n", "info.json": '{"n": 4}'}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", [*LISTS, *NO_LISTS])
+def test_lists_of_class_folders(name: str, inside: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"{name}/{n}.jpg" for name in CLASSES for n in ("1", "my 2")]
+    files = [(each, picture(each[:3])) for each in names]
+    text = {**LISTS, **NO_LISTS}[name].encode()
+    root = put(tmp_path / "mine", {"data.tar": [*files, (f"meta/{name}", text)] if inside else files})
+    if not inside:
+        (root / name).write_bytes(text)
+    code, output = conversion(capsys, root, tmp_path / "out")
+    where = "inside a tar" if inside else "beside a tar of class folders"
+    if name in LISTS:
+        assert code == 1 and f"{name}, which is not read {where}; unpack the tar" in output, output
+    else:
+        assert code == 0, output
