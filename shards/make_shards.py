@@ -27,7 +27,7 @@ from shards.sources.labels import NO_LABEL, Classes, LabelRules, classes_of, cou
 from shards.sources.open import name_of, open_source, source_root
 from shards.sources.scan import UNLABELED
 from shards.sources.spool import Spool
-from shards.sources.tars import CLASS_LISTS
+from shards.sources.tars import CLASS_LISTS, tar_classes
 from shards.understood import print_understood
 from wds_train.errors import DataError, Interrupted, NotFound, UsageError
 from wds_train.format.manifest import DatasetManifest
@@ -170,7 +170,11 @@ def _index(args: argparse.Namespace) -> int:
     judge(notes, samples + left_out, args.max_bad)
     print_notes(notes)
     counts = count_texts(row["label"] for found in splits.values() for row in found.rows)
-    classes = classes_of(counts, store.url, _listed_classes(store, wanted.labels))
+    if args.any:
+        classes = classes_of(counts, store.url, wanted.labels)
+    else:
+        rules, listed = _listed_classes(store, wanted.labels)
+        classes = tar_classes(counts, store.url, rules, listed)
     for split, found in splits.items():
         _number_labels(found, classes)
         notes += [Note(split, key, "ignored", UNLABELED) for key in _drop_unlabeled(found)]
@@ -212,12 +216,12 @@ def _refuse_unheeded(args: argparse.Namespace) -> None:
         )
 
 
-def _listed_classes(store: Store, rules: LabelRules) -> LabelRules:
-    """Return the `rules` with the list of classes that lies beside the tars, if there is one and a person gave none."""
+def _listed_classes(store: Store, rules: LabelRules) -> tuple[LabelRules, str]:
+    """Return the `rules` with the list of classes that lies beside the tars, if a person gave none; and its name."""
     for name in () if rules.classes else CLASS_LISTS:
         with contextlib.suppress(NotFound):
-            return replace(rules, classes=parse_class_list(store.read(name), f"{store.url}/{name}"))
-    return rules
+            return replace(rules, classes=parse_class_list(store.read(name), f"{store.url}/{name}")), name
+    return rules, ""
 
 
 def _understood_tars(splits: dict[str, Indexed], classes: Classes, notes: list[Note]) -> dict[str, object]:

@@ -89,7 +89,8 @@ def _by_labels(members: Sequence[Member], kinds: Collection[str]) -> Split | Non
     stock_pairs, stock_lost = _pairs(gather(members, FIRST), kinds)
     pairs, lost = _pairs(gather(members, LAST), kinds)
     if not pairs and not stock_pairs:
-        return None
+        labelled = _with_one_label(members, LAST, kinds)
+        return LAST if labelled and labelled >= _with_one_label(members, FIRST, kinds) else None
     # Where both fit, the image and the label share what lies between their dots: a.1.jpg, a.1.cls.
     return LAST if pairs and lost <= stock_lost else FIRST
 
@@ -105,6 +106,12 @@ def _pairs(samples: Iterable[WdsSample], kinds: Collection[str]) -> tuple[int, i
         else:
             lost += images or labels
     return pairs, lost
+
+
+def _with_one_label(members: Sequence[Member], split: Split, kinds: Collection[str]) -> int:
+    """How many samples have one label, and images of which nothing says which one is meant: a.1.png, a.1.jpg, a.1.cls."""
+    samples = [sample for sample in gather(members, split) if sample.images()]
+    return sum(sum(len(sample.labels(kind)) for kind in kinds) == 1 for sample in samples)
 
 
 def _own_fields(samples: Sequence[WdsSample], kinds: Collection[str]) -> set[str]:

@@ -1,5 +1,6 @@
 """The samples of WebDataset tars: which member is the image, and what the label says."""
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -20,6 +21,8 @@ LABEL_FIELDS = ("label", "cls", "class", "class_name", "category")  # of a .json
 IMAGE_WORDS = {"image", "img"}  # 7.image.jpg
 LABEL_WORDS = {"label", "cls", "class", "target"}  # 7.label.cls
 FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+SEVERAL = re.compile(r"[+-]?\d+(?:\.\d+)?(?:(?:\s*[,;|]\s*|\s+)[+-]?\d+(?:\.\d+)?)+[,;|]?")  # 0 1; 3, 5
+SEVERAL_WHOLE = re.compile(r"\d+(?:(?:\s*[,;|]\s*|\s+)\d+)+")  # in a .txt, where fractions are the corners of boxes
 DECIMAL = re.compile(rb"-?[0-9]+\.[0-9]+")
 Split = Callable[[str], tuple[str, str]]  # a member's name into key and extension
 Read = Callable[[int, int], bytes]  # offset, length
@@ -73,7 +76,7 @@ class WdsSample:
         found = self.images()
         if len(found) > 1:
             raise DataError(
-                f"it holds {len(found)} images, {self._named(found)}: rename the one to train on to {self.key}.jpg; "
+                f"it holds {len(found)} images, which share the key {self.key}: {self._named(found)}; rename the one to train on to {self.key}.jpg; "
                 "wds-train shards index with --any takes them as they are, for SampleLoader"
             )
         return self.members[found[0]] if found else None
@@ -94,6 +97,8 @@ class WdsSample:
                 try:
                     if self.members[name].size:
                         texts[name] = self._text(name, kind, read)
+                    elif kind != "json":
+                        texts[name] = NO_TEXT
                 except NoLabel as error:
                     missing = error
             said = set(texts.values()) - {NO_TEXT}
@@ -112,7 +117,23 @@ class WdsSample:
         if member.size > MAX_LABEL:
             raise DataError(f"its label member .{name} has {member.size} bytes, at most {MAX_LABEL} can be read")
         text = read(member.data_offset, member.size)
-        return label_text(text if kind == CAPTION else _value(text, name))
+        label = label_text(text if kind == CAPTION else _value(text, name))
+        pattern = SEVERAL_WHOLE if kind == CAPTION else SEVERAL
+        if pattern.fullmatch(label):
+            raise _several(repr(label))
+        return label
+
+    def others(self, kind: str, read: Read) -> dict[str, str]:
+        """The labels in members of this kind that are not looked at, because another member is plainly meant: the
+        `fine.cls` beside `cls`.
+        """
+        asked = self.labels(kind)
+        found: dict[str, str] = {}
+        for name in self.members:
+            if kind_of(name) == kind and name not in asked:
+                with contextlib.suppress(DataError):
+                    found[name] = self._text(name, kind, read)
+        return found
 
     def _named(self, extensions: Collection[str], most: int = 4) -> str:
         names = [self.members[name].name for name in extensions]
@@ -141,7 +162,7 @@ class Labels:
             self._folders |= {sample.key.rpartition("/")[0]} - {"", "."}
             raise
         there = [kind for kind in kinds if sample.labels(kind)]
-        if len(there) > 1 and not self._two:
+        if not self._two:
             self._two = _second(sample, there, read, text)
         return text
 
@@ -174,8 +195,11 @@ class Labels:
 def _second(sample: WdsSample, kinds: Sequence[str], read: Read, text: str) -> str:
     """Say which label is used of a sample whose members say more than `text`, or nothing."""
     for kind in kinds:
+        for name, other in sample.others(kind, read).items():
+            if other not in (NO_TEXT, text):
+                return f"samples have two labels: {sample.key} is {text}, and {other} by its .{name}, which is not read"
         try:
-            other = sample.label(read, (kind,))
+            other = sample.label(read, (kind,)) if len(kinds) > 1 else text
         except DataError:
             continue
         if other not in (NO_TEXT, text):
@@ -239,7 +263,9 @@ def _value(text: bytes, name: str) -> Any:
     """What a `.cls` or `.json` says: JSON, from which the label is taken, or else the bare text."""
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return text  # longer than a label may be
+    except ValueError as error:
         if name.endswith("json") or text.lstrip()[:1] == b"{":
             raise DataError(f"its .{name} is no JSON: {str(error)[:100]}") from error
         return text
@@ -253,12 +279,18 @@ def _value(text: bytes, name: str) -> Any:
     if isinstance(content, list) and len(content) == 1:
         content = content[0]
     if isinstance(content, list) and len(content) > 1:
-        shown = json.dumps(content)
-        raise SeveralLabels(
-            f"its label is {shown if len(shown) <= 60 else f'{shown[:57]}...'}, which are several; {ONE_LABEL}: write it to "
-            "KEY.cls; wds-train shards index with --any takes the samples as they are, for SampleLoader"
-        )
+        raise _several(json.dumps(content))
     return content
+
+
+def _several(shown: str) -> SeveralLabels:
+    """Return the refusal of a label that holds several."""
+    if len(shown) > 60:
+        shown = f"{shown[:57]}..."
+    return SeveralLabels(
+        f"its label is {shown}, which are several; {ONE_LABEL}: write it to "
+        "KEY.cls; wds-train shards index with --any takes the samples as they are, for SampleLoader"
+    )
 
 
 def group(plain: Iterable[Member], split: Split = key_and_extension) -> Iterator[WdsSample]:

@@ -16,7 +16,17 @@ import numpy as np
 from shards.report import Note
 from shards.sources.base import Source, Understood, Wanted
 from shards.sources.imagefolder import folder_source, read_layout
-from shards.sources.labels import CAPTIONS, Classes, LabelRules, classes_of, read_class_list
+from shards.sources.labels import (
+    CAPTIONS,
+    MISSING_BESIDE_NUMBERS,
+    NO_TEXT,
+    NUMBER,
+    WHOLE,
+    Classes,
+    LabelRules,
+    classes_of,
+    read_class_list,
+)
 from shards.sources.litter import is_litter
 from shards.sources.names import SPLIT_FOLDER, SPLIT_OF, file_splits
 from shards.sources.scan import SplitScan, Stamp, read_bytes
@@ -351,7 +361,33 @@ def wds_classes(root: Path, counts: Mapping[str, int], rules: LabelRules) -> Cla
     """
     place = next((root / name for name in (manifests.NAME, *CLASS_LISTS) if (root / name).is_file()), None)
     if place is None or rules.classes:
-        return classes_of(counts, str(root), rules)
+        return tar_classes(counts, str(root), rules)
     named = replace(rules, classes=read_class_list(place))
-    found = classes_of(counts, str(root), named)
-    return Classes(found.infos, found.numbers, [f"the classes are those of {place.name}", *found.said])
+    return tar_classes(counts, str(root), named, place.name)
+
+
+def tar_classes(counts: Mapping[str, int], where: str, rules: LabelRules, listed: str = "") -> Classes:
+    """Find the classes of labels in tars.
+
+    Args:
+        counts: Each text that occurs, and how often.
+        where: The tars, for messages.
+        rules: What a person said, or the list of classes beside the tars.
+        listed: The name of that list.
+
+    Raises:
+        UsageError: The labels are measurements, or longer numbers than can be read.
+        DataError: There is one class.
+    """
+    texts = [text for text in counts if text.casefold() not in MISSING_BESIDE_NUMBERS | {NO_TEXT} | rules.none]
+    odd = sorted(text for text in texts if not WHOLE.fullmatch(text))
+    if odd and all(NUMBER.fullmatch(text) for text in texts) and not rules.classes:
+        raise UsageError(
+            f"{where} holds the label {odd[0]}, which is no whole number of up to 19 digits: a measurement is no class. Write "
+            "the class's name or number into each label member, or list the values with --classes FILE, one a line"
+        )
+    found = classes_of(counts, where, rules)
+    if len(found.infos) == 1:
+        raise DataError(f"the tars of {where} know one label, {found.infos[0].id!r}: there is nothing to tell apart")
+    said = [f"the classes are those of {listed}"] if listed else []
+    return Classes(found.infos, found.numbers, [*said, *found.said])

@@ -174,8 +174,12 @@ TARS: dict[str, tuple[bytes, str, str]] = {
         KEPT,
     ),
     "every name in Latin-1": (
-        member(b"caf\xe9.cls", b"0") + member(b"caf\xe9.jpg", PHOTOS[4]) + END,
-        "none of 1 samples can be used",
+        b"".join(
+            member(name + b".cls", b"%d" % n) + member(name + b".jpg", PHOTOS[4])
+            for n, name in enumerate((b"caf\xe9", b"caf\xe8"))
+        )
+        + END,
+        "none of 2 samples can be used",
         KEPT,
     ),
     "an empty name": (GOOD + member("", b"0") + END, KEPT, KEPT),
@@ -246,11 +250,11 @@ TARS: dict[str, tuple[bytes, str, str]] = {
     "a label that is a list": (GOOD + pair(4, b"[1, 0]") + END, "its label is [1, 0]", "its label is [1, 0]"),
     "a label that is null": (GOOD + pair(4, b"null") + END, KEPT, KEPT),
     "a pickled label": (GOOD + pair(4, b"cos\nsystem\n(S'x'\ntR.") + END, "its label is", "its label is"),
-    "an empty label": (GOOD + member("9.cls", b"") + member("9.jpg", PHOTOS[4]) + END, "no .cls", "no .cls"),
+    "an empty label": (GOOD + member("9.cls", b"") + member("9.jpg", PHOTOS[4]) + END, KEPT, KEPT),
     "an empty image": (GOOD + member("9.cls", b"0") + member("9.jpg", b"") + END, "zero bytes", "zero bytes"),
     "text as an image": (GOOD + member("9.cls", b"0") + member("9.jpg", b"text") + END, "cannot be", "cannot be"),
     "every sample bad": (
-        b"".join(member(f"{n}.cls", b"0") + member(f"{n}.jpg", b"text") for n in range(3)) + END,
+        b"".join(member(f"{n}.cls", b"%d" % (n % 2)) + member(f"{n}.jpg", b"text") for n in range(3)) + END,
         "none of 3 samples can be used",
         "none of 3 samples can be used",
     ),

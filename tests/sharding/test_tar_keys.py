@@ -24,6 +24,7 @@ from shards.sources.tar_samples import gather
 from shards.sources.tars import folder_files
 from wds_train import SampleLoader
 from wds_train.cli import main as wds_train
+from wds_train.commands.inspect import _checked
 from wds_train.data.dataset import Dataset
 from wds_train.errors import DataError
 from wds_train.format.tar import Member
@@ -754,3 +755,131 @@ def test_lists_of_class_folders(name: str, inside: bool, tmp_path: Path, capsys:
         assert code == 1 and f"{name}, which is not read {where}; unpack the tar" in output, output
     else:
         assert code == 0, output
+
+
+# What a label may not be.
+
+
+def labelled(*texts: str, extension: str = "cls") -> Files:
+    """A sample with each label, in the colours of both classes by turns."""
+    return [
+        each
+        for n, text in enumerate(texts)
+        for each in ((f"{n}.jpg", picture(CLASSES[n % 2])), (f"{n}.{extension}", text.encode()))
+    ]
+
+
+BAD_LABELS = {
+    "cut JSON": (labelled('{"label": "cat"}', '{"label": "do', '"dog"', extension="json"), "1: its .json is no JSON"),
+    "a word in .json": (labelled('{"label": "cat"}', "dog", '"dog"', extension="json"), "1: its .json is no JSON"),
+    "cut JSON in .cls": (labelled('{"label": "cat"}', '{"label": "do', "dog"), "1: its .cls is no JSON"),
+    "two numbers": (labelled("1", "0 1"), "its label is '0 1', which are several"),
+    "numbers with commas": (labelled("cat", "3, 5,7"), "its label is '3, 5,7', which are several"),
+    "one of each class": (labelled("1.0 0.0", "0.0 1.0"), "its label is '1.0 0.0', which are several"),
+    "numbers in a JSON text": (labelled('{"label": "0 1"}', extension="json"), "its label is '0 1', which are several"),
+    "an exponent": (labelled("1e5", "2"), "holds the label 1e5, which is no whole number of up to 19 digits"),
+    "31 digits": (labelled("1" * 31, "2"), f"holds the label {'1' * 31}, which is no whole number"),
+    "exponents beside none": (labelled("1e5", "-", "2E-5"), "holds the label 1e5, which is no whole number"),
+    "one name": (labelled("cat", "cat"), "know one label, 'cat': there is nothing to tell apart"),
+    "one number": (labelled("7", "7"), "know one label, '7': there is nothing to tell apart"),
+    "one name and none": (labelled("cat", ""), "know one label, 'cat': there is nothing to tell apart"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LABELS)
+def test_labels_that_are_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, told = BAD_LABELS[kind]
+    root = put(tmp_path / "mine", {"a.tar": files})
+    for arguments in ((f"wds:{root}", tmp_path / "out", "--hold-out", "0"), ("index", root)):
+        code, output = conversion(capsys, *arguments)
+        assert code in (1, 2) and told in output, output
+        assert "--label-column" not in output and not (root / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("extension", "none"), [("cls", ""), ("cls", " \n"), ("json", '{"label": ""}'), ("label", "")])
+def test_an_empty_label_is_none(extension: str, none: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [f'{{"label": "{name}"}}' if extension == "json" else name for name in CLASSES]
+    root = put(tmp_path / "mine", {"a.tar": labelled(*texts, none, extension=extension)})
+    for out, arguments in (
+        (tmp_path / "out", (f"wds:{root}", tmp_path / "out", "--hold-out", "0")),
+        (root, ("index", root)),
+    ):
+        code, output = conversion(capsys, *arguments)
+        assert code == 0 and "1 without a label (empty) are left out" in output, output
+        assert sorted(seen(out).values()) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("other", ["fine.cls", "coarse.cls", "x.y.cls"])
+def test_a_second_label_of_another_name_is_said(other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [
+        each
+        for key, name in FOUR
+        for each in (*pairs([(key, name)]), (f"{key}.{other}", b"a kind of " + name.encode()))
+    ]
+    root = put(tmp_path / "mine", {"a.tar": files})
+    for arguments in ((f"wds:{root}", tmp_path / "out", "--hold-out", "0"), ("index", root)):
+        code, output = conversion(capsys, *arguments)
+        told = f"samples have two labels: 0 is cat, and a kind of cat by its .{other}, which is not read"
+        assert code == 0 and told in output, output
+
+
+@pytest.mark.parametrize("form", ["a.{n}", "{name}.{n}", "IMG 2.5x {n}{name}"])
+def test_two_images_of_a_key_with_dots_are_named(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [
+        each
+        for n, name in enumerate(CLASSES)
+        for key in [form.format(n=n, name=name)]
+        for each in (*pairs([(key, name)]), (f"{key}.png", picture(name, "PNG")))
+    ]
+    key = form.format(n=0, name="cat")
+    root = put(tmp_path / "mine", {"a.tar": files})
+    for arguments in ((f"wds:{root}", tmp_path / "out", "--hold-out", "0"), ("index", root)):
+        code, output = conversion(capsys, *arguments)
+        told = f"it holds 2 images, which share the key {key}: {key}.jpg, {key}.png; rename"
+        assert code == 1 and told in output, output
+
+
+# Flags, and lists of classes.
+
+
+@pytest.mark.parametrize(
+    "flag", ["--table FILE", "--label-column x", "--image-column x", "--split-column x", "--class-level 1"]
+)
+def test_flags_that_tars_do_not_heed(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("file,label\n")
+    name, value = flag.replace("FILE", str(tmp_path / "t.csv")).split()
+    root = put(tmp_path / "mine", {"a.tar": pairs(FOUR)})
+    for arguments in ((root, tmp_path / "out"), ("index", root)):
+        code, output = conversion(capsys, *arguments, name, value)
+        assert code == 2 and name in output and "leave it out" in output, output
+
+
+@pytest.mark.parametrize("flag", ["--source wds", "--hold-out 0.2", "--group x", "--resize-shorter 256", "--reencode"])
+def test_flags_that_an_index_does_not_heed(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = put(tmp_path / "mine", {"a.tar": pairs(FOUR)})
+    code, output = conversion(capsys, "index", root, *flag.split())
+    assert code == 2 and f"{flag.split(maxsplit=1)[0]} says nothing of tars" in output, output
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "labels.txt", "classes.json"])
+def test_a_list_of_classes_beside_tars(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = put(tmp_path / "mine", {"a.tar": labelled("0", "1")})
+    text = '["dog", "cat", "cow"]' if name.endswith("json") else "dog\ncat\ncow\n"
+    (root / name).write_text(text)
+    for out, arguments in (
+        (tmp_path / "out", (f"wds:{root}", tmp_path / "out", "--hold-out", "0")),
+        (root, ("index", root)),
+    ):
+        code, output = conversion(capsys, *arguments)
+        assert code == 0 and f"the classes are those of {name}" in output, output
+        assert [entry.id for entry in Dataset.open(str(out)).manifest.classes] == ["dog", "cat", "cow"]
+
+
+def test_samples_of_anything_can_be_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = put(tmp_path / "mine", {"a.tar": pairs(FOUR)})
+    assert conversion(capsys, "index", root, "--any")[0] == 0
+    for nulls in ({}, {"repeats": None}, {"repeats": None, "understood": None}):
+        report = json.loads((root / "report.json").read_text()) | nulls
+        assert {*_checked(report)} == {"understood"} - {name for name in nulls if name == "understood"}
+    assert wds_train(["inspect", str(root)]) == 0
+    assert "cannot be read" not in "".join(capsys.readouterr())

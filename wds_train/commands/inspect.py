@@ -95,10 +95,11 @@ def _checked(report: Any) -> dict[str, Any]:
     """The fields of a report that `inspect` shows; `ValueError` where one is not as it is written."""
     content = typed(dict[str, Any], report, "the report")
     found: dict[str, Any] = {}
-    if "repeats" in content:
+    # `null` says that it is not known: of samples that hold anything, say.
+    if content.get("repeats") is not None:
         typed(Repeats, content["repeats"], "repeats")
         found["repeats"] = content["repeats"]
-    if "understood" in content:
+    if content.get("understood") is not None:
         found["understood"] = typed(dict[str, Any], content["understood"], "understood")
         for name in {"layout", "labels"} & found["understood"].keys():
             typed(str, found["understood"][name], f"understood.{name}")
