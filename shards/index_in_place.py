@@ -30,7 +30,7 @@ from shards.sources.tar_samples import (
     kind_of,
     without_label,
 )
-from shards.sources.tars import OUTSIDE, UNPACK, is_tar, outside, refuse_archives
+from shards.sources.tars import OUTSIDE, UNPACK, is_tar, outside, refuse_archives, refuse_split_folders
 from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
 from wds_train.format import manifest as manifests
 from wds_train.format.arrow import to_batch
@@ -164,7 +164,10 @@ class _Indexer:
             if odd is not None:
                 raise DataError(f"{odd.name!r} is a {odd.kind}; only plain files can be used")
             how = self.keys.choose(name, plain, BESIDE_CAPTIONS if self._policy else ANYTHING)
-            self._add_samples(found, split, name, [*group(plain, how)], parts)
+            samples = [*group(plain, how)]
+            if self._policy:
+                refuse_split_folders(name, samples, split)
+            self._add_samples(found, split, name, samples, parts)
         except DataError as error:
             raise DataError(f"{name} cannot be indexed: {error}") from error
         found.shards.append(Shard(name, file.entry.bytes, len(found.rows) - before, file.sha256()))
@@ -182,6 +185,8 @@ class _Indexer:
                 found.notes.append(Note(split, origin, "ignored", "beside the samples"))
                 continue
             try:
+                if self._policy:
+                    self.labels.check_split(origin, sample, tar.text, split)
                 row = {"shard": len(found.shards)} | self._row(sample, tar)
                 found.rows.append(row)
                 found.digests.append(tar.digest(row["data_offset"]))

@@ -8,8 +8,8 @@ from typing import Any
 
 from shards.report import Note
 from shards.sources.labels import NO_TEXT, ONE_LABEL, label_text
-from shards.sources.names import FOREIGN_SUFFIXES, IMAGE_SUFFIXES
-from wds_train.errors import DataError
+from shards.sources.names import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, SPLIT_OF
+from wds_train.errors import DataError, UsageError
 from wds_train.format.shard import IMAGE_EXTENSIONS
 from wds_train.format.tar import Member, key_and_extension
 
@@ -18,6 +18,7 @@ LABELS = ("cls", "json", "label", "class", "txt")  # the members that may hold a
 CAPTION = "txt"  # a label only where nothing else is one
 BESIDE_CAPTIONS = LABELS[:-1]
 LABEL_FIELDS = ("label", "cls", "class", "class_name", "category")  # of a .json
+SPLIT_FIELDS = ("split", "subset", "partition", "usage", "set")  # of a .json, in any case
 IMAGE_WORDS = {"image", "img"}  # 7.image.jpg
 LABEL_WORDS = {"label", "cls", "class", "target"}  # 7.label.cls
 FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -123,6 +124,19 @@ class WdsSample:
             raise _several(repr(label))
         return label
 
+    def said_split(self, read: Read) -> tuple[str, str]:
+        """The field of the .json that is called as splits are, and what it says; two empty texts where there is none."""
+        member = self.members.get("json")
+        content = None
+        if member is not None and 0 < member.size <= MAX_LABEL:
+            with contextlib.suppress(ValueError, RecursionError):
+                content = json.loads(read(member.data_offset, member.size))
+        if isinstance(content, dict):
+            for name, value in content.items():
+                if name.lower() in SPLIT_FIELDS and isinstance(value, str) and value.strip():
+                    return name, value.strip()
+        return "", ""
+
     def others(self, kind: str, read: Read) -> dict[str, str]:
         """The labels in members of this kind that are not looked at, because another member is plainly meant: the
         `fine.cls` beside `cls`.
@@ -149,6 +163,7 @@ class Labels:
         self._captions = False
         self._folders: set[str] = set()
         self._two = ""  # of the first sample that says two things
+        self._unread = ""  # of the first whose split is no known one
 
     def label(self, sample: WdsSample, read: Read, kinds: Collection[str] = BESIDE_CAPTIONS) -> str:
         """As `WdsSample.label`."""
@@ -166,9 +181,26 @@ class Labels:
             self._two = _second(sample, there, read, text)
         return text
 
+    def check_split(self, origin: str, sample: WdsSample, read: Read, split: str) -> None:
+        """Compare what the sample's .json says of its split with that of its tar.
+
+        Raises:
+            UsageError: It is another one.
+        """
+        field, word = sample.said_split(read)
+        said = SPLIT_OF.get(word.lower())
+        if said is None:
+            if field and not self._unread:
+                self._unread = f"the field {field} of the .json members, {word!r} in {sample.key}, is not read"
+        elif said != split:
+            raise UsageError(
+                f"{origin}: its .json says {field} {word!r}, and its tar is read as {split}; make a tar of each split, called "
+                "train.tar, val.tar and test.tar, or take the field out"
+            )
+
     def told(self) -> str:
         """What there is to say of the labels of all samples, or nothing."""
-        return self._two
+        return "; ".join(sentence for sentence in (self._two, self._unread) if sentence)
 
     def refuse(self, where: str, tars: int) -> None:
         """Raise `DataError` if none of all samples has a label; they lie in so many `tars`."""

@@ -222,15 +222,14 @@ def _class_folders(
     return replace(source, stamp=source.stamp + stamp.hexdigest())
 
 
-def _refuse_split_folders(path: Path, samples: Sequence[WdsSample], split: str) -> None:
-    """Raise `DataError` for samples that lie in folders of splits: the tar's name says the split of all of them."""
+def refuse_split_folders(tar: str, samples: Sequence[WdsSample], split: str) -> None:
+    """Raise `DataError` for samples that lie in folders of other splits than the `split` of their tar."""
     folders = {folder for sample in samples for folder in sample.key.split("/")[:-1]}
     named = {folder: SPLIT_OF[found[1].lower()] for folder in folders if (found := SPLIT_FOLDER.fullmatch(folder))}
-    splits = set(named.values())
-    if len(splits) > 1 or splits - {split, "train"}:
+    if set(named.values()) - {split}:
         raise DataError(
-            f"{path} holds samples in the folders {', '.join(sorted(named))}, which are called as splits are, and would all be {split}; "
-            "make a tar of each split, called train.tar, val.tar and test.tar"
+            f"{tar} holds samples in the folders {', '.join(sorted(named))}, which are called as splits are, and would all be "
+            f"{split}; make a tar of each split, called train.tar, val.tar and test.tar"
         )
 
 
@@ -255,7 +254,7 @@ class _TarScan:
         split = self._keys.choose(str(path), plain, kinds)
         if split is not key_and_extension:
             samples = gather(plain, split)
-        _refuse_split_folders(path, samples, found.split)
+        refuse_split_folders(str(path), samples, found.split)
         others: Counter[str] = Counter()
         for sample in samples:
             image = self._add_sample(sample, path, found, kinds)
@@ -273,6 +272,7 @@ class _TarScan:
             return None
         try:
             text = self._asked.label(sample, partial(read_bytes, place), kinds)
+            self._asked.check_split(origin, sample, partial(read_bytes, place), found.split)
             image = sample.image()
         except SeveralLabels as error:
             raise DataError(f"{origin}: {error}") from error

@@ -883,3 +883,63 @@ def test_samples_of_anything_can_be_inspected(tmp_path: Path, capsys: pytest.Cap
         assert {*_checked(report)} == {"understood"} - {name for name in nulls if name == "understood"}
     assert wds_train(["inspect", str(root)]) == 0
     assert "cannot be read" not in "".join(capsys.readouterr())
+
+
+# Splits that members say.
+
+
+def said(*splits: str, field: str = "split") -> Files:
+    """Samples whose .json says a split, too."""
+    return [
+        each
+        for n, split in enumerate(splits)
+        for each in (
+            (f"{n}.jpg", picture(CLASSES[n % 2])),
+            (f"{n}.json", json.dumps({"label": CLASSES[n % 2], field: split}).encode()),
+        )
+    ]
+
+
+INNER_SPLITS: dict[str, tuple[str, Files, str]] = {
+    "folders": ("a.tar", pairs([("train/1", "cat"), ("train/2", "dog"), ("test/1", "cat")]), "folders test, train"),
+    "folders, wrapped": ("a.tar", pairs([("x/training/1", "cat"), ("x/valid/1", "dog")]), "folders training, valid"),
+    "another than the tar's": ("val.tar", pairs([("train/1", "cat"), ("train/2", "dog")]), "folders train"),
+    "JSON": ("a.tar", said("train", "train", "test"), "2: its .json says split 'test', and its tar is read as train"),
+    "JSON, another word": (
+        "a.tar",
+        said("Training", "PublicTest", field="Usage"),
+        "1: its .json says Usage 'PublicTest'",
+    ),
+    "JSON in a tar of train": ("train-0.tar", said("val", "val"), "0: its .json says split 'val'"),
+}
+
+
+@pytest.mark.parametrize("kind", INNER_SPLITS)
+def test_splits_inside_a_tar(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, files, told = INNER_SPLITS[kind]
+    tars = {name: files} if name != "val.tar" else {"train.tar": pairs(FOUR), name: files}
+    root = put(tmp_path / "mine", tars)
+    for arguments in ((f"wds:{root}", tmp_path / "out"), ("index", root)):
+        code, output = conversion(capsys, *arguments)
+        assert code in (1, 2) and told in output and "make a tar of each split" in output, output
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (said("train", "train"), ""),
+        (said("fold1", "fold2"), "the field split of the .json members, 'fold1' in 0, is not read"),
+        (pairs([("train/1", "cat"), ("train/2", "dog")]), ""),
+    ],
+)
+def test_splits_inside_a_tar_that_fit(
+    files: Files, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = put(tmp_path / "mine", {"a.tar": files})
+    for out, arguments in (
+        (tmp_path / "out", (f"wds:{root}", tmp_path / "out", "--hold-out", "0")),
+        (root, ("index", root)),
+    ):
+        code, output = conversion(capsys, *arguments)
+        assert code == 0 and told in output, output
+        assert sorted(seen(out).values()) == ["cat", "dog"]
