@@ -11,6 +11,8 @@ from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 
+import numpy as np
+
 from shards.arguments import HELD_OUT, INDEX, add_arguments, read_wanted, refuse_unmet
 from shards.convert import Conversion
 from shards.estimate import print_plan
@@ -22,13 +24,13 @@ from shards.pack import WIP, Counts, ShardDone
 from shards.plan import Options, Plan
 from shards.repeats import repeat_lines
 from shards.report import Note, judge, print_notes, report_json, say
-from shards.sources.base import Grouping, Source
+from shards.sources.base import Grouping, Source, Understood
 from shards.sources.labels import NO_LABEL, Classes, LabelRules, classes_of, count_texts, parse_class_list
 from shards.sources.open import name_of, open_source, source_root
 from shards.sources.scan import UNLABELED
 from shards.sources.spool import Spool
 from shards.sources.tars import CLASS_LISTS, tar_classes
-from shards.understood import print_understood
+from shards.understood import Reading, describe_reading, print_reading, print_understood
 from wds_train.errors import DataError, Interrupted, NotFound, UsageError
 from wds_train.format.manifest import DatasetManifest
 from wds_train.home import home
@@ -178,12 +180,12 @@ def _index(args: argparse.Namespace) -> int:
     for split, found in splits.items():
         _number_labels(found, classes)
         notes += [Note(split, key, "ignored", UNLABELED) for key in _drop_unlabeled(found)]
-    for sentence in classes.said:
-        say(f"  note      {sentence}")
+    reading = _read_tars(store.url, splits, classes, notes)
+    print_reading(reading)
     if args.dry_run:
         return 0
     twice = None if args.any else repeats_in_place(splits, classes.infos)
-    extra: dict[str, object] = {"understood": _understood_tars(splits, classes, notes)}
+    extra: dict[str, object] = {"understood": describe_reading(reading)}
     if twice is not None:
         extra["repeats"] = asdict(twice)
     report = report_json(notes, 0, extra)
@@ -224,12 +226,15 @@ def _listed_classes(store: Store, rules: LabelRules) -> tuple[LabelRules, str]:
     return rules, ""
 
 
-def _understood_tars(splits: dict[str, Indexed], classes: Classes, notes: list[Note]) -> dict[str, object]:
-    """Return how tars that stay where they are were understood, as `report.json` holds it."""
-    counts = {split: len(found.rows) for split, found in splits.items()}
-    labels = "the members .cls, .json and their like"
+def _read_tars(url: str, splits: dict[str, Indexed], classes: Classes, notes: list[Note]) -> Reading:
+    """Return how tars that stay where they are were read; their labels are numbers already."""
+    counts = {
+        split: np.bincount([row["label"] for row in found.rows], minlength=len(classes.infos))
+        for split, found in splits.items()
+    }
     said = [*classes.said, *(note.cause for note in notes if note.what == "kept" and not note.split)]
-    return {"layout": "WebDataset tars, indexed in place", "labels": labels, "said": said, "splits": counts}
+    understood = Understood("WebDataset tars, indexed in place", "the members .cls, .json and their like", said)
+    return Reading(f"the tars of {url}", classes.infos, counts, notes, understood)
 
 
 def _number_labels(found: Indexed, classes: Classes) -> None:

@@ -943,3 +943,34 @@ def test_splits_inside_a_tar_that_fit(
         code, output = conversion(capsys, *arguments)
         assert code == 0 and told in output, output
         assert sorted(seen(out).values()) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("tars", "counts"),
+    [
+        ({"a.tar": pairs(FOUR)}, {"train": {"cat": 2, "dog": 2}}),
+        (
+            {"train.tar": pairs(FOUR[:3]), "val.tar": pairs(FOUR)},
+            {"train": {"cat": 2, "dog": 1}, "val": {"cat": 2, "dog": 2}},
+        ),
+        ({"a.tar": [*pairs(LABELLED), ("README.md", b"x")]}, {"train": {"cat": 3, "dog": 3}}),
+    ],
+)
+def test_what_an_index_understood(
+    tars: dict[str, Files], counts: dict[str, dict[str, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = put(tmp_path / "mine", tars)
+    code, dry = conversion(capsys, "index", root, "--dry-run")
+    assert code == 0 and not (root / "manifest.json").exists()
+    lines = ["  layout    WebDataset tars, indexed in place", "  labels    the members .cls, .json and their like"]
+    lines += [
+        f"  counts    {split}: " + ", ".join(f"{name} {count}" for name, count in of_split.items())
+        for split, of_split in counts.items()
+    ]
+    assert "\n".join(lines) in dry, dry
+    code, output = conversion(capsys, "index", root)
+    assert code == 0 and "\n".join(lines) in output, output
+    told = json.loads((root / "report.json").read_text())["understood"]
+    assert told["classes"] == counts
+    assert told["splits"] == {split: sum(of_split.values()) for split, of_split in counts.items()}
+    assert told["doubtful"] == [] and len(told["ignored"]) == ("README.md" in str(tars))
