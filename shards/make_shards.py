@@ -233,7 +233,9 @@ def _read_tars(url: str, splits: dict[str, Indexed], classes: Classes, notes: li
         for split, found in splits.items()
     }
     said = [*classes.said, *(note.cause for note in notes if note.what == "kept" and not note.split)]
-    understood = Understood("WebDataset tars, indexed in place", "the members .cls, .json and their like", said)
+    holds_anything = [entry.id for entry in classes.infos] == [ANY]
+    labels = "none: samples may hold anything" if holds_anything else "the members .cls, .json and their like"
+    understood = Understood("WebDataset tars, indexed in place", labels, said)
     return Reading(f"the tars of {url}", classes.infos, counts, notes, understood)
 
 
