@@ -197,7 +197,9 @@ def _samples(
         scan.add(path, scans[split])
     scan.judge()
     counts = label_counts(scans.values(), [*scan.labels])
-    classes = wds_classes(root if root.is_dir() else root.parent, counts, wanted.labels)
+    # What was left out is told first: it may be the other classes.
+    left_out = any(note.what == "left out" for found in scans.values() for note in found.notes)
+    classes = wds_classes(root if root.is_dir() else root.parent, counts, wanted.labels, one=left_out)
     told = scan.told()
     for sentence in told:
         first.note(root, "kept", sentence)
@@ -355,18 +357,20 @@ def unpacked(path: Path, spool: Spool) -> Path:
     return target
 
 
-def wds_classes(root: Path, counts: Mapping[str, int], rules: LabelRules) -> Classes:
+def wds_classes(root: Path, counts: Mapping[str, int], rules: LabelRules, *, one: bool = False) -> Classes:
     """Find the classes of tars: those that a person, a manifest of ours or a list beside the tars names, or else what follows
     from the labels.
     """
     place = next((root / name for name in (manifests.NAME, *CLASS_LISTS) if (root / name).is_file()), None)
     if place is None or rules.classes:
-        return tar_classes(counts, str(root), rules)
+        return tar_classes(counts, str(root), rules, one=one)
     named = replace(rules, classes=read_class_list(place))
-    return tar_classes(counts, str(root), named, place.name)
+    return tar_classes(counts, str(root), named, place.name, one=one)
 
 
-def tar_classes(counts: Mapping[str, int], where: str, rules: LabelRules, listed: str = "") -> Classes:
+def tar_classes(
+    counts: Mapping[str, int], where: str, rules: LabelRules, listed: str = "", *, one: bool = False
+) -> Classes:
     """Find the classes of labels in tars.
 
     Args:
@@ -374,6 +378,7 @@ def tar_classes(counts: Mapping[str, int], where: str, rules: LabelRules, listed
         where: The tars, for messages.
         rules: What a person said, or the list of classes beside the tars.
         listed: The name of that list.
+        one: Whether a single class may be all that was found.
 
     Raises:
         UsageError: The labels are measurements, or longer numbers than can be read.
@@ -387,7 +392,7 @@ def tar_classes(counts: Mapping[str, int], where: str, rules: LabelRules, listed
             "the class's name or number into each label member, or list the values with --classes FILE, one a line"
         )
     found = classes_of(counts, where, rules)
-    if len(found.infos) == 1:
+    if len(found.infos) == 1 and not one:
         raise DataError(f"the tars of {where} know one label, {found.infos[0].id!r}: there is nothing to tell apart")
     said = [f"the classes are those of {listed}"] if listed else []
     return Classes(found.infos, found.numbers, [*said, *found.said])
