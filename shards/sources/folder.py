@@ -14,6 +14,7 @@ from pathlib import Path
 from shards.sources.base import Grouping, Source, Understood, Wanted
 from shards.sources.image_index import ImageIndex
 from shards.sources.imagefolder import (
+    AmbiguousLayout,
     Layout,
     add_class,
     folder_classes,
@@ -116,7 +117,7 @@ def folder(root: Path, wanted: Wanted) -> Source:
     chosen = choose_tables(tables, images, wanted)
     if layout is not None:
         return _by_both(chosen, contents, layout)
-    unclear = refusal is not None and "can be read in" in str(refusal)
+    unclear = isinstance(refusal, AmbiguousLayout)
     poor = sum(len(each.rows) for each in chosen) < sum(len(each.odd) for each in chosen)
     if chosen and (chosen[0].rows or len(tables.usable) == 1) and not (unclear and poor):
         return _from_tables(chosen, contents)

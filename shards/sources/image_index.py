@@ -27,6 +27,10 @@ class Match(NamedTuple):
     whole: bool
 
 
+class AmbiguousName(DataError):
+    """A name that several images have."""
+
+
 class ImageIndex:
     """The image files below `root`.
 
@@ -96,7 +100,7 @@ class ImageIndex:
         best, second = (self._rank(image, given, near) for image in ranked[:2])
         if best == second:
             places = " or ".join(str(self.root / self.paths[image]) for image in ranked[:2])
-            raise DataError(f"it may be {places}; write its folder, too")
+            raise AmbiguousName(f"it may be {places}; write its folder, too")
         return self._match(ranked[0], given)
 
     def _match(self, image: int, given: Sequence[str]) -> Match:

@@ -71,6 +71,10 @@ ODD_CLASS = re.compile(
 MOST_ASIDE = 0.5  # of the data set's images, as pictures beside it that are no part of it
 
 
+class AmbiguousLayout(DataError):
+    """Folders that can be read in several ways."""
+
+
 class Files(Protocol):
     """Adds the images of folders to a scan: those of a disk, or those in tars."""
 
@@ -558,7 +562,7 @@ def _refuse_holders(
         ways.append(f"the folders in them, {_some(shared)}, are the classes: --class-level {level}")
         if len(holders) == 1:
             ways.append(f"{inner[holders[0].name].path} is the data set: give its path")
-    raise DataError(f"{base.path} can be read in {len(ways)} ways: {'; or '.join(ways)}")
+    raise AmbiguousLayout(f"{base.path} can be read in {len(ways)} ways: {'; or '.join(ways)}")
 
 
 def _read_level(layout: Layout, split: str, base: Folder, level: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.sources.base import Wanted
-from shards.sources.image_index import ImageIndex, Match, fold
+from shards.sources.image_index import AmbiguousName, ImageIndex, Match, fold
 from shards.sources.labels import label_text
 from shards.sources.names import (
     SPLIT_FOLDER,
@@ -276,8 +276,10 @@ def _share_of_images(table: Table, name: str, images: ImageIndex) -> float:
         try:
             images.find(cell, table.path)
             found += 1
-        except DataError as error:
-            found += "it may be" in str(error)
+        except AmbiguousName:
+            found += 1
+        except DataError:
+            continue
     return found / len(cells) if cells else 0.0
 
 
