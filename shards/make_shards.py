@@ -165,6 +165,7 @@ def _index(args: argparse.Namespace) -> int:
         prove(store, WIP, say, unsafe=args.unsafe_store)
     note(f"reading the tars of {store.url} ...")
     splits, notes = index_in_place(store, None if args.any else ImagePolicy(verify=args.verify), wanted.splits)
+    refuse_unmet(wanted, store.url)
     samples = sum(len(found.rows) for found in splits.values())
     left_out = sum(note.what == "left out" for note in notes)
     if not samples + left_out:
