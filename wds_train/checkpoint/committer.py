@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from wds_train.checkpoint.goodput import Spent
 from wds_train.checkpoint.lease import Say
 from wds_train.checkpoint.manifest import Checkpoint, Object, RunManifest, Segment
 from wds_train.checkpoint.snapshot import Snapshot
@@ -32,7 +33,7 @@ def collect(store: Store, before: RunManifest, after: RunManifest, say: Say) -> 
 @dataclass(frozen=True)
 class _Commit:
     """A commit that is in hand. `records` is how many of the run's uncommitted records belong to it; `taken` is a
-    monotonic time, seconds.
+    monotonic time, seconds; `spent` is what the attempt had spent by then.
     """
 
     snapshot: Snapshot
@@ -40,6 +41,7 @@ class _Commit:
     records: int
     changes: dict[str, Any]
     taken: float
+    spent: Spent
 
 
 class Committer:
@@ -73,12 +75,12 @@ class Committer:
         self, snapshot: Snapshot, metrics: dict[str, float], records: list[dict[str, Any]], **changes: Any
     ) -> None:
         """Start committing `snapshot`; `changes` are other fields of the manifest. Raises what `check` raises."""
-        taken = time.monotonic()
+        taken, spent = time.monotonic(), self._writer.clock.read()
         with self._changed:
             self._changed.wait_for(lambda: self._next is None or self._failure or self._writer.fatal, QUEUE_SECONDS)
             self.check()
             self._records += records
-            self._next = _Commit(snapshot, metrics, len(self._records), changes, taken)
+            self._next = _Commit(snapshot, metrics, len(self._records), changes, taken, spent)
             self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="commit", daemon=True)
@@ -161,7 +163,8 @@ class Committer:
             writer.write(lambda manifest: manifest)  # is the run still ours?
         at = job.snapshot.progress
         place = f"{writer.manifest.fence:06d}-{at.step:09d}-{at.evaluated:06d}"
-        checkpoint = Checkpoint(self._put(f"ckpt/{place}.safetensors", job.snapshot.encode()), at, job.metrics)
+        state = self._put(f"ckpt/{place}.safetensors", job.snapshot.encode())
+        checkpoint = Checkpoint(state, at, job.metrics, job.spent)
         lines = "".join(json.dumps(record) + "\n" for record in self._records[: job.records]).encode()
         segment = Segment(self._put(f"metrics/{place}.jsonl", lines), at.step, at.evaluated) if lines else None
         before, self._asked = writer.manifest, True

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import reduce
 from typing import Any
 
+from wds_train.checkpoint.goodput import Parts, Spent, parts_of
 from wds_train.checkpoint.scores import SCORES, every_of, telling
 from wds_train.config.recipe import Recipe
 from wds_train.errors import RunError, UsageError
@@ -65,15 +66,26 @@ class Object:
     sha256: str
 
 
+def fence_of(written: Object) -> int:
+    """The fence of the attempt that wrote an object, which its key begins with."""
+    return int(written.key.partition("/")[2].partition("-")[0])
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The state of a training after a step. `metrics` are those of the validation at this step, empty when there was
-    none.
+    none. `spent` is what its attempt had spent until then; None where an older version committed it.
     """
 
     object: Object
     progress: Progress
     metrics: dict[str, float] = field(hash=False)
+    spent: Spent | None = None
+
+    @property
+    def fence(self) -> int:
+        """Of the attempt that committed it."""
+        return fence_of(self.object)
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class Segment:
     @property
     def fence(self) -> int:
         """Of the attempt that wrote it."""
-        return int(self.object.key.partition("/")[2].partition("-")[0])
+        return fence_of(self.object)
 
     def within(self, at: Progress) -> bool:
         """Whether it holds nothing beyond `at`."""
@@ -113,7 +125,8 @@ class Owner:
 class Attempt:
     """One instance's work: from `started` (Unix time, for people only) for `seconds`, up to its last sign of life.
     `ended` is a status, or "lost" when it just fell silent. It began at `step`, on `hardware`; `price` is what an hour
-    costs, in dollars, and `instance` EC2's type, "" elsewhere.
+    costs, in dollars, and `instance` EC2's type, "" elsewhere. `spent` says where its time went, from the start of its
+    process on, and `committed` what of it had been spent at the newest state that counts; None where that was not noted.
     """
 
     host: str
@@ -124,12 +137,18 @@ class Attempt:
     hardware: str = ""
     instance: str = ""
     price: float | None = None
+    spent: Spent | None = None
+    committed: Spent | None = None
+
+    def parts(self, *, over: bool) -> Parts:
+        """What became of its time; `over`, once it commits nothing more."""
+        return parts_of(self.spent, self.committed, self.seconds, over=over)
 
 
 @dataclass(frozen=True)
 class Totals:
     """What the attempts of a run come to. `interruptions` are those that ended as "interrupted" or "lost"; `dollars` of
-    those whose price is known.
+    those whose price is known. `parts` says where their time went; None where an older version added them up.
     """
 
     attempts: int = 0
@@ -137,6 +156,7 @@ class Totals:
     failures: int = 0
     seconds: float = 0.0
     dollars: float = 0.0
+    parts: Parts | None = None
 
     def plus(self, attempt: Attempt) -> "Totals":
         return Totals(
@@ -145,7 +165,13 @@ class Totals:
             self.failures + (attempt.ended == "failed"),
             round(self.seconds + attempt.seconds, 1),
             self.dollars + attempt.seconds / 3600 * (attempt.price or 0.0),
+            self.known_parts.plus(attempt.parts(over=True)),
         )
+
+    @property
+    def known_parts(self) -> Parts:
+        """Where the time went, all of it not recorded where an older version added it up."""
+        return Parts(not_recorded=self.seconds) if self.parts is None else self.parts
 
 
 @dataclass(frozen=True)
@@ -218,7 +244,8 @@ class RunManifest:
         kept = keep((*others, checkpoint), keep_every, every_of(self.recipe))
         new = () if segment is None or segment in self.metrics else (segment,)
         ahead = tuple(s for s in self.replayed if s.fence != self.fence or not s.within(checkpoint.progress))
-        return replace(self, checkpoints=kept, metrics=self.metrics + new, replayed=ahead)
+        changed = replace(self, checkpoints=kept, metrics=self.metrics + new, replayed=ahead)
+        return changed if checkpoint.spent is None else changed.with_attempt(committed=checkpoint.spent)
 
     def with_ahead(self, segment: Segment) -> "RunManifest":
         """The manifest with rows that were logged since the last commit. Adding the same again changes nothing."""
@@ -274,7 +301,8 @@ class RunManifest:
         kept = self.checkpoints[: self.checkpoints.index(checkpoint) + 1]
         metrics = tuple(s for s in self.metrics if s.within(checkpoint.progress))
         replayed = self.replayed + tuple(s for s in self.metrics if s not in metrics)
-        return replace(self, checkpoints=kept, metrics=metrics, replayed=replayed[-REPLAYED:])
+        attempts = taken_back(self.attempts, self.earlier.attempts, checkpoint)
+        return replace(self, checkpoints=kept, metrics=metrics, replayed=replayed[-REPLAYED:], attempts=attempts)
 
     def with_attempt(self, **details: Any) -> "RunManifest":
         """The manifest with `details` of the attempt under way."""
@@ -336,6 +364,23 @@ def _flaws(run: RunManifest) -> Iterator[str]:
     for name, value, holds, rule in rules:
         if not holds:
             yield f"{name} is {value!r:.60}, not {rule}"
+
+
+def taken_back(attempts: tuple[Attempt, ...], earlier: int, checkpoint: Checkpoint) -> tuple[Attempt, ...]:
+    """The attempts, of which nothing counts any more that was committed after `checkpoint`.
+
+    `earlier` is the number of attempts before these. A checkpoint of an older version does not say what its attempt had
+    spent: that attempt keeps what it has.
+    """
+    found = []
+    for fence, attempt in enumerate(attempts, start=earlier + 1):
+        counted = attempt.committed
+        if fence > checkpoint.fence:
+            counted = None
+        elif fence == checkpoint.fence and checkpoint.spent is not None:
+            counted = checkpoint.spent
+        found.append(replace(attempt, committed=counted))
+    return tuple(found)
 
 
 def steps(checkpoints: Iterable[Checkpoint]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from wds_train.checkpoint import lease as leases
 from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.lease import Say, read_run
 from wds_train.checkpoint.manifest import RunManifest
 from wds_train.errors import Conflict, Interrupted, NotFound, RunError, StoreError
@@ -17,11 +18,13 @@ from wds_train.storage.base import Store
 class Writer:
     """The one that may write a run's manifest: this process, while the manifest carries the fence that it claimed with.
 
-    `fatal` is what ended that, found in a thread; `closed`, that the attempt is over; `leads` is False in a rank other than 0, which writes nothing.
+    `fatal` is what ended that, found in a thread; `closed`, that the attempt is over; `leads` is False in a rank other
+    than 0, which writes nothing. Every write says what `clock` has counted so far.
     """
 
     def __init__(self, store: Store, manifest: RunManifest, tag: str, *, say: Say = print, leads: bool = True) -> None:
         self.store, self.manifest, self.leads = store, manifest, leads
+        self.clock = Clock()
         self.fatal: Exception | None = None
         self._tag, self._say = tag, say
         self._noted: dict[str, Any] = {}
@@ -54,7 +57,7 @@ class Writer:
         with self._writing:
             for _ in range(3):
                 seconds = time.monotonic() - self._claimed_at
-                manifest = change(self.manifest).with_attempt(**self._noted)
+                manifest = change(self.manifest).with_attempt(**self._noted, spent=self.clock.read())
                 manifest = manifest.stamped(secrets.token_hex(16), time.time(), seconds)
                 try:
                     self._tag = self.store.write(states.NAME, manifest.to_json(), if_match=self._tag)

@@ -11,11 +11,13 @@ from typing import Any
 
 from wds_train.checkpoint.choice import best_weights
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.lease import is_gone
+from wds_train.checkpoint.goodput import Parts
 from wds_train.checkpoint.manifest import Checkpoint, RunManifest, name_of
 from wds_train.checkpoint.scores import SCORES, every_of, telling, told
+from wds_train.checkpoint.standing import state_of, where_time_went
 from wds_train.commands.arguments import add_region, add_run, dollars, run_url
 from wds_train.errors import NotFound
+from wds_train.report import goodput
 from wds_train.storage.address import is_embedded
 
 WATCH_SECONDS = 2.0
@@ -93,22 +95,16 @@ def _line(status: dict[str, Any]) -> str:
 
 
 def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str, Any]:
-    """What `status --json` prints. A run's status is the manifest's, but for a "running" one whose process is gone
-    ("lost") or has written nothing for longer than its lease ("silent"): a kill, or a store that fails, leaves no last
-    word. Ages compare two machines' clocks and are for people only; hours are those between each attempt's claim and its
-    last sign of life.
+    """What `status --json` prints, the status as `state_of` has it. Ages compare two machines' clocks and are for people
+    only; hours are those between each attempt's claim and its last sign of life. The paid time begins earlier, with the
+    process.
     """
     newest = manifest.checkpoints[-1] if manifest.checkpoints else None
     totals, silent_s = manifest.totals(), now - manifest.written
     hours = totals.seconds / 3600
-    status = manifest.status
-    if status == "running" and is_gone(manifest.owner):
-        status = "lost"
-    elif status == "running" and silent_s > manifest.lease:
-        status = "silent"
     return {
         "run": manifest.run,
-        "status": status,
+        "status": state_of(manifest, now),
         "step": newest.progress.step if newest else 0,
         "epochs": newest.progress.evaluated if newest else 0,
         "of_epochs": manifest.settings.schedule.epochs,
@@ -128,9 +124,23 @@ def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str
         else round(totals.dollars, 2)
         if totals.dollars
         else None,
+        "goodput": _goodput(where_time_went(manifest, now)),
         "checkpoints": [_row(checkpoint) for checkpoint in manifest.checkpoints],
         "best": {kind: found.checkpoint.progress.step for kind in SCORES if (found := best_weights(manifest, [kind]))},
         "weights": _weights(manifest),
+    }
+
+
+def _goodput(parts: Parts) -> dict[str, Any]:
+    """The share of the paid time that became steps that count, and all parts of that time in seconds and as shares.
+
+    `share` is None where no attempt noted where its time went.
+    """
+    return {
+        "share": parts.goodput,
+        "paid_s": round(parts.paid, 3),
+        "seconds": {name: round(seconds, 3) for name, seconds in asdict(parts).items()},
+        "shares": parts.shares(),
     }
 
 
@@ -174,6 +184,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
         f"checkpoints  {len(status['checkpoints'])}, {stored:.1f} MB",
         f"attempts     {status['attempts']}, of which {status['interruptions']} interrupted, {status['failures']} failed",
         f"time         {status['hours']:.2f} hours{dollars}",
+        f"goodput      {goodput.told(Parts(**status['goodput']['seconds']))}",
     ]
     if status["unsafe_store"]:
         lines.append("store        ignores conditional writes (--unsafe-store): never train this run twice at a time")

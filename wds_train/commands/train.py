@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wds_train.checkpoint.begun import data_of, going_on, kept_nothing, own_dataset, own_mixture
+from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.manifest import RunManifest
@@ -139,15 +140,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.dry_run and (taken := take_place(args.processes)):
         say(taken)
     dataset = _sharded(args) if args.shard else args.dataset  # before `listen`: a conversion stops in its own way
+    clock = Clock()  # a conversion is no part of what the run is paid for
     stop = StopRequest().listen()
     meant = _meant(args, dataset)
     if args.dry_run and meant.own and meant.own.status == "done":
         print(f"nothing would be trained: run {meant.run} is done")
         return 0
-    # Growing images ask for other sizes all the time, which fragments the GPU's memory otherwise. Read by PyTorch's import.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in a log, one endless line
+    _set_before_imports()
     if "LOCAL_RANK" not in os.environ:  # else another process has said so
         loading()
     from torch.cuda import device_count  # seconds, after what can be said without it
@@ -192,8 +191,16 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join([*estimate(options), f"nothing was written: without --dry-run, this {_next(meant.own)}"]))
         return 0
-    train(options, stop)
+    train(options, stop, clock)
     return 0
+
+
+def _set_before_imports() -> None:
+    """Set what PyTorch and Hugging Face's hub read when they are imported."""
+    # Images that grow ask for other sizes all the time, which would fragment the GPU's memory.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in a log, one endless line
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from wds_train.tracking.curves import new_figure
 INK, GRID = "#1f2328", "#c9d1d9"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")  # blue, vermilion, green, purple, and a darker yellow
 DASHES = ("-", "--", "-.", ":")
+HATCHES = ("", "///")  # of bars
 # In the style sheet these are other colours on a dark page.
 VARIABLES = {INK: "--ink", GRID: "--grid"} | {colour: f"--c{number}" for number, colour in enumerate(COLOURS)}
 WIDTH, HEIGHT, DPI = 4.6, 2.9, 150  # inches: small, so that the text can be read on a phone
@@ -120,6 +121,42 @@ def timeline_chart(spans: Sequence[tuple[str, float, float, str]], text: str) ->
         axes.legend(title="ended as", loc="best")
 
     return _chart("attempts", "attempts over time", text, draw)
+
+
+def stacked_chart(name: str, title: str, parts: Sequence[tuple[str, float]], text: str) -> Chart:
+    """One bar, in percent, of parts that are named in its legend, each with its share of 1; parts of 0 are left out.
+
+    Neighbours differ in their hatching as well as in their colours. Every name keeps its look, whichever parts there are.
+    """
+    looks = [(colour, hatch) for hatch in HATCHES for colour in COLOURS]
+    whole = sum(share for _, share in parts)
+
+    def draw(axes: Any) -> None:
+        begin = 0.0
+        for (label, share), (colour, hatch) in zip(parts, looks, strict=False):
+            if not share:
+                continue
+            percent = 100 * share
+            axes.barh(
+                0,
+                percent,
+                left=begin,
+                height=0.9,
+                color=colour,
+                hatch=hatch,
+                edgecolor=INK,
+                linewidth=0.4,
+                label=f"{label} {percent:.1f} %",
+            )
+            begin += percent
+        axes.set_xlim(0, 100 * whole)
+        axes.set_ylim(-0.5, 0.5)
+        axes.set_yticks([])
+        axes.grid(visible=False)
+        axes.set_xlabel("% of the paid time")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    return _chart(name, title, text, draw)
 
 
 def calibration_chart(bins: Sequence[tuple[float, float]], text: str) -> Chart:

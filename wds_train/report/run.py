@@ -11,14 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wds_train.checkpoint.choice import Choice, best_weights
+from wds_train.checkpoint.standing import where_time_went
 from wds_train.config.presets import PRESETS
 from wds_train.config.recipe import Recipe
 from wds_train.config.schedule import image_side, lr_at
+from wds_train.report import goodput
 from wds_train.report.account import Account, Row
 from wds_train.report.charts import Chart, Line, calibration_chart, line_chart, timeline_chart
 from wds_train.report.document import Block, Charts, Code, Document, Picture, Pictures, Section, Table, Text
 from wds_train.report.findings import Findings
 from wds_train.report.format import count, date, dollars, number, percent
+from wds_train.report.goodput_section import goodput_blocks
 from wds_train.report.story import (
     FIGURES,
     Attempt,
@@ -55,6 +58,7 @@ def report(account: Account, prices: Prices, findings: Findings | str) -> Docume
         notes=account.notes,
         sections=[
             Section("Result", [Text(expectation(account)), *_curves(account), *_milestones(account)]),
+            Section("Goodput", goodput_blocks(account.manifest, time.time())),
             Section("Attempts", _attempts(account, attempts, cost)),
             Section("Classes", [Text(findings)] if isinstance(findings, str) else _classes(findings)),
             Section("Again", _again(account)),
@@ -69,6 +73,7 @@ def _state(account: Account) -> str:
 def _facts(account: Account, attempts: list[Attempt], cost: Cost) -> list[tuple[str, str, str]]:
     totals, epochs = account.manifest.totals(), account.recipe.schedule.epochs if account.recipe else "?"
     last, best = account.last, best_weights(account.manifest)
+    parts = where_time_went(account.manifest, time.time())
     preset = PRESETS.get(str(account.manifest.recipe.get("name")))
     figures = FIGURES.match(preset.expected) if preset else None
     expected = figures[0] if figures else "not measured"
@@ -81,6 +86,7 @@ def _facts(account: Account, attempts: list[Attempt], cost: Cost) -> list[tuple[
         ("expected", expected, f"recipe {account.manifest.recipe.get('name', '?')}"),
         ("epochs", f"{last.get('epoch', 0):g} of {epochs}", f"step {_step(account):,}"),
         ("hours", f"{cost.hours:.2f}", f"in {count(totals.attempts, 'attempt')}"),
+        ("goodput", goodput.headline(parts).replace("at least", "≥"), f"of {goodput.span(parts.paid)} paid"),
         ("dollars", dollars(cost.dollars), _cost_remark(cost)),
         ("interruptions", str(totals.interruptions + totals.failures), f"{lost / 60:.1f} min lost"),
         ("trained twice", _at_least(sum(twice)) if twice else "–", "images"),
@@ -205,8 +211,9 @@ def _attempts(account: Account, attempts: list[Attempt], cost: Cost) -> list[Blo
     shown.append(Table("Attempts", head, rows))
     shown.append(
         Text(
-            "Lost is the time from an attempt's last sign of life until the next one began, by the clocks of their machines, and, "
-            "where the metrics tell, until the run was as far again. Dollars are hours of instances, without storage and requests."
+            "The minutes lost after an attempt are those from its last sign of life until the next one began, by the clocks of "
+            "their machines, and, where the metrics tell, until the run was as far again; the goodput is of paid time alone. "
+            "Dollars are hours of instances, without storage and requests."
         )
     )
     if cost.on_demand is not None:

@@ -4,13 +4,16 @@ import contextlib
 import logging
 import netrc
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from wds_train.checkpoint.choice import best_weights
+from wds_train.checkpoint.goodput import Parts
 from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.standing import where_time_went
 from wds_train.home import home
 from wds_train.tracking.records import Row
 
@@ -101,6 +104,7 @@ class Board:
         totals = manifest.totals()
         sums = {"attempts": totals.attempts, "interruptions": totals.interruptions, "hours": totals.seconds / 3600}
         self._run.summary.update(sums | ({"dollars": totals.dollars} if totals.dollars else {}))
+        self._run.summary.update(_goodput(where_time_went(manifest, time.time())))
         if manifest.status == "done":
             self._refer(manifest, url)
         elif manifest.status in ("running", "interrupted"):
@@ -117,6 +121,14 @@ class Board:
         artifact = wandb.Artifact(f"{manifest.run}-best", "model", metadata={"weights": chosen.kind} | chosen.metrics)
         artifact.add_reference(f"{url}/{chosen.checkpoint.object.key}", checksum=False)
         self._run.log_artifact(artifact)
+
+
+def _goodput(parts: Parts) -> dict[str, float]:
+    """The goodput and the other parts of the paid time, as shares; nothing where no attempt noted them."""
+    if parts.goodput is None:
+        return {}
+    rest = {f"goodput/{name}": part for name, part in parts.shares().items() if name != "steps"}
+    return {"goodput": parts.goodput, "paid_hours": parts.paid / 3600} | rest
 
 
 def usual_mode() -> str:

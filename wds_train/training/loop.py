@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.run import Run
 from wds_train.checkpoint.scores import telling
 from wds_train.checkpoint.snapshot import Snapshot
@@ -43,6 +44,7 @@ from wds_train.training.stop import StopRequest
 
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
+REBALANCE = "EC2 recommends to move: this spot instance is at an elevated risk of being taken back; training goes on"
 LAST_MOMENT = 2.0  # seconds of the last commit's time that are left to say how it went
 
 
@@ -134,10 +136,9 @@ class Session:
 
     def _train(self) -> None:
         trainer, epoch_steps = self._trainer, self._epoch_steps
-        self._saved = trainer.progress
-        self._saved_at = time.monotonic()
+        self._saved, self._saved_at = trainer.progress, time.monotonic()
         self._rebalance_said = False
-        batches = _timed(on_device(in_time(self._loader, self._stop), trainer.device))
+        batches = _timed(on_device(in_time(self._loader, self._stop), trainer.device), self._run.writer.clock)
         while not is_over(self._options.recipe.schedule, trainer.progress):
             if self._look_up():
                 trainer.epoch_loss()
@@ -154,9 +155,7 @@ class Session:
         self._run.committer.check()
         if self._spot.rebalance and not self._rebalance_said:
             self._rebalance_said = True
-            say(
-                "EC2 recommends to move: this spot instance is at an elevated risk of being taken back; training goes on"
-            )
+            say(REBALANCE)
         old = time.monotonic() - self._saved_at >= self._options.commit_minutes * 60
         due = self._ranks.leads and old and not self._run.committer.busy
         stopped, commits = self._ranks.total(self._stop.cause is not None, due)
@@ -192,6 +191,7 @@ class Session:
     def _end_epoch(self) -> None:
         """Validate and commit."""
         trainer = self._trainer
+        self._run.writer.clock.turn("validation")
         loss = trainer.epoch_loss()
         findings = Findings() if self._tracker.watching else None
         with lost_ranks():
@@ -223,6 +223,7 @@ class Session:
 
     def _commit(self, metrics: dict[str, float], **changes: Any) -> None:
         start = time.perf_counter()
+        self._run.writer.clock.turn("commit")
         snapshot, records = self._trainer.snapshot(classes=self._classes), self._tracker.drain()
         if snapshot is not None:
             self._run.committer.commit(snapshot, metrics, records, **changes)
@@ -235,6 +236,7 @@ class Session:
         self._stop.doing = f"the last commit to {self._run.store.url}"
         status = "stopped" if self._stop.by_person else "interrupted"
         progress = self._trainer.progress
+        self._run.writer.clock.turn("commit")
         if (progress.step, progress.evaluated) != (self._saved.step, self._saved.evaluated):
             self._trainer.epoch_loss()
             self._commit({}, status=status)
@@ -273,11 +275,14 @@ def _epoch_line(epoch: str, loss: float, metrics: dict[str, float], unreadable: 
     )
 
 
-def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds that the training waited for it."""
+def _timed(batches: Iterator[Batch], clock: Clock) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that the training waited for it. The wait for the first belongs to the start."""
     while True:
         start = time.perf_counter()
+        if clock.activity != "start":
+            clock.turn("data")
         batch = next(batches)
+        clock.turn("steps")
         yield batch, time.perf_counter() - start
 
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import shlex
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -16,15 +17,18 @@ from typing import Any
 import torch
 
 from wds_train.checkpoint.begun import going_on
+from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.manifest import RunManifest
 from wds_train.checkpoint.read import read_object
 from wds_train.checkpoint.run import Run
 from wds_train.checkpoint.snapshot import Snapshot
+from wds_train.checkpoint.standing import where_time_went
 from wds_train.data.dataset import Dataset
 from wds_train.data.mixture import of_same_classes
 from wds_train.data.workers import limit_threads
 from wds_train.errors import Interrupted
 from wds_train.home import home
+from wds_train.report.goodput import told
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 from wds_train.storage.within import within
@@ -42,8 +46,12 @@ from wds_train.training.stop import SIGNALS, StopRequest
 REPORT_SECONDS = 15.0  # for the metrics that the report is drawn from, once the run is done
 
 
-def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
-    """Train, or go on with, `options.run`; the final metrics. Raises `Interrupted` once asked to stop, state committed."""
+def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) -> dict[str, float]:
+    """Train, or go on with, `options.run`; the final metrics. Raises `Interrupted` once asked to stop, state committed.
+
+    `clock` counts the paid time, which without one begins now.
+    """
+    clock = clock or Clock()
     die_with_launcher()
     limit_threads()
     ranks = Ranks.of_environment(cpu=options.cpu)
@@ -54,7 +62,7 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
     cache = make_cache(options, dataset)
     stop.check()
     stop.doing = f"the claim of {options.run}"
-    run, snapshot = _lead(options, datasets, stop, ranks)
+    run, snapshot = _lead(options, datasets, stop, ranks, clock)
     tracker = Tracker(run, partial(stop.ask, "the Stop button of W&B", by_person=True))
     if run.manifest.status == "done":
         if ranks.leads:
@@ -79,7 +87,7 @@ def train(options: TrainOptions, stop: StopRequest) -> dict[str, float]:
 
 
 def _lead(
-    options: TrainOptions, datasets: list[Dataset], stop: StopRequest, ranks: Ranks
+    options: TrainOptions, datasets: list[Dataset], stop: StopRequest, ranks: Ranks, clock: Clock
 ) -> tuple[Run, Snapshot | None]:
     """The run, claimed, and its newest usable checkpoint; the other ranks follow."""
     store, fresh = open_store(options.run), fresh_run(options, datasets)
@@ -97,6 +105,7 @@ def _lead(
             go_on=options.go_on,
             unsafe=options.unsafe_store,
         )
+        run.writer.clock = clock
         with ending(run, stop, repeats=_repeats(options, ranks)):
             snapshot = None if run.manifest.status == "done" else run.restore(say)
     except BaseException:
@@ -140,6 +149,7 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool)
         if cause := early_end(options.recipe.schedule, newest.progress):
             say(f"ended    {cause}")
     say("\n".join(outcome(run.manifest)))
+    say(f"goodput  {told(where_time_went(run.manifest, time.time()))}")
     say(f"state    {options.run}")
     _write_report(run, options, REPORT_SECONDS)
     if wandb_at:

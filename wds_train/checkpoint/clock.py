@@ -1,0 +1,57 @@
+"""What this process is at, second by second."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from wds_train.checkpoint.goodput import Spent
+
+Activity = Literal["start", "steps", "data", "commit", "validation"]
+UNFINISHED = ("steps", "validation")
+"""What comes to nothing when the process ends in the middle of it."""
+DIGITS = 3  # of the seconds that are noted
+
+
+@dataclass(frozen=True)
+class _Since:
+    """An activity, when it began, and what was spent before it."""
+
+    activity: Activity
+    began: float
+    before: Spent
+
+
+class Clock:
+    """Adds up the seconds of a process by its activities; it begins with "start".
+
+    One thread turns it and others read it, without a lock: all that it knows is one object, which is replaced.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._since = _Since("start", now(), Spent())
+
+    @property
+    def activity(self) -> Activity:
+        """What is under way."""
+        return self._since.activity
+
+    def turn(self, activity: Activity) -> None:
+        """Say that the activity so far is finished, and that another one begins."""
+        now = self._now()
+        self._since = _Since(activity, now, _spent(self._since, now))
+
+    def read(self) -> Spent:
+        """What was spent so far, the activity under way included."""
+        since, now = self._since, self._now()
+        spent = _spent(since, now)
+        under_way = now - since.began if since.activity in UNFINISHED else 0.0
+        rounded = {name: round(seconds, DIGITS) for name, seconds in vars(spent).items()}
+        return Spent(**rounded | {"under_way": round(under_way, DIGITS)})
+
+
+def _spent(since: _Since, now: float) -> Spent:
+    """What was spent until `now`."""
+    so_far: float = getattr(since.before, since.activity)
+    return replace(since.before, **{since.activity: so_far + now - since.began})

@@ -1,0 +1,111 @@
+"""Where the paid time of a run went: what an attempt notes of it, and the share that became steps that count.
+
+docs/report.md defines each part. Every paid second is in exactly one of them.
+"""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of one process by its activities, which add up to its whole time.
+
+    Attributes:
+        start: Until the first step.
+        steps: In training steps.
+        data: Waiting for batches.
+        commit: Blocked by a commit.
+        validation: Validating.
+        under_way: Those of `steps` or `validation` that belong to what is not finished yet.
+    """
+
+    start: float = 0.0
+    steps: float = 0.0
+    data: float = 0.0
+    commit: float = 0.0
+    validation: float = 0.0
+    under_way: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The whole time."""
+        return self.start + self.steps + self.data + self.commit + self.validation
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Paid seconds by what became of them.
+
+    Attributes:
+        steps: Became steps that count.
+        start: Until an attempt's first step.
+        data: Waiting for batches.
+        commit: Blocked by a commit.
+        validation: Validations that count.
+        lost: In a step or a validation that was never finished.
+        trained_twice: In steps and validations that were finished, and that no checkpoint holds.
+        not_recorded: Of attempts whose version noted nothing of this.
+    """
+
+    steps: float = 0.0
+    start: float = 0.0
+    data: float = 0.0
+    commit: float = 0.0
+    validation: float = 0.0
+    lost: float = 0.0
+    trained_twice: float = 0.0
+    not_recorded: float = 0.0
+
+    @property
+    def paid(self) -> float:
+        """The sum of all parts, in seconds."""
+        return sum(asdict(self).values())
+
+    @property
+    def goodput(self) -> float | None:
+        """The share of the paid time that became steps that count; None where no attempt noted it.
+
+        Time that was not recorded does not count: the share is then the least that it can be.
+        """
+        if self.paid <= self.not_recorded:
+            return None
+        return self.steps / self.paid
+
+    def shares(self) -> dict[str, float]:
+        """Each part as a share of the paid time; empty where nothing was paid."""
+        paid = self.paid
+        if not paid:
+            return {}
+        return {name: seconds / paid for name, seconds in asdict(self).items()}
+
+    def plus(self, other: "Parts") -> "Parts":
+        """The sum of both, part by part."""
+        added = asdict(other)
+        return Parts(**{name: seconds + added[name] for name, seconds in asdict(self).items()})
+
+
+def parts_of(spent: Spent | None, committed: Spent | None, seconds: float, *, over: bool) -> Parts:
+    """Account for the time of one attempt.
+
+    Args:
+        spent: Up to the attempt's last sign of life; None where its version noted nothing.
+        committed: Up to its newest state that counts; None where none does.
+        seconds: From its claim to its last sign of life.
+        over: Whether the attempt has ended, so that it commits nothing more.
+    """
+    if spent is None:
+        return Parts(not_recorded=seconds)
+    counted = spent
+    if over:
+        counted = committed or Spent()
+    useless = spent.steps - counted.steps + spent.validation - counted.validation
+    lost = min(useless, spent.under_way)
+    return Parts(
+        steps=counted.steps,
+        start=spent.start,
+        data=spent.data,
+        commit=spent.commit,
+        validation=counted.validation,
+        lost=lost,
+        trained_twice=useless - lost,
+    )

@@ -1,0 +1,64 @@
+"""The report's section on goodput: one bar of the paid time, its parts, and those of every attempt."""
+
+from dataclasses import asdict
+
+from wds_train.checkpoint.goodput import Parts
+from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.standing import parts_by_attempt, where_time_went
+from wds_train.report.charts import stacked_chart
+from wds_train.report.document import Block, Charts, Table, Text
+from wds_train.report.goodput import NAMES, headline, span
+
+MEANINGS = {
+    "steps": "steps whose result a checkpoint holds: the goodput",
+    "start": "imports, the claim, restoring the checkpoint, and the first batch",
+    "data": "waiting for batches",
+    "commit": "waiting for a checkpoint to be taken or uploaded",
+    "validation": "validations whose result a checkpoint holds",
+    "lost": "a step or a validation that was under way when an attempt was last heard of",
+    "trained_twice": "finished steps and validations that were never committed, or taken back",
+    "not_recorded": "attempts of an older version, which did not note where their time went",
+}
+
+
+def goodput_blocks(manifest: RunManifest, now: float) -> list[Block]:
+    """What the section holds; only a sentence where no attempt noted where its time went."""
+    parts = where_time_went(manifest, now)
+    if parts.goodput is None:
+        return [Text("Where the paid time went was not recorded.")]
+    shares = parts.shares()
+    sentence = f"Of {span(parts.paid)} that were paid, {headline(parts)} became steps that count."
+    figures = ", ".join(f"{NAMES[name]} {100 * share:.1f} %" for name, share in shares.items() if share)
+    chart = stacked_chart(
+        "goodput",
+        "where the paid time went",
+        [(NAMES[name], share) for name, share in shares.items()],
+        f"{sentence} All of it: {figures}.",
+    )
+    return [Text(sentence), Charts([chart]), _meanings(parts), _attempts(manifest, now)]
+
+
+def _meanings(parts: Parts) -> Table:
+    """What each part is, those left out that are nothing."""
+    shares = parts.shares()
+    rows = [
+        [NAMES[name], f"{100 * shares[name]:.1f} %", f"{seconds / 60:.2f}", MEANINGS[name]]
+        for name, seconds in asdict(parts).items()
+        if seconds
+    ]
+    return Table("Parts of the paid time", ["part", "share", "minutes", "what it is"], rows)
+
+
+def _attempts(manifest: RunManifest, now: float) -> Table:
+    """The parts of every attempt, and of all together."""
+    earlier = manifest.earlier
+    rows = [_row(f"1 to {earlier.attempts}", earlier.known_parts)] if earlier.attempts else []
+    for number, parts in enumerate(parts_by_attempt(manifest, now), start=earlier.attempts + 1):
+        rows.append(_row(str(number), parts))
+    rows.append(_row("all", where_time_went(manifest, now)))
+    return Table("Paid minutes by attempt", ["attempt", "paid", *NAMES.values()], rows, folded=True)
+
+
+def _row(name: str, parts: Parts) -> list[str]:
+    minutes = [parts.paid, *asdict(parts).values()]
+    return [name, *(f"{seconds / 60:.2f}" for seconds in minutes)]
