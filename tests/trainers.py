@@ -124,7 +124,7 @@ class Training:
         self.log.touch()
         environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "WDS_"))}
         arguments = (job, str(self.log), str(self.steps_log), environment)
-        self.process = CONTEXT.Process(target=_main, args=arguments)
+        self.process = CONTEXT.Process(target=run_job, args=arguments)
         self.process.start()
         assert self.process.pid is not None
         self.pid = self.process.pid
@@ -159,7 +159,7 @@ class Training:
         return {entry[0]: entry[1] for entry in map(json.loads, lines)}
 
 
-def _main(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> None:
+def run_job(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> None:
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(environment | {"WANDB_MODE": "disabled", "WDS_HOME": job.folder} | job.environment)

@@ -37,10 +37,18 @@ class Clock:
         """What is under way."""
         return self._since.activity
 
-    def turn(self, activity: Activity) -> None:
-        """Say that the activity so far is finished, and that another one begins."""
+    def turn(self, activity: Activity, also: float = 0.0) -> None:
+        """Say that the activity so far is finished, and that another one begins.
+
+        `also` are seconds of the finished one that belong to the new one.
+        """
         now = self._now()
-        self._since = _Since(activity, now, _spent(self._since, now))
+        spent = _spent(self._since, now)
+        if also:
+            left: float = getattr(spent, self._since.activity) - also
+            spent = replace(spent, **{self._since.activity: left})
+            spent = replace(spent, **{activity: getattr(spent, activity) + also})
+        self._since = _Since(activity, now, spent)
 
     def read(self) -> Spent:
         """What was spent so far, the activity under way included."""

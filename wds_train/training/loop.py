@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.run import Run
 from wds_train.checkpoint.scores import telling
 from wds_train.checkpoint.snapshot import Snapshot
@@ -41,6 +40,7 @@ from wds_train.training.setup import (
 )
 from wds_train.training.spot import SpotWatch
 from wds_train.training.stop import StopRequest
+from wds_train.training.waits import timed
 
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
@@ -138,7 +138,7 @@ class Session:
         trainer, epoch_steps = self._trainer, self._epoch_steps
         self._saved, self._saved_at = trainer.progress, time.monotonic()
         self._rebalance_said = False
-        batches = _timed(on_device(in_time(self._loader, self._stop), trainer.device), self._run.writer.clock)
+        batches = timed(in_time(self._loader, self._stop), self._run.writer.clock, trainer.device)
         while not is_over(self._options.recipe.schedule, trainer.progress):
             if self._look_up():
                 trainer.epoch_loss()
@@ -273,17 +273,6 @@ def _epoch_line(epoch: str, loss: float, metrics: dict[str, float], unreadable: 
         + (f"  {unreadable} unreadable" if unreadable else "")
         + (f"  {fallbacks} ranges asked for twice" if fallbacks else "")
     )
-
-
-def _timed(batches: Iterator[Batch], clock: Clock) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds that the training waited for it. The wait for the first belongs to the start."""
-    while True:
-        start = time.perf_counter()
-        if clock.activity != "start":
-            clock.turn("data")
-        batch = next(batches)
-        clock.turn("steps")
-        yield batch, time.perf_counter() - start
 
 
 def _is_logged(step: int, epoch_steps: int) -> bool:
