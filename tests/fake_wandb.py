@@ -11,14 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-ENTITY = {"id": "e", "name": "me"}
-PROJECT = {"id": "p", "name": "wds-train", "entity": ENTITY}
+DELETED = "run {} was previously created and deleted; try a new run name"
 
 
 class FakeWandb:
     """Set `broken` to a status to answer with, or to seconds of silence; `stopped`: whether somebody has pressed Stop.
 
     `history` is what each run's page shows, and `said` every GraphQL request: (name, variables).
+    `places` holds where each page is, as (entity, project). `deleted` holds the ids of pages that a
+    person deleted, and `refusal` a status and message to refuse to open any page with.
     """
 
     def __init__(self) -> None:
@@ -27,6 +28,9 @@ class FakeWandb:
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.ends: list[dict[str, Any]] = []
         self.said: list[tuple[str, dict[str, Any]]] = []
+        self.places: dict[str, set[tuple[str, str]]] = {}
+        self.deleted: set[str] = set()
+        self.refusal: tuple[int, str] | None = None
 
     def __enter__(self) -> Self:
         wandb = self
@@ -58,6 +62,11 @@ class FakeWandb:
         self._server.shutdown()
         self._server.server_close()
 
+    def delete(self, run: str) -> None:
+        """Delete a page, as a person does."""
+        self.deleted.add(run)
+        del self.history[run]
+
     def alerts(self) -> list[str]:
         return [values["title"] for name, values in self.said if name == "NotifyScriptableRunAlert"]
 
@@ -67,13 +76,30 @@ class FakeWandb:
             return
         if isinstance(self.broken, float):
             time.sleep(self.broken)
-        status = self.broken if isinstance(self.broken, int) else 200
-        answer = json.dumps(self._say(request.path, json.loads(body or b"{}")) if status == 200 else {}).encode()
+        asked = json.loads(body or b"{}")
+        status, message = self._refused(request.path, asked)
+        if status == 200:
+            answer = json.dumps(self._say(request.path, asked)).encode()
+        else:
+            answer = json.dumps({"errors": [{"message": message}]} if message else {}).encode()
         request.send_response(status)
         request.send_header("Content-Type", "application/json")
         request.send_header("Content-Length", str(len(answer)))
         request.end_headers()
         request.wfile.write(answer)
+
+    def _refused(self, path: str, asked: dict[str, Any]) -> tuple[int, str]:
+        """The status to answer with, and the message of an error."""
+        if isinstance(self.broken, int):
+            return self.broken, ""
+        if self.refusal is not None and "UpsertBucket" in asked.get("query", ""):
+            return self.refusal
+        name = (asked.get("variables") or {}).get("name")
+        if name in self.deleted and "UpsertBucket" in asked.get("query", ""):
+            return 409, DELETED.format(name)
+        if path.endswith("/file_stream") and path.split("/")[-2] in self.deleted:
+            return 404, "run not found"
+        return 200, ""
 
     def _say(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
         if path.endswith("/file_stream"):
@@ -84,10 +110,13 @@ class FakeWandb:
         values = asked.get("variables") or {}
         self.said.append((name[0], values))
         known = self.history.get(values.get("name"))
-        bucket = None if known is None else _bucket(values.get("name"), known)
+        entity = {"id": "e", "name": values.get("entity") or "me"}
+        project = {"id": "p", "name": values.get("project") or "uncategorized", "entity": entity}
+        bucket = None if known is None else _bucket(values.get("name"), known, project)
+        new = _bucket(values.get("name"), [], project)
         found: dict[str, Any] = {
-            "RunResumeStatus": {"model": PROJECT | {"bucket": bucket}},
-            "UpsertBucket": {"upsertBucket": {"bucket": _bucket(values.get("name"), []), "inserted": known is None}},
+            "RunResumeStatus": {"model": project | {"bucket": bucket}},
+            "UpsertBucket": {"upsertBucket": {"bucket": new, "inserted": known is None}},
             "ServerFeaturesQuery": {"serverInfo": {"features": []}},
             "Viewer": {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
             "CreateRunFiles": {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": []}},
@@ -95,6 +124,8 @@ class FakeWandb:
         }
         if name[0] == "UpsertBucket" and values.get("name"):
             self.history.setdefault(values["name"], [])
+            if values.get("project"):  # W&B leaves both out when it changes a run that is open
+                self.places.setdefault(values["name"], set()).add((entity["name"], project["name"]))
         return {"data": found[name[0]]} if name[0] in found else {"errors": [{"message": f"no {name[0]}"}]}
 
     def _stream(self, run: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -107,12 +138,12 @@ class FakeWandb:
         return {"stopped": self.stopped}
 
 
-def _bucket(run: str | None, history: list[dict[str, Any]]) -> dict[str, Any]:
+def _bucket(run: str | None, history: list[dict[str, Any]], project: dict[str, Any]) -> dict[str, Any]:
     lines = {"historyLineCount": len(history), "eventsLineCount": 0, "logLineCount": 0, "eventsTail": "[]"}
     last = json.dumps(history[-1]) if history else "{}"
     texts = {"summaryMetrics": last, "config": "{}", "wandbConfig": '{"t": {}}', "historyTail": json.dumps([last])}
     names = {"id": "x", "name": run, "displayName": "d", "sweepName": None, "tags": []}
-    return names | lines | texts | {"project": PROJECT}
+    return names | lines | texts | {"project": project}
 
 
 def offline_records(folder: Path) -> list[Any]:

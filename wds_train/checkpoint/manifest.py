@@ -28,10 +28,18 @@ NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 CHECKPOINT_KEYS = re.compile(r"ckpt/\d+-\d+-\d+\.safetensors")
 SEGMENT_KEYS = re.compile(r"metrics/\d+-\d+-\d+(-ahead)?\.jsonl")
 SHA256 = re.compile("[0-9a-f]{64}")
+ADDRESS = re.compile(r"(https?://[!-~]+)?")  # of a page in a browser; "" where there is none
 LONGEST_LEASE = 3600.0  # seconds; a claimant waits for as long as a manifest says
 MOST_CLASSES = 1 << 24
 RESULT = ("val/top1", "val/top1_ema")  # every validation gives them, among others
-ADDED = {"earlier", "rollbacks", "result", "replayed", "unsafe_store"}  # to the manifest, since its first version
+ADDED = {
+    "earlier",
+    "rollbacks",
+    "result",
+    "replayed",
+    "unsafe_store",
+    "page",
+}  # to the manifest, since its first version
 REPLAYED = 50  # segments kept of rows that no checkpoint goes with
 LISTED = 100  # attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever
 KEPT = 2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
@@ -187,6 +195,19 @@ DATASET = {"url": str, "fingerprint": str, "classes": int, "mix": tuple[Mixed, .
 
 
 @dataclass(frozen=True)
+class Page:
+    """Where Weights & Biases shows a run, whose id there is `RunManifest.wandb_id`.
+
+    `project` and `entity` are those that the run was first shown in, whatever the settings of
+    later starts say; "" where none is known yet. `url` is the page's address, "" until W&B has answered.
+    """
+
+    project: str = ""
+    entity: str = ""
+    url: str = ""
+
+
+@dataclass(frozen=True)
 class RunManifest:
     """All that is known of a run. `attempts` are the newest LISTED, `earlier` sums up those before them. `written` is
     Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not finite. `replayed`
@@ -213,6 +234,7 @@ class RunManifest:
     earlier: Totals = Totals()
     result: dict[str, float] = field(default_factory=dict)
     unsafe_store: bool = False
+    page: Page = Page()
 
     def claimed(self, owner: Owner, lease: float, now: float) -> "RunManifest":
         """The manifest of its next owner, the attempt of the one before ended."""
@@ -353,6 +375,9 @@ def _flaws(run: RunManifest) -> Iterator[str]:
         ("fence", run.fence, run.fence >= 0, "at least 0"),
         ("lease", run.lease, 0 <= run.lease <= LONGEST_LEASE, f"0 to {LONGEST_LEASE:g} seconds"),
         ("status", run.status, run.status in STATUSES, f"one of {', '.join(STATUSES)}"),
+        ("page.project", run.page.project, run.page.project.isprintable(), "a name"),
+        ("page.entity", run.page.entity, run.page.entity.isprintable(), "a name"),
+        ("page.url", run.page.url, bool(ADDRESS.fullmatch(run.page.url)), "an address of the web"),
         ("result", run.result, run.status != "done" or {*RESULT} <= {*run.result}, f"one with {' and '.join(RESULT)}"),
     ]
     for where, at, keys in named:

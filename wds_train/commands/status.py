@@ -118,6 +118,7 @@ def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str
         "failures": totals.failures,
         "rollbacks": manifest.rollbacks,
         "unsafe_store": manifest.unsafe_store,
+        "wandb": manifest.page.url or None,
         "hours": round(hours, 4),
         "dollars": round(hours * price, 2)
         if price is not None
@@ -186,6 +187,8 @@ def _lines(status: dict[str, Any]) -> list[str]:
         f"time         {status['hours']:.2f} hours{dollars}",
         f"goodput      {goodput.told(Parts(**status['goodput']['seconds']))}",
     ]
+    if status["wandb"]:
+        lines.append(f"W&B          {status['wandb']}")
     if status["unsafe_store"]:
         lines.append("store        ignores conditional writes (--unsafe-store): never train this run twice at a time")
     return lines

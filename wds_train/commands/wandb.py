@@ -6,31 +6,43 @@ import os
 from wds_train.checkpoint.find import find_run
 from wds_train.commands.arguments import add_run, run_url
 from wds_train.errors import RunError, UsageError
-from wds_train.tracking.console import loading
+from wds_train.tracking.console import loading, say
 
 FINISH_SECONDS = 300.0  # for W&B to take everything
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
+    for name in ("project", "entity"):
+        parser.add_argument(
+            f"--{name}",
+            metavar="NAME",
+            help=f"move the run's page to this {name} of W&B; the page before stays as it is",
+        )
 
 
 def run(args: argparse.Namespace) -> int:
     loading()
+    from wds_train.checkpoint.amend import amend
     from wds_train.checkpoint.read import from_newest
     from wds_train.checkpoint.run import Run
-    from wds_train.tracking.board import Board, one_line, send, usual_mode
+    from wds_train.tracking.board import one_line, send, usual_mode
+    from wds_train.tracking.page import PageError, RunPage
 
     mode = usual_mode()
     if mode == "disabled":
         raise UsageError("WANDB_MODE is disabled; unset it")
     manifest, store = find_run(run_url(args.run, args.bucket))
     history = from_newest(store, manifest, lambda newest: Run(store, newest, "", leads=False).history())
+    page = RunPage(manifest, store.url, lambda change: amend(store, change, say), say)
+    page.settle(args.project, args.entity)
     try:
-        board = Board.open(manifest, mode, {}, finish_timeout=FINISH_SECONDS)
+        board = page.open(mode, {}, finish_timeout=FINISH_SECONDS)
         where = board.where
         send(board, history)
         board.finish(manifest, store.url)
+    except PageError as error:
+        raise RunError(f"{error}; nothing is lost: try again") from error
     except Exception as error:
         raise RunError(f"W&B failed ({one_line(error)}); nothing is lost: try again") from error
     steps = len({row.get("step") for row in history})

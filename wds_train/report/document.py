@@ -84,13 +84,18 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """`facts` are name, value and remark of what stands at the top; `notes` say what is missing."""
+    """A report.
+
+    `facts` are name, value and remark of what stands at the top. `notes` say what is missing.
+    `link` is a name and the address of a page on the web.
+    """
 
     title: str
     subtitle: str
     facts: Sequence[tuple[str, str, str]]
     sections: Sequence[Section]
     notes: Sequence[str] = field(default_factory=list)
+    link: tuple[str, str] | None = None
 
 
 def write(document: Document, folder: Path, name: str) -> Path:

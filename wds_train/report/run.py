@@ -56,6 +56,7 @@ def report(account: Account, prices: Prices, findings: Findings | str) -> Docume
         subtitle=f"{account.url}, {_state(account)}, last written {date(account.manifest.written)}",
         facts=_facts(account, attempts, cost),
         notes=account.notes,
+        link=("The run in Weights & Biases", page) if (page := account.manifest.page.url) else None,
         sections=[
             Section("Result", [Text(expectation(account)), *_curves(account), *_milestones(account)]),
             Section("Goodput", goodput_blocks(account.manifest, time.time())),

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from wds_train.checkpoint.choice import best_weights
 from wds_train.checkpoint.goodput import Parts
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.manifest import Page, RunManifest
 from wds_train.checkpoint.standing import where_time_went
 from wds_train.home import home
 from wds_train.tracking.records import Row
@@ -35,8 +35,15 @@ class Board:
 
     @classmethod
     def open(cls, manifest: RunManifest, mode: Any, config: dict[str, Any], **settings: Any) -> Self:
-        """The page of the run whose id the manifest holds, be it new or not; offline, in a folder below `home()`. `config` is
-        told besides the recipe and the dataset.
+        """Open the page whose id, project and entity the manifest holds, be it new or not.
+
+        Args:
+            mode: "online", or "offline" for a folder below `home()`.
+            config: What the page shows besides the recipe and the dataset.
+            settings: More fields of `wandb.Settings`.
+
+        Raises:
+            Exception: Whatever W&B raises; `tracking.page` makes a sentence of it.
         """
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or it reports to its maker even when offline
@@ -47,7 +54,8 @@ class Board:
         run = wandb.init(
             id=manifest.wandb_id,
             resume="allow" if mode == "online" else None,
-            project=os.environ.get("WANDB_PROJECT", "wds-train"),
+            project=manifest.page.project,
+            entity=manifest.page.entity or None,
             name=manifest.run,
             dir=str(home()),
             config=manifest.recipe | {"dataset": manifest.dataset} | config,
@@ -66,6 +74,11 @@ class Board:
         import wandb
 
         wandb.teardown()
+
+    @property
+    def page(self) -> Page:
+        """The page that W&B has opened; what W&B does not say offline is ""."""
+        return Page(self._run.project or "", self._run.entity or "", self._run.url or "")
 
     @property
     def where(self) -> str:

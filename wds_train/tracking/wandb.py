@@ -10,13 +10,15 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
+from wds_train.checkpoint.manifest import RunManifest
 from wds_train.checkpoint.run import Run
-from wds_train.errors import Interrupted, NotFinite, StoppedByPerson
+from wds_train.errors import Interrupted, NotFinite, RunError, StoppedByPerson
 from wds_train.evaluation.findings import Findings
 from wds_train.format.manifest import ClassInfo
 from wds_train.tracking.board import Board, one_line, send, usual_mode
 from wds_train.tracking.console import say
 from wds_train.tracking.machine import revision, versions
+from wds_train.tracking.page import Change, PageError, RunPage
 from wds_train.tracking.pictures import first_batch, tables, tiles
 from wds_train.tracking.records import Row
 
@@ -106,23 +108,34 @@ class Tracker:
             board.finish(self.run.manifest, self.run.store.url)
         except TimeoutError:
             self._warn(f"W&B has not taken all; {_remedy(self.run)}")
+        except PageError as error:
+            self._warn(f"{error}; training goes on without W&B; {_remedy(self.run)}")
         except Exception as error:
             self.where = None
             self._warn(f"W&B failed ({one_line(error)}); training goes on without it; {_remedy(self.run)}")
 
     def _open(self, details: dict[str, Any]) -> Board:
-        """The run's page: online with a login, offline where there is none, or no answer."""
+        """Open the run's page: online with a login, offline without one or where W&B refuses."""
         config = {"git": revision(), "versions": versions()} | details
-        opened = partial(Board.open, self.run.manifest, finish_timeout=FINISH_SECONDS, stop_fn=self.stop)
+        page = RunPage(self.run.manifest, self.run.store.url, self._amend, self._warn)
+        page.settle()
+        opened = partial(page.open, config=config, finish_timeout=FINISH_SECONDS, stop_fn=self.stop)
         mode = usual_mode()
         try:
-            return opened(mode, config)
-        except Exception as error:
+            return opened(mode)
+        except PageError as error:
             if mode != "online":
                 raise
-            self._warn(f"W&B does not answer ({one_line(error)}); going on offline")
-            Board.forget()
-            return opened("offline", config)
+            self._warn(f"{error}; going on offline; {_remedy(self.run)}")
+            return opened("offline")
+
+    def _amend(self, change: Change) -> RunManifest:
+        """Write the manifest as the run's owner, which refuses where another one has come."""
+        writer = self.run.writer
+        if writer.closed.is_set() and writer.manifest.unsafe_store:
+            raise RunError("the training has ended, and the store could not refuse a late write")
+        writer.write(change)
+        return writer.manifest
 
     def _warn(self, message: str) -> None:
         """Nothing more, once it was said that W&B is left behind: the end of the process breaks what it is at."""
