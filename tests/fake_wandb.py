@@ -92,7 +92,7 @@ class FakeWandb:
         """The status to answer with, and the message of an error."""
         if isinstance(self.broken, int):
             return self.broken, ""
-        if self.refusal is not None and "UpsertBucket" in asked.get("query", ""):
+        if self.refusal is not None and ("UpsertBucket" in asked.get("query", "") or self.refusal[0] == 401):
             return self.refusal
         name = (asked.get("variables") or {}).get("name")
         if name in self.deleted and "UpsertBucket" in asked.get("query", ""):

@@ -153,12 +153,12 @@ class RunPage:
             return PageError(f"W&B failed ({text})")
         if UNANSWERED.search(text):
             return PageError(f"W&B does not answer ({text})")
-        if isinstance(error, wandb.errors.AuthenticationError) or KEY_REFUSED.search(text):
-            return PageError(f"W&B refuses the API key ({text}); set WANDB_API_KEY to a right one, or `wandb login`")
-        where = f"project {page.project}" + (f" of {page.entity}" if page.entity else "")
         if page == self._written and not page.url:
             self._remember(Page())
             self.manifest = replace(self.manifest, page=page)  # for an offline run
+        if isinstance(error, wandb.errors.AuthenticationError) or KEY_REFUSED.search(text):
+            return PageError(f"W&B refuses the API key ({text}); set WANDB_API_KEY to a right one, or `wandb login`")
+        where = f"project {page.project}" + (f" of {page.entity}" if page.entity else "")
         return PageError(
             f"W&B refuses {where} ({text}); see that it is there and that the API key has rights to it, or "
             f"name another: wds-train wandb {shlex.quote(self._run_url)} --project NAME --entity NAME"
