@@ -234,7 +234,6 @@ def test_every_variable_has_a_range() -> None:
     assert {"SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"} <= SLURM.keys()
 
 
-@pytest.mark.timeout(180)
 def test_two_tasks_train_one_run(job: pytest.MonkeyPatch, small: str, tmp_path: Path) -> None:
     """The processes are as srun would start them."""
     run = str(tmp_path / "run")

@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from waiting import SECONDS, wait_until
 
 from wds_train.checkpoint.lease import read_run
 from wds_train.cli import entry, main
+from wds_train.errors import NotFound
 from wds_train.storage.open import open_store
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -43,8 +45,9 @@ SETTINGS = [
 STEPS_PER_EPOCH, EPOCHS, BATCH = 11, 4, 16
 SAMPLES = STEPS_PER_EPOCH * BATCH + 5  # of which five are left over in each epoch
 
-# Instead of a signal: the thread that comes by sleeps, the others go on; the weights of the trainer that comes by break.
-HOLD, HOLD_SECONDS = 0, 2.0
+# Instead of a signal: the thread that comes by is held until the test releases the training, the others go on; with
+# POISON, the weights of the trainer that comes by break before.
+HOLD = 0
 POISON = -1
 
 # Where a process can be made to stop: (module, owner of the function, function, before or after it).
@@ -94,10 +97,15 @@ def wait_for_commit(run: str, beyond: int = 0) -> None:
     """Until the run's manifest names a checkpoint of a step beyond that: an epoch's line comes before its commit, which
     goes on beside the training.
     """
-    deadline = time.monotonic() + 60
-    while not any(checkpoint.progress.step > beyond for checkpoint in read_run(open_store(run))[0].checkpoints):
-        assert time.monotonic() < deadline, f"nothing beyond step {beyond} was committed to {run}"
-        time.sleep(0.05)
+
+    def committed() -> bool:
+        try:
+            manifest, _ = read_run(open_store(run))
+        except NotFound:
+            return False  # it has not been claimed yet
+        return manifest.step > beyond
+
+    wait_until(committed, f"a commit beyond step {beyond} to {run}")
 
 
 def make_dataset(folder: Path) -> str:
@@ -121,9 +129,10 @@ class Training:
         Training.count += 1
         place = Path(job.folder) / f"{Training.count:04d}"
         self.log, self.steps_log = place.with_suffix(".log"), place.with_suffix(".steps")
+        self._released = place.with_suffix(".go")
         self.log.touch()
         environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "WDS_"))}
-        arguments = (job, str(self.log), str(self.steps_log), environment)
+        arguments = (job, str(self.log), str(self.steps_log), str(self._released), environment)
         self.process = CONTEXT.Process(target=run_job, args=arguments)
         self.process.start()
         assert self.process.pid is not None
@@ -133,7 +142,7 @@ class Training:
     def output(self) -> str:
         return self.log.read_text()
 
-    def until(self, pattern: str, seconds: float = 60) -> None:
+    def until(self, pattern: str, seconds: float = SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.output):
             assert self.process.is_alive() and time.monotonic() < deadline, f"{pattern!r} never came:\n{self.output}"
@@ -143,10 +152,15 @@ class Training:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def end(self, sent: int | None = None, seconds: float = 120) -> int:
-        """The exit status, negative for a signal."""
+    def release(self) -> None:
+        """Let a training that is held go on."""
+        self._released.touch()
+
+    def end(self, sent: int | None = None, seconds: float = SECONDS) -> int:
+        """The exit status, negative for a signal. One that is held goes on once it has the signal."""
         if sent is not None:
             self.send(sent)
+        self.release()
         self.process.join(seconds)
         assert self.process.exitcode is not None, f"still running:\n{self.output}"
         return self.process.exitcode
@@ -159,7 +173,7 @@ class Training:
         return {entry[0]: entry[1] for entry in map(json.loads, lines)}
 
 
-def run_job(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> None:
+def run_job(job: Job, log: str, steps_log: str, released: str, environment: dict[str, str]) -> None:
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(environment | {"WANDB_MODE": "disabled", "WDS_HOME": job.folder} | job.environment)
@@ -178,7 +192,7 @@ def run_job(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> 
     SpotWatch.__init__.__defaults__ = (None, 0.02)  # looks for the notice more often
     _log_steps(Trainer, steps_log)
     if job.point:
-        _stop_at(job)
+        _stop_at(job, Path(released))
     if job.revalidate:
         _revalidate()
     settings = [part for setting in (*job.defaults, *job.settings) for part in ("--set", setting)]
@@ -218,7 +232,7 @@ def _revalidate() -> None:
     _Session._train = scored  # type: ignore[method-assign]
 
 
-def _stop_at(job: Job) -> None:
+def _stop_at(job: Job, released: Path) -> None:
     module, owner, name, when = POINTS[job.point]
     held = getattr(_module(module), owner) if owner else _module(module)
     function: Callable[..., Any] = getattr(held, name)
@@ -236,13 +250,12 @@ def _stop_at(job: Job) -> None:
         if next(passes) != job.nth:
             return
         print(f"held at {job.point}", flush=True)
-        if job.sent == HOLD:
-            time.sleep(HOLD_SECONDS)
-        elif job.sent == POISON:
-            next(arguments[0].model.parameters()).data.fill_(float("nan"))
-            time.sleep(0.2)  # for a test that sends a signal at this very moment
-        else:
+        if job.sent > 0:
             os.kill(os.getpid(), job.sent)
+            return
+        if job.sent == POISON:
+            next(arguments[0].model.parameters()).data.fill_(float("nan"))
+        wait_until(released.exists, "the release")
 
     # `getattr` gave a classmethod bound, and must not be bound once more.
     setattr(held, name, staticmethod(wrapped) if hasattr(function, "__self__") else wrapped)

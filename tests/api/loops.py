@@ -19,7 +19,7 @@ def loop(dataset: str, folder: Path, rank: int, world: int, dies_at: int | None)
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=120)
         )
     loader = TrainLoader(dataset, BATCH, epochs=EPOCHS, size=SIZE, seed=SEED, workers=1, flip=0)
     state = folder / "state.json"

@@ -29,7 +29,7 @@ def kill_worker(number: int, which: int = 0) -> int:
     worker = active_children()[which]
     assert worker.pid is not None
     os.kill(worker.pid, number)
-    worker.join(60)
+    worker.join(120)
     assert worker.exitcode is not None
     return worker.pid
 
@@ -37,7 +37,7 @@ def kill_worker(number: int, which: int = 0) -> int:
 @pytest.fixture(autouse=True)
 def no_others() -> Iterator[None]:
     """Workers of an earlier test would be taken for this one's."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert active_children() == []

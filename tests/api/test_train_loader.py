@@ -102,7 +102,7 @@ def test_killed_on_two_ranks_and_resumed_on_one(digits: Dataset, tmp_path: Path)
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(60)
+            process.join(120)
         return [process.exitcode for process in ranks]
 
     def noted(folder: Path, world: int) -> dict[int, list[Any]]:

@@ -1,12 +1,11 @@
 """Rows of metrics that are on S3 before their commit: those of an attempt that ended before it are kept as replayed."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_checkpoint import FRESH, snapshot
+from waiting import wait_until
 
 from wds_train.checkpoint import lease as leases
 from wds_train.checkpoint import manifest as states
@@ -49,13 +48,6 @@ def commit(run: Run, step: int) -> None:
     run.committer.wait()
 
 
-def until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def steps(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
     return [(row["time/attempt"], row["step"]) for row in rows]
 
@@ -63,16 +55,16 @@ def steps(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
 def test_rows_beyond_the_last_commit_of_a_killed_attempt_are_replayed(store: Store) -> None:
     first = begun(store)
     log(first, 1, 2, 3)
-    until(lambda: first.manifest.replayed)
+    wait_until(lambda: first.manifest.replayed)
     commit(first, 2)  # of a snapshot from before step 3, which goes up later
     assert steps(Run(store, *read_run(store)).replayed()) == []  # it may yet commit them
     log(first, 4)
-    until(lambda: len(first.manifest.replayed) == 2)
+    wait_until(lambda: len(first.manifest.replayed) == 2)
     second = begun(store)  # the first was killed
     assert steps(second.replayed()) == [(1, 3), (1, 4)]
     assert second.replayed() == [row(first, 3), row(first, 4)]
     log(second, 3)
-    until(lambda: len(second.manifest.replayed) == 3)
+    wait_until(lambda: len(second.manifest.replayed) == 3)
     commit(second, 4)
     assert steps(second.replayed()) == [(1, 3), (1, 4)]  # nothing of the second's, which is committed
     assert {entry.key for entry in store.list()} == second.manifest.keys | {states.NAME}
@@ -82,7 +74,7 @@ def test_what_is_committed_before_is_not_put(store: Store) -> None:
     run = begun(store)
     commit(run, 5)
     log(run, 5)
-    until(lambda: not run.ahead._rows)
+    wait_until(lambda: not run.ahead._rows)
     assert run.manifest.replayed == ()
 
 
@@ -105,9 +97,9 @@ def test_rows_that_cannot_be_put_are_put_later(
 
     monkeypatch.setattr(store, "write", fails)
     log(run, 1)
-    until(lambda: "the newest rows of the metrics wait" in capsys.readouterr().out)
+    wait_until(lambda: "the newest rows of the metrics wait" in capsys.readouterr().out)
     monkeypatch.setattr(store, "write", write)
-    until(lambda: run.manifest.replayed)
+    wait_until(lambda: run.manifest.replayed)
     run.committer.check()  # nothing ends the training
 
 
@@ -115,7 +107,7 @@ def test_one_that_was_replaced_puts_no_more(store: Store) -> None:
     old = begun(store)
     new = begun(store)
     log(old, 1)
-    until(lambda: old.writer.fatal)
+    wait_until(lambda: old.writer.fatal)
     assert (new.manifest.replayed, read_run(store)[0].replayed) == ((), ())
 
 
@@ -123,7 +115,7 @@ def test_their_number_is_bounded(store: Store) -> None:
     run = begun(store)
     for step in range(1, REPLAYED + 3):
         log(run, step)
-        until(lambda at=step: at in [segment.step for segment in run.manifest.replayed])
+        wait_until(lambda at=step: at in [segment.step for segment in run.manifest.replayed])
     assert [segment.step for segment in run.manifest.replayed] == list(range(3, REPLAYED + 3))
     again = begun(store)
     assert {entry.key for entry in store.list("metrics/")} == {s.object.key for s in again.manifest.replayed}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from waiting import wait_until
 
 from wds_train.checkpoint import lease as leases
 from wds_train.checkpoint import manifest as states
@@ -119,14 +120,17 @@ def test_an_owner_that_lives_is_waited_for_however_long(
     """It commits nothing for several leases, and only renews."""
     monkeypatch.setattr(leases, "LEASE_SECONDS", 3.0)
     monkeypatch.setattr(leases, "is_gone", lambda owner: False)
-    store, end = open_store(str(tmp_path / "run")), time.monotonic() + 9
+    store = open_store(str(tmp_path / "run"))
     owner = Run.claim(store, FRESH, said.append)
+    seen = {store.head(states.NAME)[1]}
     owner.begin()
 
-    def pause(seconds: float) -> None:
-        if time.monotonic() > end:
+    def pause(_: float) -> None:
+        """Until the owner has renewed once more: on a slow machine later than after a lease."""
+        if len(seen) > 2 * leases.RENEWALS:
             raise TimeoutError
-        time.sleep(seconds)
+        wait_until(lambda: store.head(states.NAME)[1] not in seen, "a renewal")
+        seen.add(store.head(states.NAME)[1])
 
     with pytest.raises(TimeoutError):
         Run.claim(store, FRESH, said.append, pause=pause)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from trainers import Job, Training
+from trainers import HOLD, Job, Training, all_ended, wait_for_commit
 
 from wds_train.checkpoint import manifest as states
 from wds_train.checkpoint.lease import read_run
@@ -38,8 +38,11 @@ SETTINGS = (
 def trained(small: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A dataset and a finished run, not to be written to."""
     folder = tmp_path_factory.mktemp("trained")
-    training = Training(Job(small, str(folder / "run"), str(folder), settings=SETTINGS, arguments=("--price", "36")))
-    assert training.end() == 0, training.output
+    job = Job(small, str(folder / "run"), str(folder), settings=SETTINGS, arguments=("--price", "36"))
+    training = Training(replace(job, point="before a step", nth=13, sent=HOLD))
+    with all_ended([training]):
+        wait_for_commit(job.run)  # so that rows after it can say what it cost
+        assert training.end() == 0, training.output
     return small, str(folder / "run")
 
 
@@ -98,7 +101,8 @@ def test_rows_say_what_is_repeatable_and_how_it_went_this_time(run: Path) -> Non
     assert all(any(cost in row for row in steps) for cost in ("commit/stall_ms", "commit/upload_s"))
     assert {row["time/attempt"] for row in rows} == {1}
     times = [row["time/unix"] for row in rows]
-    assert times == sorted(times) and attempt.started <= times[0] <= times[-1] <= attempt.started + attempt.seconds
+    ended = attempt.started + attempt.seconds + 0.1  # to which the seconds are rounded
+    assert times == sorted(times) and attempt.started <= times[0] <= times[-1] <= ended
     assert (attempt.step, attempt.price, attempt.hardware) == (0, 36.0, "CPU, 1 threads")
 
 

@@ -148,7 +148,7 @@ def test_a_dead_server_is_an_error_within_the_deadline(
         began = time.monotonic()
         with pytest.raises(Unavailable, match=r"train/shard-\d+\.tar"):
             list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, workers))
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 100  # not the usual 120 s
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_a_phone_and_a_keyboard_are_enough(page: Page, tmp_path: Path) -> None:
 
 
 def until(browser: Browser, condition: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not browser.evaluate(condition):
         assert time.monotonic() < deadline, condition
         time.sleep(0.05)

@@ -25,7 +25,7 @@ class Page:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.http = httpx.Client(base_url=url, timeout=60, trust_env=False)
+        self.http = httpx.Client(base_url=url, timeout=120, trust_env=False)
         config = self.http.get("/config").json()
         ids = {entry["type"]: entry["id"] for entry in config["components"] if entry["type"] in ("radio", "button")}
         self.choice = next(e for e in config["components"] if e["type"] == "radio")["props"]["value"]
@@ -82,7 +82,7 @@ def served_page(command: list[str], folder: Path, port: int) -> Iterator[tuple[P
                 os.killpg(process.pid, number)
                 time.sleep(0.01)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
+                process.wait(120)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

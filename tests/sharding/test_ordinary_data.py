@@ -558,7 +558,7 @@ def test_an_overwritten_dataset_stays_whole_until_the_new_one_is(tmp_path: Path)
             [*begin, "--overwrite", "--seed", "5"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5 + draw.random() * 0.8 if kill < 7 else 60)
+            process.wait(0.5 + draw.random() * 0.8 if kill < 7 else 120)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert wds_train(["verify", str(out)]) == 0  # the one or the other, and whole
@@ -579,7 +579,7 @@ def test_two_overwrites_at_once(tmp_path: Path) -> None:
         subprocess.Popen([*begin, "--overwrite", "--seed", seed], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         for seed in ("5", "6")
     ]
-    errors = [process.communicate(timeout=60)[1] for process in both]
+    errors = [process.communicate(timeout=120)[1] for process in both]
     assert 0 in [process.returncode for process in both]
     assert not any(b"Traceback" in error for error in errors), errors
     assert wds_train(["verify", str(out)]) == 0

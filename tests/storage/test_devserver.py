@@ -75,10 +75,10 @@ def stored_as(folder: Path, content: bytes) -> str:
 
 def asked(port: int, scheme: str, method: str, path: str) -> int | None:
     """The status of an answer to a stranger; None if there was none."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     if scheme == "https":
         context = ssl._create_unverified_context()
-        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=context)
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=120, context=context)
     try:
         connection.request(method, path, b"overwritten" if method in ("PUT", "POST") else None)
         return connection.getresponse().status
@@ -217,7 +217,7 @@ def test_only_the_s3_port_serves_and_only_with_keys(tmp_path: Path) -> None:
     assert [port for port in ports if speaks_grpc(port)] == []
     program = embedded._command(tmp_path, endpoint.ports)[0]
     command = [program, "filer.cat", f"http://127.0.0.1:{filer}/buckets/embedded/x/known"]
-    assert secret not in subprocess.run(command, check=False, stdout=subprocess.PIPE, cwd="/", timeout=60).stdout
+    assert secret not in subprocess.run(command, check=False, stdout=subprocess.PIPE, cwd="/", timeout=120).stdout
     assert [entry.key for entry in store.list()] == ["known"] and store.read("known") == secret
     assert tmp_path.stat().st_mode & 0o077 == 0
     embedded.stop(tmp_path)

@@ -241,7 +241,7 @@ def test_a_fork_while_a_client_is_made(near: S3Store, monkeypatch: pytest.Monkey
     begun.wait()
     if (child := os.fork()) == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(5)  # the end of a child that waits for a thread which it does not have
+        signal.alarm(120)  # the end of a child that waits for a thread which it does not have
         near.reconnect()
         os._exit(0 if read_all(near) else 1)
     reader.join()
@@ -299,7 +299,7 @@ def scripted(*pieces: bytes, pause: float = 0.0) -> Iterator[tuple[Ranges, list[
             while True:
                 connection, _ = server.accept()
                 asked.append(b"")
-                connection.settimeout(5)
+                connection.settimeout(120)
                 threading.Thread(target=answer, args=(connection, len(asked) - 1), daemon=True).start()
 
     def answer(connection: socket.socket, number: int) -> None:

@@ -374,7 +374,7 @@ def test_a_dead_server_ends_in_a_clear_error_within_the_deadline(
         hasty.read("big" if kind in ("stall", "truncate", "drip") else "m")
     if kind == "status":
         assert f"after {fault_proxy.count('GET')} attempts" in str(caught.value)
-    assert time.monotonic() - began < 15  # 1.5 s, 1.75 s that 3.5 MB may take, one socket timeout; and a slow machine
+    assert time.monotonic() - began < 100  # not the usual 120 s; at leisure it takes 1.5 s, and what a read may take
 
 
 def test_many_reads_under_random_faults_give_the_same_bytes(proxied: S3Store, fault_proxy: FaultProxy) -> None:
@@ -477,7 +477,7 @@ def test_settings_that_cannot_work_are_named(
         open_store(s3_url).read("a")
     assert s3_url in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 100  # not the usual 120 s
 
 
 def test_a_bucket_name_that_cannot_be_is_named(s3: S3Store) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from fake_wandb import FakeWandb, offline_history
-from trainers import Job, Training, all_ended
+from trainers import HOLD, Job, Training, all_ended
+from waiting import wait_until
 
 from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.manifest import RunManifest
@@ -23,10 +24,16 @@ from wds_train.tracking.records import Row
 OFFLINE = {"WANDB_MODE": "offline"}
 PICTURES = {"train/first_batch", "val/mistakes", "val/confused", "val/classes"}
 LONG = ("schedule.epochs=400",)
+ENDLESS = ("schedule.epochs=100000",)  # also on a fast machine, for as long as W&B takes to ask
 SOME = ("schedule.epochs=12",)
-FEW = ("schedule.epochs=8",)  # enough for W&B to fail before the end
-# Without a report at the end, which takes as long as the training.
-PLAIN: dict[str, Any] = {"training.train.REPORT_SECONDS": 0.0}
+FEW = ("schedule.epochs=8",)
+# Without a report at the end, which takes as long as the training; and with all the time that W&B may need.
+PLAIN: dict[str, Any] = {
+    "training.train.REPORT_SECONDS": 0.0,
+    "tracking.board.INIT_SECONDS": 100.0,
+    "tracking.wandb.FINISH_SECONDS": 100.0,
+    "tracking.wandb.HASTY_SECONDS": 100.0,
+}
 
 
 @pytest.fixture
@@ -79,13 +86,16 @@ def assert_whole(rows: list[Row], url: str) -> None:
     assert times == sorted(times) and started < times[0] < times[-1] < time.time()
 
 
-def killed_thrice(job: Job) -> str:
-    """What the last attempt says."""
-    for epoch in (3, 6, 9):
-        training = Training(job)
+def killed_thrice(job: Job, wandb: FakeWandb | None = None) -> str:
+    """What the last attempt says. Those before are killed once W&B has what they say at their start."""
+    for number in range(3):
+        training = Training(replace(job, point="before a step", nth=3 * 11 + 1, sent=HOLD))
         with all_ended([training]):
-            training.until(rf"epoch +{epoch}/12")
-            training.end(signal.SIGKILL)
+            training.until("held at")
+            if wandb is not None:
+                wait_until(lambda sent=number: wandb.alerts() == ["resumed"] * sent and wandb.history, "the page")
+            training.send(signal.SIGKILL)
+            training.end()
     code, output = end(job)
     assert code == 0, output
     return output
@@ -93,9 +103,8 @@ def killed_thrice(job: Job) -> str:
 
 def test_a_run_killed_thrice_is_one_run_without_gaps(small: str, url: str, tmp_path: Path, wandb: FakeWandb) -> None:
     patient = PLAIN | {"tracking.wandb.BACKLOG": 10_000}  # this training is over before W&B is there
-    output = killed_thrice(
-        Job(small, url, str(tmp_path), settings=SOME, environment=wandb.environment, constants=patient)
-    )
+    job = Job(small, url, str(tmp_path), settings=SOME, environment=wandb.environment, constants=patient)
+    output = killed_thrice(job, wandb)
     manifest = manifest_of(url)
     assert [*wandb.history] == [manifest.wandb_id]
     rows = wandb.history[manifest.wandb_id]
@@ -137,64 +146,72 @@ def test_an_offline_run_is_rebuilt_from_s3(small: str, url: str, tmp_path: Path,
     assert [end["exitcode"] for end in wandb.ends] == [0, 0]
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("how", ["closed port", "silent", 500, "dies"])
+@pytest.mark.parametrize("how", ["closed port", "silent", 500])
 def test_a_server_that_fails_costs_one_warning(
     small: str, url: str, tmp_path: Path, wandb: FakeWandb, how: str | int
 ) -> None:
-    """And no more than seconds at the end; what it lacks is sent later."""
-    constants = PLAIN | {"tracking.board.INIT_SECONDS": 0.5, "tracking.wandb.FINISH_SECONDS": 1.5}
+    """What it lacks is sent later."""
     if how == "closed port":
         wandb.die()
-    elif how != "dies":
-        wandb.broken = how if isinstance(how, int) else 60.0
+    else:
+        wandb.broken = how if isinstance(how, int) else 3600.0
+    constants = PLAIN | {"tracking.board.INIT_SECONDS": 0.5}
+    code, output = end(Job(small, url, str(tmp_path), settings=FEW, environment=wandb.environment, constants=constants))
+    assert code == 0 and manifest_of(url).status == "done", output
+    assert re.search(r"W&B does not answer \(.*\); going on offline", the_warning(output))
+
+
+def the_warning(output: str) -> str:
+    (warning,) = [line for line in output.splitlines() if line.startswith("W&B ") and "W&B      " not in line]
+    return warning
+
+
+def test_a_server_that_dies_costs_one_warning_and_no_more_than_its_seconds(
+    small: str, url: str, tmp_path: Path, wandb: FakeWandb
+) -> None:
+    """W&B's own patience is without end."""
+    constants = PLAIN | {"tracking.wandb.FINISH_SECONDS": 1.5}
     job = Job(small, url, str(tmp_path), settings=FEW, environment=wandb.environment, constants=constants)
-    training = Training(job)
+    training = Training(replace(job, point="before a step", nth=12, sent=HOLD))
     with all_ended([training]):
-        if how == "dies":
-            training.until("epoch +2/8")
-            wandb.die()
-        training.until("epoch +8/8")
-        began = time.monotonic()
+        wait_until(lambda: wandb.history, "the page")
+        wandb.die()
         assert training.end() == 0, training.output
-        assert time.monotonic() - began < 10
     assert manifest_of(url).status == "done"
-    warnings = [line for line in training.output.splitlines() if line.startswith("W&B ") and "W&B      " not in line]
-    assert len(warnings) == 1, training.output
-    assert re.search(r"going on offline|sends what is missing", warnings[0])
+    assert "sends what is missing" in the_warning(training.output)
 
 
 def test_a_spot_notice_is_heeded_in_time_while_wandb_hangs(
     small: str, url: str, tmp_path: Path, wandb: FakeWandb
 ) -> None:
-    wandb.broken = 60.0
-    training = Training(Job(small, url, str(tmp_path), settings=LONG, environment=wandb.environment, constants=PLAIN))
+    wandb.broken = 3600.0
+    constants = PLAIN | {"tracking.board.INIT_SECONDS": 3600.0, "tracking.wandb.HASTY_SECONDS": 1.5}
+    job = Job(small, url, str(tmp_path), settings=LONG, environment=wandb.environment, constants=constants)
+    training = Training(job)
     with all_ended([training]):
         training.until("epoch +1/400")
-        began = time.monotonic()
         assert training.end(signal.SIGTERM) == 75, training.output
-        assert time.monotonic() - began < 10
+    assert the_warning(training.output).startswith("W&B did not end within 1.5 s and is left behind")
     assert manifest_of(url).status == "interrupted"
 
 
-@pytest.mark.timeout(120)
 def test_the_stop_button_ends_the_run_until_a_person_says_to_go_on(
     small: str, url: str, tmp_path: Path, wandb: FakeWandb
 ) -> None:
     """W&B asks every 15 s whether it was pressed."""
-    job = Job(small, url, str(tmp_path), settings=LONG, environment=wandb.environment, constants=PLAIN)
+    job = Job(small, url, str(tmp_path), settings=ENDLESS, environment=wandb.environment, constants=PLAIN)
     wandb.stopped = True
     code, output = end(job)
     assert code == 1, output
     step = manifest_of(url).step
     assert step > 0 and manifest_of(url).status == "stopped"
-    assert f"stopped for good by the Stop button of W&B, at step {step} of 4400, state committed" in output
+    assert f"stopped for good by the Stop button of W&B, at step {step} of 1100000, state committed" in output
     assert wandb.alerts() == ["stopped"]
-    quiet = Job(small, url, str(tmp_path), settings=LONG)
+    quiet = Job(small, url, str(tmp_path), settings=ENDLESS)
     code, output = end(quiet)
     assert (code, "was stopped by a person, in W&B, at step" in output, "--go-on" in output) == (2, True, True), output
     assert manifest_of(url).status == "stopped"
-    training = Training(Job(small, url, str(tmp_path), settings=LONG, arguments=("--go-on",), constants=PLAIN))
+    training = Training(Job(small, url, str(tmp_path), settings=ENDLESS, arguments=("--go-on",), constants=PLAIN))
     with all_ended([training]):
         training.until(f"resuming at step {step}")
         training.until("epoch")

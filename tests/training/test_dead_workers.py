@@ -41,7 +41,6 @@ def said_once(output: str, pattern: str) -> re.Match[str]:
     return match
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("number", "how"),
     [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSEGV, "was killed by SIGSEGV"), (signal.SIGTERM, "SIGTERM")],
@@ -72,7 +71,6 @@ def test_a_worker_that_dies_ends_the_training_with_its_state_committed(
         assert trainings[1].end(signal.SIGTERM) == 75
 
 
-@pytest.mark.timeout(180)
 def test_the_commit_under_way_is_finished(job: Job) -> None:
     """The worker dies while the first checkpoint is on its way up."""
     held = replace(job, point="between uploads and manifest", sent=HOLD)
@@ -87,7 +85,6 @@ def test_the_commit_under_way_is_finished(job: Job) -> None:
     assert (manifest.status, manifest.checkpoints[-1].progress.step) == ("interrupted", int(step))
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("begun", [False, True], ids=["fresh", "resumed"])
 def test_a_worker_that_dies_before_the_first_step_ends_it_as_failed(job: Job, begun: bool) -> None:
     """Another start would only repeat it: a supervisor must not try for ever."""
@@ -113,7 +110,6 @@ def _die(_: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.timeout(180)
 def test_a_signal_that_ends_the_workers_too_is_a_signal(job: Job) -> None:
     """As systemd and Slurm send it: to all processes at once. The training waits for a batch that no worker will bring."""
     trainings = [Training(replace(job, constants=SMALL | {"training.in_time.SIGNAL_SECONDS": 60.0}))]
@@ -128,7 +124,6 @@ def test_a_signal_that_ends_the_workers_too_is_a_signal(job: Job) -> None:
     assert "Traceback" not in trainings[0].output
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_of_one_rank_ends_all_to_be_started_again(job: Job, rank: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -120,7 +120,7 @@ def test_a_killed_rank_ends_all_and_one_process_goes_on(job: Job) -> None:
         second = next(rank for rank in ranks if b"\0RANK=1\0" in Path(f"/proc/{rank}/environ").read_bytes())
         os.kill(int(second), signal.SIGKILL)
         said = "".join(lines)
-        assert launcher.wait(90) == 75
+        assert launcher.wait(120) == 75
     assert "rank 1 was killed by SIGKILL" in said
     assert re.search(
         r"wds-train: contact with the other ranks is lost \(.+\); the same command, on any number of GPUs", said

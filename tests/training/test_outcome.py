@@ -2,7 +2,6 @@
 
 import re
 import signal
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,12 @@ from pathlib import Path
 import pytest
 from trainers import Job, Training, all_ended
 
+from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.manifest import Checkpoint, Object, Progress, RunManifest
 from wds_train.cli import main
 from wds_train.commands import status
 from wds_train.config.recipe import Recipe
+from wds_train.storage.base import Store
 from wds_train.training import estimate
 from wds_train.training.outcome import going_on, next_commands, outcome
 
@@ -129,18 +130,15 @@ def test_a_status_is_watched_until_the_run_ends(
     done = done.claimed(replace(done.owner, machine="another"), 60.0, time.time())
     running = tmp_path / "manifest.json"
     running.write_bytes(done.to_json())
-    ended = [replace(done, checkpoints=()), replace(done, status="done")]
+    states = [done, done, replace(done, checkpoints=()), replace(done, status="done")]
 
-    def train() -> None:
-        for state in ended:
-            time.sleep(0.3)
-            (tmp_path / "new").write_bytes(state.to_json())
-            (tmp_path / "new").replace(running)
+    def find(url: str) -> tuple[RunManifest, Store]:
+        """The run, whose training has gone on since the last look."""
+        running.write_bytes(states.pop(0).to_json())
+        return find_run(url)
 
-    thread = threading.Thread(target=train)
-    thread.start()
+    monkeypatch.setattr(status, "find_run", find)
     assert main(["status", str(tmp_path), "--watch"]) == 0
-    thread.join()
     assert capsys.readouterr().out.splitlines() == [
         "c1: running, step 1, epoch 1/90, val/top1 60.00, val/top1_ema 65.00",
         "c1: running, step 0, epoch 0/90, val/top1 60.00, val/top1_ema 65.00",

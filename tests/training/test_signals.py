@@ -18,7 +18,6 @@ LONG = ("schedule.epochs=400",)
 ONCE = ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGHUP"]
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", ONCE)
 def test_a_signal_commits_and_exits_with_75(small: str, tmp_path: Path, name: str) -> None:
     job = Job(small, str(tmp_path / "run"), str(tmp_path), settings=LONG, workers=1)
@@ -43,7 +42,6 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGHUP"])
 def test_what_comes_twice_by_itself_stops_no_sooner(small: str, tmp_path: Path, name: str) -> None:
     """While the state is on its way: a second SIGTERM would end the training there and then."""
@@ -67,7 +65,6 @@ def test_a_person_who_asks_twice_is_heard_at_once(name: str) -> None:
     assert stop.cause == name
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
 def test_the_launcher_passes_a_signal_on(small: str, tmp_path: Path, name: str) -> None:
     run = str(tmp_path / "run")

@@ -56,7 +56,8 @@ def in_child(task: str, name: str, wanted: Pass, cores: list[int], environment: 
                 err.seek(0)
                 raise WdsTrainError(f"{name} failed with code {code}: {cause(err.read())}")
             out.seek(0)
-            return json.loads(out.read().splitlines()[-1]) | memory
+            figures = json.loads(out.read().splitlines()[-1])
+            return figures | {column: max(most, figures.get(column, 0.0)) for column, most in memory.items()}
 
 
 @contextlib.contextmanager
@@ -78,10 +79,16 @@ def _watch(child: subprocess.Popen[bytes]) -> dict[str, float]:
     while child.poll() is None:
         if time.monotonic() > deadline:
             raise WdsTrainError(f"it did not finish in {PASS_SECONDS} s")
-        pss, rss = (sum(column) for column in zip((0, 0), *map(_memory, _descendants(child.pid)), strict=True))
-        most = {"workers_pss_mb": max(most["workers_pss_mb"], pss), "workers_rss_mb": max(most["workers_rss_mb"], rss)}
+        now = _memory_below(child.pid)
+        most = {column: max(mb, now[column]) for column, mb in most.items()}
         time.sleep(LOOK_SECONDS)
     return most
+
+
+def _memory_below(pid: int) -> dict[str, float]:
+    """Return the memory of all descendants of a process, in MB."""
+    pss, rss = (sum(column) for column in zip((0, 0), *map(_memory, _descendants(pid)), strict=True))
+    return {"workers_pss_mb": pss, "workers_rss_mb": rss}
 
 
 def _descendants(pid: int) -> list[int]:
@@ -123,10 +130,12 @@ def measure(name: str, wanted: Pass) -> dict[str, float]:
     cpu, began = _cpu_seconds(), time.perf_counter()
     loader = CONTENDERS[name].batches(wanted)
     opened = time.perf_counter()
-    first, images = 0.0, 0
+    first, images, memory = 0.0, 0, dict[str, float]()
     marks = [_mark(0, servers)]
     for batch in loader:
-        first = first or time.perf_counter()
+        if not images:
+            first = time.perf_counter()
+            memory = _memory_below(os.getpid())  # a short pass may end between two looks from outside
         images += image_count(batch)
         if time.perf_counter() - marks[-1].at > MARK_SECONDS:
             marks.append(_mark(images, servers))
@@ -146,7 +155,7 @@ def measure(name: str, wanted: Pass) -> dict[str, float]:
         "open_s": opened - began,
         "first_batch_s": first - began,
         "cpu_ms_per_img": 1e3 * (_cpu_seconds() - cpu) / images,
-    } | (_steady(marks, wanted.epochs) if name == OURS else {})
+    } | (memory | _steady(marks, wanted.epochs) if name == OURS else memory)
 
 
 def _mark(images: int, servers: list[int]) -> _Mark:

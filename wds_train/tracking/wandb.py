@@ -43,7 +43,9 @@ class Tracker:
     """The run's page, or the folder of an offline run; None without W&B."""
     _queue: SimpleQueue[Pass | None] = field(default_factory=SimpleQueue)
     _thread: threading.Thread | None = None
-    _left_behind: bool = False
+    _over: bool = False
+    """Whether the last line about W&B has been said: after it, what the process's end breaks is no news."""
+    _saying: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> Self:
         return self
@@ -65,8 +67,7 @@ class Tracker:
             seconds = FINISH_SECONDS if kind is None else HASTY_SECONDS
             self._thread.join(seconds)
             if self._thread.is_alive():
-                self._left_behind = True
-                say(f"W&B did not end within {seconds:g} s and is left behind; {_remedy(self.run)}")
+                self._warn(f"W&B did not end within {seconds:g} s and is left behind; {_remedy(self.run)}", last=True)
 
     @property
     def watching(self) -> bool:
@@ -107,12 +108,12 @@ class Tracker:
                 what(board)
             board.finish(self.run.manifest, self.run.store.url)
         except TimeoutError:
-            self._warn(f"W&B has not taken all; {_remedy(self.run)}")
+            self._warn(f"W&B has not taken all; {_remedy(self.run)}", last=True)
         except PageError as error:
-            self._warn(f"{error}; training goes on without W&B; {_remedy(self.run)}")
+            self._warn(f"{error}; training goes on without W&B; {_remedy(self.run)}", last=True)
         except Exception as error:
             self.where = None
-            self._warn(f"W&B failed ({one_line(error)}); training goes on without it; {_remedy(self.run)}")
+            self._warn(f"W&B failed ({one_line(error)}); training goes on without it; {_remedy(self.run)}", last=True)
 
     def _open(self, details: dict[str, Any]) -> Board:
         """Open the run's page: online with a login, offline without one or where W&B refuses."""
@@ -137,10 +138,12 @@ class Tracker:
         writer.write(change)
         return writer.manifest
 
-    def _warn(self, message: str) -> None:
-        """Nothing more, once it was said that W&B is left behind: the end of the process breaks what it is at."""
-        if not self._left_behind:
-            say(message)
+    def _warn(self, message: str, *, last: bool = False) -> None:
+        """Say a line, unless the `last` one has been said. Two threads may be at it at one moment."""
+        with self._saying:
+            if not self._over:
+                say(message)
+            self._over = self._over or last
 
 
 def _alert(board: Board, error: BaseException | None) -> None:
