@@ -6,12 +6,13 @@
 #   instance.sh give-up WHY  ends this instance and the group's wish for another: nothing more is paid for
 set -euo pipefail
 
+SECONDS_EACH=${WDS_METADATA_SECONDS:-2} # for an answer of the metadata service
 IMDS=${AWS_EC2_METADATA_SERVICE_ENDPOINT:-http://169.254.169.254}
 
 about() {
   local token
-  token=$(curl --silent --fail --max-time 2 -X PUT -H "X-aws-ec2-metadata-token-ttl-seconds: 300" "$IMDS/latest/api/token")
-  curl --silent --fail --max-time 2 -H "X-aws-ec2-metadata-token: $token" "$IMDS/latest/meta-data/$1"
+  token=$(curl --silent --fail --max-time "$SECONDS_EACH" -X PUT -H "X-aws-ec2-metadata-token-ttl-seconds: 300" "$IMDS/latest/api/token")
+  curl --silent --fail --max-time "$SECONDS_EACH" -H "X-aws-ec2-metadata-token: $token" "$IMDS/latest/meta-data/$1"
 }
 
 leaving() {

@@ -129,10 +129,10 @@ class Training:
         Training.count += 1
         place = Path(job.folder) / f"{Training.count:04d}"
         self.log, self.steps_log = place.with_suffix(".log"), place.with_suffix(".steps")
-        self._released = place.with_suffix(".go")
+        self._released = self.log.with_suffix(".go")
         self.log.touch()
         environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "WDS_"))}
-        arguments = (job, str(self.log), str(self.steps_log), str(self._released), environment)
+        arguments = (job, str(self.log), str(self.steps_log), environment)
         self.process = CONTEXT.Process(target=run_job, args=arguments)
         self.process.start()
         assert self.process.pid is not None
@@ -173,7 +173,7 @@ class Training:
         return {entry[0]: entry[1] for entry in map(json.loads, lines)}
 
 
-def run_job(job: Job, log: str, steps_log: str, released: str, environment: dict[str, str]) -> None:
+def run_job(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> None:
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(environment | {"WANDB_MODE": "disabled", "WDS_HOME": job.folder} | job.environment)
@@ -192,7 +192,7 @@ def run_job(job: Job, log: str, steps_log: str, released: str, environment: dict
     SpotWatch.__init__.__defaults__ = (None, 0.02)  # looks for the notice more often
     _log_steps(Trainer, steps_log)
     if job.point:
-        _stop_at(job, Path(released))
+        _stop_at(job, Path(log).with_suffix(".go"))
     if job.revalidate:
         _revalidate()
     settings = [part for setting in (*job.defaults, *job.settings) for part in ("--set", setting)]

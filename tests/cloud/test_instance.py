@@ -57,7 +57,8 @@ class Instance:
 
     def environment(self, **more: str) -> dict[str, str]:
         path = f"{self.bin}:{os.environ['PATH']}"
-        return {"PATH": path, "AWS_EC2_METADATA_SERVICE_ENDPOINT": self.imds.url, **more}
+        patient = {"WDS_METADATA_SECONDS": "60"}
+        return {"PATH": path, "AWS_EC2_METADATA_SERVICE_ENDPOINT": self.imds.url, **patient, **more}
 
     def bootstrap(self, **more: str) -> tuple[int, str]:
         command = ["bash", str(self.code / "infra/bootstrap.sh"), str(self.folder)]
