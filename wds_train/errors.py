@@ -10,7 +10,8 @@
     ├── DataError              1    a dataset or a sample is not what its manifest says
     ├── RunError               1    the state of a run cannot be used, or training cannot go on
     │   ├── NotFinite               a loss or a weight is not finite
-    │   └── WorkerDied              a loader worker was killed, or crashed
+    │   ├── WorkerDied              a loader worker was killed, or crashed
+    │   └── Miscomputed             a step that was computed twice gave two results
     ├── Dropped                1    what a run's manifest named is gone, since its newest one names it no more
     ├── StoppedByPerson        1    stopped for good by a person, after committing: only they let it go on
     └── Interrupted            75   stopped by a signal or a newer owner, after committing what could be: run it again
@@ -23,6 +24,7 @@ A message says what was wrong, the value, and what to do.
 import difflib
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 
 class WdsTrainError(Exception):
@@ -73,6 +75,14 @@ class WorkerDied(RunError):
             f"a loader worker died ({how}); if the machine ran out of memory, use fewer --workers, then run again"
         )
         self.how = how
+
+
+class Miscomputed(RunError):
+    """`difference` is what the run's manifest keeps of it, a `checkpoint.manifest.Difference`."""
+
+    def __init__(self, message: str, difference: Any) -> None:
+        super().__init__(message)
+        self.difference = difference
 
 
 class Dropped(WdsTrainError):

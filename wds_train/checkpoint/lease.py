@@ -56,10 +56,17 @@ def until_free(
     return found, tag
 
 
+def this_boot() -> str:
+    """Return what is unique to this machine since its last boot, the same in all its containers; "" if unknown."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def _machine() -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        return f"{this_boot()} {Path('/proc/self/ns/pid').readlink()}" if this_boot() else ""
     except OSError:
         return ""
 

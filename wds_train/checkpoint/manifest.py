@@ -39,6 +39,7 @@ ADDED = {
     "replayed",
     "unsafe_store",
     "page",
+    "differences",
 }  # to the manifest, since its first version
 REPLAYED = 50  # segments kept of rows that no checkpoint goes with
 LISTED = 100  # attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever
@@ -154,6 +155,23 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A step that was computed twice, on `rank` of a training, and gave another `tensor` the second time. `boot` is
+    unique to the machine since its last boot, "" where that is unknown.
+    """
+
+    step: int
+    rank: int
+    tensor: str
+    host: str
+    boot: str = ""
+
+    def is_of_machine(self, host: str, boot: str) -> bool:
+        """Whether it was seen on that machine: of the same name, or, in other containers, of the same boot."""
+        return self.host == host or (self.boot != "" and self.boot == boot)
+
+
+@dataclass(frozen=True)
 class Totals:
     """What the attempts of a run come to. `interruptions` are those that ended as "interrupted" or "lost"; `dollars` of
     those whose price is known. `parts` says where their time went; None where an older version added them up.
@@ -213,7 +231,7 @@ class RunManifest:
     Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not finite. `replayed`
     are the newest REPLAYED segments of rows ahead of a checkpoint: those of the last attempt may yet be committed, those
     before were logged by attempts that ended before that, or went back behind them. `unsafe_store`: it was claimed last
-    with --unsafe-store, on a store that ignores conditional writes.
+    with --unsafe-store, on a store that ignores conditional writes. `differences` are what `--recheck` found.
     """
 
     run: str
@@ -235,6 +253,7 @@ class RunManifest:
     result: dict[str, float] = field(default_factory=dict)
     unsafe_store: bool = False
     page: Page = Page()
+    differences: tuple[Difference, ...] = ()
 
     def claimed(self, owner: Owner, lease: float, now: float) -> "RunManifest":
         """The manifest of its next owner, the attempt of the one before ended."""

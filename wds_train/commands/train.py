@@ -40,6 +40,9 @@ from wds_train.storage.proof import UNSAFE_HELP
 from wds_train.tracking.console import loading, say
 from wds_train.training.stop import StopRequest
 
+if typing.TYPE_CHECKING:
+    from wds_train.training.options import TrainOptions
+
 DEFAULT = "digits"  # the recipe, and its dataset
 
 
@@ -133,6 +136,19 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--go-on", action="store_true", help="go on with a run that a person stopped, in W&B")
     parser.add_argument("--unsafe-store", action="store_true", help=UNSAFE_HELP)
     parser.add_argument("--deterministic", action="store_true", help="on a GPU: bit-equal, more slowly")
+    parser.add_argument(
+        "--hang-minutes",
+        type=above_zero,
+        metavar="M",
+        help="end all processes, and name the one that hangs, where it has not got on for so long (default: 10)",
+    )
+    parser.add_argument(
+        "--recheck",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="compute every Nth step twice, and end where the two differ: this machine computes wrongly (default: none)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -151,26 +167,39 @@ def run(args: argparse.Namespace) -> int:
         loading()
     from torch.cuda import device_count  # seconds, after what can be said without it
 
-    from wds_train.models.pretrained import as_init
     from wds_train.training.estimate import estimate
     from wds_train.training.launch import launch
-    from wds_train.training.options import TrainOptions
     from wds_train.training.ranks import refuse_unusable_gpu
+    from wds_train.training.recheck import refuse_unrepeatable
     from wds_train.training.train import train
 
     cpu = args.device == "cpu"
     if not cpu:
         refuse_unusable_gpu()
+    if args.recheck and not args.deterministic:
+        refuse_unrepeatable(cpu=cpu)
     processes = 1 if args.dry_run else args.processes or (1 if cpu else device_count())
     if "RANK" not in os.environ and processes > 1:
         return launch([*args.arguments, "--dataset", meant.dataset, "--run", meant.run], processes)
     for line in meant.followed if os.environ.get("RANK", "0") == "0" else ():
         say(f"set      {line}; --set it for another")
-    recipe = as_init(meant.recipe, meant.settings)
-    options = TrainOptions(
+    options = _options(args, meant)
+    if args.dry_run:
+        print("\n".join([*estimate(options), f"nothing was written: without --dry-run, this {_next(meant.own)}"]))
+        return 0
+    train(options, stop, clock)
+    return 0
+
+
+def _options(args: argparse.Namespace, meant: "Meant") -> "TrainOptions":
+    """How to train what is meant."""
+    from wds_train.models.pretrained import as_init
+    from wds_train.training.options import TrainOptions
+
+    return TrainOptions(
         meant.dataset,
         meant.run,
-        recipe,
+        as_init(meant.recipe, meant.settings),
         args.workers,
         mix=meant.mix,
         cache_dir=args.cache_dir,
@@ -183,16 +212,13 @@ def run(args: argparse.Namespace) -> int:
         accumulate=args.accumulate,
         precision=args.precision,
         compile=args.compile,
-        cpu=cpu,
+        cpu=args.device == "cpu",
         price=args.price,
+        recheck=args.recheck,
+        hang_minutes=args.hang_minutes,
         go_on=args.go_on,
         unsafe_store=args.unsafe_store,
     )
-    if args.dry_run:
-        print("\n".join([*estimate(options), f"nothing was written: without --dry-run, this {_next(meant.own)}"]))
-        return 0
-    train(options, stop, clock)
-    return 0
 
 
 def _set_before_imports() -> None:

@@ -9,6 +9,7 @@ from wds_train.checkpoint.run import Run
 from wds_train.config.recipe import ScheduleRecipe
 from wds_train.errors import (
     Interrupted,
+    Miscomputed,
     NotFinite,
     RanksLost,
     RunError,
@@ -21,6 +22,7 @@ from wds_train.errors import (
 )
 from wds_train.tracking.console import say
 from wds_train.training.ranks import LAST_SECONDS
+from wds_train.training.recheck import judged
 from wds_train.training.stop import StopRequest
 
 ROLLBACKS = 2  # per run, after a loss that is not finite
@@ -89,6 +91,8 @@ def _judged(run: Run, error: WdsTrainError, repeats: bool) -> tuple[WdsTrainErro
     """
     if isinstance(error, NotFinite):
         return _go_back(run, error, repeats)
+    if isinstance(error, Miscomputed):
+        return _leave_machine(run, error)
     if isinstance(error, RanksLost):
         return error, "interrupted"
     return error, None if isinstance(error, Interrupted | StoppedByPerson | Unavailable) else "failed"
@@ -108,6 +112,27 @@ def _go_back(run: Run, error: NotFinite, repeats: bool) -> tuple[WdsTrainError, 
     give_up(run, "interrupted", rollbacks=done)
     newest = run.manifest.checkpoints[-1].progress.step
     return Interrupted(f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})"), None
+
+
+def _leave_machine(run: Run, error: Miscomputed) -> tuple[WdsTrainError, str | None]:
+    """What to tell, and the run's status, after a step that gave two results. The manifest keeps each such step: the
+    first on a machine may be chance, and the next start goes back to the newest checkpoint; the second is no chance.
+    """
+    told, goes_on = judged(error, run.manifest)
+    _finish_commits(run)
+    give_up(
+        run,
+        "interrupted" if goes_on else "failed",
+        differences=(*run.manifest.differences, error.difference),
+    )
+    return (Interrupted(told) if goes_on else RunError(told)), None
+
+
+def last_word(run: Run) -> None:
+    """Leave the run, whose training hangs, to the next start."""
+    if run.manifest.status != "done":
+        _finish_commits(run)
+        give_up(run, "interrupted")
 
 
 def _finish_commits(run: Run) -> None:

@@ -83,22 +83,32 @@ class Trainer:
         self._predictor = Predictor(self.device, flip=self.recipe.data.eval_flip, precision=self.precision)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
-        self._largest_norm = torch.zeros((), device=self.device)
+        self.largest_norm = torch.zeros((), device=self.device)
         self.progress = Progress()
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Make one optimizer step; its loss, a float32 scalar on the device."""
+        loss = self.gradients(batch)
+        self.update(batch, loss)
+        return loss
+
+    def gradients(self, batch: Batch) -> torch.Tensor:
+        """Leave the gradients of the step's loss in the parameters; return that loss, detached."""
         step = self.progress.step
         assert batch.step == step, f"the loader gave step {batch.step}, the trainer is at {step}"
-        lr = self.lr(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
         self._parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
         labels = batch.labels.to(self.device, non_blocking=True)
         images, targets = self._mix(step, self.normalise(batch.images), labels)
         with derived_randomness(self.device, self.recipe.seed, "step", step, self.ranks.rank):
-            loss = self._backward(images, targets)
+            return self._backward(images, targets)
+
+    def update(self, batch: Batch, loss: torch.Tensor) -> None:
+        """Change the weights and their averages by the gradients of `batch`, and count the step."""
+        step = self.progress.step
+        lr = self.lr(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self._clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -107,8 +117,7 @@ class Trainer:
             self.ema.decay = decay
             self.ema.update(self.model)
         self.loss_sum += loss
-        self._advance(batch)
-        return loss
+        self.progress = _counted(self, batch)
 
     def lr(self, step: int) -> float:
         """The learning rate of optimizer step `step`, before any layer's own `lr_scale`."""
@@ -148,22 +157,14 @@ class Trainer:
         if self.recipe.optimizer.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(weights, self.recipe.optimizer.clip_norm, self.grad_norm)
         if not self.scaler.is_enabled():  # a scaler skips the step, and tries a smaller scale
-            self._largest_norm = torch.maximum(self._largest_norm, self.grad_norm)
-
-    def _advance(self, batch: Batch) -> None:
-        """Count the step; at an epoch's first step the sums begin anew."""
-        done = self.progress
-        unreadable = done.lost + len(batch.unreadable)
-        named = "; ".join(f"{entry.shard}, key {entry.key}: {entry.cause}" for entry in batch.unreadable)
-        _refuse_unreadable(self, unreadable, named)
-        self.progress = replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=unreadable)
+            self.largest_norm = torch.maximum(self.largest_norm, self.grad_norm)
 
     def epoch_loss(self) -> float:
         """Mean training loss of the epoch so far, over all ranks; `NotFinite` when it, or a gradient, is not; `DataError`
         when the ranks together could not read more samples than the recipe allows.
         """
         # One copy from the device for both.
-        loss_sum, norm = torch.stack([self.loss_sum, self._largest_norm.double()]).tolist()
+        loss_sum, norm = torch.stack([self.loss_sum, self.largest_norm.double()]).tolist()
         loss_sum, unreadable = self.ranks.total(loss_sum, self.progress.lost)
         _refuse_unreadable(self, int(unreadable), "named by the ranks that met them")
         mean = loss_sum / self.ranks.size / max(1, self.progress.loss_steps)
@@ -248,6 +249,15 @@ def _sides(data: DataRecipe) -> dict[str, int]:
     """The sides of images, in pixels, by the settings that ask for them."""
     names = ("size", "start_size", "eval_size")
     return {f"data.{name}": getattr(data, name) for name in names if getattr(data, name)}
+
+
+def _counted(trainer: Trainer, batch: Batch) -> Progress:
+    """Return the trainer's progress with the step of `batch` in it."""
+    done = trainer.progress
+    unreadable = done.lost + len(batch.unreadable)
+    named = "; ".join(f"{entry.shard}, key {entry.key}: {entry.cause}" for entry in batch.unreadable)
+    _refuse_unreadable(trainer, unreadable, named)
+    return replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=unreadable)
 
 
 def _refuse_unreadable(trainer: Trainer, unreadable: int, named: str) -> None:

@@ -28,6 +28,7 @@ from wds_train.training.memory import fit_accumulation
 from wds_train.training.options import TrainOptions
 from wds_train.training.outcome import going_on
 from wds_train.training.ranks import Ranks, lost_ranks
+from wds_train.training.recheck import take_step
 from wds_train.training.rows import Rows
 from wds_train.training.setup import (
     epoch_steps,
@@ -41,6 +42,7 @@ from wds_train.training.setup import (
 from wds_train.training.spot import SpotWatch
 from wds_train.training.stop import StopRequest
 from wds_train.training.waits import timed
+from wds_train.training.watch import Watch
 
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
@@ -60,8 +62,11 @@ class Session:
         *,
         ranks: Ranks,
         tracker: Tracker,
+        watch: Watch,
     ) -> None:
         self._options, self._run, self._stop, self._ranks, self._tracker = options, run, stop, ranks, tracker
+        self._watch = watch
+        self._say = note if ranks.leads else _keep_quiet
         self._rows = Rows(run, tracker, options.recipe.batch)
         self._datasets = datasets
         self._classes = [[entry.id, entry.name] for entry in datasets[0].manifest.classes]
@@ -90,7 +95,8 @@ class Session:
             samples = {name: split.samples for name, split in self._datasets[0].manifest.splits.items()}
             history = self._run.history()  # which names what is damaged
             self._tracker.start(history, samples=samples, **machine)
-        self._ranks.connect()
+        self._watch.start()
+        self._ranks.connect(self._watch.silence)
 
     def restore(self, snapshot: Snapshot | None) -> None:
         """Make the trainer, as `snapshot` left it."""
@@ -100,11 +106,8 @@ class Session:
         )
         if options.accumulate is None and ranks.device.type == "cuda":  # a CPU's memory holds any batch it can work on
             trainer.accumulate = round(ranks.largest(fit_accumulation(trainer)))
-        self._say(introduction(options, self._datasets[0], self._epoch_steps, ranks))
-        for each in trainer.notes:
-            self._say(f"weights  {each}")
-        if trainer.accumulate > 1:
-            self._say(f"memory   each batch in {trainer.accumulate} micro-batches")
+        for line in (introduction(options, self._datasets[0], self._epoch_steps, ranks), *_notes(trainer)):
+            self._say(line)
         if snapshot:
             trainer.restore(snapshot)
             step = trainer.progress.step
@@ -113,13 +116,13 @@ class Session:
     def run_to_end(self) -> None:
         with SpotWatch(self._stop, tell=self._run.writer.note, say=_voice(self._ranks)) as self._spot:
             options, leads, pace = self._options, self._ranks.leads, expected_pace(self._options, self._datasets)
-            begun_at = self._trainer.progress
-            self._bar = TrainingBar(pace, begun_at.step, options.recipe.batch, options.price, shown=leads)
+            self._begun_at = self._trainer.progress
+            self._bar = TrainingBar(pace, self._begun_at.step, options.recipe.batch, options.price, shown=leads)
             try:
                 self._train()
             except (Stopped, WorkerDied) as error:
                 if isinstance(error, WorkerDied):
-                    self._stop.ask(cause_of_end(error, begun_at != self._trainer.progress, self._ranks.size))
+                    self._stop.ask(cause_of_end(error, self._begun_at != self._trainer.progress, self._ranks.size))
                 self._interrupt()
             finally:
                 self._bar.close()
@@ -127,6 +130,7 @@ class Session:
                 while not self._run.committer.wait(0.2):
                     if self._stop.cause:
                         self._interrupt()
+                    self._watch.beat("the upload of the last state", self._total, 1)
                     bar.show(0, f"uploading the last state to {self._run.store.url}")
             self._run.end("done")
             self._stop.code = 0
@@ -146,6 +150,7 @@ class Session:
             if trainer.progress.step == (trainer.progress.evaluated + 1) * epoch_steps:
                 self._end_epoch()
             else:
+                self._watch.beat(f"the batch of step {trainer.progress.step + 1}", trainer.progress.step, 1)
                 self._step(*next(batches))
 
     def _look_up(self) -> bool:
@@ -163,35 +168,29 @@ class Session:
             raise Stopped
         return commits > 0
 
-    def _say(self, message: str) -> None:
-        if self._ranks.leads:
-            note(message)
-
     def _step(self, batch: Batch, waited: float) -> None:
         start = time.perf_counter()
+        self._watch.beat(f"step {batch.step + 1}", batch.step, 2)
         if not batch.step:
             self._tracker.show_batch(batch.images)
-        for entry in batch.unreadable:
-            say(f"unreadable sample: {entry.shard}, key {entry.key}: {entry.cause}")
+        _tell_unreadable(batch)
         with lost_ranks():
-            loss = self._trainer.step(batch)
+            loss = take_step(self._trainer, batch, self._options.recheck, self._begun_at.step)
         done, shown = self._trainer.progress.step, None
-        record: dict[str, Any] = {}
         if _is_logged(done, self._epoch_steps):
             shown = self._ranks.total(loss.item())[0] / self._ranks.size
             self._trainer.epoch_loss()
-            record = {"step": done, "epoch": done / self._epoch_steps, "train/loss": shown}
-            record |= _figures(self._trainer, batch)
         self._rows.add_step(waited, time.perf_counter() - start)
-        if record:
-            record |= {"s3/fallbacks": self._loader.fallbacks} if self._loader.fallbacks else {}
-            self._rows.log_step(record, self._trainer.progress)
+        if shown is not None:
+            figures = _figures(self._trainer, batch, self._loader.fallbacks)
+            self._rows.log_step(figures | {"train/loss": shown}, self._trainer.progress)
         self._bar.step(done, waited, self._trainer.lr(done - 1), shown)
 
     def _end_epoch(self) -> None:
         """Validate and commit."""
         trainer = self._trainer
         self._run.writer.clock.turn("validation")
+        self._watch.beat(f"the validation of epoch {trainer.progress.evaluated + 1}", trainer.progress.step, 0)
         loss = trainer.epoch_loss()
         findings = Findings() if self._tracker.watching else None
         with lost_ranks():
@@ -215,10 +214,12 @@ class Session:
         """The batches, with a look up before each that all ranks have: their numbers of batches differ by one."""
         size, samples = min(self._options.recipe.batch, EVAL_BATCH), self._val_samples
         shared = -(-samples // size) // self._ranks.size
+        epoch = self._trainer.progress.evaluated + 1
         for number, batch in enumerate(batches):
+            self._watch.beat(f"batch {number + 1} of the validation of epoch {epoch}", self._trainer.progress.step, 0)
             if number < shared:
                 self._look_up()
-            self._bar.validating(self._trainer.progress.evaluated + 1, number * size * self._ranks.size, samples)
+            self._bar.validating(epoch, number * size * self._ranks.size, samples)
             yield batch
 
     def _commit(self, metrics: dict[str, float], **changes: Any) -> None:
@@ -250,11 +251,26 @@ class Session:
         raise _stopped(self._stop, _outcome(progress.step, self._total, self._run.store.url, committed))
 
 
-def _figures(trainer: Trainer, batch: Batch) -> dict[str, Any]:
+def _tell_unreadable(batch: Batch) -> None:
+    for entry in batch.unreadable:
+        say(f"unreadable sample: {entry.shard}, key {entry.key}: {entry.cause}")
+
+
+def _notes(trainer: Trainer) -> Iterator[str]:
+    """What to tell of how the trainer was made."""
+    for each in trainer.notes:
+        yield f"weights  {each}"
+    if trainer.accumulate > 1:
+        yield f"memory   each batch in {trainer.accumulate} micro-batches"
+
+
+def _figures(trainer: Trainer, batch: Batch, fallbacks: int) -> dict[str, Any]:
     """What a record tells of the step that was just taken, besides its loss."""
     done = trainer.progress.step
-    figures = {"train/lr": trainer.lr(done - 1), "train/grad_norm": trainer.grad_norm.item()}
-    return figures | {"train/resolution": batch.images.shape[1]} | gpu_figures(trainer)
+    figures = {"step": done, "epoch": done / trainer.steps_per_epoch, "train/lr": trainer.lr(done - 1)}
+    figures |= {"train/grad_norm": trainer.grad_norm.item(), "train/resolution": batch.images.shape[1]}
+    figures |= {"s3/fallbacks": fallbacks} if fallbacks else {}
+    return figures | gpu_figures(trainer)
 
 
 def _voice(ranks: Ranks) -> Callable[[str], object]:

@@ -34,6 +34,10 @@ class TrainOptions:
     """Whether to go on with a run that a person stopped."""
     unsafe_store: bool = False
     """Whether to train on a store that ignores conditional writes."""
+    recheck: int = 0
+    """Take every so many'th step twice, and compare the two to the bit; 0: none."""
+    hang_minutes: float | None = None
+    """How long a rank may not get on before all end; None: as long as what waits by itself may take."""
     price: float | None = None
     """Dollars that an hour of this machine costs."""
 

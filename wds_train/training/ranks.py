@@ -34,6 +34,8 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, local: int = 0, *, cpu: bool = False) -> None:
         self.rank, self.size, self.local, self._cpu = rank, size, local, cpu
+        self.waiting = False
+        """Whether the main thread waits for a word of the other ranks."""
         self._store: dist.Store | None = None
         self._group: Any = None
 
@@ -81,8 +83,10 @@ class Ranks:
                 pause(0.2)
             return json.loads(self._store.get(FIRST_WORD))
 
-    def connect(self) -> None:
-        """Join the other ranks. It is to be called once this process forks no more."""
+    def connect(self, silence: timedelta = SILENCE) -> None:
+        """Join the other ranks, which may keep this one waiting for `silence` at most. It is to be called once this process
+        forks no more.
+        """
         if self.size == 1:
             return
         assert self._store is not None, "connect() comes after announce()"
@@ -93,9 +97,9 @@ class Ranks:
             if os.environ.get("WDS_BACKEND") == "gloo":  # NCCL takes no two ranks on one GPU, as `bench gpu` tries it
                 backend, device = "gloo", None
             dist.init_process_group(
-                backend, store=self._store, rank=self.rank, world_size=self.size, timeout=SILENCE, device_id=device
+                backend, store=self._store, rank=self.rank, world_size=self.size, timeout=silence, device_id=device
             )
-            self._group = dist.new_group(backend="gloo", timeout=SILENCE)  # for the host's words: no GPU is waited for
+            self._group = dist.new_group(backend="gloo", timeout=silence)  # for the host's words: no GPU is waited for
 
     def total(self, *values: float) -> list[float]:
         """The sum over all ranks of each value, in float64."""
@@ -109,9 +113,18 @@ class Ranks:
         if self._group is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        with lost_ranks():
+        with _awaiting(self):
             dist.all_reduce(tensor, how, group=self._group)
         return tensor.tolist()
+
+    def told(self, about: str, word: str) -> list[str]:
+        """Return every rank's word about something, in the order of the ranks; this one's is `word`."""
+        if self._group is None:
+            return [word]
+        assert self._store is not None
+        with _awaiting(self):
+            self._store.set(f"{about}/{self.rank}", word)
+            return [self._store.get(f"{about}/{rank}").decode() for rank in range(self.size)]
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The `model`, whose backward pass averages the gradients over all ranks; with the leader's weights and
@@ -125,9 +138,14 @@ class Ranks:
         """Give all ranks the leader's buffers: each rank's BatchNorm has seen other samples."""
         if self._group is None:
             return
-        with lost_ranks():
+        with _awaiting(self):
             for buffer in (buffer for model in models for buffer in model.buffers()):
                 dist.broadcast(buffer, 0)
+
+    def meeting(self) -> dist.Store:
+        """Return another connection to the store where the ranks meet, for a thread of its own."""
+        assert self._store is not None
+        return dist.PrefixStore("watch", self._store.clone())
 
     def close(self) -> None:
         if self._group is not None:
@@ -193,3 +211,14 @@ def lost_ranks() -> Iterator[None]:
             f"contact with the other ranks is lost ({reason}); the same command, on any number of GPUs, goes on from the "
             "newest checkpoint"
         ) from error
+
+
+@contextmanager
+def _awaiting(ranks: Ranks) -> Iterator[None]:
+    """Within, the main thread waits for the other ranks."""
+    ranks.waiting = True
+    try:
+        with lost_ranks():
+            yield
+    finally:
+        ranks.waiting = False

@@ -34,7 +34,7 @@ from wds_train.storage.open import open_store
 from wds_train.storage.within import within
 from wds_train.tracking.console import say
 from wds_train.tracking.wandb import Tracker
-from wds_train.training.ending import early_end, ending
+from wds_train.training.ending import early_end, ending, last_word
 from wds_train.training.launch import die_with_launcher
 from wds_train.training.loop import Session
 from wds_train.training.options import TrainOptions
@@ -42,6 +42,7 @@ from wds_train.training.outcome import next_commands, outcome
 from wds_train.training.ranks import Ranks
 from wds_train.training.setup import fresh_run, make_cache, refuse
 from wds_train.training.stop import SIGNALS, StopRequest
+from wds_train.training.watch import watching
 
 REPORT_SECONDS = 15.0  # for the metrics that the report is drawn from, once the run is done
 
@@ -73,8 +74,9 @@ def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) 
                 _leaving_a_report(run, options, stop, ranks),
                 tracker,
                 ending(run, stop, repeats=_repeats(options, ranks)),
+                watching(ranks, stop, options.hang_minutes, partial(last_word, run)) as watch,
             ):
-                session = Session(options, datasets, run, stop, ranks=ranks, tracker=tracker)
+                session = Session(options, datasets, run, stop, ranks=ranks, tracker=tracker, watch=watch)
                 session.fork(snapshot.progress.step if snapshot else 0, cache)
                 session.connect()
                 session.restore(snapshot)
