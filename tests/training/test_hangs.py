@@ -105,21 +105,20 @@ def ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[int | 
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    ("how", "where"),
+    ("ranks", "rank", "how", "where"),
     [
-        ("endless_loop", r"train\.py:\d+ endless_loop"),
-        ("dead_fifo", r"train\.py:\d+ dead_fifo"),
-        ("backward", r"train\.py:\d+ endless_loop"),
+        (1, 0, "endless_loop", r"train\.py:\d+ endless_loop"),
+        (1, 0, "dead_fifo", r"train\.py:\d+ dead_fifo"),
+        (2, 0, "endless_loop", r"train\.py:\d+ endless_loop"),
+        (2, 0, "backward", r"train\.py:\d+ endless_loop"),
+        (2, 1, "dead_fifo", r"train\.py:\d+ dead_fifo"),
+        (2, 1, "backward", r"train\.py:\d+ endless_loop"),
     ],
 )
-@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_is_named_with_its_place(
     machine: Machine, tmp_path: Path, *, ranks: int, how: str, where: str, rank: int
 ) -> None:
-    if rank >= ranks:
-        pytest.skip("there is one rank")
     os.mkfifo(tmp_path / "fifo")
     there, run = replace(machine, ranks=ranks), str(tmp_path / "run")
     fault = {"how": how, "step": STEP, "rank": rank, "fifo": str(tmp_path / "fifo")}
@@ -131,7 +130,6 @@ def test_a_rank_that_hangs_is_named_with_its_place(
     # The stack of the one that hangs, and of no other.
     assert f"rank {rank}, the main thread:" in there.log(rank).read_text()
     assert there.said().count("the main thread:") == 1
-    assert "contact with the other ranks" not in there.said()
     manifest = manifest_of(run)
     assert (manifest.status, manifest.step) == ("interrupted", 11)
     code, said = there.train(run)
@@ -192,7 +190,10 @@ def test_a_loader_worker_that_hangs_is_named(machine: Machine, tmp_path: Path, r
         rf"which waits for data: .*; of its loader workers, process {worker}: T \(stopped\)"
     )
     assert re.search(named, there.said()), there.said()
-    assert not Path(f"/proc/{worker}").exists()
+    until = time.monotonic() + 20  # for whoever adopts it
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < until, "the loader worker lives on"
+        time.sleep(0.1)
     assert manifest_of(run).status == "interrupted"
 
 

@@ -7,6 +7,8 @@ so does every process that `launch` starts on one machine. Rank 0 leads: it alon
 import json
 import os
 import subprocess
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from wds_train.errors import RanksLost, UsageError
 FIRST_WORD = "run"
 SILENCE = timedelta(minutes=10)  # a rank that says nothing for so long has died without closing its connections
 LAST_SECONDS = 30.0  # for the other ranks to end once one has failed: time for the leader's commit under way
+LEAVING = threading.Event()
+"""Set when a thread ends this process, as all ranks end: that their connections close is then no news."""
 
 
 class Ranks:
@@ -206,6 +210,8 @@ def lost_ranks() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
+        if LEAVING.is_set():  # and has said why
+            time.sleep(2 * LAST_SECONDS)
         reason = str(error).strip().splitlines()[0]
         raise RanksLost(
             f"contact with the other ranks is lost ({reason}); the same command, on any number of GPUs, goes on from the "

@@ -27,7 +27,7 @@ from wds_train.checkpoint.lease import this_process
 from wds_train.checkpoint.manifest import Owner
 from wds_train.environment import number_of
 from wds_train.storage.s3_connection import PATIENCE_SECONDS
-from wds_train.training.ranks import LAST_SECONDS, Ranks
+from wds_train.training.ranks import LAST_SECONDS, LEAVING, Ranks
 from wds_train.training.stop import StopRequest, leave
 from wds_train.typed import typed
 
@@ -188,9 +188,7 @@ class Watch:
         to_blame = {rank: news for rank, news in behind.items() if not news.waits}
         if not to_blame and len(late) == len(busy):  # all wait for one another
             to_blame = behind
-        return {
-            rank: f"rank {rank} ({news.owner}) {_at(news)}; it is in {news.where}" for rank, news in to_blame.items()
-        }
+        return {rank: _place(rank, news) for rank, news in to_blame.items()}
 
     def _silent(self) -> dict[int, str]:
         """The ranks that have told nothing for the limit: a process that is stopped, or gone, or whose machine is."""
@@ -216,6 +214,7 @@ class Watch:
 
     def _end(self, verdict: str, blamed: tuple[int, ...]) -> NoReturn:
         """Say who is to blame, let the leader have its last word, and end this process."""
+        LEAVING.set()
         faulthandler.cancel_dump_traceback_later()
         rank = self._ranks.rank
         first = min({rank, *self._heard} - set(blamed), default=rank)
@@ -314,8 +313,9 @@ def _silence(rank: int, news: News | None, seconds: float) -> str:
     return f"{said}its process is in state {state}" if state != "gone" else f"{said}its process is gone"
 
 
-def _at(news: News) -> str:
-    return f"has not got beyond {news.doing} for {news.seconds:.0f} s"
+def _place(rank: int, news: News) -> str:
+    """A sentence on a rank that can say where it hangs."""
+    return f"rank {rank} ({news.owner}) has not got beyond {news.doing} for {news.seconds:.0f} s; it is in {news.where}"
 
 
 def _write(text: str) -> None:
