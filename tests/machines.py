@@ -55,7 +55,7 @@ class Machine:
     def train(self, run: str, *arguments: str, **fault: object) -> tuple[int, str]:
         """Train, with the fault; the exit code, which is that of every rank, and what was said."""
         processes = self.start(run, *arguments, **fault)
-        codes = {process.wait(120) for process in processes}
+        codes = {process.wait(400) for process in processes}
         said = self.said()
         assert len(codes) == 1, (codes, said)
         assert "Traceback" not in said, said

@@ -82,7 +82,7 @@ Trainer.gradients, Trainer.loss = gradients, loss
 entry()
 '''
 
-LIMIT = 9.0
+LIMIT = 15.0
 HANGS = ("--hang-minutes", str(LIMIT / 60))
 STEP = 14  # in the second epoch
 
@@ -104,7 +104,7 @@ def ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[int | 
     return codes
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("ranks", "rank", "how", "where"),
     [
@@ -123,7 +123,7 @@ def test_a_rank_that_hangs_is_named_with_its_place(
     there, run = replace(machine, ranks=ranks), str(tmp_path / "run")
     fault = {"how": how, "step": STEP, "rank": rank, "fifo": str(tmp_path / "fifo")}
     processes = there.start(run, *HANGS, **fault)
-    assert ended(processes, 90) == [75] * ranks, there.said()
+    assert ended(processes, 300) == [75] * ranks, there.said()
     pid = processes[rank].pid
     named = rf"wds-train: rank {rank} \(\S+, process {pid}\) has not got beyond step {STEP} for \d+ s; it is in \S+{where}\. All ranks end"
     assert re.search(named, there.said()), there.said()
@@ -137,7 +137,7 @@ def test_a_rank_that_hangs_is_named_with_its_place(
     assert "resuming at step 11 of 22" in said
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("how", "state", "rank"),
     [("stopped", r"T \(stopped\)", 1), ("stopped", r"T \(stopped\)", 0), ("slow_pattern", r"R \(running\)", 1)],
@@ -149,9 +149,9 @@ def test_a_rank_that_cannot_speak_is_named_by_the_others(
     run = str(tmp_path / "run")
     processes = machine.start(run, *HANGS, how=how, step=STEP, rank=rank)
     other = 1 - rank
-    assert ended(processes[other : other + 1], 90) == [75], machine.said()
+    assert ended(processes[other : other + 1], 300) == [75], machine.said()
     if how == "slow_pattern":
-        until = time.monotonic() + 30
+        until = time.monotonic() + 100
         while "slow_pattern" not in machine.log(rank).read_text():  # Python's own watchdog tells
             assert time.monotonic() < until, machine.said()
             time.sleep(0.2)
@@ -174,7 +174,7 @@ def children_of(pid: int) -> list[int]:
     return sorted(int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_loader_worker_that_hangs_is_named(machine: Machine, tmp_path: Path, ranks: int) -> None:
     there = replace(machine, ranks=ranks, workers=1, settings=("schedule.epochs=500",))
@@ -184,7 +184,7 @@ def test_a_loader_worker_that_hangs_is_named(machine: Machine, tmp_path: Path, r
     last = processes[-1]
     worker = children_of(last.pid)[0]
     os.kill(worker, signal.SIGSTOP)
-    assert ended(processes, 90) == [75] * ranks, there.said()
+    assert ended(processes, 300) == [75] * ranks, there.said()
     named = (
         rf"rank {ranks - 1} \(\S+, process {last.pid}\) has not got beyond the batch of step \d+ for \d+ s; it is in .*, "
         rf"which waits for data: .*; of its loader workers, process {worker}: T \(stopped\)"
@@ -198,14 +198,14 @@ def test_a_loader_worker_that_hangs_is_named(machine: Machine, tmp_path: Path, r
 
 
 def wait_for_commit_of(run: str, processes: list[subprocess.Popen[str]]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 200
     while not (Path(run) / "manifest.json").exists():
         assert time.monotonic() < until and all(process.poll() is None for process in processes)
         time.sleep(0.1)
     wait_for_commit(run)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_launcher_ends_what_is_stopped(machine: Machine, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     settings = [part for each in (*SETTINGS, "schedule.epochs=500") for part in ("--set", each)]
@@ -220,7 +220,7 @@ def test_the_launcher_ends_what_is_stopped(machine: Machine, tmp_path: Path) -> 
         pid for pid in children_of(launcher.pid) if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     ]
     os.kill(ranks[0], signal.SIGSTOP)
-    assert launcher.wait(150) == 75, (tmp_path / "log").read_text()
+    assert launcher.wait(300) == 75, (tmp_path / "log").read_text()
     said = (tmp_path / "log").read_text()
     assert re.search(rf"rank 1 \(\S+, process {ranks[0]}\) has told nothing for \d+ s, .* state T \(stopped\)", said), (
         said
@@ -230,7 +230,7 @@ def test_the_launcher_ends_what_is_stopped(machine: Machine, tmp_path: Path) -> 
     assert manifest_of(run).status == "interrupted"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_slow_is_not_hanging(machine: Machine, tmp_path: Path, ranks: int) -> None:
     """A step that takes most of the limit; and a machine that was stopped as a whole for longer than the limit."""
@@ -242,7 +242,7 @@ def test_slow_is_not_hanging(machine: Machine, tmp_path: Path, ranks: int) -> No
     time.sleep(LIMIT + 3)
     for process in processes:
         process.send_signal(signal.SIGCONT)
-    assert ended(processes, 90) == [0] * ranks, there.said()
+    assert ended(processes, 300) == [0] * ranks, there.said()
     assert "has not got beyond" not in there.said()
 
 

@@ -103,6 +103,8 @@ class _State:
     """All that a step changes, as copies in host memory: the device's is for the step."""
 
     entries: dict[str, Any]
+    settings: list[set[str]]
+    """The names of what each of the optimizer's groups holds: some optimizers add a count at their first step."""
     scaler: dict[str, Any]
     sums: tuple[torch.Tensor, torch.Tensor]
     progress: Progress
@@ -112,12 +114,16 @@ class _State:
         entries = entries_of(trainer.model, trainer.ema.module, trainer.optimizer)
         kept = {name: _kept(value) for name, value in entries.items()}
         sums = (trainer.loss_sum.clone(), trainer.largest_norm.clone())
-        return cls(kept, copy.deepcopy(trainer.scaler.state_dict()), sums, trainer.progress)
+        settings = [set(group) for group in trainer.optimizer.param_groups]
+        return cls(kept, settings, copy.deepcopy(trainer.scaler.state_dict()), sums, trainer.progress)
 
     def give_back(self, trainer: Trainer) -> None:
         """Put the trainer back to this state, by the same means as a resume."""
         trainer.model.load_state_dict(section(self.entries, "model/"))
         trainer.ema.module.load_state_dict(section(self.entries, "ema/"))
+        for group, names in zip(trainer.optimizer.param_groups, self.settings, strict=True):
+            for added in group.keys() - names:
+                del group[added]
         load_optimizer(trainer.optimizer, self.entries)
         if self.scaler:  # empty where it is not enabled
             trainer.scaler.load_state_dict(self.scaler)
