@@ -209,9 +209,7 @@ def test_a_commit_that_fails_is_tried_again_while_the_training_goes_on(
     with all_ended(trainings):
         assert trainings[0].end() == 0, trainings[0].output
     if fault != "lost_ack":
-        assert re.search(
-            r"commit of step \d+ failed \(.*ckpt/.*\); training goes on, trying again", trainings[0].output
-        )
+        assert re.search(r"commit of step \d+ failed \(.*ckpt/.*\); it is tried again", trainings[0].output)
     assert fault_proxy.faults[0].times <= (0 if fault in ("403", "expired") else 19)
     manifest, _ = read_run(open_store(f"{s3_url}/run"))
     assert (manifest.status, manifest.fence, manifest.checkpoints[-1].progress.evaluated) == ("done", 1, 4)
@@ -253,7 +251,7 @@ def test_a_full_disk_is_survived_once_there_is_room(small: str, tmp_path: Path) 
         with all_ended(trainings):
             assert trainings[0].end() == 1, trainings[0].output
         assert re.search(
-            r"commit of step \d+ failed \(no space left on the disk of .*; training goes on", trainings[0].output
+            r"commit of step \d+ failed \(no space left on the disk of .*; it is tried again", trainings[0].output
         )
         store = open_store(str(disk / "run"))
         assert_named_objects_are_there(store)

@@ -287,7 +287,7 @@ def test_a_cache_that_fails_is_switched_off(
         if trouble == "read-only":
             subprocess.run(["umount", str(disk)], check=True)
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"cache: {disk}") and line.endswith("the training goes on")
+    assert line.startswith(f"cache: {disk}") and line.endswith("the store is read instead")
 
 
 def test_two_processes_share_a_cache_and_a_kill_leaves_it_whole(digits: Dataset, on_s3: str, tmp_path: Path) -> None:

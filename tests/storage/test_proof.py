@@ -130,11 +130,11 @@ def test_proofs_at_one_time_do_not_disturb_one_another(store: S3Store) -> None:
 
 
 def by_host(_: FaultProxy, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("wds_train.storage.s3_connection.GOOGLE_HOST", "127.0.0.1")
+    patch.setattr("wds_train.storage.s3_session.GOOGLE_HOST", "127.0.0.1")
 
 
 def by_header(_: FaultProxy, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("wds_train.storage.s3_connection.GOOGLE_HEADERS", ("x-amz-request-id",))  # which SeaweedFS answers
+    patch.setattr("wds_train.storage.s3_session.GOOGLE_HEADERS", ("x-amz-request-id",))  # which SeaweedFS answers
 
 
 @pytest.mark.parametrize("known", [by_host, by_header])

@@ -152,7 +152,7 @@ class Committer:
                 self._unsure = job
             else:
                 self._next = self._next or job
-            self._say(f"commit of step {job.snapshot.progress.step} failed ({error}); training goes on, trying again")
+            self._say(f"commit of step {job.snapshot.progress.step} failed ({error}); it is tried again")
         else:
             self._writer.fatal = error
 

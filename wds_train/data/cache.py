@@ -106,7 +106,7 @@ class BlockCache:
 
     def _give_up(self, for_ever: threading.Lock, error: OSError, what: str) -> None:
         if for_ever.acquire(blocking=False):  # of several threads that fail at one moment, one says so
-            print(f"cache: {self._folder}: {error.strerror}; {what}, and the training goes on", file=sys.stderr)
+            print(f"cache: {self._folder}: {error.strerror}; {what}, and the store is read instead", file=sys.stderr)
 
     def _block(self, sample: int) -> int:
         return int(self.block_of(np.asarray(sample)))

@@ -14,7 +14,7 @@ from wds_train.errors import Conflict, NotFound, StoreError
 from wds_train.storage.base import PART_BYTES, Store
 from wds_train.storage.proof import COULD_HAPPEN, WRONG_TAG
 from wds_train.storage.s3 import S3Store
-from wds_train.storage.s3_connection import OutOfRange
+from wds_train.storage.s3_errors import OutOfRange
 
 State = Literal["ok", "note", "fail"]
 SMALLEST_PART = 5 << 20

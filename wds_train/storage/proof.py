@@ -10,7 +10,8 @@ from collections.abc import Callable
 from wds_train.errors import Conflict, NotFound, StoreError
 from wds_train.storage.base import Store
 from wds_train.storage.s3 import S3Store
-from wds_train.storage.s3_connection import CHECKSUM_REMEDY, Refused, S3Connection
+from wds_train.storage.s3_connection import CHECKSUM_REMEDY, S3Connection
+from wds_train.storage.s3_errors import Refused
 from wds_train.storage.s3_write import digest_of
 
 PROBES = "metrics/"  # of a run: where an instance's role may write and delete

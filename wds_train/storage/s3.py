@@ -52,7 +52,7 @@ class S3Store:
         return self._reader.read_tagged(key)
 
     def reconnect(self) -> None:
-        self.connection.reconnect()
+        self.connection.session.reconnect()
 
     def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
         return self._writer.write(key, body, if_absent=if_absent, if_match=if_match)

@@ -11,10 +11,13 @@ import numpy as np
 from wds_train.errors import Conflict, StoreError, Unavailable
 from wds_train.storage.base import inside, too_short
 from wds_train.storage.retry import SLOWEST
-from wds_train.storage.s3_connection import SOCKET_SECONDS, OutOfRange, S3Connection, tag_in
+from wds_train.storage.s3_connection import S3Connection, tag_in
+from wds_train.storage.s3_errors import OutOfRange
 from wds_train.storage.s3_ranges import Answer
+from wds_train.storage.s3_session import SOCKET_SECONDS
 
 PIECE_BYTES = 1 << 18
+GET = "get_object"
 
 
 class S3Reader:
@@ -44,8 +47,9 @@ class S3Reader:
         retry = self._connection.retry()
         while True:
             had = body.size
+            generation = self._connection.session.generation
             try:
-                with self._connection.translated(key):
+                with self._connection.translated(key, GET):
                     self._read_on(key, body)
                 return body
             except OutOfRange as error:
@@ -54,7 +58,8 @@ class S3Reader:
                 raise too_short(f"{self._connection.url}/{key}", body.start, body.length) from error
             except Unavailable as error:
                 # Bodies break off: go on from the byte that came last.
-                retry.pause(error, body.expected, progressed=body.size > had)
+                progressed = body.size > had
+                self._connection.pause(retry, error, generation, body.expected, progressed)
 
     def _read_on(self, key: str, body: "_Body") -> None:
         """Append to `body` what is missing of it. What comes later must be of the same version of the object."""
@@ -63,7 +68,7 @@ class S3Reader:
         if first or body.length is not None:
             wanted["Range"] = f"bytes={first}-" + ("" if body.length is None else str(body.start + body.length - 1))
         with self._get(key, wanted) as (tag, size, answered_range, stream):
-            self._connection.answered = True
+            self._connection.note_granted(GET)
             # Not by If-Match: some servers do not know it for reads.
             if body.size and tag != body.tag:
                 raise self._changed(key)

@@ -16,6 +16,8 @@ from wds_train.storage.base import PART_BYTES, UPLOAD_THREADS, Body
 from wds_train.storage.s3_connection import S3Connection, tag_in
 from wds_train.storage.s3_read import S3Reader
 
+UPLOADS = 3  # of one object, if the server forgets a multipart upload before its end
+
 
 class S3Writer:
     """Writes of objects: large ones in parts, of which several are on their way at a time; each with a checksum."""
@@ -24,18 +26,30 @@ class S3Writer:
         self._s3, self._reader = connection, reader
 
     def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
-        try:
-            if len(body) > PART_BYTES:
-                whole = memoryview(body)
-                starts = range(0, len(body), PART_BYTES)
-                return self._write_parts(key, (whole[start : start + PART_BYTES] for start in starts), condition)
+        condition = {}
+        if if_absent:
+            condition = {"IfNoneMatch": "*"}
+        elif if_match:
+            condition = {"IfMatch": if_match}
+        for _ in range(UPLOADS):
+            try:
+                return self._write_whole(key, body, condition)
+            except (Conflict, NotFound) as error:
+                # The answer to an earlier attempt may have been lost: the object may be ours all the same.
+                tag = self._tag_of(key, memoryview(body))
+                if tag is not None:
+                    return tag
+                lost = error
+                if not _is_gone(error):
+                    break
+        raise Conflict(f"{self._s3.url}/{key} was written by another writer") from lost
+
+    def _write_whole(self, key: str, body: Body, condition: dict[str, str]) -> str:
+        if len(body) <= PART_BYTES:
             return tag_in(self._s3, self._send("put_object", key, body, **condition))
-        except (Conflict, NotFound) as error:
-            tag = self._tag_of(key, memoryview(body))
-            if tag is None:
-                raise Conflict(f"{self._s3.url}/{key} was written by another writer") from error
-            return tag
+        whole = memoryview(body)
+        starts = range(0, len(body), PART_BYTES)
+        return self._write_parts(key, (whole[start : start + PART_BYTES] for start in starts), condition)
 
     def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
         parts = _equal_parts(pieces)
@@ -58,7 +72,7 @@ class S3Writer:
             tag = tag_in(self._s3, ended)
         except BaseException:
             # Once only: when the server is gone, the bucket's lifecycle rule has to do it.
-            with contextlib.suppress(StoreError), self._s3.translated(key):
+            with contextlib.suppress(StoreError), self._s3.translated(key, "abort_multipart_upload"):
                 self._s3.client.abort_multipart_upload(Bucket=self._s3.bucket, **upload)
             raise
         stored = self._s3.head(key)
@@ -106,6 +120,12 @@ class S3Writer:
         except NotFound:
             return None
         return tag if same else None
+
+
+def _is_gone(error: StoreError) -> bool:
+    """Return whether a multipart upload is no more: after a conflict at its end, it has to be sent again."""
+    response = getattr(error.__cause__, "response", {})
+    return response.get("Error", {}).get("Code") == "NoSuchUpload"
 
 
 def _equal_parts(pieces: Iterable[Body]) -> Iterator[Body]:

@@ -110,10 +110,10 @@ class Tracker:
         except TimeoutError:
             self._warn(f"W&B has not taken all; {_remedy(self.run)}", last=True)
         except PageError as error:
-            self._warn(f"{error}; training goes on without W&B; {_remedy(self.run)}", last=True)
+            self._warn(f"{error}; the run does not need it; {_remedy(self.run)}", last=True)
         except Exception as error:
             self.where = None
-            self._warn(f"W&B failed ({one_line(error)}); training goes on without it; {_remedy(self.run)}", last=True)
+            self._warn(f"W&B failed ({one_line(error)}); the run does not need it; {_remedy(self.run)}", last=True)
 
     def _open(self, details: dict[str, Any]) -> Board:
         """Open the run's page: online with a login, offline without one or where W&B refuses."""
