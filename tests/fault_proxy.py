@@ -57,6 +57,7 @@ class Fault:
     pause: float = 0.05
     header: str = ""
     message: str = "injected"
+    headers: str = ""  # more lines of an answer's head
 
     def matches(self, method: str, key: str, query: str, head: bytes) -> bool:
         has_header = not self.header or self.lines.search(head)
@@ -77,6 +78,8 @@ class FaultProxy:
     """`requests`, `sent`, `received`: requests, and bytes of bodies to and from the client, by (method, key). `heads`: those of
     each request and of its answer. `parts`: the lengths of parts, by upload and number.
 
+    `accepted`: the access keys of clients, of which the server itself knows none: whoever signs with another gets `denial`.
+
     `port` is the server's own, `keys` what it knows its clients by. A key is the path without its bucket; a bucket's own requests (listings) have the key "".
     """
 
@@ -88,6 +91,9 @@ class FaultProxy:
         self.heads: list[tuple[bytes, bytes]] = []
         self.port, self.keys = port, keys
         self.parts: dict[str, dict[int, int]] = {}
+        self.accepted: set[str] | None = None
+        self.denial = Fault("status", status=400, code="ExpiredToken", message="The provided token has expired.")
+        self.signers: Counter[str] = Counter()
         self._draws = random.Random(seed)
         self._tasks: set[asyncio.Task[None] | None] = set()  # asyncio keeps none alive that waits
         self._loop = asyncio.new_event_loop()
@@ -185,6 +191,13 @@ class FaultProxy:
         self.requests[what] += 1
         self._note_part(what[0], address.query, head)
         fault = self._draw(*what, address.query, head)
+        if self.accepted is not None:
+            signer = _signer(head)
+            self.signers[signer] += 1
+            if signer not in self.accepted:
+                await self._refuse(self.denial, head, client_in, client_out)
+                return
+            head = self._signed(head)
         if fault and fault.kind == "reset" and not fault.after:
             raise _Broken("reset")
         if fault and fault.kind == "hang":
@@ -226,7 +239,11 @@ class FaultProxy:
         first, *lines = head.decode().split("\r\n\r\n")[0].split("\r\n")
         method, target = first.split(" ")[:2]
         headers = dict(line.split(": ", 1) for line in lines)
-        headers.pop("Authorization")
+        headers.pop("Authorization", "")
+        headers.setdefault("X-Amz-Content-SHA256", "UNSIGNED-PAYLOAD")  # of an address signed in its query
+        path, _, query = target.partition("?")
+        kept = [each for each in query.split("&") if each and not each.startswith("X-Amz-")]
+        target = "?".join([path, "&".join(kept)] if kept else [path])
         request = AWSRequest(method, f"http://{headers['Host']}{target}", headers=headers)
         _SameBody(Credentials(*self.keys), "s3", "us-east-1").add_auth(request)
         told = [first, *(f"{name}: {value}" for name, value in request.headers.items()), "", ""]
@@ -242,11 +259,17 @@ class FaultProxy:
             f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>{fault.message}</Message></Error>".encode()
         )
         client_out.write(
-            b"HTTP/1.1 %d Injected\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n"
-            % (fault.status, len(xml))
+            b"HTTP/1.1 %d Injected%s\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n"
+            % (fault.status, fault.headers.encode(), len(xml))
             + (b"" if head.startswith(b"HEAD") else xml)
         )
         await client_out.drain()
+
+
+def _signer(head: bytes) -> str:
+    """The access key that a request is signed with, in its headers or its query."""
+    found = re.search(rb"Credential=([^/%]+)(?:/|%2F)", head)
+    return found[1].decode() if found else ""
 
 
 class _SameBody(S3SigV4Auth):

@@ -260,7 +260,7 @@ def test_a_writer_killed_before_the_rename_leaves_the_old_object_and_no_lock(loc
 @pytest.fixture
 def proxied(fault_proxy: FaultProxy, s3: S3Store, monkeypatch: pytest.MonkeyPatch) -> S3Store:
     """A store behind the proxy that gives up soon."""
-    for module in ("s3_connection", "s3_read"):
+    for module in ("s3_session", "s3_read"):
         monkeypatch.setattr(f"wds_train.storage.{module}.SOCKET_SECONDS", 1.0)
     for module in ("retry", "s3_read"):
         monkeypatch.setattr(f"wds_train.storage.{module}.SLOWEST", 2_000_000)
@@ -347,7 +347,7 @@ def test_a_lost_acknowledgement_does_not_hide_another_writer(
         ("403 AccessDenied", AccessDenied, "denied \\(AccessDenied\\): let the AWS credentials .* s3:ListBucket"),
         ("400 ExpiredToken", AccessDenied, "denied \\(ExpiredToken\\): the credentials have expired: renew them"),
         ("403 RequestTimeTooSkewed", AccessDenied, "this machine's clock is wrong: set it"),
-        ("409 ConditionalRequestConflict", Conflict, "m was written by another writer"),
+        ("409 Conflict", Conflict, "m was written by another writer"),
         ("412 PreconditionFailed", Conflict, "m was written by another writer"),
         ("400 EntityTooLarge", StoreError, "answered 400 EntityTooLarge"),
     ],
