@@ -67,7 +67,7 @@ def test_an_epoch_under_random_faults_gives_the_same_samples(
     digits: Dataset, on_s3: str, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """5 % of the requests for shards fail, in every way that S3 fails in."""
-    for module in ("s3_connection", "s3_read"):
+    for module in ("s3_session", "s3_read"):
         monkeypatch.setattr(
             f"wds_train.storage.{module}.SOCKET_SECONDS", 1.0
         )  # a stalled body is given up after so long
