@@ -78,7 +78,7 @@ class Trainer:
         self.optimizer = create_optimizer(self.recipe, self.model)
         self._amp = amp_dtype(self.device, self.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._amp == torch.float16)
-        self._criterion = Criterion(self.recipe.loss)
+        self.criterion = Criterion(self.recipe.loss)
         self.normalise = Normaliser(self.recipe.data, self.device)
         self._predictor = Predictor(self.device, flip=self.recipe.data.eval_flip, precision=self.precision)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -146,7 +146,7 @@ class Trainer:
         with autocast(self.device, self._amp):
             logits = model(images).float()
             taught = None if self._teacher is None else self._teacher.logits(images)
-        loss = self._criterion(logits, targets)
+        loss = self.criterion(logits, targets)
         return loss if taught is None else distilled(self.recipe.distill, loss, logits, taught)
 
     def _clip(self) -> None:

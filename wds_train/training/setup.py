@@ -22,6 +22,7 @@ from wds_train.storage.base import Store
 from wds_train.tracking.console import note
 from wds_train.tracking.progress import Pace
 from wds_train.training.engine import Trainer
+from wds_train.training.first_step import check_compiler, check_first_step
 from wds_train.training.options import TrainOptions
 from wds_train.training.ranks import Ranks
 from wds_train.transforms.sample import EvalTransform, TrainTransform
@@ -45,7 +46,10 @@ def refuse(options: TrainOptions, datasets: list[Dataset], fresh: RunManifest, s
         weights = TIMM + timm_name(model.init, model)
         note(f"weights  reading {weights}, which this machine has or fetches from the Hugging Face hub ...")
     on_meta = replace(options, compile=False)
-    make_trainer(on_meta, datasets, torch.device("meta"), Ranks(ranks.rank, ranks.size), resumes=resumes)
+    trainer = make_trainer(on_meta, datasets, torch.device("meta"), Ranks(ranks.rank, ranks.size), resumes=resumes)
+    check_first_step(trainer)
+    if options.compile and ranks.leads:
+        check_compiler(ranks.device)
 
 
 def make_trainer(

@@ -1,0 +1,140 @@
+"""What the first step of a training would say, found out before the run is claimed."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from wds_train.errors import UsageError
+from wds_train.global_rng import generators_kept
+from wds_train.training.engine import Trainer
+
+NAMED = 3  # parameters that a message names
+COMPILE_SECONDS = 300.0  # for a first compilation, on a slow disk
+ONE_VALUE = "Expected more than 1 "  # how PyTorch's checks of normalisation layers begin
+
+# A process of its own: compiling starts threads, and on a GPU uses it, neither of which loader workers
+# may inherit.
+COMPILE = """
+import sys, torch
+double = torch.compile(lambda x: x * 2 + 1, backend="inductor")
+assert double(torch.ones(64, device=sys.argv[1])).sum().item() == 192
+"""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The smallest micro-batch of a rank: `samples` images of `side` pixels, asked for by `setting`."""
+
+    setting: str
+    side: int
+    samples: int
+
+
+def check_first_step(trainer: Trainer) -> None:
+    """Take a forward and a backward pass of a rank's smallest micro-batch, in training mode.
+
+    Args:
+        trainer: A trainer on the device "meta", which computes shapes alone, and is of no other use.
+
+    Raises:
+        UsageError: The pass fails, or with several ranks, it does not reach all parameters.
+    """
+    model = trainer.model.train()
+    for part in _parts(trainer):
+        try:
+            with generators_kept(torch.device("cpu")):
+                _pass_over(trainer, model, part)
+        except NotImplementedError:
+            return  # an operation that PyTorch cannot do without memory: the step itself has to tell
+        except (ValueError, RuntimeError, AssertionError, IndexError) as error:
+            raise UsageError(_describe(trainer, part, error)) from error
+        _check_all_reached(trainer, model)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a small function for `device`, in a process of its own.
+
+    Raises:
+        UsageError: There is no compiler, or what it makes cannot run where PyTorch puts it.
+    """
+    command = [sys.executable, "-c", COMPILE, device.type]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return  # slow, but it may well work
+    if done.returncode == 0:
+        return
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    cause = _cause_of(lines) or f"exit code {done.returncode}"
+    raise UsageError(
+        f"--compile cannot work here ({cause}); install a C++ compiler (for example `apt install g++`), let "
+        "TORCHINDUCTOR_CACHE_DIR name a folder in which programs may be written and run, or leave out --compile"
+    )
+
+
+def _parts(trainer: Trainer) -> Iterator[_Part]:
+    """Yield the smallest micro-batch for each size of training images."""
+    data = trainer.recipe.data
+    samples = trainer.samples // trainer.accumulate  # of parts that differ by one, the smaller
+    yield _Part("data.size", data.size, samples)
+    if data.start_size not in (0, data.size):
+        yield _Part("data.start_size", data.start_size, samples)
+
+
+def _pass_over(trainer: Trainer, model: nn.Module, part: _Part) -> None:
+    shape = (part.samples, part.side, part.side, 3)
+    images = trainer.normalise(torch.zeros(shape, dtype=torch.uint8, device="meta"))
+    labels = torch.zeros(part.samples, dtype=torch.int64, device="meta")
+    model.zero_grad(set_to_none=True)
+    logits = model(images)
+    expected = [part.samples, trainer.classes]
+    if not isinstance(logits, torch.Tensor) or [*logits.shape] != expected:
+        found = [*logits.shape] if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"it gives {found}, where logits of shape {expected} are needed")
+    trainer.criterion(logits.float(), labels).backward()
+
+
+def _check_all_reached(trainer: Trainer, model: nn.Module) -> None:
+    """Raise `UsageError` for parameters without a gradient: the ranks would wait for it for ever."""
+    if trainer.ranks.size == 1:
+        return
+    unreached = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    if unreached:
+        named = ", ".join(unreached[:NAMED]) + (", ..." if len(unreached) > NAMED else "")
+        raise UsageError(
+            f"{trainer.recipe.model.name} cannot be trained by {trainer.ranks.size} ranks: the loss does not reach "
+            f"{len(unreached)} of its parameters ({named}), whose gradients the ranks would wait for; train with one "
+            "process (--processes 1), or choose another model"
+        )
+
+
+def _describe(trainer: Trainer, part: _Part, error: Exception) -> str:
+    """Return the sentence for an `error` of a pass over `part`."""
+    name = trainer.recipe.model.name
+    cut = f"batch = {trainer.recipe.batch}"
+    if trainer.ranks.size > 1:
+        cut += f" over {trainer.ranks.size} ranks"
+    if trainer.accumulate > 1:
+        cut += f" in {trainer.accumulate} micro-batches (--accumulate)"
+    images = f"{part.samples} image{'' if part.samples == 1 else 's'} of {part.setting} = {part.side} pixels"
+    if str(error).startswith(ONE_VALUE):
+        return (
+            f"{cut} cannot work: {name} works on {images} at a time, which leave one of its normalisation layers a "
+            f"single value for each channel ({error}); use a larger batch, fewer ranks, a smaller --accumulate or "
+            f"larger images"
+        )
+    return f"{cut} cannot work: {name} takes no training step on {images} ({error}); choose another model or size"
+
+
+def _cause_of(lines: list[str]) -> str:
+    """Return the line of a traceback that tells most: the last that begins as an error does."""
+    errors = [
+        line for line in lines if line.split(":")[0].rsplit(".", 1)[-1].endswith(("Error", "Compiler", "Exception"))
+    ]
+    return (errors or lines or [""])[-1][:300]
