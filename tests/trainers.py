@@ -10,10 +10,11 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ POINTS = {
     "after the snapshot": ("training.engine", "Trainer", "snapshot", "after"),
     "uploading": ("storage.s3_write", "S3Writer", "_send", "before"),
     "between uploads and manifest": ("checkpoint.manifest", "RunManifest", "with_commit", "before"),
+    "announced": ("checkpoint.writer", "Writer", "announce", "after"),
     "before the manifest": ("checkpoint.writer", "Writer", "write", "before"),
     "after the manifest": ("checkpoint.writer", "Writer", "write", "after"),
     "before the garbage": ("checkpoint.committer", "", "collect", "before"),
@@ -259,6 +261,17 @@ def _stop_at(job: Job, released: Path) -> None:
 
     # `getattr` gave a classmethod bound, and must not be bound once more.
     setattr(held, name, staticmethod(wrapped) if hasattr(function, "__self__") else wrapped)
+
+
+def start_ranks(job: Job, ranks: int, last: tuple[str, ...] = ()) -> list[Training]:
+    """Start all ranks of a training; the last one is given the settings `last`, too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    each = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    jobs = [replace(job, environment=environment) for environment in each]
+    return [Training(each) for each in (*jobs[:-1], replace(jobs[-1], settings=(*job.settings, *last)))]
 
 
 @contextlib.contextmanager

@@ -185,14 +185,16 @@ def test_a_kill_after_the_last_commit_leaves_nothing_for_ever(
     assert {entry.key for entry in store.list("ckpt/")} == named | {newer}
 
 
+@pytest.mark.parametrize(("announces", "kept"), [(False, [1, 2]), (True, [2])], ids=["commit", "announcement"])
 def test_a_swap_whose_answer_is_lost_is_settled_before_the_next_commit(
-    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
+    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch, announces: bool, kept: list[int]
 ) -> None:
+    """A commit that was only announced is replaced by the next one, which holds its records."""
     run, write, lost = Run.claim(store, FRESH, said.append), store.write, list[str]()
 
     def loses(key: str, body: bytes, **condition: Any) -> str:
         tag = write(key, body, **condition)
-        if key == states.NAME and not lost:
+        if key == states.NAME and not lost and (json.loads(body)["pending"] is not None) == announces:
             lost.append(key)
             run.committer.commit(snapshot(2), {}, [{"step": 2}])  # meanwhile
             raise Unavailable("no answer")
@@ -203,7 +205,8 @@ def test_a_swap_whose_answer_is_lost_is_settled_before_the_next_commit(
     run.committer.commit(snapshot(1), {}, [{"step": 1}])
     run.committer.wait()
     assert lost and [record["step"] for record in run.history()] == [1, 2]
-    assert [checkpoint.progress.step for checkpoint in run.manifest.checkpoints] == [1, 2]
+    assert [checkpoint.progress.step for checkpoint in run.manifest.checkpoints] == kept
+    assert {entry.key for entry in store.list()} == run.manifest.keys | {states.NAME}
 
 
 def test_every_nth_epoch_is_kept_if_asked(store: Store, said: list[str]) -> None:

@@ -206,6 +206,13 @@ def test_a_checkpoint_of_right_hash_and_wrong_content_is_passed_over(
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def pending_of(manifest: Tree, key: str) -> Tree:
+    """An announced commit whose checkpoint is at `key`."""
+    checkpoint = dict(manifest["checkpoints"][0])
+    checkpoint["object"] = checkpoint["object"] | {"key": key}
+    return {"checkpoint": checkpoint, "segment": None}
+
+
 MANIFESTS: dict[str, tuple[Callable[[Tree], object], str]] = {
     "no checkpoints": (lambda m: m.pop("checkpoints"), "checkpoints is missing"),
     "recipe": (lambda m: m.update(recipe=None), "recipe is None, not an object"),
@@ -228,6 +235,14 @@ MANIFESTS: dict[str, tuple[Callable[[Tree], object], str]] = {
     "our manifest": (
         lambda m: m["checkpoints"][0]["object"].update(key="manifest.json"),
         "object.key is 'manifest.json', not of the form ckpt/",
+    ),
+    "another's object": (
+        lambda m: m.update(pending=pending_of(m, key="../other/ckpt/1-1-1.safetensors")),
+        "pending: object.key is '../other/ckpt/1-1-1.safetensors', not of the form ckpt/",
+    ),
+    "half an announcement": (
+        lambda m: m.update(pending={"checkpoint": m["checkpoints"][0]}),
+        "pending.segment is missing",
     ),
 }
 

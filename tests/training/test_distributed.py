@@ -6,7 +6,6 @@ On CPUs through gloo, with a model without BatchNorm, whose statistics are those
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from torch.distributed import TCPStore
-from trainers import HOLD, SETTINGS, STEPS_PER_EPOCH, Job, Training, all_ended, make_dataset, wait_for_commit
+from trainers import (
+    HOLD,
+    SETTINGS,
+    STEPS_PER_EPOCH,
+    Job,
+    Training,
+    all_ended,
+    make_dataset,
+    start_ranks,
+    wait_for_commit,
+)
 
 from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.run import Run
@@ -44,17 +53,6 @@ def job(dataset: str, tmp_path: Path) -> Job:
     return Job(dataset, str(tmp_path / "run"), str(tmp_path), settings=(*LAYERNORM, f"schedule.epochs={EPOCHS}"))
 
 
-def start(job: Job, ranks: int, last: tuple[str, ...] = ()) -> list[Training]:
-    """All ranks of a training; the last one is given the settings `last`, too."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    each = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    jobs = [replace(job, environment=environment) for environment in each]
-    return [Training(each) for each in (*jobs[:-1], replace(jobs[-1], settings=(*job.settings, *last)))]
-
-
 def history(job: Job) -> list[dict[str, float]]:
     store = open_store(job.run)
     return Run(store, *read_run(store)).history()
@@ -71,7 +69,7 @@ def test_1_2_and_4_ranks_train_the_same(job: Job, tmp_path: Path) -> None:
     for ranks in (1, 2, 4):
         micro_batches = ("--accumulate", str(4 // ranks))
         one = replace(job, run=str(tmp_path / f"run{ranks}"), workers=ranks % 2, arguments=micro_batches)
-        trainings = start(one, ranks)
+        trainings = start_ranks(one, ranks)
         with all_ended(trainings):
             for training in trainings:
                 assert training.end() == 0, training.output
@@ -85,7 +83,7 @@ def test_1_2_and_4_ranks_train_the_same(job: Job, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_was_told_otherwise_is_refused(job: Job) -> None:
-    trainings = start(job, 2, last=("seed=7",))
+    trainings = start_ranks(job, 2, last=("seed=7",))
     with all_ended(trainings):
         assert trainings[1].end() == 2, trainings[1].output
     assert "was begun with seed 0, not 7; leave out what differs" in trainings[1].output
@@ -138,7 +136,7 @@ def test_a_killed_rank_ends_all_and_one_process_goes_on(job: Job) -> None:
 
 def test_a_signal_to_one_rank_stops_all_with_the_state_committed(job: Job) -> None:
     long = replace(job, settings=(*job.settings, "schedule.epochs=500"))
-    trainings = start(long, 2)
+    trainings = start_ranks(long, 2)
     with all_ended(trainings):
         trainings[0].until(r"epoch +1/500")
         assert trainings[1].end(signal.SIGTERM) == 75
@@ -150,7 +148,7 @@ def test_a_signal_to_one_rank_stops_all_with_the_state_committed(job: Job) -> No
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused_by_all(job: Job) -> None:
-    trainings = start(replace(job, settings=(*job.settings, "batch=6")), 4)
+    trainings = start_ranks(replace(job, settings=(*job.settings, "batch=6")), 4)
     with all_ended(trainings):
         codes = [training.end() for training in trainings]
     # The first that leaves may take the meeting place with it before the others come; `launch` prefers its code to theirs.
@@ -188,7 +186,7 @@ def test_a_wrong_place_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, va
 
 def test_a_rank_that_is_lost_after_the_last_commit_leaves_a_done_run_done(job: Job) -> None:
     held = replace(job, point="after the manifest", nth=EPOCHS, sent=HOLD)
-    trainings = start(held, 2)
+    trainings = start_ranks(held, 2)
     with all_ended(trainings):
         trainings[0].until("held at")
         trainings[1].end(signal.SIGKILL)

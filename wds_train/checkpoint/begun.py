@@ -59,7 +59,10 @@ def going_on(found: RunManifest, fresh: RunManifest, where: str) -> RunManifest:
     `UsageError` that names all in which `fresh` is another training.
     """
     if kept_nothing(found):
-        return replace(found, recipe=fresh.recipe, dataset=fresh.dataset)
+        # What an earlier attempt left half done is of use to the same training alone.
+        same = found.recipe == fresh.recipe and not _other_data(found.dataset, fresh.dataset)
+        pending = found.pending if same else None
+        return replace(found, recipe=fresh.recipe, dataset=fresh.dataset, pending=pending)
     settings = [] if found.recipe == fresh.recipe else _other_settings(found.settings, fresh.settings)
     if different := settings + _other_data(found.dataset, fresh.dataset):
         more = f" and {len(different) - NAMED} more" if len(different) > NAMED else ""

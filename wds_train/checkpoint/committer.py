@@ -1,4 +1,8 @@
-"""Commits in the background: upload the checkpoint and the metrics, swap the manifest, delete what it dropped."""
+"""Commits in the background: announce, upload the metrics and the checkpoint, swap the manifest, delete what it dropped.
+
+The announcement puts keys, sizes and digests of what goes up next into the manifest, as `pending`. If the process is
+killed between the upload and the swap, the next owner can tell by them whether all of it arrived, and adopt it.
+"""
 
 import hashlib
 import json
@@ -10,7 +14,7 @@ from typing import Any
 
 from wds_train.checkpoint.goodput import Spent
 from wds_train.checkpoint.lease import Say
-from wds_train.checkpoint.manifest import Checkpoint, Object, RunManifest, Segment
+from wds_train.checkpoint.manifest import Checkpoint, Object, Pending, RunManifest, Segment
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.writer import Writer
 from wds_train.errors import RunError, StoreError
@@ -55,7 +59,7 @@ class Committer:
         self.failures = 0
         self.max_uncommitted = float("inf")
         self.upload_s: float | None = None
-        self._writer, self._say, self._keep_every = writer, say, keep_every
+        self._writer, self._say, self.keep_every = writer, say, keep_every
         self._safe_at = time.monotonic()
         self._changed = threading.Condition()
         self._next: _Commit | None = None
@@ -157,22 +161,37 @@ class Committer:
             self._writer.fatal = error
 
     def _commit(self, job: _Commit) -> None:
-        began, writer = time.perf_counter(), self._writer
+        began = time.perf_counter()
+        writer = self._writer
         job.snapshot.check_finite()
-        if writer.is_late:
-            writer.write(lambda manifest: manifest)  # is the run still ours?
         at = job.snapshot.progress
         place = f"{writer.manifest.fence:06d}-{at.step:09d}-{at.evaluated:06d}"
-        state = self._put(f"ckpt/{place}.safetensors", job.snapshot.encode())
-        checkpoint = Checkpoint(state, at, job.metrics, job.spent)
+        state = job.snapshot.encode()
         lines = "".join(json.dumps(record) + "\n" for record in self._records[: job.records]).encode()
-        segment = Segment(self._put(f"metrics/{place}.jsonl", lines), at.step, at.evaluated) if lines else None
-        before, self._asked = writer.manifest, True
-        writer.write(lambda found: replace(found.with_commit(checkpoint, segment, self._keep_every), **job.changes))
+        checkpoint = Checkpoint(_described(f"ckpt/{place}.safetensors", state), at, job.metrics, job.spent)
+        segment = Segment(_described(f"metrics/{place}.jsonl", lines), at.step, at.evaluated) if lines else None
+
+        # This also finds out whether the run is still ours, before what may be gigabytes go up.
+        self._announce(Pending(checkpoint, segment, job.changes.get("result", {})))
+        # The checkpoint comes last: where it is whole, its metrics are there as well.
+        if segment is not None:
+            writer.store.write(segment.object.key, lines, if_absent=True)
+        writer.store.write(checkpoint.object.key, state, if_absent=True)
+
+        before = writer.manifest
+        self._asked = True
+        writer.write(lambda found: replace(found.with_commit(checkpoint, segment, self.keep_every), **job.changes))
         self.upload_s = time.perf_counter() - began
         LOG.debug("committed step %d: %.1f MB in %.1f s", at.step, checkpoint.object.bytes / 1e6, self.upload_s)
         collect(writer.store, before, writer.manifest, self._say)
 
-    def _put(self, key: str, data: bytes) -> Object:
-        self._writer.store.write(key, data, if_absent=True)
-        return Object(key, len(data), hashlib.sha256(data).hexdigest())
+    def _announce(self, pending: Pending) -> None:
+        """Name in the manifest what goes up next, and delete what a commit that failed before this one has left."""
+        before = self._writer.manifest
+        self._writer.announce(pending)
+        collect(self._writer.store, before, self._writer.manifest, self._say)
+
+
+def _described(key: str, data: bytes) -> Object:
+    """Return what a manifest says of an object that holds `data`."""
+    return Object(key, len(data), hashlib.sha256(data).hexdigest())

@@ -40,6 +40,7 @@ ADDED = {
     "unsafe_store",
     "page",
     "differences",
+    "pending",
 }  # to the manifest, since its first version
 REPLAYED = 50  # segments kept of rows that no checkpoint goes with
 LISTED = 100  # attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever
@@ -113,6 +114,25 @@ class Segment:
     def within(self, at: Progress) -> bool:
         """Whether it holds nothing beyond `at`."""
         return (self.step, self.evaluated) <= (at.step, at.evaluated)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A commit that has been announced and not finished: its objects may be on the store, in part, or not at all.
+
+    `result` is that of the run, where this is its last commit.
+    """
+
+    checkpoint: Checkpoint
+    segment: Segment | None
+    result: dict[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def objects(self) -> tuple[Object, ...]:
+        """The objects that the commit consists of."""
+        if self.segment is None:
+            return (self.checkpoint.object,)
+        return (self.segment.object, self.checkpoint.object)
 
 
 @dataclass(frozen=True)
@@ -231,7 +251,8 @@ class RunManifest:
     Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not finite. `replayed`
     are the newest REPLAYED segments of rows ahead of a checkpoint: those of the last attempt may yet be committed, those
     before were logged by attempts that ended before that, or went back behind them. `unsafe_store`: it was claimed last
-    with --unsafe-store, on a store that ignores conditional writes. `differences` are what `--recheck` found.
+    with --unsafe-store, on a store that ignores conditional writes. `differences` are what `--recheck` found. `pending` is
+    the commit that is being uploaded: its objects count for nothing until it is finished, or adopted by the next owner.
     """
 
     run: str
@@ -254,6 +275,7 @@ class RunManifest:
     unsafe_store: bool = False
     page: Page = Page()
     differences: tuple[Difference, ...] = ()
+    pending: Pending | None = None
 
     def claimed(self, owner: Owner, lease: float, now: float) -> "RunManifest":
         """The manifest of its next owner, the attempt of the one before ended."""
@@ -284,8 +306,8 @@ class RunManifest:
         others = [c for c in self.checkpoints if c.object.key != checkpoint.object.key]
         kept = keep((*others, checkpoint), keep_every, every_of(self.recipe))
         new = () if segment is None or segment in self.metrics else (segment,)
-        ahead = tuple(s for s in self.replayed if s.fence != self.fence or not s.within(checkpoint.progress))
-        changed = replace(self, checkpoints=kept, metrics=self.metrics + new, replayed=ahead)
+        ahead = tuple(s for s in self.replayed if s.fence != checkpoint.fence or not s.within(checkpoint.progress))
+        changed = replace(self, checkpoints=kept, metrics=self.metrics + new, replayed=ahead, pending=None)
         return changed if checkpoint.spent is None else changed.with_attempt(committed=checkpoint.spent)
 
     def with_ahead(self, segment: Segment) -> "RunManifest":
@@ -308,12 +330,14 @@ class RunManifest:
 
     @property
     def objects(self) -> tuple[Object, ...]:
-        """All that the manifest names."""
+        """All that the manifest names as committed."""
         return (*(c.object for c in self.checkpoints), *(s.object for s in self.metrics + self.replayed))
 
     @property
     def keys(self) -> set[str]:
-        return {named.key for named in self.objects}
+        """The keys of all objects that must not be deleted, those of the pending commit among them."""
+        pending = self.pending.objects if self.pending else ()
+        return {named.key for named in (*self.objects, *pending)}
 
     def ended(self, status: str) -> "RunManifest":
         """The manifest with `status`. A run that goes back to its last step is done without another validation: its
@@ -343,7 +367,9 @@ class RunManifest:
         metrics = tuple(s for s in self.metrics if s.within(checkpoint.progress))
         replayed = self.replayed + tuple(s for s in self.metrics if s not in metrics)
         attempts = taken_back(self.attempts, self.earlier.attempts, checkpoint)
-        return replace(self, checkpoints=kept, metrics=metrics, replayed=replayed[-REPLAYED:], attempts=attempts)
+        return replace(
+            self, checkpoints=kept, metrics=metrics, replayed=replayed[-REPLAYED:], attempts=attempts, pending=None
+        )
 
     def with_attempt(self, **details: Any) -> "RunManifest":
         """The manifest with `details` of the attempt under way."""
@@ -387,6 +413,10 @@ def _flaws(run: RunManifest) -> Iterator[str]:
     named = [("checkpoints", c.object, CHECKPOINT_KEYS) for c in run.checkpoints]
     named += [("metrics", s.object, SEGMENT_KEYS) for s in run.metrics]
     named += [("replayed", s.object, SEGMENT_KEYS) for s in run.replayed]
+    if run.pending is not None:
+        named.append(("pending", run.pending.checkpoint.object, CHECKPOINT_KEYS))
+        if run.pending.segment is not None:
+            named.append(("pending", run.pending.segment.object, SEGMENT_KEYS))
     rules: list[tuple[str, Any, bool, str]] = [
         ("run", run.run, bool(NAMES.fullmatch(run.run)), "a run's name"),
         ("dataset.fingerprint", run.dataset.get("fingerprint"), "fingerprint" in run.dataset, "a text"),
@@ -425,6 +455,16 @@ def taken_back(attempts: tuple[Attempt, ...], earlier: int, checkpoint: Checkpoi
             counted = checkpoint.spent
         found.append(replace(attempt, committed=counted))
     return tuple(found)
+
+
+def adopting(run: RunManifest, pending: Pending, keep_every: int = 0) -> RunManifest:
+    """Return the manifest of `run` with a commit that an earlier attempt uploaded as a whole, but did not finish."""
+    adopted = pending.checkpoint
+    committed = run.with_commit(adopted, pending.segment, keep_every)
+    # It is that attempt's work, and not this one's.
+    attempts = taken_back(run.attempts, run.earlier.attempts, adopted)
+    result = pending.result or run.result
+    return replace(committed, attempts=attempts, result=result).with_attempt(step=adopted.progress.step)
 
 
 def steps(checkpoints: Iterable[Checkpoint]) -> str:

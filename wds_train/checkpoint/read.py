@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from wds_train.checkpoint.choice import Choice
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import Checkpoint, Object, RunManifest, Segment, steps
+from wds_train.checkpoint.manifest import Checkpoint, Object, Pending, RunManifest, Segment, steps
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.errors import Dropped, NotFound, RunError, WdsTrainError
 from wds_train.format.manifest import ClassInfo
@@ -111,6 +111,22 @@ def read_records(store: Store, segment: Segment) -> list[dict[str, Any]]:
         return [typed(dict[str, float], json.loads(line), "a record") for line in data.splitlines()]
     except (ValueError, RecursionError) as error:
         raise RunError(f"{store.url}/{segment.object.key} is damaged: {error}") from error
+
+
+def read_pending(store: Store, run: RunManifest, pending: Pending) -> Snapshot:
+    """Return the state that a commit holds which was announced and not finished.
+
+    Raises:
+        RunError: Not all of it arrived, or it is damaged, or the run has a newer checkpoint: it must not be used.
+    """
+    at = pending.checkpoint.progress
+    for newest in run.checkpoints[-1:]:
+        committed = newest.progress
+        if (at.step, at.evaluated) < (committed.step, committed.evaluated):
+            raise RunError(f"{pending.checkpoint.object.key} is older than the newest checkpoint")
+    if pending.segment is not None:
+        read_records(store, pending.segment)
+    return read_checkpoint(store, run, pending.checkpoint)
 
 
 def weights_of(store: Store, manifest: RunManifest, choice: Choice) -> Weights:

@@ -2,12 +2,15 @@
 
 claim    read the manifest, wait until nobody holds the run, raise its fence, write it back by compare-and-swap
 renew    in a thread, several times per lease: the manifest with another nonce, for claimants to see a sign of life
-commit   copy the state to host memory at a step boundary (the training goes on), then in a thread: upload the
-         checkpoint, upload the metrics, swap the manifest, and only then delete what the new manifest dropped
-restore  the newest checkpoint whose size, sha256 and tensors are right; damaged ones are passed over and named
+commit   copy the state to host memory at a step boundary (the training goes on), then in a thread: announce in the
+         manifest what goes up, upload the metrics, upload the checkpoint, swap the manifest, and only then delete
+         what the new manifest dropped
+restore  the newest checkpoint whose size, sha256 and tensors are right; damaged ones are passed over and named. A commit
+         that was announced by an attempt before, and arrived as a whole, is adopted first
 
 An instance that another one has replaced meets a foreign fence at its next write, and writes nothing more. What it may
-have uploaded at that moment carries its own fence in the key: named by nobody, and removed at the next claim.
+have uploaded at that moment carries its own fence in the key: named by nobody, and removed at the next claim. What it had
+announced is settled by the first restore after its end; what arrives later is not looked at again.
 """
 
 import secrets
@@ -20,6 +23,7 @@ from typing import Any
 
 from wds_train.checkpoint import lease as leases
 from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint.adopt import settle_pending
 from wds_train.checkpoint.ahead import Ahead
 from wds_train.checkpoint.begun import going_on
 from wds_train.checkpoint.committer import Committer, collect
@@ -150,6 +154,9 @@ class Run:
         The manifest forgets damaged ones, and calls the metrics that came after the one before replayed: they will be
         logged again.
         """
+        adopted = settle_pending(self.writer, self.committer.keep_every, say)
+        if adopted is not None:
+            return adopted
         for checkpoint in reversed(self.manifest.checkpoints):
             try:
                 snapshot = read_checkpoint(self.store, self.manifest, checkpoint)

@@ -4,13 +4,14 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from wds_train.checkpoint import lease as leases
 from wds_train.checkpoint import manifest as states
 from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.lease import Say, read_run
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.manifest import Pending, RunManifest
 from wds_train.errors import Conflict, Interrupted, NotFound, RunError, StoreError
 from wds_train.storage.base import Store
 
@@ -43,13 +44,16 @@ class Writer:
         """Renew the lease no more."""
         self.closed.set()
 
-    @property
-    def is_late(self) -> bool:
-        """Whether the lease has run out since the last write."""
-        return time.monotonic() - self._written_at > self.manifest.lease
+    def announce(self, pending: Pending | None) -> None:
+        """Say in the manifest which commit goes up next; None for none any more. Raises what `write` raises."""
+        self._swap(lambda manifest: replace(manifest, pending=pending))
 
     def write(self, change: Callable[[RunManifest], RunManifest]) -> None:
-        """Swap the manifest for what `change` makes of it; `Interrupted` when another instance has claimed the run.
+        """Swap the manifest for what `change` makes of it; `Interrupted` when another instance has claimed the run."""
+        self._swap(change)
+
+    def _swap(self, change: Callable[[RunManifest], RunManifest]) -> None:
+        """Write the manifest under the condition that it is as this process left it.
 
         Our own fence in the manifest after a lost swap means that an earlier write of ours arrived, though its answer
         did not, or that the server refused two writes at one moment (409): take it up and try again.

@@ -115,6 +115,8 @@ def _tell(store: Store, manifest: RunManifest, flaws: dict[str, RunError | None]
         f"of metrics, {size / 1e6:,.1f} MB"
     )
     usable = [each for each in manifest.checkpoints if flaws[each.object.key] is None]
+    if manifest.pending is not None and _is_whole(store, manifest):
+        usable.append(manifest.pending.checkpoint)
     if usable:
         print(f"a resume uses the checkpoint of step {usable[-1].progress.step}, {usable[-1].object.key}")
     elif damaged:
@@ -122,3 +124,16 @@ def _tell(store: Store, manifest: RunManifest, flaws: dict[str, RunError | None]
     else:
         print("a resume begins anew: nothing is committed")
     return 1 if damaged else 0
+
+
+def _is_whole(store: Store, manifest: RunManifest) -> bool:
+    """Return whether the next attempt would adopt the commit that an attempt announced and did not finish."""
+    from wds_train.checkpoint.read import read_pending
+
+    if manifest.pending is None:
+        return False
+    try:
+        read_pending(store, manifest, manifest.pending)
+    except (RunError, Dropped):
+        return False
+    return True
