@@ -9,6 +9,7 @@ INFRA  := .venv-infra
 DEMO   := .venv-demo
 SKY    := .venv-sky
 BOOK   := .venv-notebook
+CHAOS  := .venv-chaos
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header
 
 # As they were typed: by itself, make would take the `$b` in SOURCE='/data/a$b' for a variable of its own, and drop it.
@@ -20,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup shards train plan report wandb-sync launch status logs stop destroy leftovers rehearse demo
-.PHONY: test test-cpus crash-test bootstrap-test check check-infra check-notebook fix bench-peers lock s3-stop clean
+.PHONY: test test-cpus crash-test chaos-test bootstrap-test check check-infra check-notebook fix bench-peers lock s3-stop clean
 
 define newline
 
@@ -52,7 +53,7 @@ $(STAMP): requirements.lock requirements-uv.lock pyproject.toml
 	@touch $@
 
 # Tools that want packages of their own: .venv-NAME holds those of requirements-NAME.lock. Two of them run wds-train as well.
-$(addsuffix /.installed,$(PEERS) $(INFRA) $(DEMO) $(SKY) $(BOOK)): .venv-%/.installed: requirements-%.lock $(STAMP)
+$(addsuffix /.installed,$(PEERS) $(INFRA) $(DEMO) $(SKY) $(BOOK) $(CHAOS)): .venv-%/.installed: requirements-%.lock $(STAMP)
 	$(call quoted,PYTHON) -m venv --without-pip $(@D)
 	$(BIN)/uv pip install --quiet --python $(@D)/bin/python --require-hashes -r $<
 	$(if $(filter $(PEERS) $(BOOK),$(@D)),$(BIN)/uv pip install --quiet --python $(@D)/bin/python --no-deps --no-build-isolation --editable .)
@@ -108,6 +109,9 @@ test-cpus: setup ## every test as on four CPUs that can do less (an hour)
 crash-test: setup ## kill small trainings 300 times, twenty takeovers, twenty races (10 to 20 minutes)
 	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=20 $(BIN)/python -m pytest -q -s tests/crash/test_crash.py tests/crash/test_run_faults.py$(arguments)
 
+chaos-test: setup $(CHAOS)/.installed ## ckpt-chaos kills a small training at each of its changes, on 1 and 2 ranks (half an hour)
+	WDS_CHAOS=1 $(BIN)/python -m pytest -q -s tests/crash/test_chaos.py$(arguments)
+
 bootstrap-test: setup ## an instance's scripts with the real uv, from its bundle to a resumed training (two minutes)
 	WDS_BOOTSTRAP=1 $(BIN)/python -m pytest -q -s tests/cloud/test_bootstrap.py$(arguments)
 
@@ -137,10 +141,11 @@ lock: setup ## compile the pinned, hashed requirements anew
 	$(COMPILE) wds_train/serving/space/requirements.txt -o requirements-demo.lock
 	echo checkov | $(COMPILE) - -o requirements-infra.lock
 	echo skypilot | $(COMPILE) - -o requirements-sky.lock
+	echo ckpt-chaos | $(COMPILE) - -o requirements-chaos.lock
 	echo uv | $(COMPILE) - -o requirements-uv.lock
 
 s3-stop: setup ## stop the embedded S3 server
 	$(BIN)/python -m wds_train.storage.embedded stop
 
 clean: s3-stop ## remove what was installed, and all data of the embedded S3 server
-	rm -rf $(VENV) $(PEERS) $(INFRA) $(SKY) $(DEMO) $(BOOK) .wds
+	rm -rf $(VENV) $(PEERS) $(INFRA) $(SKY) $(DEMO) $(BOOK) $(CHAOS) .wds

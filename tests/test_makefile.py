@@ -22,7 +22,10 @@ import json, sys
 with open({NOTED!r}, "a") as file:
     file.write(json.dumps(sys.argv) + "\\n")
 """
-LOCKS = ("requirements", *(f"requirements-{name}" for name in ("uv", "demo", "infra", "sky", "notebook", "peers")))
+LOCKS = (
+    "requirements",
+    *(f"requirements-{name}" for name in ("uv", "demo", "infra", "sky", "notebook", "peers", "chaos")),
+)
 
 # Target, setting, and what the program is to get for the VALUE of it; the rest of its words is the target's own.
 TYPED = [
@@ -102,7 +105,7 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in (*(f"{lock}.lock" for lock in LOCKS), "pyproject.toml"):
         (tmp_path / name).touch()
-    for name in ("", "-demo", "-infra", "-sky", "-notebook", "-peers"):
+    for name in ("", "-demo", "-infra", "-sky", "-notebook", "-peers", "-chaos"):
         folder = tmp_path / f".venv{name}" / "bin"
         folder.mkdir(parents=True)
         for program in ("wds-train", "python", "uv"):
