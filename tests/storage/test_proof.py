@@ -63,10 +63,10 @@ def test_a_server_that_ignores_a_condition_is_refused(store: S3Store, fault_prox
     assert keys(store) == []
 
 
-def test_a_sound_server_is_proved_by_four_requests_that_leave_nothing(store: S3Store, fault_proxy: FaultProxy) -> None:
+def test_a_sound_server_is_proved_by_eight_requests_that_leave_nothing(store: S3Store, fault_proxy: FaultProxy) -> None:
     said: list[str] = []
     assert prove(store, "ckpt/", said.append)
-    assert fault_proxy.count() == 4
+    assert fault_proxy.count() == 8
     assert {key.startswith("test/ckpt/probe-") for _, key in fault_proxy.requests} == {True}
     assert keys(store) == []
     assert said == []
@@ -211,7 +211,7 @@ def test_a_claim_that_loses_a_race_proves_the_store_once(
 ) -> None:
     fault_proxy.fail("status", method="PUT", key="manifest.json", status=409, code="Conflict", times=3)
     Run.claim(store, FRESH, print, pause=lambda _: None)
-    assert fault_proxy.count("PUT", "probe-") == 3
+    assert fault_proxy.count("PUT", "probe-") == 6
 
 
 def test_the_probe_of_a_killed_process_is_removed_by_the_next_claim(store: S3Store) -> None:

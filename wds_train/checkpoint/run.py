@@ -15,6 +15,7 @@ announced is settled by the first restore after its end; what arrives later is n
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -35,9 +36,12 @@ from wds_train.checkpoint.writer import Writer
 from wds_train.errors import Conflict, NotFound, RunError, StoreError, Unavailable, UsageError
 from wds_train.storage.base import Store
 from wds_train.storage.proof import PROBES, is_probe, prove
+from wds_train.storage.s3 import hurried
 from wds_train.storage.within import within
 
 LAST_WORD_SECONDS = 5.0
+CLAIMS = 30  # of one manifest that nobody else writes, before the server is blamed
+TIDY_SECONDS = 10.0  # for removing what killed instances left: nobody renews the lease meanwhile
 READERS = 8  # of metrics, at a time
 
 
@@ -84,37 +88,34 @@ class Run:
         Raises:
             UsageError: It is of another recipe or dataset, or a person stopped it and nobody says `go_on`.
             RunError: Another instance holds it and `wait` is False.
-            StoreError: The store ignores conditional writes, by which a run has one owner.
+            StoreError: The store ignores conditional writes, by which a run has one owner, or refuses all of them.
         """
         safe: bool | None = None
+        refusals = Counter[str]()
         while True:
-            try:
-                found, tag = read_run(store)
-            except NotFound:
-                found = fresh
-                condition: dict[str, Any] = {"if_absent": True}
-                safe = prove(store, PROBES, say, unsafe=unsafe) if safe is None else safe
-            else:
-                # What cannot be is refused before the wait.
+            # 1. What is there. What cannot be is refused before the wait.
+            found, tag = _found(store, fresh)
+            if tag:
                 going_on(found, fresh, store.url)
-                if safe is None and found.status != "done":
-                    safe = prove(store, PROBES, say, unsafe=unsafe)
+            if safe is None and found.status != "done":
+                safe = prove(store, PROBES, say, unsafe=unsafe)
+                continue  # another one may have claimed the run meanwhile: look again
+            # 2. Wait for its owner.
+            if tag:
                 found, tag = until_free(store, found, tag, wait=wait, say=say, pause=pause)
                 found = going_on(found, fresh, store.url)
                 if found.status == "done":
                     run = cls(store, found, tag, say=say)
                     run._collect_orphans()  # of a kill right after the last commit
                     return run
-                if found.status == "stopped" and not go_on:
-                    raise UsageError(
-                        f"{store.url} was stopped by a person, in W&B, at step {found.step}; give --go-on to go on from there"
-                    )
-                condition = {"if_match": tag}
+                _refuse_stopped(store, found, go_on)
+            # 3. Take it, unless another claimant is faster.
             try:
-                found = replace(found, unsafe_store=not safe)
-                run = cls._take(store, found, condition, say, keep_every)
-            except Conflict:
-                pause(0.1)  # another claimant was faster: look again
+                run = cls._take(store, replace(found, unsafe_store=not safe), tag, say, keep_every)
+            except Conflict as error:
+                refusals[tag] += 1
+                _refuse_endless(store, refusals[tag], error)
+                pause(0.1)
             else:
                 run._collect_orphans()
                 return run
@@ -142,7 +143,9 @@ class Run:
         return before, after
 
     @classmethod
-    def _take(cls, store: Store, found: RunManifest, condition: dict[str, Any], say: Say, keep_every: int) -> "Run":
+    def _take(cls, store: Store, found: RunManifest, tag: str, say: Say, keep_every: int) -> "Run":
+        """Claim the run, of which the manifest `found` has the tag `tag`; "" where there is none yet."""
+        condition: dict[str, Any] = {"if_match": tag} if tag else {"if_absent": True}
         nonce = secrets.token_hex(16)
         claimed = replace(found.claimed(this_process(), leases.LEASE_SECONDS, time.time()), nonce=nonce)
         tag = store.write(states.NAME, claimed.to_json(), **condition)
@@ -222,10 +225,13 @@ class Run:
         finished run leaves it as it is, and is told nothing.
         """
         told = self.manifest.status == "done"
+        end = time.monotonic() + TIDY_SECONDS
         for prefix in ("ckpt/", "metrics/"):
-            for tidy in (self._remove_orphans, self.store.abort_uploads):
+            for tidy in (partial(self._remove_orphans, end), self.store.abort_uploads):
                 try:
-                    tidy(prefix)
+                    _refuse_late(end, self.store)
+                    with hurried(self.store, TIDY_SECONDS):
+                        tidy(prefix)
                 except StoreError as error:
                     if not told:
                         self._say(f"what interrupted uploads left stays there ({error}); see docs/stores.md")
@@ -233,14 +239,45 @@ class Run:
                     if isinstance(error, Unavailable):  # the next request would wait as long
                         return
 
-    def _remove_orphans(self, prefix: str) -> None:
+    def _remove_orphans(self, end: float, prefix: str) -> None:
         named = self.manifest.keys
         for entry in list(self.store.list(prefix)):
             fence = entry.key.removeprefix(prefix).partition("-")[0]
             is_orphan = entry.key not in named and fence <= f"{self.manifest.fence:06d}"
             if is_orphan or is_probe(entry.key):
+                _refuse_late(end, self.store)
                 self.store.delete(entry.key)
                 self._say(f"removed {entry.key}, which no manifest names: left by an interrupted upload or removal")
+
+
+def _refuse_late(end: float, store: Store) -> None:
+    """Raise `Unavailable` after `end`: the lease must be renewed before it runs out."""
+    if time.monotonic() > end:
+        raise Unavailable(f"{store.url} is slow: the rest is left to the next start")
+
+
+def _found(store: Store, fresh: RunManifest) -> tuple[RunManifest, str]:
+    """Return the manifest at `store` and its tag; `fresh` and "" where there is none."""
+    try:
+        return read_run(store)
+    except NotFound:
+        return fresh, ""
+
+
+def _refuse_stopped(store: Store, found: RunManifest, go_on: bool) -> None:
+    if found.status == "stopped" and not go_on:
+        raise UsageError(
+            f"{store.url} was stopped by a person, in W&B, at step {found.step}; give --go-on to go on from there"
+        )
+
+
+def _refuse_endless(store: Store, refusals: int, error: Conflict) -> None:
+    """Raise `StoreError` when the same manifest could not be replaced so often that no other claimant explains it."""
+    if refusals >= CLAIMS:
+        raise StoreError(
+            f"{store.url} cannot be claimed: the server refused {refusals} times to write {states.NAME}, though nobody "
+            "else had written it; look at the server with wds-train check-store"
+        ) from error
 
 
 def _resumed_at(checkpoint: Checkpoint, found: RunManifest) -> RunManifest:

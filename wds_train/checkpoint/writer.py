@@ -64,8 +64,9 @@ class Writer:
                 manifest = change(self.manifest).with_attempt(**self._noted, spent=self.clock.read())
                 manifest = manifest.stamped(secrets.token_hex(16), time.time(), seconds)
                 try:
+                    self._look()
                     self._tag = self.store.write(states.NAME, manifest.to_json(), if_match=self._tag)
-                except Conflict as error:
+                except (Conflict, NotFound) as error:
                     self._take_up(error)
                 else:
                     self.manifest, self._written_at = manifest, time.monotonic()
@@ -76,12 +77,23 @@ class Writer:
         """Let the next write, be it only a renewal of the lease, say more of this attempt. Nobody waits for it."""
         self._noted = self._noted | details
 
-    def _take_up(self, error: Conflict) -> None:
+    def _look(self) -> None:
+        """Raise `Conflict` when the manifest is not as this process left it.
+
+        The swap itself would be refused. But a server that ignores some conditions, or all with `--unsafe-store`,
+        would take it, and a process that slept would overwrite what its successor has committed.
+        """
+        if self.store.head(states.NAME)[1] != self._tag:
+            raise Conflict(f"{self.store.url}/{states.NAME} was written by another writer")
+
+    def _take_up(self, error: StoreError) -> None:
+        """Take up the manifest that is there, if it is ours; raise `Interrupted` if it is not."""
         try:
             found, tag = read_run(self.store)
         except NotFound as gone:
             raise RunError(f"{self.store.url}/{states.NAME} was deleted while this instance was training") from gone
-        if found.fence != self.manifest.fence:
+        # Two claims have one fence where a server took both.
+        if (found.fence, found.owner) != (self.manifest.fence, self.manifest.owner):
             raise Interrupted(
                 f"another instance ({found.owner}) has claimed {self.store.url}; this one stops and changes nothing more"
             ) from error

@@ -17,8 +17,9 @@ from wds_train.storage.s3_write import digest_of
 PROBES = "metrics/"  # of a run: where an instance's role may write and delete
 PROBE = "probe-"  # begins the name of the object that is written; no fence of a run sorts after it
 LOOKS = 3  # before a server is refused: another process may have removed the probe meanwhile
-TRIES = 5  # at a first write that the server refuses for the moment (409)
+TRIES = 5  # at a write that must succeed and that the server refuses for the moment (409)
 BODY = b"wds-train"
+SWAPPED = b"wds-train, swapped"
 WRONG_TAG = f'"{"0" * 32}"'
 UNSAFE_HELP = "use a store that ignores conditional writes: only where nothing else ever writes to it at the same time"
 
@@ -32,25 +33,31 @@ Say = Callable[[str], None]
 def prove(store: Store, folder: str, say: Say, *, unsafe: bool = False) -> bool:
     """See that `store` refuses what it must, by a small object in `folder` (ends in "/") that is removed again.
 
-    It takes four small requests. A local directory needs none: its writes exclude one another by a lock.
+    It takes eight small requests. A local directory needs none: its writes exclude one another by a lock.
+
+    One flaw is not the end: another process may have removed the object. All later looks must then be sound,
+    or a server that honours some of the conditions only would pass by luck.
 
     Args:
+        store: Where a run or a dataset is to be owned.
+        folder: Where this process may write and delete.
+        say: What is told to a person.
         unsafe: Say what is wrong, and return False, instead of raising.
 
+    Returns:
+        Whether the store refuses what it must.
+
     Raises:
-        StoreError: The server ignores a condition.
+        StoreError: The server ignores a condition, or refuses a write whose condition holds.
     """
     if not isinstance(store, S3Store):
         return True
-    flaw = ""
-    for _ in range(LOOKS):
-        key = f"{folder}{PROBE}{secrets.token_hex(8)}"
-        try:
-            flaw = _flaw(store.connection, key)
-        finally:
-            _remove(store.connection, key, say)
-        if not flaw:
-            return True
+    flaw = _look(store.connection, folder, say)
+    if flaw:
+        again = [_look(store.connection, folder, say) for _ in range(LOOKS - 1)]
+        flaw = next(filter(None, again), "")
+    if not flaw:
+        return True
     if not unsafe:
         raise StoreError(f"{store.url}: {flaw}, so that {COULD_HAPPEN}. {KNOWN}. {REMEDY}")
     say(f"{store.url}: {flaw}; --unsafe-store: nothing else may write there at the same time")
@@ -65,14 +72,35 @@ def is_probe(key: str) -> bool:
     return key.rpartition("/")[2].startswith(PROBE)
 
 
+def _look(s3: S3Connection, folder: str, say: Say) -> str:
+    """Return what is wrong with the server by one probe of its own, which is removed again; "" where nothing is."""
+    key = f"{folder}{PROBE}{secrets.token_hex(8)}"
+    try:
+        return _flaw(s3, key)
+    finally:
+        _remove(s3, key, say)
+
+
 def _flaw(s3: S3Connection, key: str) -> str:
-    """What is wrong with the server, to be read after its name; "" where nothing is."""
+    """Return what is wrong with the server, to be read after its name; "" where nothing is."""
+    ignores_absence = f"{s3.server} ignores If-None-Match (it wrote over an object that was there)"
+    ignores_tag = f"{s3.server} ignores If-Match (it wrote over an object of another ETag)"
     if not _is_written(s3, key):
         return f"{s3.server} refuses every write with If-None-Match, even of a new object"
     if not _is_refused(s3, key, IfNoneMatch="*"):
-        return f"{s3.server} ignores If-None-Match (it wrote over an object that was there)"
+        return ignores_absence
     if not _is_refused(s3, key, IfMatch=WRONG_TAG):
-        return f"{s3.server} ignores If-Match (it wrote over an object of another ETag)"
+        return ignores_tag
+    # Now as a run does it: a swap by the right ETag, and one by an ETag that was right before.
+    tag = _tag_of(s3, key)
+    if not tag:
+        return f"{s3.server} does not show an object that was written"
+    if not _is_swapped(s3, key, tag):
+        return f"{s3.server} refuses a write with If-Match, even by the ETag that it told"
+    if not _is_refused(s3, key, IfMatch=tag):
+        return ignores_tag
+    if not _is_refused(s3, key, IfNoneMatch="*"):
+        return ignores_absence
     return ""
 
 
@@ -82,7 +110,7 @@ def _is_written(s3: S3Connection, key: str) -> bool:
         try:
             _put(s3, key, IfNoneMatch="*")
         except Conflict:
-            if _is_there(s3, key):
+            if _tag_of(s3, key):
                 return True
         except Refused as error:
             raise _explained(s3, key, error) from error
@@ -91,8 +119,21 @@ def _is_written(s3: S3Connection, key: str) -> bool:
     return False
 
 
-def _put(s3: S3Connection, key: str, **condition: str) -> None:
-    s3.ask("put_object", key, Key=s3.full_key(key), Body=BODY, **digest_of(s3, BODY), **condition)
+def _is_swapped(s3: S3Connection, key: str, tag: str) -> bool:
+    """Replace the probe of `tag`. It is done, too, when the answer was lost and the repetition refused."""
+    for _ in range(TRIES):
+        try:
+            _put(s3, key, SWAPPED, IfMatch=tag)
+        except (Conflict, NotFound):
+            if _tag_of(s3, key) not in ("", tag):
+                return True
+        else:
+            return True
+    return False
+
+
+def _put(s3: S3Connection, key: str, body: bytes = BODY, **condition: str) -> None:
+    s3.ask("put_object", key, Key=s3.full_key(key), Body=body, **digest_of(s3, body), **condition)
 
 
 def _explained(s3: S3Connection, key: str, error: Refused) -> StoreError:
@@ -115,12 +156,12 @@ def _is_taken(s3: S3Connection, key: str, **condition: str) -> bool:
     return True
 
 
-def _is_there(s3: S3Connection, key: str) -> bool:
+def _tag_of(s3: S3Connection, key: str) -> str:
+    """Return the ETag of the probe; "" when it is not there."""
     try:
-        s3.head(key)
+        return s3.head(key)[1]
     except NotFound:
-        return False
-    return True
+        return ""
 
 
 def _is_refused(s3: S3Connection, key: str, **condition: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wds_train.errors import NotFound, StoreError
-from wds_train.storage.base import Body, Entry, contents
+from wds_train.storage.base import Body, Entry, Store, contents
 from wds_train.storage.embedded import Endpoint
 from wds_train.storage.s3_connection import S3Connection
 from wds_train.storage.s3_read import S3Reader
@@ -107,6 +107,23 @@ def _pages(
         last, marks = marks, {name: page[told] for name, told in markers.items() if page.get(told)}
         if not marks or marks == last:
             raise StoreError(f"{s3.url}: the S3 server lists no more than its first objects; it cannot be used")
+
+
+@contextlib.contextmanager
+def hurried(store: Store, seconds: float) -> Iterator[None]:
+    """Give up what the server of `store` does not answer after so many seconds, inside the block.
+
+    It is for housekeeping, while no other thread uses the store.
+    """
+    if not isinstance(store, S3Store):
+        yield
+        return
+    patience = store.connection.patience
+    store.connection.patience = min(patience, seconds)
+    try:
+        yield
+    finally:
+        store.connection.patience = patience
 
 
 @functools.cache
