@@ -221,11 +221,11 @@ def test_the_probe_of_a_killed_process_is_removed_by_the_next_claim(store: S3Sto
     assert keys(store) == ["manifest.json"]
 
 
-@pytest.mark.parametrize("passed", [1, 2])
+@pytest.mark.parametrize("passed", range(1, 6))
 def test_a_probe_that_another_process_removed_is_no_flaw(
     store: S3Store, monkeypatch: pytest.MonkeyPatch, passed: int
 ) -> None:
-    """As the next claim does, between the first two writes or between the last two."""
+    """As the next claim does, between any two writes."""
     ask, asked = S3Connection.ask, list[str]()
 
     def removed(self: S3Connection, verb: str, key: str, **details: Any) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def test_a_probe_that_another_process_removed_is_no_flaw(
 
     monkeypatch.setattr(S3Connection, "ask", removed)
     assert prove(store, "ckpt/", print)
-    assert len({*asked}) == (2 if passed == 1 else 1)  # a swap of what is not there is refused, too
+    assert len({*asked}) == 3  # after one flaw, both other looks must be sound
     assert keys(store) == []
 
 
