@@ -81,13 +81,17 @@ class Conversion:
         somebody else's under the names that would be written, or the store ignores conditional writes and is not said to
         be `unsafe`.
         """
-        made = self._read_manifest()
-        if made is not None and _settings(made, self.plan) == self.plan.settings:
-            return None
-        if made is not None and not overwrite:
-            raise _other_settings(f"{self.store.url}/{manifests.NAME}", _settings(made, self.plan), self.plan)
-        prove(self.store, WIP, say, unsafe=unsafe)
+        proved = False
         while True:
+            made = self._read_manifest()
+            if made is not None and _settings(made, self.plan) == self.plan.settings:
+                return None
+            if made is not None and not overwrite:
+                raise _other_settings(f"{self.store.url}/{manifests.NAME}", _settings(made, self.plan), self.plan)
+            if not proved:
+                prove(self.store, WIP, say, unsafe=unsafe)
+                proved = True
+                continue  # another one may have finished meanwhile: look again
             begun, tag = self._read_begun()
             if begun is not None and begun.plan == self.plan.settings:
                 self.mark = begun.mark
@@ -130,7 +134,9 @@ class Conversion:
         try:
             self.store.write(manifests.NAME, made.to_json(), **condition)
         except Conflict as error:
-            if self.store.read(manifests.NAME) != made.to_json():
+            theirs = read_manifest(self.store)[0]
+            if theirs.to_json() != made.to_json():
+                self.sweep(theirs)
                 raise Conflict(
                     f"{self.store.url}: another conversion has finished there meanwhile; its dataset stands, this one's does not"
                 ) from error
@@ -153,6 +159,9 @@ class Conversion:
     def sweep(self, made: DatasetManifest) -> None:
         """Remove what the plan names, its own or what it replaced, and `made` does not; then the plan and its records.
         Nothing else is ours. The dataset is complete: what cannot be removed is told, and no more.
+
+        Args:
+            made: The manifest that stands, ours or that of another conversion that was faster.
         """
         for tidy in (self._abort_uploads, partial(self._remove_stale, made)):
             try:
@@ -166,9 +175,10 @@ class Conversion:
 
     def _remove_stale(self, made: DatasetManifest) -> None:
         begun, _ = self._read_begun()
-        if begun is None or begun.plan != self.plan.settings:  # another conversion's by now
+        if begun is not None and begun.plan != self.plan.settings:  # another conversion's by now
             return
-        stale = {*begun.names, *begun.stale} - made.objects()
+        # Without a plan, one like ours has ended before us and removed all but the records that we wrote since.
+        stale = {*begun.names, *begun.stale} - made.objects() if begun else set()
         records = {entry.key for entry in self.store.list(WIP) if RECORD.fullmatch(entry.key) or is_probe(entry.key)}
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(self.store.delete, stale | records))
@@ -204,10 +214,14 @@ class Conversion:
             return [done for done in pool.map(self._confirmed, records) if done]
 
     def _confirmed(self, record: str) -> ShardDone | None:
-        done = from_record(self.store.read(record), self.plan.digest)
-        if done is None or done.shard.name != shard_name(done.split, done.number, self.mark):
-            return None
+        """Return the shard of `record`, if it is of this plan and is there.
+
+        `NotFound` is no error: a conversion like this one may end at this moment, and remove its records.
+        """
         try:
+            done = from_record(self.store.read(record), self.plan.digest)
+            if done is None or done.shard.name != shard_name(done.split, done.number, self.mark):
+                return None
             if done.index and self.store.head(done.index.name)[0] != done.index.bytes:
                 return None
             return done if self.store.head(done.shard.name) == (done.shard.bytes, done.tag) else None

@@ -51,7 +51,7 @@ def unbroken(small: str, tmp_path_factory: pytest.TempPathFactory) -> dict[bool,
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", TRIED)
-def test_a_run_has_one_owner_and_a_sleeper_changes_nothing(
+def test_a_run_has_one_owner_and_a_sleeper_changes_nothing(  # noqa: PLR0917
     small: str,
     s3_url: str,
     fault_proxy: FaultProxy,

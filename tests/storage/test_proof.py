@@ -12,12 +12,12 @@ import pytest
 from fault_proxy import Fault, FaultProxy
 
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.manifest import Owner, RunManifest
 from wds_train.checkpoint.run import Run
 from wds_train.cli import main
 from wds_train.commands.status import _lines, describe
 from wds_train.config.presets import preset
-from wds_train.errors import AccessDenied, NotFound, StoreError
+from wds_train.errors import AccessDenied, Interrupted, NotFound, StoreError
 from wds_train.storage.local import LocalStore
 from wds_train.storage.open import open_store
 from wds_train.storage.proof import prove
@@ -70,6 +70,37 @@ def test_a_sound_server_is_proved_by_eight_requests_that_leave_nothing(store: S3
     assert {key.startswith("test/ckpt/probe-") for _, key in fault_proxy.requests} == {True}
     assert keys(store) == []
     assert said == []
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("case", IGNORED)
+def test_a_server_that_ignores_a_condition_at_times_is_mostly_refused(
+    store: S3Store, fault_proxy: FaultProxy, case: str, share: float
+) -> None:
+    """As one of several gateways does. Of one condition, a proof asks twice; after a flaw, all looks must be sound."""
+    strip(fault_proxy, IGNORED[case][0]).share = share
+    refused = 0
+    for _ in range(20):
+        try:
+            prove(store, "ckpt/", print)
+        except StoreError:
+            refused += 1
+    assert refused >= (10 if share == 0.5 else 17)
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_server_that_refuses_the_right_swap_is_named(store: S3Store, fault_proxy: FaultProxy, status: int) -> None:
+    """As one whose ETags a gateway rewrites."""
+    fault_proxy.fail("status", method="PUT", header="if-match", status=status, code="PreconditionFailed", times=ALWAYS)
+    with pytest.raises(StoreError, match="refuses a write with If-Match, even by the ETag that it told"):
+        prove(store, "ckpt/", print)
+    assert keys(store) == []
+
+
+def test_a_server_that_hides_what_was_written_is_named(store: S3Store, fault_proxy: FaultProxy) -> None:
+    fault_proxy.fail("status", method="HEAD", status=404, code="NoSuchKey", times=ALWAYS)
+    with pytest.raises(StoreError, match="does not show an object that was written"):
+        prove(store, "ckpt/", print)
 
 
 def test_conditions_stripped_from_the_end_of_uploads_alone_do_no_harm(store: S3Store, fault_proxy: FaultProxy) -> None:
@@ -177,6 +208,69 @@ def test_a_run_that_is_there_is_not_claimed_or_rolled_back(
     with pytest.raises(StoreError, match=re.escape(IGNORED[case][1])):
         Run.roll_back(store, 1, print)
     assert store.read_tagged("manifest.json") == before
+
+
+@pytest.mark.parametrize("header", ["if-match", "if-none-match"])
+def test_a_claim_that_is_refused_for_ever_ends(store: S3Store, fault_proxy: FaultProxy, header: str) -> None:
+    """By a server that refuses the manifest alone, and not the probe."""
+    if header == "if-match":
+        Run.claim(store, FRESH, print).end("interrupted")
+    fault_proxy.fail(
+        "status", method="PUT", key="manifest.json", header=header, status=412, code="PreconditionFailed", times=ALWAYS
+    )
+    with pytest.raises(StoreError, match=r"cannot be claimed: the server refused 30 times to write manifest\.json"):
+        Run.claim(store, FRESH, print, pause=lambda _: None)
+
+
+@pytest.mark.parametrize("header", ["if-match", "if-none-match|if-match"])
+@pytest.mark.parametrize("late", ["a renewal", "the end"])
+def test_who_slept_finds_its_successor_where_conditions_are_ignored(
+    store: S3Store, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, header: str, late: str
+) -> None:
+    first = Run.claim(store, FRESH, print)
+    first.writer.write(lambda found: replace(found, lease=0.1))
+    fault_proxy.fail("strip", method="PUT", key="manifest.json", header=header, times=ALWAYS)
+    Run.claim(store, FRESH, print)
+    before = store.read_tagged("manifest.json")
+    with pytest.raises(Interrupted, match="has claimed"):
+        first.end("interrupted") if late == "the end" else first.writer.write(lambda found: found)
+    assert store.read_tagged("manifest.json") == before
+
+
+def test_of_two_that_claimed_with_one_fence_the_later_owns(
+    store: S3Store, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server took both manifests, and both processes saw no run before."""
+    fault_proxy.fail("strip", method="PUT", key="manifest.json", header="if-none-match", times=ALWAYS)
+    first = Run.claim(store, FRESH, print)
+    monkeypatch.setattr("wds_train.checkpoint.run.this_process", lambda: Owner("host", "another", 1, 1))
+    second = Run._take(store, FRESH, "", print, 0)
+    assert first.manifest.fence == second.manifest.fence
+    with pytest.raises(Interrupted, match=r"another instance \(.*host.*\) has claimed"):
+        first.writer.write(lambda found: found)
+    second.writer.write(lambda found: found)
+    assert read_run(store)[0].owner.machine == "another"
+
+
+@pytest.mark.parametrize("case", IGNORED)
+def test_a_run_of_before_is_claimed_and_rolled_back_by_who_is_alone(
+    store: S3Store, fault_proxy: FaultProxy, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began on a sound store, without the flag; its manifest says so from then on."""
+    Run.claim(store, FRESH, print).end("interrupted")
+    assert not read_run(store)[0].unsafe_store
+    strip(fault_proxy, IGNORED[case][0])
+    monkeypatch.setattr(RunManifest, "back_to", lambda self, step: replace(self, rollbacks=step, checkpoints=("c",)))
+    monkeypatch.setattr("wds_train.checkpoint.run.read_chosen", lambda *_: None)
+    monkeypatch.setattr("wds_train.checkpoint.run.collect", lambda *_: None)
+    monkeypatch.setattr(RunManifest, "to_json", lambda self, to_json=RunManifest.to_json: to_json(replace(self, checkpoints=())))
+    _, after = Run.roll_back(store, 1, print, unsafe=True)
+    assert after.unsafe_store
+    assert read_run(store)[0].unsafe_store
+    with pytest.raises(StoreError, match=re.escape(IGNORED[case][1])):
+        Run.claim(store, FRESH, print)
+    Run.claim(store, FRESH, print, unsafe=True).end("interrupted")
+    assert read_run(store)[0].unsafe_store
 
 
 @pytest.mark.parametrize("case", IGNORED)

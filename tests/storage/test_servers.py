@@ -1,19 +1,15 @@
-"""Trainings on servers that each lack something: a run has one owner there, or the server is refused before there is one."""
+"""Servers that each lack something: claims and conversions go on without it."""
 
 import hashlib
 import random
-import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fault_proxy import FaultProxy
-from outcomes import assert_same_end
 from PIL import Image
-from trainers import Job, Training, all_ended
 
 from wds_train.checkpoint.manifest import RunManifest
 from wds_train.checkpoint.run import Run
@@ -21,107 +17,11 @@ from wds_train.cli import main
 from wds_train.errors import StoreError
 from wds_train.storage.open import open_store
 from wds_train.storage.s3 import S3Store
-from wds_train.storage.s3_connection import S3Connection
+from wds_train.storage.s3_connection import PATIENCE_SECONDS, S3Connection
 
 ALWAYS = 10**9
 FRESH = RunManifest("r", {}, {"url": "d", "fingerprint": "f"}, "w")
-# Checkpoints of 6.5 MB go up in two parts, of the least length that S3 takes; and nobody waits a minute for a sleeper.
-MODEL = ("model.name=mobilenetv3_small_050", "data.size=32", "data.eval_size=32")
-CONSTANTS = {"checkpoint.lease.LEASE_SECONDS": 2.0, "storage.s3_write.PART_BYTES": 5 << 20}
 EQUAL_PARTS = {"method": "POST", "status": 400, "code": "InvalidPart"}
-NO_LISTING = {"method": "GET", "query": "uploads", "status": 501, "code": "NotImplemented"}
-NO_CHECKSUMS = {"header": "x-amz-(sdk-)?checksum[a-z0-9-]*|x-amz-trailer", "status": 400, "code": "InvalidArgument"}
-CONDITIONS = "if-none-match|if-match"
-
-
-@dataclass(frozen=True)
-class Server:
-    """What a server lacks, as a fault of the proxy, and what a training says of it: `refused`, or `told` and goes on."""
-
-    kind: str
-    fault: dict[str, Any]
-    refused: str = ""
-    told: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-SERVERS = {
-    "ignores every condition": Server(
-        "strip", {"header": CONDITIONS}, refused="ignores If-None-Match (it wrote over an object that was there)"
-    ),
-    "ignores If-Match": Server(
-        "strip", {"header": "if-match"}, refused="ignores If-Match (it wrote over an object of another ETag)"
-    ),
-    "ignores conditions at the end of an upload": Server("strip", {"method": "POST", "header": CONDITIONS}),
-    "demands equal parts": Server("equal_parts", EQUAL_PARTS),
-    "takes no checksums": Server("status", NO_CHECKSUMS, refused="set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
-    "takes no checksums, nor gets any": Server(
-        "status", NO_CHECKSUMS, environment={"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
-    ),
-    "lists no uploads": Server("status", NO_LISTING, told="what interrupted uploads left stays there"),
-}
-
-
-def job(small: str, run: str, folder: Path, **details: Any) -> Job:
-    return Job(small, run, str(folder), settings=MODEL, constants=CONSTANTS, **details)
-
-
-@pytest.fixture(params=SERVERS)
-def server(request: pytest.FixtureRequest, fault_proxy: FaultProxy, aws_env: pytest.MonkeyPatch) -> Server:
-    server = SERVERS[request.param]
-    for name, value in server.environment.items():
-        aws_env.setenv(name, value)
-    fault_proxy.fail(server.kind, times=ALWAYS, **server.fault)  # type: ignore[arg-type]
-    return server
-
-
-@pytest.fixture(scope="module")
-def unbroken(small: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A run that nothing happened to, in a local directory."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    training = Training(job(small, str(folder / "runs" / "one"), folder))
-    assert training.end() == 0, training.output
-    yield str(folder / "runs" / "one")
-
-
-def assert_refused(server: Server, trainings: list[Training], run: str) -> None:
-    for training in trainings:
-        assert training.end() == 1
-        assert server.refused in training.output
-    assert list(open_store(run).list()) == []
-
-
-@pytest.mark.timeout(300)
-def test_of_two_trainings_one_owns_the_run(
-    small: str, s3_url: str, tmp_path: Path, server: Server, unbroken: str
-) -> None:
-    run = f"{s3_url}/race"
-    with all_ended(racers := [Training(job(small, run, tmp_path)) for _ in range(2)]):
-        if server.refused:
-            assert_refused(server, racers, run)
-            return
-        assert [racer.end() for racer in racers] == [0, 0], [racer.output for racer in racers]
-    (owner,) = [racer for racer in racers if racer.steps()]
-    assert not server.told or owner.output.count(server.told) == 1
-    assert_same_end(unbroken, run)
-
-
-@pytest.mark.timeout(300)
-def test_a_sleeper_changes_nothing(small: str, s3_url: str, tmp_path: Path, server: Server, unbroken: str) -> None:
-    run = f"{s3_url}/sleeper"
-    asleep = job(small, run, tmp_path, point="after a step", nth=15, sent=signal.SIGSTOP)
-    with all_ended([first := Training(asleep)]):
-        if server.refused:
-            assert_refused(server, [first], run)
-            return
-        first.until("held at after a step")
-        with all_ended([second := Training(job(small, run, tmp_path))]):
-            assert second.end() == 0, second.output
-        before = open_store(run).read_tagged("manifest.json")
-        assert first.end(signal.SIGCONT) == 75, first.output
-        assert "another instance" in first.output
-        assert open_store(run).read_tagged("manifest.json") == before
-    assert_same_end(unbroken, run)
 
 
 # Housekeeping
@@ -149,6 +49,50 @@ def test_a_claim_goes_on_without_housekeeping(
     (line,) = [line for line in said if "what interrupted uploads left stays there" in line]
     assert LACKS[lack]["code"] in line or "does not exist" in line
     assert (orphan in [entry.key for entry in store.list()]) == ("DELETE" in lack or "delete" in lack)
+
+
+SLOW = {
+    "lists no uploads in time": {"kind": "hang", "method": "GET", "query": "uploads"},
+    "is in trouble when it lists uploads": {"kind": "status", "method": "GET", "query": "uploads"},
+    "is in trouble when it lists": {"kind": "status", "method": "GET", "query": "list-type"},
+}
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_a_claim_does_not_wait_for_housekeeping_beyond_its_lease(
+    fault_proxy: FaultProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr("wds_train.checkpoint.run.TIDY_SECONDS", 1.0)
+    monkeypatch.setattr("wds_train.storage.s3_session.SOCKET_SECONDS", 2.0)
+    fault_proxy.fail(times=ALWAYS, **SLOW[case])  # type: ignore[arg-type]
+    store, said = open_store(s3_url), list[str]()
+    began = time.monotonic()
+    assert Run.claim(store, FRESH, said.append).manifest.status == "running"
+    assert time.monotonic() - began < 15
+    (line,) = said
+    assert "what interrupted uploads left stays there" in line
+    assert isinstance(store, S3Store)
+    assert store.connection.patience == PATIENCE_SECONDS
+
+
+def test_orphans_that_take_too_long_are_left_to_the_next_claim(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wds_train.checkpoint.run.TIDY_SECONDS", 0.5)
+    store, said = open_store(s3_url), list[str]()
+    for number in range(9):
+        store.write(f"ckpt/000001-00000000{number}-000000.safetensors", b"1")
+    delete = S3Store.delete
+
+    def slow(self: S3Store, key: str) -> None:
+        time.sleep(0.3)
+        delete(self, key)
+
+    monkeypatch.setattr(S3Store, "delete", slow)
+    Run.claim(store, FRESH, said.append)
+    left = len(list(store.list("ckpt/")))
+    assert 0 < left < 9
+    assert "is slow: the rest is left to the next start" in said[-1]
 
 
 def test_who_may_only_read_a_finished_run_is_told_nothing(fault_proxy: FaultProxy, s3_url: str) -> None:

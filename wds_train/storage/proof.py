@@ -23,6 +23,8 @@ SWAPPED = b"wds-train, swapped"
 WRONG_TAG = f'"{"0" * 32}"'
 UNSAFE_HELP = "use a store that ignores conditional writes: only where nothing else ever writes to it at the same time"
 
+IGNORES_ABSENCE = "ignores If-None-Match (it wrote over an object that was there)"
+IGNORES_TAG = "ignores If-Match (it wrote over an object of another ETag)"
 COULD_HAPPEN = "two processes could own one run or dataset at a time, and overwrite each other's work unnoticed"
 KNOWN = "AWS S3, Cloudflare R2 and SeaweedFS (the embedded server) are known to refuse such writes; see docs/stores.md"
 REMEDY = "--unsafe-store uses it all the same, if you know that nothing else writes there at the same time"
@@ -83,24 +85,26 @@ def _look(s3: S3Connection, folder: str, say: Say) -> str:
 
 def _flaw(s3: S3Connection, key: str) -> str:
     """Return what is wrong with the server, to be read after its name; "" where nothing is."""
-    ignores_absence = f"{s3.server} ignores If-None-Match (it wrote over an object that was there)"
-    ignores_tag = f"{s3.server} ignores If-Match (it wrote over an object of another ETag)"
     if not _is_written(s3, key):
         return f"{s3.server} refuses every write with If-None-Match, even of a new object"
     if not _is_refused(s3, key, IfNoneMatch="*"):
-        return ignores_absence
+        return f"{s3.server} {IGNORES_ABSENCE}"
     if not _is_refused(s3, key, IfMatch=WRONG_TAG):
-        return ignores_tag
-    # Now as a run does it: a swap by the right ETag, and one by an ETag that was right before.
+        return f"{s3.server} {IGNORES_TAG}"
+    return _flaw_of_swaps(s3, key)
+
+
+def _flaw_of_swaps(s3: S3Connection, key: str) -> str:
+    """Return what is wrong with swaps as a run does them: by the right ETag, and by one that was right before."""
     tag = _tag_of(s3, key)
     if not tag:
         return f"{s3.server} does not show an object that was written"
     if not _is_swapped(s3, key, tag):
         return f"{s3.server} refuses a write with If-Match, even by the ETag that it told"
     if not _is_refused(s3, key, IfMatch=tag):
-        return ignores_tag
+        return f"{s3.server} {IGNORES_TAG}"
     if not _is_refused(s3, key, IfNoneMatch="*"):
-        return ignores_absence
+        return f"{s3.server} {IGNORES_ABSENCE}"
     return ""
 
 
@@ -108,7 +112,7 @@ def _is_written(s3: S3Connection, key: str) -> bool:
     """Write the probe. It is there, too, when the answer to the first request was lost and its repetition refused."""
     for _ in range(TRIES):
         try:
-            _put(s3, key, IfNoneMatch="*")
+            _put(s3, key, BODY, IfNoneMatch="*")
         except Conflict:
             if _tag_of(s3, key):
                 return True
@@ -132,7 +136,7 @@ def _is_swapped(s3: S3Connection, key: str, tag: str) -> bool:
     return False
 
 
-def _put(s3: S3Connection, key: str, body: bytes = BODY, **condition: str) -> None:
+def _put(s3: S3Connection, key: str, body: bytes, **condition: str) -> None:
     s3.ask("put_object", key, Key=s3.full_key(key), Body=body, **digest_of(s3, body), **condition)
 
 
@@ -150,7 +154,7 @@ def _explained(s3: S3Connection, key: str, error: Refused) -> StoreError:
 
 def _is_taken(s3: S3Connection, key: str, **condition: str) -> bool:
     try:
-        _put(s3, key, **condition)
+        _put(s3, key, BODY, **condition)
     except StoreError:
         return False
     return True
@@ -166,7 +170,7 @@ def _tag_of(s3: S3Connection, key: str) -> str:
 
 def _is_refused(s3: S3Connection, key: str, **condition: str) -> bool:
     try:
-        _put(s3, key, **condition)
+        _put(s3, key, BODY, **condition)
     except (Conflict, NotFound):
         return True
     return False
