@@ -107,7 +107,7 @@ test-cpus: setup ## every test as on four CPUs that can do less (an hour)
 	done
 
 crash-test: setup ## kill small trainings 300 times, twenty takeovers, twenty races (10 to 20 minutes)
-	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=20 $(BIN)/python -m pytest -q -s tests/crash/test_crash.py tests/crash/test_run_faults.py$(arguments)
+	WDS_CRASH_KILLS=120 WDS_CRASH_ROUNDS=20 $(BIN)/python -m pytest -q -s tests/crash/test_crash.py tests/crash/test_run_faults.py tests/crash/test_owners.py$(arguments)
 
 chaos-test: setup $(CHAOS)/.installed ## ckpt-chaos kills a small training at each of its changes, on 1 and 2 ranks (half an hour)
 	WDS_CHAOS=1 $(BIN)/python -m pytest -q -s tests/crash/test_chaos.py$(arguments)

@@ -94,7 +94,7 @@ SERVERS = {
                 301,
                 "PermanentRedirect",
                 header=r"authorization(?=:[^\r]*/us-east-1/)",
-                answer="x-amz-bucket-region: eu-central-1",
+                headers="\r\nx-amz-bucket-region: eu-central-1",
             ),
         )
     ),

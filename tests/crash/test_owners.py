@@ -62,7 +62,7 @@ def test_a_run_has_one_owner_and_a_sleeper_changes_nothing(  # noqa: PLR0917
 ) -> None:
     server, run = SERVERS[name], f"{s3_url}/run"
     trouble = begin(server, fault_proxy, aws_env, tmp_path)
-    asleep = job(small, run, tmp_path, server.in_parts, point="after a step", nth=SLEEP_AT, sent=HOLD, hold=8.0)
+    asleep = job(small, run, tmp_path, server.in_parts, point="after a step", nth=SLEEP_AT, sent=HOLD)
     with all_ended(trainings := [Training(asleep), Training(asleep)]):
         if server.refused:
             assert_refused(server, trainings)

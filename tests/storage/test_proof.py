@@ -12,7 +12,7 @@ import pytest
 from fault_proxy import Fault, FaultProxy
 
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import Owner, RunManifest
+from wds_train.checkpoint.manifest import Checkpoint, Object, Owner, Progress, RunManifest
 from wds_train.checkpoint.run import Run
 from wds_train.cli import main
 from wds_train.commands.status import _lines, describe
@@ -257,13 +257,15 @@ def test_a_run_of_before_is_claimed_and_rolled_back_by_who_is_alone(
     store: S3Store, fault_proxy: FaultProxy, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It began on a sound store, without the flag; its manifest says so from then on."""
-    Run.claim(store, FRESH, print).end("interrupted")
+    run = Run.claim(store, FRESH, print)
+    two = [
+        Checkpoint(Object(f"ckpt/000001-{step}-0.safetensors", 1, "0" * 64), Progress(step=step), {}) for step in (1, 2)
+    ]
+    run.writer.write(lambda found: replace(found, checkpoints=tuple(two)))
+    run.end("interrupted")
     assert not read_run(store)[0].unsafe_store
     strip(fault_proxy, IGNORED[case][0])
-    monkeypatch.setattr(RunManifest, "back_to", lambda self, step: replace(self, rollbacks=step, checkpoints=("c",)))
     monkeypatch.setattr("wds_train.checkpoint.run.read_chosen", lambda *_: None)
-    monkeypatch.setattr("wds_train.checkpoint.run.collect", lambda *_: None)
-    monkeypatch.setattr(RunManifest, "to_json", lambda self, to_json=RunManifest.to_json: to_json(replace(self, checkpoints=())))
     _, after = Run.roll_back(store, 1, print, unsafe=True)
     assert after.unsafe_store
     assert read_run(store)[0].unsafe_store

@@ -75,9 +75,7 @@ def test_a_claim_does_not_wait_for_housekeeping_beyond_its_lease(
     assert store.connection.patience == PATIENCE_SECONDS
 
 
-def test_orphans_that_take_too_long_are_left_to_the_next_claim(
-    s3_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_orphans_that_take_too_long_are_left_to_the_next_claim(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wds_train.checkpoint.run.TIDY_SECONDS", 0.5)
     store, said = open_store(s3_url), list[str]()
     for number in range(9):
