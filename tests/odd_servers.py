@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from fault_proxy import Fault, FaultProxy
 
-from wds_train.storage.proof import IGNORES_ABSENCE, IGNORES_TAG
-
 ALWAYS = 10**9
 CONDITIONS = "if-none-match|if-match"
 CHECKSUMS = "x-amz-(sdk-)?checksum[a-z0-9-]*|x-amz-trailer"
+IGNORES_ABSENCE = "ignores If-None-Match (it wrote over an object that was there)"
+IGNORES_TAG = "ignores If-Match (it wrote over an object of another ETag)"
 OLD_TOKEN = "x-amz-security-token(?=: *old)"
 
 

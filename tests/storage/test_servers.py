@@ -62,7 +62,7 @@ SLOW = {
 def test_a_claim_does_not_wait_for_housekeeping_beyond_its_lease(
     fault_proxy: FaultProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    monkeypatch.setattr("wds_train.checkpoint.run.TIDY_SECONDS", 1.0)
+    monkeypatch.setattr("wds_train.checkpoint.orphans.TIDY_SECONDS", 1.0)
     monkeypatch.setattr("wds_train.storage.s3_session.SOCKET_SECONDS", 2.0)
     fault_proxy.fail(times=ALWAYS, **SLOW[case])  # type: ignore[arg-type]
     store, said = open_store(s3_url), list[str]()
@@ -76,7 +76,7 @@ def test_a_claim_does_not_wait_for_housekeeping_beyond_its_lease(
 
 
 def test_orphans_that_take_too_long_are_left_to_the_next_claim(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wds_train.checkpoint.run.TIDY_SECONDS", 0.5)
+    monkeypatch.setattr("wds_train.checkpoint.orphans.TIDY_SECONDS", 0.5)
     store, said = open_store(s3_url), list[str]()
     for number in range(9):
         store.write(f"ckpt/000001-00000000{number}-000000.safetensors", b"1")

@@ -30,18 +30,17 @@ from wds_train.checkpoint.begun import going_on
 from wds_train.checkpoint.committer import Committer, collect
 from wds_train.checkpoint.lease import Say, read_run, this_process, until_free
 from wds_train.checkpoint.manifest import Checkpoint, RunManifest, Segment
+from wds_train.checkpoint.orphans import collect_orphans
 from wds_train.checkpoint.read import read_checkpoint, read_chosen, read_records
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.writer import Writer
 from wds_train.errors import Conflict, NotFound, RunError, StoreError, Unavailable, UsageError
 from wds_train.storage.base import Store
-from wds_train.storage.proof import PROBES, is_probe, prove
-from wds_train.storage.s3 import hurried
+from wds_train.storage.proof import PROBES, prove
 from wds_train.storage.within import within
 
 LAST_WORD_SECONDS = 5.0
 CLAIMS = 30  # of one manifest that nobody else writes, before the server is blamed
-TIDY_SECONDS = 10.0  # for removing what killed instances left: nobody renews the lease meanwhile
 READERS = 8  # of metrics, at a time
 
 
@@ -106,7 +105,7 @@ class Run:
                 found = going_on(found, fresh, store.url)
                 if found.status == "done":
                     run = cls(store, found, tag, say=say)
-                    run._collect_orphans()  # of a kill right after the last commit
+                    collect_orphans(store, run.manifest, say)  # of a kill right after the last commit
                     return run
                 _refuse_stopped(store, found, go_on)
             # 3. Take it, unless another claimant is faster.
@@ -117,7 +116,7 @@ class Run:
                 _refuse_endless(store, refusals[tag], error)
                 pause(0.1)
             else:
-                run._collect_orphans()
+                collect_orphans(store, run.manifest, say)
                 return run
 
     @staticmethod
@@ -217,43 +216,6 @@ class Run:
             return
         last = partial(self.writer.write, lambda manifest: replace(manifest.ended(status), **changes))
         within(LAST_WORD_SECONDS, last, self.store.url)
-
-    def _collect_orphans(self) -> None:
-        """Delete what a killed instance uploaded and never named. Safe for fences up to ours: they can name nothing more.
-
-        This is housekeeping: what a server lacks for it, or a role may not do, is told in one line. Who may only read a
-        finished run leaves it as it is, and is told nothing.
-        """
-        told = self.manifest.status == "done"
-        end = time.monotonic() + TIDY_SECONDS
-        for prefix in ("ckpt/", "metrics/"):
-            for tidy in (partial(self._remove_orphans, end), self.store.abort_uploads):
-                try:
-                    _refuse_late(end, self.store)
-                    with hurried(self.store, TIDY_SECONDS):
-                        tidy(prefix)
-                except StoreError as error:
-                    if not told:
-                        self._say(f"what interrupted uploads left stays there ({error}); see docs/stores.md")
-                    told = True
-                    if isinstance(error, Unavailable):  # the next request would wait as long
-                        return
-
-    def _remove_orphans(self, end: float, prefix: str) -> None:
-        named = self.manifest.keys
-        for entry in list(self.store.list(prefix)):
-            fence = entry.key.removeprefix(prefix).partition("-")[0]
-            is_orphan = entry.key not in named and fence <= f"{self.manifest.fence:06d}"
-            if is_orphan or is_probe(entry.key):
-                _refuse_late(end, self.store)
-                self.store.delete(entry.key)
-                self._say(f"removed {entry.key}, which no manifest names: left by an interrupted upload or removal")
-
-
-def _refuse_late(end: float, store: Store) -> None:
-    """Raise `Unavailable` after `end`: the lease must be renewed before it runs out."""
-    if time.monotonic() > end:
-        raise Unavailable(f"{store.url} is slow: the rest is left to the next start")
 
 
 def _found(store: Store, fresh: RunManifest) -> tuple[RunManifest, str]:

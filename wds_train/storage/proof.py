@@ -23,8 +23,6 @@ SWAPPED = b"wds-train, swapped"
 WRONG_TAG = f'"{"0" * 32}"'
 UNSAFE_HELP = "use a store that ignores conditional writes: only where nothing else ever writes to it at the same time"
 
-IGNORES_ABSENCE = "ignores If-None-Match (it wrote over an object that was there)"
-IGNORES_TAG = "ignores If-Match (it wrote over an object of another ETag)"
 COULD_HAPPEN = "two processes could own one run or dataset at a time, and overwrite each other's work unnoticed"
 KNOWN = "AWS S3, Cloudflare R2 and SeaweedFS (the embedded server) are known to refuse such writes; see docs/stores.md"
 REMEDY = "--unsafe-store uses it all the same, if you know that nothing else writes there at the same time"
@@ -88,9 +86,9 @@ def _flaw(s3: S3Connection, key: str) -> str:
     if not _is_written(s3, key):
         return f"{s3.server} refuses every write with If-None-Match, even of a new object"
     if not _is_refused(s3, key, IfNoneMatch="*"):
-        return f"{s3.server} {IGNORES_ABSENCE}"
+        return _ignores_absence(s3)
     if not _is_refused(s3, key, IfMatch=WRONG_TAG):
-        return f"{s3.server} {IGNORES_TAG}"
+        return _ignores_tag(s3)
     return _flaw_of_swaps(s3, key)
 
 
@@ -102,10 +100,18 @@ def _flaw_of_swaps(s3: S3Connection, key: str) -> str:
     if not _is_swapped(s3, key, tag):
         return f"{s3.server} refuses a write with If-Match, even by the ETag that it told"
     if not _is_refused(s3, key, IfMatch=tag):
-        return f"{s3.server} {IGNORES_TAG}"
+        return _ignores_tag(s3)
     if not _is_refused(s3, key, IfNoneMatch="*"):
-        return f"{s3.server} {IGNORES_ABSENCE}"
+        return _ignores_absence(s3)
     return ""
+
+
+def _ignores_absence(s3: S3Connection) -> str:
+    return f"{s3.server} ignores If-None-Match (it wrote over an object that was there)"
+
+
+def _ignores_tag(s3: S3Connection) -> str:
+    return f"{s3.server} ignores If-Match (it wrote over an object of another ETag)"
 
 
 def _is_written(s3: S3Connection, key: str) -> bool:
