@@ -389,10 +389,15 @@ class RunManifest:
             raise RunError(f"{where} is not a {KIND} manifest; choose another run name")
         if (version := content.pop("format", None)) != FORMAT:
             raise RunError(f"{where} has format {version!r:.60}, this wds-train reads format {FORMAT}; upgrade it")
+        if isinstance(content.get("owner"), str) and "lease" not in content:
+            raise RunError(
+                f"{where} was written by a wds-train from before leases, whose runs this one does not read; "
+                "finish it with the version that began it, or choose another run name"
+            )
         try:
             refuse_depth(content)
             # A default would begin anew where the checkpoints are missing, and delete them.
-            for missing in {each.name for each in fields(cls)} - content.keys() - ADDED:
+            for missing in sorted({each.name for each in fields(cls)} - content.keys() - ADDED):
                 raise ValueError(f"{missing} is missing")
             manifest = typed(cls, content)
             manifest = manifest.ended(manifest.status)
