@@ -14,7 +14,7 @@ from fault_proxy import FaultProxy
 from outcomes import assert_same_end
 from trainers import Job, Training, all_ended
 
-from wds_train.errors import AccessDenied, Conflict, StoreError, Unavailable, UsageError
+from wds_train.errors import AccessDenied, Conflict, StoreError, UsageError
 from wds_train.storage.open import open_store
 from wds_train.storage.s3 import S3Store
 from wds_train.storage.s3_errors import describe_missing_credentials
@@ -213,7 +213,7 @@ def test_a_right_that_was_never_there_is_refused_at_once(fault_proxy: FaultProxy
 def test_a_denial_that_stays_ends_within_the_patience(fault_proxy: FaultProxy, store: S3Store, keys: KeyFile) -> None:
     store.connection.patience = 1.0
     fault_proxy.accepted = set()
-    with pytest.raises(Unavailable, match=r"ExpiredToken\): the credentials have expired: renew them; gave up after"):
+    with pytest.raises(AccessDenied, match=r"ExpiredToken\): the credentials have expired: renew them; gave up after"):
         store.read("object")
 
 

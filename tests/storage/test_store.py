@@ -356,8 +356,9 @@ def test_a_refusal_is_final_at_once(
     proxied: S3Store, fault_proxy: FaultProxy, answer: str, kind: type[StoreError], text: str
 ) -> None:
     fault_proxy.fail("status", method="PUT", status=int(answer[:3]), code=answer[4:], times=9)
+    never_open = S3Store(proxied.bucket, proxied.prefix)  # one that was open waits for new credentials
     with pytest.raises(kind, match=f"{proxied.url}/m.*{text}|{text}") as caught:
-        proxied.write("m", b"1")
+        never_open.write("m", b"1")
     assert not isinstance(caught.value, Unavailable)
     assert fault_proxy.count("PUT") == 1
 

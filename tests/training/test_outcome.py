@@ -96,7 +96,7 @@ def test_the_start_says_what_an_epoch_leaves_out(
     assert not (tmp_path / "run").exists()
     assert main([*arguments, "--quiet"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().err.splitlines() if not line.startswith("W&B")] == [
-        *("last", "best", "state", "report", "next", "wds-train")
+        *("last", "best", "goodput", "state", "report", "next", "wds-train")
     ]
     assert main([*arguments, "--dry-run"]) == 0
     assert capsys.readouterr().out == f"nothing would be trained: run {tmp_path / 'run'} is done\n"

@@ -68,7 +68,7 @@ class S3Connection:
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.patience = number_of("WDS_S3_PATIENCE", PATIENCE_SECONDS)
         self.answered = False
-        self.session = S3Session(bucket, endpoint, checksum_calculation)
+        self.session = S3Session(bucket, self.url, endpoint, checksum_calculation)
         # The kinds of requests that were granted before. Loader workers inherit them when they are forked.
         self._granted: set[str] = set()
 
@@ -145,9 +145,15 @@ class S3Connection:
             progressed: Whether the last attempt brought some of them.
 
         Raises:
+            AccessDenied: The time for all attempts is up, and the last was denied.
             Unavailable: The time for all attempts is up.
         """
-        retry.pause(error, size, progressed)
+        try:
+            retry.pause(error, size, progressed)
+        except Unavailable as last:
+            if isinstance(error, Denied):
+                raise AccessDenied(str(last)) from error
+            raise
         if isinstance(error, Denied):
             self.session.renew(generation)
 

@@ -50,6 +50,7 @@ class S3Session:
 
     Args:
         bucket: The bucket's name.
+        url: The address of what is asked for in it, for messages.
         endpoint: The embedded server; None takes endpoint and credentials from the usual AWS settings.
         checksum_calculation: boto3's setting of that name; None takes it from the AWS settings.
 
@@ -58,10 +59,13 @@ class S3Session:
         was_open: Whether any request was granted, by this process or the one that it was forked from.
     """
 
-    def __init__(self, bucket: str, endpoint: Endpoint | None, checksum_calculation: Checksums | None) -> None:
+    def __init__(
+        self, bucket: str, url: str, endpoint: Endpoint | None, checksum_calculation: Checksums | None
+    ) -> None:
         self.generation = 0
         self.was_open = False
         self._bucket = bucket
+        self._url = url
         self._endpoint = endpoint
         self._checksum_calculation = checksum_calculation
         self._payer = _payer()
@@ -139,7 +143,7 @@ class S3Session:
             )
         except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
             message = (
-                f"the AWS settings cannot be used for s3://{self._bucket} ({brief(error)}); "
+                f"the AWS settings cannot be used for {self._url} ({brief(error)}); "
                 "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
             )
             # A file that is just being written anew may lack the profile for a moment.
@@ -206,7 +210,7 @@ class S3Session:
         self._redirects.location = location
         if self._redirects.count > MOST_REDIRECTS:
             self._redirects.count = 0
-            raise StoreError(f"s3://{self._bucket}: {self.describe_redirect()}")
+            raise StoreError(f"{self._url}: {self.describe_redirect()}")
 
 
 def _payer() -> str:
