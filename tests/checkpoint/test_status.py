@@ -15,7 +15,7 @@ from trainers import HOLD, Job, Training, all_ended, wait_for_commit
 
 from wds_train.checkpoint import manifest as states
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.manifest import Difference, RunManifest
 from wds_train.checkpoint.run import Run
 from wds_train.cli import main
 from wds_train.commands.status import describe
@@ -113,6 +113,20 @@ def test_the_price_that_attempts_began_with_is_summed_up(run: Path, capsys: pyte
 
 def manifest_of(run: Path) -> RunManifest:
     return RunManifest.from_json((run / states.NAME).read_bytes(), "here")
+
+
+def test_steps_that_came_out_otherwise_are_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = answer(capsys, "status", run)
+    assert code == 0
+    assert "recheck" not in out
+    manifest, _ = read_run(open_store(str(run)))
+    found = Difference(7, 1, "the gradient of fc.weight", "vm")
+    (run / "manifest.json").write_bytes(replace(manifest, differences=(found,)).to_json())
+    code, out = answer(capsys, "status", run)
+    line = "step 7 gave another result the second time: the gradient of fc.weight, rank 1 on vm"
+    assert (code, f"recheck      {line}" in out) == (0, True)
+    code, out = answer(capsys, "status", "--json", run)
+    assert json.loads(out)["differences"][0]["tensor"] == "the gradient of fc.weight"
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str
         "failures": totals.failures,
         "rollbacks": manifest.rollbacks,
         "unsafe_store": manifest.unsafe_store,
+        "differences": [asdict(each) for each in manifest.differences],
         "wandb": manifest.page.url or None,
         "hours": round(hours, 4),
         "dollars": round(hours * price, 2)
@@ -189,6 +190,11 @@ def _lines(status: dict[str, Any]) -> list[str]:
     ]
     if status["wandb"]:
         lines.append(f"W&B          {status['wandb']}")
+    for found in status["differences"]:
+        where = f"rank {found['rank']} on {found['host']}"
+        lines.append(
+            f"recheck      step {found['step']} gave another result the second time: {found['tensor']}, {where}"
+        )
     if status["unsafe_store"]:
         lines.append("store        ignores conditional writes (--unsafe-store): never train this run twice at a time")
     return lines
