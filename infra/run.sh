@@ -9,7 +9,7 @@ CODE=$(cd "$(dirname "$0")/.." && pwd)
 INSTANCE=$CODE/infra/instance.sh
 cd "$CODE" || exit 1
 if [ -n "${WDS_LOG:-}" ]; then # to CloudWatch, and on to the journal
-  exec > >(.venv/bin/python -m wds_train.cloud.ship "$WDS_LOG" "$("$INSTANCE" about instance-id)-$(date -u +%H%M%S)") 2>&1
+  exec > >(.venv/bin/python -m wds_train.aws.log_shipper "$WDS_LOG" "$("$INSTANCE" about instance-id)-$(date -u +%H%M%S)") 2>&1
   ship=$!
   # systemd kills what is left when this shell ends: the last lines are waited for.
   trap 'exec >&- 2>&-; wait "$ship"' EXIT

@@ -14,7 +14,7 @@ from fake_imds import FakeImds
 from fault_proxy import FaultProxy
 
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.storage import embedded
 from wds_train.storage.embedded import Endpoint
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from wds_train.cli import main
-from wds_train.data.workers import default_workers
 from wds_train.environment import PLACE, SETTINGS, number_of
 from wds_train.errors import UsageError
+from wds_train.loader.workers import default_workers
 from wds_train.storage.s3_connection import PATIENCE_SECONDS, S3Connection
 from wds_train.training.ranks import Ranks
 
@@ -96,7 +96,7 @@ def test_numbers_reach_what_uses_them(here: pytest.MonkeyPatch, tmp_path: Path) 
     here.setenv("WDS_S3_PATIENCE", "3")
     assert S3Connection("bucket", "", None).patience == 3.0
     here.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    here.setattr("wds_train.limits.ROOT", tmp_path)  # no quota of a container
+    here.setattr("wds_train.machine.ROOT", tmp_path)  # no quota of a container
     assert default_workers() == 15
     here.setenv("LOCAL_WORLD_SIZE", "4")
     assert default_workers() == 3

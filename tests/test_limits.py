@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from shards import make_shards
-from wds_train import limits
-from wds_train.data.workers import default_workers, limit_threads, own_cores
-from wds_train.limits import cores, memory
+from wds_train import machine as limits
+from wds_train.conversion import command as make_shards
+from wds_train.loader.workers import default_workers, limit_threads, own_cores
+from wds_train.machine import cores, memory
 from wds_train.slurm import OTHERS
 
 V2, GIB = "0::/\n", 1 << 30

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from trainers import SETTINGS, Job, Training, all_ended
 
-from wds_train.api.arguments import place
 from wds_train.checkpoint.lease import read_run
 from wds_train.cli import main
-from wds_train.data.workers import default_workers
 from wds_train.environment import PLACE, SLURM
 from wds_train.errors import UsageError
+from wds_train.loader.arguments import place
+from wds_train.loader.workers import default_workers
 from wds_train.slurm import LAUNCHED, OTHERS, PORTS, first_host, take_place
 from wds_train.storage.open import open_store
 
@@ -204,7 +204,7 @@ def test_workers_share_the_cores_of_a_node(
     job: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], workers: int
 ) -> None:
     job.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    job.setattr("wds_train.limits.ROOT", tmp_path)  # no quota of a container
+    job.setattr("wds_train.machine.ROOT", tmp_path)  # no quota of a container
     given(job, **variables)
     assert default_workers() == workers
 

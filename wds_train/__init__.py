@@ -7,23 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wds_train.api.eval_loader import EvalLoader
-    from wds_train.api.sample_loader import SampleLoader, Samples
-    from wds_train.api.train_loader import TrainLoader
-    from wds_train.data.batch import Batch
-    from wds_train.data.dataset import Dataset
+    from wds_train.dataset.reader import Dataset
     from wds_train.errors import DataError, WdsTrainError
     from wds_train.global_rng import keyed
+    from wds_train.loader.batch import Batch
+    from wds_train.loader.eval_loader import EvalLoader
+    from wds_train.loader.sample_loader import SampleLoader, Samples
+    from wds_train.loader.train_loader import TrainLoader
 
 # Imported when they are asked for: PyTorch takes seconds, which `wds-train --help` has no use for.
 _PLACES = {
-    "Batch": "wds_train.data.batch",
+    "Batch": "wds_train.loader.batch",
     "DataError": "wds_train.errors",
-    "Dataset": "wds_train.data.dataset",
-    "EvalLoader": "wds_train.api.eval_loader",
-    "SampleLoader": "wds_train.api.sample_loader",
-    "Samples": "wds_train.api.sample_loader",
-    "TrainLoader": "wds_train.api.train_loader",
+    "Dataset": "wds_train.dataset.reader",
+    "EvalLoader": "wds_train.loader.eval_loader",
+    "SampleLoader": "wds_train.loader.sample_loader",
+    "Samples": "wds_train.loader.sample_loader",
+    "TrainLoader": "wds_train.loader.train_loader",
     "WdsTrainError": "wds_train.errors",
     "keyed": "wds_train.global_rng",
 }

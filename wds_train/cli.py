@@ -10,16 +10,16 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from wds_train.config.numbers import with_range
+from wds_train.console import add_level, set_level
 from wds_train.dotenv import read_dotenv
 from wds_train.environment import SETTINGS, refuse_bad_numbers
 from wds_train.errors import Interrupted, UsageError, WdsTrainError, did_you_mean, tell
-from wds_train.tracking.console import add_level, set_level
 
 LEAVE_SECONDS = 2.0
 LONG = ("shards", "verify", "train", "eval")  # commands that have --quiet and --verbose
 # Every command is a module with `add_arguments(parser)` and `run(args)`, its exit code.
 COMMANDS = {
-    "shards": ("shards.make_shards", "convert images to tar shards, index and manifest"),
+    "shards": ("wds_train.conversion.command", "convert images to tar shards, index and manifest"),
     "datasets": ("wds_train.commands.datasets", "list the datasets of the bucket"),
     "inspect": ("wds_train.commands.inspect", "what a dataset holds"),
     "verify": ("wds_train.commands.verify", "re-read every byte of a dataset or a run"),
@@ -103,7 +103,7 @@ def entry() -> NoReturn:
     _open_closed_streams()
     code = main()
     if sys.argv[1:2] == ["train"]:
-        from wds_train.training.stop import leave
+        from wds_train.training.stop_request import leave
 
         last = threading.Timer(LEAVE_SECONDS, leave, [code])
         last.daemon = True

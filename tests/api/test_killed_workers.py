@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from wds_train import EvalLoader, SampleLoader, TrainLoader
-from wds_train.data.dataset import Dataset
-from wds_train.data.workers import Workers
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import RunError, WdsTrainError, WorkerDied
+from wds_train.loader.workers import Workers
 
 LOADERS: dict[str, Callable[[Dataset, str], Any]] = {
     "TrainLoader": lambda digits, _: TrainLoader(digits, 64, epochs=9, size=16, workers=2),

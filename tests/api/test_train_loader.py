@@ -16,11 +16,11 @@ from torch.utils.data import get_worker_info
 import wds_train
 from wds_train import Batch, DataError, Dataset, EvalLoader, TrainLoader, WdsTrainError
 from wds_train.config.recipe import DataRecipe, Recipe
-from wds_train.data.loader import Loader
-from wds_train.data.plan import TrainPlan
 from wds_train.errors import UsageError
 from wds_train.global_rng import drawn_from, generator_states
-from wds_train.transforms.sample import TrainTransform
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import TrainPlan
+from wds_train.loader.transform import TrainTransform
 
 BATCH = 64
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from wds_train.bench.gpu import TITLES
-from wds_train.bench.gpu_parts import SEARCHED, SMOKE, halved
+from benchmarks.gpu import TITLES
+from benchmarks.gpu_parts import SEARCHED, SMOKE, halved
 from wds_train.cli import main
 from wds_train.config.presets import preset
 from wds_train.config.settings import with_settings

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from wds_train.bench.loader import FIGURES, one_pass
-from wds_train.bench.passes import cause, in_child
-from wds_train.bench.peers import CONTENDERS, OURS, Pass, missing
+from benchmarks.loader_rates import FIGURES, one_pass
+from benchmarks.passes import cause, in_child
+from benchmarks.peers import CONTENDERS, OURS, Pass, missing
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import WdsTrainError
 
 SMALL = ["bench", "loader", "--batch", "8", "--size", "32", "--repeats", "1", "--cores", "1", "--json"]
@@ -115,7 +115,7 @@ def test_a_peers_pass_that_fails_is_tried_again_and_ours_is_not(monkeypatch: pyt
             raise WdsTrainError(f"{name} failed")
         return {"images": 1}
 
-    monkeypatch.setattr("wds_train.bench.loader.in_child", fails_twice)
+    monkeypatch.setattr("benchmarks.loader_rates.in_child", fails_twice)
     assert one_pass("measure", "litdata", wanted, [0], {}) == {"images": 1}
     with pytest.raises(WdsTrainError, match="wds-train failed"):
         one_pass("measure", OURS, wanted, [0], {})

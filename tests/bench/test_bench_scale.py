@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from wds_train.bench.scale import FIGURES
+from benchmarks.scale import FIGURES
 from wds_train.cli import main
-from wds_train.data.rows import ROW
+from wds_train.dataset.shared_index import ROW
 
 
 def test_the_figures_of_two_sizes(

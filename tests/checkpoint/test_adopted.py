@@ -9,10 +9,10 @@ import pytest
 from test_checkpoint import FRESH, RECIPE, commit, flipped, snapshot
 
 from wds_train.checkpoint import lease as leases
-from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import Pending, Progress, RunManifest
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import Pending, Progress, RunManifest
 from wds_train.cli import main
 from wds_train.config.settings import with_settings
 from wds_train.errors import Interrupted
@@ -216,7 +216,7 @@ def test_the_last_commit_of_a_run_brings_its_result(store: Store, said: list[str
 def test_rows_put_ahead_by_the_same_attempt_are_not_replayed(
     store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wds_train.checkpoint.ahead.EVERY_SECONDS", 0.01)
+    monkeypatch.setattr("wds_train.checkpoint.metrics_upload.EVERY_SECONDS", 0.01)
     run = Run.claim(store, FRESH, said.append)
     commit(run, 1)
     run.ahead._rows.append(({"step": 2.0, "time/attempt": 1}, Progress(2, evaluated=1)))

@@ -8,10 +8,10 @@ from test_checkpoint import FRESH, snapshot
 from waiting import wait_until
 
 from wds_train.checkpoint import lease as leases
-from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import REPLAYED, Progress
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import REPLAYED, Progress
 from wds_train.errors import Unavailable
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "is_gone", lambda owner: True)  # as in test_checkpoint
-    monkeypatch.setattr("wds_train.checkpoint.ahead.EVERY_SECONDS", 0.01)
+    monkeypatch.setattr("wds_train.checkpoint.metrics_upload.EVERY_SECONDS", 0.01)
 
 
 def begun(store: Store) -> Run:

@@ -7,11 +7,11 @@ import pytest
 from fault_proxy import FaultProxy
 from test_checkpoint import FRESH, snapshot
 
-from wds_train.checkpoint import manifest as states
-from wds_train.checkpoint.amend import amend
+from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import Page, RunManifest
+from wds_train.checkpoint.manifest_changes import amend
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import Page, RunManifest
 from wds_train.errors import StoreError
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store

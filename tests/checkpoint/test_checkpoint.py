@@ -13,10 +13,10 @@ import torch
 from waiting import wait_until
 
 from wds_train.checkpoint import lease as leases
-from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import Checkpoint, Object, Progress, RunManifest, keep
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import Checkpoint, Object, Progress, RunManifest, keep
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.config.presets import preset
 from wds_train.config.settings import with_settings

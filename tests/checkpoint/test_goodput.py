@@ -16,18 +16,18 @@ from planted_time import Kill, train_planted
 from told_runs import BEGAN, history_of, make_run
 from trainers import Job
 
-from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.goodput import Parts, Spent, parts_of
 from wds_train.checkpoint.lease import this_process
-from wds_train.checkpoint.manifest import Attempt, Checkpoint, Object, Progress, RunManifest
+from wds_train.checkpoint.run_manifest import Attempt, Checkpoint, Object, Progress, RunManifest
 from wds_train.checkpoint.standing import state_of, where_time_went
-from wds_train.report.account import Account
-from wds_train.report.document import write
-from wds_train.report.goodput import headline, span, told
-from wds_train.report.run import NOT_EVALUATED, Prices, report
+from wds_train.report.goodput_words import headline, span, told
+from wds_train.report.page import write
+from wds_train.report.run_data import Account
+from wds_train.report.run_report import NOT_EVALUATED, Prices, report
 from wds_train.storage.open import open_store
-from wds_train.tracking.board import Board
+from wds_train.tracking.wandb_board import Board
 
 ACTIVITIES = ("start", "steps", "data", "commit", "validation")
 SECONDS = st.floats(0, 1e6)

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from trainers import SETTINGS, Job, Training
 
 from wds_train.checkpoint import lease as leases
-from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.run import Run
 from wds_train.cli import main

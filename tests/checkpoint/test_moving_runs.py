@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from trainers import Job, Training
 
-from wds_train.checkpoint import read
+from wds_train.checkpoint import restore as read
 from wds_train.checkpoint.lease import read_run
 from wds_train.cli import main
 from wds_train.errors import Dropped, RunError

@@ -13,19 +13,19 @@ import timm
 import torch
 from trainers import HOLD, Job, Training, all_ended, wait_for_commit
 
-from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import Difference, RunManifest
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import Difference, RunManifest
 from wds_train.cli import main
 from wds_train.commands.status import describe
-from wds_train.data.dataset import Dataset
-from wds_train.data.loader import Loader
-from wds_train.data.plan import EvalPlan
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import RunError
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import EvalPlan
+from wds_train.loader.transform import EvalTransform
 from wds_train.storage.open import open_store
-from wds_train.tracking.records import repeatable
-from wds_train.transforms.sample import EvalTransform
+from wds_train.tracking.metrics import repeatable
 
 SETTINGS = (
     "model.blur_pool=true",
@@ -77,7 +77,7 @@ def test_status_says_how_far_a_run_is_and_what_it_cost(run: Path, capsys: pytest
 def test_no_machines_of_aws_are_asked_for_where_the_run_is_not_there(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wds_train.cloud.aws.Aws.__init__", None)  # a call of it would fail
+    monkeypatch.setattr("wds_train.aws.account.Aws.__init__", None)  # a call of it would fail
     with_machines = answer(capsys, "status", run, "--machines", "--json")
     assert with_machines[0] == 0
     assert "machines" not in json.loads(with_machines[1])

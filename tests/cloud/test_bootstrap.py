@@ -15,8 +15,8 @@ from fake_imds import FakeImds
 from test_instance import Instance
 from trainers import SETTINGS
 
+from wds_train.aws.bundle import bundle
 from wds_train.checkpoint.find import find_run
-from wds_train.cloud.bundle import bundle
 from wds_train.storage.embedded import Endpoint
 from wds_train.storage.open import open_store
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from wds_train.cloud.cost import IMAGENET, OURS, Images, Software, front, plan, shrunk
-from wds_train.cloud.prices import MACHINES, PRICES
+from wds_train.aws.cost import IMAGENET, OURS, Images, Software, front, plan, shrunk
+from wds_train.aws.prices import MACHINES, PRICES
 from wds_train.config.presets import preset
 from wds_train.config.recipe import ModelRecipe, Recipe
 from wds_train.errors import UsageError

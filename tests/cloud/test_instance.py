@@ -230,7 +230,7 @@ def test_the_last_lines_are_shipped_before_systemd_kills_what_is_left(instance: 
     shipper.chmod(0o755)
     assert instance.run("echo last words; exit 75", WDS_LOG="/wds-train/x") == (75, "")
     first, *rest = (instance.folder / "shipped").read_text().splitlines()
-    assert first.startswith("-m wds_train.cloud.ship /wds-train/x i-1-")
+    assert first.startswith("-m wds_train.aws.log_shipper /wds-train/x i-1-")
     assert rest == ["last words", "wds-train: exit code 75; starting again"]
 
 

@@ -22,11 +22,11 @@ from test_instance import INFRA, Instance
 from test_stacks import IMAGE, SCORES, for_moto
 from trainers import SETTINGS, Job, Training, all_ended
 
+from wds_train.aws import preflight as looks
+from wds_train.aws import stacks
+from wds_train.aws.account import Aws
 from wds_train.checkpoint.find import find_run
 from wds_train.cli import main
-from wds_train.cloud import preflight as looks
-from wds_train.cloud import stacks
-from wds_train.cloud.aws import Aws
 from wds_train.errors import Interrupted, UsageError
 from wds_train.storage.open import open_store
 
@@ -115,7 +115,7 @@ def cloud(imds: FakeImds, s3_url: str, small: str, tmp_path: Path, aws_env: pyte
     aws_env.delenv("AWS_ENDPOINT_URL")
     aws_env.setattr(looks, "IMAGE", "/image")
     aws_env.setattr(EC2Response, "get_spot_placement_scores", lambda _: SCORES, raising=False)
-    aws_env.setattr("wds_train.cloud.bundle.bundle", lambda: (b"the code", False))
+    aws_env.setattr("wds_train.aws.bundle.bundle", lambda: (b"the code", False))
     (tmp_path / "stack.json").write_text(for_moto())
     aws_env.setattr(stacks, "TEMPLATE", tmp_path / "stack.json")
     store = open_store(f"{s3_url}/datasets/small")

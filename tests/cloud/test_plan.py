@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from wds_train.aws.cost import GPU_RATES, Images
+from wds_train.aws.cost_table import best, calibrated, quotes, row, spot_prices
+from wds_train.aws.prices import MACHINES, PRICES
 from wds_train.cli import main
-from wds_train.cloud.cost import GPU_RATES, Images
-from wds_train.cloud.plan import best, calibrated, quotes, row, spot_prices
-from wds_train.cloud.prices import MACHINES, PRICES
 from wds_train.config.presets import PRESETS, preset
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 
 
 @pytest.fixture(autouse=True)
@@ -138,8 +138,8 @@ def test_what_was_measured_here_counts_for_like_machines() -> None:
 
 
 def test_calibration_measures_this_machine(capsys: pytest.CaptureFixture[str], aws_env: pytest.MonkeyPatch) -> None:
-    aws_env.setattr("wds_train.bench.decode.REPEATS", 1)
-    aws_env.setattr("wds_train.bench.decode.PASS_SAMPLES", 10)
+    aws_env.setattr("benchmarks.decode_rates.REPEATS", 1)
+    aws_env.setattr("benchmarks.decode_rates.PASS_SAMPLES", 10)
     chosen = ("--recipe", "strong", "--instance", "g5.2xlarge", "--json")
     before = json.loads(told(capsys, *chosen)[1])["phases"][0]["rates"]
     code, out, err = told(capsys, *chosen, "--calibrate")

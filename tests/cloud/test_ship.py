@@ -9,7 +9,7 @@ import pytest
 from botocore.stub import Stubber
 from moto import mock_aws
 
-from wds_train.cloud.ship import KEPT, LONGEST, Shipper, ship
+from wds_train.aws.log_shipper import KEPT, LONGEST, Shipper, ship
 
 
 @pytest.fixture

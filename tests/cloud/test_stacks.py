@@ -23,18 +23,19 @@ from moto.ec2.responses import EC2Response
 from test_template import TEMPLATE, instance_types
 from told_runs import history_of, make_run
 
-from wds_train.checkpoint.manifest import Attempt, Checkpoint, Object, Progress, RunManifest
+from wds_train.aws import interruption as interrupt
+from wds_train.aws import preflight as looks
+from wds_train.aws import stacks
+from wds_train.aws.account import Aws
+from wds_train.aws.bundle import key_of
+from wds_train.aws.preflight import SIZES, VCPUS, Order, preflight
+from wds_train.aws.resources import leftovers
+from wds_train.checkpoint.run_manifest import Attempt, Checkpoint, Object, Progress, RunManifest
 from wds_train.cli import main
-from wds_train.cloud import interrupt, stacks
-from wds_train.cloud import preflight as looks
-from wds_train.cloud.aws import Aws
-from wds_train.cloud.bundle import key_of
-from wds_train.cloud.leftovers import leftovers
-from wds_train.cloud.preflight import SIZES, VCPUS, Order, preflight
 from wds_train.commands.launch import limited
 from wds_train.config.presets import preset
+from wds_train.dataset.manifest import ClassInfo, DatasetManifest, Index, Shard, Split
 from wds_train.errors import AccessDenied, Interrupted, NotFound, RunError, Unavailable, UsageError
-from wds_train.format.manifest import ClassInfo, DatasetManifest, Index, Shard, Split
 
 IMAGE = "ami-03cf127a"  # one of moto's
 SCORES = """<GetSpotPlacementScoresResponse><spotPlacementScoreSet><item><region>us-east-1</region><score>2</score></item>
@@ -101,7 +102,7 @@ def code(aws_env: pytest.MonkeyPatch) -> None:
     of which moto knows nothing.
     """
     versions = iter((b"the code", b"the next"))
-    aws_env.setattr("wds_train.cloud.bundle.bundle", lambda: (next(versions), False))
+    aws_env.setattr("wds_train.aws.bundle.bundle", lambda: (next(versions), False))
 
 
 def group(aws: Aws) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from wds_train.cli import main
-from wds_train.tracking.console import program
+from wds_train.console import program
 
 FOLDERS = ["my photos", "it's mine", "cost in $", "a;b & c", "-dash", "plain"]
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from trainers import SETTINGS, STEPS_PER_EPOCH, Job, Training, all_ended
 
-from wds_train.checkpoint.begun import going_on
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.resume_checks import going_on
+from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.cli import main
 from wds_train.config.presets import preset
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.storage.open import open_store
 
 Answer = Callable[..., tuple[int, str]]

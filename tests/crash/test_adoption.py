@@ -12,7 +12,7 @@ from outcomes import assert_nothing_named_is_missing, assert_same_end
 from trainers import STEPS_PER_EPOCH, Job, Training, all_ended, start_ranks, wait_for_commit
 
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import Pending
+from wds_train.checkpoint.run_manifest import Pending
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 

@@ -20,7 +20,7 @@ from wds_train.checkpoint.run import Run
 from wds_train.errors import NotFound
 from wds_train.models.weights import Weights
 from wds_train.storage.open import open_store
-from wds_train.tracking.records import repeatable
+from wds_train.tracking.metrics import repeatable
 
 KILLS = int(os.environ.get("WDS_CRASH_KILLS", "12"))
 APART = KILLS // 2

@@ -16,9 +16,9 @@ from outcomes import assert_nothing_named_is_missing, assert_same_end
 from trainers import EPOCHS, POISON, STEPS_PER_EPOCH, Job, Training, all_ended
 
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import Progress, RunManifest
-from wds_train.checkpoint.read import read_object
+from wds_train.checkpoint.restore import read_object
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import Progress, RunManifest
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.commands.status import describe
 from wds_train.errors import Interrupted, NotFinite, RunError, WdsTrainError
@@ -26,7 +26,7 @@ from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 from wds_train.storage.s3 import S3Store
 from wds_train.training.ending import ending
-from wds_train.training.stop import StopRequest
+from wds_train.training.stop_request import StopRequest
 
 LONG = ("schedule.epochs=400",)
 OFTEN = ("--commit-minutes", "0.0001")

@@ -16,7 +16,7 @@ from fixtures import tiny
 from safetensors.numpy import load_file
 from trainers import CONTEXT
 
-from wds_train.checkpoint.manifest import Attempt, Checkpoint, Progress, RunManifest, Segment
+from wds_train.checkpoint.run_manifest import Attempt, Checkpoint, Progress, RunManifest, Segment
 from wds_train.cli import main
 
 FIXTURES = Path(tiny.__file__).parent

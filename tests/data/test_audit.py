@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from shards.make_shards import main
 from wds_train.cli import main as wds_train
-from wds_train.data import verify as audit
-from wds_train.data.dataset import Dataset
-from wds_train.format.index import image_of
-from wds_train.format.manifest import DatasetManifest, Index
+from wds_train.conversion.command import main
+from wds_train.dataset import integrity as audit
+from wds_train.dataset.index import image_of
+from wds_train.dataset.manifest import DatasetManifest, Index
+from wds_train.dataset.reader import Dataset
 from wds_train.storage.local import LocalStore
 from wds_train.storage.open import open_store
 

@@ -15,18 +15,18 @@ from fault_proxy import Fault, FaultProxy
 
 from wds_train.cli import main
 from wds_train.config.recipe import DataRecipe, Recipe
-from wds_train.data.cache import BlockCache
-from wds_train.data.dataset import Dataset
-from wds_train.data.fetch import Fetcher
-from wds_train.data.loader import Loader
-from wds_train.data.order import blocks
-from wds_train.data.plan import Request, TrainPlan
-from wds_train.data.stream import stream_order
-from wds_train.data.verify import verify
+from wds_train.dataset.integrity import verify
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import AccessDenied, DataError, NotFound, Unavailable
+from wds_train.loader.cache import BlockCache
+from wds_train.loader.fetch import Fetcher
+from wds_train.loader.order import blocks
+from wds_train.loader.order_listing import stream_order
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import Request, TrainPlan
+from wds_train.loader.transform import TrainTransform
 from wds_train.storage import embedded
 from wds_train.storage.open import open_store
-from wds_train.transforms.sample import TrainTransform
 
 BATCH = 64
 TRANSFORM = TrainTransform(Recipe("test", data=DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33))), 29)
@@ -96,8 +96,8 @@ def test_a_byte_flipped_on_the_way_is_fetched_again(digits: Dataset, on_s3: str,
 
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the seed of the faults decides which request has which."""
-    monkeypatch.setattr("wds_train.data.fetch.FETCH_THREADS", 1)
-    monkeypatch.setattr("wds_train.data.verify.SHARDS_AT_ONCE", 1)
+    monkeypatch.setattr("wds_train.loader.fetch.FETCH_THREADS", 1)
+    monkeypatch.setattr("wds_train.dataset.integrity.SHARDS_AT_ONCE", 1)
 
 
 def test_a_network_that_flips_bytes_changes_nothing(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wds_train.data.order import BLOCK, MAX_LANES, RAMP, WINDOW, EpochOrder, blocks, lane_count
+from wds_train.loader.order import BLOCK, MAX_LANES, RAMP, WINDOW, EpochOrder, blocks, lane_count
 from wds_train.rng import generator, key, permutation, rekeyed
 
 shards = st.lists(st.integers(1, 200), min_size=1, max_size=8)

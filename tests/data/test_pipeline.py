@@ -18,18 +18,18 @@ import torch
 
 from wds_train.cli import main
 from wds_train.config.recipe import DataRecipe, Recipe
-from wds_train.data.batch import Batch
-from wds_train.data.dataset import Dataset
-from wds_train.data.fetch import Fetcher, Memory
-from wds_train.data.loader import Loader
-from wds_train.data.mixture import Mixture
-from wds_train.data.order import WINDOW
-from wds_train.data.plan import EvalPlan, Request, TrainPlan, shares
-from wds_train.data.stream import stream_order
+from wds_train.dataset.index import read_index
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError, RunError, UsageError
-from wds_train.format.index import read_index
+from wds_train.loader.batch import Batch
+from wds_train.loader.fetch import Fetcher, Memory
+from wds_train.loader.mixture import Mixture
+from wds_train.loader.order import WINDOW
+from wds_train.loader.order_listing import stream_order
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import EvalPlan, Request, TrainPlan, shares
+from wds_train.loader.transform import EvalTransform, Place, TrainTransform
 from wds_train.storage.local import LocalStore
-from wds_train.transforms.sample import EvalTransform, Place, TrainTransform
 
 BATCH = 48
 TRANSFORM = TrainTransform(Recipe("test", data=DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33))), 29)
@@ -128,8 +128,8 @@ class Counted(LocalStore):
 
 def test_what_a_worker_holds_does_not_grow_with_the_dataset(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two windows and the slab of the last sample, besides what is fetched ahead: of one shard as of five."""
-    monkeypatch.setattr("wds_train.data.fetch.AHEAD_BYTES", 100_000)
-    monkeypatch.setattr("wds_train.data.fetch.SLAB_BYTES", 50_000)
+    monkeypatch.setattr("wds_train.loader.fetch.AHEAD_BYTES", 100_000)
+    monkeypatch.setattr("wds_train.loader.fetch.SLAB_BYTES", 50_000)
     peaks = []
     for shards in (1, len(digits.split("train").shard_names)):
         store = Counted(Path(digits.store.url))
@@ -166,7 +166,7 @@ def test_small_requests_of_a_lane_are_joined_and_stay_in_order(digits: Dataset, 
 
 
 def test_memory_is_read_into_again_once_nothing_of_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wds_train.data.fetch.SLAB_BYTES", 1000)
+    monkeypatch.setattr("wds_train.loader.fetch.SLAB_BYTES", 1000)
     memory = Memory()
 
     def place(piece: memoryview) -> int:
@@ -328,7 +328,7 @@ def test_what_is_read_ahead_grows_with_what_was_needed(digits: Dataset, monkeypa
     split, drawn = digits.split("train"), [0]
     requests = [Request(n, 0, 0, np.arange(10 * n, 10 * n + 10)) for n in range(120)]
     sizes = [int(split.index.length[request.ids].sum()) for request in requests]
-    monkeypatch.setattr("wds_train.data.fetch.AHEAD_BYTES", 32 * max(sizes))
+    monkeypatch.setattr("wds_train.loader.fetch.AHEAD_BYTES", 32 * max(sizes))
 
     def asked() -> Iterator[Request]:
         for request, size in zip(requests, sizes, strict=True):

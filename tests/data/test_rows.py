@@ -21,16 +21,16 @@ import pytest
 from wds_train.cli import main
 from wds_train.commands.inspect import inspect
 from wds_train.config.recipe import DataRecipe, Recipe
-from wds_train.data.cache import BlockCache
-from wds_train.data.dataset import Dataset
-from wds_train.data.loader import Loader
-from wds_train.data.plan import EvalPlan, Plan, TrainPlan
-from wds_train.data.rows import ROW, SharedIndex
-from wds_train.data.verify import verify
+from wds_train.dataset.index import SCHEMA
+from wds_train.dataset.integrity import verify
+from wds_train.dataset.reader import Dataset
+from wds_train.dataset.shared_index import ROW, SharedIndex
 from wds_train.errors import StoreError, WdsTrainError
 from wds_train.evaluation.evaluate import spread
-from wds_train.format.index import SCHEMA
-from wds_train.transforms.sample import TrainTransform
+from wds_train.loader.cache import BlockCache
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import EvalPlan, Plan, TrainPlan
+from wds_train.loader.transform import TrainTransform
 
 TRANSFORM = TrainTransform(Recipe("test", data=DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33))), 29)
 

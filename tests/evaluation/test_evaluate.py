@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from trainers import Job, Training, all_ended, make_dataset
 
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
-from wds_train.data.loader import Loader
-from wds_train.data.plan import EvalPlan
-from wds_train.evaluation.scoring import metrics, percent
+from wds_train.dataset.reader import Dataset
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import EvalPlan
+from wds_train.loader.transform import EvalTransform
 from wds_train.models.model import create_model
+from wds_train.models.scoring import metrics, percent
 from wds_train.models.weights import Weights
-from wds_train.transforms.sample import EvalTransform
 
 SETTINGS = (
     "model.drop_path=0",

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from wds_train.data.batch import Batch, Unreadable
-from wds_train.evaluation.findings import MISTAKES, Findings
-from wds_train.evaluation.report import by_class, most_confused
-from wds_train.format.manifest import ClassInfo
+from wds_train.dataset.manifest import ClassInfo
+from wds_train.evaluation.per_class import by_class, most_confused
+from wds_train.loader.batch import Batch, Unreadable
+from wds_train.models.mistakes import MISTAKES, Findings
 
 CLASSES = tuple(ClassInfo(f"id{i}", f"name{i}") for i in range(3))
 

@@ -12,13 +12,13 @@ from answers import answer
 from pages import Page, page_of
 from told_runs import BEGAN, Paid, history_of, make_long_run, make_newer, make_run, recipe_of, row_of
 
-from wds_train.checkpoint.manifest import STATUSES, RunManifest
+from wds_train.checkpoint.run_manifest import STATUSES, RunManifest
 from wds_train.config.presets import PRESETS, preset
-from wds_train.report.account import Account
 from wds_train.report.charts import timeline_chart
-from wds_train.report.document import write
-from wds_train.report.run import NOT_EVALUATED, Prices, report
-from wds_train.report.story import attempts_of, audit_of, cost_of, expectation, milestones
+from wds_train.report.page import write
+from wds_train.report.run_data import Account
+from wds_train.report.run_report import NOT_EVALUATED, Prices, report
+from wds_train.report.run_summary import attempts_of, audit_of, cost_of, expectation, milestones
 from wds_train.storage.open import open_store
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from trainers import Job, Training
 
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError
 from wds_train.evaluation.calibrate import calibration
 from wds_train.evaluation.evaluate import spread
@@ -133,7 +133,7 @@ def test_a_run_that_goes_on_meanwhile_is_told_as_it_is_after_the_evaluation(
         (run / "manifest.json").write_text(json.dumps(after))
         raise DataError("no matter")
 
-    monkeypatch.setattr("wds_train.report.findings.find", found)
+    monkeypatch.setattr("wds_train.report.model_checks.find", found)
     assert answer(capsys, "report", run, "--out", tmp_path)[0] == 0
     assert Page(tmp_path / "report.html").facts["epochs"][0] == "1 of 1"
 

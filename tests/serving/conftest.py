@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from trainers import Job, Training, all_ended
 
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 
 SETTINGS = ("model.drop_path=0", "mix.mixup=0", "batch=64", "schedule.epochs=2", "optimizer.lr=0.3", "ema.decay=0.9")
 

@@ -17,9 +17,9 @@ from PIL import Image
 from visitors import PYTHON, Page, demo_command, free_port, leaks, served_page
 
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.serving.classify import sample
-from wds_train.serving.demo import interpreter
+from wds_train.serving.demo_page import interpreter
 
 WITH_GRADIO = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is not there: make demo installs it")
 

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from wds_train.cli import main
 from wds_train.config.recipe import DataRecipe, ModelRecipe, Recipe
-from wds_train.data.dataset import Dataset
-from wds_train.data.loader import Loader
-from wds_train.data.plan import EvalPlan
+from wds_train.dataset.manifest import ClassInfo
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import RunError, UsageError
 from wds_train.evaluation.evaluate import Member, View, chosen_weights
-from wds_train.format.manifest import ClassInfo
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import EvalPlan
 from wds_train.models.model import create_model
 from wds_train.models.weights import Weights
-from wds_train.serving.export import METADATA, new_folder, write_onnx, write_timm_folder, write_torch_export
+from wds_train.serving.exporters import METADATA, new_folder, write_onnx, write_timm_folder, write_torch_export
 from wds_train.serving.graph import Graph
 
 CPU = torch.device("cpu")

@@ -19,21 +19,21 @@ import torch
 from answers import answer
 from pages import Page
 
-from wds_train.checkpoint.choice import best_weights, choose
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.manifest import Checkpoint, Object, Progress, keep
+from wds_train.checkpoint.run_manifest import Checkpoint, Object, Progress, keep
 from wds_train.checkpoint.snapshot import Snapshot
+from wds_train.checkpoint.weight_choice import best_weights, choose
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
-from wds_train.data.loader import Loader
-from wds_train.data.plan import EvalPlan
+from wds_train.dataset.reader import Dataset
 from wds_train.evaluation import calibrate as calibrating
 from wds_train.evaluation.calibrate import calibrate
 from wds_train.evaluation.evaluate import Member, View, chosen_weights
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import EvalPlan
 from wds_train.models.calibration import Calibration, as_judged_now, probabilities
 from wds_train.models.weights import Weights
-from wds_train.report.findings import find
-from wds_train.serving import demo
+from wds_train.report.model_checks import find
+from wds_train.serving import demo_page as demo
 from wds_train.serving.classify import sample
 from wds_train.serving.provenance import results
 from wds_train.training.outcome import next_commands, outcome
@@ -135,7 +135,7 @@ def published(runs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     tested = replace(opened, manifest=replace(opened.manifest, splits=splits))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WDS_HOME", str(folder / "home"))
-        patch.setattr("wds_train.serving.publish.own_dataset", lambda _: tested)
+        patch.setattr("wds_train.serving.publishing.own_dataset", lambda _: tested)
         for name, run in runs.items():
             assert main(["publish", run, "--to", str(folder / name), "--licence", "mit"]) == 0
     return {name: folder / name for name in runs}

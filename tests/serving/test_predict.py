@@ -18,17 +18,17 @@ from answers import answer
 from numpy.typing import NDArray
 from PIL import Image
 
-from wds_train.data.dataset import Dataset
-from wds_train.data.loader import Loader
-from wds_train.data.plan import EvalPlan
+from wds_train.dataset.manifest import ClassInfo
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError
 from wds_train.evaluation.calibrate import calibrate
 from wds_train.evaluation.evaluate import Member, View, chosen_weights
-from wds_train.format.manifest import ClassInfo
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import EvalPlan
 from wds_train.models.calibration import probabilities
 from wds_train.serving.classify import sample
 from wds_train.serving.download import download, is_public
-from wds_train.serving.predict import Prediction, csv_line
+from wds_train.serving.prediction import Prediction, csv_line
 from wds_train.storage.open import open_store
 
 CPU = torch.device("cpu")

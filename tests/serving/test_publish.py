@@ -15,10 +15,10 @@ from answers import answer
 
 from wds_train import serving
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.evaluation.evaluate import chosen_weights
 from wds_train.serving.provenance import without_places
-from wds_train.serving.publish import push
+from wds_train.serving.publishing import push
 
 yaml = pytest.importorskip("yaml")
 
@@ -176,7 +176,7 @@ def test_a_hub_that_cannot_be_used_is_told_with_what_to_type(
 def test_without_the_extra_it_says_what_to_install(
     served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "wds_train.serving.publish")
+    monkeypatch.delitem(sys.modules, "wds_train.serving.publishing")
     monkeypatch.delattr(serving, "publish")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     code, _, err = answer(capsys, "publish", served, "--to", tmp_path / "out", "--licence", "mit")

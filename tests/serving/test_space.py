@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.evaluation.evaluate import Member, View, chosen_weights
+from wds_train.images.decode import decode_center, decode_whole
+from wds_train.images.plain import plain_bytes
 from wds_train.serving.classify import Classifier, sample
-from wds_train.transforms.decode import decode_center, decode_whole
-from wds_train.transforms.plain import plain_bytes
 
 pytest.importorskip("onnxruntime")
 CPU = torch.device("cpu")

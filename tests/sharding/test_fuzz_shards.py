@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wds_train.data.dataset import Dataset, SplitReader
-from wds_train.data.fetch import Fetcher
-from wds_train.data.plan import Request
+from wds_train.dataset.reader import Dataset, SplitReader
+from wds_train.dataset.tar import members
 from wds_train.errors import DataError, StoreError
-from wds_train.format.tar import members
+from wds_train.loader.fetch import Fetcher
+from wds_train.loader.plan import Request
 
 MUTANTS = 5_000
 SAMPLES = 12

@@ -23,14 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards.make_shards import main
 from wds_train.cli import main as wds_train
-from wds_train.data.dataset import Dataset
-from wds_train.data.fetch import Fetcher
-from wds_train.data.plan import Request
-from wds_train.data.verify import verify
+from wds_train.conversion.command import main
+from wds_train.dataset.integrity import verify
+from wds_train.dataset.manifest import KIND
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError, WdsTrainError
-from wds_train.format.manifest import KIND
+from wds_train.loader.fetch import Fetcher
+from wds_train.loader.plan import Request
 
 PHOTOS = layouts.photos()
 DEEP = 100_000

@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shards.sources.base import CHUNK, ROWS, Source, take
-from shards.sources.scan import MAPPED, Rows
-from shards.sources.splits import hold_out
+from wds_train.conversion.sources.scan import MAPPED, Rows
+from wds_train.conversion.sources.source import CHUNK, ROWS, Source, take
+from wds_train.conversion.sources.splits import hold_out
+from wds_train.dataset.arrow import to_batch
+from wds_train.dataset.manifest import ClassInfo
 from wds_train.errors import StoreError
-from wds_train.format.arrow import to_batch
-from wds_train.format.manifest import ClassInfo
 
 
 def batch(number: int, rows: int = CHUNK) -> pa.RecordBatch:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from wds_train import TrainLoader
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
-from wds_train.transforms.decode import decode_whole
+from wds_train.dataset.reader import Dataset
+from wds_train.images.decode import decode_whole
 
 SHAPE = (odd.HEIGHT, odd.WIDTH)
 LIGHT = (40, 90, 140, 190)  # of the images of four classes

@@ -21,12 +21,12 @@ import pytest
 from answers import conversion
 from PIL import Image
 
-from shards.images import ImagePolicy, check
 from wds_train.cli import main as wds_train
-from wds_train.data.dataset import Dataset
+from wds_train.conversion.image_policy import ImagePolicy, check
+from wds_train.dataset.reader import Dataset
+from wds_train.images.crop import Box
+from wds_train.images.decode import decode_crop, probe
 from wds_train.storage.local import LocalStore
-from wds_train.transforms.crop import Box
-from wds_train.transforms.decode import decode_crop, probe
 
 PHOTOS = layouts.photos()
 
@@ -549,7 +549,17 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, capsys: pytest.Capture
 def test_an_overwritten_dataset_stays_whole_until_the_new_one_is(tmp_path: Path) -> None:
     root = put(tmp_path / "mine", tree("train/", "val/", images=20))
     out, draw = tmp_path / "out", random.Random(2)
-    begin = [sys.executable, "-m", "shards.make_shards", str(root), str(out), "--shard-mb", "0.01", "--processes", "1"]
+    begin = [
+        sys.executable,
+        "-m",
+        "wds_train.conversion.command",
+        str(root),
+        str(out),
+        "--shard-mb",
+        "0.01",
+        "--processes",
+        "1",
+    ]
     subprocess.run(begin, check=True, capture_output=True)
     (out / "mine.txt").write_text("mine")
     before, seeds = Dataset.open(str(out)).fingerprint, set[str]()
@@ -573,7 +583,17 @@ def test_an_overwritten_dataset_stays_whole_until_the_new_one_is(tmp_path: Path)
 def test_two_overwrites_at_once(tmp_path: Path) -> None:
     root = put(tmp_path / "mine", tree("train/", "val/", images=20))
     out = tmp_path / "out"
-    begin = [sys.executable, "-m", "shards.make_shards", str(root), str(out), "--shard-mb", "0.01", "--processes", "1"]
+    begin = [
+        sys.executable,
+        "-m",
+        "wds_train.conversion.command",
+        str(root),
+        str(out),
+        "--shard-mb",
+        "0.01",
+        "--processes",
+        "1",
+    ]
     subprocess.run(begin, check=True, capture_output=True)
     both = [
         subprocess.Popen([*begin, "--overwrite", "--seed", seed], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)

@@ -15,8 +15,8 @@ import pytest
 from answers import conversion
 from PIL import Image
 
-from wds_train.data.dataset import Dataset
-from wds_train.format.index import image_of
+from wds_train.dataset.index import image_of
+from wds_train.dataset.reader import Dataset
 
 Files = dict[str, bytes]
 Counts = dict[str, dict[str, int]]

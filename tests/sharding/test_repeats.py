@@ -20,14 +20,23 @@ import pytest
 from layouts import tar_of
 from PIL import Image
 
-from shards import repeats
-from shards.images import ImagePolicy
-from shards.index_in_place import index_in_place, repeats_in_place, write_dataset
-from shards.repeats import Contradictions, Packed, Pair, Repeats, Shared, find_repeats, image_digest, repeat_lines
-from shards.report import report_json
-from shards.sources.labels import classes_of, count_texts
 from wds_train.cli import main
-from wds_train.format.manifest import ClassInfo
+from wds_train.conversion import repeats
+from wds_train.conversion.conversion_report import report_json
+from wds_train.conversion.image_policy import ImagePolicy
+from wds_train.conversion.index_in_place import index_in_place, repeats_in_place, write_dataset
+from wds_train.conversion.repeats import (
+    Contradictions,
+    Packed,
+    Pair,
+    Repeats,
+    Shared,
+    find_repeats,
+    image_digest,
+    repeat_lines,
+)
+from wds_train.conversion.sources.labels import classes_of, count_texts
+from wds_train.dataset.manifest import ClassInfo
 from wds_train.storage.local import LocalStore
 
 Pairs = list[tuple[str, str, str, str]]
@@ -206,7 +215,7 @@ def test_killed_and_resumed_it_is_the_same_count(tmp_path: Path) -> None:
     assert shards(source, tmp_path / "whole", "--shard-mb", "0.02", "--whole-index", "90") == 0
     for kills in (1, 3):
         out, records = tmp_path / f"killed{kills}", 0
-        command = [sys.executable, "-m", "shards.make_shards", *map(str, [options[0], out, *options[1:]])]
+        command = [sys.executable, "-m", "wds_train.conversion.command", *map(str, [options[0], out, *options[1:]])]
         for _ in range(kills):
             process = subprocess.Popen([*command, "--whole-index", "90", "--processes", "1"], stderr=subprocess.DEVNULL)
             while process.poll() is None and len([*out.glob(".wip/*/*")]) <= records:
@@ -227,7 +236,9 @@ def test_a_record_of_before_is_made_again(tmp_path: Path) -> None:
     assert shards(source, tmp_path / "whole", "--shard-mb", "0.01") == 0
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr("shards.convert.Conversion.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "wds_train.conversion.convert.Conversion.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         shards(source, out, "--shard-mb", "0.01")
     records = [*out.glob(".wip/*/*.parquet")]
     assert len(records) > 3

@@ -23,14 +23,14 @@ import webdataset
 from fault_proxy import FaultProxy
 from PIL import Image
 
-from shards import pack
-from shards.images import ImagePolicy, check
-from shards.make_shards import main
-from wds_train.data.dataset import Dataset
-from wds_train.data.verify import verify
+from wds_train.conversion import pack
+from wds_train.conversion.command import main
+from wds_train.conversion.image_policy import ImagePolicy, check
+from wds_train.dataset import shard as shard_format
+from wds_train.dataset.integrity import verify
+from wds_train.dataset.manifest import DatasetManifest
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError, NotFound, StoreError
-from wds_train.format import shard as shard_format
-from wds_train.format.manifest import DatasetManifest
 from wds_train.storage import embedded
 from wds_train.storage.base import Store
 from wds_train.storage.local import LocalStore
@@ -59,7 +59,7 @@ def run(*arguments: str | Path, processes: int = 1) -> int:
 
 
 def start(*arguments: str | Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "shards.make_shards", *map(str, arguments)]
+    command = [sys.executable, "-m", "wds_train.conversion.command", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -127,7 +127,7 @@ def test_finished_shards_are_not_made_again(
         made.append(task.name)
         return real(task)
 
-    monkeypatch.setattr("shards.executors.make_shard", stops)
+    monkeypatch.setattr("wds_train.conversion.executors.make_shard", stops)
     assert run(folder, s3_url, "--shard-mb", SHARD_MB) == 1
     assert records(store) == 10 and "manifest.json" not in content(store)
     store.write(made[3], b"not what was uploaded")  # found by its tag, and made again
@@ -138,7 +138,7 @@ def test_finished_shards_are_not_made_again(
         made.append(task.name)
         return real(task)
 
-    monkeypatch.setattr("shards.executors.make_shard", counts)
+    monkeypatch.setattr("wds_train.conversion.executors.make_shard", counts)
     assert run(folder, s3_url, "--shard-mb", SHARD_MB) == 0
     assert set(first) & set(made[10:]) == {first[3], first[4]}
     assert content(store) == unbroken
@@ -228,10 +228,12 @@ def test_an_unfinished_conversion_refuses_another_source(
     folder: Path, tmp_path: Path, s3_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, real = Path(shutil.copytree(folder, tmp_path / "folder")), pack.make_shard
-    monkeypatch.setattr("shards.executors.make_shard", lambda task: real(task) if task.number < 5 else 1 / 0)
+    monkeypatch.setattr(
+        "wds_train.conversion.executors.make_shard", lambda task: real(task) if task.number < 5 else 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         run(folder, s3_url, "--shard-mb", SHARD_MB)
-    monkeypatch.setattr("shards.executors.make_shard", real)
+    monkeypatch.setattr("wds_train.conversion.executors.make_shard", real)
     path = next((folder / "train" / layouts.WNIDS[0]).iterdir())
     path.write_bytes(path.read_bytes() + b"\0")
     assert run(folder, s3_url, "--shard-mb", SHARD_MB) == 2
@@ -478,7 +480,7 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, s3_url: str) -> N
 def test_pandas_stays_out_of_conversions(tmp_path: Path) -> None:
     """Importing it takes each process longer than anything else; pyarrow does so where it is given Python values."""
     source = layouts.image_folder(tmp_path / "folder", layouts.small_tree())
-    code = "import sys; from shards.make_shards import main; assert main() == 0; assert 'pandas' not in sys.modules"
+    code = "import sys; from wds_train.conversion.command import main; assert main() == 0; assert 'pandas' not in sys.modules"
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), "--processes", "1"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
@@ -521,7 +523,7 @@ def test_no_space_for_the_spool(
 ) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("/dev/full is not here")
-    monkeypatch.setattr("shards.sources.spool.FILE", "/dev/full")
+    monkeypatch.setattr("wds_train.conversion.sources.spool.FILE", "/dev/full")
     assert run("digits", tmp_path / "out", "--spool", tmp_path / "spool") == 1
     assert "no space left on the disk of" in capsys.readouterr().err
 

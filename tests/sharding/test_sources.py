@@ -23,20 +23,20 @@ import pytest
 from answers import conversion
 from PIL import Image
 
-from shards.convert import Conversion
-from shards.pack import make_shard
-from shards.plan import Options, Plan
-from shards.sources import huggingface
-from shards.sources import torchvision as torchvision_source
-from shards.sources.names import key_of
-from shards.sources.open import name_of, open_source
-from shards.sources.scan import read_bytes
-from shards.sources.spool import Spool
-from shards.sources.tars import tar_members
-from wds_train.data.dataset import Dataset
+from wds_train.conversion.convert import Conversion
+from wds_train.conversion.pack import make_shard
+from wds_train.conversion.shard_plan import Options, Plan
+from wds_train.conversion.sources import huggingface
+from wds_train.conversion.sources import torchvision as torchvision_source
+from wds_train.conversion.sources.detect import name_of, open_source
+from wds_train.conversion.sources.names import key_of
+from wds_train.conversion.sources.scan import read_bytes
+from wds_train.conversion.sources.spool import Spool
+from wds_train.conversion.sources.tars import tar_members
+from wds_train.dataset.index import image_of
+from wds_train.dataset.reader import Dataset
+from wds_train.dataset.shard import KEY, KEY_LENGTH
 from wds_train.errors import AccessDenied, DataError, UsageError
-from wds_train.format.index import image_of
-from wds_train.format.shard import KEY, KEY_LENGTH
 from wds_train.storage.local import LocalStore
 
 LAYOUTS = ["image_folder", "ilsvrc", "kaggle", "save_to_disk", "parquet", "webdataset"]

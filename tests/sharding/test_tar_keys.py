@@ -19,15 +19,15 @@ import webdataset
 from answers import conversion
 from PIL import Image
 
-from shards.sources.tar_keys import Keys
-from shards.sources.tar_samples import gather
-from shards.sources.tars import folder_files
 from wds_train import SampleLoader
 from wds_train.cli import main as wds_train
 from wds_train.commands.inspect import _checked
-from wds_train.data.dataset import Dataset
+from wds_train.conversion.sources.tar_keys import Keys
+from wds_train.conversion.sources.tar_samples import gather
+from wds_train.conversion.sources.tars import folder_files
+from wds_train.dataset.reader import Dataset
+from wds_train.dataset.tar import Member
 from wds_train.errors import DataError
-from wds_train.format.tar import Member
 
 CLASSES = ("cat", "dog")
 COLOURS = {"cat": (250, 0, 0), "dog": (0, 0, 250)}
@@ -379,7 +379,9 @@ def test_labels_are_handed_on_as_they_are(
 ) -> None:
     """What a number is, and what is no label, is decided in one place for all sources."""
     handed: list[object] = []
-    monkeypatch.setattr("shards.sources.tar_samples.label_text", lambda value: handed.append(value) or "one")
+    monkeypatch.setattr(
+        "wds_train.conversion.sources.tar_samples.label_text", lambda value: handed.append(value) or "one"
+    )
     (sample,) = gather(Member(f"0.{name}", "file", 0, 0, 9) for name in ("jpg", extension))
     assert (sample.label(lambda *_: text.encode()), handed) == ("one", [value])
     assert type(handed[0]) is type(value)

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.storage.open import open_store
 
-CONVERT = [sys.executable, "-m", "shards.make_shards"]
+CONVERT = [sys.executable, "-m", "wds_train.conversion.command"]
 
 
 def images(folder: Path) -> Path:

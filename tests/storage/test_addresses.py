@@ -9,7 +9,7 @@ import pytest
 from fault_proxy import FaultProxy
 
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import UsageError
 from wds_train.storage.address import located
 from wds_train.storage.embedded import Endpoint

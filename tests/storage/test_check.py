@@ -10,7 +10,7 @@ import pytest
 from fault_proxy import FaultProxy
 
 from wds_train.cli import main
-from wds_train.storage import check as checks
+from wds_train.storage import survey as checks
 from wds_train.storage.open import open_store
 
 ALWAYS = 10**9

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from fault_proxy import FaultProxy
 
-from wds_train.checkpoint.manifest import RunManifest
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.errors import Conflict, StoreError
 from wds_train.storage.base import PART_BYTES, Store
 from wds_train.storage.open import open_store

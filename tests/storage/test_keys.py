@@ -9,7 +9,7 @@ from fault_proxy import FaultProxy
 from PIL import Image
 
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import UsageError
 from wds_train.serving.photos import photos
 from wds_train.storage.base import PART_BYTES

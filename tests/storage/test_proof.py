@@ -12,8 +12,8 @@ import pytest
 from fault_proxy import Fault, FaultProxy
 
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import Checkpoint, Object, Owner, Progress, RunManifest
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import Checkpoint, Object, Owner, Progress, RunManifest
 from wds_train.cli import main
 from wds_train.commands.status import _lines, describe
 from wds_train.config.presets import preset

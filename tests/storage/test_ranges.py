@@ -23,14 +23,14 @@ import pytest
 from fault_proxy import FaultProxy
 
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import Unavailable
 from wds_train.storage.base import PART_BYTES
 from wds_train.storage.embedded import OPENSSL
 from wds_train.storage.open import open_store
+from wds_train.storage.ranges import NoAnswer, Ranges
 from wds_train.storage.retry import Retry
 from wds_train.storage.s3 import S3Store
-from wds_train.storage.s3_ranges import NoAnswer, Ranges
 
 
 class Bucket(BaseHTTPRequestHandler):

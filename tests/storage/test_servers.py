@@ -11,8 +11,8 @@ import pytest
 from fault_proxy import FaultProxy
 from PIL import Image
 
-from wds_train.checkpoint.manifest import RunManifest
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.cli import main
 from wds_train.errors import StoreError
 from wds_train.storage.open import open_store
@@ -225,7 +225,7 @@ def test_parts_are_of_one_length_whatever_the_pieces_are(
 def test_a_large_shard_goes_up_in_parts_of_one_length(
     fault_proxy: FaultProxy, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("wds_train.storage.s3_write", "shards.pack"):
+    for module in ("wds_train.storage.s3_write", "wds_train.conversion.pack"):
         monkeypatch.setattr(f"{module}.PART_BYTES", PART)
     fault_proxy.fail("equal_parts", times=ALWAYS, **EQUAL_PARTS)  # type: ignore[arg-type]
     rng = np.random.default_rng(0)

@@ -17,15 +17,15 @@ import layouts
 import pytest
 from fault_proxy import FaultProxy
 
-from shards import pack
-from shards.executors import counted
-from shards.images import ImagePolicy
-from shards.pack import Counts, Packing, ShardTask
+from wds_train import console
 from wds_train.cli import COMMANDS, main
-from wds_train.data.dataset import Dataset
+from wds_train.console import Bar, Meter, duration, fitting
+from wds_train.conversion import pack
+from wds_train.conversion.executors import counted
+from wds_train.conversion.image_policy import ImagePolicy
+from wds_train.conversion.pack import Counts, Packing, ShardTask
+from wds_train.dataset.reader import Dataset
 from wds_train.storage.open import open_store
-from wds_train.tracking import console
-from wds_train.tracking.console import Bar, Meter, duration, fitting
 from wds_train.tracking.progress import Pace, TrainingBar
 
 END = b"all of it"
@@ -234,7 +234,7 @@ def test_a_shard_is_counted_while_it_is_packed(
 def rows_of(files: list[Path]):  # type: ignore[no-untyped-def]
     import pyarrow as pa
 
-    from shards.sources.base import ROWS
+    from wds_train.conversion.sources.source import ROWS
 
     entries = [
         {"key": path.stem, "label": 0, "path": str(path), "offset": 0, "length": path.stat().st_size} for path in files

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
-from wds_train.format.manifest import ClassInfo
+from wds_train.dataset.manifest import ClassInfo
+from wds_train.dataset.reader import Dataset
 from wds_train.tracking import contact_sheet
 from wds_train.tracking.contact_sheet import CAPTION, IMAGES, TEXT, WIDTH
 

@@ -15,12 +15,12 @@ from trainers import Job, Training, all_ended
 from waiting import wait_until
 
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import Page, RunManifest
+from wds_train.checkpoint.run_manifest import Page, RunManifest
 from wds_train.cli import main
 from wds_train.errors import StoreError
 from wds_train.storage.open import open_store
-from wds_train.tracking import page as pages
-from wds_train.tracking.page import RunPage
+from wds_train.tracking import wandb_page as pages
+from wds_train.tracking.wandb_page import RunPage
 
 LONG = ("schedule.epochs=400",)
 PATIENT: dict[str, Any] = {

@@ -16,10 +16,10 @@ from trainers import HOLD, Job, Training, all_ended
 from waiting import wait_until
 
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import RunManifest
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.storage.open import open_store
-from wds_train.tracking.records import Row
+from wds_train.tracking.metrics import Row
 
 OFFLINE = {"WANDB_MODE": "offline"}
 PICTURES = {"train/first_batch", "val/mistakes", "val/confused", "val/classes"}

@@ -11,13 +11,13 @@ from wds_train.config.presets import preset
 from wds_train.config.recipe import EmaRecipe, Recipe
 from wds_train.config.schedule import average_decay
 from wds_train.config.settings import with_settings
-from wds_train.data.batch import Batch, Unreadable
-from wds_train.data.dataset import Dataset
-from wds_train.data.loader import Loader
-from wds_train.data.plan import EvalPlan
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError, RunError, UsageError
+from wds_train.loader.batch import Batch, Unreadable
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import EvalPlan
+from wds_train.loader.transform import EvalTransform
 from wds_train.training.engine import Trainer
-from wds_train.transforms.sample import EvalTransform
 
 CPU = torch.device("cpu")
 TINY = [

@@ -8,14 +8,14 @@ import pytest
 import torch
 from test_engine import batch, recipe, trainer
 
-from wds_train.checkpoint.manifest import Progress, Totals
-from wds_train.data.batch import Batch
-from wds_train.data.loader import on_device
+from wds_train.checkpoint.run_manifest import Progress, Totals
 from wds_train.errors import UsageError
+from wds_train.loader.batch import Batch
+from wds_train.loader.pipeline import on_device
 from wds_train.models.model import create_optimizer
 from wds_train.training.engine import Trainer, refuse_nondeterministic
+from wds_train.training.metrics_rows import Rows
 from wds_train.training.ranks import Ranks, refuse_unusable_gpu
-from wds_train.training.rows import Rows
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and PyTorch can use it")

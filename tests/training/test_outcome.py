@@ -10,12 +10,12 @@ import pytest
 from trainers import Job, Training, all_ended
 
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.manifest import Checkpoint, Object, Progress, RunManifest
+from wds_train.checkpoint.run_manifest import Checkpoint, Object, Progress, RunManifest
 from wds_train.cli import main
 from wds_train.commands import status
 from wds_train.config.recipe import Recipe
 from wds_train.storage.base import Store
-from wds_train.training import estimate
+from wds_train.training import dry_run as estimate
 from wds_train.training.outcome import going_on, next_commands, outcome
 
 

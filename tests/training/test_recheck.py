@@ -13,7 +13,7 @@ from machines import Machine, manifest_of
 from outcomes import assert_same_end
 from test_engine import assert_same_state, batch, trainer
 
-from wds_train.checkpoint.manifest import Difference, RunManifest
+from wds_train.checkpoint.run_manifest import Difference, RunManifest
 from wds_train.errors import Miscomputed, UsageError
 from wds_train.training.recheck import MOST_DIFFERENCES, is_due, judged, refuse_unrepeatable, step_twice
 

@@ -13,8 +13,8 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch.nn import functional as F
 
 from wds_train.config.recipe import DistillRecipe, LossRecipe, ModelRecipe
+from wds_train.dataset.manifest import ClassInfo
 from wds_train.errors import NotFinite, NotFound, RunError, UsageError
-from wds_train.format.manifest import ClassInfo
 from wds_train.models.losses import Criterion, distilled
 from wds_train.models.model import create_model, create_optimizer
 from wds_train.models.weights import Weights

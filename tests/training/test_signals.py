@@ -12,7 +12,7 @@ from trainers import HOLD, SETTINGS, Job, Training, all_ended, wait_for_commit
 
 from wds_train.checkpoint.lease import read_run
 from wds_train.storage.open import open_store
-from wds_train.training.stop import StopRequest
+from wds_train.training.stop_request import StopRequest
 
 LONG = ("schedule.epochs=400",)
 ONCE = ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGHUP"]

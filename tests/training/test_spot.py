@@ -12,7 +12,7 @@ from wds_train.storage.embedded import Endpoint
 from wds_train.storage.s3 import S3Store
 from wds_train.training import spot as spots
 from wds_train.training.spot import SpotWatch, evidence_of_ec2
-from wds_train.training.stop import StopRequest
+from wds_train.training.stop_request import StopRequest
 
 ACTION = "/latest/meta-data/spot/instance-action"
 TOKEN = "/latest/api/token"

@@ -14,14 +14,14 @@ import pytest
 import torch
 from trainers import wait_for_commit
 
-from wds_train.checkpoint import manifest as states
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.cli import main
-from wds_train.data.dataset import Dataset
+from wds_train.dataset.reader import Dataset
 from wds_train.storage.open import open_store
-from wds_train.tracking.records import repeatable
+from wds_train.tracking.metrics import repeatable
 
 TINY = [
     "model.name=test_resnet",

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wds_train.transforms.crop import Box, random_resized_crop
+from wds_train.images.crop import Box, random_resized_crop
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 sides = st.integers(1, 5000)

@@ -20,20 +20,20 @@ from timm.data.auto_augment import auto_augment_transform, rand_augment_transfor
 from torchvision.transforms import ColorJitter, InterpolationMode, TrivialAugmentWide
 
 from wds_train.config.recipe import DataRecipe, ModelRecipe, Recipe, ScheduleRecipe
-from wds_train.data.batch import Batch
-from wds_train.data.cache import BlockCache
-from wds_train.data.dataset import Dataset
-from wds_train.data.loader import Loader
-from wds_train.data.mixture import Mixture
-from wds_train.data.plan import TrainPlan, shares
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import UsageError
+from wds_train.images.policies import apply, policies
+from wds_train.loader.batch import Batch
+from wds_train.loader.cache import BlockCache
+from wds_train.loader.mixture import Mixture
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import TrainPlan, shares
+from wds_train.loader.transform import TrainTransform
 from wds_train.rng import key
 from wds_train.training.engine import Trainer
 from wds_train.training.options import TrainOptions
-from wds_train.training.stop import StopRequest
-from wds_train.training.train import train
-from wds_train.transforms.policies import apply, policies
-from wds_train.transforms.sample import TrainTransform
+from wds_train.training.run_training import train
+from wds_train.training.stop_request import StopRequest
 
 BATCH, SIDE = 48, 24
 PLAIN = DataRecipe(size=SIDE, scale=(0.3, 1.0))

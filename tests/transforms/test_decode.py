@@ -17,13 +17,13 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
 
-from wds_train.bench import decode as bench
-from wds_train.bench.decode import psnr, read_images
+from benchmarks import decode_rates as bench
+from benchmarks.decode_rates import psnr, read_images
+from wds_train.dataset.index import MAX_PIXELS
 from wds_train.errors import DataError
-from wds_train.format.index import MAX_PIXELS
-from wds_train.transforms import jpeg
-from wds_train.transforms.crop import Box
-from wds_train.transforms.decode import decode_center, decode_crop, probe
+from wds_train.images import jpeg
+from wds_train.images.crop import Box
+from wds_train.images.decode import decode_center, decode_crop, probe
 
 SHARED = Path(os.environ.get("WDS_SHARED", Path(__file__).parents[3] / "shared"))
 PHOTOS = SHARED / "data" / "imagenet-photos-150.tar"
@@ -320,8 +320,8 @@ def test_nothing_is_printed_about_odd_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     script = """if True:
         import pathlib, sys, numpy
-        from wds_train.transforms.crop import Box
-        from wds_train.transforms.decode import decode_crop
+        from wds_train.images.crop import Box
+        from wds_train.images.decode import decode_crop
         from wds_train.errors import DataError
         for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
             try:

@@ -15,13 +15,13 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from wds_train.bench.decode import read_images
+from benchmarks.decode_rates import read_images
+from wds_train.dataset.index import MAX_PIXELS
 from wds_train.errors import DataError
-from wds_train.format.index import MAX_PIXELS
+from wds_train.images import jpeg
+from wds_train.images.crop import Box, random_resized_crop
+from wds_train.images.decode import decode_crop, probe
 from wds_train.rng import generator
-from wds_train.transforms import jpeg
-from wds_train.transforms.crop import Box, random_resized_crop
-from wds_train.transforms.decode import decode_crop, probe
 
 MUTATIONS = 12_000
 SECONDS_EACH = 10  # of CPU; a JPEG of MAX_PIXELS takes .5 s on an idle core

@@ -13,7 +13,7 @@ from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
 from wds_train.errors import UsageError
 from wds_train.rng import key
-from wds_train.transforms.mixing import Mixing, mix_groups
+from wds_train.training.mixing import Mixing, mix_groups
 
 CPU = torch.device("cpu")
 ALL = ("batch=32", "mix.mixup=0.4", "mix.cutmix=1", "data.erasing=0.5", "seed=3")

@@ -11,13 +11,13 @@ import odd_images as odd
 import pytest
 from PIL import Image
 
-from shards.images import CheckedImage, ImagePolicy, check
+from wds_train.conversion.image_policy import CheckedImage, ImagePolicy, check
 from wds_train.errors import DataError
+from wds_train.images import plain as plain_module
+from wds_train.images.crop import Box
+from wds_train.images.decode import decode_center, decode_crop, decode_whole, probe
+from wds_train.images.pillow import orientation
 from wds_train.serving.photos import photos
-from wds_train.transforms import plain as plain_module
-from wds_train.transforms.crop import Box
-from wds_train.transforms.decode import decode_center, decode_crop, decode_whole, probe
-from wds_train.transforms.pillow import orientation
 
 KEEP = ImagePolicy()
 FULL = ImagePolicy(verify="full")

@@ -14,7 +14,7 @@ from typing import Any
 
 from wds_train.checkpoint.goodput import Spent
 from wds_train.checkpoint.lease import Say
-from wds_train.checkpoint.manifest import Checkpoint, Object, Pending, RunManifest, Segment
+from wds_train.checkpoint.run_manifest import Checkpoint, Object, Pending, RunManifest, Segment
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.writer import Writer
 from wds_train.errors import RunError, StoreError

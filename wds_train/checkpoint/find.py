@@ -1,7 +1,7 @@
 """Finding a run, to look at: nothing is claimed, and no thread is started."""
 
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.errors import NotFound
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from wds_train.checkpoint import manifest as states
-from wds_train.checkpoint.manifest import Owner, RunManifest
+from wds_train.checkpoint import run_manifest as states
+from wds_train.checkpoint.run_manifest import Owner, RunManifest
 from wds_train.errors import RunError
 from wds_train.storage.base import Store
 

@@ -4,7 +4,7 @@ import time
 from functools import partial
 
 from wds_train.checkpoint.lease import Say
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.errors import StoreError, Unavailable
 from wds_train.storage.base import Store
 from wds_train.storage.proof import is_probe

@@ -23,21 +23,21 @@ from functools import partial
 from typing import Any
 
 from wds_train.checkpoint import lease as leases
-from wds_train.checkpoint import manifest as states
-from wds_train.checkpoint.adopt import settle_pending
-from wds_train.checkpoint.ahead import Ahead
-from wds_train.checkpoint.begun import going_on
+from wds_train.checkpoint import run_manifest as states
+from wds_train.checkpoint.adoption import settle_pending
 from wds_train.checkpoint.committer import Committer, collect
 from wds_train.checkpoint.lease import Say, read_run, this_process, until_free
-from wds_train.checkpoint.manifest import Checkpoint, RunManifest, Segment
+from wds_train.checkpoint.metrics_upload import Ahead
 from wds_train.checkpoint.orphans import collect_orphans
-from wds_train.checkpoint.read import read_checkpoint, read_chosen, read_records
+from wds_train.checkpoint.restore import read_checkpoint, read_chosen, read_records
+from wds_train.checkpoint.resume_checks import going_on
+from wds_train.checkpoint.run_manifest import Checkpoint, RunManifest, Segment
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.writer import Writer
 from wds_train.errors import Conflict, NotFound, RunError, StoreError, Unavailable, UsageError
 from wds_train.storage.base import Store
 from wds_train.storage.proof import PROBES, prove
-from wds_train.storage.within import within
+from wds_train.storage.timeout import within
 
 LAST_WORD_SECONDS = 5.0
 CLAIMS = 30  # of one manifest that nobody else writes, before the server is blamed

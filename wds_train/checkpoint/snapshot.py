@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from wds_train.checkpoint.manifest import Progress, RunManifest
+from wds_train.checkpoint.run_manifest import Progress, RunManifest
 from wds_train.errors import NotFinite, RunError
-from wds_train.models.fit import refuse_other_state
-from wds_train.typed import refuse_depth, typed
+from wds_train.models.tensor_checks import refuse_other_state
+from wds_train.schema import refuse_depth, typed
 
 # What of a checkpoint is no tensor; `teacher` and `classes` are not in all.
 EXTRA = {

@@ -4,7 +4,7 @@ from functools import reduce
 
 from wds_train.checkpoint.goodput import Parts
 from wds_train.checkpoint.lease import is_gone
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.run_manifest import RunManifest
 
 
 def state_of(run: RunManifest, now: float) -> str:

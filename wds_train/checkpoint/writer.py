@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from wds_train.checkpoint import lease as leases
-from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.lease import Say, read_run
-from wds_train.checkpoint.manifest import Pending, RunManifest
+from wds_train.checkpoint.run_manifest import Pending, RunManifest
 from wds_train.errors import Conflict, Interrupted, NotFound, RunError, StoreError
 from wds_train.storage.base import Store
 

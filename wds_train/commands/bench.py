@@ -3,7 +3,7 @@
 import argparse
 from importlib import import_module
 
-from wds_train.tracking.console import loading
+from wds_train.console import loading
 
 BENCHES = {
     "decode": "decode, random resized crop and flip, on one core",

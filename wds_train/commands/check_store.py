@@ -5,8 +5,8 @@ import json
 from dataclasses import asdict
 
 from wds_train.storage.address import checked
-from wds_train.storage.check import check
 from wds_train.storage.open import open_store
+from wds_train.storage.survey import check
 
 SIGNS = {"ok": "ok", "note": "note", "fail": "FAIL"}
 

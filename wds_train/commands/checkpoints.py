@@ -4,7 +4,7 @@ import argparse
 
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.scores import SCORES, every_of, telling
-from wds_train.commands.arguments import add_run, run_url
+from wds_train.commands.flags import add_run, run_url
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

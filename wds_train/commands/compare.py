@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from wds_train.checkpoint.find import find_run
-from wds_train.commands.arguments import add_bucket, dollars, run_url
+from wds_train.commands.flags import add_bucket, dollars, run_url
 from wds_train.commands.report import refuse_file, warn
 from wds_train.errors import UsageError
 
@@ -24,9 +24,9 @@ def run(args: argparse.Namespace) -> int:
     refuse_file(args.out)
     found = [find_run(run_url(each, args.bucket)) for each in args.runs]
 
-    from wds_train.report.account import Account  # seconds, after what can be said without it
-    from wds_train.report.compare import compare, differences, lines_of, results
-    from wds_train.report.document import Table, write
+    from wds_train.report.comparison import compare, differences, lines_of, results
+    from wds_train.report.page import Table, write
+    from wds_train.report.run_data import Account  # seconds, after what can be said without it
 
     accounts = [Account.of(store, manifest, warn) for manifest, store in found]
     table = results(accounts, args.price)

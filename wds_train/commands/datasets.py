@@ -3,7 +3,7 @@
 import argparse
 
 from wds_train.commands.listing import Row, add_list, age, list_all
-from wds_train.format.manifest import NAME, DatasetManifest
+from wds_train.dataset.manifest import NAME, DatasetManifest
 from wds_train.storage.base import Store
 
 

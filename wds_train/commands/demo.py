@@ -2,9 +2,9 @@
 
 import argparse
 
-from wds_train.commands.arguments import add_bucket, run_or_file
+from wds_train.commands.flags import add_bucket, run_or_file
 from wds_train.config.numbers import Number
-from wds_train.tracking.console import loading
+from wds_train.console import loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loading()
-    from wds_train.serving.demo import serve
+    from wds_train.serving.demo_page import serve
 
     return serve(run_or_file(args.model, args.bucket), args.python, args.port)

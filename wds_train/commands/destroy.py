@@ -2,7 +2,7 @@
 
 import argparse
 
-from wds_train.commands.arguments import add_region, answered
+from wds_train.commands.flags import add_region, answered
 from wds_train.errors import UsageError
 
 
@@ -13,8 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from wds_train.cloud import stacks
-    from wds_train.cloud.aws import Aws
+    from wds_train.aws import stacks
+    from wds_train.aws.account import Aws
 
     aws = Aws(args.region)
     stack = stacks.existing(aws, args.run)

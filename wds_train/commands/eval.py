@@ -5,10 +5,10 @@ import json
 from functools import partial
 from pathlib import Path
 
-from wds_train.checkpoint.begun import own_dataset
-from wds_train.checkpoint.choice import BEST, KINDS
 from wds_train.checkpoint.find import find_run
-from wds_train.commands.arguments import (
+from wds_train.checkpoint.resume_checks import own_dataset
+from wds_train.checkpoint.weight_choice import BEST, KINDS
+from wds_train.commands.flags import (
     FILE,
     add_bucket,
     add_device,
@@ -19,9 +19,9 @@ from wds_train.commands.arguments import (
     run_or_file,
 )
 from wds_train.config.numbers import Number
-from wds_train.data.dataset import Dataset
+from wds_train.console import Meter, loading
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import UsageError, unwritable
-from wds_train.tracking.console import Meter, loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     dataset = _own(models) if args.dataset is None else Dataset.open(dataset_url(args.dataset, bucket))
     loading()
     from wds_train.evaluation.evaluate import View, chosen_weights, refuse_other_classes, score
-    from wds_train.evaluation.report import describe_member, report_lines, report_of, write_classes
-    from wds_train.evaluation.scoring import EVAL_BATCH
+    from wds_train.evaluation.per_class import describe_member, report_lines, report_of, write_classes
+    from wds_train.models.scoring import EVAL_BATCH
     from wds_train.training.ranks import Ranks, refuse_unusable_gpu
 
     if args.device == "auto":

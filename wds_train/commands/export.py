@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from wds_train.checkpoint.choice import BEST, KINDS, Choice, choose
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.manifest import RunManifest, name_of
-from wds_train.commands.arguments import add_run, count, run_url
+from wds_train.checkpoint.run_manifest import RunManifest, name_of
+from wds_train.checkpoint.weight_choice import BEST, KINDS, Choice, choose
+from wds_train.commands.flags import add_run, count, run_url
+from wds_train.console import loading
 from wds_train.errors import UsageError
-from wds_train.tracking.console import loading
 
 FORMATS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2", "timm-hub": ""}  # and their suffix
 
@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
     loading()  # after all that can be refused without it
     import torch
 
-    from wds_train.checkpoint.read import from_newest
+    from wds_train.checkpoint.restore import from_newest
     from wds_train.models.weights import Weights
-    from wds_train.serving.export import WRITERS
-    from wds_train.serving.prepare import of_choice
+    from wds_train.serving.calibrated import of_choice
+    from wds_train.serving.exporters import WRITERS
 
     def chosen(newest: RunManifest) -> tuple[Choice, Weights]:
         choice = choose(newest, args.best, args.step)

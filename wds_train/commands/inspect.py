@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from shards.repeats import Repeats, repeat_lines
-from wds_train.commands.arguments import add_dataset, dataset_url
-from wds_train.data.dataset import Dataset, read_whole
+from wds_train.commands.flags import add_dataset, dataset_url
+from wds_train.console import note, readable
+from wds_train.conversion.repeats import Repeats, repeat_lines
+from wds_train.dataset.reader import Dataset, read_whole
 from wds_train.errors import NotFound
-from wds_train.tracking.console import note, readable
+from wds_train.schema import typed
 from wds_train.tracking.contact_sheet import contact_sheet
-from wds_train.typed import typed
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 

@@ -5,7 +5,7 @@ import math
 import os
 import re
 
-from wds_train.commands.arguments import add_region, dollars
+from wds_train.commands.flags import add_region, dollars
 from wds_train.config.numbers import above_zero
 from wds_train.config.presets import preset
 from wds_train.errors import UsageError
@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if not ARGUMENTS.fullmatch(args.more):
         raise UsageError(f"--arguments {args.more!r} may hold letters, digits, blanks and ._=,:/@+- alone")
 
-    from wds_train.cloud import stacks
-    from wds_train.cloud.aws import Aws
-    from wds_train.cloud.preflight import Order, preflight
+    from wds_train.aws import stacks
+    from wds_train.aws.account import Aws
+    from wds_train.aws.preflight import Order, preflight
 
     aws = Aws(args.region)
     url = f"s3://{bucket}/{prefix}datasets/{dataset}"
@@ -110,7 +110,7 @@ def _upload(bucket: str, prefix: str) -> dict[str, str]:
     """Put the code into the bucket, where it is not yet; what the stack calls it by."""
     import sys
 
-    from wds_train.cloud.bundle import bundle, key_of
+    from wds_train.aws.bundle import bundle, key_of
     from wds_train.errors import Conflict
     from wds_train.storage.open import open_store
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from wds_train.commands.arguments import add_region
+from wds_train.commands.flags import add_region
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,8 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from wds_train.cloud.aws import Aws
-    from wds_train.cloud.leftovers import leftovers
+    from wds_train.aws.account import Aws
+    from wds_train.aws.resources import leftovers
 
     aws = Aws(args.region)
     found = leftovers(aws)

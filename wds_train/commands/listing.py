@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from typing import Any
 
-from wds_train.commands.arguments import add_bucket
+from wds_train.commands.flags import add_bucket
 from wds_train.errors import AccessDenied, DataError, NotFound, RunError
 from wds_train.storage.address import NAME, all_of, announced
 from wds_train.storage.base import Store

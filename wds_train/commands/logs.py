@@ -3,7 +3,7 @@
 import argparse
 from datetime import UTC, datetime
 
-from wds_train.commands.arguments import add_region, positive
+from wds_train.commands.flags import add_region, positive
 from wds_train.errors import NotFound
 
 
@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from wds_train.cloud.aws import Aws, told
-    from wds_train.cloud.stacks import existing, name_of
+    from wds_train.aws.account import Aws, told
+    from wds_train.aws.stacks import existing, name_of
 
     aws = Aws(args.region)
     existing(aws, args.run)

@@ -2,10 +2,10 @@
 
 import argparse
 
-from wds_train.commands.arguments import add_dataset, count, dataset_url, positive
+from wds_train.commands.flags import add_dataset, count, dataset_url, positive
 from wds_train.config.numbers import whole
-from wds_train.data.dataset import Dataset
-from wds_train.tracking.console import loading
+from wds_train.console import loading
+from wds_train.dataset.reader import Dataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     dataset = Dataset.open(dataset_url(args.dataset, args.bucket))
     loading()
-    from wds_train.data.stream import stream_order
+    from wds_train.loader.order_listing import stream_order
 
     lines = stream_order(
         dataset,

@@ -6,10 +6,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from wds_train.cloud.cost import IMAGENET, MACHINE_BENCH, Images, Machine, model_speed
-from wds_train.cloud.plan import Row, best, calibrated, draw, quotes, row, spot_prices, top1_of
-from wds_train.cloud.prices import DATED, MACHINES
-from wds_train.commands.arguments import add_bucket, dataset_url, dollars
+from wds_train.aws.cost import IMAGENET, MACHINE_BENCH, Images, Machine, model_speed
+from wds_train.aws.cost_table import Row, best, calibrated, draw, quotes, row, spot_prices, top1_of
+from wds_train.aws.prices import DATED, MACHINES
+from wds_train.commands.flags import add_bucket, dataset_url, dollars
 from wds_train.config.presets import PRESETS, preset
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
@@ -68,7 +68,7 @@ def _machine(name: str) -> Machine:
 
 
 def _images(url: str) -> Images:
-    from wds_train.data.dataset import Dataset
+    from wds_train.dataset.reader import Dataset
 
     manifest = Dataset.open(url).manifest
     train, val = manifest.split("train"), manifest.split("val")
@@ -99,8 +99,8 @@ def _calibrate(machines: list[Machine], recipe: Recipe) -> list[Machine]:
     """`machines` as if their vCPUs were this one's, and GPUs of this one's kind as it is."""
     import torch
 
-    from wds_train.bench.decode import OURS, bench_decode, read_images
-    from wds_train.bench.train import bench_train
+    from benchmarks.decode_rates import OURS, bench_decode, read_images
+    from benchmarks.train_rates import bench_train
 
     core = bench_decode(read_images(None))["img_per_s_per_core"][OURS] / MACHINE_BENCH
     if not torch.cuda.is_available():

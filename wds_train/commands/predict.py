@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from wds_train.commands.arguments import add_bucket, add_device, run_or_file
-from wds_train.tracking.console import Meter, loading, note
+from wds_train.commands.flags import add_bucket, add_device, run_or_file
+from wds_train.console import Meter, loading, note
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loading()
-    from wds_train.evaluation.report import describe_weights
+    from wds_train.evaluation.per_class import describe_weights
+    from wds_train.serving.calibrated import prepared
     from wds_train.serving.classify import Classifier
     from wds_train.serving.photos import photos
-    from wds_train.serving.predict import Prediction, class_names, csv_header
-    from wds_train.serving.prepare import prepared
+    from wds_train.serving.prediction import Prediction, class_names, csv_header
     from wds_train.training.ranks import Ranks, refuse_unusable_gpu
 
     if args.device == "auto":

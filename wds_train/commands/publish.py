@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from wds_train.checkpoint.find import find_run
-from wds_train.commands.arguments import add_run, run_url
+from wds_train.commands.flags import add_run, run_url
+from wds_train.console import loading
 from wds_train.errors import UsageError
-from wds_train.tracking.console import loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     loading()
     try:
-        from wds_train.serving import publish
+        from wds_train.serving import publishing as publish
     except ImportError as error:
         raise UsageError(f"publish needs {error.name}: install wds-train[serve]") from error
-    from wds_train.checkpoint.read import from_newest
-    from wds_train.evaluation.report import describe_weights
-    from wds_train.serving.prepare import both_kinds
+    from wds_train.checkpoint.restore import from_newest
+    from wds_train.evaluation.per_class import describe_weights
+    from wds_train.serving.calibrated import both_kinds
     from wds_train.training.ranks import Ranks
 
     publish.refuse(args.to, args.licence, args.push)

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(_lines(PRESETS[args.name], recipe)))
     if args.png:
-        from wds_train.tracking.curves import draw_schedule
+        from wds_train.tracking.schedule_plot import draw_schedule
 
         draw_schedule(recipe, args.png)
     return 0

@@ -7,8 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from wds_train.checkpoint.manifest import name_of
-from wds_train.commands.arguments import add_bucket, add_region, answered, run_url
+from wds_train.checkpoint.run_manifest import name_of
+from wds_train.commands.flags import add_bucket, add_region, answered, run_url
 from wds_train.errors import UsageError
 
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _here() -> int:
-    from wds_train.cloud.rehearse import rehearse
+    from wds_train.aws.local_rehearsal import rehearse
     from wds_train.storage import embedded
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing may stay that was started here
@@ -44,9 +44,9 @@ def _here() -> int:
 
 
 def _on_aws(args: argparse.Namespace) -> int:
-    from wds_train.cloud import stacks
-    from wds_train.cloud.aws import Aws
-    from wds_train.cloud.interrupt import instance_of, interrupt
+    from wds_train.aws import stacks
+    from wds_train.aws.account import Aws
+    from wds_train.aws.interruption import instance_of, interrupt
 
     url = run_url(args.run, args.bucket)
     aws, name = Aws(args.region), name_of(url)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wds_train.checkpoint.find import find_run
-from wds_train.commands.arguments import add_device, add_run, add_workers, count, dollars, local_path, run_url
+from wds_train.commands.flags import add_device, add_run, add_workers, count, dollars, local_path, run_url
 from wds_train.errors import UsageError, WdsTrainError
 
 if TYPE_CHECKING:
-    from wds_train.report.findings import Findings
+    from wds_train.report.model_checks import Findings
 
 IMAGES = 2000  # of the validation split: an accuracy to about one point, and minutes on a CPU
 
@@ -40,13 +40,13 @@ def run(args: argparse.Namespace) -> int:
     manifest, store = find_run(run_url(args.run, args.bucket))
     refuse_file(args.out)
 
-    from wds_train.report.account import Account  # seconds, after what can be said without it
-    from wds_train.report.document import write
-    from wds_train.report.run import NOT_EVALUATED, Prices, report
+    from wds_train.report.page import write
+    from wds_train.report.run_data import Account  # seconds, after what can be said without it
+    from wds_train.report.run_report import NOT_EVALUATED, Prices, report
 
     findings: Findings | str = NOT_EVALUATED
     if args.images:
-        from wds_train.report.findings import find
+        from wds_train.report.model_checks import find
         from wds_train.training.ranks import Ranks
 
         warn(f"evaluating at most {args.images:,} validation images; --no-images leaves that out")

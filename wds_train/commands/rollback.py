@@ -3,9 +3,9 @@
 import argparse
 
 from wds_train.checkpoint.find import find_run
-from wds_train.commands.arguments import add_run, count, run_url
+from wds_train.commands.flags import add_run, count, run_url
+from wds_train.console import loading
 from wds_train.storage.proof import UNSAFE_HELP
-from wds_train.tracking.console import loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

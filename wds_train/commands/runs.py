@@ -3,8 +3,8 @@
 import argparse
 import time
 
-from wds_train.checkpoint.choice import best_weights
-from wds_train.checkpoint.manifest import NAME, RunManifest
+from wds_train.checkpoint.run_manifest import NAME, RunManifest
+from wds_train.checkpoint.weight_choice import best_weights
 from wds_train.commands.listing import Row, add_list, age, list_all
 from wds_train.commands.status import describe
 from wds_train.storage.base import Store

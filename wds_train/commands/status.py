@@ -9,15 +9,15 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from wds_train.checkpoint.choice import best_weights
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.goodput import Parts
-from wds_train.checkpoint.manifest import Checkpoint, RunManifest, name_of
+from wds_train.checkpoint.run_manifest import Checkpoint, RunManifest, name_of
 from wds_train.checkpoint.scores import SCORES, every_of, telling, told
 from wds_train.checkpoint.standing import state_of, where_time_went
-from wds_train.commands.arguments import add_region, add_run, dollars, run_url
+from wds_train.checkpoint.weight_choice import best_weights
+from wds_train.commands.flags import add_region, add_run, dollars, run_url
 from wds_train.errors import NotFound
-from wds_train.report import goodput
+from wds_train.report import goodput_words as goodput
 from wds_train.storage.address import is_embedded
 
 WATCH_SECONDS = 2.0
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print("\n".join(lines))  # before AWS is asked, which may refuse
     if machines_wanted:
-        from wds_train.cloud.aws import Aws
-        from wds_train.cloud.stacks import machines
+        from wds_train.aws.account import Aws
+        from wds_train.aws.stacks import machines
 
         status["machines"] = machines(Aws(args.region), name_of(url))
         if not args.json:
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _launched(region: str | None, run: str) -> bool:
-    from wds_train.cloud.aws import Aws
-    from wds_train.cloud.stacks import group
+    from wds_train.aws.account import Aws
+    from wds_train.aws.stacks import group
 
     return group(Aws(region), run) is not None
 

@@ -8,12 +8,12 @@ import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wds_train.checkpoint.begun import data_of, going_on, kept_nothing, own_dataset, own_mixture
 from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import RunManifest
-from wds_train.commands.arguments import (
+from wds_train.checkpoint.resume_checks import data_of, going_on, kept_nothing, own_dataset, own_mixture
+from wds_train.checkpoint.run_manifest import RunManifest
+from wds_train.commands.flags import (
     add_bucket,
     add_device,
     add_workers,
@@ -29,16 +29,16 @@ from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import following, parsed, with_settings
-from wds_train.data.dataset import Dataset
+from wds_train.console import loading, say
+from wds_train.dataset.manifest import NAME
+from wds_train.dataset.reader import Dataset
 from wds_train.environment import PLACE, refuse_bad_numbers
 from wds_train.errors import NotFound, UsageError, WdsTrainError
-from wds_train.format.manifest import NAME
 from wds_train.slurm import take_place
 from wds_train.storage.address import announced, located, name_from
 from wds_train.storage.open import open_store
 from wds_train.storage.proof import UNSAFE_HELP
-from wds_train.tracking.console import loading, say
-from wds_train.training.stop import StopRequest
+from wds_train.training.stop_request import StopRequest
 
 if typing.TYPE_CHECKING:
     from wds_train.training.options import TrainOptions
@@ -167,11 +167,11 @@ def run(args: argparse.Namespace) -> int:
         loading()
     from torch.cuda import device_count  # seconds, after what can be said without it
 
-    from wds_train.training.estimate import estimate
-    from wds_train.training.launch import launch
+    from wds_train.training.dry_run import estimate
+    from wds_train.training.local_ranks import launch
     from wds_train.training.ranks import refuse_unusable_gpu
     from wds_train.training.recheck import refuse_unrepeatable
-    from wds_train.training.train import train
+    from wds_train.training.run_training import train
 
     cpu = args.device == "cpu"
     if not cpu:
@@ -347,7 +347,7 @@ def _sharded(args: argparse.Namespace) -> str | None:
 
 
 def _convert(source: str, url: str, args: argparse.Namespace) -> None:
-    from shards import make_shards
+    from wds_train.conversion import command as make_shards
 
     parser = argparse.ArgumentParser()
     make_shards.add_arguments(parser)

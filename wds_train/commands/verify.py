@@ -2,18 +2,18 @@
 
 import argparse
 
-from wds_train.checkpoint import manifest as states
+from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.manifest import Checkpoint, RunManifest, Segment
-from wds_train.commands.arguments import add_bucket
-from wds_train.data.dataset import Dataset
-from wds_train.data.verify import verify
+from wds_train.checkpoint.run_manifest import Checkpoint, RunManifest, Segment
+from wds_train.commands.flags import add_bucket
+from wds_train.console import Meter, loading
+from wds_train.dataset.integrity import verify
+from wds_train.dataset.manifest import NAME
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import Dropped, NotFound, RunError
-from wds_train.format.manifest import NAME
 from wds_train.storage.address import announced, located, not_here
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
-from wds_train.tracking.console import Meter, loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def _verify_run(url: str) -> int:
     """
     manifest, store = find_run(url)
     loading()
-    from wds_train.checkpoint.read import ROUNDS, too_fast
+    from wds_train.checkpoint.restore import ROUNDS, too_fast
 
     flaws: dict[str, RunError | None] = {}
     with Meter(sum(named.bytes for named in manifest.objects)) as meter:
@@ -80,7 +80,7 @@ def _read_all(store: Store, manifest: RunManifest, flaws: dict[str, RunError | N
     """Note in `flaws`, by their keys, what is wrong with the objects that were not read before; whether all were there to
     be read, rather than dropped by a newer commit.
     """
-    from wds_train.checkpoint.read import flaw_of, read_records
+    from wds_train.checkpoint.restore import flaw_of, read_records
 
     whole = True
     parts: list[Checkpoint | Segment] = [*manifest.checkpoints, *manifest.metrics, *manifest.replayed]
@@ -128,7 +128,7 @@ def _tell(store: Store, manifest: RunManifest, flaws: dict[str, RunError | None]
 
 def _is_whole(store: Store, manifest: RunManifest) -> bool:
     """Return whether the next attempt would adopt the commit that an attempt announced and did not finish."""
-    from wds_train.checkpoint.read import read_pending
+    from wds_train.checkpoint.restore import read_pending
 
     if manifest.pending is None:
         return False

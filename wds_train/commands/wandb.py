@@ -4,9 +4,9 @@ import argparse
 import os
 
 from wds_train.checkpoint.find import find_run
-from wds_train.commands.arguments import add_run, run_url
+from wds_train.commands.flags import add_run, run_url
+from wds_train.console import loading, say
 from wds_train.errors import RunError, UsageError
-from wds_train.tracking.console import loading, say
 
 FINISH_SECONDS = 300.0  # for W&B to take everything
 
@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     loading()
-    from wds_train.checkpoint.amend import amend
-    from wds_train.checkpoint.read import from_newest
+    from wds_train.checkpoint.manifest_changes import amend
+    from wds_train.checkpoint.restore import from_newest
     from wds_train.checkpoint.run import Run
-    from wds_train.tracking.board import one_line, send, usual_mode
-    from wds_train.tracking.page import PageError, RunPage
+    from wds_train.tracking.wandb_board import one_line, send, usual_mode
+    from wds_train.tracking.wandb_page import PageError, RunPage
 
     mode = usual_mode()
     if mode == "disabled":

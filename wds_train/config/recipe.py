@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wds_train.errors import RunError, UsageError
-from wds_train.typed import typed
+from wds_train.schema import typed
 
 
 def _check(part: Any, section: str, *rules: tuple[str, bool, str]) -> None:

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from wds_train.checkpoint.begun import own_dataset
-from wds_train.checkpoint.choice import Choice
-from wds_train.checkpoint.manifest import RunManifest
-from wds_train.checkpoint.read import weights_of
+from wds_train.checkpoint.restore import weights_of
+from wds_train.checkpoint.resume_checks import own_dataset
+from wds_train.checkpoint.run_manifest import RunManifest
+from wds_train.checkpoint.weight_choice import Choice
 from wds_train.errors import WdsTrainError
 from wds_train.evaluation.evaluate import View, score, spread
-from wds_train.home import home
+from wds_train.files import home
 from wds_train.models.calibration import (
     NEEDED,
     SURE,

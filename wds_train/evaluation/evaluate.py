@@ -15,25 +15,25 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from wds_train.checkpoint.choice import BEST, choose
 from wds_train.checkpoint.find import find_run
-from wds_train.checkpoint.read import from_newest, weights_of
+from wds_train.checkpoint.restore import from_newest, weights_of
+from wds_train.checkpoint.weight_choice import BEST, choose
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
-from wds_train.data.batch import Batch, Unreadable
-from wds_train.data.dataset import Dataset, SplitReader
-from wds_train.data.loader import Loader
-from wds_train.data.plan import EvalPlan
-from wds_train.data.workers import limit_threads
+from wds_train.dataset.arrow import to_array
+from wds_train.dataset.index import SampleIndex
+from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.errors import DataError, UsageError
-from wds_train.evaluation.scoring import Predictor, sums
-from wds_train.format.arrow import to_array
-from wds_train.format.index import SampleIndex
+from wds_train.images.normalise import Normaliser
+from wds_train.loader.batch import Batch, Unreadable
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import EvalPlan
+from wds_train.loader.transform import EvalTransform
+from wds_train.loader.workers import limit_threads
 from wds_train.models.model import create_model, refuse_sizes
+from wds_train.models.scoring import Predictor, sums
 from wds_train.models.weights import SUFFIX, Weights
 from wds_train.rng import Ids
-from wds_train.transforms.normalise import Normaliser
-from wds_train.transforms.sample import EvalTransform
 
 CROPS_SHARE = 0.875  # --tta crops: most of the large square's side that one crop takes
 

@@ -11,8 +11,8 @@ from torch.optim import SGD, Adam, AdamW
 
 from wds_train.config.recipe import EmaRecipe, ModelRecipe, Recipe
 from wds_train.errors import UsageError, did_you_mean
+from wds_train.images.normalise import memory_layout
 from wds_train.rng import key
-from wds_train.transforms.normalise import memory_layout
 
 # Second derivatives; lists of factors and a generator of its own.
 _NOT_RESUMABLE = ("adahessian", "kron")

@@ -15,9 +15,9 @@ from torch import nn
 from wds_train.config.recipe import ModelRecipe, Recipe
 from wds_train.config.settings import with_settings
 from wds_train.errors import StoreError, UsageError, did_you_mean
+from wds_train.images.normalise import memory_layout
 from wds_train.models.model import create_model
 from wds_train.models.weights import SUFFIX, Weights, is_exported
-from wds_train.transforms.normalise import memory_layout
 
 TIMM = "timm:"
 HUB, FILE = "https://huggingface.co", "model.safetensors"

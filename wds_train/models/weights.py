@@ -15,11 +15,11 @@ from safetensors.torch import save as encoded
 
 from wds_train.config.recipe import Recipe
 from wds_train.config.schedule import is_averaged
+from wds_train.dataset.manifest import ClassInfo
 from wds_train.errors import NotFound, RunError, UsageError, WdsTrainError, unwritable
-from wds_train.format.manifest import ClassInfo
 from wds_train.models.calibration import Calibration, as_judged_now
-from wds_train.models.fit import refuse_other_weights
-from wds_train.typed import typed
+from wds_train.models.tensor_checks import refuse_other_weights
+from wds_train.schema import typed
 
 SUFFIX = ".safetensors"  # timm tells the format by the name
 OWN = "wds-train"  # the entry of a file's header that says what the weights are of

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from wds_train.tracking.curves import new_figure
+from wds_train.tracking.schedule_plot import new_figure
 
 INK, GRID = "#1f2328", "#c9d1d9"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")  # blue, vermilion, green, purple, and a darker yellow

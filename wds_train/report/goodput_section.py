@@ -3,11 +3,11 @@
 from dataclasses import asdict
 
 from wds_train.checkpoint.goodput import Parts
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.checkpoint.standing import parts_by_attempt, where_time_went
 from wds_train.report.charts import stacked_chart
-from wds_train.report.document import Block, Charts, Table, Text
-from wds_train.report.goodput import NAMES, headline, span
+from wds_train.report.goodput_words import NAMES, headline, span
+from wds_train.report.page import Block, Charts, Table, Text
 
 MEANINGS = {
     "steps": "steps whose result a checkpoint holds: the goodput",

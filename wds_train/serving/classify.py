@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wds_train.data.dataset import SplitReader
-from wds_train.data.workers import limit_threads, own_cores
+from wds_train.dataset.reader import SplitReader
 from wds_train.errors import WdsTrainError
 from wds_train.evaluation.evaluate import Member, View
+from wds_train.images.decode import decode_center
+from wds_train.loader.workers import limit_threads, own_cores
 from wds_train.models.weights import Weights
 from wds_train.serving.photos import Photo
-from wds_train.transforms.decode import decode_center
 
 BATCH = 32
 Answer = tuple[Photo, NDArray[np.float32] | WdsTrainError]  # the logits [classes], or why there are none

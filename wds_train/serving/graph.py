@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from wds_train.images.normalise import Normaliser
 from wds_train.models.calibration import SURE
 from wds_train.models.model import create_model
 from wds_train.models.weights import Weights
-from wds_train.serving.predict import class_names
-from wds_train.transforms.normalise import Normaliser
+from wds_train.serving.prediction import class_names
 
 CPU = torch.device("cpu")
 INPUT, OUTPUTS = "pixels", ("logits", "features", "head")

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from wds_train.errors import DataError, NotFound
+from wds_train.images.plain import plain_bytes
 from wds_train.serving.download import download
 from wds_train.storage.base import Store, contents
 from wds_train.storage.open import open_store
-from wds_train.transforms.plain import plain_bytes
 
 # Those of a folder or a prefix that are taken for images; a file that is named alone may be called anything.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".heic", ".heif")

@@ -4,11 +4,11 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from wds_train.checkpoint.choice import best_weights
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.checkpoint.scores import SCORES
+from wds_train.checkpoint.weight_choice import best_weights
 from wds_train.models.weights import Weights
-from wds_train.tracking import machine
+from wds_train.tracking import versions as machine
 
 
 def results(run: RunManifest) -> list[dict[str, Any]]:

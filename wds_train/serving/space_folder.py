@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from wds_train.checkpoint.scores import NAMES, SCORES
+from wds_train.console import say
 from wds_train.models.weights import Weights
-from wds_train.serving.export import write_onnx
-from wds_train.tracking.console import say
+from wds_train.serving.exporters import write_onnx
 
 HERE = Path(__file__).parent
 PROGRAM = ("app.py", "classifier.py", "requirements.txt")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from wds_train.errors import UsageError
-from wds_train.home import home
+from wds_train.files import home
 
 EMBEDDED_BUCKET = "embedded"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -39,7 +39,7 @@ from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError
 
 from wds_train.errors import UsageError, WdsTrainError
-from wds_train.home import home
+from wds_train.files import home
 from wds_train.storage.address import EMBEDDED_BUCKET
 
 LOG = logging.getLogger(__name__)

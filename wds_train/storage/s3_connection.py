@@ -12,6 +12,7 @@ from wds_train.environment import number_of
 from wds_train.errors import AccessDenied, StoreError, Unavailable, UsageError
 from wds_train.storage.base import inside
 from wds_train.storage.embedded import Endpoint
+from wds_train.storage.ranges import NoAnswer, Ranges
 from wds_train.storage.retry import Retry
 from wds_train.storage.s3_errors import (
     DENIED,
@@ -26,7 +27,6 @@ from wds_train.storage.s3_errors import (
     describe_missing_credentials,
     translate,
 )
-from wds_train.storage.s3_ranges import NoAnswer, Ranges
 from wds_train.storage.s3_session import Checksums, S3Session
 
 if TYPE_CHECKING:

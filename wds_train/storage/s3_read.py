@@ -10,10 +10,10 @@ import numpy as np
 
 from wds_train.errors import Conflict, StoreError, Unavailable
 from wds_train.storage.base import inside, too_short
+from wds_train.storage.ranges import Answer
 from wds_train.storage.retry import SLOWEST
 from wds_train.storage.s3_connection import S3Connection, tag_in
 from wds_train.storage.s3_errors import OutOfRange
-from wds_train.storage.s3_ranges import Answer
 from wds_train.storage.s3_session import SOCKET_SECONDS
 
 PIECE_BYTES = 1 << 18

@@ -12,8 +12,8 @@ from botocore.utils import get_environ_proxies
 
 from wds_train.errors import StoreError, UsageError
 from wds_train.storage.embedded import Endpoint
+from wds_train.storage.ranges import Ranges
 from wds_train.storage.s3_errors import QUERY, REDIRECTS, Denied, brief
-from wds_train.storage.s3_ranges import Ranges
 
 if TYPE_CHECKING:
     from botocore.model import OperationModel

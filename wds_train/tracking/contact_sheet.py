@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from wds_train.data.dataset import Dataset, SplitReader
+from wds_train.console import readable
+from wds_train.dataset.manifest import ClassInfo
+from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.errors import WdsTrainError, unwritable
-from wds_train.format.manifest import ClassInfo
-from wds_train.tracking.console import readable
-from wds_train.transforms.pillow import to_rgb, upright
+from wds_train.images.pillow import to_rgb, upright
 
 CLASSES, IMAGES = 20, 4  # on the sheet at most, and of each class
 

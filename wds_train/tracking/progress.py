@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from wds_train.tracking.console import Bar, duration
+from wds_train.console import Bar, duration
 
 RECENT_SECONDS = 120.0  # of steps that speak for those to come
 

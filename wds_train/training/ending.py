@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from wds_train.checkpoint.manifest import Progress
 from wds_train.checkpoint.run import Run
+from wds_train.checkpoint.run_manifest import Progress
 from wds_train.config.recipe import ScheduleRecipe
+from wds_train.console import say
 from wds_train.errors import (
     Interrupted,
     Miscomputed,
@@ -20,10 +21,9 @@ from wds_train.errors import (
     WorkerDied,
     tell,
 )
-from wds_train.tracking.console import say
 from wds_train.training.ranks import LAST_SECONDS
 from wds_train.training.recheck import judged
-from wds_train.training.stop import StopRequest
+from wds_train.training.stop_request import StopRequest
 
 ROLLBACKS = 2  # per run, after a loss that is not finite
 

@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from wds_train.checkpoint.manifest import Progress
+from wds_train.checkpoint.run_manifest import Progress
 from wds_train.checkpoint.scores import telling
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.config.precision import Precision
 from wds_train.config.recipe import DataRecipe, Recipe
 from wds_train.config.schedule import average_decay, lr_share
-from wds_train.data.batch import Batch
 from wds_train.errors import DataError, NotFinite, RunError, UsageError
-from wds_train.evaluation.findings import Findings
-from wds_train.evaluation.scoring import Predictor, metrics, sums
 from wds_train.global_rng import derived_randomness
-from wds_train.models.fit import section
+from wds_train.images.normalise import Normaliser
+from wds_train.loader.batch import Batch
 from wds_train.models.losses import Criterion, distilled
+from wds_train.models.mistakes import Findings
 from wds_train.models.model import Ema, create_model, create_optimizer, refuse_sizes
 from wds_train.models.precision import amp_dtype, autocast
 from wds_train.models.pretrained import Teacher, initialise
+from wds_train.models.scoring import Predictor, metrics, sums
+from wds_train.models.tensor_checks import section
+from wds_train.training.mixing import Mixing
 from wds_train.training.ranks import Ranks
 from wds_train.training.state import entries_of, load_optimizer, on_host
-from wds_train.transforms.mixing import Mixing
-from wds_train.transforms.normalise import Normaliser
 
 COMPILER = "inductor"  # of torch.compile
 

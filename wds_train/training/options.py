@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from wds_train.checkpoint.manifest import name_of
+from wds_train.checkpoint.run_manifest import name_of
 from wds_train.config.precision import Precision
 from wds_train.config.recipe import Recipe
 from wds_train.errors import UsageError

@@ -2,11 +2,11 @@
 
 from shlex import quote
 
-from wds_train.checkpoint.choice import best_weights
-from wds_train.checkpoint.manifest import RunManifest
+from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.checkpoint.scores import NAMES, every_of, never_averaged, telling
+from wds_train.checkpoint.weight_choice import best_weights
+from wds_train.console import program
 from wds_train.storage.address import brief
-from wds_train.tracking.console import program
 
 
 def outcome(run: RunManifest) -> list[str]:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from wds_train.checkpoint.lease import this_boot
-from wds_train.checkpoint.manifest import Difference, Progress, RunManifest
-from wds_train.data.batch import Batch
+from wds_train.checkpoint.run_manifest import Difference, Progress, RunManifest
 from wds_train.errors import Miscomputed, UsageError
-from wds_train.models.fit import section
+from wds_train.loader.batch import Batch
+from wds_train.models.tensor_checks import section
 from wds_train.training.engine import Trainer
 from wds_train.training.ranks import Ranks
 from wds_train.training.state import entries_of, load_optimizer

@@ -6,26 +6,26 @@ from dataclasses import replace
 
 import torch
 
-from wds_train.checkpoint.begun import data_of, going_on
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.manifest import RunManifest, name_of
+from wds_train.checkpoint.resume_checks import data_of, going_on
+from wds_train.checkpoint.run_manifest import RunManifest, name_of
 from wds_train.config.schedule import image_side
-from wds_train.data.cache import BlockCache
-from wds_train.data.dataset import Dataset
-from wds_train.data.loader import Loader
-from wds_train.data.mixture import Mixture
-from wds_train.data.plan import EvalPlan, TrainPlan, plan_of, shares
+from wds_train.console import note
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import NotFound
-from wds_train.evaluation.scoring import EVAL_BATCH
+from wds_train.loader.cache import BlockCache
+from wds_train.loader.mixture import Mixture
+from wds_train.loader.pipeline import Loader
+from wds_train.loader.plan import EvalPlan, TrainPlan, plan_of, shares
+from wds_train.loader.transform import EvalTransform, TrainTransform
 from wds_train.models.pretrained import TIMM, timm_name
+from wds_train.models.scoring import EVAL_BATCH
 from wds_train.storage.base import Store
-from wds_train.tracking.console import note
 from wds_train.tracking.progress import Pace
 from wds_train.training.engine import Trainer
 from wds_train.training.first_step import check_compiler, check_first_step
 from wds_train.training.options import TrainOptions
 from wds_train.training.ranks import Ranks
-from wds_train.transforms.sample import EvalTransform, TrainTransform
 
 
 def refuse(options: TrainOptions, datasets: list[Dataset], fresh: RunManifest, store: Store, ranks: Ranks) -> None:

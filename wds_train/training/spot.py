@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
-from wds_train.training.stop import StopRequest
+from wds_train.training.stop_request import StopRequest
 
 POLL_SECONDS = 5.0
 FIRST_SECONDS = 0.4  # for each of the first two answers, where nothing else says that this is EC2

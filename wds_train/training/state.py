@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wds_train.models.fit import section
+from wds_train.models.tensor_checks import section
 
 # Of an optimizer's groups: its weights, and how the device at hand computes, which is not for the next one to repeat.
 _OF_THE_DEVICE = ("params", "fused", "foreach")

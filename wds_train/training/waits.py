@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 
 from wds_train.checkpoint.clock import Clock
-from wds_train.data.batch import Batch
-from wds_train.data.loader import on_device
+from wds_train.loader.batch import Batch
+from wds_train.loader.pipeline import on_device
 
 
 def timed(batches: Iterator[Batch], clock: Clock, device: torch.device) -> Iterator[tuple[Batch, float]]:

@@ -24,12 +24,12 @@ from types import FrameType
 from typing import NoReturn
 
 from wds_train.checkpoint.lease import this_process
-from wds_train.checkpoint.manifest import Owner
+from wds_train.checkpoint.run_manifest import Owner
 from wds_train.environment import number_of
+from wds_train.schema import typed
 from wds_train.storage.s3_connection import PATIENCE_SECONDS
 from wds_train.training.ranks import LAST_SECONDS, LEAVING, Ranks
-from wds_train.training.stop import StopRequest, leave
-from wds_train.typed import typed
+from wds_train.training.stop_request import StopRequest, leave
 
 LIMIT_SECONDS = 600.0
 DATA_MARGIN = 60.0  # seconds above the patience with the dataset's store, which ends by an error of its own

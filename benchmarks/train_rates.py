@@ -1,0 +1,175 @@
+"""`wds-train bench train`: training steps per second on one device, ours beside a plain loop over timm's parts.
+
+The loop is that of timm's benchmark.py: forward, loss, backward and optimizer step over one batch of random floats that lies
+on the device, with autocast. Ours does all that a training does: uint8 images from the host, normalised; lr, loss, EMA.
+No loader: its rate is `wds-train bench loader`'s, and a training's records hold what it waited for (time/data_wait).
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2
+from tqdm import tqdm
+
+from wds_train.config.numbers import positive
+from wds_train.config.precision import Precision
+from wds_train.config.presets import preset
+from wds_train.config.recipe import Recipe
+from wds_train.config.settings import with_settings
+from wds_train.loader.batch import Batch
+from wds_train.loader.pipeline import on_device
+from wds_train.models.precision import amp_dtype
+from wds_train.training.engine import Trainer
+
+CLASSES = 1000
+STEPS_PER_EPOCH = 1000
+WARM_UP = 3  # steps, after which cuDNN has chosen its algorithms
+
+Step = Callable[[], object]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="standard", metavar="NAME")
+    parser.add_argument("--set", action="append", default=[], metavar="K=V", dest="settings", help="as for `train`")
+    parser.add_argument("--batch", type=positive, default=256, help="samples per step (default: %(default)s)")
+    parser.add_argument(
+        "--sizes", type=positive, nargs="+", default=[224, 160], help="sides of the images, px (default: 224 160)"
+    )
+    parser.add_argument("--steps", type=positive, default=20, help="steps a repeat (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=3, help="(default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile, which takes minutes to begin")
+    parser.add_argument("--json", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = with_settings(preset(args.recipe), [*args.settings, f"batch={args.batch}"])
+    result = bench_train(recipe, args.sizes, args.steps, args.repeats, compiled=args.compile)
+    print(json.dumps(result, indent=2) if args.json else _table(result))
+    return 0
+
+
+def bench_train(
+    recipe: Recipe, sizes: list[int], steps: int, repeats: int, *, compiled: bool = False
+) -> dict[str, Any]:
+    """Images per second of every way at every size: medians over `repeats`, in each of which all ways take their turn."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for side in sizes:
+        ways: dict[str, Step] = {}
+        for compiles in (False, True)[: 1 + compiled]:
+            ways |= ways_of(recipe, side, device, compiled=compiles)
+        for name, rate in rates(ways, recipe.batch, steps, repeats, device).items():
+            rows.append({"size": side, "way": name, "img_s": rate})
+    return {
+        "device": device_name(device),
+        "model": recipe.model.name,
+        "batch": recipe.batch,
+        "versions": {name: version(name) for name in ("torch", "timm")},
+        "rows": rows,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def rates(ways: dict[str, Step], batch: int, steps: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Images per second of every way, each step being `batch` of them: medians over `repeats`, in which all take turns."""
+    for step in ways.values():
+        _seconds(step, WARM_UP, device)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in tqdm(range(repeats), disable=None, leave=False):
+        for name, step in ways.items():
+            seconds[name].append(_seconds(step, steps, device))
+    return {name: batch * steps / statistics.median(each) for name, each in seconds.items()}
+
+
+def ways_of(
+    recipe: Recipe, side: int, device: torch.device, *, compiled: bool, precision: Precision = "auto"
+) -> dict[str, Step]:
+    suffix = ", compiled" if compiled else ""
+    ways = {f"wds-train{suffix}": _ours(recipe, side, device, compiled=compiled, precision=precision)}
+    for layout, order in (("NHWC", torch.channels_last), ("NCHW", torch.contiguous_format)):
+        step = _timms(recipe, side, device, order, compiled=compiled, precision=precision)
+        ways[f"timm's parts, {layout}{suffix}"] = step
+    return ways
+
+
+def random_batch(batch: int, side: int, device: torch.device) -> Batch:
+    """A batch of noise for step 0, in memory that `device` copies from."""
+    rng, ids = np.random.default_rng(0), np.arange(batch)
+    images = torch.from_numpy(rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(0, CLASSES, batch))
+    if device.type == "cuda":
+        images, labels = images.pin_memory(), labels.pin_memory()
+    return Batch(0, ids, ids, images, labels)
+
+
+def _ours(recipe: Recipe, side: int, device: torch.device, *, compiled: bool, precision: Precision) -> Step:
+    data = replace(recipe.data, size=side, start_size=0)
+    trainer = Trainer(
+        replace(recipe, data=data), CLASSES, STEPS_PER_EPOCH, device, compile=compiled, precision=precision
+    )
+    given = random_batch(recipe.batch, side, device)
+    # As a training gets them: every batch copied anew from the host, beside the step before.
+    batches = on_device((replace(given, step=step) for step in itertools.count()), device)
+    return lambda: trainer.step(next(batches))
+
+
+def _timms(
+    recipe: Recipe,
+    side: int,
+    device: torch.device,
+    layout: torch.memory_format,
+    *,
+    compiled: bool,
+    precision: Precision,
+) -> Step:
+    # The same layers as ours: blur-pool and the like are options of the model, not of the loop.
+    model = Trainer(recipe, CLASSES, STEPS_PER_EPOCH, device).model.to(memory_format=layout).train()
+    optimizer = create_optimizer_v2(model, opt=recipe.optimizer.name, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    images = torch.randn(recipe.batch, 3, side, side, device=device).to(memory_format=layout)
+    labels = torch.randint(0, CLASSES, (recipe.batch,), device=device)
+    loss_of = torch.nn.CrossEntropyLoss()
+    forward = torch.compile(model) if compiled else model
+    amp = amp_dtype(device, precision)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            loss = loss_of(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _seconds(step: Step, steps: int, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _table(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines = [f"{result['model']}, batch {result['batch']}, on {result['device']}; {versions}", ""]
+    lines += [f"{'px':>4}  {'':28}  {'img/s':>8}"]
+    lines += [f"{row['size']:4}  {row['way']:28}  {row['img_s']:8,.1f}" for row in result["rows"]]
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""What becomes of a commit that was announced by an attempt before, and not finished."""
+
+from functools import partial
+
+from wds_train.checkpoint.committer import collect
+from wds_train.checkpoint.lease import Say
+from wds_train.checkpoint.restore import read_pending
+from wds_train.checkpoint.run_manifest import adopting
+from wds_train.checkpoint.snapshot import Snapshot
+from wds_train.checkpoint.writer import Writer
+from wds_train.errors import RunError
+
+
+def settle_pending(writer: Writer, keep_every: int, say: Say) -> Snapshot | None:
+    """Adopt the commit that the attempt before announced and could not finish.
+
+    Nobody else can name it any more, since its owner's fence is past. If anything of it is missing or damaged, it is
+    forgotten and deleted as a whole, its metrics with it.
+
+    Args:
+        writer: The run's, by which this process owns it.
+        keep_every: As a commit has it.
+        say: Told what became of the commit.
+
+    Returns:
+        The state to go on from, or None where there is no such commit or it is not whole.
+
+    Raises:
+        StoreError: The store did not answer: nothing is decided then.
+    """
+    before = writer.manifest
+    pending = before.pending
+    if pending is None:
+        return None
+    step = pending.checkpoint.progress.step
+    snapshot: Snapshot | None = None
+    try:
+        snapshot = read_pending(writer.store, before, pending)
+    except RunError as error:
+        say(f"the commit of step {step} was not finished by the attempt before ({error}); it is left out")
+        writer.announce(None)
+    else:
+        say(f"the commit of step {step} was uploaded by the attempt before, which ended before it was named: adopted")
+        writer.write(partial(adopting, pending=pending, keep_every=keep_every))
+    collect(writer.store, before, writer.manifest, say)
+    return snapshot

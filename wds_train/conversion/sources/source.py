@@ -1,0 +1,173 @@
+"""What every source of images becomes: classes, and per split a table with a row per sample that says where its bytes
+lie. A format is read once, for its rows; whoever then holds a row reads the image with one `pread` and knows nothing of
+the format. That makes a shard a pure function of its rows, whichever process or machine computes it.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from wds_train.conversion.conversion_report import Note
+from wds_train.conversion.sources.labels import LabelRules
+from wds_train.conversion.sources.spool import Spool
+from wds_train.dataset.arrow import to_array
+from wds_train.dataset.manifest import ClassInfo
+from wds_train.errors import UsageError
+
+# `path`, `offset`, `length`: where the image's bytes are. Offset 0 is a file of its own.
+ROWS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.int32()),
+        ("path", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
+CHUNK = 16_384
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a person said of a source, by flags.
+
+    Attributes:
+        image: The column of the files or images (--image-column).
+        label: The column of the labels (--label-column).
+        split: The column of the splits (--split-column); `none` for no column.
+        table: The table that says the labels (--table).
+        splits: Split name in small letters -> train, val, test or none (--split WORD=SPLIT).
+        class_level: How many levels below SOURCE, or below a split's folder, the folders lie that name the classes.
+        group: The column, or the pattern of paths, that says which samples are held out together (--group).
+        labels: What was said of the labels.
+        reencode: Whether images that shards do not hold are taken, too (`ImagePolicy.reencode`).
+    """
+
+    image: str | None = None
+    label: str | None = None
+    split: str | None = None
+    table: Path | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    class_level: int | None = None
+    group: str | None = None
+    labels: LabelRules = field(default_factory=LabelRules)
+    reencode: bool = False
+
+
+ANYTHING = Wanted()
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which samples belong together: those of a patient, or of a burst of shots.
+
+    Attributes:
+        what: What --group said: a column, or a pattern.
+        column: The value of the column for each image, by its path; None where `what` is a pattern.
+        root: The source's folder: patterns are matched with paths below it.
+    """
+
+    what: str
+    column: dict[str, str] | None = None
+    root: str = ""
+
+    def group_of(self, path: str, key: str) -> str:
+        """Return the group of the image at `path` whose sample has `key`.
+
+        Raises:
+            UsageError: The pattern does not match.
+        """
+        if self.column is not None:
+            return self.column[path]
+        for text in (path.removeprefix(self.root).lstrip("/"), key):
+            if found := re.search(self.what, text):
+                return found[1] if found.groups() else found[0]
+        raise UsageError(
+            f"--group {self.what} is no column of a table here, and as a pattern it does not match {path}; correct it, as in "
+            "--group 'patient_(\\d+)'"
+        )
+
+
+@dataclass
+class Understood:
+    """How a source was read, in words: printed before the work, and kept in the report.
+
+    Attributes:
+        layout: What the source was taken for, and where its splits come from.
+        labels: Where the labels come from.
+        said: What else was decided, a sentence each.
+        doubtful: What may be otherwise than it was read, a sentence each.
+    """
+
+    layout: str
+    labels: str
+    said: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
+
+
+class Stream(Protocol):
+    """Brings the images of a source that can only be read from front to back."""
+
+    @property
+    def spool(self) -> Spool:
+        """Where the images lie for a while."""
+
+    def held_out(self, keys: set[str]) -> "Stream":
+        """This stream, its samples of `train` that have `keys` in `val`."""
+
+    def fetch(self, wanted: pa.Table, split: str) -> pa.Table:
+        """The `wanted` rows of `split`, with the places in the spool where their images now lie."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as it was found. `description` goes into the manifest; `stamp` changes when a file of the source does.
+
+    `grouping`: which samples are held out together; None where each stands for itself.
+    """
+
+    description: str
+    classes: tuple[ClassInfo, ...]
+    splits: dict[str, pa.Table]
+    notes: list[Note] = field(default_factory=list)
+    stamp: str = ""
+    stream: Stream | None = None  # rows have no places yet; this brings them
+    understood: Understood | None = None
+    grouping: Grouping | None = None
+
+    @property
+    def samples(self) -> int:
+        return sum(table.num_rows for table in self.splits.values())
+
+    def digest(self) -> str:
+        """A sha256 over every row's key, label and length, and the stamp: sources with equal ones convert to the same
+        bytes.
+        """
+        digest = hashlib.sha256(self.stamp.encode())
+        for split, table in self.splits.items():
+            digest.update(split.encode())
+            rows = table.select(["key", "label", "length"])
+            for start in range(0, rows.num_rows, CHUNK):  # however the table is cut into batches
+                digest.update(repr(rows.slice(start, CHUNK).to_pydict()).encode())
+        return digest.hexdigest()
+
+
+def take(rows: pa.Table, ids: Sequence[int] | np.ndarray) -> pa.Table:
+    """The rows of these numbers, in that order. Each batch is asked for its own: Arrow's `take` of a table first copies the whole
+    of every text column, of which it then has room for 2 GB.
+    """
+    batches, wanted = rows.to_batches(), np.asarray(ids, np.int64)
+    ends = np.cumsum([batch.num_rows for batch in batches])
+    batch_of = np.searchsorted(ends, wanted, side="right")
+    order = np.argsort(batch_of, kind="stable")
+    found = []
+    for number in np.unique(batch_of).tolist():
+        of_batch = wanted[batch_of == number] - (ends[number] - batches[number].num_rows)
+        found.append(batches[number].take(to_array(of_batch, pa.int64())))
+    return pa.Table.from_batches(found, rows.schema).take(to_array(np.argsort(order), pa.int64()))

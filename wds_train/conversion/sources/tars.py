@@ -1,0 +1,398 @@
+"""Tars as sources: read where they lie, through their headers. Nothing is unpacked, no link followed, nothing executed."""
+
+import gzip
+import os
+import re
+import stat
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from wds_train.console import readable
+from wds_train.conversion.conversion_report import Note
+from wds_train.conversion.sources.imagefolder import folder_source, read_layout
+from wds_train.conversion.sources.labels import (
+    CAPTIONS,
+    MISSING_BESIDE_NUMBERS,
+    NO_TEXT,
+    NUMBER,
+    WHOLE,
+    Classes,
+    LabelRules,
+    classes_of,
+    read_class_list,
+)
+from wds_train.conversion.sources.litter import is_litter
+from wds_train.conversion.sources.names import SPLIT_FOLDER, SPLIT_OF, file_splits
+from wds_train.conversion.sources.scan import SplitScan, Stamp, read_bytes
+from wds_train.conversion.sources.source import Source, Understood, Wanted
+from wds_train.conversion.sources.splits import from_scans, label_counts, relabelled
+from wds_train.conversion.sources.spool import Spool
+from wds_train.conversion.sources.tar_keys import Keys
+from wds_train.conversion.sources.tar_lists import refuse_lists
+from wds_train.conversion.sources.tar_samples import (
+    BESIDE_CAPTIONS,
+    CAPTION,
+    LABELS,
+    Labels,
+    NoLabel,
+    SeveralLabels,
+    WdsSample,
+    gather,
+    how_to_label,
+    is_image,
+    kind_of,
+    without_label,
+)
+from wds_train.conversion.sources.tree import TarFile, TarFiles
+from wds_train.dataset import manifest as manifests
+from wds_train.dataset.tar import Member, key_and_extension, members
+from wds_train.errors import AccessDenied, DataError, UsageError
+
+OUTSIDE = "its name points outside the archive"
+CHUNK = 1 << 20
+TARS = (".tar", ".tar.gz", ".tgz")  # in any case
+# Archives that are not read: other compressions, other formats, and the pieces of an archive that was cut.
+ARCHIVE = re.compile(
+    r".+\.(?:tar\.(?:xz|bz2?|zstd?|lz4?|lzma|lzo|br|sz|z|7z)|t(?:xz|bz2?|b2|zst|lz|az)|zip|7z|rar"
+    r"|(?:tar|tgz|zip|7z|tar\.\w+)\.(?:part)?[-_]?(?:\d+|[a-z]{2})|z\d\d)",
+    re.IGNORECASE,
+)
+UNPACK = "unpack each to a plain .tar, or move it away"
+SENTENCE = 4  # words, in half of the texts: of what are captions
+CLASS_LISTS = ("classes.txt", "classes.json", "labels.txt", "class_names.txt")
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether `path` is a folder; `DataError` for what is no file either: opening a FIFO would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; remove it") from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DataError(f"{path} is no plain file; remove it")
+    return stat.S_ISDIR(mode)
+
+
+def is_tar(name: str) -> bool:
+    """Tell whether a file of this name is a tar that can be read, plain or compressed with gzip."""
+    return name.lower().endswith(TARS)
+
+
+def refuse_archives(names: Iterable[str], where: str) -> None:
+    """Raise `DataError` for archives among the files of a source: what is in them would be missing in silence.
+
+    Args:
+        names: The paths of all files of the source, or the one file that is the source.
+        where: The source, for the message.
+    """
+    found = sorted(name for name in names if ARCHIVE.fullmatch(name) and not is_tar(name) and not is_litter(name))
+    if found:
+        shown = ", ".join(found[:4]) + (", ..." if found[4:] else "")
+        raise DataError(f"{where} holds {shown}, which cannot be read as it is; {UNPACK}")
+
+
+def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
+    """The members of the tar at `path`, or of the one inside it at [start, start + size)."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            end = os.fstat(file.fileno()).st_size if size is None else start + size
+            yield from members(lambda offset, length: os.pread(file.fileno(), length, offset), start, end)
+    except PermissionError as error:
+        raise AccessDenied(f"no permission to read {path}; check its owner and mode") from error
+    except (DataError, OSError) as error:
+        raise DataError(f"{path} cannot be used as a tar: {error}") from error
+
+
+def outside(name: str) -> bool:
+    """Whether a member of this name, unpacked by others, would not stay where it is unpacked."""
+    return name.startswith("/") or ".." in name.split("/")
+
+
+def is_safe(found: SplitScan, origin: str, member: Member) -> bool:
+    """Whether the member is a plain file with a plain name; noted when not (folders and litter are passed over)."""
+    if member.kind == "directory" or is_litter(member.name):
+        return False
+    if member.kind != "file":
+        found.note(f"{origin}: {member.name}", "left out", f"a {member.kind}, not a file")
+    elif outside(member.name):
+        found.note(f"{origin}: {member.name}", "left out", OUTSIDE)
+    else:
+        return True
+    return False
+
+
+def folder_files(tars: Mapping[Path, Path]) -> tuple[dict[Path, list[TarFile]], list[Note]]:
+    """List the files of tars that hold folders of images and no labels, as `tar cf data.tar CLASSES/` makes them.
+
+    Args:
+        tars: The tars, and where each lies as a plain one.
+
+    Returns:
+        The files of each tar, none where these are not such tars; and notes on members that are no files.
+    """
+    files = {tar: list[TarFile]() for tar in tars}
+    found = SplitScan("train")
+    for tar, plain in tars.items():
+        kinds: dict[str, set[str]] = {}
+        for member in tar_members(plain):
+            if not is_safe(found, str(tar), member):
+                continue
+            key, extension = key_and_extension(member.name)
+            of_key = kinds.setdefault(key, set())
+            of_key.add("image" if is_image(member.name) else kind_of(extension))
+            if "image" in of_key and of_key & {*LABELS}:
+                return {}, []
+            files[tar].append(TarFile(member.name, str(plain), member.data_offset, member.size))
+    names = [file.name.removeprefix("./") for of_tar in files.values() for file in of_tar]
+    if not any(is_image(name) and "/" in name for name in names):
+        return {}, []
+    return files, found.notes
+
+
+def webdataset(root: Path, spool: Spool, wanted: Wanted) -> Source:
+    """Read existing tars: every .tar, .tar.gz or .tgz, in any case, below the folder `root`, or the one file.
+
+    They are WebDataset's, or hold folders of images.
+    """
+    base = root if root.is_dir() else root.parent
+    below = [root]
+    if root.is_dir():
+        there = sorted(root.rglob("*"))
+        refuse_archives((path.relative_to(root).as_posix() for path in there), str(root))
+        below = [path for path in there if is_tar(path.name) and not is_litter(path.name)]
+    paths = [path for path in below if not _is_folder(path)]
+    if not paths or not root.exists():
+        raise UsageError(f"{root} holds no .tar files")
+    names = {path.relative_to(base).as_posix(): path for path in paths}
+    used, unused = file_splits([*names], wanted.splits, str(root))
+    splits = {names[name]: split for name, split in used.items()}
+    tars = {path: path if path.name.lower().endswith(".tar") else unpacked(path, spool) for path in splits}
+    ignored = {names[name]: cause for name, cause in unused.items()}
+    files, notes = folder_files(tars)
+    if files:
+        source = _class_folders(root, files, splits, wanted)
+        notes += [Note("train", readable(str(path)), "ignored", cause) for path, cause in ignored.items()]
+        return replace(source, notes=[*source.notes, *notes])
+    return _samples(root, tars, splits, ignored, wanted)
+
+
+def _samples(
+    root: Path, tars: Mapping[Path, Path], splits: Mapping[Path, str], ignored: Mapping[Path, str], wanted: Wanted
+) -> Source:
+    """Return the samples of WebDataset tars."""
+    if wanted.class_level:
+        raise UsageError(f"{root} holds labelled samples, and --class-level is of class folders; leave it out")
+    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in dict.fromkeys(splits.values())}
+    first = next(iter(scans.values()))
+    for path, cause in ignored.items():
+        first.note(path, "ignored", cause)
+    scan = _TarScan(root, tars)
+    for path, split in splits.items():
+        scan.add(path, scans[split])
+    scan.judge()
+    counts = label_counts(scans.values(), [*scan.labels])
+    # What was left out is told first: it may be the other classes.
+    left_out = any(note.what == "left out" for found in scans.values() for note in found.notes)
+    classes = wds_classes(root if root.is_dir() else root.parent, counts, wanted.labels, one=left_out)
+    told = scan.told()
+    for sentence in told:
+        first.note(root, "kept", sentence)
+    understood = Understood("WebDataset tars", scan.origin, [*classes.said, *told])
+    source = from_scans(f"webdataset {root.name}", classes.infos, [*scans.values()], understood)
+    return relabelled(source, np.array([classes.numbers[text] for text in scan.labels], np.int32))
+
+
+def _class_folders(
+    root: Path, files: Mapping[Path, list[TarFile]], splits: Mapping[Path, str], wanted: Wanted
+) -> Source:
+    """Return the images of folders in tars, which are read like folders on a disk."""
+    refuse_lists(root, files)
+    together, stamp = list[TarFile](), Stamp()
+    for tar, of_tar in files.items():
+        stamp.add(tar.name, tar.stat())
+        # train.tar and val.tar, each with the same folders of classes.
+        prefix = f"{splits[tar]}/" if len(set(splits.values())) > 1 else ""
+        together += [replace(file, name=prefix + file.name.removeprefix("./")) for file in of_tar]
+    found = TarFiles(together)
+    source = folder_source(read_layout(found.tree(root.name), wanted), root.name, found, wanted)
+    return replace(source, stamp=source.stamp + stamp.hexdigest())
+
+
+def refuse_split_folders(tar: str, samples: Sequence[WdsSample], split: str) -> None:
+    """Raise `DataError` for samples that lie in folders of other splits than the `split` of their tar."""
+    folders = {folder for sample in samples for folder in sample.key.split("/")[:-1]}
+    named = {folder: SPLIT_OF[found[1].lower()] for folder in folders if (found := SPLIT_FOLDER.fullmatch(folder))}
+    if set(named.values()) - {split}:
+        raise DataError(
+            f"{tar} holds samples in the folders {', '.join(sorted(named))}, which are called as splits are, and would all be "
+            f"{split}; make a tar of each split, called train.tar, val.tar and test.tar"
+        )
+
+
+class _TarScan:
+    """Scans the tars of a source, one after the other, with what they have in common."""
+
+    def __init__(self, root: Path, places: Mapping[Path, Path]) -> None:
+        self.labels: dict[str, int] = {}  # in the order in which they come
+        self._keys = Keys()
+        self._root, self._places = root, places
+        self._asked = Labels()
+        self._texts = Counter[str]()  # those of .txt members that are labels
+        self._tar_of: dict[str, Path] = {}  # the first whose labels are in .txt, and the first with others
+
+    def add(self, path: Path, found: SplitScan) -> None:
+        """Add the samples in the tar at `path` to those `found`."""
+        found.stamp.add(path.name, path.stat())
+        place = self._places[path]
+        plain = [member for member in tar_members(place) if is_safe(found, str(path), member)]
+        samples = gather(plain)
+        kinds = self._kinds(path, samples)
+        split = self._keys.choose(str(path), plain, kinds)
+        if split is not key_and_extension:
+            samples = gather(plain, split)
+        refuse_split_folders(str(path), samples, found.split)
+        others: Counter[str] = Counter()
+        for sample in samples:
+            image = self._add_sample(sample, path, found, kinds)
+            others.update(_beside(sample, image))
+        for extension, count in others.items():
+            found.note(path, "ignored", f"{count} members .{extension}")
+
+    def _add_sample(self, sample: WdsSample, path: Path, found: SplitScan, kinds: Collection[str]) -> Member | None:
+        """Add the sample, or note why not; its image, where it was added."""
+        place = str(self._places[path])
+        origin = f"{path}: {sample.key}"
+        if not sample.images():
+            if not sample.is_none:
+                found.note(origin, "left out", "no image member")
+            return None
+        try:
+            text = self._asked.label(sample, partial(read_bytes, place), kinds)
+            self._asked.check_split(origin, sample, partial(read_bytes, place), found.split)
+            image = sample.image()
+        except SeveralLabels as error:
+            raise DataError(f"{origin}: {error}") from error
+        except NoLabel as error:
+            found.notes.append(without_label(found.split, readable(origin), error))
+            return None
+        except DataError as error:
+            found.note(origin, "left out", str(error))
+            return None
+        assert image is not None, "it has one"
+        self._texts.update([text] if CAPTION in kinds else [])
+        label = self.labels.setdefault(text, len(self.labels))
+        found.add(label, image.name, place, image.data_offset, image.size)
+        return image
+
+    def _kinds(self, path: Path, samples: Sequence[WdsSample]) -> Collection[str]:
+        """The kinds of members of a tar that may hold labels: beside any other label, in any of the tars, a .txt is a
+        caption.
+        """
+        with_image = [sample for sample in samples if sample.images()]
+        if any(sample.labels(kind) for sample in with_image for kind in BESIDE_CAPTIONS):
+            self._tar_of.setdefault("others", path)
+        elif any(sample.labels(CAPTION) for sample in with_image):
+            self._tar_of.setdefault(CAPTION, path)
+            if "others" not in self._tar_of:
+                return (CAPTION,)
+        if len(self._tar_of) > 1 and self._tar_of["others"] == path:
+            raise DataError(
+                f"{self._tar_of[CAPTION]} has labels in .txt members alone, {path} in others, beside which a .txt is a "
+                "caption; make a dataset of each, or add a .cls to every sample"
+            )
+        return BESIDE_CAPTIONS
+
+    @property
+    def origin(self) -> str:
+        """Where the labels come from."""
+        if CAPTION in self._tar_of and "others" not in self._tar_of:
+            return "the .txt members, beside which there is nothing else that holds one"
+        return "the members .cls, .json and their like"
+
+    def told(self) -> list[str]:
+        """What there is to say of the keys and labels, a sentence each."""
+        return [sentence for sentence in (self._keys.told(), self._asked.told()) if sentence]
+
+    def judge(self) -> None:
+        """Refuse tars without any label, and those whose .txt members hold captions."""
+        self._asked.refuse(str(self._root), len(self._places))
+        words = sorted(len(text.split()) for text in self._texts)
+        if words and len(words) > CAPTIONS * self._texts.total() and words[len(words) // 2] >= SENTENCE:
+            raise DataError(
+                f"{self._root} has a .txt for each sample and no other label, such as {min(self._texts, key=len)!r}: these are "
+                f"captions; {how_to_label(str(self._root))}"
+            )
+
+
+def _beside(sample: WdsSample, image: Member | None) -> list[str]:
+    """The extensions of what a sample has besides its `image` (None where it was left out) and what may be its label."""
+    there = {name: member for name, member in sample.members.items() if kind_of(name) not in LABELS}
+    if image is None:
+        return [name for name in there if not is_image(f".{name}")]
+    return [name for name, member in there.items() if member != image]
+
+
+def unpacked(path: Path, spool: Spool) -> Path:
+    """The plain tar in the compressed one at `path`, in the spool; of at most the spool's size, whatever it claims."""
+    target = spool.file(path.name)
+    left = spool.limit - spool.bytes
+    try:
+        with gzip.open(path) as packed, target.open("wb") as file:
+            while piece := packed.read(CHUNK):
+                left -= len(piece)
+                if left < 0:
+                    raise UsageError(
+                        f"{path} unpacks to more than the spool may hold; raise --spool-gb, or unpack it yourself"
+                    )
+                file.write(piece)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be unpacked: {error}; make it anew") from error
+    spool.bytes = spool.limit - left
+    return target
+
+
+def wds_classes(root: Path, counts: Mapping[str, int], rules: LabelRules, *, one: bool = False) -> Classes:
+    """Find the classes of tars: those that a person, a manifest of ours or a list beside the tars names, or else what follows
+    from the labels.
+    """
+    place = next((root / name for name in (manifests.NAME, *CLASS_LISTS) if (root / name).is_file()), None)
+    if place is None or rules.classes:
+        return tar_classes(counts, str(root), rules, one=one)
+    named = replace(rules, classes=read_class_list(place))
+    return tar_classes(counts, str(root), named, place.name, one=one)
+
+
+def tar_classes(
+    counts: Mapping[str, int], where: str, rules: LabelRules, listed: str = "", *, one: bool = False
+) -> Classes:
+    """Find the classes of labels in tars.
+
+    Args:
+        counts: Each text that occurs, and how often.
+        where: The tars, for messages.
+        rules: What a person said, or the list of classes beside the tars.
+        listed: The name of that list.
+        one: Whether a single class may be all that was found.
+
+    Raises:
+        UsageError: The labels are measurements, or longer numbers than can be read.
+        DataError: There is one class.
+    """
+    texts = [text for text in counts if text.casefold() not in MISSING_BESIDE_NUMBERS | {NO_TEXT} | rules.none]
+    odd = sorted(text for text in texts if not WHOLE.fullmatch(text))
+    if odd and all(NUMBER.fullmatch(text) for text in texts) and not rules.classes:
+        raise UsageError(
+            f"{where} holds the label {odd[0]}, which is no whole number of up to 19 digits: a measurement is no class. Write "
+            "the class's name or number into each label member, or list the values with --classes FILE, one a line"
+        )
+    found = classes_of(counts, where, rules)
+    if len(found.infos) == 1 and not one:
+        raise DataError(f"the tars of {where} know one label, {found.infos[0].id!r}: there is nothing to tell apart")
+    said = [f"the classes are those of {listed}"] if listed else []
+    return Classes(found.infos, found.numbers, [*said, *found.said])

@@ -1,0 +1,173 @@
+"""`wds-train train --dry-run`: what a training would take, measured on this machine. Nothing is claimed, and
+nothing stays written: the store is proved, as by a claim.
+"""
+
+import itertools
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from wds_train.config.settings import with_settings
+from wds_train.console import dollars, duration, note, say
+from wds_train.dataset.reader import Dataset
+from wds_train.errors import UsageError
+from wds_train.loader.batch import Batch
+from wds_train.loader.mixture import of_same_classes
+from wds_train.loader.workers import limit_threads
+from wds_train.machine import memory
+from wds_train.storage.open import open_store
+from wds_train.storage.proof import PROBES, prove
+from wds_train.training.engine import Trainer
+from wds_train.training.memory import fit_accumulation
+from wds_train.training.options import TrainOptions
+from wds_train.training.ranks import Ranks
+from wds_train.training.setup import (
+    epoch_steps,
+    expected_pace,
+    fresh_run,
+    introduction,
+    make_loader,
+    make_trainer,
+    refuse,
+)
+
+MEASURED = 2  # steps, after one that sets up memory and kernels
+CPU_BATCH = 32  # samples of those steps on a CPU, whose time and memory grow with them; 1,024 would take minutes
+TOO_LONG = 2 * 3600.0  # seconds of a training on a CPU, from which on a smaller one is looked for
+SMALLER = (("resnet18", 160), ("resnet18", 128), ("mobilenetv3_small_100", 128), ("mobilenetv3_small_100", 96))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a step, of a validation, and of the whole training; the most bytes that it holds."""
+
+    step: float
+    validation: float
+    whole: float
+    memory: float
+
+
+class Estimate:
+    """What `options` would take. The loader and the trainer are measured one after the other: on a CPU they share its
+    cores, and their times add up.
+    """
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options, self.ranks = options, Ranks(cpu=options.cpu)
+        self.on_cpu = self.ranks.device.type == "cpu"
+        first = Dataset.open(options.dataset)
+        self.datasets = [first, *(of_same_classes(Dataset.open(url), first) for url, _ in options.mix)]
+        batch, repeats = options.recipe.batch, options.recipe.data.repeats
+        self.processes = 1 if self.on_cpu else torch.cuda.device_count()
+        self.batch = min(batch, CPU_BATCH * repeats) if self.on_cpu else batch // self.processes
+        self.share = batch / (self.batch * self.processes)
+        self.small = replace(options, recipe=replace(options.recipe, batch=self.batch))
+
+    def read(self) -> tuple[list[Batch], float]:
+        """The last batches of the training, which are of its largest images, and the seconds that the loader takes for one.
+        It forks: no trainer may have been made.
+        """
+        total = self.options.recipe.schedule.epochs * epoch_steps(self.small, self.datasets)
+        loader = make_loader(self.small, self.datasets, range(max(0, total - MEASURED - 1), total), self.ranks, None)
+        loader.start()
+        batches, began = [], 0.0
+        for batch in loader:
+            began = began or time.perf_counter()
+            batches.append(batch)
+        return batches, (time.perf_counter() - began) / max(1, len(batches) - 1)
+
+    def cost(self, options: TrainOptions, batches: list[Batch], loading: float) -> Cost:
+        """The cost of `options`, which are `small` or those of another model, with `loading` seconds for each batch."""
+        trainer = make_trainer(options, self.datasets, self.ranks.device, self.ranks, resumes=True)
+        if not self.on_cpu and options.accumulate is None:
+            trainer.accumulate = fit_accumulation(trainer)
+        made = self._memory()
+        worked = _seconds(_steps(trainer, batches))
+        data, samples = options.recipe.data, self.datasets[0].manifest.split("val").samples
+        blank = torch.zeros(len(batches[0].ids), data.eval_size, data.eval_size, 3, dtype=torch.uint8)
+        scored = _seconds(_scores(trainer, replace(batches[0], images=blank)))
+        step, score = (t + loading if self.on_cpu else max(t, loading) for t in (worked, scored))
+        step, validation = step * self.share, score * samples / self.batch / self.processes
+        pace = expected_pace(self.options, self.datasets)
+        whole = step * sum(pace.costs) * pace.epoch_steps + validation * len(pace.costs)
+        return Cost(step, validation, whole, made + (self._memory() - made) * (self.share if self.on_cpu else 1))
+
+    def smaller(self, batches: list[Batch], loading: float) -> str:
+        """The first of SMALLER that would not take too long, or the last, as a line."""
+        said = ""
+        for name, side in SMALLER:
+            if side > self.small.recipe.data.size:
+                continue
+            settings = [f"model.name={name}", "data.start_size=0", f"data.size={side}", f"data.eval_size={side}"]
+            try:
+                recipe = with_settings(self.small.recipe, settings)
+                blank = torch.zeros(self.batch, side, side, 3, dtype=torch.uint8)
+                same = [replace(batch, images=blank) for batch in batches]
+                cost = self.cost(replace(self.small, recipe=recipe), same, loading)
+            except UsageError:  # an option of the recipe that this model does not have
+                continue
+            said = f"instead  about {duration(cost.whole)} with --set " + " --set ".join(settings)
+            if cost.whole <= TOO_LONG:
+                break
+        return said
+
+    def room(self) -> float:
+        """The bytes of memory that there are."""
+        if self.on_cpu:
+            return float(memory())
+        return float(torch.cuda.get_device_properties(self.ranks.device).total_memory)
+
+    def _memory(self) -> float:
+        if self.on_cpu:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        return float(torch.cuda.max_memory_allocated(self.ranks.device))
+
+
+def estimate(options: TrainOptions) -> list[str]:
+    """What would be trained and what it would take, in lines. On a CPU where it takes too long, what would not."""
+    limit_threads()
+    this = Estimate(options)
+    store = open_store(options.run)
+    refuse(options, this.datasets, fresh_run(options, this.datasets), store, this.ranks)
+    prove(store, PROBES, say, unsafe=options.unsafe_store)
+    note("measuring two steps ...")
+    batches, loading = this.read()
+    cost = this.cost(this.small, batches, loading)
+    steps, epochs = epoch_steps(options, this.datasets), options.recipe.schedule.epochs
+    of = f", from {MEASURED} of batches of {this.batch}" if this.share != 1 else f", from {MEASURED} of them"
+    paid = "" if options.price is None else f", {dollars(options.price * cost.whole / 3600)}"
+    lines = [
+        introduction(options, this.datasets[0], steps, this.ranks),
+        f"steps    {steps * epochs:,} of {_exact(cost.step)}{of}; {epochs} validations of {_exact(cost.validation)}",
+        f"time     about {duration(cost.whole)}{paid}",
+        f"memory   about {cost.memory / 1e9:.1f} GB of {this.room() / 1e9:.1f}"
+        + (": too much; --accumulate N works on an Nth of a batch at a time" if cost.memory > this.room() else ""),
+    ]
+    if this.on_cpu and cost.whole > TOO_LONG and (smaller := this.smaller(batches, loading)):
+        lines.append(smaller)
+    return lines
+
+
+def _exact(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
+
+
+def _steps(trainer: Trainer, batches: list[Batch]) -> Iterator[object]:
+    for batch in itertools.islice(itertools.cycle(batches), MEASURED + 1):
+        yield trainer.step(replace(batch, step=trainer.progress.step)).item()  # which waits for the GPU
+
+
+def _scores(trainer: Trainer, batch: Batch) -> Iterator[object]:
+    for _ in range(2):
+        yield trainer.evaluate([batch], len(batch.ids))
+
+
+def _seconds(work: Iterator[object]) -> float:
+    """What each but the first piece of `work` takes."""
+    next(work)
+    began = time.perf_counter()
+    pieces = len(list(work))
+    return (time.perf_counter() - began) / pieces
