@@ -34,14 +34,14 @@ from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import WdsTrainError
-from wds_train.loader.pipeline import Loader, on_device
-from wds_train.loader.plan import TrainPlan
-from wds_train.loader.transform import TrainTransform
 from wds_train.storage import embedded
 from wds_train.storage.open import open_store
 from wds_train.storage.s3 import S3Store
 from wds_train.training.engine import Trainer
 from wds_train.training.memory import fit_accumulation
+from wds_train.training.options import TrainOptions
+from wds_train.training.ranks import Ranks
+from wds_train.training.setup import make_train_loader
 
 # A fresh process for every training, in milliseconds: the server has imported PyTorch, and uses no GPU.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -220,13 +220,14 @@ def _fed(dataset: str, recipe: Recipe, workers: int, steps: int, device: torch.d
     opened = Dataset.open(dataset)
     split = opened.split("train")
     per_epoch = max(1, len(split) // recipe.batch)
-    epochs = range(-(-2 * steps // per_epoch) + 1)
-    plan = TrainPlan(split.shard_samples, opened.fingerprint, 0, recipe.batch, epochs)
-    pinned = device.type == "cuda"
-    loader = Loader(split, plan, TrainTransform(recipe, per_epoch), workers, pinned=pinned)
+    epochs = -(-2 * steps // per_epoch) + 1
+    on_gpu = device.type == "cuda"
+    schedule = replace(recipe.schedule, epochs=max(epochs, recipe.schedule.epochs))
+    options = TrainOptions(dataset, "file:///unused/bench", replace(recipe, schedule=schedule), workers)
+    loader = make_train_loader(options, [opened], Ranks(cpu=not on_gpu))
     loader.start()
     trainer = Trainer(recipe, len(opened.manifest.classes), per_epoch, device)
-    batches = on_device(loader, device)
+    batches = iter(loader)
     for _ in range(steps):  # cuDNN chooses its algorithms, the windows fill
         trainer.step(next(batches))
     trainer.epoch_loss()
@@ -239,7 +240,7 @@ def _fed(dataset: str, recipe: Recipe, workers: int, steps: int, device: torch.d
             trainer.step(batch)
         trainer.epoch_loss()
     seconds = time.perf_counter() - began
-    if pinned:
+    if on_gpu:
         gpu["memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
     return {
         "workers": workers,

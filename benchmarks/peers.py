@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from wds_train.config.recipe import DataRecipe, Recipe
+from wds_train.config.recipe import DataRecipe
 from wds_train.dataset.index import image_of
 from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.dataset.shard import IMAGE_EXTENSIONS
@@ -127,14 +127,14 @@ def our_parts(wanted: Pass) -> "tuple[SplitReader, TrainPlan, TrainTransform]":
     split = dataset.split("train")
     epochs = range(wanted.epochs)
     plan = TrainPlan(split.shard_samples, dataset.fingerprint, seed=0, global_batch=wanted.batch, epochs=epochs)
-    recipe = Recipe("bench", data=DataRecipe(size=wanted.side, scale=SCALE, ratio=RATIO, flip=FLIP))
-    return split, plan, TrainTransform(recipe, plan.steps_per_epoch)
+    data = DataRecipe(size=wanted.side, scale=SCALE, ratio=RATIO, flip=FLIP)
+    return split, plan, TrainTransform(data, 0, wanted.epochs, plan.steps_per_epoch)
 
 
 def _ours(wanted: Pass) -> Iterable[Any]:
-    from wds_train.loader.pipeline import Loader
+    from wds_train.loader.pipeline import Pipeline
 
-    return Loader(*our_parts(wanted), wanted.workers)
+    return Pipeline(*our_parts(wanted), wanted.workers)
 
 
 def _webdataset(wanted: Pass) -> Iterable[Any]:

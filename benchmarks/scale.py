@@ -31,9 +31,10 @@ from wds_train.dataset.index import SCHEMA, write_index
 from wds_train.dataset.manifest import NAME, ClassInfo, DatasetManifest, Index, Shard, Split
 from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.dataset.shard import END_BYTES
-from wds_train.dataset.shared_index import AT_ONCE, located
+from wds_train.dataset.shared_index import AT_ONCE
 from wds_train.errors import UsageError, WdsTrainError
 from wds_train.files import home
+from wds_train.loader.fetch import read_rows_ahead
 from wds_train.loader.order import EpochOrder
 from wds_train.loader.plan import TrainPlan
 from wds_train.rng import generator
@@ -167,7 +168,7 @@ def _step_ms(order: EpochOrder, step: int) -> float:
 def _work(split: SplitReader, plan: TrainPlan, worker: int, pipe: Connection) -> None:
     """A loader worker: finds the images of the first batch, then those of its share of the dataset, and says when."""
     index, requests = split.index, plan.requests(worker, WORKERS)
-    for request in takewhile(lambda request: request.step == 0, located(index, requests)):
+    for request in takewhile(lambda request: request.step == 0, read_rows_ahead(index, requests)):
         np.sort(index.offset[request.ids] + index.length[request.ids])
     pipe.send(time.monotonic())
     pipe.recv()

@@ -26,7 +26,7 @@ from wds_train.config.presets import preset
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
 from wds_train.loader.batch import Batch
-from wds_train.loader.pipeline import on_device
+from wds_train.loader.pipeline import copy_to_device
 from wds_train.models.precision import amp_dtype
 from wds_train.training.engine import Trainer
 
@@ -121,7 +121,7 @@ def _ours(recipe: Recipe, side: int, device: torch.device, *, compiled: bool, pr
     )
     given = random_batch(recipe.batch, side, device)
     # As a training gets them: every batch copied anew from the host, beside the step before.
-    batches = on_device((replace(given, step=step) for step in itertools.count()), device)
+    batches = copy_to_device((replace(given, step=step) for step in itertools.count()), device)
     return lambda: trainer.step(next(batches))
 
 

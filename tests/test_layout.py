@@ -39,7 +39,7 @@ ROOMS = {
     "commands": "one file a command",
     "cli": "the table of commands",
 }
-PURE = {"errors", "typed", "config", "cloud.cost"}  # stdlib and NumPy alone, and nothing of the world
+PURE = {"errors", "typed", "config", "aws.cost"}  # stdlib and NumPy alone, and nothing of the world
 WORLD = {"torch", "boto3", "os", "time", "socket", "subprocess", "random", "pathlib"}
 FORBIDDEN = {"pickle", "cPickle", "dill", "shelve", "marshal"}
 

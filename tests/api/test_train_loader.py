@@ -18,7 +18,7 @@ from wds_train import Batch, DataError, Dataset, EvalLoader, TrainLoader, WdsTra
 from wds_train.config.recipe import DataRecipe, Recipe
 from wds_train.errors import UsageError
 from wds_train.global_rng import drawn_from, generator_states
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import TrainPlan
 from wds_train.loader.transform import TrainTransform
 
@@ -48,7 +48,14 @@ def test_batches_are_those_of_the_trainer(digits: Dataset, whole: list[Batch]) -
     split = digits.split("train")
     plan = TrainPlan(split.shard_samples, digits.fingerprint, 0, BATCH, range(2))
     recipe = Recipe("test", BATCH, data=DataRecipe(size=16))
-    assert equal(whole, list(Loader(split, plan, TrainTransform(recipe, plan.steps_per_epoch), 0)))
+    assert equal(
+        whole,
+        list(
+            Pipeline(
+                split, plan, TrainTransform(recipe.data, recipe.seed, recipe.schedule.epochs, plan.steps_per_epoch), 0
+            )
+        ),
+    )
     assert [batch.epoch for batch in whole] == [0] * plan.steps_per_epoch + [1] * plan.steps_per_epoch
 
 

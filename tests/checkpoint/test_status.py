@@ -21,7 +21,7 @@ from wds_train.cli import main
 from wds_train.commands.status import describe
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import RunError
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.loader.transform import EvalTransform
 from wds_train.storage.open import open_store
@@ -279,7 +279,7 @@ def test_timm_loads_an_export_and_it_scores_the_same(
     loss = 0.0
     mean, std = torch.tensor([0.3] * 3), torch.tensor([0.35] * 3)
     with torch.inference_mode():
-        for batch in Loader(split, EvalPlan(len(split), 16), EvalTransform(32, 1.0), 0):
+        for batch in Pipeline(split, EvalPlan(len(split), 16), EvalTransform(32, 1.0), 0):
             pixels = ((batch.images / 255 - mean) / std).permute(0, 3, 1, 2)
             loss += torch.nn.functional.cross_entropy(model(pixels), batch.labels, reduction="sum").item() / len(split)
     result = json.loads((run / "manifest.json").read_text())["result"]

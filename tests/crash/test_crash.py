@@ -26,7 +26,7 @@ KILLS = int(os.environ.get("WDS_CRASH_KILLS", "12"))
 APART = KILLS // 2
 RACES = int(os.environ.get("WDS_CRASH_ROUNDS", "2"))
 OFTEN = ("--commit-minutes", "0.001")  # several commits an epoch
-AHEAD = {"checkpoint.ahead.EVERY_SECONDS": 0.05}
+AHEAD = {"checkpoint.metrics_upload.EVERY_SECONDS": 0.05}
 
 
 def job(dataset: str, run: str, folder: Path, **details: object) -> Job:

@@ -14,7 +14,7 @@ import torch
 from fault_proxy import Fault, FaultProxy
 
 from wds_train.cli import main
-from wds_train.config.recipe import DataRecipe, Recipe
+from wds_train.config.recipe import DataRecipe
 from wds_train.dataset.integrity import verify
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import AccessDenied, DataError, NotFound, Unavailable
@@ -22,14 +22,16 @@ from wds_train.loader.cache import BlockCache
 from wds_train.loader.fetch import Fetcher
 from wds_train.loader.order import blocks
 from wds_train.loader.order_listing import stream_order
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import Request, TrainPlan
 from wds_train.loader.transform import TrainTransform
 from wds_train.storage import embedded
 from wds_train.storage.open import open_store
 
 BATCH = 64
-TRANSFORM = TrainTransform(Recipe("test", data=DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33))), 29)
+TRANSFORM = TrainTransform(
+    DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33)), seed=0, epochs=1, steps_per_epoch=29
+)
 
 
 def plan_of(dataset: Dataset, **changes: object) -> TrainPlan:
@@ -71,7 +73,7 @@ def test_an_epoch_under_random_faults_gives_the_same_samples(
         monkeypatch.setattr(
             f"wds_train.storage.{module}.SOCKET_SECONDS", 1.0
         )  # a stalled body is given up after so long
-    clean = [batch.images for batch in Loader(digits.split("train"), plan_of(digits), TRANSFORM, 0)]
+    clean = [batch.images for batch in Pipeline(digits.split("train"), plan_of(digits), TRANSFORM, 0)]
     dataset = Dataset.open(on_s3)
     forever = float("inf")
     fault_proxy.faults += [
@@ -81,7 +83,7 @@ def test_an_epoch_under_random_faults_gives_the_same_samples(
         Fault("status", "GET", ".tar", status=503, times=forever, share=0.01),
         Fault("stall", "GET", ".tar", after=2000, times=forever, share=0.01),
     ]
-    faulty = list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, workers))
+    faulty = list(Pipeline(dataset.split("train"), plan_of(dataset), TRANSFORM, workers))
     assert [batch.unreadable for batch in faulty] == [[] for _ in clean]
     assert all(torch.equal(batch.images, images) for batch, images in zip(faulty, clean, strict=True))
 
@@ -89,7 +91,7 @@ def test_an_epoch_under_random_faults_gives_the_same_samples(
 def test_a_byte_flipped_on_the_way_is_fetched_again(digits: Dataset, on_s3: str, fault_proxy: FaultProxy) -> None:
     dataset = Dataset.open(on_s3)
     fault_proxy.faults.append(Fault("flip", "GET", ".tar", after=700))
-    batches = list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, 0))
+    batches = list(Pipeline(dataset.split("train"), plan_of(dataset), TRANSFORM, 0))
     assert fault_proxy.faults[0].times == 0
     assert [batch.unreadable for batch in batches if batch.unreadable] == []
 
@@ -105,11 +107,11 @@ def test_a_network_that_flips_bytes_changes_nothing(
 ) -> None:
     """In a tenth of all that is read, be it manifest, index or shard."""
     one_thread(monkeypatch)
-    clean = [batch.images for batch in Loader(digits.split("train"), plan_of(digits), TRANSFORM, 0)]
+    clean = [batch.images for batch in Pipeline(digits.split("train"), plan_of(digits), TRANSFORM, 0)]
     flips = fault_proxy.fail("flip", method="GET", after=700, times=float("inf"), share=0.1)
     for _ in range(3):  # a few dozen requests each
         dataset = Dataset.open(on_s3)
-        batches = list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, 0))
+        batches = list(Pipeline(dataset.split("train"), plan_of(dataset), TRANSFORM, 0))
         assert [batch.unreadable for batch in batches if batch.unreadable] == []
         assert all(torch.equal(batch.images, images) for batch, images in zip(batches, clean, strict=True))
         assert lines(dataset) == lines(digits)
@@ -147,7 +149,7 @@ def test_a_dead_server_is_an_error_within_the_deadline(
     for workers in (0, 2):
         began = time.monotonic()
         with pytest.raises(Unavailable, match=r"train/shard-\d+\.tar"):
-            list(Loader(dataset.split("train"), plan_of(dataset), TRANSFORM, workers))
+            list(Pipeline(dataset.split("train"), plan_of(dataset), TRANSFORM, workers))
         assert time.monotonic() - began < 100  # not the usual 120 s
 
 
@@ -180,7 +182,7 @@ def test_a_rank_of_four_fetches_a_quarter(on_s3: str, fault_proxy: FaultProxy) -
     whole = sum(shard.bytes for shard in dataset.manifest.split("train").shards)
     for rank in range(4):
         before = shard_bytes(fault_proxy)
-        list(Loader(dataset.split("train"), plan_of(dataset, rank=rank, world=4), None, 0))
+        list(Pipeline(dataset.split("train"), plan_of(dataset, rank=rank, world=4), None, 0))
         assert shard_bytes(fault_proxy) - before <= 1.15 * whole / 4
 
 
@@ -190,19 +192,19 @@ class Cached:
     def __init__(self, url: str, folder: Path, max_bytes: int = 1 << 40) -> None:
         self.dataset = Dataset.open(url)
         self.split = self.dataset.split("train")
-        self.cache = BlockCache(folder, max_bytes, self.split, self.dataset.fingerprint)
+        self.cache = BlockCache(folder, max_bytes, self.split, self.dataset)
 
     def epoch(self, epoch: int, workers: int = 0) -> Iterator[torch.Tensor]:
         plan = plan_of(self.dataset, epochs=range(epoch, epoch + 1))
         plan = replace(plan, from_step=epoch * plan.steps_per_epoch)
-        for batch in Loader(self.split, plan, TRANSFORM, workers, self.cache):
+        for batch in Pipeline(self.split, plan, TRANSFORM, workers, self.cache):
             assert not batch.unreadable
             yield batch.images
 
 
 def assert_epoch(images: Iterator[torch.Tensor], digits: Dataset, epoch: int) -> None:
     plan = plan_of(digits, epochs=range(epoch, epoch + 1))
-    clean = Loader(digits.split("train"), replace(plan, from_step=epoch * plan.steps_per_epoch), TRANSFORM, 0)
+    clean = Pipeline(digits.split("train"), replace(plan, from_step=epoch * plan.steps_per_epoch), TRANSFORM, 0)
     assert all(torch.equal(one, batch.images) for one, batch in zip(images, clean, strict=True))
 
 
@@ -325,10 +327,10 @@ def test_the_server_killed_in_the_middle_of_an_epoch(digits: Dataset, embedded_h
     """SIGKILL to the real server: the loader waits, the server comes back, the epoch is whole."""
     copy(digits, "s3://embedded/digits")
     dataset = Dataset.open("s3://embedded/digits")
-    batches = iter(Loader(dataset.split("train"), plan_of(dataset, epochs=range(6)), TRANSFORM, 0))
+    batches = iter(Pipeline(dataset.split("train"), plan_of(dataset, epochs=range(6)), TRANSFORM, 0))
     images = [next(batches).images for _ in range(3)]
     embedded.stop()
     embedded.ensure_running()
     images += [batch.images for batch in batches]
-    clean = Loader(digits.split("train"), plan_of(digits, epochs=range(6)), TRANSFORM, 0)
+    clean = Pipeline(digits.split("train"), plan_of(digits, epochs=range(6)), TRANSFORM, 0)
     assert all(torch.equal(one, batch.images) for one, batch in zip(images, clean, strict=True))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from wds_train.cli import main
-from wds_train.config.recipe import DataRecipe, Recipe
+from wds_train.config.recipe import DataRecipe
 from wds_train.dataset.index import read_index
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError, RunError, UsageError
@@ -26,13 +26,15 @@ from wds_train.loader.fetch import Fetcher, Memory
 from wds_train.loader.mixture import Mixture
 from wds_train.loader.order import WINDOW
 from wds_train.loader.order_listing import stream_order
-from wds_train.loader.pipeline import Loader
-from wds_train.loader.plan import EvalPlan, Request, TrainPlan, shares
+from wds_train.loader.pipeline import Pipeline
+from wds_train.loader.plan import EvalPlan, Request, TrainPlan, split_batch
 from wds_train.loader.transform import EvalTransform, Place, TrainTransform
 from wds_train.storage.local import LocalStore
 
 BATCH = 48
-TRANSFORM = TrainTransform(Recipe("test", data=DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33))), 29)
+TRANSFORM = TrainTransform(
+    DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33)), seed=0, epochs=1, steps_per_epoch=29
+)
 
 
 def plan_of(dataset: Dataset, **changes: object) -> TrainPlan:
@@ -88,10 +90,10 @@ def test_pixels_are_the_same_from_any_step_by_any_workers(digits: Dataset) -> No
     """Two epochs' augmented batches, against those of loaders that start in the middle of the second."""
     split = digits.split("train")
     plan = plan_of(digits, epochs=range(2))
-    every = list(Loader(split, plan, TRANSFORM, 0))
+    every = list(Pipeline(split, plan, TRANSFORM, 0))
     assert [batch.step for batch in every] == list(range(2 * plan.steps_per_epoch))
     for workers in (0, 2):
-        late = list(Loader(split, replace(plan, from_step=40), TRANSFORM, workers))
+        late = list(Pipeline(split, replace(plan, from_step=40), TRANSFORM, workers))
         assert len(late) == len(every) - 40
         for one, other in zip(late, every[40:], strict=True):
             assert torch.equal(one.images, other.images)
@@ -186,7 +188,7 @@ def test_memory_is_read_into_again_once_nothing_of_it_is_in_use(monkeypatch: pyt
 def test_pixels_do_not_come_through_shared_memory_files(digits: Dataset) -> None:
     """A container's /dev/shm has 64 MB: fewer than a few batches take."""
     maps, before = Path("/proc/self/maps"), Path("/proc/self/maps").read_text().count("/dev/shm/torch")
-    for _ in Loader(digits.split("train"), plan_of(digits), TRANSFORM, 2):
+    for _ in Pipeline(digits.split("train"), plan_of(digits), TRANSFORM, 2):
         assert maps.read_text().count("/dev/shm/torch") == before
 
 
@@ -196,14 +198,14 @@ def test_validation_counts_every_sample_once(digits: Dataset, world: int, worker
     batches: dict[int, Batch] = {}
     for rank in range(world):
         plan = EvalPlan(len(split), 50, rank, world)
-        batches |= {batch.step: batch for batch in Loader(split, plan, EvalTransform(32, 1.0), workers)}
+        batches |= {batch.step: batch for batch in Pipeline(split, plan, EvalTransform(32, 1.0), workers)}
     assert [int(i) for step in sorted(batches) for i in batches[step].ids] == list(range(360))
     assert len(batches[7].labels) == 10
 
 
 def test_a_second_iteration_gives_the_same(digits: Dataset) -> None:
     split = digits.split("val")
-    loader = Loader(split, EvalPlan(len(split), 64), EvalTransform(32, 1.0), 2)
+    loader = Pipeline(split, EvalPlan(len(split), 64), EvalTransform(32, 1.0), 2)
     loader.start()
     first, second = list(loader), list(loader)
     assert len(first) == 6
@@ -226,9 +228,9 @@ def damaged(dataset: Dataset, folder: Path, samples: list[int], at: str) -> Data
 @pytest.mark.parametrize("at", ["header", "data"])
 def test_a_flipped_byte_is_named_and_the_rest_unchanged(digits: Dataset, tmp_path: Path, at: str) -> None:
     bad = damaged(digits, tmp_path, [5], at)
-    clean = list(Loader(digits.split("train"), plan_of(digits, epochs=range(2)), TRANSFORM, 0))
+    clean = list(Pipeline(digits.split("train"), plan_of(digits, epochs=range(2)), TRANSFORM, 0))
     split = bad.split("train")
-    seen = list(Loader(split, plan_of(bad, epochs=range(2)), TRANSFORM, 2))
+    seen = list(Pipeline(split, plan_of(bad, epochs=range(2)), TRANSFORM, 2))
     unreadable = [(batch.step, entry) for batch in seen for entry in batch.unreadable]
     assert {entry.key for _, entry in unreadable} == {split.index.key_of(5)}
     assert {entry.shard for _, entry in unreadable} == {"train/shard-000000.tar"}
@@ -251,11 +253,11 @@ def test_a_missing_shard_is_an_error_with_its_name(digits: Dataset, tmp_path: Pa
     bad = Dataset.open(str(tmp_path / "copy"))
     for workers in (0, 2):
         with pytest.raises(Exception, match=r"train/shard-000001\.tar does not exist"):
-            list(Loader(bad.split("train"), plan_of(bad), TRANSFORM, workers))
+            list(Pipeline(bad.split("train"), plan_of(bad), TRANSFORM, workers))
 
 
 def test_a_killed_worker_is_an_error_and_not_a_hang(digits: Dataset) -> None:
-    loader = Loader(digits.split("train"), plan_of(digits, epochs=range(1000)), TRANSFORM, 2)
+    loader = Pipeline(digits.split("train"), plan_of(digits, epochs=range(1000)), TRANSFORM, 2)
     batches = iter(loader)
     next(batches)
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
@@ -285,31 +287,31 @@ def test_refusals(digits: Dataset) -> None:
 def test_a_mixture_takes_fixed_shares_of_exact_orders(digits: Dataset) -> None:
     """64 a batch: 48 of the train split, 16 of the val split, whose epochs are shorter, from any step."""
     train, val = digits.split("train"), digits.split("val")
-    assert shares(64, [0.25]) == [48, 16]
+    assert split_batch(64, [0.25]) == [48, 16]
     main_plan = TrainPlan(train.shard_samples, digits.fingerprint, 0, 48, range(2))
     other_plan = TrainPlan(val.shard_samples, "other", 0, 16, range(99))
 
     def batches(from_step: int, workers: int) -> list[Batch]:
         plans = [(train, replace(main_plan, from_step=from_step)), (val, replace(other_plan, from_step=from_step))]
-        return list(Mixture([Loader(split, plan, TRANSFORM, workers) for split, plan in plans], seed=0))
+        return list(Mixture([Pipeline(split, plan, TRANSFORM, workers) for split, plan in plans], seed=0))
 
     every = batches(0, 0)
     assert len(every) == 2 * main_plan.steps_per_epoch
     tail = batches(31, 2)
     assert all(torch.equal(one.images, other.images) for one, other in zip(tail, every[31:], strict=True))
-    alone = list(Loader(train, main_plan, TRANSFORM, 0))
+    alone = list(Pipeline(train, main_plan, TRANSFORM, 0))
     for mixed, part in zip(every, alone, strict=True):
         assert set(part.ids.tolist()) <= set(mixed.ids.tolist())
         assert len(mixed.labels) == 64
     first_epoch = [
-        int(i) for batch in list(Loader(val, other_plan, None, 0))[: other_plan.steps_per_epoch] for i in batch.ids
+        int(i) for batch in list(Pipeline(val, other_plan, None, 0))[: other_plan.steps_per_epoch] for i in batch.ids
     ]
     assert len(first_epoch) == len(set(first_epoch)) == 352
 
 
 def test_a_mixture_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match=r"mixing \[0.6, 0.5\] into a batch of 64 leaves none for the first dataset"):
-        shares(64, [0.6, 0.5])
+        split_batch(64, [0.6, 0.5])
 
 
 def test_an_index_that_is_none_is_refused_by_name(digits: Dataset) -> None:

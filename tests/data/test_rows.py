@@ -20,7 +20,7 @@ import pytest
 
 from wds_train.cli import main
 from wds_train.commands.inspect import inspect
-from wds_train.config.recipe import DataRecipe, Recipe
+from wds_train.config.recipe import DataRecipe
 from wds_train.dataset.index import SCHEMA
 from wds_train.dataset.integrity import verify
 from wds_train.dataset.reader import Dataset
@@ -28,11 +28,13 @@ from wds_train.dataset.shared_index import ROW, SharedIndex
 from wds_train.errors import StoreError, WdsTrainError
 from wds_train.evaluation.evaluate import spread
 from wds_train.loader.cache import BlockCache
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan, Plan, TrainPlan
 from wds_train.loader.transform import TrainTransform
 
-TRANSFORM = TrainTransform(Recipe("test", data=DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33))), 29)
+TRANSFORM = TrainTransform(
+    DataRecipe(size=24, scale=(0.3, 1.0), ratio=(0.75, 1.33)), seed=0, epochs=1, steps_per_epoch=29
+)
 
 
 @pytest.fixture(scope="session")
@@ -91,8 +93,8 @@ def test_batches_are_the_same(digits: Dataset, twin: Dataset, tmp_path: Path, ki
             plan = TrainPlan(split.shard_samples, dataset.fingerprint, 3, 96, range(2), from_step=25)
         if kind == "cached":
             folder = tmp_path / f"cache-{len(found)}"
-            cache = BlockCache(folder, 1 << 20, split, dataset.fingerprint)
-        found.append(list(Loader(split, plan, TRANSFORM, workers, cache)))
+            cache = BlockCache(folder, 1 << 20, split, dataset)
+        found.append(list(Pipeline(split, plan, TRANSFORM, workers, cache)))
         if kind == "cached":  # blocks as they lie in the shards, of no more than was allowed
             shards = [dataset.store.read(name) for name in split.shard_names]
             blocks = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]

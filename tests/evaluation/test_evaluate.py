@@ -18,7 +18,7 @@ from trainers import Job, Training, all_ended, make_dataset
 
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.loader.transform import EvalTransform
 from wds_train.models.model import create_model
@@ -85,7 +85,7 @@ def logits(weights: Weights, dataset: Dataset, side: int, crop: float, flip: boo
     )
     found = []
     with torch.inference_mode():
-        for batch in Loader(split, EvalPlan(len(split), 60), EvalTransform(side, crop), 0):
+        for batch in Pipeline(split, EvalPlan(len(split), 60), EvalTransform(side, crop), 0):
             pixels = ((batch.images / 255 - mean) / std).permute(0, 3, 1, 2)
             views = [pixels, pixels.flip(3)] if flip else [pixels]
             found.append(sum(model.eval()(view).double() for view in views) / len(views))
@@ -200,7 +200,7 @@ def test_multi_crop_is_the_mean_of_ten_views(
     model.load_state_dict(weights.tensors)
     split, total = digits.split("val"), 0.0
     with torch.inference_mode():
-        for batch in Loader(split, EvalPlan(len(split), 60), EvalTransform(30, 1.0), 0):
+        for batch in Pipeline(split, EvalPlan(len(split), 60), EvalTransform(30, 1.0), 0):
             pixels = ((batch.images / 255 - 0.3) / 0.35).permute(0, 3, 1, 2)
             squares = [pixels[:, :, y : y + 24, x : x + 24] for y, x in ((0, 0), (0, 6), (6, 0), (6, 6), (3, 3))]
             views = [model.eval()(view) for square in squares for view in (square, square.flip(3))]

@@ -18,7 +18,7 @@ from wds_train.dataset.manifest import ClassInfo
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import RunError, UsageError
 from wds_train.evaluation.evaluate import Member, View, chosen_weights
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.models.model import create_model
 from wds_train.models.weights import Weights
@@ -60,7 +60,7 @@ def test_others_find_the_logits_of_the_evaluation(served: str, digits: Dataset, 
     member, split = Member(weights, View.of(weights.recipe, None), CPU), digits.split("val")
     logits = loaded(tmp_path / name)
     with torch.inference_mode():
-        for batch in Loader(split, EvalPlan(len(split), 100), member.view.transform, 0):
+        for batch in Pipeline(split, EvalPlan(len(split), 100), member.view.transform, 0):
             ours = member.logits(batch.images).numpy()
             assert np.abs(logits(batch.images) - ours).max() <= tolerance * np.abs(ours).max()
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == [name]

@@ -28,7 +28,7 @@ from wds_train.dataset.reader import Dataset
 from wds_train.evaluation import calibrate as calibrating
 from wds_train.evaluation.calibrate import calibrate
 from wds_train.evaluation.evaluate import Member, View, chosen_weights
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.models.calibration import Calibration, as_judged_now, probabilities
 from wds_train.models.weights import Weights
@@ -174,7 +174,7 @@ def top1_of(logits: Callable[[torch.Tensor], torch.Tensor], weights: Weights, di
     """Of uint8 images [n, side, side, 3] to logits."""
     split, hits = digits.split("val"), 0
     with torch.inference_mode():
-        for batch in Loader(split, EvalPlan(len(split), 64), View.of(weights.recipe, None).transform, 0):
+        for batch in Pipeline(split, EvalPlan(len(split), 64), View.of(weights.recipe, None).transform, 0):
             hits += int((logits(batch.images).argmax(dim=1) == batch.labels).sum())
     return 100 * hits / len(split)
 
@@ -329,7 +329,7 @@ def test_one_photo_has_one_probability(
     # It makes a difference that is seen.
     weights = chosen_weights(run, "best", None)
     member = Member(weights, View.of(weights.recipe, None), CPU)
-    batch = next(iter(Loader(split, EvalPlan(len(split), 360), member.view.transform, 0)))
+    batch = next(iter(Pipeline(split, EvalPlan(len(split), 360), member.view.transform, 0)))
     raw = probabilities(member.logits(batch.images).numpy(), 1.0).max(axis=1)
     ours = np.array([row["top"][0]["probability"] for row in rows])
     assert np.abs(raw - ours).max() > 0.01

@@ -23,7 +23,7 @@ from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError
 from wds_train.evaluation.calibrate import calibrate
 from wds_train.evaluation.evaluate import Member, View, chosen_weights
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.models.calibration import probabilities
 from wds_train.serving.classify import sample
@@ -38,7 +38,7 @@ def logits_of(run: str, dataset: Dataset, tta: str | None = None) -> NDArray[np.
     """Of the validation split, through the loader that evaluates."""
     weights = chosen_weights(run, "best", None)
     member, split = Member(weights, View.of(weights.recipe, tta), CPU), dataset.split("val")
-    loader = Loader(split, EvalPlan(len(split), 60), member.view.transform, 0)
+    loader = Pipeline(split, EvalPlan(len(split), 60), member.view.transform, 0)
     return torch.cat([member.logits(batch.images) for batch in loader]).numpy()
 
 

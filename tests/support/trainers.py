@@ -63,7 +63,7 @@ POINTS = {
     "before the snapshot": ("training.engine", "Trainer", "snapshot", "before"),
     "after the snapshot": ("training.engine", "Trainer", "snapshot", "after"),
     "uploading": ("storage.s3_write", "S3Writer", "_send", "before"),
-    "between uploads and manifest": ("checkpoint.manifest", "RunManifest", "with_commit", "before"),
+    "between uploads and manifest": ("checkpoint.run_manifest", "RunManifest", "with_commit", "before"),
     "announced": ("checkpoint.writer", "Writer", "announce", "after"),
     "before the manifest": ("checkpoint.writer", "Writer", "write", "before"),
     "after the manifest": ("checkpoint.writer", "Writer", "write", "after"),

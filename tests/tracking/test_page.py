@@ -24,14 +24,14 @@ from wds_train.tracking.wandb_page import RunPage
 
 LONG = ("schedule.epochs=400",)
 PATIENT: dict[str, Any] = {
-    "training.train.REPORT_SECONDS": 0.0,
-    "tracking.board.INIT_SECONDS": 60.0,
-    "tracking.wandb.BACKLOG": 10_000,
-    "tracking.wandb.FINISH_SECONDS": 100.0,
-    "tracking.wandb.HASTY_SECONDS": 100.0,
+    "training.run_training.REPORT_SECONDS": 0.0,
+    "tracking.wandb_board.INIT_SECONDS": 60.0,
+    "tracking.tracker.BACKLOG": 10_000,
+    "tracking.tracker.FINISH_SECONDS": 100.0,
+    "tracking.tracker.HASTY_SECONDS": 100.0,
 }
 # W&B's client asks again and again whether a deleted page is still deleted, until it gives up.
-GIVES_UP = {"tracking.board.INIT_SECONDS": 8.0}
+GIVES_UP = {"tracking.wandb_board.INIT_SECONDS": 8.0}
 
 
 @pytest.fixture

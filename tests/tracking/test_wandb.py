@@ -29,10 +29,10 @@ SOME = ("schedule.epochs=12",)
 FEW = ("schedule.epochs=8",)
 # Without a report at the end, which takes as long as the training; and with all the time that W&B may need.
 PLAIN: dict[str, Any] = {
-    "training.train.REPORT_SECONDS": 0.0,
-    "tracking.board.INIT_SECONDS": 100.0,
-    "tracking.wandb.FINISH_SECONDS": 100.0,
-    "tracking.wandb.HASTY_SECONDS": 100.0,
+    "training.run_training.REPORT_SECONDS": 0.0,
+    "tracking.wandb_board.INIT_SECONDS": 100.0,
+    "tracking.tracker.FINISH_SECONDS": 100.0,
+    "tracking.tracker.HASTY_SECONDS": 100.0,
 }
 
 
@@ -102,7 +102,7 @@ def killed_thrice(job: Job, wandb: FakeWandb | None = None) -> str:
 
 
 def test_a_run_killed_thrice_is_one_run_without_gaps(small: str, url: str, tmp_path: Path, wandb: FakeWandb) -> None:
-    patient = PLAIN | {"tracking.wandb.BACKLOG": 10_000}  # this training is over before W&B is there
+    patient = PLAIN | {"tracking.tracker.BACKLOG": 10_000}  # this training is over before W&B is there
     job = Job(small, url, str(tmp_path), settings=SOME, environment=wandb.environment, constants=patient)
     output = killed_thrice(job, wandb)
     manifest = manifest_of(url)
@@ -155,7 +155,7 @@ def test_a_server_that_fails_costs_one_warning(
         wandb.die()
     else:
         wandb.broken = how if isinstance(how, int) else 3600.0
-    constants = PLAIN | {"tracking.board.INIT_SECONDS": 0.5}
+    constants = PLAIN | {"tracking.wandb_board.INIT_SECONDS": 0.5}
     code, output = end(Job(small, url, str(tmp_path), settings=FEW, environment=wandb.environment, constants=constants))
     assert code == 0 and manifest_of(url).status == "done", output
     assert re.search(r"W&B does not answer \(.*\); going on offline", the_warning(output))
@@ -170,7 +170,7 @@ def test_a_server_that_dies_costs_one_warning_and_no_more_than_its_seconds(
     small: str, url: str, tmp_path: Path, wandb: FakeWandb
 ) -> None:
     """W&B's own patience is without end."""
-    constants = PLAIN | {"tracking.wandb.FINISH_SECONDS": 1.5}
+    constants = PLAIN | {"tracking.tracker.FINISH_SECONDS": 1.5}
     job = Job(small, url, str(tmp_path), settings=FEW, environment=wandb.environment, constants=constants)
     training = Training(replace(job, point="before a step", nth=12, sent=HOLD))
     with all_ended([training]):
@@ -185,7 +185,7 @@ def test_a_spot_notice_is_heeded_in_time_while_wandb_hangs(
     small: str, url: str, tmp_path: Path, wandb: FakeWandb
 ) -> None:
     wandb.broken = 3600.0
-    constants = PLAIN | {"tracking.board.INIT_SECONDS": 3600.0, "tracking.wandb.HASTY_SECONDS": 1.5}
+    constants = PLAIN | {"tracking.wandb_board.INIT_SECONDS": 3600.0, "tracking.tracker.HASTY_SECONDS": 1.5}
     job = Job(small, url, str(tmp_path), settings=LONG, environment=wandb.environment, constants=constants)
     training = Training(job)
     with all_ended([training]):

@@ -15,7 +15,7 @@ from wds_train.storage.open import open_store
 
 LONG = ("schedule.epochs=400",)
 # A worker reads no more than it must, so that the training waits for it soon after it is killed.
-SMALL = {"data.fetch.AHEAD_BYTES": 1}
+SMALL = {"loader.fetch.AHEAD_BYTES": 1}
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_worker_that_dies_before_the_first_step_ends_it_as_failed(job: Job, be
             wait_for_commit(job.run)
             assert trainings[0].end(signal.SIGTERM) == 75
         # Every worker ends before it can give anything, as where each takes more memory than there is.
-        dying = replace(job, constants=SMALL | {"data.loader._init_worker": _die})
+        dying = replace(job, constants=SMALL | {"loader.pipeline._init_worker": _die})
         trainings.append(Training(dying))
         assert trainings[-1].end() == 1, trainings[-1].output
     said_once(
@@ -112,7 +112,7 @@ def _die(_: int) -> None:
 
 def test_a_signal_that_ends_the_workers_too_is_a_signal(job: Job) -> None:
     """As systemd and Slurm send it: to all processes at once. The training waits for a batch that no worker will bring."""
-    trainings = [Training(replace(job, constants=SMALL | {"training.in_time.SIGNAL_SECONDS": 60.0}))]
+    trainings = [Training(replace(job, constants=SMALL | {"training.deadline.SIGNAL_SECONDS": 60.0}))]
     with all_ended(trainings):
         trainings[0].until("epoch   1/400")
         wait_for_commit(job.run)

@@ -46,7 +46,7 @@ def command_of(job: Job) -> list[str]:
 @pytest.fixture
 def hung(small: str, s3_url: str, silent_wandb: dict[str, str], tmp_path: Path) -> Job:
     """A long training on the session's server, whose W&B is silent."""
-    grace = {"training.stop.GRACE_SECONDS": 8.0}
+    grace = {"training.stop_request.GRACE_SECONDS": 8.0}
     return Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, environment=silent_wandb, constants=grace)
 
 
@@ -79,7 +79,7 @@ def test_a_main_thread_that_hangs_in_c_code_is_ended_too(small: str, tmp_path: P
     with all_ended(trainings):
         for rank in ("0", "1"):
             environment = place | {"RANK": rank, "LOCAL_RANK": rank}
-            constants = {"training.stop.GRACE_SECONDS": 2.0}
+            constants = {"training.stop_request.GRACE_SECONDS": 2.0}
             job = Job(
                 small, str(tmp_path / "run"), str(tmp_path), settings=LONG, environment=environment, constants=constants
             )
@@ -112,7 +112,7 @@ def test_the_cause_comes_first_and_the_last_word_takes_seconds(
 def test_a_silent_wandb_delays_neither_the_start_nor_the_end(
     small: str, tmp_path: Path, silent_wandb: dict[str, str]
 ) -> None:
-    hasty = {"tracking.wandb.FINISH_SECONDS": 2.0, "tracking.board.INIT_SECONDS": 3600.0}
+    hasty = {"tracking.tracker.FINISH_SECONDS": 2.0, "tracking.wandb_board.INIT_SECONDS": 3600.0}
     job = Job(small, str(tmp_path / "run"), str(tmp_path), environment=silent_wandb, constants=hasty)
     trainings = [Training(job)]
     with all_ended(trainings):
@@ -129,7 +129,7 @@ def test_a_dataset_that_hangs_does_not_cost_the_newest_state(
     small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path, workers: int
 ) -> None:
     assert main(["shards", str(Path(small).with_name("images")), f"{s3_url}/data"]) == 0
-    hasty = {"data.fetch.AHEAD_BYTES": 1, "training.in_time.DATA_SECONDS": 1.0}
+    hasty = {"loader.fetch.AHEAD_BYTES": 1, "training.deadline.DATA_SECONDS": 1.0}
     job = Job(f"{s3_url}/data", str(tmp_path / "run"), str(tmp_path), settings=LONG, constants=hasty, workers=workers)
     trainings = [Training(job)]
     with all_ended(trainings):
@@ -148,7 +148,7 @@ def test_a_dataset_that_hangs_does_not_cost_the_newest_state(
 def test_metrics_that_hang_delay_the_end_of_a_done_run_by_seconds(
     small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    job = Job(small, f"{s3_url}/run", str(tmp_path), constants={"training.train.REPORT_SECONDS": 1.0})
+    job = Job(small, f"{s3_url}/run", str(tmp_path), constants={"training.run_training.REPORT_SECONDS": 1.0})
     fault_proxy.fail("hang", method="GET", key="metrics/", times=float("inf"))
     trainings = [Training(job)]
     with all_ended(trainings):

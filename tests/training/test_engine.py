@@ -14,7 +14,7 @@ from wds_train.config.settings import with_settings
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError, RunError, UsageError
 from wds_train.loader.batch import Batch, Unreadable
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.loader.transform import EvalTransform
 from wds_train.training.engine import Trainer
@@ -118,7 +118,7 @@ def test_the_ema_equals_timms_own_update() -> None:
 
 def test_the_ema_scores_the_same_after_a_resume(digits: Dataset) -> None:
     split = digits.split("val")
-    loader = Loader(split, EvalPlan(len(split), 64), EvalTransform(32, 1.0), 0)
+    loader = Pipeline(split, EvalPlan(len(split), 64), EvalTransform(32, 1.0), 0)
     running = trainer()
     for step in range(4):
         running.step(batch(step))
@@ -131,7 +131,7 @@ def test_the_ema_scores_the_same_after_a_resume(digits: Dataset) -> None:
 
 def test_validation_against_a_plain_count(digits: Dataset) -> None:
     split = digits.split("val")
-    loader = Loader(split, EvalPlan(len(split), 64), EvalTransform(32, 1.0), 0)
+    loader = Pipeline(split, EvalPlan(len(split), 64), EvalTransform(32, 1.0), 0)
     running = trainer()
     metrics = running.evaluate(loader, len(split))
     hits = hits5 = 0

@@ -11,7 +11,7 @@ from test_engine import batch, recipe, trainer
 from wds_train.checkpoint.run_manifest import Progress, Totals
 from wds_train.errors import UsageError
 from wds_train.loader.batch import Batch
-from wds_train.loader.pipeline import on_device
+from wds_train.loader.pipeline import copy_to_device
 from wds_train.models.model import create_optimizer
 from wds_train.training.engine import Trainer, refuse_nondeterministic
 from wds_train.training.metrics_rows import Rows
@@ -28,7 +28,7 @@ needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GP
 def test_a_step_never_waits_for_the_gpu(precision: str, optimizer: str) -> None:
     chosen = recipe("data.erasing=0.5", "model.drop_path=0.1", "optimizer.clip_norm=1", f"optimizer.name={optimizer}")
     running = Trainer(chosen, 10, 10, torch.device("cuda", 0), precision=precision, accumulate=2)  # type: ignore[arg-type]
-    batches = on_device(map(_pinned, map(batch, range(6))), running.device)
+    batches = copy_to_device(map(_pinned, map(batch, range(6))), running.device)
     for _ in range(3):  # cuDNN chooses its algorithms
         running.step(next(batches))
     torch.cuda.set_sync_debug_mode("error")
@@ -45,7 +45,7 @@ def test_batches_arrive_whole_and_in_order() -> None:
     device = torch.device("cuda", 0)
     busy = torch.randn(4096, 4096, device=device)
     sums = []
-    for given in on_device(map(_pinned, map(batch, range(50))), device):
+    for given in copy_to_device(map(_pinned, map(batch, range(50))), device):
         busy = (busy @ busy).clamp(-1, 1)
         sums.append((given.step, given.images.sum(dtype=torch.int64), given.labels.sum()))
     expected = [(step, int(each.images.sum(dtype=torch.int64)), int(each.labels.sum()))
@@ -67,7 +67,7 @@ def test_on_a_cpu_batches_are_handed_on_as_they_are() -> None:
             taken.append(step)
             yield batch(step)
 
-    batches = on_device(source(), torch.device("cpu"))
+    batches = copy_to_device(source(), torch.device("cpu"))
     assert next(batches).step == 0
     assert taken == [0]
 

@@ -54,7 +54,6 @@ def test_a_gpu_that_is_still_at_work_waits_for_nothing(
 ) -> None:
     gpu = Gpu()
     monkeypatch.setattr(waits, "_mark", gpu.event)
-    monkeypatch.setattr(waits, "on_device", lambda batches, _: batches)
     monkeypatch.setattr(waits.time, "perf_counter", lambda: gpu.now)
     clock = Clock(lambda: gpu.now)
     for _, waited in islice(waits.timed(batches_of(gpu), clock, torch.device("cuda")), 4):

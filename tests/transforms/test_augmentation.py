@@ -26,8 +26,8 @@ from wds_train.images.policies import apply, policies
 from wds_train.loader.batch import Batch
 from wds_train.loader.cache import BlockCache
 from wds_train.loader.mixture import Mixture
-from wds_train.loader.pipeline import Loader
-from wds_train.loader.plan import TrainPlan, shares
+from wds_train.loader.pipeline import Pipeline
+from wds_train.loader.plan import TrainPlan, split_batch
 from wds_train.loader.transform import TrainTransform
 from wds_train.rng import key
 from wds_train.training.engine import Trainer
@@ -67,7 +67,7 @@ def stop() -> Iterator[StopRequest]:
 def transform_of(data: DataRecipe, epochs: int = 4) -> TrainTransform:
     schedule = ScheduleRecipe(epochs=epochs, warmup_epochs=0)
     recipe = Recipe("test", batch=BATCH, data=data, schedule=schedule)
-    return TrainTransform(recipe, steps_per_epoch=1437 // BATCH)
+    return TrainTransform(recipe.data, recipe.seed, recipe.schedule.epochs, 1437 // BATCH)
 
 
 def loaded(
@@ -82,7 +82,7 @@ def loaded(
     """The first batches of `data`'s first pass over the digits, or as the plan's `changes` say."""
     split = dataset.split("train")
     plan = TrainPlan(split.shard_samples, dataset.fingerprint, 0, BATCH // data.repeats, range(1), repeats=data.repeats)
-    loader = Loader(split, replace(plan, **changes), transform_of(data), workers, cache)  # type: ignore[arg-type]
+    loader = Pipeline(split, replace(plan, **changes), transform_of(data), workers, cache)  # type: ignore[arg-type]
     return list(itertools.islice(loader, steps))
 
 
@@ -134,7 +134,7 @@ def test_repeats_are_the_same_for_all_workers_ranks_steps_and_caches(digits: Dat
     every = loaded(digits, data, epochs=range(2), from_step=80, steps=15)  # of which 9 are the first pass's
     assert same(loaded(digits, data, from_step=80, workers=3), every[:9])
     assert same(loaded(digits, data, epochs=range(2), from_step=88, workers=1, steps=7), every[8:])
-    cache = BlockCache(tmp_path, 1 << 30, digits.split("train"), digits.fingerprint)
+    cache = BlockCache(tmp_path, 1 << 30, digits.split("train"), digits)
     for _ in "cold", "warm":
         assert same(loaded(digits, data, from_step=80, cache=cache), every[:9])
     ranks = [loaded(digits, data, from_step=80, rank=rank, world=2) for rank in range(2)]
@@ -157,7 +157,7 @@ def test_a_damaged_sample_is_lost_once_for_each_copy(digits: Dataset, tmp_path: 
 
 @pytest.mark.parametrize(("batch", "repeats"), [(1024, 4), (96, 3), (48, 2), (30, 5)])
 def test_a_mixture_shares_whole_samples_among_ranks(batch: int, repeats: int) -> None:
-    sizes = shares(batch, [0.3], repeats)
+    sizes = split_batch(batch, [0.3], repeats)
     assert sum(sizes) == batch and abs(sizes[1] - 0.3 * batch) <= 8 * repeats
     unit = min(8, batch // repeats & -(batch // repeats))
     assert all(size % (unit * repeats) == 0 for size in sizes)
@@ -170,7 +170,7 @@ def test_a_mixture_repeats_and_resizes_alike(digits: Dataset) -> None:
     def batches(from_step: int, steps: int) -> list[Batch]:
         parts = [(digits.split("train"), 16, range(1)), (digits.split("val"), 8, range(99))]
         loaders = [
-            Loader(
+            Pipeline(
                 split, TrainPlan(split.shard_samples, split.name, 0, size, epochs, from_step, repeats=2), transform, 0
             )
             for split, size, epochs in parts
@@ -265,7 +265,7 @@ def test_nothing_asked_for_changes_nothing_and_imports_nothing() -> None:
     out = pixels.copy()
     transform_of(PLAIN).augment(0, 0, out)
     assert (out == pixels).all()
-    for module in ("data.loader", "data.decoder", "transforms.sample", "transforms.policies"):
+    for module in ("loader.pipeline", "loader.decoder", "loader.transform", "images.policies"):
         outside = {name.split(".")[0] for name in imported(trees()[f"wds_train.{module}"], set())}
         assert not outside & {"timm", "torchvision"}, module
 

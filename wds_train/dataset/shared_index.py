@@ -11,9 +11,8 @@ import json
 import mmap
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,8 +25,6 @@ from numpy.typing import NDArray
 
 from wds_train.dataset.index import SCHEMA, SampleIndex
 from wds_train.errors import DataError, StoreError
-from wds_train.loader.plan import Request
-from wds_train.rng import Ids
 
 # A sample's row: SampleIndex's, but for the shard, which follows from the place, and the key, which only messages need.
 ROW = np.dtype(
@@ -35,7 +32,6 @@ ROW = np.dtype(
     + [(name, "<u4") for name in ("length", "data_start", "data_length")]  # data_start: from the sample's own start
 )
 AT_ONCE = 16  # index objects: each is small, and takes the store's latency
-AHEAD = 32  # requests: the first of each lane
 KEPT_KEYS = 1024  # shards: more than the windows of all lanes touch at a time
 
 
@@ -174,31 +170,3 @@ def shared_index(rows: SharedRows) -> SharedIndex:
         "data_offset": Column(data_offset),
     }
     return SharedIndex(**columns, rows=rows)
-
-
-def located(index: SampleIndex, requests: Iterable[Request]) -> Iterator[Request]:
-    """The `requests`, whose rows are read while those of earlier ones are used."""
-    if not isinstance(index, SharedIndex):
-        yield from requests
-        return
-    rows, pool = index.rows, ThreadPoolExecutor(AT_ONCE)
-    waiting: deque[tuple[Request, list[Future[None]]]] = deque()
-    try:
-        for request in requests:
-            waiting.append((request, [pool.submit(rows.fill, shard) for shard in _lacking(rows, request.ids)]))
-            if len(waiting) > AHEAD:
-                yield _there(*waiting.popleft())
-        while waiting:
-            yield _there(*waiting.popleft())
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _lacking(rows: SharedRows, samples: Ids) -> list[int]:
-    return rows.lacking(rows.shard_of(samples))
-
-
-def _there(request: Request, fills: list[Future[None]]) -> Request:
-    for fill in fills:
-        fill.result()
-    return request

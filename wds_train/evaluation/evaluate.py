@@ -26,7 +26,7 @@ from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.errors import DataError, UsageError
 from wds_train.images.normalise import Normaliser
 from wds_train.loader.batch import Batch, Unreadable
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.loader.transform import EvalTransform
 from wds_train.loader.workers import limit_threads
@@ -138,7 +138,7 @@ def score(
     transforms = {view.transform for view in views}
     plan, workers = EvalPlan(len(split), batch), max(1, workers // len(transforms)) if workers else 0
     pinned = device.type == "cuda"
-    loaders = {transform: Loader(split, plan, transform, workers, pinned=pinned) for transform in transforms}
+    loaders = {transform: Pipeline(split, plan, transform, workers, pinned=pinned) for transform in transforms}
     for loader in loaders.values():
         loader.start()  # before PyTorch has threads, which a fork does not survive
     members = [Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
@@ -162,7 +162,7 @@ def score(
     return Scored(totals, predicted, logits, unreadable)
 
 
-def _together(loaders: dict[EvalTransform, Loader]) -> Iterator[dict[EvalTransform, Batch]]:
+def _together(loaders: dict[EvalTransform, Pipeline]) -> Iterator[dict[EvalTransform, Batch]]:
     for batches in zip(*loaders.values(), strict=True):
         yield dict(zip(loaders, batches, strict=True))
 

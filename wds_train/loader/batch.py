@@ -18,6 +18,11 @@ class Unreadable(NamedTuple):
     key: str
     cause: str
 
+    @property
+    def named(self) -> str:
+        """The sample and the cause, for messages."""
+        return f"{self.shard}, key {self.key}: {self.cause}"
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -15,19 +15,33 @@ from pathlib import Path
 
 import numpy as np
 
-from wds_train.dataset.reader import SplitReader
+from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.dataset.shared_index import SharedIndex
 from wds_train.errors import StoreError
 from wds_train.loader.order import BLOCK, blocks
 from wds_train.rng import Ids
 
 
+def make_cache_folder(folder: Path, dataset: Dataset, split: str) -> Path:
+    """Make the folder below `folder` that keeps blocks of a split of `dataset`, and return it.
+
+    Raises:
+        StoreError: It cannot be made.
+    """
+    place = folder / dataset.fingerprint[:16] / split
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"the cache folder {place} cannot be made: {error.strerror}; choose another") from error
+    return place
+
+
 class BlockCache:
     """The cache of one split. `max_bytes` bounds the files of the split, all processes together."""
 
-    def __init__(self, folder: Path, max_bytes: int, split: SplitReader, fingerprint: str) -> None:
+    def __init__(self, folder: Path, max_bytes: int, split: SplitReader, dataset: Dataset) -> None:
         self._split = split
-        self._folder = folder / fingerprint[:16] / split.name
+        self._folder = make_cache_folder(folder, dataset, split.name)
         self._samples = np.asarray(split.shard_samples, np.int64)
         self._first = np.cumsum(self._samples) - self._samples  # sample of every shard
         counts = -(-self._samples // BLOCK)
@@ -35,12 +49,6 @@ class BlockCache:
         self._kept = self._fitting(max_bytes)
         # Taken for ever by the first who finds that the disk takes no more, or that it cannot be read.
         self._full, self._broken = threading.Lock(), threading.Lock()
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"the cache folder {self._folder} cannot be made: {error.strerror}; choose another"
-            ) from error
 
     def block_of(self, samples: Ids) -> Ids:
         """The number of the block that holds each sample."""

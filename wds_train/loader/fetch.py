@@ -11,9 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from wds_train.dataset.index import Content, contents
+from wds_train.dataset.index import Content, SampleIndex, contents
 from wds_train.dataset.reader import SplitReader, readings
-from wds_train.dataset.shared_index import located
+from wds_train.dataset.shared_index import AT_ONCE, SharedIndex
 from wds_train.errors import DataError
 from wds_train.loader.cache import BlockCache
 from wds_train.loader.plan import Fetched, Request
@@ -23,6 +23,7 @@ FETCH_THREADS = 8
 AHEAD_BYTES = 32 << 20  # per worker: enough to cover the store's latency, little beside the windows themselves
 SLAB_BYTES = 32 << 20
 GAP_BYTES = 64 << 10  # fetching a hole this small costs less than another request
+ROWS_AHEAD = 32  # requests whose rows are read ahead: the first of each lane
 SMALL_BYTES = 512 << 10  # on which a request's own costs outweigh its bytes': the short first windows of small images
 
 
@@ -81,7 +82,7 @@ class Fetcher:
         # Little at first: server and network would take the cores from the decoding of the first images.
         ahead, bound = 0, AHEAD_BYTES // 8
         try:
-            for request in located(self._split.index, requests):
+            for request in read_rows_ahead(self._split.index, requests):
                 size = int(self._split.index.length[request.ids].sum())
                 runs = [pool.submit(self._read_run, run, memory) for run in self._runs(request.ids)]
                 pending.append((request, size, runs))
@@ -148,3 +149,33 @@ def _fetched(request: Request, _: int, runs: list[Future[dict[int, memoryview | 
     for run in runs:
         found |= run.result()
     return Fetched(request, [found[sample] for sample in request.ids.tolist()])
+
+
+def read_rows_ahead(index: SampleIndex, requests: Iterable[Request]) -> Iterator[Request]:
+    """Yield the `requests` once the rows of their samples are there.
+
+    The rows of a large split are read when they are first asked for; those of ROWS_AHEAD requests are read
+    while earlier ones are used.
+    """
+    if not isinstance(index, SharedIndex):
+        yield from requests
+        return
+    rows = index.rows
+    pool = ThreadPoolExecutor(AT_ONCE)
+    waiting: deque[tuple[Request, list[Future[None]]]] = deque()
+    try:
+        for request in requests:
+            shards = rows.lacking(rows.shard_of(request.ids))
+            waiting.append((request, [pool.submit(rows.fill, shard) for shard in shards]))
+            if len(waiting) > ROWS_AHEAD:
+                yield _with_rows(*waiting.popleft())
+        while waiting:
+            yield _with_rows(*waiting.popleft())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _with_rows(request: Request, fills: list[Future[None]]) -> Request:
+    for fill in fills:
+        fill.result()
+    return request

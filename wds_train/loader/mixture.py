@@ -8,7 +8,7 @@ import torch
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import UsageError
 from wds_train.loader.batch import Batch, empty_images
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.rng import permutation
 
 
@@ -29,7 +29,7 @@ class Mixture:
     integer. `seed` decides how a batch is interleaved, because mixup pairs samples by their place.
     """
 
-    def __init__(self, loaders: "list[Loader]", seed: int, *, pinned: bool = False) -> None:
+    def __init__(self, loaders: "list[Pipeline]", seed: int, *, pinned: bool = False) -> None:
         self._loaders, self._seed, self._pinned = loaders, seed, pinned
 
     @property

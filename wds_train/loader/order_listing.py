@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError, UsageError
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import TrainPlan
 
 
@@ -40,7 +40,7 @@ def stream_order(
     first = epoch * plans[0].steps_per_epoch
     if from_step > plans[0].steps_per_epoch:
         raise UsageError(f"--from-step {from_step} is beyond the epoch, which has {plans[0].steps_per_epoch} steps")
-    loaders = [Loader(split, replace(plan, from_step=first + from_step), None, workers) for plan in plans]
+    loaders = [Pipeline(split, replace(plan, from_step=first + from_step), None, workers) for plan in plans]
     for ranks in itertools.islice(zip(*loaders, strict=True), steps):
         for batch in ranks:
             for entry in batch.unreadable:

@@ -81,7 +81,7 @@ def _as_it_is(decoded: Decoded | WdsTrainError) -> Decoded | WdsTrainError:
     return decoded
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def copy_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches, with images and labels on `device`. On a GPU each is copied by a stream of its own, one ahead of the
     batch that is worked on. The batches' memory should be pinned: the copies would wait for the GPU otherwise.
     """
@@ -110,7 +110,7 @@ def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
     return batch
 
 
-class Loader:
+class Pipeline:
     """Batches of `plan`. With `workers` > 0 they are decoded in that many processes, kept for every iteration. A batch
     of a `TrainPlan` is merged from all workers' parts of the step; with `pinned`, in memory that a GPU copies from.
     """

@@ -5,16 +5,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError, UsageError
 from wds_train.loader.order import EpochOrder, lane_count
 from wds_train.rng import Ids
-
-if TYPE_CHECKING:  # which reads by requests itself
-    from wds_train.dataset.reader import Dataset
 
 
 class Request(NamedTuple):
@@ -192,8 +190,8 @@ def _repeated(part: Part, repeats: int) -> Part:
     )
 
 
-def plan_of(
-    dataset: "Dataset", split: str, seed: int, images: int, steps: range, *, rank: int, world: int, repeats: int = 1
+def plan_training(
+    dataset: Dataset, split: str, seed: int, images: int, steps: range, *, rank: int, world: int, repeats: int = 1
 ) -> TrainPlan:
     """What `images` of every batch are read from `dataset` by, for `steps` at least."""
     shard_samples = tuple(shard.samples for shard in dataset.manifest.split(split).shards)
@@ -241,7 +239,7 @@ class EvalPlan:
             yield Part(request.step, 0, request.ids, request.ids, records)
 
 
-def shares(global_batch: int, weights: list[float], repeats: int = 1) -> list[int]:
+def split_batch(global_batch: int, weights: list[float], repeats: int = 1) -> list[int]:
     """How many images of a batch each dataset gives: `weights` of the others, the rest of the first; int each.
 
     Rounded to multiples of 8 distinct samples (of the batch's own power of two, if that is less), so that ranks can share

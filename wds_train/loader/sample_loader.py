@@ -11,7 +11,7 @@ from wds_train.errors import UsageError
 from wds_train.loader.arguments import Address, Mix
 from wds_train.loader.batch import Batch, Unreadable
 from wds_train.loader.custom_transform import Function, OwnObjects
-from wds_train.loader.step_loader import Steps
+from wds_train.loader.step_loader import StepLoader
 from wds_train.rng import Ids
 
 
@@ -31,7 +31,7 @@ class Samples:
     unreadable: list[Unreadable]
 
 
-class SampleLoader(Steps[Samples]):
+class SampleLoader(StepLoader[Samples]):
     """Samples of a training, as dictionaries of their members' bytes by extension, or as `transform` makes them: in the order
     of `TrainLoader`, with its state.
     """
@@ -53,7 +53,7 @@ class SampleLoader(Steps[Samples]):
         cache: Address | None = None,
         cache_gb: float = 200,
         split: str = "train",
-        max_bad: float = 0.001,
+        max_bad: float | None = 0.001,
         per_epoch: bool = False,
     ) -> None:
         super().__init__(
@@ -81,7 +81,7 @@ class SampleLoader(Steps[Samples]):
     def _transform(self, split: SplitReader) -> OwnObjects:
         return OwnObjects(self._function, split, self.seed, self._fields)
 
-    def _finished(self, batch: Batch) -> Samples:
+    def _finish(self, batch: Batch) -> Samples:
         keys, fields = [key for key, _ in batch.items], [value for _, value in batch.items]
         return Samples(
             batch.step, batch.epoch, keys, batch.labels, batch.ids, batch.positions, fields, batch.unreadable

@@ -1,4 +1,4 @@
-"""The steps of a training, for a loop of one's own: what TrainLoader and SampleLoader have in common."""
+"""The steps of a training: what TrainLoader and SampleLoader have in common."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,20 +11,22 @@ from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.errors import UsageError
 from wds_train.loader.arguments import Address, Mix, opened_all, place, step_of, whole
 from wds_train.loader.batch import Batch
-from wds_train.loader.cache import BlockCache
+from wds_train.loader.cache import BlockCache, make_cache_folder
 from wds_train.loader.mixture import Mixture
-from wds_train.loader.pipeline import Loader, on_device
-from wds_train.loader.plan import TrainPlan, plan_of, shares
+from wds_train.loader.pipeline import Pipeline, copy_to_device
+from wds_train.loader.plan import TrainPlan, plan_training, split_batch
 from wds_train.loader.transform import Transform
-from wds_train.loader.unreadable import Bound
+from wds_train.loader.unreadable import UnreadableCounter, UnreadableLimit
 from wds_train.loader.workers import default_workers
 
-Made = TypeVar("Made")
+Item = TypeVar("Item")
 
 
-class Steps(ABC, Generic[Made]):
-    """The steps of `epochs` epochs, of `batch` samples over all ranks each. `step`, how many of them were handed out, is the
-    whole state; workers read ahead of it, and go on where a loop was left.
+class StepLoader(ABC, Generic[Item]):
+    """The steps of `epochs` epochs, of `batch` samples over all ranks each.
+
+    `step`, the number of batches that were handed out, is the whole state. Workers read ahead of it,
+    and go on where a loop was left.
     """
 
     def __init__(
@@ -43,73 +45,115 @@ class Steps(ABC, Generic[Made]):
         cache: Address | None,
         cache_gb: float,
         split: str,
-        max_bad: float,
+        max_bad: float | None,
         per_epoch: bool,
+        repeats: int = 1,
     ) -> None:
-        self.batch, self.seed = whole("batch", batch, 1), whole("seed", seed, 0)
-        self.split, self.device = split, device
+        self.batch = whole("batch", batch, 1)
+        self.seed = whole("seed", seed, 0)
+        self.epochs = whole("epochs", epochs, 1)
+        self.repeats = whole("repeats", repeats, 1)
+        self.split = split
+        self.device = device
         self.rank, self.world = place(rank, world)
         self.workers = default_workers() if workers is None else whole("workers", workers, 0)
         self.datasets, weights = opened_all(dataset, mix)
-        self.shares = shares(self.batch, weights)
-        self._cache, self._cache_bytes, self._per_epoch = cache, int(cache_gb * 1e9), per_epoch
-        plans = [self._plan(each, share, range(1)) for each, share in zip(self.datasets, self.shares, strict=True)]
-        self.steps_per_epoch = plans[0].steps_per_epoch
-        self.steps = whole("epochs", epochs, 1) * self.steps_per_epoch
+        self.shares = split_batch(self.batch, weights, self.repeats)
+        self._cache = Path(cache) if cache else None
+        self._cache_bytes = int(cache_gb * 1e9)
+        self._per_epoch = per_epoch
+
+        # Plans refuse what cannot work, such as a batch that the ranks cannot share.
+        for each, share in zip(self.datasets, self.shares, strict=True):
+            self._plan(each, share, range(1))
+
+        if self._cache:
+            make_cache_folder(self._cache, self.datasets[0], split)
+        samples = self.datasets[0].manifest.split(split).samples
+        self.steps_per_epoch = samples // self.shares[0]
+        self.steps = self.epochs * self.steps_per_epoch
         self.step = step_of("from_step", from_step, self.steps)
-        self._bound = Bound(max_bad, self.steps_per_epoch * self.batch)
-        self._source: Iterator[Batch] | None = None
+
+        self._unreadable = None
+        if max_bad is not None:
+            limit = UnreadableLimit(max_bad, self.steps_per_epoch * self.batch)
+            self._unreadable = UnreadableCounter(limit)
+        self._pipeline: Pipeline | Mixture | None = None
+        self._batches: Iterator[Batch] | None = None
         self._next = self.step
 
     @abstractmethod
     def _transform(self, split: SplitReader) -> Transform:
-        """What the samples of `split` become."""
+        """Return what the workers make of the samples of `split`."""
 
     @abstractmethod
-    def _finished(self, batch: Batch) -> Made:
-        """What is handed out of `batch`."""
+    def _finish(self, batch: Batch) -> Item:
+        """Return what is handed out for `batch`."""
 
     @property
     def step(self) -> int:
-        """How many batches were handed out. Where it is set, the next iteration begins."""
+        """The number of batches that were handed out. Set it to begin the next iteration elsewhere."""
         return self._step
 
     @step.setter
     def step(self, step: int) -> None:
         self._step = step_of("step", step, self.steps)
 
+    @property
+    def fallbacks(self) -> int:
+        """The ranges that took a second request, of this process and its workers."""
+        return self._pipeline.fallbacks if self._pipeline else 0
+
     def __len__(self) -> int:
         """The steps still to come: of all, or with `per_epoch` of this epoch."""
         return self._end() - self.step
 
-    def __iter__(self) -> Iterator[Made]:
+    def __iter__(self) -> Iterator[Item]:
         end = self._end()
         while self.step < end:
             self.start()
-            source, self._source = self._source, None  # an error ends it
-            assert source is not None
-            batch = next(source)
-            self._source, self._next = source, batch.step + 1
-            self._bound(batch.epoch, batch.unreadable)
+            # An error ends the workers: they are put back only after a batch has come.
+            batches, self._batches = self._batches, None
+            assert batches is not None
+            batch = next(batches)
+            self._batches = batches
+            self._next = batch.step + 1
+            if self._unreadable:
+                self._unreadable.add(batch.epoch, batch.unreadable)
             self.step = self._next
-            yield self._finished(batch)
+            yield self._finish(batch)
         if self.step >= self.steps:
-            self._source = None  # and its workers end
+            self._batches = None  # which ends the workers
 
     def start(self) -> None:
-        """Begin to read now, rather than with the first batch: while the model is made, and before this process has threads
-        or uses a GPU, which forked workers are best without.
+        """Begin to read now, rather than with the first batch.
+
+        Call it before the model is made, and before this process has threads or uses a GPU: workers
+        are forked, and a forked child survives neither.
         """
-        if self.step < self.steps and (self._source is None or self._next != self.step):
-            self._source, self._next = None, self.step  # whose workers make room for the new ones
-            self._source = self._begun()
+        if self.step >= self.steps:
+            return
+        if self._batches is None or self._next != self.step:
+            self._batches = None  # the old workers make room for the new ones
+            self._next = self.step
+            self._batches = self._begin()
+
+    def check_workers(self) -> None:
+        """Raise `WorkerDied` if a worker has died."""
+        if self._pipeline:
+            self._pipeline.check_workers()
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """The state after `step` steps, by default those handed out, and what it is a state of; plain values all."""
-        return {"step": self.step if step is None else step_of("step", step, self.steps), **self._identity()}
+        """Return the state after `step` steps, by default those handed out, as plain values."""
+        after = self.step if step is None else step_of("step", step, self.steps)
+        return {"step": after, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, by any number of ranks and workers; `UsageError` where it is of something else."""
+        """Go on where `state` was taken, with any number of ranks and workers.
+
+        Raises:
+            UsageError: The state belongs to another dataset, batch, seed or mixture.
+        """
         if not isinstance(state, dict):
             raise UsageError(
                 f"the state is {state!r:.60}, nothing that state_dict() gave; without one, make a new loader"
@@ -121,36 +165,65 @@ class Steps(ABC, Generic[Made]):
                 )
             if state[name] != ours:
                 raise UsageError(
-                    f"the state is of {name} {state[name]!r}, this loader is of {ours!r}: the samples would be others; make "
-                    f"the loader with that {name}"
+                    f"the state is of {name} {state[name]!r}, this loader is of {ours!r}: the samples would "
+                    f"be others; make the loader with that {name}"
                 )
         self.step = step_of("the state's step", state.get("step"), self.steps)
 
     def _identity(self) -> dict[str, Any]:
-        """What decides the order of samples."""
+        """Return what decides the order of samples."""
         others = [[other.fingerprint, share] for other, share in zip(self.datasets[1:], self.shares[1:], strict=True)]
-        dataset = self.datasets[0].fingerprint
-        return {"dataset": dataset, "split": self.split, "batch": self.batch, "seed": self.seed, "mix": others}
+        identity = {
+            "dataset": self.datasets[0].fingerprint,
+            "split": self.split,
+            "batch": self.batch,
+            "seed": self.seed,
+            "mix": others,
+        }
+        # States of older versions have no word of repeats, and none of them had any.
+        return identity | ({"repeats": self.repeats} if self.repeats > 1 else {})
 
     def _end(self) -> int:
+        if not self._per_epoch:
+            return self.steps
         epoch_end = (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch
-        return min(self.steps, epoch_end) if self._per_epoch else self.steps
+        return min(self.steps, epoch_end)
 
-    def _begun(self) -> Iterator[Batch]:
-        self._bound.reset()
-        pinned, loaders = self.device.type == "cuda", []
+    def _begin(self) -> Iterator[Batch]:
+        """Fork workers that read from `step` on, and return the batches on the device."""
+        if self._unreadable:
+            self._unreadable.reset()
+        pinned = self.device.type == "cuda"
+        mixed = len(self.datasets) > 1
+        pipelines = []
         for number, (dataset, share) in enumerate(zip(self.datasets, self.shares, strict=True)):
-            split, plan = dataset.split(self.split), self._plan(dataset, share, range(self.step, self.steps))
-            workers = self.workers and max(1, round(self.workers * share / self.batch))
-            cache = self._cache_of(split, dataset) if number == 0 else None
-            alone = pinned and len(self.datasets) == 1
-            loaders.append(Loader(split, plan, self._transform(split), workers, cache, pinned=alone))
-        joined = Mixture(loaders, self.seed, pinned=pinned) if len(loaders) > 1 else loaders[0]
-        joined.start()
-        return on_device(joined, self.device)
+            split = dataset.split(self.split)
+            cache = None
+            if self._cache and number == 0:
+                cache = BlockCache(self._cache, self._cache_bytes, split, dataset)
+            pipelines.append(
+                Pipeline(
+                    split,
+                    self._plan(dataset, share, range(self.step, self.steps)),
+                    self._transform(split),
+                    # Each dataset has its share of the workers, and at least one if there are any.
+                    self.workers and max(1, round(self.workers * share / self.batch)),
+                    cache,
+                    pinned=pinned and not mixed,  # a mixture copies into pinned memory itself
+                )
+            )
+        self._pipeline = Mixture(pipelines, self.seed, pinned=pinned) if mixed else pipelines[0]
+        self._pipeline.start()
+        return copy_to_device(self._pipeline, self.device)
 
     def _plan(self, dataset: Dataset, share: int, steps: range) -> TrainPlan:
-        return plan_of(dataset, self.split, self.seed, share, steps, rank=self.rank, world=self.world)
-
-    def _cache_of(self, split: SplitReader, dataset: Dataset) -> BlockCache | None:
-        return BlockCache(Path(self._cache), self._cache_bytes, split, dataset.fingerprint) if self._cache else None
+        return plan_training(
+            dataset,
+            self.split,
+            self.seed,
+            share,
+            steps,
+            rank=self.rank,
+            world=self.world,
+            repeats=self.repeats,
+        )

@@ -1,4 +1,4 @@
-"""What happens to one image on its way into a batch: in training, and in validation."""
+"""What happens to one image on its way into a batch: in training, and in evaluation."""
 
 import math
 from dataclasses import dataclass
@@ -7,16 +7,18 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from wds_train.config.recipe import Recipe
+from wds_train.config.recipe import DataRecipe
 from wds_train.config.schedule import image_side
 from wds_train.images.crop import Box, random_resized_crop
 from wds_train.images.decode import decode_center, decode_crop
 from wds_train.images.policies import apply, policies
 from wds_train.rng import rekeyed
 
+GREY = 128  # the pixels of an unreadable image
+
 
 class Form(NamedTuple):
-    """What becomes of a sample: an array of this `shape` and `dtype`. One of objects holds anything."""
+    """The shape and dtype of the array that a sample becomes. An array of objects holds anything."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -30,22 +32,27 @@ class Form(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """What it takes of shared memory, into which no object can be put."""
+        """The bytes that it takes of shared memory, into which no object can be put."""
         return 0 if self.holds_objects else math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def blank(self) -> int | None:
-        """What an array of an unreadable sample is filled with: grey, where it is of pixels."""
-        return None if self.holds_objects else 128 if self.dtype == np.uint8 else 0
+        """The value that fills the array of an unreadable sample: grey for pixels."""
+        if self.holds_objects:
+            return None
+        return GREY if self.dtype == np.uint8 else 0
 
 
 def square(side: int) -> Form:
-    """The form of an image of `side` pixels."""
+    """Return the form of an image of `side` x `side` pixels."""
     return Form((side, side, 3), np.dtype(np.uint8))
 
 
 class Place(NamedTuple):
-    """A sample of a split, its image's width and height by the index, and where it stands: at `position` of the epoch."""
+    """A sample of a split, and its position in the epoch's order.
+
+    `size` is its image's width and height, as the index has them.
+    """
 
     sample: int
     size: tuple[int, int]
@@ -54,16 +61,20 @@ class Place(NamedTuple):
 
 
 class Transform(Protocol):
+    """Makes an array of a sample's bytes, in a loader worker."""
+
     @property
     def largest(self) -> Form:
         """The largest form of any step."""
 
     def form(self, step: int) -> Form:
-        """What the samples of `step` become."""
+        """Return the form of the samples of `step`."""
 
     def draw(self, place: Place) -> Any:
-        """What `decode` is to have that is random about the sample at `place`. Drawn for all samples of a part before one of
-        them is decoded: between two decodes, which leave nothing of a generator in the CPU's caches, it takes 3 times as long.
+        """Draw what is random about the sample at `place`, for `decode`.
+
+        It is called for all samples of a part before one of them is decoded. Between two decodes,
+        which leave nothing of a generator in the CPU's caches, drawing takes 3 times as long.
         """
 
     def decode(self, data: memoryview, place: Place, drawn: Any, out: NDArray[Any]) -> None:
@@ -72,29 +83,40 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """What `recipe.data` asks for up to uint8 pixels. The images' side follows the recipe's epochs, of `steps_per_epoch`;
-    the draws are keyed by (seed, epoch, position): the same whoever decodes it, whenever.
+    """Cut, resize, flip and augment an image for training, into uint8 pixels.
+
+    The draws are keyed by (seed, epoch, position): they are the same in whichever process the image
+    is decoded, and whenever.
+
+    Args:
+        data: Sizes, crops and augmentation.
+        seed: The seed of all draws.
+        epochs: The epochs of the training, over which the image's side may grow.
+        steps_per_epoch: Optimizer steps of one of those epochs.
     """
 
-    recipe: Recipe
+    data: DataRecipe
+    seed: int
+    epochs: int
     steps_per_epoch: int
 
     def __post_init__(self) -> None:
-        # Before loader workers fork: they would each import timm and torchvision, and report a bad policy too late.
-        policies(self.recipe.data, self.recipe.data.size)
+        # Before loader workers fork: each would import timm and torchvision, and report a bad policy too late.
+        policies(self.data, self.data.size)
 
     @property
     def largest(self) -> Form:
-        return square(self.recipe.data.size)
+        return square(self.data.size)
 
     def form(self, step: int) -> Form:
-        return square(image_side(self.recipe.data, step // self.steps_per_epoch, self.recipe.schedule.epochs))
+        return square(image_side(self.data, step // self.steps_per_epoch, self.epochs))
 
     def draw(self, place: Place) -> tuple[Box, bool]:
-        """Where to cut, and whether to flip."""
-        data, rng = self.recipe.data, rekeyed(self.recipe.seed, "augment", place.epoch, place.position)
-        flip = bool(rng.random() < data.flip)
-        return random_resized_crop(rng, *place.size, data.scale, data.ratio), flip
+        """Draw the box to cut out, and whether to flip it."""
+        rng = rekeyed(self.seed, "augment", place.epoch, place.position)
+        flip = bool(rng.random() < self.data.flip)
+        box = random_resized_crop(rng, *place.size, self.data.scale, self.data.ratio)
+        return box, flip
 
     def decode(self, data: memoryview, place: Place, drawn: tuple[Box, bool], out: NDArray[np.uint8]) -> None:
         box, flip = drawn
@@ -102,12 +124,13 @@ class TrainTransform:
         self.augment(place.epoch, place.position, out)
 
     def augment(self, epoch: int, position: int, pixels: NDArray[np.uint8]) -> None:
-        apply(policies(self.recipe.data, len(pixels)), pixels, self.recipe.seed, "policy", epoch, position)
+        """Apply the policies to `pixels`, uint8 [side, side, 3], in place."""
+        apply(policies(self.data, len(pixels)), pixels, self.seed, "policy", epoch, position)
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The central square, `crop_ratio` of the shorter side, as timm cuts it."""
+    """Cut the central square, `crop_ratio` of the shorter side, as timm does, and resize it to `side` pixels."""
 
     side: int
     crop_ratio: float
@@ -120,7 +143,7 @@ class EvalTransform:
         return square(self.side)
 
     def draw(self, place: Place) -> None:
-        """Nothing."""
+        """Draw nothing: the crop is always the central one."""
 
     def decode(self, data: memoryview, place: Place, drawn: None, out: NDArray[np.uint8]) -> None:
         decode_center(data, self.crop_ratio, out)

@@ -1,4 +1,4 @@
-"""Samples that could not be used: each is named, and too many end the loop."""
+"""Unreadable samples: each is logged, and too many of them end the epoch."""
 
 import logging
 from collections.abc import Iterable
@@ -6,30 +6,66 @@ from collections.abc import Iterable
 from wds_train.errors import DataError, UsageError
 from wds_train.loader.batch import Unreadable
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("wds_train.loader")
 
 
-class Bound:
-    """Lets at most the share `max_bad` of an epoch's `samples` be unreadable, of those that this process met since `reset`."""
+class UnreadableLimit:
+    """The number of unreadable samples that an epoch may have.
 
-    def __init__(self, max_bad: float, samples: int) -> None:
+    Args:
+        max_bad: The largest share of an epoch's samples that may be unreadable, 0 to 1.
+        samples: The samples of an epoch.
+        setting: The name of `max_bad` in messages.
+
+    Raises:
+        UsageError: `max_bad` is not a share.
+    """
+
+    def __init__(self, max_bad: float, samples: int, setting: str = "max_bad") -> None:
         if not 0 <= max_bad <= 1:
-            raise UsageError(f"max_bad = {max_bad!r} cannot work: it must be a share, 0 to 1")
-        self._max_bad, self._samples = max_bad, samples
+            raise UsageError(f"{setting} = {max_bad!r} cannot work: it must be a share, 0 to 1")
+        self._max_bad = max_bad
+        self._samples = samples
+        self._setting = setting
+
+    def check(self, unreadable: int, epoch: int, last: str) -> None:
+        """Raise `DataError` if an epoch has too many unreadable samples.
+
+        Args:
+            unreadable: The epoch's unreadable samples so far.
+            epoch: The epoch.
+            last: The name of the last one, and why it could not be read.
+        """
+        if unreadable > self._max_bad * self._samples:
+            raise DataError(
+                f"{unreadable} of the {self._samples} samples of epoch {epoch} could not be read, more than "
+                f"the allowed share {self._setting} = {self._max_bad}; the last: {last}. "
+                "Check the dataset with `wds-train verify`"
+            )
+
+
+class UnreadableCounter:
+    """Counts the unreadable samples that this process meets in an epoch, logs each, and stops at the limit."""
+
+    def __init__(self, limit: UnreadableLimit) -> None:
+        self._limit = limit
         self.reset()
 
     def reset(self) -> None:
-        self._epoch, self._met = 0, 0
+        """Begin to count from zero."""
+        self._epoch = 0
+        self._count = 0
 
-    def __call__(self, epoch: int, unreadable: Iterable[Unreadable]) -> None:
+    def add(self, epoch: int, unreadable: Iterable[Unreadable]) -> None:
+        """Count and log the `unreadable` samples of one batch of `epoch`.
+
+        Raises:
+            DataError: The epoch has more unreadable samples than its limit.
+        """
         if epoch != self._epoch:
-            self._epoch, self._met = epoch, 0
-        for each in unreadable:
-            self._met += 1
-            named = f"{each.shard}, key {each.key}: {each.cause}"
-            LOG.warning("unreadable sample: %s", named)
-            if self._met > self._max_bad * self._samples:
-                raise DataError(
-                    f"{self._met} of the {self._samples} samples of epoch {epoch} could not be read, more than the share "
-                    f"max_bad = {self._max_bad}; the last: {named}. Check the dataset with `wds-train verify`"
-                )
+            self._epoch = epoch
+            self._count = 0
+        for sample in unreadable:
+            self._count += 1
+            LOG.warning("unreadable sample: %s", sample.named)
+            self._limit.check(self._count, epoch, sample.named)

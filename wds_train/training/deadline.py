@@ -6,8 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from wds_train.errors import WorkerDied
 from wds_train.loader.batch import Batch
-from wds_train.loader.mixture import Mixture
-from wds_train.loader.pipeline import Loader
+from wds_train.loader.eval_loader import EvalLoader
+from wds_train.loader.train_loader import TrainLoader
 from wds_train.training.stop_request import StopRequest
 
 LOOK_SECONDS = 0.5  # between two looks at the request to stop, and at the workers
@@ -19,7 +19,7 @@ class Stopped(Exception):
     """Asked to stop, between two steps or two batches of a validation."""
 
 
-def in_time(loader: Loader | Mixture, stop: StopRequest) -> Iterator[Batch]:
+def in_time(loader: TrainLoader | EvalLoader, stop: StopRequest) -> Iterator[Batch]:
     """The batches, read in a thread: a training that was asked to stop waits for the next one DATA_SECONDS at most. The run's
     store can take the last commit while the dataset's hangs.
 
@@ -35,7 +35,7 @@ def in_time(loader: Loader | Mixture, stop: StopRequest) -> Iterator[Batch]:
         reader.shutdown(wait=False)
 
 
-def _awaited(coming: Future[Batch | None], loader: Loader | Mixture, stop: StopRequest) -> Batch | None:
+def _awaited(coming: Future[Batch | None], loader: TrainLoader | EvalLoader, stop: StopRequest) -> Batch | None:
     try:
         return _looked_for(coming, loader, stop)
     except WorkerDied:
@@ -47,7 +47,7 @@ def _awaited(coming: Future[Batch | None], loader: Loader | Mixture, stop: StopR
         raise
 
 
-def _looked_for(coming: Future[Batch | None], loader: Loader | Mixture, stop: StopRequest) -> Batch | None:
+def _looked_for(coming: Future[Batch | None], loader: TrainLoader | EvalLoader, stop: StopRequest) -> Batch | None:
     until = float("inf")
     while not wait([coming], LOOK_SECONDS).done:
         if stop.cause:

@@ -29,7 +29,7 @@ from wds_train.training.setup import (
     expected_pace,
     fresh_run,
     introduction,
-    make_loader,
+    make_train_loader,
     make_trainer,
     refuse,
 )
@@ -71,7 +71,9 @@ class Estimate:
         It forks: no trainer may have been made.
         """
         total = self.options.recipe.schedule.epochs * epoch_steps(self.small, self.datasets)
-        loader = make_loader(self.small, self.datasets, range(max(0, total - MEASURED - 1), total), self.ranks, None)
+        uncached = replace(self.small, cache_dir=None)
+        from_step = max(0, total - MEASURED - 1)
+        loader = make_train_loader(uncached, self.datasets, self.ranks, from_step)
         loader.start()
         batches, began = [], 0.0
         for batch in loader:

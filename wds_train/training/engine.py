@@ -16,10 +16,11 @@ from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.config.precision import Precision
 from wds_train.config.recipe import DataRecipe, Recipe
 from wds_train.config.schedule import average_decay, lr_share
-from wds_train.errors import DataError, NotFinite, RunError, UsageError
+from wds_train.errors import NotFinite, RunError, UsageError
 from wds_train.global_rng import derived_randomness
 from wds_train.images.normalise import Normaliser
 from wds_train.loader.batch import Batch
+from wds_train.loader.unreadable import UnreadableLimit
 from wds_train.models.losses import Criterion, distilled
 from wds_train.models.mistakes import Findings
 from wds_train.models.model import Ema, create_model, create_optimizer, refuse_sizes
@@ -85,6 +86,8 @@ class Trainer:
         self.grad_norm = torch.zeros((), device=self.device)
         self.largest_norm = torch.zeros((), device=self.device)
         self.progress = Progress()
+        samples = self.steps_per_epoch * self.recipe.batch
+        self.unreadable_limit = UnreadableLimit(self.recipe.data.max_bad, samples, "data.max_bad")
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Make one optimizer step; its loss, a float32 scalar on the device."""
@@ -166,7 +169,7 @@ class Trainer:
         # One copy from the device for both.
         loss_sum, norm = torch.stack([self.loss_sum, self.largest_norm.double()]).tolist()
         loss_sum, unreadable = self.ranks.total(loss_sum, self.progress.lost)
-        _refuse_unreadable(self, int(unreadable), "named by the ranks that met them")
+        self.unreadable_limit.check(int(unreadable), self.progress.evaluated, "named by the ranks that met them")
         mean = loss_sum / self.ranks.size / max(1, self.progress.loss_steps)
         _refuse_infinite(mean, norm, self.recipe, self.progress.step)
         return mean
@@ -255,21 +258,9 @@ def _counted(trainer: Trainer, batch: Batch) -> Progress:
     """Return the trainer's progress with the step of `batch` in it."""
     done = trainer.progress
     unreadable = done.lost + len(batch.unreadable)
-    named = "; ".join(f"{entry.shard}, key {entry.key}: {entry.cause}" for entry in batch.unreadable)
-    _refuse_unreadable(trainer, unreadable, named)
+    named = "; ".join(entry.named for entry in batch.unreadable)
+    trainer.unreadable_limit.check(unreadable, done.evaluated, named)
     return replace(done, step=done.step + 1, loss_steps=done.loss_steps + 1, lost=unreadable)
-
-
-def _refuse_unreadable(trainer: Trainer, unreadable: int, named: str) -> None:
-    """Raise `DataError` when more samples of the epoch are unreadable than the recipe allows; `named`: which these
-    were.
-    """
-    most = trainer.recipe.data.max_bad
-    if unreadable > most * trainer.steps_per_epoch * trainer.recipe.batch:
-        raise DataError(
-            f"{unreadable} samples of this epoch could not be read, more than the allowed share data.max_bad = "
-            f"{most}; the last: {named}. Check the dataset with `wds-train verify`"
-        )
 
 
 def _refuse_infinite(loss: float, norm: float, recipe: Recipe, step: int) -> None:

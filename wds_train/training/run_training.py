@@ -27,6 +27,7 @@ from wds_train.console import say
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import Interrupted
 from wds_train.files import home
+from wds_train.loader.cache import make_cache_folder
 from wds_train.loader.mixture import of_same_classes
 from wds_train.loader.workers import limit_threads
 from wds_train.report.goodput_words import told
@@ -40,7 +41,7 @@ from wds_train.training.options import TrainOptions
 from wds_train.training.outcome import next_commands, outcome
 from wds_train.training.ranks import Ranks
 from wds_train.training.session import Session
-from wds_train.training.setup import fresh_run, make_cache, refuse
+from wds_train.training.setup import fresh_run, refuse
 from wds_train.training.stop_request import SIGNALS, StopRequest
 from wds_train.training.watch import watching
 
@@ -60,7 +61,8 @@ def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) 
         _be_deterministic()
     dataset = Dataset.open(options.dataset)
     datasets = [dataset, *(of_same_classes(Dataset.open(url), dataset) for url, _ in options.mix)]
-    cache = make_cache(options, dataset)
+    if options.cache_dir:
+        make_cache_folder(options.cache_dir, dataset, "train")
     stop.check()
     stop.doing = f"the claim of {options.run}"
     run, snapshot = _lead(options, datasets, stop, ranks, clock)
@@ -77,7 +79,7 @@ def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) 
                 watching(ranks, stop, options.hang_minutes, partial(last_word, run)) as watch,
             ):
                 session = Session(options, datasets, run, stop, ranks=ranks, tracker=tracker, watch=watch)
-                session.fork(snapshot.progress.step if snapshot else 0, cache)
+                session.fork(snapshot.progress.step if snapshot else 0)
                 session.connect()
                 session.restore(snapshot)
                 session.run_to_end()

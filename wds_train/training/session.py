@@ -15,8 +15,6 @@ from wds_train.console import Bar, note, say
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import Interrupted, StoppedByPerson, WorkerDied
 from wds_train.loader.batch import Batch
-from wds_train.loader.cache import BlockCache
-from wds_train.loader.pipeline import on_device
 from wds_train.models.mistakes import Findings
 from wds_train.models.scoring import EVAL_BATCH
 from wds_train.tracking.progress import TrainingBar
@@ -35,7 +33,7 @@ from wds_train.training.setup import (
     expected_pace,
     hardware,
     introduction,
-    make_loader,
+    make_train_loader,
     make_trainer,
     make_val_loader,
 )
@@ -74,14 +72,13 @@ class Session:
         self._total = options.recipe.schedule.epochs * self._epoch_steps
         self._val_samples = datasets[0].manifest.split("val").samples
 
-    def fork(self, start: int, cache: BlockCache | None) -> None:
+    def fork(self, start: int) -> None:
         """Begin to read, for the steps from `start` on. It is to be called before this process has threads or uses a
         GPU: loader workers are forked, and a forked child survives neither.
         """
-        self._loader = make_loader(self._options, self._datasets, range(start, self._total), self._ranks, cache)
+        self._loader = make_train_loader(self._options, self._datasets, self._ranks, start)
         self._val_loader = make_val_loader(self._options, self._datasets[0], self._ranks)
-        if start < self._total:
-            self._loader.start()
+        self._loader.start()
         self._val_loader.start()
 
     def connect(self) -> None:
@@ -194,7 +191,7 @@ class Session:
         loss = trainer.epoch_loss()
         findings = Findings() if self._tracker.watching else None
         with lost_ranks():
-            batches = self._looking_up(on_device(in_time(self._val_loader, self._stop), trainer.device))
+            batches = self._looking_up(in_time(self._val_loader, self._stop))
             metrics = trainer.evaluate(batches, self._val_samples, findings)
         unreadable = trainer.epoch_unreadable()
         trainer.evaluated(metrics)
@@ -253,7 +250,7 @@ class Session:
 
 def _tell_unreadable(batch: Batch) -> None:
     for entry in batch.unreadable:
-        say(f"unreadable sample: {entry.shard}, key {entry.key}: {entry.cause}")
+        say(f"unreadable sample: {entry.named}")
 
 
 def _notes(trainer: Trainer) -> Iterator[str]:

@@ -13,11 +13,9 @@ from wds_train.config.schedule import image_side
 from wds_train.console import note
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import NotFound
-from wds_train.loader.cache import BlockCache
-from wds_train.loader.mixture import Mixture
-from wds_train.loader.pipeline import Loader
-from wds_train.loader.plan import EvalPlan, TrainPlan, plan_of, shares
-from wds_train.loader.transform import EvalTransform, TrainTransform
+from wds_train.loader.eval_loader import EvalLoader
+from wds_train.loader.plan import split_batch
+from wds_train.loader.train_loader import TrainLoader
 from wds_train.models.pretrained import TIMM, timm_name
 from wds_train.models.scoring import EVAL_BATCH
 from wds_train.storage.base import Store
@@ -38,9 +36,7 @@ def refuse(options: TrainOptions, datasets: list[Dataset], fresh: RunManifest, s
         if found.status == "done":
             return
         resumes = bool(found.checkpoints)  # the weights that it began from may be gone by now
-    steps = epoch_steps(options, datasets)
-    for dataset, size in zip(datasets, sizes(options), strict=True):
-        _plan(options, dataset, size, range(steps * options.recipe.schedule.epochs), ranks)
+    make_train_loader(options, datasets, ranks)
     model = options.recipe.model
     if ranks.leads and not resumes and model.init.startswith(TIMM):
         weights = TIMM + timm_name(model.init, model)
@@ -80,7 +76,7 @@ def fresh_run(options: TrainOptions, datasets: list[Dataset]) -> RunManifest:
 
 def sizes(options: TrainOptions) -> list[int]:
     """How many images of every batch each dataset gives."""
-    return shares(options.recipe.batch, [share for _, share in options.mix], options.recipe.data.repeats)
+    return split_batch(options.recipe.batch, [share for _, share in options.mix], options.recipe.data.repeats)
 
 
 def epoch_steps(options: TrainOptions, datasets: list[Dataset]) -> int:
@@ -88,41 +84,53 @@ def epoch_steps(options: TrainOptions, datasets: list[Dataset]) -> int:
     return datasets[0].manifest.split("train").samples // sizes(options)[0]
 
 
-def _plan(
-    options: TrainOptions, dataset: Dataset, size: int, steps: range, ranks: Ranks
-) -> tuple[TrainPlan, TrainTransform]:
-    """What `size` images of every batch are read from `dataset` by, for `steps` at least."""
-    recipe, place = options.recipe, {"rank": ranks.rank, "world": ranks.size}
-    plan = plan_of(dataset, "train", recipe.seed, size, steps, repeats=recipe.data.repeats, **place)
-    return plan, TrainTransform(recipe, steps_per_epoch=steps.stop // recipe.schedule.epochs)
+def make_train_loader(options: TrainOptions, datasets: list[Dataset], ranks: Ranks, from_step: int = 0) -> TrainLoader:
+    """Make the loader of the training's batches, which begins at `from_step`.
+
+    Unreadable samples are counted by the trainer, whose count survives a resume.
+    """
+    recipe = options.recipe
+    data = recipe.data
+    return TrainLoader(
+        datasets[0],
+        recipe.batch,
+        epochs=recipe.schedule.epochs,
+        size=data.size,
+        start_size=data.start_size,
+        size_ramp=data.size_ramp,
+        scale=data.scale,
+        ratio=data.ratio,
+        flip=data.flip,
+        color_jitter=data.color_jitter,
+        augment=data.auto_augment,
+        repeats=data.repeats,
+        seed=recipe.seed,
+        from_step=from_step,
+        rank=ranks.rank,
+        world=ranks.size,
+        workers=options.workers,
+        device=ranks.device,
+        mix=list(zip(datasets[1:], (share for _, share in options.mix), strict=True)),
+        cache=options.cache_dir,
+        cache_gb=options.cache_bytes / 1e9,
+        max_bad=None,
+    )
 
 
-def make_cache(options: TrainOptions, dataset: Dataset) -> BlockCache | None:
-    """The cache of the first dataset's blocks, if one is asked for; an error when it cannot be had."""
-    if not options.cache_dir:
-        return None
-    return BlockCache(options.cache_dir, options.cache_bytes, dataset.split("train"), dataset.fingerprint)
-
-
-def make_loader(
-    options: TrainOptions, datasets: list[Dataset], steps: range, ranks: Ranks, cache: BlockCache | None
-) -> Loader | Mixture:
-    """What the training reads, for `steps` at least; the first dataset's through `cache`, if there is one."""
-    on_gpu, loaders = ranks.device.type == "cuda", []
-    for dataset, size in zip(datasets, sizes(options), strict=True):
-        plan, transform = _plan(options, dataset, size, steps, ranks)
-        workers = options.workers and max(1, round(options.workers * size / options.recipe.batch))
-        own = cache if dataset is datasets[0] else None
-        split = dataset.split("train")
-        loaders.append(Loader(split, plan, transform, workers, own, pinned=on_gpu and len(datasets) == 1))
-    return Mixture(loaders, options.recipe.seed, pinned=on_gpu) if len(loaders) > 1 else loaders[0]
-
-
-def make_val_loader(options: TrainOptions, dataset: Dataset, ranks: Ranks) -> Loader:
-    split, data = dataset.split("val"), options.recipe.data
-    plan = EvalPlan(len(split), min(options.recipe.batch, EVAL_BATCH), ranks.rank, ranks.size)
-    transform = EvalTransform(data.eval_size, data.eval_crop)
-    return Loader(split, plan, transform, options.workers, pinned=ranks.device.type == "cuda")
+def make_val_loader(options: TrainOptions, dataset: Dataset, ranks: Ranks) -> EvalLoader:
+    """Make the loader of the validation. Its unreadable samples count as wrong."""
+    data = options.recipe.data
+    return EvalLoader(
+        dataset,
+        min(options.recipe.batch, EVAL_BATCH),
+        size=data.eval_size,
+        crop_ratio=data.eval_crop,
+        rank=ranks.rank,
+        world=ranks.size,
+        workers=options.workers,
+        device=ranks.device,
+        max_bad=None,
+    )
 
 
 def expected_pace(options: TrainOptions, datasets: list[Dataset]) -> Pace:

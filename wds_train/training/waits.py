@@ -7,23 +7,21 @@ import torch
 
 from wds_train.checkpoint.clock import Clock
 from wds_train.loader.batch import Batch
-from wds_train.loader.pipeline import on_device
 
 
 def timed(batches: Iterator[Batch], clock: Clock, device: torch.device) -> Iterator[tuple[Batch, float]]:
-    """Each batch, on `device`, with the seconds that this process waited for it.
+    """Each batch, which is on `device`, with the seconds that this process waited for it.
 
     The clock counts the wait for the first batch as part of the start. Of the others it counts as data only the time in
     which the device had nothing to do: the process runs ahead of a GPU, and what it waits for while the GPU is still at
     the steps before costs nothing.
     """
-    arriving = on_device(batches, device)
     while True:
         begin = time.perf_counter()
         queued = _mark(device)
         if clock.activity != "start":
             clock.turn("data")
-        batch = next(arriving)
+        batch = next(batches)
         waited = time.perf_counter() - begin
         busy = waited - min(waited, _idle(queued, device, waited))
         clock.turn("steps", busy if clock.activity == "data" else 0.0)

@@ -39,7 +39,7 @@ WORD_SECONDS = 2.0  # for a line to stderr, which may be a pipe that nobody read
 NAMED = 4  # hanging ranks, or workers of one, that a message names
 WAITS = ("/torch/distributed/", "/torch/nn/parallel/distributed.py", "/torch/autograd/graph.py")
 """Files of the functions in which a rank may wait for the others within a step."""
-DATA = "/training/in_time.py"
+DATA = "/training/deadline.py"
 """The file of the function in which the main thread waits for a batch, which other threads and processes make."""
 
 Place = tuple[str, bool]
