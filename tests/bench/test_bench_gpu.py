@@ -15,6 +15,8 @@ from wds_train.cli import main
 from wds_train.config.presets import preset
 from wds_train.config.settings import with_settings
 
+pytestmark = pytest.mark.timeout(900)  # all parts in one fixture, on a busy machine
+
 
 def bench(data: object, out: Path, *arguments: str) -> int:
     return main(["bench", "gpu", "--data", str(data), "--out", str(out), *arguments])

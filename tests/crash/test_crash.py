@@ -160,7 +160,8 @@ def test_killed_in_its_last_seconds(
                 assert code in (0, -signal.SIGKILL), trainings[-1].output
                 kills += code != 0
                 assert_nothing_named_is_missing(store)
-                if read_run(store)[0].status == "done":
+                # On a busy machine it may have been killed before there was a run at all.
+                if read_run_status(run) == "done":
                     again = Training(job(small, run, tmp_path, arguments=OFTEN))
                     assert again.end() == 0 and again.steps() == {}, again.output
                     code = 0

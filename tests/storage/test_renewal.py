@@ -264,6 +264,16 @@ def test_a_forgotten_upload_is_sent_again(fault_proxy: FaultProxy, store: S3Stor
     assert store.read("forgotten") == LARGE
 
 
+def test_uploads_that_are_always_forgotten_are_nobody_else_s(fault_proxy: FaultProxy, store: S3Store) -> None:
+    fault_proxy.fail(
+        "status", method="POST", key="forgotten", query="uploadId", status=404, code="NoSuchUpload", times=ALWAYS
+    )
+    with pytest.raises(StoreError, match="the S3 server forgot 3 multipart uploads before their end"):
+        store.write("forgotten", LARGE, if_absent=True)
+    fault_proxy.faults.clear()
+    assert [entry.key for entry in store.list("forgotten")] == []
+
+
 # Redirects
 
 

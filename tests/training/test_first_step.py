@@ -49,6 +49,10 @@ class Odd(nn.Module):
             return self.head(images.movedim(1, 3))
         if self.wrong == "an instance of one value":
             return self.head(self.norm(images.mean((2, 3), keepdim=True)).flatten(1))
+        if self.wrong == "a look at values" and images.sum().item() > 1e9:
+            return self.head(-pooled)
+        if self.wrong == "a look at shapes of values":
+            return self.head(pooled[: len(torch.nonzero(pooled.sum(1) < 1e9))])
         if self.wrong == "no batch of one":
             return self.head(nn.functional.batch_norm(pooled, None, None, training=True))
         return self.head(pooled)
@@ -62,10 +66,13 @@ WRONG = {
 }
 
 
+FINE = ("a look at values", "a look at shapes of values")  # which a pass without memory does not have
+
+
 @pytest.fixture(autouse=True, scope="module")
 def odd_models() -> Iterator[None]:
     """timm's registry with `odd_NUMBER` for each kind of Odd."""
-    for number, wrong in enumerate(("", *WRONG, "a parameter without use", "no batch of one")):
+    for number, wrong in enumerate(("", *WRONG, *FINE, "a parameter without use", "no batch of one")):
 
         def make(pretrained: bool = False, wrong: str = wrong, num_classes: int = 1, **_: object) -> nn.Module:
             return Odd(wrong, num_classes)
@@ -120,6 +127,11 @@ def test_models_that_a_step_cannot_be_taken_with_are_refused(wrong: str) -> None
     with pytest.raises(UsageError, match="cannot work: odd_") as caught:
         check_first_step(trainer(f"model.name={ODD[wrong]}"))
     assert WRONG[wrong] in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", FINE)
+def test_models_that_look_at_values_are_let_pass(kind: str) -> None:
+    check_first_step(trainer(f"model.name={ODD[kind]}"))
 
 
 def test_parameters_without_use_are_refused_on_several_ranks_alone() -> None:

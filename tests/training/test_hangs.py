@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from machines import Machine, manifest_of
+from machines import Machine, Rank, manifest_of
 from trainers import SETTINGS, wait_for_commit
 
 from wds_train.training.watch import DATA_MARGIN, LIMIT_SECONDS, limit_of
@@ -44,6 +45,9 @@ def slow_pattern():
 
 
 def stopped():
+    # The leader's commit of the epoch before is under way: a stop in its midst would leave nothing committed.
+    while not json.load(open(fault["manifest"]))["checkpoints"]:
+        time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -88,11 +92,13 @@ STEP = 14  # in the second epoch
 
 
 @pytest.fixture
-def machine(small: str, tmp_path: Path) -> Machine:
-    return Machine(SCRIPT, small, tmp_path, ranks=2, settings=("schedule.epochs=2",))
+def machine(small: str, tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(SCRIPT, small, tmp_path, ranks=2, settings=("schedule.epochs=2",))
+    yield machine
+    machine.end()
 
 
-def ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[int | None]:
+def ended(processes: list[Rank], seconds: float) -> list[int | None]:
     """The exit codes; None of a process that still is there after so many seconds, which is then killed."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
@@ -147,7 +153,7 @@ def test_a_rank_that_cannot_speak_is_named_by_the_others(
 ) -> None:
     """Without a launcher, rank 0 also holds the store by which the ranks meet."""
     run = str(tmp_path / "run")
-    processes = machine.start(run, *HANGS, how=how, step=STEP, rank=rank)
+    processes = machine.start(run, *HANGS, how=how, step=STEP, rank=rank, manifest=f"{run}/manifest.json")
     other = 1 - rank
     assert ended(processes[other : other + 1], 300) == [75], machine.said()
     if how == "slow_pattern":
@@ -197,7 +203,7 @@ def test_a_loader_worker_that_hangs_is_named(machine: Machine, tmp_path: Path, r
     assert manifest_of(run).status == "interrupted"
 
 
-def wait_for_commit_of(run: str, processes: list[subprocess.Popen[str]]) -> None:
+def wait_for_commit_of(run: str, processes: list[Rank]) -> None:
     until = time.monotonic() + 200
     while not (Path(run) / "manifest.json").exists():
         assert time.monotonic() < until and all(process.poll() is None for process in processes)

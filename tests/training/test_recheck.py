@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,8 +108,10 @@ entry()
 
 
 @pytest.fixture
-def machine(small: str, tmp_path: Path) -> Machine:
-    return Machine(SCRIPT, small, tmp_path, settings=("schedule.epochs=2",))
+def machine(small: str, tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(SCRIPT, small, tmp_path, settings=("schedule.epochs=2",))
+    yield machine
+    machine.end()
 
 
 @pytest.fixture(scope="module")

@@ -39,10 +39,13 @@ class S3Writer:
                 tag = self._tag_of(key, memoryview(body))
                 if tag is not None:
                     return tag
-                lost = error
                 if not _is_gone(error):
-                    break
-        raise Conflict(f"{self._s3.url}/{key} was written by another writer") from lost
+                    raise Conflict(f"{self._s3.url}/{key} was written by another writer") from error
+                gone = error
+        raise StoreError(
+            f"{self._s3.url}/{key}: the S3 server forgot {UPLOADS} multipart uploads before their end; "
+            "see that nothing aborts uploads there, such as a lifecycle rule"
+        ) from gone
 
     def _write_whole(self, key: str, body: Body, condition: dict[str, str]) -> str:
         if len(body) <= PART_BYTES:

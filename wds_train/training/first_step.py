@@ -48,9 +48,9 @@ def check_first_step(trainer: Trainer) -> None:
         try:
             with generators_kept(torch.device("cpu")):
                 _pass_over(trainer, model, part)
-        except NotImplementedError:
-            return  # an operation that PyTorch cannot do without memory: the step itself has to tell
         except (ValueError, RuntimeError, AssertionError, IndexError) as error:
+            if _needs_memory(error):
+                return  # the step itself has to tell
             raise UsageError(_describe(trainer, part, error)) from error
         _check_all_reached(trainer, model)
 
@@ -96,6 +96,11 @@ def _pass_over(trainer: Trainer, model: nn.Module, part: _Part) -> None:
         found = [*logits.shape] if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ValueError(f"it gives {found}, where logits of shape {expected} are needed")
     trainer.criterion(logits.float(), labels).backward()
+
+
+def _needs_memory(error: Exception) -> bool:
+    """Return whether a pass failed only because "meta" has no values: a model may well look at them."""
+    return isinstance(error, NotImplementedError) or "meta tensor" in str(error)
 
 
 def _check_all_reached(trainer: Trainer, model: nn.Module) -> None:

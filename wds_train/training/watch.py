@@ -102,6 +102,7 @@ class Watch:
         self._beat_at = self._began_at = self._talked_at = time.monotonic()
         if self._ranks.size > 1:
             threading.Thread(target=self._talk, name="news", daemon=True).start()
+        self._arm()
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def beat(self, doing: str, *at: int) -> None:
@@ -147,11 +148,18 @@ class Watch:
             if now - looked_at > 3 * self._every + 1:
                 self._forget(now - looked_at)
             looked_at = now
-            # Where C code keeps all Python threads from running, this one included, Python's own watchdog shows where.
-            faulthandler.dump_traceback_later(self._limit + 4 * self._every, file=2)
+            self._arm()
             # Asked to stop, the training has a deadline already.
             if not self._stop.cause:
                 self._judge(now - self._beat_at > self._limit + 3 * self._every)
+
+    def _arm(self) -> None:
+        """Let Python's own watchdog show where the threads are, unless it is put off again.
+
+        It is for C code that keeps all Python threads from running, the watching one included. That may be so
+        from the very first steps on.
+        """
+        faulthandler.dump_traceback_later(self._limit + 4 * self._every, file=2)
 
     def _judge(self, late: bool) -> None:
         """End this process where a rank is to blame. The leader decides that, or, where it is silent, each for itself."""
