@@ -11,7 +11,7 @@ from wds_train.loader.arguments import (
     Normalisation,
     data_recipe,
     device_of,
-    opened,
+    open_dataset,
     place,
     whole,
 )
@@ -78,7 +78,7 @@ class EvalLoader:
         decode: bool = True,
         max_bad: float | None = 0.001,
     ) -> None:
-        self.dataset = opened(dataset)
+        self.dataset = open_dataset(dataset)
         self.split = split
         self.device = device_of(device)
         refuse_no_images(self.dataset)

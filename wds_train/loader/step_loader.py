@@ -9,7 +9,7 @@ import torch
 
 from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.errors import UsageError
-from wds_train.loader.arguments import Address, Mix, opened_all, place, step_of, whole
+from wds_train.loader.arguments import Address, Mix, open_mixture, place, step_of, whole
 from wds_train.loader.batch import Batch
 from wds_train.loader.cache import BlockCache, make_cache_folder
 from wds_train.loader.mixture import Mixture
@@ -57,7 +57,7 @@ class StepLoader(ABC, Generic[Item]):
         self.device = device
         self.rank, self.world = place(rank, world)
         self.workers = default_workers() if workers is None else whole("workers", workers, 0)
-        self.datasets, weights = opened_all(dataset, mix)
+        self.datasets, weights = open_mixture(dataset, mix)
         self.shares = split_batch(self.batch, weights, self.repeats)
         self._cache = Path(cache) if cache else None
         self._cache_bytes = int(cache_gb * 1e9)
@@ -172,7 +172,10 @@ class StepLoader(ABC, Generic[Item]):
 
     def _identity(self) -> dict[str, Any]:
         """Return what decides the order of samples."""
-        others = [[other.fingerprint, share] for other, share in zip(self.datasets[1:], self.shares[1:], strict=True)]
+        others = [
+            [other.fingerprint, share]
+            for other, share in zip(self.datasets[1:], self.shares[1:], strict=True)
+        ]
         identity = {
             "dataset": self.datasets[0].fingerprint,
             "split": self.split,

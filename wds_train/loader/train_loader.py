@@ -18,7 +18,7 @@ from wds_train.loader.arguments import (
     normalisation,
 )
 from wds_train.loader.batch import Batch
-from wds_train.loader.custom_transform import Function, OwnArrays
+from wds_train.loader.custom_transform import ArrayTransform, Function
 from wds_train.loader.step_loader import StepLoader
 from wds_train.loader.transform import Form, TrainTransform, Transform
 
@@ -139,8 +139,8 @@ class TrainLoader(StepLoader[Batch]):
         self._images = Images(transform, decode, normalize, self.device)
 
     def _transform(self, split: SplitReader) -> Transform:
-        own = self._images.transform(split, self.seed)
-        return own or TrainTransform(self._data, self.seed, self.epochs, self.steps_per_epoch)
+        custom = self._images.transform(split, self.seed)
+        return custom or TrainTransform(self._data, self.seed, self.epochs, self.steps_per_epoch)
 
     def _finish(self, batch: Batch) -> Batch:
         return self._images.normalised(batch)
@@ -156,16 +156,24 @@ class Images:
         device: Where pixels are normalised.
     """
 
-    def __init__(self, function: Function | None, decode: bool, normalize: Normalisation, device: torch.device) -> None:
+    def __init__(
+        self,
+        function: Function | None,
+        decode: bool,
+        normalize: Normalisation,
+        device: torch.device,
+    ) -> None:
         if not decode and function is None:
-            raise UsageError("decode = False gives the bytes to a transform; give transform=, too, or use SampleLoader")
+            raise UsageError(
+                "decode = False gives the bytes to a transform; give transform=, too, or use SampleLoader"
+            )
         self._function = function
         self._decode = decode
         self._form: Form | None = None
         data = normalisation(normalize)
         self._normalise = Normaliser(data, device) if data else None
 
-    def transform(self, split: SplitReader, seed: int) -> OwnArrays | None:
+    def transform(self, split: SplitReader, seed: int) -> ArrayTransform | None:
         """Return the caller's transform of the samples of `split`; None if there is none.
 
         Raises:
@@ -173,15 +181,14 @@ class Images:
         """
         if self._function is None:
             return None
-        own = OwnArrays(self._function, split, seed, decoded=self._decode)
-        if self._form is None:
-            self._form = own.measure()
-        own.largest = self._form
+        custom = ArrayTransform(self._function, split, seed, decoded=self._decode, form=self._form)
+        self._form = custom.largest
         if self._normalise and not _is_image(self._form):
             raise UsageError(
-                f"normalize is for images, uint8 [height, width, 3]; the transform returns {self._form}: leave it out"
+                "normalize is for images, uint8 [height, width, 3]; "
+                f"the transform returns {self._form}: leave it out"
             )
-        return own
+        return custom
 
     def normalised(self, batch: Batch) -> Batch:
         """Return the batch with normalised images, if that was asked for."""
@@ -193,7 +200,9 @@ class Images:
 def refuse_no_images(dataset: Dataset) -> None:
     """Raise `UsageError` if the samples of `dataset` may hold anything."""
     if dataset.manifest.image_policy.get("any"):
-        raise UsageError(f"{dataset.store.url} was indexed with --any, whatever its samples hold; use SampleLoader")
+        raise UsageError(
+            f"{dataset.store.url} was indexed with --any, whatever its samples hold; use SampleLoader"
+        )
 
 
 def _is_image(form: Form) -> bool:

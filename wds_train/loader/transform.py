@@ -118,7 +118,9 @@ class TrainTransform:
         box = random_resized_crop(rng, *place.size, self.data.scale, self.data.ratio)
         return box, flip
 
-    def decode(self, data: memoryview, place: Place, drawn: tuple[Box, bool], out: NDArray[np.uint8]) -> None:
+    def decode(
+        self, data: memoryview, place: Place, drawn: tuple[Box, bool], out: NDArray[np.uint8]
+    ) -> None:
         box, flip = drawn
         decode_crop(data, box, out, flip=flip)
         self.augment(place.epoch, place.position, out)
