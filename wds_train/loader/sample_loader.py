@@ -42,7 +42,7 @@ class Samples:
 
 
 class SampleLoader(StepLoader[Samples]):
-    """Samples beyond images for a training, in the exact order of `TrainLoader` and with its state.
+    """Samples beyond images for a training, in the order and with the state of `TrainLoader`.
 
     A sample is a dictionary of its members' bytes by extension, as {"jpg": b"...", "txt": b"..."},
     or what `transform` makes of it.
