@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from isal.isal_zlib import crc32
@@ -220,7 +219,8 @@ def _read(store: Store, name: str, start: int, stop: int) -> bytes:
     return store.read(name, start, stop - start) if stop > start else b""
 
 
-class _SampleCheck(NamedTuple):
+@dataclass(frozen=True)
+class _SampleCheck:
     """Compares samples with their rows in the index.
 
     Attributes:

@@ -109,7 +109,7 @@ def orientation(data: bytes | memoryview) -> int:
 
     The EXIF may stand anywhere in the file. All code that asks goes through here, and for JPEG
     through `jpeg.read_header`: two readers that disagree would give an index whose sizes are not
-    the decoder's. XMP is not read: browsers do not read it, nor does anything that reads EXIF alone.
+    the decoder's. XMP is not read: browsers ignore it, and so does all that reads EXIF alone.
 
     Raises:
         DataError: It is a JPEG without a header.
