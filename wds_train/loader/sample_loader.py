@@ -8,7 +8,7 @@ import torch
 
 from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.errors import UsageError
-from wds_train.loader.arguments import Address, Mix
+from wds_train.loader.arguments import Address, Mix, place
 from wds_train.loader.batch import Batch, Unreadable
 from wds_train.loader.custom_transform import Function, ObjectTransform
 from wds_train.loader.step_loader import StepLoader
@@ -110,8 +110,7 @@ class SampleLoader(StepLoader[Samples]):
             epochs,
             seed=seed,
             from_step=from_step,
-            rank=rank,
-            world=world,
+            ranks=place(rank, world),
             workers=workers,
             device=torch.device("cpu"),
             mix=mix,
