@@ -234,7 +234,7 @@ def _find_odd_key(keys: pa.ChunkedArray) -> int | None:
 
 
 class Content(NamedTuple):
-    """Where a sample's image is in its record, and the record's checksum.
+    """The place of a sample's image in its record, and the record's checksum.
 
     A record is all bytes of a sample, from its first tar header to the last padding.
 

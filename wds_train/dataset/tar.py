@@ -67,7 +67,7 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where its padding ends."""
+        """The offset at which its padding ends."""
         return self.data_offset + padded(self.size)
 
 

@@ -54,7 +54,7 @@ def blocks(shard_samples: Sequence[int]) -> tuple[Places, NDArray[np.uint8]]:
     count = int(ends[-1])
     kind = np.int32 if count * BLOCK < 1 << 31 else np.int64  # int32 takes half the memory
 
-    # A block starts BLOCK samples after the one before it, but for the gaps that the short last
+    # A block starts BLOCK samples after the one before it, except for the gaps that the short last
     # blocks of earlier shards make.
     shard_starts = np.cumsum(samples) - samples
     first_blocks = ends - counts

@@ -62,7 +62,7 @@ class TrainLoader(StepLoader[Batch]):
         per_epoch: End each iteration at the end of an epoch.
         start_size: Side of the first epochs' images, which grows to `size`; 0: `size` throughout.
         size_ramp: The shares of the epochs between which the side grows.
-        repeats: How often each sample stands in its batch, each time augmented anew (repeated
+        repeats: How often each sample stands in its batch, each time augmented again (repeated
             augmentation, Hoffer et al. 2019, arXiv:1901.09335). A pass then takes so many epochs.
 
     Raises:
