@@ -12,8 +12,14 @@ from wds_train.rng import key
 
 
 def point_generators(device: torch.device, *parts: str | int) -> None:
-    """Point the global generators of Python, NumPy and torch, the CPU's and `device`'s, at `parts`. Layers such as dropout
-    draw from torch's, timm's Mixup from NumPy's, its RandomErasing from Python's and torch's.
+    """Point the global generators at a key: Python's, NumPy's, and torch's of the CPU and `device`.
+
+    Layers such as dropout draw from torch's, timm's Mixup from NumPy's, its RandomErasing from
+    Python's and torch's.
+
+    Args:
+        device: The device whose generator is pointed, too.
+        parts: The parts of the key.
     """
     bits = key(*parts)
     random.seed(bits)
@@ -27,20 +33,26 @@ def point_generators(device: torch.device, *parts: str | int) -> None:
 
 @contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
-    """Within, the global generators of Python, NumPy and torch may be pointed elsewhere; afterwards all are as before."""
-    python, numpy_state = random.getstate(), np.random.get_state()
+    """Keep the state of all global generators: after the `with`, they are as they were before."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:
-            random.setstate(python)
+            random.setstate(python_state)
             np.random.set_state(numpy_state)
 
 
 @contextmanager
 def derived_randomness(device: torch.device, *parts: str | int) -> Iterator[None]:
-    """Within, every draw is a function of `parts`, so that a resumed run draws what the unbroken one drew. Afterwards all
-    are as before.
+    """Make every draw a function of `parts`: a resumed run draws what the unbroken one drew.
+
+    After the `with`, the global generators are as they were before.
+
+    Args:
+        device: The device whose generator is pointed at `parts`, too.
+        parts: The parts of the key.
     """
     with generators_kept(device):
         point_generators(device, *parts)
@@ -49,23 +61,45 @@ def derived_randomness(device: torch.device, *parts: str | int) -> Iterator[None
 
 @contextmanager
 def keyed(rng: np.random.Generator) -> Iterator[None]:
-    """Within, what draws from global generators (torchvision's transforms, say) draws what follows from `rng`. Afterwards
-    they are as before.
+    """Let code that draws from global generators, as torchvision's transforms do, draw from `rng`.
+
+    Their draws follow from one draw of `rng`. After the `with`, the global generators are as they
+    were before.
+
+    Args:
+        rng: The generator that a transform gets.
+
+    Example:
+        >>> import random
+        >>> import numpy as np
+        >>> def draw(seed):
+        ...     with keyed(np.random.default_rng(seed)):
+        ...         return random.random()
+        >>> draw(7) == draw(7)
+        True
+        >>> draw(7) == draw(8)
+        False
     """
     with derived_randomness(torch.device("cpu"), int(rng.integers(1 << 63))):
         yield
 
 
 def generator_states() -> dict[str, Any]:
-    """Where the CPU's global generators are, by their names."""
+    """Return the states of the CPU's global generators, by their names."""
     state = np.random.get_state(legacy=False)
+    key_bytes = state["state"]["key"].tobytes()
     return {
         "random": random.getstate(),
-        "numpy.random": (state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"], state["gauss"]),
+        "numpy.random": (key_bytes, state["state"]["pos"], state["has_gauss"], state["gauss"]),
         "torch": torch.default_generator.get_state().numpy().tobytes(),
     }
 
 
 def drawn_from(before: dict[str, Any]) -> str:
-    """The names of the global generators that are no more where they were; empty for none."""
-    return ", ".join(name for name, state in generator_states().items() if state != before[name])
+    """Return the names of the global generators that were drawn from; empty for none.
+
+    Args:
+        before: What `generator_states` returned before.
+    """
+    moved = [name for name, state in generator_states().items() if state != before[name]]
+    return ", ".join(moved)

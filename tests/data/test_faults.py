@@ -14,6 +14,7 @@ import torch
 from fault_proxy import Fault, FaultProxy
 
 from wds_train.cli import main
+from wds_train.commands.order import list_order
 from wds_train.config.recipe import DataRecipe
 from wds_train.dataset.integrity import verify
 from wds_train.dataset.reader import Dataset
@@ -21,7 +22,6 @@ from wds_train.errors import AccessDenied, DataError, NotFound, Unavailable
 from wds_train.loader.cache import BlockCache
 from wds_train.loader.fetch import Fetcher
 from wds_train.loader.order import blocks
-from wds_train.loader.order_listing import stream_order
 from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import Request, TrainPlan
 from wds_train.loader.transform import TrainTransform
@@ -41,7 +41,7 @@ def plan_of(dataset: Dataset, **changes: object) -> TrainPlan:
 
 def lines(dataset: Dataset, world: int = 1, workers: int = 0, from_step: int = 0) -> list[tuple[int, int, str, int]]:
     return list(
-        stream_order(
+        list_order(
             dataset, seed=0, epoch=0, global_batch=BATCH, world=world, workers=workers, from_step=from_step, steps=None
         )
     )

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from wds_train.cli import main
+from wds_train.commands.order import list_order
 from wds_train.config.recipe import DataRecipe
 from wds_train.dataset.index import read_index
 from wds_train.dataset.reader import Dataset
@@ -25,7 +26,6 @@ from wds_train.loader.batch import Batch
 from wds_train.loader.fetch import Fetcher, Memory
 from wds_train.loader.mixture import Mixture
 from wds_train.loader.order import WINDOW
-from wds_train.loader.order_listing import stream_order
 from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan, Request, TrainPlan, split_batch
 from wds_train.loader.transform import EvalTransform, Place, TrainTransform
@@ -52,7 +52,7 @@ def order_lines(dataset: Dataset, **changes: int) -> list[tuple[int, int, str, i
         "from_step": 0,
         "steps": None,
     } | changes
-    return list(stream_order(dataset, **arguments))  # type: ignore[arg-type]
+    return list(list_order(dataset, **arguments))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,15 @@
 """`wds-train order`: the samples of an epoch in training order, read through the real loader."""
 
 import argparse
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 
 from wds_train.commands.flags import add_dataset, count, dataset_url, positive
 from wds_train.config.numbers import whole
 from wds_train.console import loading
 from wds_train.dataset.reader import Dataset
+from wds_train.errors import DataError, UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,20 +17,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole, default=0, help="of the order (%(default)s)")
     parser.add_argument("--epoch", type=count, default=0, help="counted from 0 (%(default)s)")
     parser.add_argument(
-        "--global-batch", type=positive, default=256, metavar="B", help="samples per step over all ranks"
+        "--global-batch",
+        type=positive,
+        default=256,
+        metavar="B",
+        help="samples per step over all ranks",
     )
     parser.add_argument("--world", type=positive, default=1, metavar="R", help="ranks to read as")
-    parser.add_argument("--workers", type=count, default=0, metavar="W", help="loader workers per rank")
-    parser.add_argument("--from-step", type=count, default=0, metavar="K", help="first step of the epoch to print")
-    parser.add_argument("--steps", type=count, metavar="N", help="how many steps; all that remain by default")
+    parser.add_argument(
+        "--workers", type=count, default=0, metavar="W", help="loader workers per rank"
+    )
+    parser.add_argument(
+        "--from-step", type=count, default=0, metavar="K", help="first step of the epoch to print"
+    )
+    parser.add_argument(
+        "--steps", type=count, metavar="N", help="how many steps; all that remain by default"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     dataset = Dataset.open(dataset_url(args.dataset, args.bucket))
     loading()
-    from wds_train.loader.order_listing import stream_order
-
-    lines = stream_order(
+    lines = list_order(
         dataset,
         seed=args.seed,
         epoch=args.epoch,
@@ -39,3 +51,68 @@ def run(args: argparse.Namespace) -> int:
     for line in lines:
         print("\t".join(map(str, line)))
     return 0
+
+
+def list_order(
+    dataset: Dataset,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    world: int,
+    workers: int,
+    from_step: int,
+    steps: int | None,
+) -> Iterator[tuple[int, int, str, int]]:
+    """Yield the samples of an epoch in the order of a training.
+
+    They are read through the real loader, as `world` ranks with `workers` each would read them, but
+    not decoded.
+
+    Args:
+        dataset: The dataset.
+        seed: Seed of the order.
+        epoch: The epoch.
+        global_batch: Samples of a step, over all ranks.
+        world: The number of ranks.
+        workers: Loader workers of each rank.
+        from_step: The epoch's first step to list.
+        steps: The number of steps to list; None: all that remain.
+
+    Yields:
+        The step within the epoch, the position in its order, the sample's key, and its label.
+
+    Raises:
+        UsageError: The epoch has fewer steps than `from_step`.
+        DataError: A sample is unreadable.
+    """
+    from wds_train.loader.pipeline import Pipeline
+    from wds_train.loader.plan import TrainPlan
+
+    split = dataset.split("train")
+    plan = TrainPlan(
+        split.shard_samples,
+        dataset.fingerprint,
+        seed,
+        global_batch,
+        range(epoch, epoch + 1),
+        world=world,
+    )
+    if from_step > plan.steps_per_epoch:
+        raise UsageError(
+            f"--from-step {from_step} is beyond the epoch, which has {plan.steps_per_epoch} steps"
+        )
+    first = epoch * plan.steps_per_epoch
+    loaders = []
+    for rank in range(world):
+        loaders.append(
+            Pipeline(split, replace(plan, rank=rank, from_step=first + from_step), None, workers)
+        )
+    # Every rank has the same steps.
+    for batches in itertools.islice(zip(*loaders, strict=True), steps):
+        for batch in batches:
+            for sample in batch.unreadable:
+                raise DataError(sample.named)
+            for position, number in zip(batch.positions.tolist(), batch.ids.tolist(), strict=True):
+                label = int(split.index.label[number])
+                yield batch.step - first, position, split.index.key_of(number), label

@@ -9,11 +9,18 @@ from numpy.typing import NDArray
 
 
 def to_array(values: Sequence[Any] | NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """Numbers, or text in UTF-8, as an Arrow array. It is made by way of buffers: `pa.array`, and whatever else takes
-    values from Python, imports pandas where there is one, for .4 s in every process.
+    """Return numbers, or text in UTF-8, as an Arrow array.
+
+    It is made from buffers. `pa.array`, and whatever else takes values from Python, imports pandas
+    if it is installed, for .4 s in every process.
+
+    Args:
+        values: The numbers or texts, none of them None.
+        kind: The Arrow type, a number's or `pa.string()`.
     """
     if kind != pa.string():
-        numbers = np.ascontiguousarray(values, kind.to_pandas_dtype())  # a NumPy type, whatever its name says
+        dtype = kind.to_pandas_dtype()  # a NumPy type, whatever its name says
+        numbers = np.ascontiguousarray(values, dtype)
         return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
     text = [value.encode() for value in values]
     ends = np.cumsum([0, *map(len, text)])
@@ -23,11 +30,13 @@ def to_array(values: Sequence[Any] | NDArray[Any], kind: pa.DataType) -> pa.Arra
 
 
 def to_batch(columns: Iterable[Sequence[Any]], schema: pa.Schema) -> pa.RecordBatch:
-    """A record batch of `columns` in the order of `schema`, without empty cells."""
-    arrays = [to_array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    """Return a record batch of `columns`, in the order of `schema`, without empty cells."""
+    arrays = []
+    for column, field in zip(columns, schema, strict=True):
+        arrays.append(to_array(column, field.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def to_numpy(numbers: pa.ChunkedArray) -> NDArray[Any]:
-    """A column without empty cells, without pandas (see `to_array`)."""
+    """Return a column of numbers without empty cells as an array, without pandas."""
     return np.from_dlpack(numbers.combine_chunks())

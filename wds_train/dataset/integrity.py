@@ -1,4 +1,4 @@
-"""Whether a dataset is whole: every byte is read anew and compared."""
+"""Integrity of a dataset: read every byte, and compare it with manifest, index and tar headers."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,29 +11,43 @@ from isal.isal_zlib import crc32
 from wds_train.dataset.index import SampleIndex, read_index
 from wds_train.dataset.manifest import IN_PLACE, Index, Shard
 from wds_train.dataset.reader import Dataset, read_whole, readings
-from wds_train.dataset.tar import extension_of, members
+from wds_train.dataset.tar import Member, extension_of, members
 from wds_train.errors import DataError, NotFound
 from wds_train.storage.base import Store
 
-CHUNK = 8 << 20
-Passed = Callable[[int], object]  # is told of the bytes that were read, by several threads
+CHUNK = 8 << 20  # bytes that are read at once
 SHARDS_AT_ONCE = 4
+Passed = Callable[[int], object]  # gets the number of bytes that were read, in several threads
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What `verify` found: `key` is empty when it is not one sample's."""
+    """A fault that `verify` found.
+
+    Attributes:
+        shard: The name of the shard, or of another object.
+        key: The sample's key. Empty if it is not about one sample.
+        cause: What is wrong.
+    """
 
     shard: str
     key: str
     cause: str
 
     def __str__(self) -> str:
-        return f"{self.shard}{f' {self.key}' if self.key else ''}: {self.cause}"
+        sample = f" {self.key}" if self.key else ""
+        return f"{self.shard}{sample}: {self.cause}"
 
 
 def verify(dataset: Dataset, passed: Passed = lambda _: None) -> Iterator[Damage]:
-    """Read every byte that the manifest names, and report what is not what manifest, index and tar say together."""
+    """Read every byte that the manifest names, and yield what does not fit.
+
+    Manifest, index and tar headers must say the same.
+
+    Args:
+        dataset: The dataset.
+        passed: Is called with the number of bytes that were read, for a progress bar.
+    """
     if report := dataset.manifest.report:
         yield from _verify_object(dataset.store, report, passed)
     for name in dataset.manifest.splits:
@@ -42,28 +56,36 @@ def verify(dataset: Dataset, passed: Passed = lambda _: None) -> Iterator[Damage
 
 def _verify_split(dataset: Dataset, name: str, passed: Passed) -> Iterator[Damage]:
     split = dataset.manifest.split(name)
-    whose = {shard.sha256: shard.name for shard in split.shards}
+    shard_of_sha256 = {shard.sha256: shard.name for shard in split.shards}
     by_shard = isinstance(split.index, tuple)
-    found, whole = ([], None) if by_shard else _verify_index(dataset, name, None, passed)
-    yield from found
+    whole_index = None
+    if not by_shard:
+        found, whole_index = _verify_index(dataset, name, None, passed)
+        yield from found
 
-    def shard_damage(number: int) -> list[Damage]:
-        found, index = _verify_index(dataset, name, number, passed) if by_shard else ([], whole)
+    def verify_shard(number: int) -> list[Damage]:
         shard = split.shards[number]
-        if index is None:  # one that says where nothing is tells nothing of the samples
+        found: list[Damage] = []
+        index = whole_index
+        if by_shard:
+            found, index = _verify_index(dataset, name, number, passed)
+        if index is None:  # nothing says where samples are, so only the whole can be checked
             return [*found, *_verify_object(dataset.store, shard, passed)]
-        return found + _verify_shard(dataset, shard, index, number, whose, passed=passed)
+        return found + _verify_shard(dataset, shard, index, number, shard_of_sha256, passed=passed)
 
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-        for damage in pool.map(shard_damage, range(len(split.shards))):
+        for damage in pool.map(verify_shard, range(len(split.shards))):
             yield from damage
 
 
 def _verify_index(
     dataset: Dataset, name: str, shard: int | None, passed: Passed
 ) -> tuple[list[Damage], SampleIndex | None]:
-    """What is wrong with the index of the split `name`, or of its `shard` alone, and the index, if samples can be found by it: it
-    may be another one than the manifest names, and still tell which samples differ.
+    """Verify the index of the split `name`, or of its `shard` alone.
+
+    Returns:
+        Its faults; and the index, or None if samples cannot be found by it. It may be another one
+        than the manifest names, and still tell which samples differ.
     """
     named = dataset.manifest.split(name).indexes[shard or 0]
     found = [*_verify_object(dataset.store, named, passed)]
@@ -71,7 +93,7 @@ def _verify_index(
         index = read_index(read_whole(dataset.store, named), f"{dataset.store.url}/{named.name}")
     except (DataError, NotFound) as error:
         return [*found, Damage(named.name, "", str(error))], None
-    flaws = [Damage(named.name, "", flaw) for flaw in dataset.flaws(name, index, shard)]
+    flaws = [Damage(named.name, "", flaw) for flaw in dataset.find_flaws(name, index, shard)]
     return found + flaws, None if flaws else index
 
 
@@ -83,57 +105,98 @@ def _verify_object(store: Store, named: Index | Shard, passed: Passed) -> Iterat
         return
     passed(len(data))
     if (len(data), hashlib.sha256(data).hexdigest()) != (named.bytes, named.sha256):
-        yield Damage(named.name, "", "it is not what the manifest names: its size or sha256 differs")
+        yield Damage(
+            named.name, "", "it is not what the manifest names: its size or sha256 differs"
+        )
 
 
 def _verify_shard(
-    dataset: Dataset, shard: Shard, index: SampleIndex, number: int, whose: dict[str, str], *, passed: Passed
+    dataset: Dataset,
+    shard: Shard,
+    index: SampleIndex,
+    number: int,
+    shard_of_sha256: dict[str, str],
+    *,
+    passed: Passed,
 ) -> list[Damage]:
-    store, rows = dataset.store, np.flatnonzero(index.shard == number)
+    """Verify one shard, whose samples are those of `index` with its `number`."""
+    store = dataset.store
+    rows = np.flatnonzero(index.shard == number)
     try:
         size, _ = store.head(shard.name)
     except NotFound:
         return [Damage(shard.name, "", f"it is missing, with {shard.samples} samples")]
-    for _ in readings(store):  # what lies between the samples has no checksum but the shard's
+    # Bytes between the samples have no checksum but the shard's, so the shard is read again.
+    for _ in readings(store):
         found, sha256 = _verify_samples(dataset, shard.name, size, index, rows, passed=passed)
         if found or sha256 == shard.sha256:
             break
     if len(rows) != shard.samples:
-        found.append(Damage(shard.name, "", f"the index has {len(rows)} samples, the manifest {shard.samples}"))
+        cause = f"the index has {len(rows)} samples, the manifest {shard.samples}"
+        found.append(Damage(shard.name, "", cause))
     if sha256 == shard.sha256:
         return found
-    if sha256 in whose:  # every sample differs: one line says more than all of them
-        return [Damage(shard.name, "", f"it holds the bytes of {whose[sha256]}")]
-    cut = f"it has {size} bytes, the manifest says {shard.bytes}; " if size != shard.bytes else ""
-    where = f"{len(found)} samples are named above" if found else "the damage is outside the samples"
-    return [*found, Damage(shard.name, "", f"{cut}its sha256 differs from the manifest's; {where}")]
+    if sha256 in shard_of_sha256:  # every sample differs: one line says more than all of them
+        return [Damage(shard.name, "", f"it holds the bytes of {shard_of_sha256[sha256]}")]
+
+    cut = ""
+    if size != shard.bytes:
+        cut = f"it has {size} bytes, the manifest says {shard.bytes}; "
+    where = "the damage is outside the samples"
+    if found:
+        where = f"{len(found)} samples are named above"
+    cause = f"{cut}its sha256 differs from the manifest's; {where}"
+    return [*found, Damage(shard.name, "", cause)]
 
 
 def _verify_samples(
-    dataset: Dataset, name: str, size: int, index: SampleIndex, rows: np.ndarray, *, passed: Passed
+    dataset: Dataset,
+    name: str,
+    size: int,
+    index: SampleIndex,
+    rows: np.ndarray,
+    *,
+    passed: Passed,
 ) -> tuple[list[Damage], str]:
-    """The damaged ones of the samples `rows` of an object, and the sha256 of all of it, reading it once."""
-    store, ids = dataset.store, [entry.id for entry in dataset.manifest.classes]
-    own = dataset.manifest.source != IN_PLACE
+    """Verify the samples `rows` of the shard `name`, and hash the shard, in one pass over it.
+
+    Returns:
+        The damaged samples, and the shard's sha256.
+    """
+    store = dataset.store
+    check = _SampleCheck(
+        index,
+        classes=[entry.id for entry in dataset.manifest.classes],
+        ours=dataset.manifest.source != IN_PLACE,
+    )
+
+    # Leave out samples that the index puts beyond the end, or before the one that they follow.
     ends = index.offset[rows] + index.length[rows]
     starts = np.concatenate([[0], ends])[:-1]
     usable = (ends <= size) & (index.offset[rows] >= starts)
-    cause = f"the shard ends at byte {size}, before the sample does, or the index has it out of order"
+    cause = (
+        f"the shard ends at byte {size}, before the sample does, or the index has it out of order"
+    )
     found = [Damage(name, index.key_of(row), cause) for row in rows[~usable]]
-    rows, digest, at = rows[usable], hashlib.sha256(), 0
-    for first, last in _runs(index, rows):
-        start, stop = int(index.offset[rows[first]]), int(index.offset[rows[last]] + index.length[rows[last]])
+    rows = rows[usable]
+
+    digest = hashlib.sha256()
+    at = 0
+    for first, last in _split_runs(index, rows):
+        start = int(index.offset[rows[first]])
+        stop = int(index.offset[rows[last]] + index.length[rows[last]])
         for _ in readings(store):
             data = store.read(name, start, stop - start)
             damaged = []
             for row in rows[first : last + 1].tolist():
                 offset = int(index.offset[row]) - start
-                cause = _sample_damage(data[offset : offset + int(index.length[row])], index, row, ids, own=own)
-                damaged += [Damage(name, index.key_of(row), cause)] if cause else []
+                cause = check.find_damage(data[offset : offset + int(index.length[row])], row)
+                if cause:
+                    damaged.append(Damage(name, index.key_of(row), cause))
             if not damaged:
                 break
         found += damaged
-        digest.update(_read(store, name, at, start))
+        digest.update(_read(store, name, at, start))  # what lies between the runs
         digest.update(data)
         passed(stop - at)
         at = stop
@@ -142,8 +205,8 @@ def _verify_samples(
     return found, digest.hexdigest()
 
 
-def _runs(index: SampleIndex, rows: np.ndarray) -> Iterator[tuple[int, int]]:
-    """First and last place of the runs of `rows` that are read at once: about CHUNK bytes each."""
+def _split_runs(index: SampleIndex, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield the first and last place of the runs of `rows` to read at once, about CHUNK each."""
     first = 0
     for place in range(len(rows)):
         end = index.offset[rows[place]] + index.length[rows[place]]
@@ -156,39 +219,74 @@ def _read(store: Store, name: str, start: int, stop: int) -> bytes:
     return store.read(name, start, stop - start) if stop > start else b""
 
 
-def _plain(label: bytes) -> str:
-    """The label that a `.cls` holds: in those of others it may be the class's name, as text or as JSON."""
-    return label.decode(errors="replace").strip().strip('"')
+@dataclass(frozen=True)
+class _SampleCheck:
+    """Compares samples with their rows in the index.
 
-
-def _sample_damage(record: bytes, index: SampleIndex, row: int, ids: Sequence[str], *, own: bool) -> str:
-    """Say why a sample is not what its row says, or nothing.
-
-    Args:
-        record: Its bytes, from the first header to the last padding.
-        ids: The classes'.
-        own: Whether the shard is one that we wrote.
+    Attributes:
+        index: The index.
+        classes: The ids of the classes, in the order of labels.
+        ours: The shards are ones that we wrote, not indexed in place.
     """
-    if crc32(record) != index.crc32[row]:
-        return "its bytes do not match the checksum in the index"
-    # The record alone is not an archive: two zero blocks end it as one.
-    data = record + bytes(1024)
-    try:
-        parts = list(members(lambda offset, length: data[offset : offset + length], 0, len(data)))
-    except DataError as error:
-        return str(error)
-    image = next((part for part in parts if part.data_offset == index.data_offset[row] - index.offset[row]), None)
-    if image is None or image.size != index.data_length[row]:
-        return "its image is not where the index says"
-    key = index.key_of(row)
-    # Between the members of others lie folders and what systems leave: these are no part of the sample.
-    mine = {part: name for part in parts if (name := extension_of(part.name, key)) is not None}
-    label = next((part for name in ("cls", "label.cls") for part in mine if mine[part] == name), None)
-    if label is not None:
-        inside = record[label.data_offset : label.data_offset + label.size]
-        said, right = _plain(inside), (str(index.label[row]), ids[index.label[row]])
-        # Others write a label in many ways (3.0, cafe\u0301): it is wrong for certain where it names another class.
-        if said not in right and (own or said in ids):
-            return f"its label is {inside.decode(errors='replace')!r} in the shard and {index.label[row]} in the index"
-    odd = next((part for part in parts if part not in mine and (own or part is image)), None)
-    return f"the shard calls it {odd.name!r}" if odd is not None else ""
+
+    index: SampleIndex
+    classes: Sequence[str]
+    ours: bool
+
+    def find_damage(self, record: bytes, row: int) -> str:
+        """Return why a sample is not what its row says; empty if it is.
+
+        Args:
+            record: The sample's bytes, from the first tar header to the last padding.
+            row: Its row.
+        """
+        index = self.index
+        if crc32(record) != index.crc32[row]:
+            return "its bytes do not match the checksum in the index"
+        # The record alone is not an archive: two zero blocks end it as one.
+        data = record + bytes(1024)
+        try:
+            parts = list(members(lambda at, length: data[at : at + length], 0, len(data)))
+        except DataError as error:
+            return str(error)
+        image_start = index.data_offset[row] - index.offset[row]
+        image = next((part for part in parts if part.data_offset == image_start), None)
+        if image is None or image.size != index.data_length[row]:
+            return "its image is not where the index says"
+
+        # Shards of others have folders, and files of their systems, between the members. These are
+        # no part of the sample.
+        fields: dict[Member, str] = {}
+        for part in parts:
+            field = extension_of(part.name, index.key_of(row))
+            if field is not None:
+                fields[part] = field
+        label_fault = self._find_label_fault(fields, data, row)
+        if label_fault:
+            return label_fault
+        for part in parts:
+            if part not in fields and (self.ours or part is image):
+                return f"the shard calls it {part.name!r}"
+        return ""
+
+    def _find_label_fault(self, fields: dict[Member, str], data: bytes, row: int) -> str:
+        """Return why the label in the shard is not the index's; empty if it may be."""
+        label = None
+        for name in ("label.cls", "cls"):  # cls has precedence
+            label = next((part for part in fields if fields[part] == name), label)
+        if label is None:
+            return ""
+        inside = data[label.data_offset : label.data_offset + label.size]
+        # In shards of others it may be the class's name, as text or as JSON.
+        text = inside.decode(errors="replace").strip().strip('"')
+        number = self.index.label[row]
+        if text in (str(number), self.classes[number]):
+            return ""
+        # Others write a label in many ways (3.0, cafe\u0301). It is wrong for certain only where
+        # it names another class.
+        if self.ours or text in self.classes:
+            return (
+                f"its label is {inside.decode(errors='replace')!r} in the shard "
+                f"and {number} in the index"
+            )
+        return ""

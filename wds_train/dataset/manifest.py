@@ -1,10 +1,16 @@
-"""The dataset manifest: `manifest.json` beside the shards, written last. What it does not name does not exist.
+"""The dataset manifest: `manifest.json` next to the shards, written last.
 
-{"format": 1, "kind": "wds-train dataset", "classes": [{"id", "name"}], "splits": {"train": {"shards": [{"name",
-"bytes", "samples", "sha256"}], "index": {"name", "bytes", "sha256"}}}, "source", "seed", "image_policy", "fingerprint",
-"conversion": what else decided the bytes, "report": {"name", "bytes", "sha256"} of the list of samples left out or altered}
+What it does not name does not exist. Its fields:
 
-A large split has a list for its "index", of one for each shard in turn, and the manifest is then of format 2.
+    {"format": 1, "kind": "wds-train dataset", "classes": [{"id", "name"}],
+     "splits": {"train": {"shards": [{"name", "bytes", "samples", "sha256"}],
+                          "index": {"name", "bytes", "sha256"}}},
+     "source", "seed", "image_policy", "fingerprint",
+     "conversion": what else decided the bytes,
+     "report": {"name", "bytes", "sha256"} of the list of samples left out or altered}
+
+A large split has a list for its "index", with one for each shard in turn. The manifest is then of
+format 2.
 """
 
 import hashlib
@@ -23,25 +29,34 @@ FORMAT_BY_SHARD = 2
 KIND = "wds-train dataset"
 NAME = "manifest.json"
 IN_PLACE = "webdataset, indexed in place"  # the source of a dataset whose tars others wrote
-# A shard that replaces one of the same place in an overwritten dataset: train/shard-000007.1f2e3d4c.tar.
 SHA256 = re.compile("[0-9a-f]{64}")
 MOST = 1 << 62  # bytes or samples: sums of a few still fit into 64 bits
-# In a name, they would break a line, or write over what a terminal shows; half a surrogate cannot be written at all.
+# In a name, these would break a line, or write over what a terminal shows; half a surrogate cannot
+# be written at all.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 SPLIT_NAME = re.compile("[A-Za-z0-9_-]{1,60}")
+# The addition to the name of a shard that replaces one in an overwritten dataset:
+# train/shard-000007.1f2e3d4c.tar.
 REPLACEMENT = re.compile(r"(?<=/shard-\d{6})\.[0-9a-f]{8}(?=\.tar$)")
 
 
 @dataclass(frozen=True)
 class ClassInfo:
-    """A class: `id` as the source calls it (a wnid, say), `name` for people. Its label is its place in the list."""
+    """A class. Its label is its place in the manifest's list.
+
+    Attributes:
+        id: Its name in the source, such as a wnid.
+        name: Its name for people.
+    """
 
     id: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)  # of which there may be 80,000
+@dataclass(frozen=True, slots=True)  # there may be 80,000 of them
 class Shard:
+    """A shard: its object's name, its size, its samples, and the sha256 of its bytes."""
+
     name: str
     bytes: int
     samples: int
@@ -50,7 +65,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """An object beside the shards."""
+    """An object next to the shards: its name, its size, and the sha256 of its bytes."""
 
     name: str
     bytes: int
@@ -59,26 +74,46 @@ class Index:
 
 @dataclass(frozen=True)
 class Split:
-    """`index`: that of all samples, or one for each shard."""
+    """A split of a dataset.
+
+    Attributes:
+        shards: Its shards, in dataset order.
+        index: The index of all samples, or one for each shard.
+    """
 
     shards: tuple[Shard, ...]
     index: Index | tuple[Index, ...]
 
     @property
     def indexes(self) -> tuple[Index, ...]:
+        """All of its index objects."""
         return self.index if isinstance(self.index, tuple) else (self.index,)
 
     @property
     def samples(self) -> int:
+        """The number of samples."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def bytes(self) -> int:
+        """The bytes of all shards."""
         return sum(shard.bytes for shard in self.shards)
 
 
 @dataclass(frozen=True)
 class DatasetManifest:
+    """The manifest of a dataset.
+
+    Attributes:
+        classes: The classes, in the order of labels.
+        splits: The splits by name.
+        source: Where the images came from, for people.
+        seed: The seed of the order of samples in the shards.
+        image_policy: How images were altered, as plain values.
+        conversion: What else decided the bytes, as plain values.
+        report: The list of samples that were left out or altered.
+    """
+
     classes: tuple[ClassInfo, ...]
     splits: dict[str, Split]
     source: str
@@ -89,65 +124,95 @@ class DatasetManifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the content alone: classes and shards, not where they came from, nor what they replaced. The index
-        follows from the shards, and its Parquet encoding may change with pyarrow's version, so it is left out.
+        """The sha256 of the content alone: of classes and shards.
+
+        It leaves out where they came from, and what they replaced. It also leaves out the index,
+        which follows from the shards: its encoding may change with pyarrow's version.
         """
-        shards = {
-            name: [
-                {"bytes": s.bytes, "name": REPLACEMENT.sub("", s.name), "samples": s.samples, "sha256": s.sha256}
-                for s in split.shards
+        shards = {}
+        for name, split in self.splits.items():
+            shards[name] = [
+                {
+                    "bytes": shard.bytes,
+                    "name": REPLACEMENT.sub("", shard.name),
+                    "samples": shard.samples,
+                    "sha256": shard.sha256,
+                }
+                for shard in split.shards
             ]
-            for name, split in self.splits.items()
-        }
         content = {"classes": [asdict(entry) for entry in self.classes], "shards": shards}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
     def split(self, name: str) -> Split:
+        """Return the split `name`; raise `DataError` if there is none."""
         if name not in self.splits:
-            remedy = "; convert it with --hold-out 0.1, which takes one from train" if name == "val" else ""
-            raise DataError(f"the dataset has no split {name!r}; it has {', '.join(self.splits)}{remedy}")
+            remedy = ""
+            if name == "val":
+                remedy = "; convert it with --hold-out 0.1, which takes one from train"
+            raise DataError(
+                f"the dataset has no split {name!r}; it has {', '.join(self.splits)}{remedy}"
+            )
         return self.splits[name]
 
     def objects(self) -> set[str]:
-        """The names of all objects that the manifest names."""
-        return {named.name for named in _named(self)}
+        """Return the names of all objects that the manifest names."""
+        return {named.name for named in _named_objects(self)}
 
     @property
     def format(self) -> int:
+        """The format that it is written in."""
         by_shard = any(isinstance(split.index, tuple) for split in self.splits.values())
         return FORMAT_BY_SHARD if by_shard else FORMAT
 
     def to_json(self) -> bytes:
+        """Return the file's bytes."""
         head = {"format": self.format, "kind": KIND, "fingerprint": self.fingerprint}
         return (json.dumps(head | asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "DatasetManifest":
-        """Read a manifest found at `where`; `DataError` when it is another kind, a newer format, or damaged."""
+        """Read a manifest.
+
+        Args:
+            data: The file's bytes.
+            where: Its address, for messages.
+
+        Raises:
+            DataError: It is of another kind or a newer format, or damaged.
+        """
         try:
             content = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON: {error}") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
-            raise DataError(f"{where} is not a {KIND} manifest; convert the dataset with `wds-train shards`")
-        if (found := content.get("format")) not in (FORMAT, FORMAT_BY_SHARD):
+            raise DataError(
+                f"{where} is not a {KIND} manifest; convert the dataset with `wds-train shards`"
+            )
+        found = content.get("format")
+        if found not in (FORMAT, FORMAT_BY_SHARD):
             shown = found if isinstance(found, int) else "of another kind"
             raise DataError(
-                f"{where} has format {shown}, this wds-train reads formats {FORMAT} and {FORMAT_BY_SHARD}; upgrade it"
+                f"{where} has format {shown}, this wds-train reads formats {FORMAT} and "
+                f"{FORMAT_BY_SHARD}; upgrade it"
             )
+
+        # The content may be of any types: the constructors, and the checks, fail on odd ones.
         try:
             manifest = cls(
                 classes=tuple(ClassInfo(**entry) for entry in content["classes"]),
-                splits={name: _split(entry) for name, entry in content["splits"].items()},
+                splits={name: _read_split(entry) for name, entry in content["splits"].items()},
                 source=content["source"],
                 seed=content["seed"],
                 image_policy=content["image_policy"],
                 conversion=content.get("conversion", {}),
                 report=Index(**content["report"]) if content.get("report") else None,
             )
-            flaw = next(_flaws(manifest), None)
+            flaw = next(_find_flaws(manifest), None)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise DataError(f"{where} is damaged: {error!r:.200}; convert the dataset again") from error
+            raise DataError(
+                f"{where} is damaged: {error!r:.200}; convert the dataset again"
+            ) from error
         if flaw:
             raise DataError(f"{where} is damaged: {flaw}; convert the dataset again")
         if manifest.fingerprint != content.get("fingerprint"):
@@ -159,35 +224,59 @@ class DatasetManifest:
 
 
 def read_manifest(store: Store) -> tuple[DatasetManifest, str]:
-    """The manifest of the dataset at `store` and its tag; `NotFound` when there is no dataset."""
+    """Read the manifest of the dataset at `store`.
+
+    Returns:
+        The manifest, and the tag of its object, for a conditional write.
+
+    Raises:
+        NotFound: There is no dataset.
+        DataError: It is of another kind or a newer format, or damaged.
+    """
     data, tag = store.read_tagged(NAME)
     return DatasetManifest.from_json(data, f"{store.url}/{NAME}"), tag
 
 
-def _flaws(manifest: DatasetManifest) -> Iterator[str]:
-    """What no manifest of ours holds: a sentence each, with the field and its value."""
+def _find_flaws(manifest: DatasetManifest) -> Iterator[str]:
+    """Yield a sentence, with field and value, for each thing that no manifest of ours has."""
     if not manifest.classes:
         yield "classes is empty"
     if not manifest.splits:
         yield "splits is empty"
-    for n, entry in enumerate(manifest.classes):
-        if not all(isinstance(text, str) and not UNPRINTABLE.search(text) for text in (entry.id, entry.name)):
-            yield f"classes[{n}] is {entry.id!r:.60}, {entry.name!r:.60}, which are no texts that can be printed"
-    for name, kind in (("source", str), ("seed", int), ("image_policy", dict), ("conversion", dict)):
-        if not isinstance(value := getattr(manifest, name), kind):
+    for number, entry in enumerate(manifest.classes):
+        if not (_is_printable(entry.id) and _is_printable(entry.name)):
+            yield (
+                f"classes[{number}] is {entry.id!r:.60}, {entry.name!r:.60}, "
+                "which are no texts that can be printed"
+            )
+
+    kinds = {"source": str, "seed": int, "image_policy": dict, "conversion": dict}
+    for name, kind in kinds.items():
+        value = getattr(manifest, name)
+        if not isinstance(value, kind):
             yield f"{name} is {value!r:.60}, not of type {kind.__name__}"
-        elif isinstance(value, dict) and any(isinstance(each, dict | list) for each in value.values()):
+        elif isinstance(value, dict) and not _is_flat(value):
             yield f"{name} holds more than plain values"
-    twice = [name for name, count in Counter(each.name for each in _named(manifest)).items() if count > 1]
+
+    counts = Counter(each.name for each in _named_objects(manifest))
+    twice = [name for name, count in counts.items() if count > 1]
     if twice:
         yield f"the object {twice[0]!r:.60} is named twice"
     for name, split in manifest.splits.items():
-        yield from _split_flaws(name, split)
-    for named in _named(manifest):
-        yield from _object_flaws(named)
+        yield from _find_split_flaws(name, split)
+    for named in _named_objects(manifest):
+        yield from _find_object_flaws(named)
 
 
-def _split_flaws(name: str, split: Split) -> Iterator[str]:
+def _is_printable(text: Any) -> bool:
+    return isinstance(text, str) and not UNPRINTABLE.search(text)
+
+
+def _is_flat(values: dict[str, Any]) -> bool:
+    return not any(isinstance(each, dict | list) for each in values.values())
+
+
+def _find_split_flaws(name: str, split: Split) -> Iterator[str]:
     if not SPLIT_NAME.fullmatch(name):
         yield f"a split is called {name!r:.60}"
     if not split.shards:
@@ -196,7 +285,8 @@ def _split_flaws(name: str, split: Split) -> Iterator[str]:
         yield f"splits.{name} has {len(split.shards)} shards and {len(split.index)} indexes"
 
 
-def _named(manifest: DatasetManifest) -> Iterator[Shard | Index]:
+def _named_objects(manifest: DatasetManifest) -> Iterator[Shard | Index]:
+    """Yield all objects that the manifest names."""
     for split in manifest.splits.values():
         yield from split.shards
         yield from split.indexes
@@ -204,9 +294,9 @@ def _named(manifest: DatasetManifest) -> Iterator[Shard | Index]:
         yield manifest.report
 
 
-def _object_flaws(entry: Shard | Index) -> Iterator[str]:
+def _find_object_flaws(entry: Shard | Index) -> Iterator[str]:
     name = entry.name
-    inside = isinstance(name, str) and not UNPRINTABLE.search(name) and not {"", ".", ".."} & {*name.split("/")}
+    inside = _is_printable(name) and not {"", ".", ".."} & {*name.split("/")}
     if not inside or name == NAME:
         yield f"it names the object {name!r:.60}, which is no key inside the dataset"
     for field_name in ("bytes", "samples"):
@@ -217,9 +307,10 @@ def _object_flaws(entry: Shard | Index) -> Iterator[str]:
         yield f"sha256 of {name!r:.60} is {entry.sha256!r:.80}"
 
 
-def _split(entry: dict[str, Any]) -> Split:
-    index = entry["index"]
-    return Split(
-        tuple(Shard(**shard) for shard in entry["shards"]),
-        tuple(Index(**one) for one in index) if isinstance(index, list) else Index(**index),
-    )
+def _read_split(entry: dict[str, Any]) -> Split:
+    index: Index | tuple[Index, ...]
+    if isinstance(entry["index"], list):
+        index = tuple(Index(**each) for each in entry["index"])
+    else:
+        index = Index(**entry["index"])
+    return Split(tuple(Shard(**shard) for shard in entry["shards"]), index)

@@ -1,4 +1,4 @@
-"""An existing dataset: its manifest, and the index of a split, both checked against what they say of themselves."""
+"""An existing dataset: its manifest, and the index of each split, both checked."""
 
 import hashlib
 import os
@@ -11,21 +11,24 @@ from pathlib import Path
 import numpy as np
 
 from wds_train.dataset import manifest as manifests
-from wds_train.dataset.index import SampleIndex, flaws, read_index
+from wds_train.dataset.index import SampleIndex, find_flaws, read_index
 from wds_train.dataset.manifest import DatasetManifest, Index, Shard, read_manifest
-from wds_train.dataset.shared_index import SharedRows, shared_index
+from wds_train.dataset.shared_index import SharedRows, make_shared_index
 from wds_train.errors import DataError, NotFound, UsageError
 from wds_train.files import home
 from wds_train.storage.address import announced, located, name_from, not_here
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 
+# Damaged bytes are read so many times more. New connections are used for it, because the damage is
+# most likely on a connection's way.
 REREADS = 3
 
 
 def readings(store: Store) -> Iterator[None]:
-    """The times that bytes are read which come damaged: once, and up to `REREADS` times more over new connections, since
-    what damages bytes is likelier to be on a connection's way.
+    """Yield for each time to read bytes: once, and up to REREADS times more while they are damaged.
+
+    The caller leaves the loop once the bytes are right.
     """
     yield
     for _ in range(REREADS):
@@ -34,7 +37,11 @@ def readings(store: Store) -> Iterator[None]:
 
 
 def read_whole(store: Store, named: Index | Shard) -> bytes:
-    """The bytes of an object that a manifest names: those of its sha256, if any reading brings them."""
+    """Read an object that a manifest names, again if its sha256 is not the manifest's.
+
+    Returns:
+        The object's bytes. Their sha256 may still be another: no reading brought the right ones.
+    """
     for _ in readings(store):
         data = store.read(named.name)
         if hashlib.sha256(data).hexdigest() == named.sha256:
@@ -44,7 +51,16 @@ def read_whole(store: Store, named: Index | Shard) -> bytes:
 
 @dataclass(frozen=True)
 class SplitReader:
-    """One split of a dataset: where its shards are, and a row per sample."""
+    """One split of a dataset: its shards, and a row of the index for each sample.
+
+    Attributes:
+        store: The store of the dataset.
+        name: The split's name.
+        shard_names: The names of its shards, in dataset order.
+        shard_samples: The number of samples in each shard.
+        shard_bytes: The size of each shard.
+        index: The rows of all samples.
+    """
 
     store: Store
     name: str
@@ -54,78 +70,144 @@ class SplitReader:
     index: SampleIndex
 
     def __len__(self) -> int:
+        """The number of samples."""
         return len(self.index)
 
     def shard_of(self, sample: int) -> str:
-        """The name of the shard that holds it."""
+        """Return the name of the shard that holds `sample`."""
         return self.shard_names[self.index.shard[sample]]
 
     def record(self, sample: int) -> memoryview:
-        """The sample's bytes from the store, header to padding, unchecked; `image_of` checks them, and has the image in them."""
-        index = self.index
-        data = self.store.read(self.shard_of(sample), int(index.offset[sample]), int(index.length[sample]))
-        return memoryview(data)
+        """Read all bytes of `sample` from the store, from its first tar header to the last padding.
+
+        They are not checked. `image_of` checks them, and returns the image's part.
+        """
+        offset = int(self.index.offset[sample])
+        length = int(self.index.length[sample])
+        return memoryview(self.store.read(self.shard_of(sample), offset, length))
 
     def image(self, sample: int) -> bytes:
-        """Its image's bytes from the store, unchecked."""
-        index = self.index
-        return self.store.read(self.shard_of(sample), int(index.data_offset[sample]), int(index.data_length[sample]))
+        """Read the encoded image of `sample` from the store. Its bytes are not checked."""
+        offset = int(self.index.data_offset[sample])
+        length = int(self.index.data_length[sample])
+        return self.store.read(self.shard_of(sample), offset, length)
 
 
 @dataclass(frozen=True)
 class Dataset:
+    """A dataset that `wds-train shards` made: tar shards, their index, and a manifest.
+
+    `Dataset.open` opens one by its address.
+
+    Attributes:
+        store: The place where its objects are.
+        manifest: Its classes, splits and shards.
+
+    Example:
+        >>> dataset = Dataset.open("./photos-dataset")  # doctest: +SKIP
+        >>> [each.name for each in dataset.manifest.classes]  # doctest: +SKIP
+        ['cat', 'dog']
+        >>> train = dataset.split("train")  # doctest: +SKIP
+        >>> len(train), train.index.key_of(0), int(train.index.label[0])  # doctest: +SKIP
+        (1437, 'cat/0001', 0)
+        >>> image = train.image(0)  # still encoded, as JPEG or the like  # doctest: +SKIP
+    """
+
     store: Store
     manifest: DatasetManifest
 
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> "Dataset":
-        """The dataset at the address `url`, or of that name below $WDS_BUCKET/datasets, else on the embedded server."""
-        if isinstance(url, os.PathLike):  # Path("./photos") has lost its "./": as a text, it would be a name
+        """Open a dataset.
+
+        Args:
+            url: Its address, `s3://BUCKET/PREFIX` or a path like `./data`; or a name below
+                `$WDS_BUCKET/datasets`, or else below the embedded server's.
+
+        Raises:
+            UsageError: `url` is no address.
+            NotFound: There is no dataset.
+            DataError: Its manifest is damaged, or a newer version's.
+        """
+        # Path("./photos") has lost its "./". As a text, it would be a name.
+        if isinstance(url, os.PathLike):
             url = str(Path(url).absolute())
         if not isinstance(url, str):
             raise UsageError(
-                f"the dataset {url!r} is no address; it is s3://BUCKET/PREFIX, a path like /x or ./x, or a name"
+                f"the dataset {url!r} is no address; "
+                "it is s3://BUCKET/PREFIX, a path like /x or ./x, or a name"
             )
         if not url.startswith("file:///"):
-            url = not_here(announced(located(url, "datasets"), url), url)
+            address = announced(located(url, "datasets"), url)
+            url = not_here(address, url)
         store = open_store(url)
         try:
-            return cls(store, _manifest(store))
+            return cls(store, _read_manifest(store))
         except NotFound as error:
             remedy = f"check the address, or make one: wds-train shards SOURCE {shlex.quote(url)}"
             if not store.url.startswith("s3://") and any(Path(store.url).glob("*")):
+                # The folder holds something else: photos, most likely.
                 name = name_from(Path(store.url).name)
                 remedy = (
-                    f"make one of this folder: wds-train shards {shlex.quote(url)} {name}; it is then called {name}"
+                    f"make one of this folder: wds-train shards {shlex.quote(url)} {name}; "
+                    f"it is then called {name}"
                 )
-            raise NotFound(f"there is no dataset at {store.url} (no {manifests.NAME}); {remedy}") from error
+            raise NotFound(
+                f"there is no dataset at {store.url} (no {manifests.NAME}); {remedy}"
+            ) from error
 
     @cached_property
     def fingerprint(self) -> str:
+        """The sha256 of its content; see `DatasetManifest.fingerprint`."""
         return self.manifest.fingerprint
 
-    def flaws(self, name: str, index: SampleIndex, shard: int | None = None) -> Iterator[str]:
-        """Why `index` cannot be that of the split `name`, or of its `shard` alone: a sentence each."""
+    def find_flaws(self, name: str, index: SampleIndex, shard: int | None = None) -> Iterator[str]:
+        """Yield a sentence for each reason why `index` does not fit the manifest.
+
+        Args:
+            name: The split that it should be the index of.
+            index: The index.
+            shard: The number of the only shard that it should have rows of; None: all.
+        """
         shards = self.manifest.split(name).shards
         if shard is not None:
             if (index.shard != shard).any():
                 yield f"it is not that of shard {shard} alone"
                 return
-            shards, index = shards[shard : shard + 1], replace(index, shard=np.zeros_like(index.shard))
-        yield from flaws(index, [(each.bytes, each.samples) for each in shards], len(self.manifest.classes))
+            shards = shards[shard : shard + 1]
+            index = replace(index, shard=np.zeros_like(index.shard))
+        sizes = [(each.bytes, each.samples) for each in shards]
+        yield from find_flaws(index, sizes, len(self.manifest.classes))
 
     def split(self, name: str) -> SplitReader:
-        """The split's reader; `DataError` when the index is damaged or disagrees with the manifest. What an index for each
-        shard says is looked at when it is read.
+        """Return the reader of a split.
+
+        An index of each shard is read and checked when the first of its rows is asked for.
+
+        Args:
+            name: The split's name: "train", "val" or another that the manifest has.
+
+        Raises:
+            DataError: There is no such split; or its index is damaged, or does not fit the
+                manifest.
         """
         split = self.manifest.split(name)
-        names, samples, sizes = zip(*((shard.name, shard.samples, shard.bytes) for shard in split.shards), strict=True)
+        samples = tuple(shard.samples for shard in split.shards)
         if isinstance(split.index, tuple):
-            rows = SharedRows(samples, partial(self._read_index, name))
-            index: SampleIndex = shared_index(rows.open(home() / "index", *(each.sha256 for each in split.index)))
+            content = [each.sha256 for each in split.index]
+            read_shard = partial(self._read_index, name)
+            rows = SharedRows(samples, read_shard, home() / "index", content)
+            index: SampleIndex = make_shared_index(rows)
         else:
             index = self._read_index(name)
-        return SplitReader(self.store, name, names, samples, sizes, index)
+        return SplitReader(
+            self.store,
+            name,
+            shard_names=tuple(shard.name for shard in split.shards),
+            shard_samples=samples,
+            shard_bytes=tuple(shard.bytes for shard in split.shards),
+            index=index,
+        )
 
     def _read_index(self, name: str, shard: int | None = None) -> SampleIndex:
         named = self.manifest.split(name).indexes[shard or 0]
@@ -133,15 +215,16 @@ class Dataset:
         data = read_whole(self.store, named)
         if hashlib.sha256(data).hexdigest() != named.sha256:
             raise DataError(
-                f"{where} is not the index that the manifest names (its sha256 differs); convert the dataset again"
+                f"{where} is not the index that the manifest names (its sha256 differs); "
+                "convert the dataset again"
             )
         index = read_index(data, where)
-        for flaw in self.flaws(name, index, shard):
+        for flaw in self.find_flaws(name, index, shard):
             raise DataError(f"{where}: {flaw}; convert the dataset again")
         return index
 
 
-def _manifest(store: Store) -> DatasetManifest:
+def _read_manifest(store: Store) -> DatasetManifest:
     for _ in readings(store):
         try:
             return read_manifest(store)[0]

@@ -1,7 +1,8 @@
 """Shards: plain WebDataset tars, one sample after the other.
 
-A sample is two adjacent members, `KEY.cls` (the label in ASCII) and `KEY.jpg|png|webp` (the image's bytes, untouched).
-Headers carry no times, owners or modes of the machine: the same samples give the same bytes.
+A sample is two adjacent members: `KEY.cls`, the label in ASCII, and `KEY.jpg|png|webp`, the image's
+bytes, untouched. Headers carry no times, owners or modes of the machine: the same samples give the
+same bytes.
 """
 
 import re
@@ -18,15 +19,25 @@ from wds_train.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 END_BYTES = 2 * TAR_BLOCK  # zeros
-# A key is a tar member name before its extension: what webdataset groups by. No dots (webdataset cuts at the first),
-# no odd characters (it must survive every tool), and short enough for a plain ustar header.
+# A key is a tar member's name before its extension, by which webdataset groups. It has no dots
+# (webdataset cuts at the first) and no odd characters (it must survive every tool), and is short
+# enough for a plain ustar header.
 KEY = re.compile(r"[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*")
 KEY_LENGTH = 90
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image to be written: `key` as above, `label` in [0, classes), `image` as the source holds it."""
+    """An image to be written.
+
+    Attributes:
+        key: Its name in the shard, of at most KEY_LENGTH characters; see KEY.
+        label: Its class, in [0, classes).
+        image: The encoded image, as the source holds it.
+        extension: The image's format, one of IMAGE_EXTENSIONS.
+        width: The width of the upright image, pixels.
+        height: The height of the upright image, pixels.
+    """
 
     key: str
     label: int
@@ -37,7 +48,16 @@ class Sample:
 
 
 class ShardWriter:
-    """Builds one shard, and its index rows. `take` and `finish` hand over its bytes, piece by piece or all at once."""
+    """Builds one shard, and the rows of its index.
+
+    `take` and `finish` hand over the shard's bytes, piece by piece or all at once.
+
+    Args:
+        number: The number of the shard in its split.
+
+    Attributes:
+        rows: A dictionary of the index's columns for each sample.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -46,13 +66,19 @@ class ShardWriter:
         self._taken = 0
 
     def add(self, sample: Sample) -> None:
+        """Add a sample after the others.
+
+        Raises:
+            DataError: Its key cannot be one.
+        """
         if not KEY.fullmatch(sample.key) or len(sample.key) > KEY_LENGTH:
             raise DataError(
-                f"{sample.key!r} cannot be a sample's key; use letters, digits, '_', '-' and '/', at most {KEY_LENGTH}"
+                f"{sample.key!r} cannot be a sample's key; "
+                f"use letters, digits, '_', '-' and '/', at most {KEY_LENGTH}"
             )
         start = len(self._buffer)
-        self._member(f"{sample.key}.cls", str(sample.label).encode())
-        data_start = self._member(f"{sample.key}.{sample.extension}", sample.image)
+        self._add_member(f"{sample.key}.cls", str(sample.label).encode())
+        data_start = self._add_member(f"{sample.key}.{sample.extension}", sample.image)
         self.rows.append(
             {
                 "shard": self.number,
@@ -70,21 +96,26 @@ class ShardWriter:
 
     @property
     def waiting(self) -> int:
-        """How many bytes were not taken yet."""
+        """The number of bytes that were not taken yet."""
         return len(self._buffer)
 
     def take(self) -> bytearray:
-        """The shard's bytes since the last call, which end with a sample."""
-        taken, self._buffer = self._buffer, bytearray()
+        """Return the shard's bytes since the last call, which end with a sample."""
+        taken = self._buffer
+        self._buffer = bytearray()
         self._taken += len(taken)
         return taken
 
     def finish(self) -> bytearray:
-        """The last of the shard's bytes, with the two zero blocks that end a tar; nothing can be added after."""
+        """Return the last of the shard's bytes, with the two zero blocks that end a tar.
+
+        Nothing can be added after that.
+        """
         self._buffer += bytes(END_BYTES)
         return self.take()
 
-    def _member(self, name: str, data: bytes) -> int:
+    def _add_member(self, name: str, data: bytes) -> int:
+        """Add a member, and return where its data starts in the buffer."""
         self._buffer += _ustar_header(name.encode(), len(data))
         data_start = len(self._buffer)
         self._buffer += data
@@ -92,12 +123,16 @@ class ShardWriter:
         return data_start
 
 
-# tarfile's own header of a file of mode 644 with no time, owner or name of this machine: what is not filled in below.
+# tarfile's own header of a file of mode 644, without time, owner or name of this machine. The other
+# fields are filled in below.
 TEMPLATE = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 
 def _ustar_header(name: bytes, size: int) -> bytes:
-    """What tarfile would write, ten times as fast: name, size and checksum put into a template (POSIX.1-2001 ustar)."""
+    """Return the header that tarfile would write (POSIX.1-2001 ustar), ten times as fast.
+
+    It is a template with name, size and checksum put in.
+    """
     assert len(name) <= 100 and size < 8 << 30, "the fields of a plain ustar header"
     header = bytearray(TEMPLATE)
     header[: len(name)] = name
@@ -108,5 +143,9 @@ def _ustar_header(name: bytes, size: int) -> bytes:
 
 
 def record_bytes(image_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What samples of images of these sizes take in a shard: two headers, a label's block, and the padded image."""
+    """Return the bytes of samples in a shard, int64 [n]: headers, label and padded image.
+
+    Args:
+        image_bytes: The sizes of their encoded images, int64 [n].
+    """
     return 3 * TAR_BLOCK + image_bytes + -image_bytes % TAR_BLOCK

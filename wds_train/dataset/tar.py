@@ -1,4 +1,4 @@
-"""The members of tars, from their headers alone: plain files and nothing else, whatever the tar claims."""
+"""The members of tars, from their headers alone: only plain files, whatever the tar claims."""
 
 import re
 import tarfile
@@ -9,11 +9,34 @@ from wds_train.errors import DataError
 
 TAR_BLOCK = 512
 PLAIN_STEMS = {"image", "img", "label", "cls", "class", "target", "meta", "metadata"}
-# Words that name one of a sample's members (7.seg.png beside 7.jpg) and so are no part of its key.
+# Words that name one of a sample's members (7.seg.png next to 7.jpg): they are no part of its key.
 FIELD_WORDS = PLAIN_STEMS | {
     *("jpeg", "jpg", "png", "webp"),  # 7.jpg.json
-    *("alpha", "audio", "bbox", "bboxes", "boxes", "caption", "captions", "clip", "depth", "emb", "embedding"),
-    *("feature", "features", "input", "keypoints", "latent", "mask", "masks", "original", "output", "rgb"),
+    *(
+        "alpha",
+        "audio",
+        "bbox",
+        "bboxes",
+        "boxes",
+        "caption",
+        "captions",
+        "clip",
+        "depth",
+        "emb",
+        "embedding",
+    ),
+    *(
+        "feature",
+        "features",
+        "input",
+        "keypoints",
+        "latent",
+        "mask",
+        "masks",
+        "original",
+        "output",
+        "rgb",
+    ),
     *("seg", "segmentation", "text", "thumb", "thumbnail", "video"),
 }
 COMPRESSED = {"bz2", "gz", "lz4", "xz", "zst"}  # behind another extension: 7.json.gz
@@ -21,12 +44,19 @@ EXTENSION = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 def padded(size: int) -> int:
+    """Return `size` rounded up to whole blocks of a tar."""
     return size + -size % TAR_BLOCK
 
 
 class Member(NamedTuple):
-    """A member of a tar. `offset` is where its first header starts, `end` where its padding ends. `kind` is `file`,
-    `directory`, or what else it is: no reader of ours acts on that.
+    """A member of a tar.
+
+    Attributes:
+        name: Its name.
+        kind: "file", "directory", or what else it is. No reader of ours acts on the others.
+        offset: Where its first header starts.
+        data_offset: Where its data starts.
+        size: The bytes of its data.
     """
 
     name: str
@@ -37,6 +67,7 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
+        """The offset at which its padding ends."""
         return self.data_offset + padded(self.size)
 
 
@@ -55,8 +86,11 @@ def key_and_extension(name: str) -> tuple[str, str]:
 def key_and_last_extension(name: str, fields: Collection[str] = FIELD_WORDS) -> tuple[str, str]:
     """Split a member's name before its last extension: cat.0.jpg is the jpg of cat.0.
 
-    Words that name one of the `fields` go with the extension: cat.0.seg.png is the seg.png of cat.0. Where there is one
-    dot, or no extension behind the last one, this is `key_and_extension`.
+    If it has one dot, or no extension behind the last one, this is `key_and_extension`.
+
+    Args:
+        name: The member's name.
+        fields: Words that go with the extension: cat.0.seg.png is the seg.png of cat.0.
     """
     folder, slash, base = name.rpartition("/")
     parts = base.split(".")
@@ -67,18 +101,22 @@ def key_and_last_extension(name: str, fields: Collection[str] = FIELD_WORDS) -> 
         first -= 1
     while first > 1 and parts[first - 1].lower() in fields:
         first -= 1
-    stem, extension = ".".join(parts[:first]), ".".join(parts[first:]).lower()
+    stem = ".".join(parts[:first])
+    extension = ".".join(parts[first:]).lower()
     if folder and stem.lower() in PLAIN_STEMS:
         return folder, extension
     return folder + slash + stem, extension
 
 
 def extension_of(name: str, key: str) -> str | None:
-    """What `name` is called within the sample `key`, whichever way the two were split; None where it is not its member."""
+    """Return the extension of the member `name` in the sample `key`; None if it is not its member.
+
+    It works for keys of `key_and_extension` and of `key_and_last_extension`.
+    """
     if name.startswith(f"{key}."):
         return name[len(key) + 1 :].lower()
-    own, extension = key_and_extension(name)
-    return extension if own == key else None
+    own_key, extension = key_and_extension(name)
+    return extension if own_key == key else None
 
 
 KINDS = {
@@ -101,25 +139,43 @@ MAX_EXTENDED = 1 << 20
 
 
 def members(read: Callable[[int, int], bytes], start: int, end: int) -> Iterator[Member]:
-    """The members of the tar that lies at [start, end) of what `read(offset, length)` reads, from the headers alone.
+    """Yield the members of a tar, from its headers alone.
 
-    ustar, GNU and pax names and sizes (POSIX.1-2001 pax; GNU tar manual, "Basic Tar Format"). `DataError` for what is no
-    tar or ends too early: a cut tar otherwise reads as a shorter one.
+    It reads ustar, GNU and pax names and sizes (POSIX.1-2001 pax; GNU tar manual, "Basic Tar
+    Format").
+
+    Args:
+        read: `read(offset, length)` returns bytes of what the tar lies in.
+        start: Where the tar starts.
+        end: Where it ends.
+
+    Raises:
+        DataError: It is not a tar, or ends too early: a cut tar would otherwise read as a shorter
+            one.
     """
     at = start
     while True:
         member, last = _member_at(read, at, end)
         if member is None:
             if any(read(last, min(end - last, 1 << 16))):
-                raise DataError(f"more follows the end of the archive at byte {last}; is it two tars in one?")
+                raise DataError(
+                    f"more follows the end of the archive at byte {last}; is it two tars in one?"
+                )
             return
         yield member
         at = last
 
 
-def _member_at(read: Callable[[int, int], bytes], offset: int, end: int) -> tuple[Member | None, int]:
-    """The member whose headers start at `offset`, None at the archive's end; and where the next one starts."""
-    at, given = offset, dict[str, str]()
+def _member_at(
+    read: Callable[[int, int], bytes], offset: int, end: int
+) -> tuple[Member | None, int]:
+    """Return the member whose headers start at `offset`, and where the next one starts.
+
+    The member is None at the end of the archive.
+    """
+    # Extended headers come first, and give names and sizes that do not fit into the last one.
+    at = offset
+    given: dict[str, str] = {}
     while True:
         info = _header(read, at, end)
         if info is None:
@@ -127,21 +183,27 @@ def _member_at(read: Callable[[int, int], bytes], offset: int, end: int) -> tupl
         data = at + TAR_BLOCK
         if info.type not in EXTENDED:
             break
-        if not 0 <= info.size <= MAX_EXTENDED:  # a negative one would lead back, and round in circles for ever
+        # A negative size would lead back, and round in circles for ever.
+        if not 0 <= info.size <= MAX_EXTENDED:
             raise DataError(f"the extended header at byte {at} claims {info.size} bytes")
-        given |= _extended(info.type, read(data, info.size))
+        given |= _read_extended(info.type, read(data, info.size))
         at = data + padded(info.size)
-    kind = (
-        "sparse file" if any(name.startswith("GNU.sparse") for name in given) else KINDS.get(info.type, "special file")
-    )
+
+    if any(name.startswith("GNU.sparse") for name in given):
+        kind = "sparse file"
+    else:
+        kind = KINDS.get(info.type, "special file")
     size = info.size
-    if (text := given.get("size")) is not None:
+    if "size" in given:
+        text = given["size"]
         if not re.fullmatch("[0-9]{1,18}", text):
             raise DataError(
-                f"the extended header at byte {offset} gives the size {text[:40]!r}, which is no number of bytes"
+                f"the extended header at byte {offset} gives the size {text[:40]!r}, "
+                "which is no number of bytes"
             )
         size = int(text)
-    size = size if kind in ("file", "sparse file") else 0
+    if kind not in ("file", "sparse file"):
+        size = 0
     member = Member(given.get("path", info.name), kind, offset, data, size)
     if size < 0 or member.end > end:
         raise DataError(f"it ends at byte {end}, in the middle of {member.name!r}")
@@ -149,6 +211,7 @@ def _member_at(read: Callable[[int, int], bytes], offset: int, end: int) -> tupl
 
 
 def _header(read: Callable[[int, int], bytes], at: int, end: int) -> tarfile.TarInfo | None:
+    """Read the header at byte `at`; None for the zeros that end an archive."""
     if at + TAR_BLOCK > end:
         raise DataError(f"it ends at byte {end} without the blocks that end a tar: it was cut")
     block = read(at, TAR_BLOCK)
@@ -162,29 +225,37 @@ def _header(read: Callable[[int, int], bytes], at: int, end: int) -> tarfile.Tar
         raise DataError(f"the tar header at byte {at} is damaged ({error})") from error
 
 
-def _extended(kind: bytes, data: bytes) -> dict[str, str]:
+def _read_extended(kind: bytes, data: bytes) -> dict[str, str]:
+    """Return the records of an extended header, such as "path" and "size"."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     if kind not in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
         return {}
-    records, at = {}, 0
-    while at < len(data) and (length := re.match(rb"(\d{1,7}) ", data[at:])) and int(length[1]) > len(length[0]):
-        name, _, value = data[at + len(length[0]) : at + int(length[1]) - 1].partition(b"=")
+    # A record of pax is "LENGTH NAME=VALUE\n", where the length counts itself, too.
+    records: dict[str, str] = {}
+    at = 0
+    while at < len(data):
+        length = re.match(rb"(\d{1,7}) ", data[at:])
+        if length is None or int(length[1]) <= len(length[0]):
+            break
+        stop = at + int(length[1])
+        name, _, value = data[at + len(length[0]) : stop - 1].partition(b"=")
         records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        at += int(length[1])
+        at = stop
     return records
 
 
 def fields_of(record: memoryview, key: str) -> dict[str, bytes]:
-    """The contents of the members of the sample `key`, by extension.
+    """Return the contents of the members of a sample, by extension.
 
     Args:
-        record: The bytes of that sample alone, from its first header to the padding of its last member.
-        key: As the index has it. It says where each name is split: an index holds keys with dots, too.
+        record: All bytes of the sample, from its first tar header to the last padding.
+        key: Its key in the index, which says where each name is split: keys may have dots.
     """
 
     def read(offset: int, length: int) -> bytes:
-        return bytes(record[offset : offset + length]).ljust(length, b"\0")  # behind it, the zeros that end a tar
+        # Behind the record come the zeros that end a tar.
+        return bytes(record[offset : offset + length]).ljust(length, b"\0")
 
     fields = {}
     for member in members(read, 0, len(record) + 2 * TAR_BLOCK):

@@ -1,4 +1,4 @@
-"""Where to cut: crop boxes, drawn from a generator of the sample's own or computed. No pixels here."""
+"""Crop boxes, drawn from a generator or computed. No pixels here."""
 
 import math
 from typing import NamedTuple
@@ -16,17 +16,31 @@ class Box(NamedTuple):
 
 
 def random_resized_crop(
-    rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> Box:
-    """The box of a RandomResizedCrop (Szegedy et al. 2014, arXiv:1409.4842; ten tries and a centre fallback as in
-    torchvision): an area share uniform in `scale`, an aspect ratio log-uniform in `ratio`.
+    """Draw the box of a RandomResizedCrop (Szegedy et al. 2014, arXiv:1409.4842).
+
+    As in torchvision, there are ten tries, and then the largest central box of an allowed ratio.
+
+    Args:
+        rng: The sample's generator.
+        width: The width of the image, pixels.
+        height: The height of the image, pixels.
+        scale: Smallest and largest share of the image's area, drawn uniformly.
+        ratio: Smallest and largest width / height, drawn log-uniformly.
     """
     for _ in range(10):
-        # Doubles alone: NumPy may change how its other distributions use the bits (NEP 19), and boxes with them.
+        # Doubles alone: NumPy may change how its other distributions use the bits (NEP 19), and
+        # boxes with them.
         share, aspect, x, y = rng.random(4).tolist()
         area = width * height * (scale[0] + share * (scale[1] - scale[0]))
         aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return Box(int(x * (width - w + 1)), int(y * (height - h + 1)), w, h)
     w = min(width, max(1, round(height * ratio[1])))

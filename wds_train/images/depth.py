@@ -1,12 +1,14 @@
 """Samples of more than 8 bits, brought to 8: by the range that the file states, or not at all.
 
-A file of 16 bits a sample is a container. A camera of 12 bits puts 0 to 4095 into it, a program that knows only 16 bits
-puts 0 to 255 into it, and by its upper 8 bits either is black. Nothing is stretched by what is found in an image:
-of two images in a dataset the darker one would become as bright as the other.
+A file of 16 bits a sample is a container. A camera of 12 bits puts 0 to 4095 into it, a program
+that knows only 16 bits puts 0 to 255 into it, and by its upper 8 bits either is black. Nothing is
+stretched by what is found in an image: of two images in a dataset the darker one would become as
+bright as the other.
 
-* What a PNG's sBIT chunk says, or a TIFF's BitsPerSample (12), SMinSampleValue, SMaxSampleValue, MinSampleValue or
-  MaxSampleValue, is the range: it becomes 0 to 255.
-* Unsigned 16 bits without such a statement, with a value of 4096 or more: the upper 8 bits, as the loader reads them.
+* The range is what a PNG's sBIT chunk says, or a TIFF's BitsPerSample (12), SMinSampleValue,
+  SMaxSampleValue, MinSampleValue or MaxSampleValue. It becomes 0 to 255.
+* Unsigned 16 bits without such a statement, with a value of 4096 or more: the upper 8 bits, as the
+  loader reads them.
 * All else is refused, with the values that were seen.
 """
 
@@ -24,19 +26,37 @@ from wds_train.images.pillow import PNG, as_pillow_reads, load, png_chunks
 FULL = 0xFFFF
 FILLED = 0x1000  # from this value on, 16 bits are taken for filled
 SURE_BITS = 12
-GREY, COLOUR, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 4, 6  # kinds of a PNG
+# Kinds of a PNG.
+GREY = 0
+COLOUR = 2
+GREY_ALPHA = 4
+COLOUR_ALPHA = 6
 PNG_COLOURS = {GREY: 1, COLOUR: 3, GREY_ALPHA: 1, COLOUR_ALPHA: 3}
-# TIFF's tags, and values of them.
-BITS_PER_SAMPLE, PHOTOMETRIC, MIN_VALUE, MAX_VALUE, FORMAT, SMIN_VALUE, SMAX_VALUE = 258, 262, 280, 281, 339, 340, 341
-WHITE_IS_ZERO, UNSIGNED, SIGNED = 0, 1, 2
+# Tags of TIFF, and values of PHOTOMETRIC and FORMAT.
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC = 262
+MIN_VALUE = 280
+MAX_VALUE = 281
+FORMAT = 339
+SMIN_VALUE = 340
+SMAX_VALUE = 341
+WHITE_IS_ZERO = 0
+UNSIGNED = 1
+SIGNED = 2
 REMEDY = (
-    "convert it to 8 bits, or let the file say what is white (a PNG's sBIT chunk, a TIFF's MaxSampleValue): "
-    "docs/shards.md, Images"
+    "convert it to 8 bits, or let the file say what is white "
+    "(a PNG's sBIT chunk, a TIFF's MaxSampleValue): docs/shards.md, Images"
 )
 
 
 class Range(NamedTuple):
-    """What of its samples a file says is black, and white; `by` what it says so."""
+    """The samples that a file says are black and white.
+
+    Attributes:
+        low: The black one.
+        high: The white one.
+        by: The field of the file that says so.
+    """
 
     low: float
     high: float
@@ -47,21 +67,26 @@ class Range(NamedTuple):
 
 
 class Eight(NamedTuple):
-    """An image of 8 bits a sample, RGB or RGBA. `note`: what was stretched; empty where it has the upper 8 bits."""
+    """An image of 8 bits a sample, RGB or RGBA.
+
+    Attributes:
+        image: The image.
+        note: The range that was stretched. Empty if it has the upper 8 bits.
+    """
 
     image: Image.Image
     note: str
 
 
 class Plane(NamedTuple):
-    """Some channels of an image, uint8 [height, width, channels], and the note on them as above."""
+    """Some channels of an image, uint8 [height, width, channels], and a note as of `Eight`."""
 
     pixels: NDArray[np.uint8]
     note: str = ""
 
 
 def is_deep(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether a sample has more than 8 bits, or a sign: the header says it."""
+    """Return whether a sample has more than 8 bits, or a sign, by the header."""
     if data.startswith(PNG):
         return data[24] == 16
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -70,7 +95,15 @@ def is_deep(image: ImageFile.ImageFile, data: bytes) -> bool:
 
 
 def eight_bits(image: ImageFile.ImageFile, data: bytes) -> Eight:
-    """The image that `is_deep`, with 8 bits. `DataError` where the file does not say what is white."""
+    """Bring an image that `is_deep` to 8 bits.
+
+    Args:
+        image: The image, opened and not decoded.
+        data: The file that it is in.
+
+    Raises:
+        DataError: The file does not say what is white, or its samples contradict it.
+    """
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return _of_tiff(image, data)
     return _of_png(image, data)
@@ -94,7 +127,10 @@ def _of_png(image: ImageFile.ImageFile, data: bytes) -> Eight:
 
 
 def _png_samples(image: ImageFile.ImageFile, data: bytes) -> NDArray[np.uint16]:
-    """All 16 bits, [height, width, channels], of which Pillow gives the upper 8 where there are several channels."""
+    """Return all 16 bits of a PNG's samples, uint16 [height, width, channels].
+
+    Pillow itself gives the upper 8 bits if there are several channels.
+    """
     kind = data[25]
     if kind == GREY:
         load(image)
@@ -106,7 +142,10 @@ def _png_samples(image: ImageFile.ImageFile, data: bytes) -> NDArray[np.uint16]:
 
 
 def _png_as(data: bytes, raw: str) -> NDArray[np.uint8]:
-    """The pixels of a PNG, unpacked in another of Pillow's raw modes: of two bytes 16B takes the first, 16L the second."""
+    """Return the pixels of a PNG, unpacked in another of Pillow's raw modes.
+
+    Of two bytes 16B takes the first, 16L the second.
+    """
     image = Image.open(io.BytesIO(as_pillow_reads(data)), formats=("PNG",))
     image.tile = [tile._replace(args=raw) for tile in image.tile]
     load(image)
@@ -118,8 +157,11 @@ def _sixteen(upper: NDArray[np.uint8], lower: NDArray[np.uint8]) -> NDArray[np.u
 
 
 def _by_sbit(samples: NDArray[np.uint16], bits: bytes) -> Range | None:
-    """The range that sBIT says. By the standard its bits are the upper ones of a sample; a program that puts small numbers into
-    16 bits means the lower ones. The samples show which: only an almost black image has none above the lower 12 bits.
+    """Return the range that sBIT says; None if it says nothing.
+
+    By the standard its bits are the upper ones of a sample. A program that puts small numbers into
+    16 bits means the lower ones. The samples show which: only an almost black image has none above
+    the lower 12 bits.
     """
     if not bits or not 0 < max(bits) <= 16:
         return None
@@ -131,7 +173,10 @@ def _by_sbit(samples: NDArray[np.uint16], bits: bytes) -> Range | None:
 
 
 def _is_scaled_up(samples: NDArray[np.uint16], bits: int) -> bool:
-    """Whether all are numbers of `bits` that were scaled up to 16: behind them are zeros, or their own first bits."""
+    """Return whether all samples are numbers of `bits` that were scaled up to 16 bits.
+
+    The lower bits of such numbers are zeros, or their own first bits again.
+    """
     behind = samples & (FULL >> bits)
     return bool(((behind == 0) | (behind == samples >> bits)).all())
 
@@ -153,7 +198,7 @@ def _of_tiff(image: TiffImagePlugin.TiffImageFile, data: bytes) -> Eight:
 
 
 def _tiff_samples(image: TiffImagePlugin.TiffImageFile, data: bytes, bits: int) -> NDArray[Any]:
-    """The numbers in a loaded TIFF, [height, width, channels], of the type that they are."""
+    """Return the numbers in a loaded TIFF, [height, width, channels], in their own dtype."""
     pixels = np.asarray(image)
     unsigned = _numbers(image, FORMAT) in ((), (UNSIGNED,))
     if image.mode.startswith("I;16"):
@@ -168,7 +213,7 @@ def _tiff_samples(image: TiffImagePlugin.TiffImageFile, data: bytes, bits: int) 
 
 
 def _lower_bytes(data: bytes) -> NDArray[np.uint8]:
-    """Of the 16 bits of each sample in a TIFF of several channels those that Pillow leaves away."""
+    """Return the lower 8 of 16 bits in a TIFF of several channels, which Pillow leaves away."""
     image = Image.open(io.BytesIO(data), formats=("TIFF",))
     other = str.maketrans("LBN", "BLB" if sys.byteorder == "little" else "BLL")
     tiles = []
@@ -182,13 +227,18 @@ def _lower_bytes(data: bytes) -> NDArray[np.uint8]:
 
 
 def _by_tags(image: TiffImagePlugin.TiffImageFile, bits: int) -> Range | None:
-    """The range that a TIFF's tags say. Black is 0 where they say white alone."""
-    for least, most, name in ((SMIN_VALUE, SMAX_VALUE, "SMaxSampleValue"), (MIN_VALUE, MAX_VALUE, "MaxSampleValue")):
+    """Return the range that a TIFF's tags say. Black is 0 if they say white alone."""
+    for least, most, name in (
+        (SMIN_VALUE, SMAX_VALUE, "SMaxSampleValue"),
+        (MIN_VALUE, MAX_VALUE, "MaxSampleValue"),
+    ):
         if highest := _numbers(image, most):
             lowest = _numbers(image, least) or (0,)
             if min(lowest) < max(highest):
                 return Range(min(lowest), max(highest), name)
-    return Range(0, (1 << bits) - 1, "BitsPerSample") if 8 < bits < 16 else None
+    if 8 < bits < 16:
+        return Range(0, (1 << bits) - 1, "BitsPerSample")
+    return None
 
 
 def _bits(image: TiffImagePlugin.TiffImageFile) -> int:
@@ -196,16 +246,27 @@ def _bits(image: TiffImagePlugin.TiffImageFile) -> int:
 
 
 def _numbers(image: TiffImagePlugin.TiffImageFile, tag: int) -> tuple[float, ...]:
-    """What the `tag` of a TIFF says; empty where it has none."""
+    """Return the numbers of a TIFF's tag; empty if it has none."""
     found = image.tag_v2.get(tag, ())
-    return tuple(each for each in (found if isinstance(found, tuple) else (found,)) if isinstance(each, int | float))
+    values = found if isinstance(found, tuple) else (found,)
+    return tuple(each for each in values if isinstance(each, int | float))
 
 
 def _eight(samples: NDArray[Any], stated: Range | None, kind: str) -> Plane:
-    """The `samples`, of such a `kind`, whose `stated` range becomes 0 to 255. `DataError` where it has none."""
+    """Bring samples to 8 bits.
+
+    Args:
+        samples: The samples, [height, width, channels].
+        stated: The range that becomes 0 to 255; None if the file does not say it.
+        kind: The kind of the samples, for messages.
+
+    Raises:
+        DataError: There is no range, or samples lie beyond it.
+    """
     if samples.dtype.kind == "f" and not np.isfinite(samples).all():
         raise DataError(f"some of its samples ({kind}) are infinite, or no numbers; {REMEDY}")
-    lowest, highest = samples.min().item(), samples.max().item()
+    lowest = samples.min().item()
+    highest = samples.max().item()
     seen = f"its samples ({kind}) are {_shown(lowest)} to {_shown(highest)}"
     if samples.dtype == np.uint16 and (highest == 0 or _is_filled(highest, stated)):
         return Plane((samples >> 8).astype(np.uint8))
@@ -218,7 +279,10 @@ def _eight(samples: NDArray[Any], stated: Range | None, kind: str) -> Plane:
 
 
 def _is_filled(highest: int, stated: Range | None) -> bool:
-    """Whether unsigned 16 bits, of which `highest` is the largest, are all used: by what the file says, or else by that."""
+    """Return whether all of 16 unsigned bits are used, by what the file says.
+
+    Otherwise, `highest`, the largest sample, shows it.
+    """
     if stated is not None:
         return (stated.low, stated.high) == (0, FULL)
     return highest >= FILLED
@@ -229,8 +293,14 @@ def _shown(number: float) -> str:
 
 
 def _joined(planes: list[Plane], mode: str | None = None) -> Eight:
-    """The image of the `planes`, colours and then, if there is one, what is opaque; of `mode`, or as many channels as there are."""
+    """Join planes to one image.
+
+    Args:
+        planes: The colours, and then the alpha if there is one.
+        mode: Pillow's mode of the joined image. Default: by the number of channels.
+    """
     pixels = np.concatenate([plane.pixels for plane in planes], axis=2)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels, mode)
     notes = dict.fromkeys(plane.note for plane in planes if plane.note)
-    return Eight(image.convert("RGBA" if image.has_transparency_data else "RGB"), ", ".join(notes))
+    plain_mode = "RGBA" if image.has_transparency_data else "RGB"
+    return Eight(image.convert(plain_mode), ", ".join(notes))

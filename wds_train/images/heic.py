@@ -1,4 +1,7 @@
-"""HEIC, the photographs of telephones: known by its bytes, and read where pillow-heif is installed (the extra `heic`)."""
+"""HEIC, the photographs of telephones: recognised by its bytes, read by pillow-heif.
+
+pillow-heif is installed with the extra `heic`.
+"""
 
 import io
 
@@ -13,16 +16,29 @@ INSTALL = "HEIC: install pillow-heif (the extra `heic`)"
 
 
 def is_heic(data: bytes) -> bool:
-    """Whether the file begins as HEIC does: a box `ftyp`, with one of its brands. AVIF has the same box with others."""
+    """Return whether a file begins as HEIC does: with a box `ftyp` that has one of its brands.
+
+    AVIF has the same box with other brands.
+    """
     if data[4:8] != b"ftyp":
         return False
     end = min(int.from_bytes(data[:4], "big"), 256)
-    brands = {data[at : at + 4] for at in (8, *range(16, end, 4))}  # the main one, a version, and those it agrees with
+    # The main brand, a version, and the brands that the file agrees with.
+    starts = (8, *range(16, end, 4))
+    brands = {data[at : at + 4] for at in starts}
     return bool(brands & HEIC_BRANDS) and not brands & AVIF_BRANDS
 
 
 def open_heic(data: bytes, otherwise: str) -> ImageFile.ImageFile:
-    """The image, its header read. `DataError` where pillow-heif is not installed, with what to do `otherwise`."""
+    """Open a HEIC file; its pixels are not decoded yet.
+
+    Args:
+        data: The file.
+        otherwise: What else to do where pillow-heif is not installed, for the message.
+
+    Raises:
+        DataError: pillow-heif is not installed.
+    """
     try:
         from pillow_heif import register_heif_opener
     except ImportError as error:

@@ -1,7 +1,8 @@
-"""What conversion and training must agree on about an image file: which decoder reads it, which way is up, what its colours are.
+"""Image files, as conversion and training must both read them: decoder, orientation and colours.
 
-JPEG is read by simplejpeg where that can (`jpeg.py`), all else by Pillow. A conversion asks here, too, so that nothing
-passes it which the loader cannot decode. Neither PyTorch nor OpenCV is imported.
+JPEG is read by simplejpeg where that can (`jpeg.py`), all else by Pillow. A conversion asks here,
+too, so that it accepts nothing that the loader cannot decode. Neither PyTorch nor OpenCV is
+imported.
 """
 
 import io
@@ -19,13 +20,18 @@ from wds_train.errors import DataError
 from wds_train.images import jpeg
 
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-PNG, RIFF, WEBP = b"\x89PNG\r\n\x1a\n", b"RIFF", b"WEBP"
-# Chunks of a PNG that say nothing about its pixels as we read them. Pillow refuses the whole image where one of them is
-# larger than it likes, and takes a text called "transparency" for a transparent colour.
+PNG = b"\x89PNG\r\n\x1a\n"
+RIFF = b"RIFF"
+WEBP = b"WEBP"
+# Chunks of a PNG that say nothing about its pixels as we read them. Pillow refuses the whole image
+# if one of them is larger than it likes, and takes a text called "transparency" for a transparent
+# colour.
 UNREAD_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-# Before PNG had a chunk for EXIF, ImageMagick and others wrote it as hexadecimal digits into a text of this name.
+# Before PNG had a chunk for EXIF, ImageMagick and others wrote it as hexadecimal digits into a text
+# of this name.
 RAW_PROFILE = b"Raw profile type exif"
-MOST_RAW_PROFILE = 1 << 20  # bytes of that text; EXIF of a JPEG has 64 KiB at most, and digits take twice as many
+# Bytes of that text. EXIF of a JPEG has 64 KiB at most, and digits take twice as many.
+MOST_RAW_PROFILE = 1 << 20
 XMP = ("xmp", "XML:com.adobe.xmp")  # what Pillow calls it
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,7 +45,11 @@ UPRIGHT = {
 
 
 def fast_header(data: bytes | memoryview) -> jpeg.Header | None:
-    """The header of a JPEG that simplejpeg decodes; None for what is left to Pillow. `DataError` where neither can."""
+    """Return the header of a JPEG that simplejpeg decodes; None for what is left to Pillow.
+
+    Raises:
+        DataError: Neither can decode it.
+    """
     if len(data) == 0:
         raise DataError("it is empty (0 bytes)")
     if data[:2] != jpeg.START:
@@ -50,7 +60,7 @@ def fast_header(data: bytes | memoryview) -> jpeg.Header | None:
 
 
 def check_size(width: int, height: int) -> None:
-    """`DataError` for an image without pixels, or of more than are read."""
+    """Raise `DataError` for an image without pixels, or of more than MAX_PIXELS."""
     if not 0 < width * height <= MAX_PIXELS:
         raise DataError(
             f"it has {width}x{height} pixels, 1 to {MAX_PIXELS} are allowed; "
@@ -59,7 +69,11 @@ def check_size(width: int, height: int) -> None:
 
 
 def open_image(data: bytes | memoryview) -> ImageFile.ImageFile:
-    """The image, opened by Pillow: its header is read and no pixel. `DataError` where Pillow cannot."""
+    """Open an image by Pillow, which reads its header and no pixel.
+
+    Raises:
+        DataError: Pillow cannot read it, or it has more than MAX_PIXELS.
+    """
     with foreign_errors(data):
         image = Image.open(io.BytesIO(as_pillow_reads(bytes(data))), formats=PILLOW_FORMATS)
         check_size(*image.size)
@@ -67,7 +81,11 @@ def open_image(data: bytes | memoryview) -> ImageFile.ImageFile:
 
 
 def open_upright(data: bytes | memoryview) -> Image.Image:
-    """The upright image as Pillow decodes it, in the file's own mode. `DataError` as above, and for damaged pixels."""
+    """Decode the upright image by Pillow, in the file's own mode.
+
+    Raises:
+        DataError: As for `open_image`; or its pixels are damaged.
+    """
     image = open_image(data)
     with foreign_errors(data):
         image.load()  # here, where what damage raises becomes a `DataError`
@@ -75,18 +93,26 @@ def open_upright(data: bytes | memoryview) -> Image.Image:
 
 
 def whole(data: bytes | memoryview) -> Image.Image:
-    """The upright image in RGB, every pixel of it, exactly as Pillow decodes it. `DataError` where the loader cannot."""
-    if (header := fast_header(data)) is None:
+    """Decode the upright image in RGB, every pixel of it, exactly as Pillow does.
+
+    Raises:
+        DataError: The loader cannot decode it.
+    """
+    header = fast_header(data)
+    if header is None:
         return to_rgb(open_upright(data))
     return upright(Image.fromarray(jpeg.decode_all(memoryview(data), header)), data)
 
 
 def orientation(data: bytes | memoryview) -> int:
-    """The orientation of an image file, 1 (upright) to 8, from its EXIF: wherever in the file that stands.
+    """Return the orientation of an image file by its EXIF, 1 (upright) to 8.
 
-    Everything that asks goes through here, and for JPEG through `jpeg.read_header`: two readers that disagree give an index
-    whose sizes are not the decoder's. XMP is not asked: browsers do not, nor does anything that reads EXIF alone.
-    `DataError` for a JPEG without a header.
+    The EXIF may stand anywhere in the file. All code that asks goes through here, and for JPEG
+    through `jpeg.read_header`: two readers that disagree would give an index whose sizes are not
+    the decoder's. XMP is not read: browsers ignore it, and so does all that reads EXIF alone.
+
+    Raises:
+        DataError: It is a JPEG without a header.
     """
     if data[:2] == jpeg.START:
         return jpeg.read_header(memoryview(data)).orientation
@@ -94,9 +120,14 @@ def orientation(data: bytes | memoryview) -> int:
 
 
 def turn_of(image: Image.Image, data: bytes | memoryview) -> Image.Transpose | None:
-    """What turns the image that `data` holds upright, after `load`; None where it is. This is for images of every format.
+    """Return what turns an image of any format upright after `load`; None if it is upright.
 
-    Of what shards do not hold, Pillow says it: it knows that AVIF is turned by boxes of its own, and has turned a TIFF.
+    For formats that shards do not hold, Pillow says it: it knows that AVIF is turned by its own
+    boxes, and has turned a TIFF already.
+
+    Args:
+        image: The image.
+        data: The file that it is in.
     """
     if not isinstance(image, ImageFile.ImageFile) or image.format in (*PILLOW_FORMATS, "MPO"):
         return UPRIGHT.get(orientation(data))
@@ -104,32 +135,38 @@ def turn_of(image: Image.Image, data: bytes | memoryview) -> Image.Transpose | N
 
 
 def upright(image: Image.Image, data: bytes | memoryview) -> Image.Image:
-    """The `image`, which `data` holds, turned as its EXIF says."""
+    """Return the image in the file `data`, turned as its EXIF says."""
     turn = turn_of(image, data)
     return image if turn is None else image.transpose(turn)
 
 
 def load(image: ImageFile.ImageFile) -> None:
-    """Decode the pixels of an image of any format, which Pillow turns by XMP otherwise where EXIF says nothing."""
+    """Decode the pixels of an image of any format, and do not let Pillow turn it by XMP."""
     for name in XMP:
         image.info.pop(name, None)
     image.load()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in 8-bit RGB: of 16 bits the upper 8, which `convert` would clip at 255 instead."""
+    """Return the image in 8-bit RGB: of 16 bits the upper 8, where `convert` would clip at 255."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
 def as_pillow_reads(data: bytes) -> bytes:
-    """The file as it is given to Pillow: a PNG without its texts and colour profile. `DataError` for one that is none."""
+    """Return the file for Pillow: a PNG without its texts and colour profile.
+
+    Raises:
+        DataError: It is a PNG that is not of the standard.
+    """
     if data.startswith(PNG) and data[12:16] != b"IHDR":
         raise DataError(
-            f"it is no PNG of the standard: it begins with {data[12:16]!r}, as Apple's programs write; convert it"
+            f"it is no PNG of the standard: it begins with {data[12:16]!r}, "
+            "as Apple's programs write; convert it"
         )
-    kept, start = [], 0
+    kept = []
+    start = 0
     for chunk in png_chunks(data):
         if chunk.kind in UNREAD_CHUNKS:
             kept.append(data[start : chunk.start])
@@ -138,7 +175,14 @@ def as_pillow_reads(data: bytes) -> bytes:
 
 
 class Chunk(NamedTuple):
-    """A piece of a PNG or WebP file: `start` and `end` of all of it, and `content`, where its content lies."""
+    """A chunk of a PNG or WebP file.
+
+    Attributes:
+        kind: Its type, four bytes.
+        start: Where it starts in the file.
+        end: Where it ends, with a checksum or padding.
+        content: Where its content lies.
+    """
 
     kind: bytes
     start: int
@@ -147,28 +191,37 @@ class Chunk(NamedTuple):
 
 
 def png_chunks(data: bytes) -> Iterator[Chunk]:
-    """The chunks of a PNG, in order; of another file none."""
+    """Yield the chunks of a PNG, in order; of another file none."""
     if data.startswith(PNG):
         yield from _chunks(data, len(PNG), ">I4s", 4)
 
 
 @contextmanager
 def foreign_errors(data: bytes | memoryview) -> Iterator[None]:
-    """Make a `DataError` of whatever a reader raises on the bytes `data`."""
+    """Turn whatever a reader raises on the bytes `data` into a `DataError`."""
     try:
         yield
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"it is no JPEG, PNG, WebP or GIF; it begins with {bytes(data[:8])!r}") from error
-    except Exception as error:  # on damaged bytes Pillow's readers raise nearly anything: struct.error, KeyError, ...
+        raise DataError(
+            f"it is no JPEG, PNG, WebP or GIF; it begins with {bytes(data[:8])!r}"
+        ) from error
+    # On damaged bytes Pillow's readers raise nearly anything: struct.error, KeyError, ...
+    except Exception as error:
         raise DataError(f"it cannot be decoded: {error}") from error
 
 
 def _exif(data: bytes) -> bytes:
-    """The EXIF of a PNG or WebP: the content of its chunk for that, else of a PNG's raw profile; empty where there is none."""
+    """Return the EXIF of a PNG or WebP; empty if there is none.
+
+    It is the content of the chunk for EXIF. A PNG may have a raw profile instead.
+    """
     if data.startswith(RIFF) and data[8:12] == WEBP:
-        return next((data[chunk.content] for chunk in _chunks(data, 12, "<4sI", 0) if chunk.kind == b"EXIF"), b"")
+        for chunk in _chunks(data, 12, "<4sI", 0):
+            if chunk.kind == b"EXIF":
+                return data[chunk.content]
+        return b""
     raw = b""
     for chunk in png_chunks(data):
         if chunk.kind == b"eXIf":
@@ -179,7 +232,10 @@ def _exif(data: bytes) -> bytes:
 
 
 def _raw_profile(kind: bytes, content: bytes) -> bytes:
-    """The EXIF in a text of a PNG: three lines (nothing, a word, the size), then hexadecimal digits. Empty where there is none."""
+    """Return the EXIF in a text of a PNG; empty if there is none.
+
+    The text has three lines (nothing, a word, the size), and then hexadecimal digits.
+    """
     keyword, _, rest = content.partition(b"\0")
     if keyword != RAW_PROFILE:
         return b""
@@ -201,10 +257,21 @@ def _inflated(data: bytes) -> bytes:
 
 
 def _chunks(data: bytes, at: int, head: str, tail: int) -> Iterator[Chunk]:
-    """Each chunk; `tail`: the bytes of a checksum that follow its content. RIFF pads to even sizes."""
+    """Yield the chunks of a file from byte `at` on.
+
+    Args:
+        data: The file.
+        at: Where the first one starts.
+        head: The format of a chunk's head: its kind and the size of its content, in any order.
+        tail: The bytes of a checksum behind the content. Without one, as in RIFF, content is padded
+            to even sizes.
+    """
     while at + 8 <= len(data):
         one, other = struct.unpack_from(head, data, at)
-        kind, size = (other, one) if isinstance(one, int) else (one, other)
+        if isinstance(one, int):
+            kind, size = other, one
+        else:
+            kind, size = one, other
         end = at + 8 + size + (tail or size % 2)
         yield Chunk(kind, at, end, slice(at + 8, at + 8 + size))
         at = end

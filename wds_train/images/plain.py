@@ -1,11 +1,12 @@
-"""An image made plain: upright, 8 bits a sample, opaque.
+"""Images made plain: upright, 8 bits a sample, opaque.
 
-What the loader would show otherwise than the file means it is laid open here: for shards before it comes into them, so
-that the loader, which sees every image in every epoch, knows nothing of it; and for the images that a trained model is
-asked about. What the loader shows right keeps its bytes.
+An image that the loader would show otherwise than the file means is changed here. This is done for
+shards, before the image comes into them, so that the loader, which sees every image in every epoch,
+knows nothing of it; and for the images that a trained model is asked about. An image that the
+loader shows right keeps its bytes.
 
-Transparent pixels are laid on white, as every browser shows them. Their own colours are of no image: two icons that
-look alike may differ in them, and a model learns that.
+Transparent pixels are laid on white, as every browser shows them. Their own colours belong to no
+image: two icons that look alike may differ in them, and a model would learn that.
 """
 
 import io
@@ -16,11 +17,20 @@ from PIL import Image, ImageFile
 from wds_train.images import jpeg
 from wds_train.images.depth import eight_bits, is_deep
 from wds_train.images.heic import is_heic, open_heic
-from wds_train.images.pillow import PNG, check_size, foreign_errors, load, open_image, to_rgb, turn_of
+from wds_train.images.pillow import (
+    PNG,
+    check_size,
+    foreign_errors,
+    load,
+    open_image,
+    to_rgb,
+    turn_of,
+)
 
 BACKGROUND = "white"
 OPAQUE = 255
-# A grey PNG of 2 or 4 bits: Pillow scales its samples to 8 by this, but not the one that it calls transparent.
+# A grey PNG of 2 or 4 bits: Pillow scales its samples to 8 by this, but not the one that it calls
+# transparent.
 FEW_GREYS = {b"\2\0": 85, b"\4\0": 17}
 TRANSPARENT = f"transparent pixels, laid on {BACKGROUND}"
 INVISIBLE = f"nothing but transparency, laid on {BACKGROUND}"
@@ -28,7 +38,13 @@ UPPER_BITS = "16 bits a sample, the upper 8 kept"
 
 
 class Plain(NamedTuple):
-    """An upright image in 8-bit RGB. `changed`: the loader would make other pixels of the file. `notes`: what is odd about it."""
+    """An upright image in 8-bit RGB.
+
+    Attributes:
+        image: The image.
+        changed: The loader would make other pixels of the file.
+        notes: What is odd about the file.
+    """
 
     image: Image.Image
     changed: bool
@@ -36,20 +52,29 @@ class Plain(NamedTuple):
 
 
 def may_change(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether `plain` has to look at the pixels of the image that `data` holds. Its header says it."""
+    """Return whether `plain` has to look at the pixels of the image in `data`, by its header."""
     return image.has_transparency_data or is_deep(image, data)
 
 
 def plain(image: ImageFile.ImageFile, data: bytes) -> Plain:
-    """The image that `data` holds, made plain. `DataError` where the file does not say what its samples mean."""
+    """Make an image plain.
+
+    Args:
+        image: The image, opened and not decoded.
+        data: The file that it is in.
+
+    Raises:
+        DataError: The file does not say what its samples mean.
+    """
     notes = []
     if is_deep(image, data):
         shallow, stretched = eight_bits(image, data)
         notes.append(stretched or UPPER_BITS)
     else:
         load(image)
-        shallow, stretched = _colours(image, data), ""
-    opaque, laid = _on_background(shallow)
+        shallow = _convert_colours(image, data)
+        stretched = ""
+    opaque, laid = _lay_on_background(shallow)
     if laid:
         notes.append(laid)
     turn = turn_of(image, data)
@@ -58,8 +83,13 @@ def plain(image: ImageFile.ImageFile, data: bytes) -> Plain:
 
 
 def plain_bytes(data: bytes) -> bytes:
-    """The file as a conversion would put it into a shard: `data` itself, or a PNG of the image made plain. `DataError` where
-    the image cannot be read.
+    """Return the file as a conversion would put it into a shard.
+
+    Returns:
+        `data` itself, or a PNG of the image made plain.
+
+    Raises:
+        DataError: The image cannot be read.
     """
     if not data or data[:2] == jpeg.START:  # opaque, and of 8 bits
         return data
@@ -76,14 +106,14 @@ def plain_bytes(data: bytes) -> bytes:
 
 
 def png_of(image: Image.Image) -> bytes:
-    """The image as PNG, which loses nothing."""
+    """Return the image as PNG, which loses nothing."""
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
 
 
-def _colours(image: Image.Image, data: bytes) -> Image.Image:
-    """The loaded image in RGB, or RGBA where it has anything transparent to say."""
+def _convert_colours(image: Image.Image, data: bytes) -> Image.Image:
+    """Return the loaded image in RGB, or in RGBA if it may have transparent pixels."""
     if "transparency" in image.info and data.startswith(PNG) and data[24:26] in FEW_GREYS:
         image.info["transparency"] *= FEW_GREYS[data[24:26]]
     if image.mode == "La":  # Pillow converts it to nothing else
@@ -91,8 +121,8 @@ def _colours(image: Image.Image, data: bytes) -> Image.Image:
     return image.convert("RGBA") if image.has_transparency_data else to_rgb(image)
 
 
-def _on_background(image: Image.Image) -> tuple[Image.Image, str]:
-    """The image in RGB, and in words what its transparent pixels, if it has any, lie on now."""
+def _lay_on_background(image: Image.Image) -> tuple[Image.Image, str]:
+    """Return the image in RGB, and a note on its transparent pixels, empty if it has none."""
     if image.mode != "RGBA":
         return image, ""
     least, most = image.getchannel("A").getextrema()

@@ -1,4 +1,4 @@
-"""A step's images, labels and places."""
+"""Batches: the images, labels and places of a step."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,7 +11,14 @@ from wds_train.rng import Ids
 
 
 class Unreadable(NamedTuple):
-    """A sample that could not be used, and why."""
+    """A sample that could not be used.
+
+    Attributes:
+        sample: Its number in the split.
+        shard: Its shard's name.
+        key: Its key.
+        cause: Why it could not be used.
+    """
 
     sample: int
     shard: str
@@ -26,9 +33,19 @@ class Unreadable(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's images and what belongs to them. `images` uint8 [n, height, width, 3] RGB, `labels` int64 [n], in
-    global-batch order; `unreadable` names the samples whose image could not be used, once for each image: their pixels
-    are grey. Where samples become objects, `items` holds them with their keys, None for an unreadable one.
+    """The images of a step and what belongs to them, in the order of the global batch.
+
+    Attributes:
+        step: The step, counted over the whole training.
+        positions: The places of the samples in the epoch's order, int64 [n].
+        ids: Numbers of the samples in the split, int64 [n].
+        images: uint8 [n, height, width, 3] RGB; unreadable ones are grey. With `normalize`
+            float32 [n, 3, height, width]; with a transform of yours, what it returns, stacked.
+        labels: Classes, int64 [n].
+        unreadable: The samples that could not be used, once for each of their images.
+        epoch: The step's epoch.
+        items: Samples that are objects rather than arrays, with their keys: None for an
+            unreadable one. Empty for images.
     """
 
     step: int
@@ -42,10 +59,17 @@ class Batch:
 
 
 def empty_images(shape: tuple[int, ...], dtype: DTypeLike, *, pinned: bool) -> torch.Tensor:
-    """Memory for images: pinned, for a GPU, from PyTorch's pool, which hands a freed piece out again once the copies
-    from it are done; else NumPy's, which asks for huge pages: small ones, faulted in one by one, make the copy of a batch
-    take 4 times as long.
+    """Return memory for images, of any content.
+
+    Args:
+        shape: The shape of the tensor.
+        dtype: Its dtype, as NumPy names it.
+        pinned: Take memory that a GPU copies from.
     """
     if pinned:
-        return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+        # PyTorch's pool hands a freed piece out again once the copies from it are done.
+        torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        return torch.empty(shape, dtype=torch_dtype, pin_memory=True)
+    # NumPy asks for huge pages. With small ones, faulted in one by one, the copy of a batch takes
+    # 4 times as long.
     return torch.from_numpy(np.empty(shape, dtype))

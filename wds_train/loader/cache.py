@@ -1,10 +1,14 @@
 """Blocks on a local disk, so that a second epoch asks S3 for nothing.
 
-One file a block, under the dataset's fingerprint, written beside its place and renamed into it: a kill leaves no torn
-file, and two processes that write one block write the same bytes. Which blocks may be kept is arithmetic too: the first
-of the split, as far as `max_bytes` reaches. Epochs use every block equally often, so any subset serves as well as any
-other, eviction would gain nothing, and no process needs to know what the others keep. What comes out is checked by the
-samples' CRCs like what comes from S3; a damaged file is dropped and its sample fetched again.
+Each block is a file below the dataset's fingerprint. It is written under another name and renamed:
+a kill leaves no torn file, and two processes that write one block write the same bytes.
+
+Which blocks may be kept is arithmetic, too: the first of the split, as far as `max_bytes` reaches.
+Epochs use every block equally often. So any subset serves as well as any other, eviction would gain
+nothing, and no process needs to know what the others keep.
+
+What comes out is checked by the samples' CRCs, like what comes from S3. A damaged file is dropped,
+and its sample fetched again.
 """
 
 import contextlib
@@ -32,12 +36,24 @@ def make_cache_folder(folder: Path, dataset: Dataset, split: str) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"the cache folder {place} cannot be made: {error.strerror}; choose another") from error
+        raise StoreError(
+            f"the cache folder {place} cannot be made: {error.strerror}; choose another"
+        ) from error
     return place
 
 
 class BlockCache:
-    """The cache of one split. `max_bytes` bounds the files of the split, all processes together."""
+    """The cache of one split.
+
+    Args:
+        folder: Where all caches are. The split has a folder below it.
+        max_bytes: The most bytes that the split's files take, of all processes together.
+        split: The split.
+        dataset: The dataset that it belongs to.
+
+    Raises:
+        StoreError: The folder cannot be made.
+    """
 
     def __init__(self, folder: Path, max_bytes: int, split: SplitReader, dataset: Dataset) -> None:
         self._split = split
@@ -46,26 +62,39 @@ class BlockCache:
         self._first = np.cumsum(self._samples) - self._samples  # sample of every shard
         counts = -(-self._samples // BLOCK)
         self._first_block = np.cumsum(counts) - counts
-        self._kept = self._fitting(max_bytes)
-        # Taken for ever by the first who finds that the disk takes no more, or that it cannot be read.
-        self._full, self._broken = threading.Lock(), threading.Lock()
+        self._kept = self._count_fitting(max_bytes)
+        # Each is taken for good by the first thread that finds that the disk takes no more, or
+        # that it cannot be read.
+        self._full = threading.Lock()
+        self._broken = threading.Lock()
 
     def block_of(self, samples: Ids) -> Ids:
-        """The number of the block that holds each sample."""
+        """Return the number of the block that holds each of `samples`, int64 [n]."""
         shard = self._split.index.shard[samples]
         return self._first_block[shard] + (samples - self._first[shard]) // BLOCK
 
     def keeps(self, sample: int) -> bool:
-        """Whether the sample's block may be on the disk."""
+        """Return whether the block of `sample` may be on the disk."""
         return self._block(sample) < self._kept
 
     def read(self, sample: int) -> tuple[int, bytes]:
-        """Where the sample's block starts in its shard, and the block's bytes, from the disk or else from the store."""
-        block, index, shard = self._block(sample), self._split.index, int(self._split.index.shard[sample])
+        """Read the block of `sample` from the disk, or else from the store.
+
+        Returns:
+            The byte of the shard where the block starts, and the block's bytes.
+        """
+        block = self._block(sample)
+        index = self._split.index
+        shard = int(index.shard[sample])
+
+        # Where the block lies in its shard. The shard's last block may be shorter.
         first = int(self._first[shard] + (block - self._first_block[shard]) * BLOCK)
-        last = min(first + BLOCK, int(self._first[shard] + self._samples[shard])) - 1
-        start, path = int(index.offset[first]), self._path(block)
+        shard_end = int(self._first[shard] + self._samples[shard])
+        last = min(first + BLOCK, shard_end) - 1
+        start = int(index.offset[first])
         length = int(index.offset[last] + index.length[last]) - start
+
+        path = self._path(block)
         if not self._broken.locked():
             try:
                 data = path.read_bytes()
@@ -73,48 +102,60 @@ class BlockCache:
                     return start, data
             except FileNotFoundError:
                 pass
-            except OSError as error:  # a disk that fails may take seconds for each
+            except OSError as error:  # a disk that fails may take seconds for each try
                 self._give_up(self._broken, error, "it is used no more")
         data = self._split.store.read(self._split.shard_names[shard], start, length)
         self._keep(path, data)
         return start, data
 
     def drop(self, sample: int) -> None:
-        """Forget the sample's block, whose bytes turned out to be damaged."""
-        with contextlib.suppress(OSError):  # of a disk that lets nothing be removed, the store is read all the same
+        """Remove the block of `sample`, whose bytes turned out to be damaged."""
+        # If the disk does not let it be removed, the sample still comes from the store.
+        with contextlib.suppress(OSError):
             self._path(self._block(sample)).unlink(missing_ok=True)
 
-    def _fitting(self, max_bytes: int) -> int:
-        """How many of the first blocks `max_bytes` hold; of shards whose rows would all have to be read for it, those of whole
-        ones.
+    def _count_fitting(self, max_bytes: int) -> int:
+        """Return how many of the split's first blocks fit into `max_bytes`.
+
+        For a large split this would read the rows of all shards. There only the blocks of shards
+        that fit as a whole count.
         """
         index = self._split.index
         if isinstance(index, SharedIndex):
-            shards = int(np.searchsorted(np.cumsum(self._split.shard_bytes), max_bytes, side="right"))
+            sizes = np.cumsum(self._split.shard_bytes)
+            shards = int(np.searchsorted(sizes, max_bytes, side="right"))
             return int((-(-self._samples[:shards] // BLOCK)).sum())
         first, length = blocks(self._split.shard_samples)
         last = first + length - 1
-        sizes = index.offset[last] + index.length[last] - index.offset[first]
-        return int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right"))
+        sizes = np.cumsum(index.offset[last] + index.length[last] - index.offset[first])
+        return int(np.searchsorted(sizes, max_bytes, side="right"))
 
     def _keep(self, path: Path, data: bytes) -> None:
         if self._full.locked() or self._broken.locked():
             return
-        partial = path.with_name(
-            f".{path.name}.{os.getpid()}-{threading.get_ident()}"
-        )  # threads may read one block, too
+        # Several threads may read one block, too.
+        partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
         try:
             partial.write_bytes(data)
             partial.replace(path)
         except OSError as error:
-            # A full disk costs speed, never the run. No more is added: each try would write most of a block in vain.
+            # A full disk costs speed, never the run. Nothing more is added: each try would write
+            # most of a block in vain.
             with contextlib.suppress(OSError):  # on a disk that became read-only
                 partial.unlink(missing_ok=True)
             self._give_up(self._full, error, "nothing more is added to it")
 
-    def _give_up(self, for_ever: threading.Lock, error: OSError, what: str) -> None:
-        if for_ever.acquire(blocking=False):  # of several threads that fail at one moment, one says so
-            print(f"cache: {self._folder}: {error.strerror}; {what}, and the store is read instead", file=sys.stderr)
+    def _give_up(self, reason: threading.Lock, error: OSError, consequence: str) -> None:
+        """Take the lock `reason` for good, and print why.
+
+        Of several threads that fail at the same moment, only the first one prints.
+        """
+        if reason.acquire(blocking=False):
+            print(
+                f"cache: {self._folder}: {error.strerror}; {consequence}, "
+                "and the store is read instead",
+                file=sys.stderr,
+            )
 
     def _block(self, sample: int) -> int:
         return int(self.block_of(np.asarray(sample)))

@@ -1,4 +1,4 @@
-"""A person's own function in the place of our transforms: called, watched, and what it returns looked at."""
+"""User-supplied transforms: call them, check that they use only `rng`, validate the result."""
 
 import copyreg
 import io
@@ -17,154 +17,236 @@ from wds_train.dataset.tar import fields_of
 from wds_train.errors import DataError, UsageError
 from wds_train.global_rng import drawn_from, generator_states
 from wds_train.images.decode import decode_whole
-from wds_train.loader.decoder import NOTHING
 from wds_train.loader.transform import Form, Place
 from wds_train.rng import generator
 
 Function = Callable[[Any, str, np.random.Generator], Any]
-WATCHED, EVERY = 32, 32  # calls of a process: the first so many, then one in so many
-SUSPICIONS = 3  # times that a generator must move: a library's own thread may draw from it, too, once
-SOUGHT = 100  # samples, among which one is readable
+# Calls whose use of global generators is checked: a process's first, then one of every so many.
+FIRST_CHECKED = 32
+CHECKED_EVERY = 32
+# A generator must move in so many tries: once, it may be a thread of a library that draws from it.
+SUSPICIONS = 3
+SEARCHED = 100  # samples, among which one must be readable
 OBJECT = Form((1,), np.dtype(object))
 
 
-class Own:
-    """Calls `function` with what it is to have of each sample of `split`, its key, and a generator keyed by (seed, epoch,
-    position).
+class CustomTransform:
+    """Calls the user's function with a sample, its key and a generator.
+
+    The generator is keyed by (seed, epoch, position), so that a sample becomes the same in
+    whichever process it is transformed.
+
+    Args:
+        function: The user's function.
+        split: The split that the samples are of.
+        seed: The seed of all generators.
     """
 
     def __init__(self, function: Function, split: SplitReader, seed: int) -> None:
-        self._function, self._split, self._seed = function, split, seed
+        self._function = function
+        self._split = split
+        self._seed = seed
         self._calls = 0
 
-    def __call__(self, given: Callable[[], Any], place: Place) -> Any:
-        """The result for `given()`, which is asked for anew where the call must be repeated."""
+    def __call__(self, make_input: Callable[[], Any], place: Place) -> Any:
+        """Return what the function returns for the sample at `place`.
+
+        Args:
+            make_input: Makes the function's first argument. It is called again if the function
+                must be, because the function may change its argument.
+            place: The sample's place.
+
+        Raises:
+            UsageError: The function failed, or draws from a global generator.
+            DataError: The function says so: the sample is unreadable.
+        """
         self._calls += 1
-        if self._calls > WATCHED and self._calls % EVERY:
-            return self._call(given(), place)
+        if self._calls > FIRST_CHECKED and self._calls % CHECKED_EVERY:
+            return self._call(make_input(), place)
         for _ in range(SUSPICIONS):
             before = generator_states()
-            result = self._call(given(), place)
-            if not (drawn := drawn_from(before)):
+            result = self._call(make_input(), place)
+            drawn = drawn_from(before)
+            if not drawn:
                 return result
         raise UsageError(
-            f"the transform draws from the global generator of {drawn} ({self.named(place)}), which makes a sample differ "
-            "from run to run; draw from the rng that it is given, or do what draws in `with wds_train.keyed(rng):`"
+            f"the transform draws from the global generator of {drawn} ({self.describe(place)}), "
+            "which makes a sample differ from run to run; draw from the rng that it is given, or "
+            "do what draws in `with wds_train.keyed(rng):`"
         )
+
+    def describe(self, place: Place) -> str:
+        """Return the shard and the key of the sample at `place`, for messages."""
+        key = self._split.index.key_of(place.sample)
+        return f"{self._split.shard_of(place.sample)}, key {key}"
 
     def _call(self, given: Any, place: Place) -> Any:
         rng = generator(self._seed, "transform", place.epoch, place.position)
         try:
             return self._function(given, self._split.index.key_of(place.sample), rng)
-        except DataError:  # the person's word for a sample that cannot be used
+        except DataError:  # with this, the function says that a sample is unreadable
             raise
         except Exception as error:
             raise self._failure(error, place) from error
 
     def _failure(self, error: Exception, place: Place) -> UsageError:
-        failure = UsageError(f"the transform failed on {self.named(place)}: {type(error).__name__}: {error}")
-        if torch.utils.data.get_worker_info():  # the chain of exceptions does not reach the main process
+        cause = f"{type(error).__name__}: {error}"
+        failure = UsageError(f"the transform failed on {self.describe(place)}: {cause}")
+        if torch.utils.data.get_worker_info():
+            # The chain of exceptions does not reach the main process.
             failure.add_note("".join(traceback.format_exception(error)).rstrip())
         return failure
 
-    def named(self, place: Place) -> str:
-        return f"{self._split.shard_of(place.sample)}, key {self._split.index.key_of(place.sample)}"
 
+class ArrayTransform:
+    """A `Transform` that calls the user's function with an image, and expects an array.
 
-class OwnArrays:
-    """A `Transform` of images, decoded whole or (not `decoded`) as bytes, into arrays that are all of one form."""
+    All arrays must have one form.
 
-    def __init__(self, function: Function, split: SplitReader, seed: int, *, decoded: bool) -> None:
-        self._own, self._split, self._decoded = Own(function, split, seed), split, decoded
-        self.largest = NOTHING
+    Args:
+        function: The user's function.
+        split: The split that the samples are of.
+        seed: The seed of the function's generators.
+        decoded: Give the function pixels, uint8 [height, width, 3]; False: the encoded bytes.
+        form: The form of the arrays. Default: that of the first readable sample, found now,
+            because memory is laid out for it before workers fork.
+
+    Raises:
+        UsageError: The function failed, or returned no array.
+        DataError: The first samples are all unreadable.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        split: SplitReader,
+        seed: int,
+        *,
+        decoded: bool,
+        form: Form | None = None,
+    ) -> None:
+        self._call = CustomTransform(function, split, seed)
+        self._split = split
+        self._decoded = decoded
+        self.largest = form or self._measure()
 
     def form(self, step: int) -> Form:
         return self.largest
 
     def draw(self, place: Place) -> None:
-        """Nothing: the function draws for itself."""
+        """Draw nothing: the function draws from its own generator."""
 
     def decode(self, data: memoryview, place: Place, drawn: None, out: NDArray[Any]) -> None:
-        array = self._array(data, place)
-        if (form := Form(array.shape, array.dtype)) != self.largest:
+        array = self._make_array(data, place)
+        form = Form(array.shape, array.dtype)
+        if form != self.largest:
             raise UsageError(
-                f"the transform returned {form} for {self._own.named(place)}, and {self.largest} for the first sample; all "
-                "must have one shape and dtype"
+                f"the transform returned {form} for {self._call.describe(place)}, and "
+                f"{self.largest} for the first sample; all must have one shape and dtype"
             )
         out[...] = array
 
-    def _array(self, data: memoryview, place: Place) -> NDArray[Any]:
-        result = self._own(lambda: decode_whole(data) if self._decoded else bytes(data), place)
+    def _make_array(self, data: memoryview, place: Place) -> NDArray[Any]:
+        def make_input() -> Any:
+            return decode_whole(data) if self._decoded else bytes(data)
+
+        result = self._call(make_input, place)
         try:
             array = np.asarray(result)
-            torch.from_numpy(np.empty(0, array.dtype))
+            torch.from_numpy(np.empty(0, array.dtype))  # raises for a dtype that torch lacks
         except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(
-                f"the transform returned a {type(result).__name__} for {self._own.named(place)}, which is no array of "
-                "numbers; return one of NumPy, or use SampleLoader"
+                f"the transform returned a {type(result).__name__} for "
+                f"{self._call.describe(place)}, which is no array of numbers; return one of NumPy, "
+                "or use SampleLoader"
             ) from error
         return array
 
-    def measure(self) -> Form:
-        """The form of the first sample that can be read: memory is laid out for it before workers fork."""
+    def _measure(self) -> Form:
+        """Return the form of the first sample that can be read."""
         split = self._split
-        damage = DataError(f"the split {split.name!r} of {split.store.url} has no samples")
-        for sample in range(min(SOUGHT, len(split))):
+        cause = DataError(f"the split {split.name!r} of {split.store.url} has no samples")
+        searched = min(SEARCHED, len(split))
+        for sample in range(searched):
             record = split.record(sample)
             try:
-                array = self._array(image_of(split.index, sample, record), Place(sample, (0, 0), 0, 0))
+                image = image_of(split.index, sample, record)
+                array = self._make_array(image, Place(sample, (0, 0), 0, 0))
             except DataError as error:
-                damage = error
+                cause = error
             else:
                 return Form(array.shape, array.dtype)
         raise DataError(
-            f"none of the first {min(SOUGHT, len(split))} samples of {split.store.url} can be read; the last: {damage}"
+            f"none of the first {searched} samples of {split.store.url} can be read; "
+            f"the last: {cause}"
         )
 
 
-class OwnObjects:
-    """A `Transform` of samples, as the bytes of their members by extension, into what `function` returns, or as they are.
-    With `names`, of these members alone, all of which a sample must have.
+class ObjectTransform:
+    """A `Transform` of samples as dictionaries: the bytes of their members by extension.
+
+    Args:
+        function: The user's function, which gets the dictionary. None returns it as it is.
+        split: The split that the samples are of.
+        seed: The seed of the function's generators.
+        names: The extensions of the members that the dictionary has, and each sample must have.
+            None: whatever a sample has.
     """
 
     largest = OBJECT
 
-    def __init__(self, function: Function | None, split: SplitReader, seed: int, names: Collection[str] | None) -> None:
-        self._own = Own(function, split, seed) if function else None
-        self._split, self._names = split, names
+    def __init__(
+        self,
+        function: Function | None,
+        split: SplitReader,
+        seed: int,
+        names: Collection[str] | None,
+    ) -> None:
+        self._call = CustomTransform(function, split, seed) if function else None
+        self._split = split
+        self._names = names
 
     def form(self, step: int) -> Form:
         return OBJECT
 
     def draw(self, place: Place) -> None:
-        """Nothing: the function draws for itself."""
+        """Draw nothing: the function draws from its own generator."""
 
     def decode(self, data: memoryview, place: Place, drawn: None, out: NDArray[Any]) -> None:
-        out[0] = self._made(self._own, data, place) if self._own else self._fields(data, place)
+        if self._call is None:
+            out[0] = self._fields(data, place)
+        else:
+            out[0] = self._transform(self._call, data, place)
 
-    def _made(self, own: Own, data: memoryview, place: Place) -> Any:
-        made = own(lambda: self._fields(data, place), place)
+    def _transform(self, call: CustomTransform, data: memoryview, place: Place) -> Any:
+        result = call(lambda: self._fields(data, place), place)
         if torch.utils.data.get_worker_info():
             try:
-                _try_sending(made)
+                _try_sending(result)
             except Exception as error:
                 raise UsageError(
-                    f"the transform returned a {type(made).__name__} for {own.named(place)}, which a worker cannot send "
-                    f"({error}); return arrays, numbers, texts, or lists and dictionaries of them, or use workers=0"
+                    f"the transform returned a {type(result).__name__} for {call.describe(place)}, "
+                    f"which a worker cannot send ({error}); return arrays, numbers, texts, or "
+                    "lists and dictionaries of them, or use workers=0"
                 ) from error
-        return made
+        return result
 
     def _fields(self, data: memoryview, place: Place) -> dict[str, bytes]:
         fields = fields_of(data, self._split.index.key_of(place.sample))
         if self._names is None:
             return fields
-        if lacking := [name for name in self._names if name not in fields]:
-            raise DataError(f"it has no member .{lacking[0]}, only .{', .'.join(fields)}")
+        for name in self._names:
+            if name not in fields:
+                raise DataError(f"it has no member .{name}, only .{', .'.join(fields)}")
         return {name: fields[name] for name in self._names}
 
 
-def _try_sending(made: Any) -> None:
-    """Raise what the queue from a worker to its loop would meet with `made`: it drops such a thing, and the loop waits for ever."""
+def _try_sending(result: Any) -> None:
+    """Raise what the queue from a worker to the training process would meet with `result`.
+
+    The queue drops what it cannot send, and the training process would wait for ever.
+    """
     attempt = ForkingPickler(io.BytesIO())
-    attempt.dispatch_table = copyreg.dispatch_table  # without PyTorch's, which keeps shared memory for every tensor
-    attempt.dump(made)
+    # Without PyTorch's reducers, which keep shared memory for every tensor.
+    attempt.dispatch_table = copyreg.dispatch_table
+    attempt.dump(result)

@@ -14,14 +14,23 @@ from wds_train.loader.batch import Unreadable
 from wds_train.loader.plan import Part
 from wds_train.loader.transform import Form, Place, Transform, square
 
-PREFETCHED_PARTS = 4  # per worker, in shared memory: evens out steps whose images are slow to decode
+# Per worker, in shared memory: evens out steps whose images are slow to decode.
+PREFETCHED_PARTS = 4
 SLOTS = PREFETCHED_PARTS + 1
 NOTHING = square(0)
 
 
 class Decoded(NamedTuple):
-    """A part whose arrays of `form` lie in a slot of the `Slots`. `labels` int64 [n]. Where samples become objects, `items`
-    has them with their keys.
+    """A part whose samples were decoded into a slot of the `Slots`.
+
+    Attributes:
+        part: The part, without its encoded records.
+        labels: Classes, int64 [n].
+        unreadable: The samples that could not be used.
+        form: The form of each sample's array.
+        worker: The worker whose slot it is.
+        slot: The slot's number.
+        items: Samples that became objects rather than arrays, with their keys.
     """
 
     part: Part
@@ -34,32 +43,44 @@ class Decoded(NamedTuple):
 
 
 class Slots:
-    """Shared memory for what samples become, pixels mostly: SLOTS of the largest part's size for every worker, used in turn.
+    """Shared memory for decoded samples: SLOTS slots for every worker, used in turn.
 
-    DataLoader could carry tensors itself, in a new piece of shared memory for each, whose pages both processes would
-    have to fault in again and again. Slots need no lock: DataLoader lets a worker run PREFETCHED_PARTS ahead of the
-    part that was last taken, which is copied before the next is asked for, so that one slot more is always free.
+    DataLoader could carry tensors itself. It would use a new piece of shared memory for each, whose
+    pages both processes have to fault in again and again.
+
+    Slots need no lock. DataLoader lets a worker run PREFETCHED_PARTS ahead of the part that was
+    last taken, and that part is copied before the next is asked for. So one slot more is always
+    free.
+
+    Args:
+        workers: The workers; 0 decodes in this process, and has slots, too.
+        part_bytes: The bytes of the largest part.
+
+    Raises:
+        UsageError: There is not so much memory.
     """
 
     def __init__(self, workers: int, part_bytes: int) -> None:
-        # Shared with the workers by fork, and not through /dev/shm, of which a container often has 64 MB.
         shape = (max(1, workers), SLOTS, part_bytes)
+        size = math.prod(shape)
+        # Workers inherit it by fork. /dev/shm would not do: in a container it often has 64 MB.
         try:
-            memory = mmap.mmap(-1, max(1, math.prod(shape)))
+            memory = mmap.mmap(-1, max(1, size))
         except (OSError, OverflowError) as error:
             raise UsageError(
-                f"the loader cannot have the {math.prod(shape) / 1e9:,.1f} GB of memory that its batches take "
-                f"({getattr(error, 'strerror', None) or error}); use smaller images or a smaller batch"
+                f"the loader cannot have the {size / 1e9:,.1f} GB of memory that its batches take "
+                f"({getattr(error, 'strerror', None) or error}); "
+                "use smaller images or a smaller batch"
             ) from error
         self._bytes: NDArray[np.uint8] = np.ndarray(shape, np.uint8, memory)
 
     def __call__(self, worker: int, slot: int, samples: int, form: Form) -> NDArray[Any]:
-        """The slot as [samples, *form.shape]."""
+        """Return a slot as an array [samples, *form.shape] of the form's dtype."""
         return np.ndarray((samples, *form.shape), form.dtype, self._bytes[worker, slot])
 
 
 class OrderAlone:
-    """The `Transform` of who wants to know which samples come, and nothing of them."""
+    """A `Transform` that decodes nothing: its loader yields the order of samples alone."""
 
     largest = NOTHING
 
@@ -67,14 +88,20 @@ class OrderAlone:
         return NOTHING
 
     def draw(self, place: Place) -> None:
-        """Nothing."""
+        """Draw nothing."""
 
     def decode(self, data: memoryview, place: Place, drawn: None, out: NDArray[Any]) -> None:
-        """Leave `out` empty."""
+        """Leave `out`, which is empty, as it is."""
 
 
 class Decoder:
-    """Decodes parts into slots."""
+    """Decodes parts into slots.
+
+    Args:
+        split: The split that the samples are of.
+        transform: Makes an array of each sample.
+        slots: The memory for these arrays.
+    """
 
     def __init__(self, split: SplitReader, transform: Transform, slots: Slots) -> None:
         self._split = split
@@ -82,33 +109,49 @@ class Decoder:
         self._slots = slots
 
     def __call__(self, parts: Iterable[Part], worker: int) -> Iterator[Decoded]:
+        """Yield `parts`, decoded into the slots of `worker`."""
         for number, part in enumerate(parts):
             yield self._decode(part, worker, number % SLOTS)
 
     def _decode(self, part: Part, worker: int, slot: int) -> Decoded:
+        index = self._split.index
         form = self._transform.form(part.step)
-        objects = np.empty((len(part.ids), *form.shape), object) if form.holds_objects else None
-        made, unreadable = self._slots(worker, slot, len(part.ids), form) if objects is None else objects, []
-        for number, (record, (place, drawn)) in enumerate(zip(part.records, self._drawn(part), strict=True)):
+        if form.holds_objects:
+            made = np.empty((len(part.ids), *form.shape), object)
+        else:
+            made = self._slots(worker, slot, len(part.ids), form)
+
+        unreadable = []
+        samples = zip(part.records, self._draw(part), strict=True)
+        for number, (record, (place, drawn)) in enumerate(samples):
             try:
                 if isinstance(record, DataError):
                     raise record
                 self._transform.decode(record, place, drawn, made[number, ...])
             except DataError as error:
                 made[number] = form.blank
-                key = self._split.index.key_of(place.sample)
-                unreadable.append(Unreadable(place.sample, self._split.shard_of(place.sample), key, str(error)))
-        labels = self._split.index.label[part.ids].astype(np.int64)
-        part = part._replace(records=[])
-        if objects is None:
-            return Decoded(part, labels, unreadable, form, worker, slot, [])
-        keys = map(self._split.index.key_of, part.ids.tolist())
-        return Decoded(part, labels, unreadable, NOTHING, worker, slot, [*zip(keys, objects[:, 0], strict=True)])
+                shard = self._split.shard_of(place.sample)
+                key = index.key_of(place.sample)
+                unreadable.append(Unreadable(place.sample, shard, key, str(error)))
 
-    def _drawn(self, part: Part) -> list[tuple[Place, Any]]:
-        """The samples' places, and what is drawn for them."""
-        index, ids = self._split.index, part.ids
+        # Objects travel to the training process by themselves, and leave the slot empty.
+        items = []
+        if form.holds_objects:
+            keys = [index.key_of(sample) for sample in part.ids.tolist()]
+            items = list(zip(keys, made[:, 0], strict=True))
+            form = NOTHING
+        labels = index.label[part.ids].astype(np.int64)
+        return Decoded(part._replace(records=[]), labels, unreadable, form, worker, slot, items)
+
+    def _draw(self, part: Part) -> list[tuple[Place, Any]]:
+        """Return the places of the samples, and what the transform draws for each."""
+        index = self._split.index
+        ids = part.ids
         sizes = zip(index.width[ids].tolist(), index.height[ids].tolist(), strict=True)
-        placed = zip(ids.tolist(), sizes, part.positions.tolist(), strict=True)
-        places = [Place(sample, size, part.epoch, position) for sample, size, position in placed]
-        return [(place, self._transform.draw(place)) for place in places]
+        drawn = []
+        for sample, size, position in zip(
+            ids.tolist(), sizes, part.positions.tolist(), strict=True
+        ):
+            place = Place(sample, size, part.epoch, position)
+            drawn.append((place, self._transform.draw(place)))
+        return drawn

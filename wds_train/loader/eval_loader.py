@@ -11,7 +11,7 @@ from wds_train.loader.arguments import (
     Normalisation,
     data_recipe,
     device_of,
-    opened,
+    open_dataset,
     place,
     whole,
 )
@@ -28,7 +28,8 @@ from wds_train.loader.workers import default_workers
 class EvalLoader:
     """Every sample of a split once over all ranks, in dataset order.
 
-    Batches go to the ranks in turn. All have `batch` images but the last. Each iteration is a whole pass.
+    Batches go to the ranks in turn. All have `batch` images but the last. Each iteration is a
+    whole pass.
 
     Args:
         dataset: An open `Dataset`, or its address, as for `TrainLoader`.
@@ -43,8 +44,8 @@ class EvalLoader:
         normalize: As for `TrainLoader`.
         transform: A function of your own instead, as for `TrainLoader`.
         decode: False gives `transform` the encoded bytes.
-        max_bad: The share of the samples that may be unreadable before `DataError` is raised. None: the
-            caller looks at `batch.unreadable` itself.
+        max_bad: The share of the samples that may be unreadable before `DataError` is raised. None:
+            the caller looks at `batch.unreadable` itself.
 
     Attributes:
         samples: The samples of the split, over all ranks.
@@ -78,7 +79,7 @@ class EvalLoader:
         decode: bool = True,
         max_bad: float | None = 0.001,
     ) -> None:
-        self.dataset = opened(dataset)
+        self.dataset = open_dataset(dataset)
         self.split = split
         self.device = device_of(device)
         refuse_no_images(self.dataset)
@@ -126,8 +127,8 @@ class EvalLoader:
             raise
         if seen != self._plan.own_samples:
             raise RunError(
-                f"{seen} samples came, {self._plan.own_samples} are this rank's: the loader was iterated "
-                "anew before this iteration ended; make a loader for each"
+                f"{seen} samples came, {self._plan.own_samples} are this rank's: "
+                "the loader was iterated anew before this iteration ended; make a loader for each"
             )
 
     def _ready(self) -> Pipeline:

@@ -12,57 +12,83 @@ from wds_train.loader.pipeline import Pipeline
 from wds_train.rng import permutation
 
 
-def of_same_classes(other: Dataset, dataset: Dataset) -> Dataset:
+def check_same_classes(other: Dataset, dataset: Dataset) -> Dataset:
+    """Return `other`, which is to be mixed into `dataset`.
+
+    Raises:
+        UsageError: They have different classes, or the same ones in another order.
+    """
     if other.manifest.classes != dataset.manifest.classes:
+        url = dataset.store.url
         raise UsageError(
-            f"{other.store.url} cannot be mixed into {dataset.store.url}: its {len(other.manifest.classes)} classes are not "
-            f"the same {len(dataset.manifest.classes)}, in the same order; convert it again with those: "
-            f"wds-train inspect {dataset.store.url} --json > classes.json, then wds-train shards ... --classes classes.json"
+            f"{other.store.url} cannot be mixed into {url}: its {len(other.manifest.classes)} "
+            f"classes are not the same {len(dataset.manifest.classes)}, in the same order; "
+            f"convert it again with those: wds-train inspect {url} --json > classes.json, "
+            "then wds-train shards ... --classes classes.json"
         )
     return other
 
 
 class Mixture:
-    """Batches that take fixed shares of several loaders, one of each dataset, whose plans have the shares as batches.
+    """Batches that take fixed shares of several datasets.
 
-    Every dataset keeps its own exact order and its own epochs, and step s takes step s of each: the state is still one
-    integer. `seed` decides how a batch is interleaved, because mixup pairs samples by their place.
+    Every dataset keeps its own exact order and its own epochs, and step s takes step s of each. So
+    the state is still one integer.
+
+    Args:
+        loaders: The pipeline of each dataset, whose plan has the dataset's share as its batch. The
+            first one's plan counts the epochs, and ends the mixture.
+        seed: Decides how a batch is interleaved, which matters because mixup pairs samples by
+            their place.
+        pinned: Interleave into memory that a GPU copies from.
     """
 
-    def __init__(self, loaders: "list[Pipeline]", seed: int, *, pinned: bool = False) -> None:
-        self._loaders, self._seed, self._pinned = loaders, seed, pinned
+    def __init__(self, loaders: list[Pipeline], seed: int, *, pinned: bool = False) -> None:
+        self._loaders = loaders
+        self._seed = seed
+        self._pinned = pinned
 
     @property
     def fallbacks(self) -> int:
+        """The ranges that took a second request, of all loaders."""
         return sum(loader.fallbacks for loader in self._loaders)
 
     def check_workers(self) -> None:
-        """Raise `WorkerDied` if a worker of any loader is no more."""
+        """Raise `WorkerDied` if a worker of any loader has died."""
         for loader in self._loaders:
             loader.check_workers()
 
     def start(self) -> None:
+        """Fork the workers of all loaders and begin to read; see `Pipeline.start`."""
         for loader in self._loaders:
             loader.start()
 
     def __iter__(self) -> Iterator[Batch]:
-        for parts in zip(
-            *self._loaders, strict=False
-        ):  # it ends with the first dataset's plan, which counts the epochs
+        # Not strict: the first dataset's plan ends it, and the others may have more steps.
+        for parts in zip(*self._loaders, strict=False):
             yield self._interleave(parts)
 
     def _interleave(self, parts: tuple[Batch, ...]) -> Batch:
-        step, sizes = parts[0].step, [len(part.ids) for part in parts]
-        places = np.split(permutation(sum(sizes), self._seed, "mixture", step), np.cumsum(sizes)[:-1])
-        of_first = parts[0].images.numpy()
-        images = empty_images((sum(sizes), *of_first.shape[1:]), of_first.dtype, pinned=self._pinned)
-        labels = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=self._pinned)
-        positions, ids = np.empty(sum(sizes), np.int64), np.empty(sum(sizes), np.int64)
+        """Make one batch of each dataset's part of it."""
+        first = parts[0]
+        sizes = [len(part.ids) for part in parts]
+        total = sum(sizes)
+        shuffled = permutation(total, self._seed, "mixture", first.step)
+        places = np.split(shuffled, np.cumsum(sizes)[:-1])  # in the batch, of each part's samples
+
+        pixels = first.images.numpy()
+        images = empty_images((total, *pixels.shape[1:]), pixels.dtype, pinned=self._pinned)
+        labels = torch.empty(total, dtype=torch.int64, pin_memory=self._pinned)
+        positions = np.empty(total, np.int64)
+        ids = np.empty(total, np.int64)
         for part, place in zip(parts, places, strict=True):
-            images[place], labels[place] = part.images, part.labels
-            positions[place], ids[place] = part.positions, part.ids
-        unreadable, items = (
-            [each for part in parts for each in getattr(part, name)] for name in ("unreadable", "items")
-        )
-        at = np.argsort(np.concatenate(places)) if items else ()
-        return Batch(step, positions, ids, images, labels, unreadable, parts[0].epoch, [items[i] for i in at])
+            images[place] = part.images
+            labels[place] = part.labels
+            positions[place] = part.positions
+            ids[place] = part.ids
+
+        unreadable = [each for part in parts for each in part.unreadable]
+        items = [each for part in parts for each in part.items]
+        if items:
+            items = [items[number] for number in np.argsort(np.concatenate(places))]
+        return Batch(first.step, positions, ids, images, labels, unreadable, first.epoch, items)

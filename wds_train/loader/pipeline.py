@@ -1,19 +1,24 @@
-"""The loader. What a batch goes through, all of it inside one loader worker:
+"""The pipeline from a read plan to batches. A batch goes through this inside one loader worker:
 
-    requests   (plan.py)     for every lane of this worker, the windows that come next (order.py), in the order of the step
-                             that first needs them: Request(step, epoch, lane, ids)
-    fetch      (fetch.py)    ranged GETs of whole blocks by a few threads, a bounded number of bytes ahead; every sample's
-                             CRC is checked, a damaged one is fetched again: Fetched(request, records)
-    parts      (plan.py)     step by step, the next samples of each lane: Part(step, positions, ids, records)
-    decode     (decoder.py)  crop, resize and flip straight into the worker's slot of shared memory, then the policies of
-                             the recipe, in place: Decoded
+    requests   (plan.py)     for every lane of this worker, the windows that come next (order.py),
+                             in the order of the step that first needs them:
+                             Request(step, lane, epoch, ids)
+    fetch      (fetch.py)    ranged GETs of whole blocks by a few threads, a bounded number of bytes
+                             ahead; every sample's CRC is checked, and a sample that fails it is
+                             fetched again: Fetched(request, records)
+    parts      (plan.py)     step by step, the next samples of each lane:
+                             Part(step, epoch, positions, ids, records)
+    decode     (decoder.py)  crop, resize and flip straight into the worker's slot of shared memory,
+                             then the policies of the recipe, in place: Decoded
 
-and in the trainer's process:
+and through this in the training process:
 
-    merge                    the parts of one step, of all workers, copied in lane order (into pinned memory, for a GPU): Batch
+    merge                    the parts of one step, of all workers, copied in lane order (into
+                             pinned memory, for a GPU): Batch
 
-The stages are a `webdataset.DataPipeline` behind `webdataset.WebLoader`. Nothing is consumed that a state would have
-to hold: a loader starts at any step, and its batches are the same for every number of ranks and workers.
+The stages are a `webdataset.DataPipeline` behind `webdataset.WebLoader`. They consume nothing that
+a state would have to hold: a loader starts at any step, and its batches are the same for every
+number of ranks and workers.
 """
 
 import itertools
@@ -38,81 +43,22 @@ from wds_train.loader.transform import Transform
 from wds_train.loader.workers import Workers
 
 
-class _Stages:
-    """The stages that run in a worker, one after the other."""
-
-    def __init__(self, plan: Plan, fetch: Fetcher, decode: Decoder) -> None:
-        self._plan, self._fetch, self._decode = plan, fetch, decode
-
-    def __call__(self) -> Iterator[Decoded]:
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        requests = self._plan.requests(worker, workers, self._fetch.small)
-        fetched = self._fetch(requests)
-        parts = self._plan.parts(fetched, worker, workers)
-        return self._decode(parts, worker)
-
-
-def _init_worker(_: int) -> None:
-    """Prepare a worker, which lives and dies with its trainer: what a terminal or Slurm sends to all processes at once is
-    the trainer's to handle.
-    """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    # Python's exit terminates workers that are left. Were that their end by a signal, PyTorch would take it for a crash of
-    # theirs, and raise in the midst of the exit.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
-
-def _errors_as_values(batches: Iterable[Decoded]) -> Iterator[Decoded | WdsTrainError]:
-    """Yield an error instead of raising it: what DataLoader makes of a worker's exception is a traceback, not a message
-    for people.
-    """
-    try:
-        yield from batches
-    except WdsTrainError as error:
-        yield error
-
-
-def _as_it_is(decoded: Decoded | WdsTrainError) -> Decoded | WdsTrainError:
-    """Collate nothing. DataLoader's own function would make tensors of the arrays, each of which travels as a file and
-    a connection of its own.
-    """
-    return decoded
-
-
-def copy_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches, with images and labels on `device`. On a GPU each is copied by a stream of its own, one ahead of the
-    batch that is worked on. The batches' memory should be pinned: the copies would wait for the GPU otherwise.
-    """
-    if device.type != "cuda":
-        yield from batches
-        return
-    stream, ahead = torch.cuda.Stream(device), deque[tuple[Batch, torch.cuda.Event]]()
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            images, labels = (each.to(device, non_blocking=True) for each in (batch.images, batch.labels))
-        ahead.append((replace(batch, images=images, labels=labels), stream.record_event()))
-        if len(ahead) > 1:
-            yield _arrived(*ahead.popleft())
-    while ahead:
-        yield _arrived(*ahead.popleft())
-
-
-def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """The `batch`, for the current stream to use after the copy; its memory is not used anew before that stream is
-    done.
-    """
-    current = torch.cuda.current_stream(batch.images.device)
-    current.wait_event(copied)
-    for each in (batch.images, batch.labels):
-        each.record_stream(current)
-    return batch
-
-
 class Pipeline:
-    """Batches of `plan`. With `workers` > 0 they are decoded in that many processes, kept for every iteration. A batch
-    of a `TrainPlan` is merged from all workers' parts of the step; with `pinned`, in memory that a GPU copies from.
+    """The batches of a plan.
+
+    Workers are kept from one iteration to the next. A batch of a `TrainPlan` is merged from all
+    workers' parts of its step.
+
+    Args:
+        split: The split to read.
+        plan: What to read when.
+        transform: Makes an array of each sample. None decodes nothing, for the order alone.
+        workers: Processes that decode; 0 decodes in this one.
+        cache: Keeps blocks of the split on a local disk.
+        pinned: Merge into memory that a GPU copies from.
+
+    Raises:
+        UsageError: The batches take more memory than there is.
     """
 
     def __init__(
@@ -128,18 +74,21 @@ class Pipeline:
         workers = plan.useful_workers(workers)
         self._parts_per_batch = plan.parts_per_batch(workers)
         transform = transform or OrderAlone()
-        self._slots = Slots(workers, plan.part_samples(max(1, workers)) * transform.largest.bytes)
+        part_bytes = plan.part_samples(max(1, workers)) * transform.largest.bytes
+        self._slots = Slots(workers, part_bytes)
         fetch = Fetcher(split, cache, whole=transform.largest.holds_objects)
         stages = _Stages(plan, fetch, Decoder(split, transform, self._slots))
         self._pipeline = wds.WebLoader(
             wds.DataPipeline(stages, _errors_as_values),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_pass_through,
             num_workers=workers,
-            generator=torch.Generator(),  # or each iteration would move the global one of whoever trains
+            # Otherwise each iteration would move the global generator of the caller.
+            generator=torch.Generator(),
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCHED_PARTS if workers else None,
-            # Fork: the index is shared copy-on-write, and a worker is ready in milliseconds, not after importing torch.
+            # Fork: the index is shared copy-on-write, and a worker is ready in milliseconds, not
+            # after importing torch.
             multiprocessing_context="fork" if workers else None,
             worker_init_fn=_init_worker,
         )
@@ -150,16 +99,18 @@ class Pipeline:
 
     @property
     def fallbacks(self) -> int:
-        """How many ranges took a second request, of this process and its workers (`Store.fallbacks`)."""
+        """The ranges that took a second request, of this process and its workers."""
         return self._store.fallbacks
 
     def start(self) -> None:
-        """Fork the workers and begin reading. It is to be called before this process has threads or uses a GPU, neither
-        of which a forked child survives.
+        """Fork the workers and begin to read.
+
+        Call it before this process has threads or uses a GPU: a forked child survives neither.
         """
         items = iter(self._pipeline)
         with self._workers.awaited():
-            self._begun = itertools.chain(list(itertools.islice(items, 1)), items)  # a rank may have no batch at all
+            first = list(itertools.islice(items, 1))  # none, if the rank has no batch at all
+            self._begun = itertools.chain(first, items)
 
     def __iter__(self) -> Iterator[Batch]:
         parts: list[Decoded] = []
@@ -170,11 +121,13 @@ class Pipeline:
                 parts = []
 
     def check_workers(self) -> None:
-        """Raise `WorkerDied` if a worker is no more."""
+        """Raise `WorkerDied` if a worker has died."""
         self._workers.check()
 
     def _received(self) -> Iterator[Decoded]:
-        items, self._begun = self._begun or iter(self._pipeline), None
+        """Yield the parts as they come from the workers; raise the error that came instead."""
+        items = self._begun or iter(self._pipeline)
+        self._begun = None
         while True:
             with self._workers.awaited():
                 item = next(items, None)
@@ -184,27 +137,125 @@ class Pipeline:
                 try:
                     raise item
                 finally:
-                    # Its traceback holds this frame, and `items` holds it: left to the garbage collector, DataLoader's
-                    # queues are closed before it can tell its workers to end, and it waits 5 s for each.
+                    # The error's traceback holds this frame, and the frame holds `items`. Left to
+                    # the garbage collector, DataLoader's queues would be closed before it can tell
+                    # its workers to end, and it would wait 5 s for each.
                     del items, item
             yield item
 
     def _merge(self, decoded: list[Decoded]) -> Batch:
-        """The workers' parts of one step as one batch; they hold ascending lanes, so their order is the lanes'."""
-        assert len({each.part.step for each in decoded}) == 1, f"workers out of step: {[d.part.step for d in decoded]}"
-        ids, form = np.concatenate([each.part.ids for each in decoded]), decoded[0].form
-        images = empty_images((len(ids), *form.shape), form.dtype, pinned=self._pinned)
-        slots = [self._slots(each.worker, each.slot, len(each.part.ids), form) for each in decoded]
-        # torch.cat would wake a pool of threads, which take the workers' cores.
+        """Merge the workers' parts of one step.
+
+        The parts hold ascending lanes, so their order is the lanes'.
+        """
+        first = decoded[0]
+        steps = [each.part.step for each in decoded]
+        assert len(set(steps)) == 1, f"workers out of step: {steps}"
+        ids = np.concatenate([each.part.ids for each in decoded])
+        positions = np.concatenate([each.part.positions for each in decoded])
+        images = empty_images((len(ids), *first.form.shape), first.form.dtype, pinned=self._pinned)
+        slots = [
+            self._slots(each.worker, each.slot, len(each.part.ids), first.form) for each in decoded
+        ]
+        # torch.cat would wake a pool of threads, which would take the workers' cores.
         np.concatenate(slots, out=images.numpy())
         labels = torch.from_numpy(np.concatenate([each.labels for each in decoded]))
+        if self._pinned:
+            labels = labels.pin_memory()
         return Batch(
-            decoded[0].part.step,
-            np.concatenate([each.part.positions for each in decoded]),
+            first.part.step,
+            positions,
             ids,
             images,
-            labels.pin_memory() if self._pinned else labels,
+            labels,
             [entry for each in decoded for entry in each.unreadable],
-            decoded[0].part.epoch,
+            first.part.epoch,
             [item for each in decoded for item in each.items],
         )
+
+
+class _Stages:
+    """The stages that run in a worker, one after the other."""
+
+    def __init__(self, plan: Plan, fetch: Fetcher, decode: Decoder) -> None:
+        self._plan = plan
+        self._fetch = fetch
+        self._decode = decode
+
+    def __call__(self) -> Iterator[Decoded]:
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        requests = self._plan.requests(worker, workers, self._fetch.small)
+        fetched = self._fetch(requests)
+        parts = self._plan.parts(fetched, worker, workers)
+        return self._decode(parts, worker)
+
+
+def _init_worker(_: int) -> None:
+    """Prepare a worker, which lives and dies with its training process.
+
+    A terminal or Slurm sends its signals to all processes at once. They are for the training
+    process to handle.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # Python's exit terminates workers that are left. If they ended by the signal, PyTorch would
+    # take it for a crash, and raise in the middle of the exit.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def _errors_as_values(batches: Iterable[Decoded]) -> Iterator[Decoded | WdsTrainError]:
+    """Yield an error instead of raising it.
+
+    DataLoader would make a traceback of it, not a message for people.
+    """
+    try:
+        yield from batches
+    except WdsTrainError as error:
+        yield error
+
+
+def _pass_through(decoded: Decoded | WdsTrainError) -> Decoded | WdsTrainError:
+    """Collate nothing.
+
+    DataLoader's default makes tensors of the arrays, and each tensor travels as a file with a
+    connection of its own.
+    """
+    return decoded
+
+
+def copy_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches with images and labels on `device`.
+
+    For a GPU, a stream of its own copies each batch, one ahead of the batch that is worked on.
+
+    Args:
+        batches: The batches, in pinned memory for a GPU: otherwise copies wait for it.
+        device: The CPU, where batches stay as they are, or a GPU.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    ahead: deque[tuple[Batch, torch.cuda.Event]] = deque()
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            images = batch.images.to(device, non_blocking=True)
+            labels = batch.labels.to(device, non_blocking=True)
+        ahead.append((replace(batch, images=images, labels=labels), stream.record_event()))
+        if len(ahead) > 1:
+            yield _wait_for_copy(*ahead.popleft())
+    while ahead:
+        yield _wait_for_copy(*ahead.popleft())
+
+
+def _wait_for_copy(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """Let the current stream wait for the copy of `batch`, and return the batch.
+
+    Its memory is not reused before that stream is done with it.
+    """
+    current = torch.cuda.current_stream(batch.images.device)
+    current.wait_event(copied)
+    for each in (batch.images, batch.labels):
+        each.record_stream(current)
+    return batch

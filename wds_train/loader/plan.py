@@ -1,4 +1,4 @@
-"""What is read when: the requests of every lane, and the parts of every step."""
+"""The read plan: what each worker requests when, and how that becomes the parts of a step."""
 
 import heapq
 from collections import deque
@@ -16,7 +16,14 @@ from wds_train.rng import Ids
 
 
 class Request(NamedTuple):
-    """Samples `ids` (int64) of `lane`, the first of which is needed at `step` (counted over the whole training)."""
+    """Samples that are read together, for one lane.
+
+    Attributes:
+        step: The step that needs the first of them, counted over the whole training.
+        lane: The lane that they belong to.
+        epoch: Their epoch.
+        ids: Their numbers in the split, int64 [n].
+    """
 
     step: int
     lane: int
@@ -24,9 +31,28 @@ class Request(NamedTuple):
     ids: Ids
 
 
+class Fetched(NamedTuple):
+    """A request and the bytes of its samples, in the request's order.
+
+    Attributes:
+        request: The request.
+        records: The bytes of each sample, or the error that says why it is unreadable.
+    """
+
+    request: Request
+    records: "list[memoryview | DataError]"
+
+
 class Part(NamedTuple):
-    """Samples of one step that one worker contributes. `positions` are their places in the epoch's order, int64 [n],
-    like `ids`; no two of an epoch are equal, also where samples are repeated.
+    """The samples of one step that one worker contributes.
+
+    Attributes:
+        step: The step, counted over the whole training.
+        epoch: Its epoch.
+        positions: The places of the samples in the epoch's order, int64 [n]. They are distinct
+            within an epoch, even where samples are repeated.
+        ids: Numbers of the samples in the split, int64 [n].
+        records: The bytes of each sample, or the error that says why it is unreadable.
     """
 
     step: int
@@ -36,38 +62,49 @@ class Part(NamedTuple):
     records: "list[memoryview | DataError]"
 
 
-class Fetched(NamedTuple):
-    """A request and its samples' image bytes, in the request's order."""
-
-    request: Request
-    records: "list[memoryview | DataError]"
-
-
 class Plan(Protocol):
-    """What each of a rank's workers reads, and how it is cut into parts."""
+    """Says what each worker of one rank reads, and how it is cut into parts."""
 
     def useful_workers(self, workers: int) -> int:
-        """How many of `workers` have something to read."""
+        """Return how many of `workers` have something to read."""
 
     def parts_per_batch(self, workers: int) -> int:
-        """How many parts, of as many workers, a batch is merged from."""
+        """Return from how many parts, each of another worker, a batch is merged."""
 
     def part_samples(self, workers: int) -> int:
-        """The most samples that a part of one of `workers` holds."""
+        """Return the most samples that a part holds if there are `workers`."""
 
     def requests(self, worker: int, workers: int, small: int = 0) -> Iterator[Request]:
-        """What `worker` of `workers` reads, in the order of need; what is `small` together, in samples, is one request."""
+        """Yield what `worker` of `workers` reads, in the order of need.
+
+        Requests that have at most `small` samples together become one.
+        """
 
     def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
-        """What its requests brought, cut into parts."""
+        """Cut the samples that were `fetched` for `worker` of `workers` into parts."""
 
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """The steps [from_step, epochs * steps per epoch) of a training, for one rank of `world`.
+    """The steps of a training, as one rank reads them.
 
-    A step takes `global_batch` distinct samples, each of which stands `repeats` times in the batch, next to one another:
-    as images the batch is so many times as large. An epoch is one pass over the samples, whatever the recipe counts by.
+    They are the steps [from_step, epochs.stop * steps_per_epoch). An epoch is one pass over the
+    samples, however the recipe counts its epochs.
+
+    Args:
+        shard_samples: The number of samples in each shard.
+        fingerprint: The dataset's fingerprint, a part of the order's key.
+        seed: The seed of the order.
+        global_batch: Distinct samples of a step, over all ranks.
+        epochs: The epochs to read.
+        from_step: The first step to read, counted over the whole training.
+        rank: The rank that reads.
+        world: The number of ranks.
+        repeats: How often each sample stands in its batch, one copy next to the other. A batch
+            has `repeats` times as many images as samples.
+
+    Raises:
+        UsageError: The ranks cannot share the batch, or the dataset is smaller than a batch.
     """
 
     shard_samples: tuple[int, ...]
@@ -84,30 +121,38 @@ class TrainPlan:
         lanes = lane_count(self.global_batch)
         if lanes % self.world:
             raise UsageError(
-                f"a global batch of {self._described} is read in {lanes} lanes, which {self.world} ranks cannot share "
-                f"equally; use a number of ranks that divides {lanes}, or another batch"
+                f"a global batch of {self._described_batch} is read in {lanes} lanes, which "
+                f"{self.world} ranks cannot share equally; use a number of ranks that divides "
+                f"{lanes}, or another batch"
             )
-        if sum(self.shard_samples) < self.global_batch * self.repeats:  # the recipe's epochs would have no step
+        # Without this, the recipe's epochs would have no step.
+        if sum(self.shard_samples) < self.global_batch * self.repeats:
             raise UsageError(
-                f"the dataset has {sum(self.shard_samples)} samples to train on, fewer than one global batch of "
-                f"{self._described}; set a smaller one, --set batch={self._fitting} say, or add images"
+                f"the dataset has {sum(self.shard_samples)} samples to train on, fewer than one "
+                f"global batch of {self._described_batch}; set a smaller one, "
+                f"--set batch={self._fitting_batch} say, or add images"
             )
 
     @property
-    def _described(self) -> str:
+    def _described_batch(self) -> str:
         images = self.global_batch * self.repeats
-        return f"{images} ({self.global_batch} samples, {self.repeats} times each)" if self.repeats > 1 else f"{images}"
+        if self.repeats > 1:
+            return f"{images} ({self.global_batch} samples, {self.repeats} times each)"
+        return str(images)
 
     @property
-    def _fitting(self) -> int:
-        """A batch, in images, of which an epoch has several."""
-        return self.repeats << max(1, (sum(self.shard_samples) // self.repeats // 4).bit_length() - 1)
+    def _fitting_batch(self) -> int:
+        """A batch, in images, that fits into an epoch several times."""
+        quarter = sum(self.shard_samples) // self.repeats // 4
+        return self.repeats << max(1, quarter.bit_length() - 1)
 
     @cached_property
     def steps_per_epoch(self) -> int:
+        """The full batches of a pass over the samples."""
         return sum(self.shard_samples) // self.global_batch
 
     def order(self, epoch: int) -> EpochOrder:
+        """Return the order of `epoch`, over all ranks."""
         return EpochOrder(
             self.shard_samples,
             fingerprint=self.fingerprint,
@@ -123,50 +168,76 @@ class TrainPlan:
         return max(1, workers)
 
     def part_samples(self, workers: int) -> int:
-        return len(self.lanes(0, workers)) * (self.global_batch // lane_count(self.global_batch)) * self.repeats
+        # The first worker has the most lanes.
+        return len(self.lanes(0, workers)) * self._lane_samples * self.repeats
+
+    @property
+    def _lane_samples(self) -> int:
+        """The samples that a step takes of one lane."""
+        return self.global_batch // lane_count(self.global_batch)
 
     def lanes(self, worker: int, workers: int) -> list[int]:
+        """Return the adjacent lanes that `worker` of this rank's `workers` reads."""
         lanes = lane_count(self.global_batch)
-        own = range(self.rank * lanes // self.world, (self.rank + 1) * lanes // self.world)
-        return [int(lane) for lane in np.array_split(own, workers)[worker]]
+        of_rank = range(self.rank * lanes // self.world, (self.rank + 1) * lanes // self.world)
+        return [int(lane) for lane in np.array_split(of_rank, workers)[worker]]
 
     def requests(self, worker: int, workers: int, small: int = 0) -> Iterator[Request]:
         lanes = self.lanes(worker, workers)
-        # One for all lanes, of which one may be an epoch ahead: of 100 M samples, each takes a second.
-        orders = lru_cache(2)(lambda epoch: self.order(epoch).keep(lanes))
-        each = (_joined(self._lane_requests(lane, orders), small) for lane in lanes)
-        return heapq.merge(*each, key=lambda request: request[:2])
+
+        # All lanes share an order. Two are kept, because one lane may be an epoch ahead of the
+        # others: to compute the order of 100 M samples takes a second.
+        @lru_cache(2)
+        def order(epoch: int) -> EpochOrder:
+            return self.order(epoch).keep(lanes)
+
+        by_lane = [_join_small(self._lane_requests(lane, order), small) for lane in lanes]
+        return heapq.merge(*by_lane, key=lambda request: (request.step, request.lane))
 
     def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
         lanes = self.lanes(worker, workers)
-        per_lane = self.global_batch // lane_count(self.global_batch)
-        places = np.concatenate([np.arange(lane * per_lane, (lane + 1) * per_lane) for lane in lanes])
-        waiting: dict[int, deque[tuple[int, memoryview | DataError]]] = {lane: deque() for lane in lanes}
+        per_lane = self._lane_samples
+        starts = np.array(lanes, dtype=np.int64) * per_lane
+        places = (starts[:, None] + np.arange(per_lane)).ravel()  # in the batch
+        waiting: dict[int, deque[tuple[int, memoryview | DataError]]] = {}
+        for lane in lanes:
+            waiting[lane] = deque()
+
         for step in range(self.from_step, self.epochs.stop * self.steps_per_epoch):
             taken: list[tuple[int, memoryview | DataError]] = []
             for lane in lanes:
-                while len(waiting[lane]) < per_lane:  # requests come in the order of need, so the next one fills a lane
+                # Requests come in the order of need, so the next ones fill this lane.
+                while len(waiting[lane]) < per_lane:
                     request, records = next(fetched)
                     waiting[request.lane].extend(zip(request.ids.tolist(), records, strict=True))
-                    del records  # or the window stays in memory, all consumed, while the one after the next is read
+                    # Otherwise the consumed window stays in memory while the next is read.
+                    del records
                 taken += [waiting[lane].popleft() for _ in range(per_lane)]
+
             epoch, epoch_step = divmod(step, self.steps_per_epoch)
-            ids = np.array([sample for sample, _ in taken], dtype=np.int64)
-            part = Part(step, epoch, epoch_step * self.global_batch + places, ids, [record for _, record in taken])
-            yield _repeated(part, self.repeats)
+            part = Part(
+                step,
+                epoch,
+                positions=epoch_step * self.global_batch + places,
+                ids=np.array([sample for sample, _ in taken], dtype=np.int64),
+                records=[record for _, record in taken],
+            )
+            yield _repeat_samples(part, self.repeats)
 
-    def _lane_requests(self, lane: int, orders: Callable[[int], EpochOrder]) -> Iterator[Request]:
+    def _lane_requests(self, lane: int, order_of: Callable[[int], EpochOrder]) -> Iterator[Request]:
+        """Yield a request for every window of `lane` that is still to come."""
         for epoch in self.epochs:
-            before = epoch * self.steps_per_epoch
-            if self.from_step >= before + self.steps_per_epoch:
+            first_step = epoch * self.steps_per_epoch
+            if self.from_step >= first_step + self.steps_per_epoch:
                 continue
-            order = orders(epoch)
-            for window in order.windows(lane, max(0, self.from_step - before)):
-                yield Request(before + window.start // order.per_lane, lane, epoch, window.ids)
+            order = order_of(epoch)
+            for window in order.windows(lane, max(0, self.from_step - first_step)):
+                step = first_step + window.start // order.per_lane
+                yield Request(step, lane, epoch, window.ids)
 
 
-def _joined(requests: Iterator[Request], small: int) -> Iterator[Request]:
-    """The `requests` of a lane; those of one epoch that follow one another, and have at most `small` samples together, as one."""
+def _join_small(requests: Iterator[Request], small: int) -> Iterator[Request]:
+    """Join adjacent requests of one lane and epoch that have at most `small` samples together."""
     waiting: Request | None = None
     for request in requests:
         if waiting is None:
@@ -180,8 +251,8 @@ def _joined(requests: Iterator[Request], small: int) -> Iterator[Request]:
         yield waiting
 
 
-def _repeated(part: Part, repeats: int) -> Part:
-    """Every sample `repeats` times, next to one another, each time at a position of its own."""
+def _repeat_samples(part: Part, repeats: int) -> Part:
+    """Return `part` with every sample `repeats` times, each copy at its own position."""
     copies = np.tile(np.arange(repeats), len(part.ids))
     return part._replace(
         positions=np.repeat(part.positions, repeats) * repeats + copies,
@@ -191,20 +262,59 @@ def _repeated(part: Part, repeats: int) -> Part:
 
 
 def plan_training(
-    dataset: Dataset, split: str, seed: int, images: int, steps: range, *, rank: int, world: int, repeats: int = 1
+    dataset: Dataset,
+    split: str,
+    seed: int,
+    images: int,
+    steps: range,
+    *,
+    rank: int,
+    world: int,
+    repeats: int = 1,
 ) -> TrainPlan:
-    """What `images` of every batch are read from `dataset` by, for `steps` at least."""
+    """Build the read plan for one dataset's share of each batch.
+
+    Args:
+        dataset: The dataset.
+        split: Its split to read.
+        seed: The seed of the order.
+        images: Images that the dataset gives to each batch, over all ranks.
+        steps: The steps to read. The plan ends with the pass that has the last of them.
+        rank: The rank that reads.
+        world: The number of ranks.
+        repeats: How often each sample stands in its batch.
+
+    Raises:
+        UsageError: As for `TrainPlan`.
+    """
     shard_samples = tuple(shard.samples for shard in dataset.manifest.split(split).shards)
     samples = images // repeats
-    per_pass = max(1, sum(shard_samples) // samples)  # a split of less than a batch is TrainPlan's to refuse
-    passes = range(-(-steps.stop // per_pass))
-    return TrainPlan(shard_samples, dataset.fingerprint, seed, samples, passes, steps.start, rank, world, repeats)
+    steps_per_pass = max(1, sum(shard_samples) // samples)  # TrainPlan refuses too small a split
+    passes = range(-(-steps.stop // steps_per_pass))
+    return TrainPlan(
+        shard_samples,
+        dataset.fingerprint,
+        seed,
+        samples,
+        passes,
+        steps.start,
+        rank,
+        world,
+        repeats,
+    )
 
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """Every sample of a split once over all ranks, in dataset order, in batches that no rank or worker count changes:
-    batch b goes to rank b % world.
+    """Every sample of a split once over all ranks, in dataset order.
+
+    Batch b goes to rank b % world. The batches are the same for every number of ranks and workers.
+
+    Args:
+        samples: The samples of the split.
+        batch: The samples of a batch; the last one may have fewer.
+        rank: The rank that reads.
+        world: The number of ranks.
     """
 
     samples: int
@@ -223,16 +333,18 @@ class EvalPlan:
 
     @property
     def batches(self) -> range:
-        """The rank's own."""
+        """The numbers of this rank's batches."""
         return range(self.rank, -(-self.samples // self.batch), self.world)
 
     @property
     def own_samples(self) -> int:
+        """The samples of this rank's batches."""
         return sum(min(self.batch, self.samples - b * self.batch) for b in self.batches)
 
     def requests(self, worker: int, workers: int, small: int = 0) -> Iterator[Request]:
-        for b in self.batches[worker::workers]:
-            yield Request(b, 0, 0, np.arange(b * self.batch, min((b + 1) * self.batch, self.samples)))
+        for batch in self.batches[worker::workers]:
+            first = batch * self.batch
+            yield Request(batch, 0, 0, np.arange(first, min(first + self.batch, self.samples)))
 
     def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
         for request, records in fetched:
@@ -240,16 +352,25 @@ class EvalPlan:
 
 
 def split_batch(global_batch: int, weights: list[float], repeats: int = 1) -> list[int]:
-    """How many images of a batch each dataset gives: `weights` of the others, the rest of the first; int each.
+    """Return how many images of a batch each dataset of a mixture gives.
 
-    Rounded to multiples of 8 distinct samples (of the batch's own power of two, if that is less), so that ranks can share
-    them, each of which is `repeats` images.
+    Shares are multiples of 8 distinct samples, so that ranks can divide them. Where the batch is
+    not, they are multiples of the largest power of two that divides it.
+
+    Args:
+        global_batch: Images of a batch, over all ranks.
+        weights: The shares of all datasets but the first, which gives the rest.
+        repeats: How often each sample stands in the batch.
+
+    Raises:
+        UsageError: Nothing is left for the first dataset.
     """
     distinct = global_batch // repeats
     unit = min(8, distinct & -distinct) * repeats
     others = [max(1, round(weight * global_batch / unit)) * unit for weight in weights]
     if sum(others) >= global_batch:
         raise UsageError(
-            f"mixing {weights} into a batch of {global_batch} leaves none for the first dataset; lower them"
+            f"mixing {weights} into a batch of {global_batch} leaves none for the first dataset; "
+            "lower them"
         )
     return [global_batch - sum(others), *others]

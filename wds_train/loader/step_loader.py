@@ -9,7 +9,7 @@ import torch
 
 from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.errors import UsageError
-from wds_train.loader.arguments import Address, Mix, opened_all, place, step_of, whole
+from wds_train.loader.arguments import Address, Mix, open_mixture, step_of, whole
 from wds_train.loader.batch import Batch
 from wds_train.loader.cache import BlockCache, make_cache_folder
 from wds_train.loader.mixture import Mixture
@@ -25,8 +25,8 @@ Item = TypeVar("Item")
 class StepLoader(ABC, Generic[Item]):
     """The steps of `epochs` epochs, of `batch` samples over all ranks each.
 
-    `step`, the number of batches that were handed out, is the whole state. Workers read ahead of it,
-    and go on where a loop was left.
+    `step`, the number of batches that were handed out, is the whole state. Workers read ahead of
+    it, and go on where a loop was left.
     """
 
     def __init__(
@@ -37,8 +37,7 @@ class StepLoader(ABC, Generic[Item]):
         *,
         seed: int,
         from_step: int,
-        rank: int | None,
-        world: int | None,
+        ranks: tuple[int, int],
         workers: int | None,
         device: torch.device,
         mix: Mix,
@@ -55,9 +54,9 @@ class StepLoader(ABC, Generic[Item]):
         self.repeats = whole("repeats", repeats, 1)
         self.split = split
         self.device = device
-        self.rank, self.world = place(rank, world)
+        self.rank, self.world = ranks
         self.workers = default_workers() if workers is None else whole("workers", workers, 0)
-        self.datasets, weights = opened_all(dataset, mix)
+        self.datasets, weights = open_mixture(dataset, mix)
         self.shares = split_batch(self.batch, weights, self.repeats)
         self._cache = Path(cache) if cache else None
         self._cache_bytes = int(cache_gb * 1e9)
@@ -92,7 +91,7 @@ class StepLoader(ABC, Generic[Item]):
 
     @property
     def step(self) -> int:
-        """The number of batches that were handed out. Set it to begin the next iteration elsewhere."""
+        """The number of batches that were handed out. Set it to continue elsewhere."""
         return self._step
 
     @step.setter
@@ -154,25 +153,15 @@ class StepLoader(ABC, Generic[Item]):
         Raises:
             UsageError: The state belongs to another dataset, batch, seed or mixture.
         """
-        if not isinstance(state, dict):
-            raise UsageError(
-                f"the state is {state!r:.60}, nothing that state_dict() gave; without one, make a new loader"
-            )
-        for name, ours in self._identity().items():
-            if name not in state:
-                raise UsageError(
-                    f"the state has no {name!r}, so that it is none of this loader's; give from_step= alone"
-                )
-            if state[name] != ours:
-                raise UsageError(
-                    f"the state is of {name} {state[name]!r}, this loader is of {ours!r}: the samples would "
-                    f"be others; make the loader with that {name}"
-                )
+        _check_state(state, self._identity())
         self.step = step_of("the state's step", state.get("step"), self.steps)
 
     def _identity(self) -> dict[str, Any]:
         """Return what decides the order of samples."""
-        others = [[other.fingerprint, share] for other, share in zip(self.datasets[1:], self.shares[1:], strict=True)]
+        others = [
+            [other.fingerprint, share]
+            for other, share in zip(self.datasets[1:], self.shares[1:], strict=True)
+        ]
         identity = {
             "dataset": self.datasets[0].fingerprint,
             "split": self.split,
@@ -227,3 +216,23 @@ class StepLoader(ABC, Generic[Item]):
             world=self.world,
             repeats=self.repeats,
         )
+
+
+def _check_state(state: Any, identity: dict[str, Any]) -> None:
+    """Raise `UsageError` if `state` is not of a loader with this `identity`."""
+    if not isinstance(state, dict):
+        raise UsageError(
+            f"the state is {state!r:.60}, nothing that state_dict() gave; "
+            "without one, make a new loader"
+        )
+    for name, ours in identity.items():
+        if name not in state:
+            raise UsageError(
+                f"the state has no {name!r}, so that it is none of this loader's; "
+                "give from_step= alone"
+            )
+        if state[name] != ours:
+            raise UsageError(
+                f"the state is of {name} {state[name]!r}, this loader is of {ours!r}: the samples "
+                f"would be others; make the loader with that {name}"
+            )

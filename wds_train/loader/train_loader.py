@@ -16,9 +16,10 @@ from wds_train.loader.arguments import (
     data_recipe,
     device_of,
     normalisation,
+    place,
 )
 from wds_train.loader.batch import Batch
-from wds_train.loader.custom_transform import Function, OwnArrays
+from wds_train.loader.custom_transform import ArrayTransform, Function
 from wds_train.loader.step_loader import StepLoader
 from wds_train.loader.transform import Form, TrainTransform, Transform
 
@@ -26,12 +27,12 @@ from wds_train.loader.transform import Form, TrainTransform, Transform
 class TrainLoader(StepLoader[Batch]):
     """Batches of augmented images for a training, in an exact order.
 
-    The same samples come in the same order for every number of ranks and workers, from any step. The
-    order of an epoch is a pure function of the dataset's fingerprint, `seed` and the epoch.
+    The same samples come in the same order for every number of ranks and workers, from any step.
+    The order of an epoch is a pure function of the dataset's fingerprint, `seed` and the epoch.
 
     Args:
-        dataset: An open `Dataset`, or its address: `s3://BUCKET/PREFIX`, a path like `./data`, or a name
-            below `$WDS_BUCKET/datasets`.
+        dataset: An open `Dataset`, or its address: `s3://BUCKET/PREFIX`, a path like `./data`, or a
+            name below `$WDS_BUCKET/datasets`.
         batch: Samples of a step, over all ranks.
         epochs: Passes over the dataset.
         size: Side of the images, pixels.
@@ -41,9 +42,9 @@ class TrainLoader(StepLoader[Batch]):
         world: The number of ranks. Give both `rank` and `world`, or neither.
         workers: Processes that decode; 0 decodes in this one. Default: the cores less one.
         device: Where images and labels go: "cpu" (default) or "cuda".
-        normalize: True normalises by ImageNet's mean and deviation, a pair `(mean, deviation)` by those:
-            images are then float32 [n, 3, size, size] on the device. Otherwise they are uint8
-            [n, size, size, 3].
+        normalize: True normalises by ImageNet's mean and deviation, a pair `(mean, deviation)` by
+            those: images are then float32 [n, 3, size, size] on the device. Otherwise they are
+            uint8 [n, size, size, 3].
         augment: A policy of timm, such as "rand-m6-mstd0.5-inc1", or "trivial".
         scale: Smallest and largest share of the image's area that a crop takes.
         ratio: Smallest and largest aspect ratio of a crop, width / height.
@@ -56,12 +57,12 @@ class TrainLoader(StepLoader[Batch]):
         cache: A local folder that keeps blocks of the dataset for later epochs.
         cache_gb: The most that the cache may hold, GB.
         split: The split to read.
-        max_bad: The share of an epoch's samples that may be unreadable before `DataError` is raised.
-            None: the caller looks at `batch.unreadable` itself.
+        max_bad: The share of an epoch's samples that may be unreadable before `DataError` is
+            raised. None: the caller looks at `batch.unreadable` itself.
         per_epoch: End each iteration at the end of an epoch.
         start_size: Side of the first epochs' images, which grows to `size`; 0: `size` throughout.
         size_ramp: The shares of the epochs between which the side grows.
-        repeats: How often each sample stands in its batch, each time augmented anew (repeated
+        repeats: How often each sample stands in its batch, each time augmented again (repeated
             augmentation, Hoffer et al. 2019, arXiv:1901.09335). A pass then takes so many epochs.
 
     Raises:
@@ -112,8 +113,7 @@ class TrainLoader(StepLoader[Batch]):
             epochs,
             seed=seed,
             from_step=from_step,
-            rank=rank,
-            world=world,
+            ranks=place(rank, world),
             workers=workers,
             device=device_of(device),
             mix=mix,
@@ -124,8 +124,7 @@ class TrainLoader(StepLoader[Batch]):
             per_epoch=per_epoch,
             repeats=repeats,
         )
-        for each in self.datasets:
-            refuse_no_images(each)
+        refuse_no_images(*self.datasets)
         self._data = data_recipe(
             size=size,
             start_size=start_size,
@@ -139,33 +138,42 @@ class TrainLoader(StepLoader[Batch]):
         self._images = Images(transform, decode, normalize, self.device)
 
     def _transform(self, split: SplitReader) -> Transform:
-        own = self._images.transform(split, self.seed)
-        return own or TrainTransform(self._data, self.seed, self.epochs, self.steps_per_epoch)
+        custom = self._images.transform(split, self.seed)
+        return custom or TrainTransform(self._data, self.seed, self.epochs, self.steps_per_epoch)
 
     def _finish(self, batch: Batch) -> Batch:
         return self._images.normalised(batch)
 
 
 class Images:
-    """What becomes of images as the caller wishes: their own transform, if there is one, and normalisation.
+    """The transform and the normalisation of images that the caller asked for.
 
     Args:
         function: The caller's transform, whose arrays must all have one form.
-        decode: Whether it gets pixels, or else encoded bytes.
+        decode: Give it pixels; False: the encoded bytes.
         normalize: The `normalize` of `TrainLoader`.
         device: Where pixels are normalised.
     """
 
-    def __init__(self, function: Function | None, decode: bool, normalize: Normalisation, device: torch.device) -> None:
+    def __init__(
+        self,
+        function: Function | None,
+        decode: bool,
+        normalize: Normalisation,
+        device: torch.device,
+    ) -> None:
         if not decode and function is None:
-            raise UsageError("decode = False gives the bytes to a transform; give transform=, too, or use SampleLoader")
+            raise UsageError(
+                "decode = False gives the bytes to a transform; "
+                "give transform=, too, or use SampleLoader"
+            )
         self._function = function
         self._decode = decode
         self._form: Form | None = None
         data = normalisation(normalize)
         self._normalise = Normaliser(data, device) if data else None
 
-    def transform(self, split: SplitReader, seed: int) -> OwnArrays | None:
+    def transform(self, split: SplitReader, seed: int) -> ArrayTransform | None:
         """Return the caller's transform of the samples of `split`; None if there is none.
 
         Raises:
@@ -173,15 +181,14 @@ class Images:
         """
         if self._function is None:
             return None
-        own = OwnArrays(self._function, split, seed, decoded=self._decode)
-        if self._form is None:
-            self._form = own.measure()
-        own.largest = self._form
+        custom = ArrayTransform(self._function, split, seed, decoded=self._decode, form=self._form)
+        self._form = custom.largest
         if self._normalise and not _is_image(self._form):
             raise UsageError(
-                f"normalize is for images, uint8 [height, width, 3]; the transform returns {self._form}: leave it out"
+                "normalize is for images, uint8 [height, width, 3]; "
+                f"the transform returns {self._form}: leave it out"
             )
-        return own
+        return custom
 
     def normalised(self, batch: Batch) -> Batch:
         """Return the batch with normalised images, if that was asked for."""
@@ -190,10 +197,14 @@ class Images:
         return replace(batch, images=self._normalise(batch.images))
 
 
-def refuse_no_images(dataset: Dataset) -> None:
-    """Raise `UsageError` if the samples of `dataset` may hold anything."""
-    if dataset.manifest.image_policy.get("any"):
-        raise UsageError(f"{dataset.store.url} was indexed with --any, whatever its samples hold; use SampleLoader")
+def refuse_no_images(*datasets: Dataset) -> None:
+    """Raise `UsageError` if the samples of a dataset may hold anything, and no images."""
+    for dataset in datasets:
+        if dataset.manifest.image_policy.get("any"):
+            raise UsageError(
+                f"{dataset.store.url} was indexed with --any, whatever its samples hold; "
+                "use SampleLoader"
+            )
 
 
 def _is_image(form: Form) -> bool:

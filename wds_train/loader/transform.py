@@ -1,4 +1,4 @@
-"""What happens to one image on its way into a batch: in training, and in evaluation."""
+"""Transforms of one image on its way into a batch: for training, and for evaluation."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ GREY = 128  # the pixels of an unreadable image
 
 
 class Form(NamedTuple):
-    """The shape and dtype of the array that a sample becomes. An array of objects holds anything."""
+    """The shape and dtype of the array that a sample becomes; dtype object holds anything."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -101,7 +101,8 @@ class TrainTransform:
     steps_per_epoch: int
 
     def __post_init__(self) -> None:
-        # Before loader workers fork: each would import timm and torchvision, and report a bad policy too late.
+        # Before loader workers fork: each would import timm and torchvision, and report a bad
+        # policy too late.
         policies(self.data, self.data.size)
 
     @property
@@ -118,7 +119,9 @@ class TrainTransform:
         box = random_resized_crop(rng, *place.size, self.data.scale, self.data.ratio)
         return box, flip
 
-    def decode(self, data: memoryview, place: Place, drawn: tuple[Box, bool], out: NDArray[np.uint8]) -> None:
+    def decode(
+        self, data: memoryview, place: Place, drawn: tuple[Box, bool], out: NDArray[np.uint8]
+    ) -> None:
         box, flip = drawn
         decode_crop(data, box, out, flip=flip)
         self.augment(place.epoch, place.position, out)
@@ -130,7 +133,10 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Cut the central square, `crop_ratio` of the shorter side, as timm does, and resize it to `side` pixels."""
+    """Cut the central square, `crop_ratio` of the shorter side, and resize it to `side` pixels.
+
+    timm does the same.
+    """
 
     side: int
     crop_ratio: float

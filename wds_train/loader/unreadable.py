@@ -38,14 +38,14 @@ class UnreadableLimit:
         """
         if unreadable > self._max_bad * self._samples:
             raise DataError(
-                f"{unreadable} of the {self._samples} samples of epoch {epoch} could not be read, more than "
-                f"the allowed share {self._setting} = {self._max_bad}; the last: {last}. "
+                f"{unreadable} of the {self._samples} samples of epoch {epoch} could not be read, "
+                f"more than the allowed share {self._setting} = {self._max_bad}; the last: {last}. "
                 "Check the dataset with `wds-train verify`"
             )
 
 
 class UnreadableCounter:
-    """Counts the unreadable samples that this process meets in an epoch, logs each, and stops at the limit."""
+    """Counts and logs this process's unreadable samples of an epoch, and stops at the limit."""
 
     def __init__(self, limit: UnreadableLimit) -> None:
         self._limit = limit

@@ -1,7 +1,8 @@
-"""The loader workers of a process: how many it has by itself, and what is told when one dies.
+"""The loader workers of a process: their default number, and the error for one that dies.
 
-The system kills a worker where memory runs out. PyTorch then raises an error of its own wherever the main thread happens
-to be, in the midst of a step or of a commit; here it is raised where a batch is waited for, as a `WorkerDied`.
+The system kills a worker where memory runs out. PyTorch then raises its own error wherever the main
+thread happens to be, in the middle of a step or of a commit. Here it is raised where a batch is
+waited for, as a `WorkerDied`.
 """
 
 import contextlib
@@ -19,31 +20,32 @@ from wds_train.errors import WorkerDied
 from wds_train.machine import cores
 from wds_train.slurm import tasks_here
 
+# The pids of all workers that this process has had. Their loaders report their deaths.
 _PIDS: set[int] = set()
-"""Of all workers that this process has had, whose deaths are told by their loader."""
+# The workers whose batch the main thread waits for.
 _WAITING: "list[Workers]" = []
-"""Whose batch the main thread waits for."""
 
 
 def default_workers() -> int:
-    """Return a process per core of this one's, less one for the work itself, and 16 at most."""
+    """Return the default number of workers: this process's cores less one, from 1 to 16."""
     return max(1, min(16, own_cores() - 1))
 
 
 def own_cores() -> int:
     """Return how many cores this process may use: the ranks of a machine share its cores."""
-    allowed, tasks = cores(), tasks_here()
-    # Slurm may have bound each task to its own already, which a division would count twice.
+    allowed = cores()
+    tasks = tasks_here()
+    # Slurm may have bound each task to its cores already. To divide them would count that twice.
     if tasks > 1 and "SLURM_CPUS_PER_TASK" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
         return min(allowed, int(number_of("SLURM_CPUS_PER_TASK", allowed)))
     return max(1, allowed // tasks)
 
 
 def limit_threads() -> None:
-    """Let PyTorch work in no more threads than this process has cores, unless OMP_NUM_THREADS says how many.
+    """Let PyTorch use no more threads than this process has cores.
 
-    It takes one for each core of the machine. With more than a container's quota is worth, all of them are stopped for
-    a part of the time.
+    By itself it uses one for each core of the machine. If that is more than a container's quota,
+    all of them are stopped for a part of the time. OMP_NUM_THREADS has precedence.
     """
     import torch
 
@@ -52,7 +54,11 @@ def limit_threads() -> None:
 
 
 class Workers:
-    """The worker processes of one loader, of which there are to be `number`."""
+    """The worker processes of one loader.
+
+    Args:
+        number: The number of workers that the loader forks.
+    """
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -60,11 +66,16 @@ class Workers:
 
     @contextlib.contextmanager
     def awaited(self) -> Iterator[None]:
-        """Within, what is waited for comes from the workers, or `WorkerDied` is raised.
+        """Mark code that waits for the workers.
 
         Workers that are forked within are known from then on.
+
+        Raises:
+            WorkerDied: A worker has died.
         """
-        before = multiprocessing.active_children() if self._number and not self._processes else []
+        before = []
+        if self._number and not self._processes:
+            before = multiprocessing.active_children()
         in_main = threading.current_thread() is threading.main_thread()
         if in_main:
             _WAITING.append(self)
@@ -79,23 +90,29 @@ class Workers:
             if in_main:
                 _WAITING.pop()
             if self._number and not self._processes:
-                self._know([each for each in multiprocessing.active_children() if each not in before])
+                children = multiprocessing.active_children()
+                self._know([each for each in children if each not in before])
 
     def check(self) -> None:
-        """Raise `WorkerDied` if a worker is no more: they live as long as their loader."""
+        """Raise `WorkerDied` if a worker has ended: workers live as long as their loader."""
         if any(each.exitcode is not None for each in self._processes):
             raise self.death("")
 
     def has(self, pid: int) -> bool:
-        """Whether the process `pid` is one of these workers."""
+        """Return whether the process `pid` is one of these workers."""
         return any(each.pid == pid for each in self._processes)
 
-    def death(self, said: str) -> WorkerDied:
-        """Return the error that tells which worker died, and of what; as PyTorch `said` it where that is not known."""
-        how = said.strip().split(". ")[0].rstrip(".")
+    def death(self, message: str) -> WorkerDied:
+        """Return the error that says which worker died, and of what.
+
+        Args:
+            message: PyTorch's error, which is used if no worker has ended yet.
+        """
+        how = message.strip().split(". ")[0].rstrip(".")
         for each in self._processes:
-            if (code := each.exitcode) is not None:
-                how = f"process {each.pid} {_end_of(code)}"
+            code = each.exitcode
+            if code is not None:
+                how = f"process {each.pid} {_describe_exit(code)}"
         return WorkerDied(how)
 
     def _know(self, processes: list[BaseProcess]) -> None:
@@ -104,8 +121,8 @@ class Workers:
         _calm_pytorch()
 
 
-def _end_of(code: int) -> str:
-    """What an exit code of `multiprocessing` says of a worker's end."""
+def _describe_exit(code: int) -> str:
+    """Return the words for an exit code of `multiprocessing`, which is -N for signal N."""
     if code > 0:
         return f"ended with exit code {code}"
     number = -code or signal.SIGTERM  # on which our workers end with 0
@@ -120,18 +137,20 @@ def _calm_pytorch() -> None:
 
     It goes on to raise for the workers of loaders that are not ours.
     """
-    handler = signal.getsignal(signal.SIGCHLD)
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # others may set no handler; PyTorch has set none either
+    # Other threads may set no handler, and PyTorch has set none there either.
+    if threading.current_thread() is not threading.main_thread():
         return
+    handler = signal.getsignal(signal.SIGCHLD)
     if not callable(handler) or isinstance(handler, _Calm):
         return
     signal.signal(signal.SIGCHLD, _Calm(handler))
 
 
 class _Calm:
-    """A handler of SIGCHLD that lets `handler` raise for a worker of ours only where its loader's batch is waited for."""
+    """A handler of SIGCHLD that calls PyTorch's, and drops its error for a worker of ours.
+
+    The error is raised only where that worker's loader is waited for.
+    """
 
     def __init__(self, handler) -> None:  # type: ignore[no-untyped-def]
         self._handler = handler

@@ -15,7 +15,7 @@ from wds_train.console import dollars, duration, note, say
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import UsageError
 from wds_train.loader.batch import Batch
-from wds_train.loader.mixture import of_same_classes
+from wds_train.loader.mixture import check_same_classes
 from wds_train.loader.workers import limit_threads
 from wds_train.machine import memory
 from wds_train.storage.open import open_store
@@ -59,7 +59,7 @@ class Estimate:
         self.options, self.ranks = options, Ranks(cpu=options.cpu)
         self.on_cpu = self.ranks.device.type == "cpu"
         first = Dataset.open(options.dataset)
-        self.datasets = [first, *(of_same_classes(Dataset.open(url), first) for url, _ in options.mix)]
+        self.datasets = [first, *(check_same_classes(Dataset.open(url), first) for url, _ in options.mix)]
         batch, repeats = options.recipe.batch, options.recipe.data.repeats
         self.processes = 1 if self.on_cpu else torch.cuda.device_count()
         self.batch = min(batch, CPU_BATCH * repeats) if self.on_cpu else batch // self.processes

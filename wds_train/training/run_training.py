@@ -28,7 +28,7 @@ from wds_train.dataset.reader import Dataset
 from wds_train.errors import Interrupted
 from wds_train.files import home
 from wds_train.loader.cache import make_cache_folder
-from wds_train.loader.mixture import of_same_classes
+from wds_train.loader.mixture import check_same_classes
 from wds_train.loader.workers import limit_threads
 from wds_train.report.goodput_words import told
 from wds_train.storage.base import Store
@@ -60,7 +60,7 @@ def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) 
     if options.deterministic:
         _be_deterministic()
     dataset = Dataset.open(options.dataset)
-    datasets = [dataset, *(of_same_classes(Dataset.open(url), dataset) for url, _ in options.mix)]
+    datasets = [dataset, *(check_same_classes(Dataset.open(url), dataset) for url, _ in options.mix)]
     if options.cache_dir:
         make_cache_folder(options.cache_dir, dataset, "train")
     stop.check()
