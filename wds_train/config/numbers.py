@@ -8,7 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Number:
-    """The type of an argument: a number of at least `least` and at most `most`, or above and below them where they are `open`."""
+    """The type of an argument: a number of at least `least` and at most `most`, or above and below
+    them where they are `open`.
+    """
 
     kind: type[int] | type[float]
     least: float = -math.inf
@@ -38,7 +40,9 @@ class Number:
             return f"a whole number from {self.least:g} to {self.most:g}"
         low = f"{'more than' if '(' in self.open else 'at least'} {self.least:g}"
         high = f"{'less than' if ')' in self.open else 'at most'} {self.most:g}"
-        bounds = [text for text, bound in ((low, self.least), (high, self.most)) if not math.isinf(bound)]
+        bounds = [
+            text for text, bound in ((low, self.least), (high, self.most)) if not math.isinf(bound)
+        ]
         noun = "a whole number" if self.kind is int else "a number"
         return f"{noun}{' of ' * bool(bounds)}{' and '.join(bounds)}"
 

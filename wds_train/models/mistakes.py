@@ -8,11 +8,15 @@ from numpy.typing import NDArray
 
 from wds_train.loader.batch import Batch
 
-MISTAKES = 100  # images kept: the first ones, which are the same in every epoch that gets them wrong
+MISTAKES = (
+    100  # images kept: the first ones, which are the same in every epoch that gets them wrong
+)
 
 
 class Mistake(NamedTuple):
-    """A sample that was `taken_for` another class with a `confidence` of up to 1. `image` uint8 [height, width, 3]."""
+    """A sample that was `taken_for` another class with a `confidence` of up to 1. `image` uint8
+    [height, width, 3].
+    """
 
     sample: int
     image: NDArray[np.uint8]
@@ -22,7 +26,9 @@ class Mistake(NamedTuple):
 
 
 class Findings:
-    """The predictions of one validation, of one rank's share on several; -1 where a sample could not be read."""
+    """The predictions of one validation, of one rank's share on several; -1 where a sample could
+    not be read.
+    """
 
     def __init__(self) -> None:
         self.mistakes: list[Mistake] = []
@@ -30,7 +36,9 @@ class Findings:
         self._predicted: list[torch.Tensor] = []
 
     def add(self, logits: torch.Tensor, batch: Batch) -> None:
-        """Note what a model made of `batch`. Once there are mistakes enough, the GPU is not waited for."""
+        """Note what a model made of `batch`. Once there are mistakes enough, the GPU is not waited
+        for.
+        """
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
         unreadable = np.isin(batch.ids, [entry.sample for entry in batch.unreadable])
         predicted[torch.from_numpy(unreadable).to(predicted.device)] = -1
@@ -41,7 +49,9 @@ class Findings:
             for i in np.flatnonzero(wrong)[: MISTAKES - len(self.mistakes)].tolist():
                 image = batch.images[i].cpu().numpy().copy()  # the batch's memory is used again
                 label, taken_for = int(batch.labels[i]), int(predicted[i])
-                self.mistakes.append(Mistake(int(batch.ids[i]), image, label, taken_for, float(confidence[i])))
+                self.mistakes.append(
+                    Mistake(int(batch.ids[i]), image, label, taken_for, float(confidence[i]))
+                )
 
     @property
     def labels(self) -> NDArray[np.int64]:
