@@ -25,7 +25,8 @@ class _Since:
 class Clock:
     """Adds up the seconds of a process by its activities; it begins with "start".
 
-    One thread turns it and others read it, without a lock: all that it knows is one object, which is replaced.
+    One thread turns it and others read it, without a lock: all that it knows is one object, which
+    is replaced.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:

@@ -13,4 +13,6 @@ def find_run(url: str) -> tuple[RunManifest, Store]:
     try:
         return read_run(store)[0], store
     except NotFound as error:
-        raise NotFound(f"there is no run at {store.url} (no manifest.json); check the address") from error
+        raise NotFound(
+            f"there is no run at {store.url} (no manifest.json); check the address"
+        ) from error

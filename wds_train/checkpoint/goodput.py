@@ -1,4 +1,5 @@
-"""Where the paid time of a run went: what an attempt notes of it, and the share that became steps that count.
+"""Where the paid time of a run went: what an attempt notes of it, and the share that became steps
+that count.
 
 docs/report.md defines each part. Every paid second is in exactly one of them.
 """

@@ -1,4 +1,6 @@
-"""What killed instances left below a run: objects that no manifest names, parts of uploads, and probes."""
+"""What killed instances left below a run: objects that no manifest names, parts of uploads, and
+probes.
+"""
 
 import time
 from functools import partial
@@ -18,8 +20,8 @@ def collect_orphans(store: Store, manifest: RunManifest, say: Say) -> None:
 
     It is safe for fences up to that of `manifest`: their owners can name nothing more.
 
-    This is housekeeping: what a server lacks for it, or a role may not do, is told in one line. Who may only read a
-    finished run leaves it as it is, and is told nothing.
+    This is housekeeping: what a server lacks for it, or a role may not do, is told in one line. Who
+    may only read a finished run leaves it as it is, and is told nothing.
 
     Args:
         store: Where the run is.
@@ -50,7 +52,10 @@ def _remove_orphans(store: Store, manifest: RunManifest, say: Say, end: float, p
         if is_orphan or is_probe(entry.key):
             _refuse_late(store, end)
             store.delete(entry.key)
-            say(f"removed {entry.key}, which no manifest names: left by an interrupted upload or removal")
+            say(
+                f"removed {entry.key}, which no manifest names: left by an interrupted upload or "
+                "removal"
+            )
 
 
 def _refuse_late(store: Store, end: float) -> None:

@@ -1,9 +1,10 @@
-"""The run manifest: `manifest.json` of a run, the one mutable object, changed only by compare-and-swap.
+"""The run manifest: `manifest.json` of a run, the one mutable object, changed only by
+compare-and-swap.
 
-It names every checkpoint and every segment of metrics with size and sha256; what it does not name does not exist.
-`fence` counts the claims: an instance writes only while the manifest carries the fence that it claimed with. While
-`status` is "running" the run is its owner's, who writes the manifest anew several times per `lease` seconds; any other
-status gives it up.
+It names every checkpoint and every segment of metrics with size and sha256; what it does not name
+does not exist. `fence` counts the claims: an instance writes only while the manifest carries the
+fence that it claimed with. While `status` is "running" the run is its owner's, who writes the
+manifest anew several times per `lease` seconds; any other status gives it up.
 """
 
 import json
@@ -44,14 +45,17 @@ ADDED = {
 }  # to the manifest, since its first version
 REPLAYED = 50  # segments kept of rows that no checkpoint goes with
 LISTED = 100  # attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever
-KEPT = 2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
+KEPT = (
+    2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
+)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is, and the sums of its running epoch. `step` optimizer steps are done and `evaluated` epochs
-    validated; `loss_sum` is over the epoch's `loss_steps` steps, `lost` counts its unreadable samples. `best` is the
-    highest top-1 so far, of raw or EMA weights, and `best_epoch` the first validated epoch that had it.
+    """How far a training is, and the sums of its running epoch. `step` optimizer steps are done and
+    `evaluated` epochs validated; `loss_sum` is over the epoch's `loss_steps` steps, `lost` counts
+    its unreadable samples. `best` is the highest top-1 so far, of raw or EMA weights, and
+    `best_epoch` the first validated epoch that had it.
     """
 
     step: int = 0
@@ -63,7 +67,9 @@ class Progress:
     best_epoch: int = 0
 
     def validated(self, metrics: dict[str, float]) -> "Progress":
-        """With one epoch more validated, which gave `metrics`, telling ones; the next one's sums begin."""
+        """With one epoch more validated, which gave `metrics`, telling ones; the next one's sums
+        begin.
+        """
         epoch, top1 = self.evaluated + 1, max(metrics[name] for name in RESULT if name in metrics)
         best = (top1, epoch) if top1 > self.best else (self.best, self.best_epoch)
         return Progress(self.step, epoch, best=best[0], best_epoch=best[1])
@@ -83,8 +89,9 @@ def fence_of(written: Object) -> int:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a training after a step. `metrics` are those of the validation at this step, empty when there was
-    none. `spent` is what its attempt had spent until then; None where an older version committed it.
+    """The state of a training after a step. `metrics` are those of the validation at this step,
+    empty when there was none. `spent` is what its attempt had spent until then; None where an older
+    version committed it.
     """
 
     object: Object
@@ -118,7 +125,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Pending:
-    """A commit that has been announced and not finished: its objects may be on the store, in part, or not at all.
+    """A commit that has been announced and not finished: its objects may be on the store, in part,
+    or not at all.
 
     `result` is that of the run, where this is its last commit.
     """
@@ -137,8 +145,9 @@ class Pending:
 
 @dataclass(frozen=True)
 class Owner:
-    """A process. `machine` is unique to a boot and a PID namespace, "" where that cannot be known; `started` is in
-    clock ticks since the boot, and tells the process from a later one of the same PID.
+    """A process. `machine` is unique to a boot and a PID namespace, "" where that cannot be known;
+    `started` is in clock ticks since the boot, and tells the process from a later one of the same
+    PID.
     """
 
     host: str = ""
@@ -152,10 +161,11 @@ class Owner:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One instance's work: from `started` (Unix time, for people only) for `seconds`, up to its last sign of life.
-    `ended` is a status, or "lost" when it just fell silent. It began at `step`, on `hardware`; `price` is what an hour
-    costs, in dollars, and `instance` EC2's type, "" elsewhere. `spent` says where its time went, from the start of its
-    process on, and `committed` what of it had been spent at the newest state that counts; None where that was not noted.
+    """One instance's work: from `started` (Unix time, for people only) for `seconds`, up to its
+    last sign of life. `ended` is a status, or "lost" when it just fell silent. It began at `step`,
+    on `hardware`; `price` is what an hour costs, in dollars, and `instance` EC2's type, ""
+    elsewhere. `spent` says where its time went, from the start of its process on, and `committed`
+    what of it had been spent at the newest state that counts; None where that was not noted.
     """
 
     host: str
@@ -176,8 +186,8 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Difference:
-    """A step that was computed twice, on `rank` of a training, and gave another `tensor` the second time. `boot` is
-    unique to the machine since its last boot, "" where that is unknown.
+    """A step that was computed twice, on `rank` of a training, and gave another `tensor` the second
+    time. `boot` is unique to the machine since its last boot, "" where that is unknown.
     """
 
     step: int
@@ -187,14 +197,17 @@ class Difference:
     boot: str = ""
 
     def is_of_machine(self, host: str, boot: str) -> bool:
-        """Whether it was seen on that machine: of the same name, or, in other containers, of the same boot."""
+        """Whether it was seen on that machine: of the same name, or, in other containers, of the
+        same boot.
+        """
         return self.host == host or (self.boot != "" and self.boot == boot)
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What the attempts of a run come to. `interruptions` are those that ended as "interrupted" or "lost"; `dollars` of
-    those whose price is known. `parts` says where their time went; None where an older version added them up.
+    """What the attempts of a run come to. `interruptions` are those that ended as "interrupted" or
+    "lost"; `dollars` of those whose price is known. `parts` says where their time went; None where
+    an older version added them up.
     """
 
     attempts: int = 0
@@ -236,8 +249,8 @@ DATASET = {"url": str, "fingerprint": str, "classes": int, "mix": tuple[Mixed, .
 class Page:
     """Where Weights & Biases shows a run, whose id there is `RunManifest.wandb_id`.
 
-    `project` and `entity` are those that the run was first shown in, whatever the settings of
-    later starts say; "" where none is known yet. `url` is the page's address, "" until W&B has answered.
+    `project` and `entity` are those that the run was first shown in, whatever the settings of later
+    starts say; "" where none is known yet. `url` is the page's address, "" until W&B has answered.
     """
 
     project: str = ""
@@ -247,12 +260,14 @@ class Page:
 
 @dataclass(frozen=True)
 class RunManifest:
-    """All that is known of a run. `attempts` are the newest LISTED, `earlier` sums up those before them. `written` is
-    Unix time, for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not finite. `replayed`
-    are the newest REPLAYED segments of rows ahead of a checkpoint: those of the last attempt may yet be committed, those
-    before were logged by attempts that ended before that, or went back behind them. `unsafe_store`: it was claimed last
-    with --unsafe-store, on a store that ignores conditional writes. `differences` are what `--recheck` found. `pending` is
-    the commit that is being uploaded: its objects count for nothing until it is finished, or adopted by the next owner.
+    """All that is known of a run. `attempts` are the newest LISTED, `earlier` sums up those before
+    them. `written` is Unix time, for people only; `rollbacks` counts the returns to a checkpoint
+    after a loss that was not finite. `replayed` are the newest REPLAYED segments of rows ahead of a
+    checkpoint: those of the last attempt may yet be committed, those before were logged by attempts
+    that ended before that, or went back behind them. `unsafe_store`: it was claimed last with
+    --unsafe-store, on a store that ignores conditional writes. `differences` are what `--recheck`
+    found. `pending` is the commit that is being uploaded: its objects count for nothing until it is
+    finished, or adopted by the next owner.
     """
 
     run: str
@@ -279,7 +294,9 @@ class RunManifest:
 
     def claimed(self, owner: Owner, lease: float, now: float) -> "RunManifest":
         """The manifest of its next owner, the attempt of the one before ended."""
-        before = tuple(replace(a, ended="lost") if a.ended == "running" else a for a in self.attempts)
+        before = tuple(
+            replace(a, ended="lost") if a.ended == "running" else a for a in self.attempts
+        )
         earlier = reduce(Totals.plus, before[: 1 - LISTED], self.earlier)
         attempts = (*before[1 - LISTED :], Attempt(owner.host, now, step=self.step))
         return replace(
@@ -299,19 +316,37 @@ class RunManifest:
 
     def stamped(self, nonce: str, now: float, seconds: float) -> "RunManifest":
         """The manifest as it is written `seconds` into the last attempt."""
-        return replace(self, nonce=nonce, written=now).with_attempt(seconds=round(seconds, 1), ended=self.status)
+        return replace(self, nonce=nonce, written=now).with_attempt(
+            seconds=round(seconds, 1), ended=self.status
+        )
 
-    def with_commit(self, checkpoint: Checkpoint, segment: Segment | None, keep_every: int = 0) -> "RunManifest":
-        """The manifest after a commit, holding the checkpoints that `keep` names. Adding the same again changes nothing."""
+    def with_commit(
+        self, checkpoint: Checkpoint, segment: Segment | None, keep_every: int = 0
+    ) -> "RunManifest":
+        """The manifest after a commit, holding the checkpoints that `keep` names. Adding the same
+        again changes nothing.
+        """
         others = [c for c in self.checkpoints if c.object.key != checkpoint.object.key]
         kept = keep((*others, checkpoint), keep_every, every_of(self.recipe))
         new = () if segment is None or segment in self.metrics else (segment,)
-        ahead = tuple(s for s in self.replayed if s.fence != checkpoint.fence or not s.within(checkpoint.progress))
-        changed = replace(self, checkpoints=kept, metrics=self.metrics + new, replayed=ahead, pending=None)
-        return changed if checkpoint.spent is None else changed.with_attempt(committed=checkpoint.spent)
+        ahead = tuple(
+            s
+            for s in self.replayed
+            if s.fence != checkpoint.fence or not s.within(checkpoint.progress)
+        )
+        changed = replace(
+            self, checkpoints=kept, metrics=self.metrics + new, replayed=ahead, pending=None
+        )
+        return (
+            changed
+            if checkpoint.spent is None
+            else changed.with_attempt(committed=checkpoint.spent)
+        )
 
     def with_ahead(self, segment: Segment) -> "RunManifest":
-        """The manifest with rows that were logged since the last commit. Adding the same again changes nothing."""
+        """The manifest with rows that were logged since the last commit. Adding the same again
+        changes nothing.
+        """
         others = tuple(s for s in self.replayed if s != segment)
         return replace(self, replayed=(*others, segment)[-REPLAYED:])
 
@@ -326,12 +361,17 @@ class RunManifest:
         try:
             return Recipe.from_dict(self.recipe)
         except RunError as error:
-            raise RunError(f"the manifest of run {self.run} is damaged, or another version's: {error}") from error
+            raise RunError(
+                f"the manifest of run {self.run} is damaged, or another version's: {error}"
+            ) from error
 
     @property
     def objects(self) -> tuple[Object, ...]:
         """All that the manifest names as committed."""
-        return (*(c.object for c in self.checkpoints), *(s.object for s in self.metrics + self.replayed))
+        return (
+            *(c.object for c in self.checkpoints),
+            *(s.object for s in self.metrics + self.replayed),
+        )
 
     @property
     def keys(self) -> set[str]:
@@ -340,8 +380,8 @@ class RunManifest:
         return {named.key for named in (*self.objects, *pending)}
 
     def ended(self, status: str) -> "RunManifest":
-        """The manifest with `status`. A run that goes back to its last step is done without another validation: its
-        result is that step's.
+        """The manifest with `status`. A run that goes back to its last step is done without another
+        validation: its result is that step's.
         """
         result = self.result
         if status == "done" and self.checkpoints:
@@ -349,26 +389,34 @@ class RunManifest:
         return replace(self, status=status, result=result)
 
     def back_to(self, step: int) -> "RunManifest":
-        """The manifest as of the newest checkpoint of `step`; `UsageError` when there is none. A run that is done is done
-        still when nothing came after.
+        """The manifest as of the newest checkpoint of `step`; `UsageError` when there is none. A
+        run that is done is done still when nothing came after.
         """
         kept = [c for c in self.checkpoints if c.progress.step <= step]
         if not kept or kept[-1].progress.step != step:
             raise UsageError(
-                f"run {self.run} has no checkpoint of step {step}; it has those of {steps(self.checkpoints)}"
+                f"run {self.run} has no checkpoint of step {step}; it has those of "
+                f"{steps(self.checkpoints)}"
             )
         if self.status == "done" and len(kept) == len(self.checkpoints):
             return self
         return replace(self.up_to(kept[-1]), status="interrupted", result={}, rollbacks=0)
 
     def up_to(self, checkpoint: Checkpoint) -> "RunManifest":
-        """The manifest without what was committed after `checkpoint`, one of its own; the metrics become `replayed`."""
+        """The manifest without what was committed after `checkpoint`, one of its own; the metrics
+        become `replayed`.
+        """
         kept = self.checkpoints[: self.checkpoints.index(checkpoint) + 1]
         metrics = tuple(s for s in self.metrics if s.within(checkpoint.progress))
         replayed = self.replayed + tuple(s for s in self.metrics if s not in metrics)
         attempts = taken_back(self.attempts, self.earlier.attempts, checkpoint)
         return replace(
-            self, checkpoints=kept, metrics=metrics, replayed=replayed[-REPLAYED:], attempts=attempts, pending=None
+            self,
+            checkpoints=kept,
+            metrics=metrics,
+            replayed=replayed[-REPLAYED:],
+            attempts=attempts,
+            pending=None,
         )
 
     def with_attempt(self, **details: Any) -> "RunManifest":
@@ -376,28 +424,23 @@ class RunManifest:
         return replace(self, attempts=(*self.attempts[:-1], replace(self.attempts[-1], **details)))
 
     def to_json(self) -> bytes:
-        return (json.dumps({"format": FORMAT, "kind": KIND} | asdict(self), indent=1) + "\n").encode()
+        return (
+            json.dumps({"format": FORMAT, "kind": KIND} | asdict(self), indent=1) + "\n"
+        ).encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "RunManifest":
-        """Read a manifest found at `where`; `RunError` when it is another kind, a newer format, or damaged."""
-        try:
-            content = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{where} is not JSON: {error}") from error
-        if not isinstance(content, dict) or content.pop("kind", None) != KIND:
-            raise RunError(f"{where} is not a {KIND} manifest; choose another run name")
-        if (version := content.pop("format", None)) != FORMAT:
-            raise RunError(f"{where} has format {version!r:.60}, this wds-train reads format {FORMAT}; upgrade it")
-        if isinstance(content.get("owner"), str) and "lease" not in content:
-            raise RunError(
-                f"{where} was written by a wds-train from before leases, whose runs this one does not read; "
-                "finish it with the version that began it, or choose another run name"
-            )
+        """Read a manifest found at `where`.
+
+        Raises:
+            RunError: It is of another kind, a newer format, or damaged.
+        """
+        content = _parse_content(data, where)
         try:
             refuse_depth(content)
             # A default would begin anew where the checkpoints are missing, and delete them.
-            for missing in sorted({each.name for each in fields(cls)} - content.keys() - ADDED):
+            required = {each.name for each in fields(cls)} - ADDED
+            for missing in sorted(required - content.keys()):
                 raise ValueError(f"{missing} is missing")
             manifest = typed(cls, content)
             manifest = manifest.ended(manifest.status)
@@ -410,8 +453,31 @@ class RunManifest:
         return manifest
 
 
+def _parse_content(data: bytes, where: str) -> dict[str, Any]:
+    """Return the fields of a run's manifest; refuse other kinds, and formats of other versions."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{where} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.pop("kind", None) != KIND:
+        raise RunError(f"{where} is not a {KIND} manifest; choose another run name")
+    version = content.pop("format", None)
+    if version != FORMAT:
+        raise RunError(
+            f"{where} has format {version!r:.60}, this wds-train reads format {FORMAT}; upgrade it"
+        )
+    if isinstance(content.get("owner"), str) and "lease" not in content:
+        raise RunError(
+            f"{where} was written by a wds-train from before leases, whose runs this one does not "
+            "read; finish it with the version that began it, or choose another run name"
+        )
+    return content
+
+
 def _flaws(run: RunManifest) -> Iterator[str]:
-    """What no manifest of ours holds though its types are right: a sentence each, with the field and its value."""
+    """What no manifest of ours holds though its types are right: a sentence each, with the field
+    and its value.
+    """
     for name, value in run.dataset.items():
         typed(DATASET.get(name, Any), value, f"dataset.{name}")
     classes = run.dataset.get("classes", 1)
@@ -424,7 +490,12 @@ def _flaws(run: RunManifest) -> Iterator[str]:
             named.append(("pending", run.pending.segment.object, SEGMENT_KEYS))
     rules: list[tuple[str, Any, bool, str]] = [
         ("run", run.run, bool(NAMES.fullmatch(run.run)), "a run's name"),
-        ("dataset.fingerprint", run.dataset.get("fingerprint"), "fingerprint" in run.dataset, "a text"),
+        (
+            "dataset.fingerprint",
+            run.dataset.get("fingerprint"),
+            "fingerprint" in run.dataset,
+            "a text",
+        ),
         ("dataset.classes", classes, 0 < classes < MOST_CLASSES, "a number of classes"),
         ("fence", run.fence, run.fence >= 0, "at least 0"),
         ("lease", run.lease, 0 <= run.lease <= LONGEST_LEASE, f"0 to {LONGEST_LEASE:g} seconds"),
@@ -432,24 +503,41 @@ def _flaws(run: RunManifest) -> Iterator[str]:
         ("page.project", run.page.project, run.page.project.isprintable(), "a name"),
         ("page.entity", run.page.entity, run.page.entity.isprintable(), "a name"),
         ("page.url", run.page.url, bool(ADDRESS.fullmatch(run.page.url)), "an address of the web"),
-        ("result", run.result, run.status != "done" or {*RESULT} <= {*run.result}, f"one with {' and '.join(RESULT)}"),
+        (
+            "result",
+            run.result,
+            run.status != "done" or {*RESULT} <= {*run.result},
+            f"one with {' and '.join(RESULT)}",
+        ),
     ]
     for where, at, keys in named:
         rules += [
-            (f"{where}: object.key", at.key, bool(keys.fullmatch(at.key)), f"of the form {keys.pattern}"),
+            (
+                f"{where}: object.key",
+                at.key,
+                bool(keys.fullmatch(at.key)),
+                f"of the form {keys.pattern}",
+            ),
             (f"{where}: bytes of {at.key}", at.bytes, at.bytes >= 0, "at least 0"),
-            (f"{where}: sha256 of {at.key}", at.sha256, bool(SHA256.fullmatch(at.sha256)), "64 hexadecimal digits"),
+            (
+                f"{where}: sha256 of {at.key}",
+                at.sha256,
+                bool(SHA256.fullmatch(at.sha256)),
+                "64 hexadecimal digits",
+            ),
         ]
     for name, value, holds, rule in rules:
         if not holds:
             yield f"{name} is {value!r:.60}, not {rule}"
 
 
-def taken_back(attempts: tuple[Attempt, ...], earlier: int, checkpoint: Checkpoint) -> tuple[Attempt, ...]:
+def taken_back(
+    attempts: tuple[Attempt, ...], earlier: int, checkpoint: Checkpoint
+) -> tuple[Attempt, ...]:
     """The attempts, of which nothing counts any more that was committed after `checkpoint`.
 
-    `earlier` is the number of attempts before these. A checkpoint of an older version does not say what its attempt had
-    spent: that attempt keeps what it has.
+    `earlier` is the number of attempts before these. A checkpoint of an older version does not say
+    what its attempt had spent: that attempt keeps what it has.
     """
     found = []
     for fence, attempt in enumerate(attempts, start=earlier + 1):
@@ -463,13 +551,17 @@ def taken_back(attempts: tuple[Attempt, ...], earlier: int, checkpoint: Checkpoi
 
 
 def adopting(run: RunManifest, pending: Pending, keep_every: int = 0) -> RunManifest:
-    """Return the manifest of `run` with a commit that an earlier attempt uploaded as a whole, but did not finish."""
+    """Return the manifest of `run` with a commit that an earlier attempt uploaded as a whole, but
+    did not finish.
+    """
     adopted = pending.checkpoint
     committed = run.with_commit(adopted, pending.segment, keep_every)
     # It is that attempt's work, and not this one's.
     attempts = taken_back(run.attempts, run.earlier.attempts, adopted)
     result = pending.result or run.result
-    return replace(committed, attempts=attempts, result=result).with_attempt(step=adopted.progress.step)
+    return replace(committed, attempts=attempts, result=result).with_attempt(
+        step=adopted.progress.step
+    )
 
 
 def steps(checkpoints: Iterable[Checkpoint]) -> str:
@@ -478,27 +570,34 @@ def steps(checkpoints: Iterable[Checkpoint]) -> str:
 
 
 def name_of(url: str) -> str:
-    """The name of the run at `url`, its last part; `UsageError` when it would make trouble in keys, paths or W&B."""
+    """The name of the run at `url`, its last part; `UsageError` when it would make trouble in keys,
+    paths or W&B.
+    """
     name = url.rstrip("/").rsplit("/", 1)[-1]
     if not NAMES.fullmatch(name):
         raise UsageError(
-            f"{name!r} cannot be a run's name: use at most 100 letters, digits, '.', '_' and '-', a letter or digit first"
+            f"{name!r} cannot be a run's name: use at most 100 letters, digits, '.', '_' and '-', "
+            "a letter or digit first"
         )
     return name
 
 
 def best(checkpoints: Iterable[Checkpoint], kind: str, ema_every: int) -> Checkpoint | None:
-    """The checkpoint whose `kind` weights had the highest top-1, the earliest of equals; None when none has a telling one.
-    `ema_every` is the recipe's `ema.every`.
+    """The checkpoint whose `kind` weights had the highest top-1, the earliest of equals; None when
+    none has a telling one. `ema_every` is the recipe's `ema.every`.
     """
-    scored = [(c, telling(c.metrics, c.progress.step, ema_every).get(SCORES[kind])) for c in checkpoints]
+    scored = [
+        (c, telling(c.metrics, c.progress.step, ema_every).get(SCORES[kind])) for c in checkpoints
+    ]
     tops = [(checkpoint, top1) for checkpoint, top1 in scored if top1 is not None]
     return max(tops, key=lambda each: each[1], default=(None, 0.0))[0]
 
 
-def keep(checkpoints: tuple[Checkpoint, ...], every: int = 0, ema_every: int = 1) -> tuple[Checkpoint, ...]:
-    """The checkpoints that are worth their storage: the newest KEPT, the best by raw and by EMA top-1, and, with
-    `every`, those of each `every`th epoch's validation; oldest first.
+def keep(
+    checkpoints: tuple[Checkpoint, ...], every: int = 0, ema_every: int = 1
+) -> tuple[Checkpoint, ...]:
+    """The checkpoints that are worth their storage: the newest KEPT, the best by raw and by EMA
+    top-1, and, with `every`, those of each `every`th epoch's validation; oldest first.
     """
     kept = {*checkpoints[-KEPT:], *(best(checkpoints, kind, ema_every) for kind in SCORES)}
     if every:

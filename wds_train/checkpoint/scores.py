@@ -1,7 +1,8 @@
 """What a validation says of the two kinds of weights that a training leaves, raw and EMA.
 
-EMA weights that were never updated are those that the training began with. Their metrics are logged like all others, so that
-every validation has the same names, but say nothing of the training: whatever judges or shows metrics takes `telling` ones.
+EMA weights that were never updated are those that the training began with. Their metrics are logged
+like all others, so that every validation has the same names, but say nothing of the training:
+whatever judges or shows metrics takes `telling` ones.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,9 @@ EMA = "_ema"  # how the names of the EMA weights' metrics end
 
 
 def telling(metrics: Mapping[str, float], step: float, every: int) -> dict[str, float]:
-    """`metrics` as of optimizer step `step`, without those of EMA weights that were never updated. `every` is `ema.every`."""
+    """`metrics` as of optimizer step `step`, without those of EMA weights that were never updated.
+    `every` is `ema.every`.
+    """
     if is_averaged(int(step), every):
         return dict(metrics)
     return {name: value for name, value in metrics.items() if not name.endswith(EMA)}
@@ -27,7 +30,9 @@ def own_metrics(metrics: Mapping[str, float], kind: str) -> dict[str, float]:
 
 
 def every_of(recipe: Mapping[str, Any]) -> int:
-    """`ema.every` of a recipe as a run's manifest has it, which may be of a version that this one cannot train by."""
+    """`ema.every` of a recipe as a run's manifest has it, which may be of a version that this one
+    cannot train by.
+    """
     ema = recipe.get("ema")
     every = ema.get("every") if isinstance(ema, dict) else None
     return every if isinstance(every, int) else 1

@@ -1,5 +1,5 @@
-"""`wds-train train --dry-run`: what a training would take, measured on this machine. Nothing is claimed, and
-nothing stays written: the store is proved, as by a claim.
+"""`wds-train train --dry-run`: what a training would take, measured on this machine. Nothing is
+claimed, and nothing stays written: the store is proved, as by a claim.
 """
 
 import itertools
@@ -37,7 +37,12 @@ from wds_train.training.setup import (
 MEASURED = 2  # steps, after one that sets up memory and kernels
 CPU_BATCH = 32  # samples of those steps on a CPU, whose time and memory grow with them; 1,024 would take minutes
 TOO_LONG = 2 * 3600.0  # seconds of a training on a CPU, from which on a smaller one is looked for
-SMALLER = (("resnet18", 160), ("resnet18", 128), ("mobilenetv3_small_100", 128), ("mobilenetv3_small_100", 96))
+SMALLER = (
+    ("resnet18", 160),
+    ("resnet18", 128),
+    ("mobilenetv3_small_100", 128),
+    ("mobilenetv3_small_100", 96),
+)
 
 
 @dataclass(frozen=True)
@@ -51,15 +56,18 @@ class Cost:
 
 
 class Estimate:
-    """What `options` would take. The loader and the trainer are measured one after the other: on a CPU they share its
-    cores, and their times add up.
+    """What `options` would take. The loader and the trainer are measured one after the other: on a
+    CPU they share its cores, and their times add up.
     """
 
     def __init__(self, options: TrainOptions) -> None:
         self.options, self.ranks = options, Ranks(cpu=options.cpu)
         self.on_cpu = self.ranks.device.type == "cpu"
         first = Dataset.open(options.dataset)
-        self.datasets = [first, *(of_same_classes(Dataset.open(url), first) for url, _ in options.mix)]
+        self.datasets = [
+            first,
+            *(of_same_classes(Dataset.open(url), first) for url, _ in options.mix),
+        ]
         batch, repeats = options.recipe.batch, options.recipe.data.repeats
         self.processes = 1 if self.on_cpu else torch.cuda.device_count()
         self.batch = min(batch, CPU_BATCH * repeats) if self.on_cpu else batch // self.processes
@@ -67,8 +75,8 @@ class Estimate:
         self.small = replace(options, recipe=replace(options.recipe, batch=self.batch))
 
     def read(self) -> tuple[list[Batch], float]:
-        """The last batches of the training, which are of its largest images, and the seconds that the loader takes for one.
-        It forks: no trainer may have been made.
+        """The last batches of the training, which are of its largest images, and the seconds that
+        the loader takes for one. It forks: no trainer may have been made.
         """
         total = self.options.recipe.schedule.epochs * epoch_steps(self.small, self.datasets)
         uncached = replace(self.small, cache_dir=None)
@@ -82,20 +90,29 @@ class Estimate:
         return batches, (time.perf_counter() - began) / max(1, len(batches) - 1)
 
     def cost(self, options: TrainOptions, batches: list[Batch], loading: float) -> Cost:
-        """The cost of `options`, which are `small` or those of another model, with `loading` seconds for each batch."""
+        """The cost of `options`, which are `small` or those of another model, with `loading`
+        seconds for each batch.
+        """
         trainer = make_trainer(options, self.datasets, self.ranks.device, self.ranks, resumes=True)
         if not self.on_cpu and options.accumulate is None:
             trainer.accumulate = fit_accumulation(trainer)
         made = self._memory()
         worked = _seconds(_steps(trainer, batches))
         data, samples = options.recipe.data, self.datasets[0].manifest.split("val").samples
-        blank = torch.zeros(len(batches[0].ids), data.eval_size, data.eval_size, 3, dtype=torch.uint8)
+        blank = torch.zeros(
+            len(batches[0].ids), data.eval_size, data.eval_size, 3, dtype=torch.uint8
+        )
         scored = _seconds(_scores(trainer, replace(batches[0], images=blank)))
         step, score = (t + loading if self.on_cpu else max(t, loading) for t in (worked, scored))
         step, validation = step * self.share, score * samples / self.batch / self.processes
         pace = expected_pace(self.options, self.datasets)
         whole = step * sum(pace.costs) * pace.epoch_steps + validation * len(pace.costs)
-        return Cost(step, validation, whole, made + (self._memory() - made) * (self.share if self.on_cpu else 1))
+        return Cost(
+            step,
+            validation,
+            whole,
+            made + (self._memory() - made) * (self.share if self.on_cpu else 1),
+        )
 
     def smaller(self, batches: list[Batch], loading: float) -> str:
         """The first of SMALLER that would not take too long, or the last, as a line."""
@@ -103,7 +120,12 @@ class Estimate:
         for name, side in SMALLER:
             if side > self.small.recipe.data.size:
                 continue
-            settings = [f"model.name={name}", "data.start_size=0", f"data.size={side}", f"data.eval_size={side}"]
+            settings = [
+                f"model.name={name}",
+                "data.start_size=0",
+                f"data.size={side}",
+                f"data.eval_size={side}",
+            ]
             try:
                 recipe = with_settings(self.small.recipe, settings)
                 blank = torch.zeros(self.batch, side, side, 3, dtype=torch.uint8)
@@ -129,7 +151,9 @@ class Estimate:
 
 
 def estimate(options: TrainOptions) -> list[str]:
-    """What would be trained and what it would take, in lines. On a CPU where it takes too long, what would not."""
+    """What would be trained and what it would take, in lines. On a CPU where it takes too long,
+    what would not.
+    """
     limit_threads()
     this = Estimate(options)
     store = open_store(options.run)
@@ -139,14 +163,23 @@ def estimate(options: TrainOptions) -> list[str]:
     batches, loading = this.read()
     cost = this.cost(this.small, batches, loading)
     steps, epochs = epoch_steps(options, this.datasets), options.recipe.schedule.epochs
-    of = f", from {MEASURED} of batches of {this.batch}" if this.share != 1 else f", from {MEASURED} of them"
+    of = (
+        f", from {MEASURED} of batches of {this.batch}"
+        if this.share != 1
+        else f", from {MEASURED} of them"
+    )
     paid = "" if options.price is None else f", {dollars(options.price * cost.whole / 3600)}"
     lines = [
         introduction(options, this.datasets[0], steps, this.ranks),
-        f"steps    {steps * epochs:,} of {_exact(cost.step)}{of}; {epochs} validations of {_exact(cost.validation)}",
+        f"steps    {steps * epochs:,} of {_exact(cost.step)}{of}; {epochs} validations of "
+        f"{_exact(cost.validation)}",
         f"time     about {duration(cost.whole)}{paid}",
         f"memory   about {cost.memory / 1e9:.1f} GB of {this.room() / 1e9:.1f}"
-        + (": too much; --accumulate N works on an Nth of a batch at a time" if cost.memory > this.room() else ""),
+        + (
+            ": too much; --accumulate N works on an Nth of a batch at a time"
+            if cost.memory > this.room()
+            else ""
+        ),
     ]
     if this.on_cpu and cost.whole > TOO_LONG and (smaller := this.smaller(batches, loading)):
         lines.append(smaller)
@@ -159,7 +192,9 @@ def _exact(seconds: float) -> str:
 
 def _steps(trainer: Trainer, batches: list[Batch]) -> Iterator[object]:
     for batch in itertools.islice(itertools.cycle(batches), MEASURED + 1):
-        yield trainer.step(replace(batch, step=trainer.progress.step)).item()  # which waits for the GPU
+        yield trainer.step(
+            replace(batch, step=trainer.progress.step)
+        ).item()  # which waits for the GPU
 
 
 def _scores(trainer: Trainer, batch: Batch) -> Iterator[object]:

@@ -29,15 +29,16 @@ ROLLBACKS = 2  # per run, after a loss that is not finite
 
 
 def early_end(schedule: ScheduleRecipe, progress: Progress) -> str:
-    """Why a training ends with this epoch though the schedule has more; "" where it goes on. It follows from what is
-    committed alone, so that a resumed run ends where an unbroken one does.
+    """Why a training ends with this epoch though the schedule has more; "" where it goes on. It
+    follows from what is committed alone, so that a resumed run ends where an unbroken one does.
     """
     stale = 0 < schedule.patience <= progress.evaluated - progress.best_epoch
     if not stale or progress.evaluated == schedule.epochs:
         return ""
     return (
-        f"after {progress.evaluated} of {schedule.epochs} epochs: the validation's top-1 was never higher than the "
-        f"{progress.best:.2f} % of epoch {progress.best_epoch} in the {schedule.patience} after it (schedule.patience)"
+        f"after {progress.evaluated} of {schedule.epochs} epochs: the validation's top-1 was never "
+        f"higher than the {progress.best:.2f} % of epoch {progress.best_epoch} in the "
+        f"{schedule.patience} after it (schedule.patience)"
     )
 
 
@@ -47,7 +48,8 @@ def is_over(schedule: ScheduleRecipe, progress: Progress) -> bool:
 
 
 def cause_of_end(error: WorkerDied, trained: bool, ranks: int) -> str:
-    """Return the cause to tell where a training commits and leaves since a loader worker died, to be started again.
+    """Return the cause to tell where a training commits and leaves since a loader worker died, to
+    be started again.
 
     Raises:
         WorkerDied: Nothing was trained since this start: the next one would only repeat it.
@@ -64,9 +66,10 @@ def cause_of_end(error: WorkerDied, trained: bool, ranks: int) -> str:
 
 @contextlib.contextmanager
 def ending(run: Run, stop: StopRequest, *, repeats: bool) -> Iterator[None]:
-    """How a training ends that does not get to its end: the cause is told, and then the manifest says so, too, if the store
-    takes that last word within seconds. A run that is done stays done, whatever fails after its last commit. `repeats`: whether
-    the same steps would round in the same way again.
+    """How a training ends that does not get to its end: the cause is told, and then the manifest
+    says so, too, if the store takes that last word within seconds. A run that is done stays done,
+    whatever fails after its last commit. `repeats`: whether the same steps would round in the same
+    way again.
     """
     try:
         yield
@@ -86,8 +89,9 @@ def ending(run: Run, stop: StopRequest, *, repeats: bool) -> Iterator[None]:
 
 
 def _judged(run: Run, error: WdsTrainError, repeats: bool) -> tuple[WdsTrainError, str | None]:
-    """What to tell of `error`, and the status that it gives the run. They are None where the manifest says it already,
-    is another instance's, or lies in a store that does not answer, which takes no last word either.
+    """What to tell of `error`, and the status that it gives the run. They are None where the
+    manifest says it already, is another instance's, or lies in a store that does not answer, which
+    takes no last word either.
     """
     if isinstance(error, NotFinite):
         return _go_back(run, error, repeats)
@@ -95,13 +99,15 @@ def _judged(run: Run, error: WdsTrainError, repeats: bool) -> tuple[WdsTrainErro
         return _leave_machine(run, error)
     if isinstance(error, RanksLost):
         return error, "interrupted"
-    return error, None if isinstance(error, Interrupted | StoppedByPerson | Unavailable) else "failed"
+    return error, None if isinstance(
+        error, Interrupted | StoppedByPerson | Unavailable
+    ) else "failed"
 
 
 def _go_back(run: Run, error: NotFinite, repeats: bool) -> tuple[WdsTrainError, str | None]:
-    """What to tell, and the run's status, after a loss that is not finite, which was not committed. On a GPU the next
-    attempt, from the newest checkpoint, may round otherwise and pass; where the same arithmetic would only fail again,
-    it is not tried.
+    """What to tell, and the run's status, after a loss that is not finite, which was not committed.
+    On a GPU the next attempt, from the newest checkpoint, may round otherwise and pass; where the
+    same arithmetic would only fail again, it is not tried.
     """
     _finish_commits(run)
     if not run.manifest.checkpoints or repeats:
@@ -111,12 +117,15 @@ def _go_back(run: Run, error: NotFinite, repeats: bool) -> tuple[WdsTrainError, 
     done = run.manifest.rollbacks + 1
     give_up(run, "interrupted", rollbacks=done)
     newest = run.manifest.checkpoints[-1].progress.step
-    return Interrupted(f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})"), None
+    return Interrupted(
+        f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})"
+    ), None
 
 
 def _leave_machine(run: Run, error: Miscomputed) -> tuple[WdsTrainError, str | None]:
-    """What to tell, and the run's status, after a step that gave two results. The manifest keeps each such step: the
-    first on a machine may be chance, and the next start goes back to the newest checkpoint; the second is no chance.
+    """What to tell, and the run's status, after a step that gave two results. The manifest keeps
+    each such step: the first on a machine may be chance, and the next start goes back to the newest
+    checkpoint; the second is no chance.
     """
     told, goes_on = judged(error, run.manifest)
     _finish_commits(run)
@@ -136,13 +145,17 @@ def last_word(run: Run) -> None:
 
 
 def _finish_commits(run: Run) -> None:
-    """Wait for the commit under way, which is of an earlier and sound state: up to an epoch would be lost with it."""
+    """Wait for the commit under way, which is of an earlier and sound state: up to an epoch would
+    be lost with it.
+    """
     with contextlib.suppress(WdsTrainError):
         run.committer.wait(LAST_SECONDS / 2)
 
 
 def give_up(run: Run, status: str, **changes: Any) -> None:
-    """Say in the manifest how the attempt ended. If the store does not let us, the lease runs out by itself."""
+    """Say in the manifest how the attempt ended. If the store does not let us, the lease runs out
+    by itself.
+    """
     try:
         run.end(status, **changes)
     except (StoreError, Interrupted) as error:

@@ -16,7 +16,8 @@ NAMED = 3  # parameters that a message names
 COMPILE_SECONDS = 300.0  # for a first compilation, on a slow disk
 ONE_VALUE = "Expected more than 1 "  # how PyTorch's checks of normalisation layers begin
 
-# A process of its own: compiling starts threads, and on a GPU uses it, neither of which loader workers
+# A process of its own: compiling starts threads, and on a GPU uses it, neither of which loader
+# workers
 # may inherit.
 COMPILE = """
 import sys, torch
@@ -27,7 +28,9 @@ assert double(torch.ones(64, device=sys.argv[1])).sum().item() == 192
 
 @dataclass(frozen=True)
 class _Part:
-    """The smallest micro-batch of a rank: `samples` images of `side` pixels, asked for by `setting`."""
+    """The smallest micro-batch of a rank: `samples` images of `side` pixels, asked for by
+    `setting`.
+    """
 
     setting: str
     side: int
@@ -38,7 +41,8 @@ def check_first_step(trainer: Trainer) -> None:
     """Take a forward and a backward pass of a rank's smallest micro-batch, in training mode.
 
     Args:
-        trainer: A trainer on the device "meta", which computes shapes alone, and is of no other use.
+        trainer: A trainer on the device "meta", which computes shapes alone, and is of no other
+            use.
 
     Raises:
         UsageError: The pass fails, or with several ranks, it does not reach all parameters.
@@ -63,7 +67,9 @@ def check_compiler(device: torch.device) -> None:
     """
     command = [sys.executable, "-c", COMPILE, device.type]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return  # slow, but it may well work
     if done.returncode == 0:
@@ -71,8 +77,9 @@ def check_compiler(device: torch.device) -> None:
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     cause = _cause_of(lines) or f"exit code {done.returncode}"
     raise UsageError(
-        f"--compile cannot work here ({cause}); install a C++ compiler (for example `apt install g++`), let "
-        "TORCHINDUCTOR_CACHE_DIR name a folder in which programs may be written and run, or leave out --compile"
+        f"--compile cannot work here ({cause}); install a C++ compiler (for example `apt install "
+        "g++`), let TORCHINDUCTOR_CACHE_DIR name a folder in which programs may be written and "
+        "run, or leave out --compile"
     )
 
 
@@ -103,14 +110,17 @@ def _check_all_reached(trainer: Trainer, model: nn.Module) -> None:
     if trainer.ranks.size == 1:
         return
     unreached = [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
     ]
     if unreached:
         named = ", ".join(unreached[:NAMED]) + (", ..." if len(unreached) > NAMED else "")
         raise UsageError(
-            f"{trainer.recipe.model.name} cannot be trained by {trainer.ranks.size} ranks: the loss does not reach "
-            f"{len(unreached)} of its parameters ({named}), whose gradients the ranks would wait for; train with one "
-            "process (--processes 1), or choose another model"
+            f"{trainer.recipe.model.name} cannot be trained by {trainer.ranks.size} ranks: the "
+            f"loss does not reach {len(unreached)} of its parameters ({named}), whose gradients "
+            "the ranks would wait for; train with one process (--processes 1), or choose another "
+            "model"
         )
 
 
@@ -125,9 +135,9 @@ def _describe(trainer: Trainer, part: _Part, error: Exception) -> str:
     images = f"{part.samples} image{'' if part.samples == 1 else 's'} of {part.setting} = {part.side} pixels"
     if str(error).startswith(ONE_VALUE):
         return (
-            f"{cut} cannot work: {name} works on {images} at a time, which leave one of its normalisation layers a "
-            f"single value for each channel ({error}); use a larger batch, fewer ranks, a smaller --accumulate or "
-            f"larger images"
+            f"{cut} cannot work: {name} works on {images} at a time, which leave one of its "
+            f"normalisation layers a single value for each channel ({error}); use a larger batch, "
+            "fewer ranks, a smaller --accumulate or larger images"
         )
     return f"{cut} cannot work: {name} takes no training step on {images} ({error}); choose another model or size"
 
@@ -135,6 +145,8 @@ def _describe(trainer: Trainer, part: _Part, error: Exception) -> str:
 def _cause_of(lines: list[str]) -> str:
     """Return the line of a traceback that tells most: the last that begins as an error does."""
     errors = [
-        line for line in lines if line.split(":")[0].rsplit(".", 1)[-1].endswith(("Error", "Compiler", "Exception"))
+        line
+        for line in lines
+        if line.split(":")[0].rsplit(".", 1)[-1].endswith(("Error", "Compiler", "Exception"))
     ]
     return (errors or lines or [""])[-1][:300]

@@ -7,11 +7,12 @@ from wds_train.training.engine import Trainer
 
 
 def fit_accumulation(trainer: Trainer) -> int:
-    """The micro-batches that a batch of `trainer` must be cut into: its own `accumulate`, doubled until a forward and
-    backward pass over a micro-batch of the largest images fits. `RunError` when that of a single sample does not. Nothing
-    of the trainer or of any generator changes.
+    """The micro-batches that a batch of `trainer` must be cut into: its own `accumulate`, doubled
+    until a forward and backward pass over a micro-batch of the largest images fits. `RunError` when
+    that of a single sample does not. Nothing of the trainer or of any generator changes.
 
-    Uses the bare model: no other rank has to take part, and what one needs may differ from the others.
+    Uses the bare model: no other rank has to take part, and what one needs may differ from the
+    others.
     """
     accumulate = trainer.accumulate
     while True:
@@ -21,8 +22,9 @@ def fit_accumulation(trainer: Trainer) -> int:
         if micro == 1:
             recipe = trainer.recipe
             raise RunError(
-                f"a training step of {recipe.model.name} on a single image of {recipe.data.size} pixels does not fit in the "
-                f"memory of {trainer.device}; lower data.size, choose a smaller model, or a device with more memory"
+                f"a training step of {recipe.model.name} on a single image of {recipe.data.size} "
+                f"pixels does not fit in the memory of {trainer.device}; lower data.size, choose a "
+                "smaller model, or a device with more memory"
             )
         accumulate = min(trainer.samples, 2 * accumulate)
 
@@ -50,8 +52,13 @@ def _fits(trainer: Trainer, samples: int) -> bool:
 
 def _pass_over(trainer: Trainer, samples: int, side: int) -> None:
     weights = list(trainer.model.parameters())
-    # Room for what the optimizer will hold, which comes into being with the first step: two copies, as Adam's.
-    reserved = [] if trainer.optimizer.state else [torch.empty_like(weight) for weight in weights for _ in range(2)]
+    # Room for what the optimizer will hold, which comes into being with the first step: two copies,
+    # as Adam's.
+    reserved = (
+        []
+        if trainer.optimizer.state
+        else [torch.empty_like(weight) for weight in weights for _ in range(2)]
+    )
     # And for the pixels of the whole batch, and of the next one, which is copied ahead.
     pixels = trainer.samples * side * side * 3
     reserved += [torch.empty(pixels, device=trainer.device)]

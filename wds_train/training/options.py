@@ -37,7 +37,9 @@ class TrainOptions:
     recheck: int = 0
     """Take every so many'th step twice, and compare the two to the bit; 0: none."""
     hang_minutes: float | None = None
-    """How long a rank may not get on before all end; None: as long as what waits by itself may take."""
+    """How long a rank may not get on before all end; None: as long as what waits by itself may
+    take.
+    """
     price: float | None = None
     """Dollars that an hour of this machine costs."""
 
@@ -45,6 +47,6 @@ class TrainOptions:
         name_of(self.run)
         if not 0 < self.commit_minutes < self.max_uncommitted_minutes:
             raise UsageError(
-                f"--commit-minutes {self.commit_minutes:g} must be more than 0 and less than --max-uncommitted-minutes "
-                f"{self.max_uncommitted_minutes:g}"
+                f"--commit-minutes {self.commit_minutes:g} must be more than 0 and less than "
+                f"--max-uncommitted-minutes {self.max_uncommitted_minutes:g}"
             )

@@ -32,9 +32,12 @@ def next_commands(run: RunManifest, url: str, *, test: bool) -> list[str]:
     commands = [f"eval {name} --split test"] if test else []
     commands.append(f"export {name}{weights} --to {run.run}.safetensors")
     commands.append(f"train --like {name} --set seed={seed} --run {another}")
-    return [f"{'' if number else 'next':9}{wds_train} {command}" for number, command in enumerate(commands)]
+    return [
+        f"{'' if number else 'next':9}{wds_train} {command}"
+        for number, command in enumerate(commands)
+    ]
 
 
-def going_on(url: str) -> str:
-    """The command that goes on with the run at `url`."""
+def resume_command(url: str) -> str:
+    """Return the command that goes on with the run at `url`."""
     return f"{program()} train {quote(brief(url))}"

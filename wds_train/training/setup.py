@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.resume_checks import data_of, going_on
+from wds_train.checkpoint.resume_checks import check_resume, data_of
 from wds_train.checkpoint.run_manifest import RunManifest, name_of
 from wds_train.config.schedule import image_side
 from wds_train.console import note
@@ -26,13 +26,16 @@ from wds_train.training.options import TrainOptions
 from wds_train.training.ranks import Ranks
 
 
-def refuse(options: TrainOptions, datasets: list[Dataset], fresh: RunManifest, store: Store, ranks: Ranks) -> None:
-    """Raise what could not work, before the claim: a name must stay free, and a run as it is. The model is made without
-    memory for its weights, and called without arithmetic (PyTorch's device "meta"), which takes a fraction of a second.
+def refuse(
+    options: TrainOptions, datasets: list[Dataset], fresh: RunManifest, store: Store, ranks: Ranks
+) -> None:
+    """Raise what could not work, before the claim: a name must stay free, and a run as it is. The
+    model is made without memory for its weights, and called without arithmetic (PyTorch's device
+    "meta"), which takes a fraction of a second.
     """
     resumes = False
     with contextlib.suppress(NotFound):
-        found = going_on(read_run(store)[0], fresh, store.url)
+        found = check_resume(read_run(store)[0], fresh, store.url)
         if found.status == "done":
             return
         resumes = bool(found.checkpoints)  # the weights that it began from may be gone by now
@@ -40,16 +43,26 @@ def refuse(options: TrainOptions, datasets: list[Dataset], fresh: RunManifest, s
     model = options.recipe.model
     if ranks.leads and not resumes and model.init.startswith(TIMM):
         weights = TIMM + timm_name(model.init, model)
-        note(f"weights  reading {weights}, which this machine has or fetches from the Hugging Face hub ...")
+        note(
+            f"weights  reading {weights}, which this machine has or fetches from the Hugging Face "
+            "hub ..."
+        )
     on_meta = replace(options, compile=False)
-    trainer = make_trainer(on_meta, datasets, torch.device("meta"), Ranks(ranks.rank, ranks.size), resumes=resumes)
+    trainer = make_trainer(
+        on_meta, datasets, torch.device("meta"), Ranks(ranks.rank, ranks.size), resumes=resumes
+    )
     check_first_step(trainer)
     if options.compile and ranks.leads:
         check_compiler(ranks.device)
 
 
 def make_trainer(
-    options: TrainOptions, datasets: list[Dataset], device: torch.device, ranks: Ranks, *, resumes: bool
+    options: TrainOptions,
+    datasets: list[Dataset],
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    resumes: bool,
 ) -> Trainer:
     return Trainer(
         options.recipe,
@@ -76,7 +89,9 @@ def fresh_run(options: TrainOptions, datasets: list[Dataset]) -> RunManifest:
 
 def sizes(options: TrainOptions) -> list[int]:
     """How many images of every batch each dataset gives."""
-    return split_batch(options.recipe.batch, [share for _, share in options.mix], options.recipe.data.repeats)
+    return split_batch(
+        options.recipe.batch, [share for _, share in options.mix], options.recipe.data.repeats
+    )
 
 
 def epoch_steps(options: TrainOptions, datasets: list[Dataset]) -> int:
@@ -84,7 +99,9 @@ def epoch_steps(options: TrainOptions, datasets: list[Dataset]) -> int:
     return datasets[0].manifest.split("train").samples // sizes(options)[0]
 
 
-def make_train_loader(options: TrainOptions, datasets: list[Dataset], ranks: Ranks, from_step: int = 0) -> TrainLoader:
+def make_train_loader(
+    options: TrainOptions, datasets: list[Dataset], ranks: Ranks, from_step: int = 0
+) -> TrainLoader:
     """Make the loader of the training's batches, which begins at `from_step`.
 
     Unreadable samples are counted by the trainer, whose count survives a resume.
@@ -134,24 +151,31 @@ def make_val_loader(options: TrainOptions, dataset: Dataset, ranks: Ranks) -> Ev
 
 
 def expected_pace(options: TrainOptions, datasets: list[Dataset]) -> Pace:
-    """A step's work grows with the area of its images. A validation is the forward pass, a third of a step, of two models."""
+    """A step's work grows with the area of its images. A validation is the forward pass, a third of
+    a step, of two models.
+    """
     recipe, data = options.recipe, options.recipe.data
     epochs = recipe.schedule.epochs
     sides = [image_side(data, epoch, epochs) for epoch in range(epochs)]
     batches = datasets[0].manifest.split("val").samples / recipe.batch
     validation = batches * 2 / 3 * (data.eval_size / data.size) ** 2 * (2 if data.eval_flip else 1)
-    return Pace([(side / data.size) ** 2 for side in sides], epoch_steps(options, datasets), validation)
+    return Pace(
+        [(side / data.size) ** 2 for side in sides], epoch_steps(options, datasets), validation
+    )
 
 
 def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ranks) -> str:
     recipe, splits = options.recipe, dataset.manifest.splits
     samples, distinct = splits["train"].samples, sizes(options)[0] // recipe.data.repeats
     left, turn = samples % distinct, "epoch" if recipe.data.repeats == 1 else "pass"
-    left_out = f"{samples - left:,} of {samples:,} samples; {left:,}, other ones each {turn}, are left out"
+    left_out = (
+        f"{samples - left:,} of {samples:,} samples; {left:,}, other ones each {turn}, are left out"
+    )
     return (
         f"dataset  {dataset.store.url}: {samples:,} train, {splits['val'].samples:,} val, "
         f"{len(dataset.manifest.classes)} classes\n"
-        f"run      {options.run}: recipe {recipe.name}, {recipe.model.name}, {recipe.schedule.epochs} epochs of "
+        f"run      {options.run}: recipe {recipe.name}, {recipe.model.name}, "
+        f"{recipe.schedule.epochs} epochs of "
         f"{steps} steps of {recipe.batch}, on {hardware(ranks)}"
     ) + (f"\n{turn:8} {left_out}" if left else "")
 
@@ -159,5 +183,9 @@ def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ran
 def hardware(ranks: Ranks) -> str:
     """What the training works on."""
     device = ranks.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     return f"{ranks.size} x {name}" if ranks.size > 1 else name

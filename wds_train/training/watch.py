@@ -1,8 +1,9 @@
 """A rank that hangs: which one it is, where it is, and the end of all of them.
 
-Every rank tells the others by a thread, several times a limit, that it is there, and since when it has not got on. The
-ranks wait for one another in every step, so that one that hangs stops all of them: when a rank itself has not got on
-for the limit, it looks for the one that is to blame. That one is named with its place in the code, and every rank ends.
+Every rank tells the others by a thread, several times a limit, that it is there, and since when it
+has not got on. The ranks wait for one another in every step, so that one that hangs stops all of
+them: when a rank itself has not got on for the limit, it looks for the one that is to blame. That
+one is named with its place in the code, and every rank ends.
 
 Nothing here waits for the main thread, which hangs, nor for anything else without a bound.
 """
@@ -32,7 +33,9 @@ from wds_train.training.ranks import LAST_SECONDS, LEAVING, Ranks
 from wds_train.training.stop_request import StopRequest, leave
 
 LIMIT_SECONDS = 600.0
-DATA_MARGIN = 60.0  # seconds above the patience with the dataset's store, which ends by an error of its own
+DATA_MARGIN = (
+    60.0  # seconds above the patience with the dataset's store, which ends by an error of its own
+)
 LOOKS = 20  # in a limit
 LOOK_SECONDS = 5.0  # between two of them, at most
 WORD_SECONDS = 2.0  # for a line to stderr, which may be a pipe that nobody reads
@@ -40,15 +43,17 @@ NAMED = 4  # hanging ranks, or workers of one, that a message names
 WAITS = ("/torch/distributed/", "/torch/nn/parallel/distributed.py", "/torch/autograd/graph.py")
 """Files of the functions in which a rank may wait for the others within a step."""
 DATA = "/training/deadline.py"
-"""The file of the function in which the main thread waits for a batch, which other threads and processes make."""
+"""The file of the function in which the main thread waits for a batch, which other threads and
+processes make.
+"""
 
 Place = tuple[str, bool]
 """Where the main thread is, in words, and whether a rank may wait for others there."""
 
 
 def limit_of(minutes: float | None) -> float:
-    """The seconds after which a rank that does not get on hangs: those asked for, or as many as what waits by itself
-    may take.
+    """The seconds after which a rank that does not get on hangs: those asked for, or as many as
+    what waits by itself may take.
     """
     if minutes is not None:
         return minutes * 60
@@ -57,9 +62,10 @@ def limit_of(minutes: float | None) -> float:
 
 @dataclass(frozen=True)
 class News:
-    """What a rank says of itself: the `told`th time, that it came to `doing`, which is `at` in the order that all ranks work
-    in, and has been there for `seconds`. `where` is its place in the code, once it has been there for long, and `waits` whether that is one where
-    a rank may wait for others. `idle`: it does wait for others, or has left the training. With `verdict`, it has found
+    """What a rank says of itself: the `told`th time, that it came to `doing`, which is `at` in the
+    order that all ranks work in, and has been there for `seconds`. `where` is its place in the
+    code, once it has been there for long, and `waits` whether that is one where a rank may wait for
+    others. `idle`: it does wait for others, or has left the training. With `verdict`, it has found
     those that are `blamed`, and ends.
     """
 
@@ -76,12 +82,15 @@ class News:
 
 
 class Watch:
-    """Knows that a rank hangs, this one or another. The main thread says `beat` wherever it gets on.
+    """Knows that a rank hangs, this one or another. The main thread says `beat` wherever it gets
+    on.
 
     `last_word` is what the leader does before it ends, for LAST_SECONDS at most.
     """
 
-    def __init__(self, ranks: Ranks, stop: StopRequest, minutes: float | None, last_word: Callable[[], None]) -> None:
+    def __init__(
+        self, ranks: Ranks, stop: StopRequest, minutes: float | None, last_word: Callable[[], None]
+    ) -> None:
         self._ranks, self._stop, self._last_word = ranks, stop, last_word
         self._others = [rank for rank in range(ranks.size) if rank != ranks.rank]
         self._limit = limit_of(minutes)
@@ -94,7 +103,9 @@ class Watch:
 
     @property
     def silence(self) -> timedelta:
-        """How long the ranks may wait for one another: until this watch has surely found the one that hangs."""
+        """How long the ranks may wait for one another: until this watch has surely found the one
+        that hangs.
+        """
         return timedelta(seconds=self._limit + 2 * LAST_SECONDS)
 
     def start(self) -> None:
@@ -105,7 +116,9 @@ class Watch:
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def beat(self, doing: str, *at: int) -> None:
-        """Say that the main thread got on, and what it does now: `at` which place in the order that all ranks work in."""
+        """Say that the main thread got on, and what it does now: `at` which place in the order that
+        all ranks work in.
+        """
         self._own = replace(self._own, doing=doing, at=at)
         self._beat_at = time.monotonic()
 
@@ -115,7 +128,9 @@ class Watch:
         faulthandler.cancel_dump_traceback_later()
 
     def _talk(self) -> None:
-        """The body of the thread that tells the other ranks, and hears them. It alone may hang with their store."""
+        """The body of the thread that tells the other ranks, and hears them. It alone may hang with
+        their store.
+        """
         with contextlib.suppress(RuntimeError):  # the store is gone, with the process that held it
             store = self._ranks.meeting()
             for told in itertools.count(1):
@@ -137,7 +152,9 @@ class Watch:
         if seconds > self._limit / 2:
             place = place_of_main_thread()
         idle = self._ranks.waiting or self._closed.is_set()
-        return replace(self._own, told=told, seconds=seconds, where=place[0], waits=place[1], idle=idle)
+        return replace(
+            self._own, told=told, seconds=seconds, where=place[0], waits=place[1], idle=idle
+        )
 
     def _look(self) -> None:
         """The body of the thread that judges."""
@@ -147,14 +164,17 @@ class Watch:
             if now - looked_at > 3 * self._every + 1:
                 self._forget(now - looked_at)
             looked_at = now
-            # Where C code keeps all Python threads from running, this one included, Python's own watchdog shows where.
+            # Where C code keeps all Python threads from running, this one included, Python's own
+            # watchdog shows where.
             faulthandler.dump_traceback_later(self._limit + 4 * self._every, file=2)
             # Asked to stop, the training has a deadline already.
             if not self._stop.cause:
                 self._judge(now - self._beat_at > self._limit + 3 * self._every)
 
     def _judge(self, late: bool) -> None:
-        """End this process where a rank is to blame. The leader decides that, or, where it is silent, each for itself."""
+        """End this process where a rank is to blame. The leader decides that, or, where it is
+        silent, each for itself.
+        """
         leader = self._heard[0][0] if 0 in self._heard else None
         if leader and leader.verdict:
             self._end(leader.verdict, leader.blamed)
@@ -178,7 +198,10 @@ class Watch:
         """The ranks that are to blame, a sentence for each; empty where all wait, or go on."""
         now = time.monotonic()
         # What was heard is some seconds old.
-        known = {rank: replace(news, seconds=news.seconds + now - at) for rank, (news, at) in self._heard.items()}
+        known = {
+            rank: replace(news, seconds=news.seconds + now - at)
+            for rank, (news, at) in self._heard.items()
+        }
         known[self._ranks.rank] = self._news()
         busy = {rank: news for rank, news in known.items() if not news.idle}
         late = {rank: news for rank, news in busy.items() if news.seconds > self._limit}
@@ -191,7 +214,9 @@ class Watch:
         return {rank: _place(rank, news) for rank, news in to_blame.items()}
 
     def _silent(self) -> dict[int, str]:
-        """The ranks that have told nothing for the limit: a process that is stopped, or gone, or whose machine is."""
+        """The ranks that have told nothing for the limit: a process that is stopped, or gone, or
+        whose machine is.
+        """
         if self._ranks.size == 1:
             return {}
         now = time.monotonic()
@@ -220,21 +245,28 @@ class Watch:
         first = min({rank, *self._heard} - set(blamed), default=rank)
         if rank == first or rank in blamed or self._ranks.local == 0:
             _write(
-                f"wds-train: {verdict}. All ranks end; the same command goes on from the newest checkpoint. If a step "
-                f"may take so long here, give more --hang-minutes (now {self._limit / 60:g})"
+                f"wds-train: {verdict}. All ranks end; the same command goes on from the newest "
+                "checkpoint. If a step may take so long here, give more --hang-minutes (now "
+                f"{self._limit / 60:g})"
             )
         if rank in blamed:
-            _write(f"rank {rank}, the main thread:\n{''.join(traceback.format_stack(_main_frame()))}")
+            _write(
+                f"rank {rank}, the main thread:\n{''.join(traceback.format_stack(_main_frame()))}"
+            )
         if self._ranks.leads:
             _bounded(LAST_SECONDS, self._last_word)
             self._own = replace(self._own, verdict=verdict, blamed=blamed)
             if self._ranks.size > 1:
-                time.sleep(3 * self._every)  # for the others to hear of it: the end of a connection is an error to them
+                time.sleep(
+                    3 * self._every
+                )  # for the others to hear of it: the end of a connection is an error to them
         leave(self._stop.code)
 
 
 @contextlib.contextmanager
-def watching(ranks: Ranks, stop: StopRequest, minutes: float | None, last_word: Callable[[], None]) -> Iterator[Watch]:
+def watching(
+    ranks: Ranks, stop: StopRequest, minutes: float | None, last_word: Callable[[], None]
+) -> Iterator[Watch]:
     """Give a `Watch` that may be started within, and watches no more afterwards."""
     watch = Watch(ranks, stop, minutes, last_word)
     try:
@@ -282,18 +314,29 @@ def _workers() -> str:
         with contextlib.suppress(OSError):
             pids.update(int(pid) for pid in task.read_text().split())
     states = sorted((_state(pid), pid) for pid in pids)
-    awake = [each for each in states if not each[0].startswith("S")] + [each for each in states if each[0][:1] == "S"]
+    awake = [each for each in states if not each[0].startswith("S")] + [
+        each for each in states if each[0][:1] == "S"
+    ]
     named = "; ".join(f"process {pid}: {state}" for state, pid in awake[:NAMED])
     return f"; of its loader workers, {named}" if named else ""
 
 
 def _state(pid: int) -> str:
-    """What the kernel says of a process of this machine: its state, and the function of the kernel that it waits in."""
+    """What the kernel says of a process of this machine: its state, and the function of the kernel
+    that it waits in.
+    """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return "gone"
-    state = next((line.partition(":")[2].strip() for line in status.splitlines() if line.startswith("State:")), "?")
+    state = next(
+        (
+            line.partition(":")[2].strip()
+            for line in status.splitlines()
+            if line.startswith("State:")
+        ),
+        "?",
+    )
     with contextlib.suppress(OSError):
         if (channel := Path(f"/proc/{pid}/wchan").read_text().strip()) not in ("", "0"):
             state += f", in {channel}"
@@ -304,13 +347,21 @@ def _silence(rank: int, news: News | None, seconds: float) -> str:
     """A sentence on a rank that has told nothing for so long; `news` is what it told last."""
     if news is None:
         return f"rank {rank} has not been heard of since the start, {seconds:.0f} s ago; was it started?"
-    said = f"rank {rank} ({news.owner}) has told nothing for {seconds:.0f} s, last at {news.doing}; "
+    said = (
+        f"rank {rank} ({news.owner}) has told nothing for {seconds:.0f} s, last at {news.doing}; "
+    )
     if news.owner.machine == "" or news.owner.machine != this_process().machine:
         return f"{said}its process is stopped or gone, or its machine or the network is: look at {news.owner.host}"
     state = _state(news.owner.pid)
     if state.startswith("R"):
-        return f"{said}its process is in state {state}: in C code that lets no other thread of it run"
-    return f"{said}its process is in state {state}" if state != "gone" else f"{said}its process is gone"
+        return (
+            f"{said}its process is in state {state}: in C code that lets no other thread of it run"
+        )
+    return (
+        f"{said}its process is in state {state}"
+        if state != "gone"
+        else f"{said}its process is gone"
+    )
 
 
 def _place(rank: int, news: News) -> str:
