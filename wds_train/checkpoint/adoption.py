@@ -1,4 +1,4 @@
-"""What becomes of a commit that was announced by an attempt before, and not finished."""
+"""Settling a commit that an earlier attempt announced and did not finish."""
 
 from functools import partial
 

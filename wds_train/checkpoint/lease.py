@@ -29,8 +29,8 @@ def this_process() -> Owner:
 
 
 def is_gone(owner: Owner) -> bool:
-    """Whether `owner` provably runs no more: it lived in this boot and PID namespace, and is not
-    there now.
+    """Return True if `owner` provably runs no more: it lived in this boot and PID namespace, and is
+    not there now.
     """
     return (
         owner.machine != "" and owner.machine == _machine() and _started(owner.pid) != owner.started
@@ -38,7 +38,7 @@ def is_gone(owner: Owner) -> bool:
 
 
 def read_run(store: Store) -> tuple[RunManifest, str]:
-    """The manifest of the run at `store` and its tag; `NotFound` when there is no run."""
+    """Return the manifest of the run at `store` and its tag; `NotFound` when there is no run."""
     data, tag = store.read_tagged(states.NAME)
     return RunManifest.from_json(data, f"{store.url}/{states.NAME}"), tag
 
@@ -52,8 +52,8 @@ def until_free(
     say: Say,
     pause: Callable[[float], None] = time.sleep,
 ) -> tuple[RunManifest, str]:
-    """The manifest and its tag once nobody holds the run any more. `RunError` when it is held and
-    not to be waited for.
+    """Return the manifest and its tag once nobody holds the run any more. `RunError` when it is
+    held and not to be waited for.
     """
     if found.status == "running" and not is_gone(found.owner):
         holds = f"{store.url} is being trained by {found.owner}"
@@ -65,15 +65,16 @@ def until_free(
             f"{holds}; waiting until it ends or is silent for {found.lease:g} s (--no-wait refuses "
             "instead)"
         )
-    began, silent = time.monotonic(), 0.0
+    began = time.monotonic()
+    silent = 0.0
     while found.status == "running" and not is_gone(found.owner) and silent < found.lease:
         pause(found.lease / LOOKS)
-        silent = (
-            time.monotonic() - began
-        )  # before looking: a pause of this process must not count as the owner's
+        # Before looking: a pause of this process must not count as the owner's.
+        silent = time.monotonic() - began
         if store.head(states.NAME)[1] != tag:
             found, tag = read_run(store)
-            began, silent = time.monotonic(), 0.0
+            began = time.monotonic()
+            silent = 0.0
     return found, tag
 
 

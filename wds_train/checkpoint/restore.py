@@ -43,7 +43,7 @@ def from_newest(store: Store, manifest: RunManifest, read: Callable[[RunManifest
 
 
 def too_fast(store: Store) -> RunError:
-    """Return the error that tells of a run that is never the same for as long as reading it takes."""
+    """Return the error for a run that never stays the same while it is read."""
     return RunError(
         f"{store.url} commits faster than it can be read: {ROUNDS} times a newer commit had "
         "replaced what was to be read; try again when it commits less often, or nearer to its "
@@ -77,7 +77,7 @@ def read_object(store: Store, named: Object) -> bytes:
 
 
 def _is_dropped(store: Store, key: str) -> bool:
-    """Whether the run's manifest, read anew, does not name the object."""
+    """Return True if the run's manifest, read again, does not name the object."""
     try:
         newest, _ = read_run(store)
     except WdsTrainError:  # then nothing tells that it was replaced
@@ -86,7 +86,7 @@ def _is_dropped(store: Store, key: str) -> bool:
 
 
 def read_checkpoint(store: Store, run: RunManifest, named: Checkpoint) -> Snapshot:
-    """A checkpoint that `run` names; `RunError` when a training could not go on from it."""
+    """Return a checkpoint that `run` names; `RunError` when a training could not go on from it."""
     data = read_object(store, named.object)
     try:
         snapshot = Snapshot.decode(data, named.progress)
@@ -97,8 +97,8 @@ def read_checkpoint(store: Store, run: RunManifest, named: Checkpoint) -> Snapsh
 
 
 def read_chosen(store: Store, run: RunManifest, chosen: Checkpoint) -> Snapshot:
-    """The checkpoint that a person asked for, as `read_checkpoint` gives it; the error names the
-    steps whose checkpoints could be used.
+    """Return the checkpoint that a person asked for, as `read_checkpoint` gives it; the error names
+    the steps whose checkpoints could be used.
     """
     try:
         return read_checkpoint(store, run, chosen)
@@ -112,7 +112,7 @@ def read_chosen(store: Store, run: RunManifest, chosen: Checkpoint) -> Snapshot:
 
 
 def flaw_of(store: Store, run: RunManifest, named: Checkpoint) -> RunError | None:
-    """Why a checkpoint cannot be used, if it cannot."""
+    """Return why a checkpoint cannot be used, if it cannot."""
     try:
         read_checkpoint(store, run, named)
     except RunError as error:
@@ -121,7 +121,7 @@ def flaw_of(store: Store, run: RunManifest, named: Checkpoint) -> RunError | Non
 
 
 def read_records(store: Store, segment: Segment) -> list[dict[str, Any]]:
-    """The records of a segment of metrics, a line each; `RunError` when it is damaged."""
+    """Return the records of a segment of metrics, a line each; `RunError` when it is damaged."""
     data = read_object(store, segment.object)
     try:
         return [typed(dict[str, float], json.loads(line), "a record") for line in data.splitlines()]
@@ -147,8 +147,8 @@ def read_pending(store: Store, run: RunManifest, pending: Pending) -> Snapshot:
 
 
 def weights_of(store: Store, manifest: RunManifest, choice: Choice) -> Weights:
-    """The weights chosen out of the run's checkpoints; `RunError` when theirs is damaged, with the
-    steps of those that are not, or of a version that did not note the classes.
+    """Return the weights chosen out of the run's checkpoints; `RunError` when theirs is damaged,
+    with the steps of those that are not, or of a version that did not note the classes.
     """
     chosen = choice.checkpoint
     snapshot = read_chosen(store, manifest, chosen)

@@ -19,15 +19,15 @@ REMEDY = "leave out what differs, or begin another run: wds-train train NAME --l
 
 
 def kept_nothing(run: RunManifest) -> bool:
-    """Whether it was given up without a checkpoint: a mistyped setting must not hold the name for
-    ever.
+    """Return True if it was given up without a checkpoint: a mistyped setting must not hold the
+    name for ever.
     """
     return not run.checkpoints and run.status in ("failed", "interrupted", "stopped")
 
 
 def own_dataset(run: RunManifest) -> Dataset:
-    """The dataset that `run` was begun on; an error when it is gone, or another one is in its
-    place.
+    """Return the dataset that `run` was begun on; an error when it is gone, or another one is in
+    its place.
     """
     if not (url := run.dataset.get("url")):
         raise UsageError(
@@ -50,7 +50,7 @@ def own_dataset(run: RunManifest) -> Dataset:
 
 
 def own_mixture(run: RunManifest) -> tuple[tuple[str, float], ...]:
-    """The other datasets of `run` and their shares, as --mix gives them."""
+    """Return the other datasets of `run` and their shares, as --mix gives them."""
     mixture = _mixture(run.dataset)
     if any(not each.url for each in mixture):
         shares = " ".join(f"--mix DATASET={each.share:g}" for each in mixture)
@@ -62,7 +62,7 @@ def own_mixture(run: RunManifest) -> tuple[tuple[str, float], ...]:
 
 
 def data_of(dataset: Dataset, mixture: Iterable[tuple[Dataset, float]]) -> dict[str, Any]:
-    """What a run's manifest says of the data that it is begun on."""
+    """Return what a run's manifest says of the data that it is begun on."""
     mix = [
         {"fingerprint": other.fingerprint, "share": share, "url": other.store.url}
         for other, share in mixture
@@ -77,8 +77,8 @@ def data_of(dataset: Dataset, mixture: Iterable[tuple[Dataset, float]]) -> dict[
 
 
 def check_resume(found: RunManifest, fresh: RunManifest, where: str) -> RunManifest:
-    """The run `found` at `where` as it goes on: with the dataset where it lies now, and if it kept
-    nothing, as `fresh`. `UsageError` that names all in which `fresh` is another training.
+    """Return the run `found` at `where` as it goes on: with the dataset where it lies now, and if
+    it kept nothing, as `fresh`. `UsageError` that names all in which `fresh` is another training.
     """
     if kept_nothing(found):
         # What an earlier attempt left half done is of use to the same training alone.

@@ -44,17 +44,17 @@ ADDED = {
     "pending",
 }  # to the manifest, since its first version
 REPLAYED = 50  # segments kept of rows that no checkpoint goes with
-LISTED = 100  # attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever
-KEPT = (
-    2  # newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
-)
+# Attempts kept one by one; a run interrupted for ever would otherwise grow its manifest for ever.
+LISTED = 100
+# Newest checkpoints kept: with one alone, a damaged newest would leave nothing to go back to
+KEPT = 2
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is, and the sums of its running epoch. `step` optimizer steps are done and
-    `evaluated` epochs validated; `loss_sum` is over the epoch's `loss_steps` steps, `lost` counts
-    its unreadable samples. `best` is the highest top-1 so far, of raw or EMA weights, and
+    """The progress of a training, and the sums of its running epoch. `step` optimizer steps are
+    done and `evaluated` epochs validated; `loss_sum` is over the epoch's `loss_steps` steps, `lost`
+    counts its unreadable samples. `best` is the highest top-1 so far, of raw or EMA weights, and
     `best_epoch` the first validated epoch that had it.
     """
 
@@ -70,7 +70,8 @@ class Progress:
         """With one epoch more validated, which gave `metrics`, telling ones; the next one's sums
         begin.
         """
-        epoch, top1 = self.evaluated + 1, max(metrics[name] for name in RESULT if name in metrics)
+        epoch = self.evaluated + 1
+        top1 = max(metrics[name] for name in RESULT if name in metrics)
         best = (top1, epoch) if top1 > self.best else (self.best, self.best_epoch)
         return Progress(self.step, epoch, best=best[0], best_epoch=best[1])
 
@@ -83,7 +84,7 @@ class Object:
 
 
 def fence_of(written: Object) -> int:
-    """The fence of the attempt that wrote an object, which its key begins with."""
+    """Return the fence of the attempt that wrote an object, which its key begins with."""
     return int(written.key.partition("/")[2].partition("-")[0])
 
 
@@ -101,7 +102,7 @@ class Checkpoint:
 
     @property
     def fence(self) -> int:
-        """Of the attempt that committed it."""
+        """The fence of the attempt that committed it."""
         return fence_of(self.object)
 
 
@@ -115,11 +116,11 @@ class Segment:
 
     @property
     def fence(self) -> int:
-        """Of the attempt that wrote it."""
+        """The fence of the attempt that wrote it."""
         return fence_of(self.object)
 
     def within(self, at: Progress) -> bool:
-        """Whether it holds nothing beyond `at`."""
+        """Return True if it holds nothing beyond `at`."""
         return (self.step, self.evaluated) <= (at.step, at.evaluated)
 
 
@@ -180,7 +181,7 @@ class Attempt:
     committed: Spent | None = None
 
     def parts(self, *, over: bool) -> Parts:
-        """What became of its time; `over`, once it commits nothing more."""
+        """Return what became of its time; `over`, once it commits nothing more."""
         return parts_of(self.spent, self.committed, self.seconds, over=over)
 
 
@@ -197,15 +198,15 @@ class Difference:
     boot: str = ""
 
     def is_of_machine(self, host: str, boot: str) -> bool:
-        """Whether it was seen on that machine: of the same name, or, in other containers, of the
-        same boot.
+        """Return True if it was seen on that machine: of the same name, or, in other containers, of
+        the same boot.
         """
         return self.host == host or (self.boot != "" and self.boot == boot)
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What the attempts of a run come to. `interruptions` are those that ended as "interrupted" or
+    """The sums over the attempts of a run. `interruptions` are those that ended as "interrupted" or
     "lost"; `dollars` of those whose price is known. `parts` says where their time went; None where
     an older version added them up.
     """
@@ -229,13 +230,13 @@ class Totals:
 
     @property
     def known_parts(self) -> Parts:
-        """Where the time went, all of it not recorded where an older version added it up."""
+        """The parts of the time; all of it is not recorded where an older version added it up."""
         return Parts(not_recorded=self.seconds) if self.parts is None else self.parts
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Another dataset that gives `share` of every batch. Older versions did not keep its address."""
+    """Another dataset, which gives `share` of every batch. Older versions kept no address."""
 
     fingerprint: str
     share: float
@@ -247,7 +248,7 @@ DATASET = {"url": str, "fingerprint": str, "classes": int, "mix": tuple[Mixed, .
 
 @dataclass(frozen=True)
 class Page:
-    """Where Weights & Biases shows a run, whose id there is `RunManifest.wandb_id`.
+    """The page of Weights & Biases that shows a run, whose id there is `RunManifest.wandb_id`.
 
     `project` and `entity` are those that the run was first shown in, whatever the settings of later
     starts say; "" where none is known yet. `url` is the page's address, "" until W&B has answered.
@@ -293,7 +294,7 @@ class RunManifest:
     pending: Pending | None = None
 
     def claimed(self, owner: Owner, lease: float, now: float) -> "RunManifest":
-        """The manifest of its next owner, the attempt of the one before ended."""
+        """Return the manifest of its next owner, the attempt of the one before ended."""
         before = tuple(
             replace(a, ended="lost") if a.ended == "running" else a for a in self.attempts
         )
@@ -311,11 +312,11 @@ class RunManifest:
         )
 
     def totals(self) -> Totals:
-        """What all attempts come to."""
+        """Return what all attempts come to."""
         return reduce(Totals.plus, self.attempts, self.earlier)
 
     def stamped(self, nonce: str, now: float, seconds: float) -> "RunManifest":
-        """The manifest as it is written `seconds` into the last attempt."""
+        """Return the manifest as it is written `seconds` into the last attempt."""
         return replace(self, nonce=nonce, written=now).with_attempt(
             seconds=round(seconds, 1), ended=self.status
         )
@@ -323,8 +324,8 @@ class RunManifest:
     def with_commit(
         self, checkpoint: Checkpoint, segment: Segment | None, keep_every: int = 0
     ) -> "RunManifest":
-        """The manifest after a commit, holding the checkpoints that `keep` names. Adding the same
-        again changes nothing.
+        """Return the manifest after a commit, holding the checkpoints that `keep` names. Adding the
+        same again changes nothing.
         """
         others = [c for c in self.checkpoints if c.object.key != checkpoint.object.key]
         kept = keep((*others, checkpoint), keep_every, every_of(self.recipe))
@@ -344,20 +345,20 @@ class RunManifest:
         )
 
     def with_ahead(self, segment: Segment) -> "RunManifest":
-        """The manifest with rows that were logged since the last commit. Adding the same again
-        changes nothing.
+        """Return the manifest with rows that were logged since the last commit. Adding the same
+        again changes nothing.
         """
         others = tuple(s for s in self.replayed if s != segment)
         return replace(self, replayed=(*others, segment)[-REPLAYED:])
 
     @property
     def step(self) -> int:
-        """Of the newest checkpoint; 0 without one."""
+        """The step of the newest checkpoint; 0 without one."""
         return self.checkpoints[-1].progress.step if self.checkpoints else 0
 
     @property
     def settings(self) -> Recipe:
-        """The recipe; `RunError` with the field when it is none that this version can train by."""
+        """The recipe; `RunError` with the field that this version cannot train by."""
         try:
             return Recipe.from_dict(self.recipe)
         except RunError as error:
@@ -375,13 +376,13 @@ class RunManifest:
 
     @property
     def keys(self) -> set[str]:
-        """The keys of all objects that must not be deleted, those of the pending commit among them."""
+        """The keys of all objects that must not be deleted, those of a pending commit included."""
         pending = self.pending.objects if self.pending else ()
         return {named.key for named in (*self.objects, *pending)}
 
     def ended(self, status: str) -> "RunManifest":
-        """The manifest with `status`. A run that goes back to its last step is done without another
-        validation: its result is that step's.
+        """Return the manifest with `status`. A run that goes back to its last step is done without
+        another validation: its result is that step's.
         """
         result = self.result
         if status == "done" and self.checkpoints:
@@ -389,8 +390,8 @@ class RunManifest:
         return replace(self, status=status, result=result)
 
     def back_to(self, step: int) -> "RunManifest":
-        """The manifest as of the newest checkpoint of `step`; `UsageError` when there is none. A
-        run that is done is done still when nothing came after.
+        """Return the manifest as of the newest checkpoint of `step`; `UsageError` when there is
+        none. A run that is done is done still when nothing came after.
         """
         kept = [c for c in self.checkpoints if c.progress.step <= step]
         if not kept or kept[-1].progress.step != step:
@@ -403,8 +404,8 @@ class RunManifest:
         return replace(self.up_to(kept[-1]), status="interrupted", result={}, rollbacks=0)
 
     def up_to(self, checkpoint: Checkpoint) -> "RunManifest":
-        """The manifest without what was committed after `checkpoint`, one of its own; the metrics
-        become `replayed`.
+        """Return the manifest without what was committed after `checkpoint`, one of its own; the
+        metrics become `replayed`.
         """
         kept = self.checkpoints[: self.checkpoints.index(checkpoint) + 1]
         metrics = tuple(s for s in self.metrics if s.within(checkpoint.progress))
@@ -420,7 +421,7 @@ class RunManifest:
         )
 
     def with_attempt(self, **details: Any) -> "RunManifest":
-        """The manifest with `details` of the attempt under way."""
+        """Return the manifest with `details` of the attempt under way."""
         return replace(self, attempts=(*self.attempts[:-1], replace(self.attempts[-1], **details)))
 
     def to_json(self) -> bytes:
@@ -475,8 +476,8 @@ def _parse_content(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _flaws(run: RunManifest) -> Iterator[str]:
-    """What no manifest of ours holds though its types are right: a sentence each, with the field
-    and its value.
+    """Yield what no manifest of ours holds though its types are right: a sentence each, with the
+    field and its value.
     """
     for name, value in run.dataset.items():
         typed(DATASET.get(name, Any), value, f"dataset.{name}")
@@ -534,7 +535,7 @@ def _flaws(run: RunManifest) -> Iterator[str]:
 def taken_back(
     attempts: tuple[Attempt, ...], earlier: int, checkpoint: Checkpoint
 ) -> tuple[Attempt, ...]:
-    """The attempts, of which nothing counts any more that was committed after `checkpoint`.
+    """Return the attempts, of which nothing counts any more that was committed after `checkpoint`.
 
     `earlier` is the number of attempts before these. A checkpoint of an older version does not say
     what its attempt had spent: that attempt keeps what it has.
@@ -565,13 +566,13 @@ def adopting(run: RunManifest, pending: Pending, keep_every: int = 0) -> RunMani
 
 
 def steps(checkpoints: Iterable[Checkpoint]) -> str:
-    """The steps of `checkpoints`, for people."""
+    """Return the steps of `checkpoints`, for people."""
     return ", ".join(str(step) for step in sorted({c.progress.step for c in checkpoints})) or "none"
 
 
 def name_of(url: str) -> str:
-    """The name of the run at `url`, its last part; `UsageError` when it would make trouble in keys,
-    paths or W&B.
+    """Return the name of the run at `url`, its last part; `UsageError` when it would make trouble
+    in keys, paths or W&B.
     """
     name = url.rstrip("/").rsplit("/", 1)[-1]
     if not NAMES.fullmatch(name):
@@ -583,8 +584,8 @@ def name_of(url: str) -> str:
 
 
 def best(checkpoints: Iterable[Checkpoint], kind: str, ema_every: int) -> Checkpoint | None:
-    """The checkpoint whose `kind` weights had the highest top-1, the earliest of equals; None when
-    none has a telling one. `ema_every` is the recipe's `ema.every`.
+    """Return the checkpoint whose `kind` weights had the highest top-1, the earliest of equals;
+    None when none has a telling one. `ema_every` is the recipe's `ema.every`.
     """
     scored = [
         (c, telling(c.metrics, c.progress.step, ema_every).get(SCORES[kind])) for c in checkpoints
@@ -596,8 +597,8 @@ def best(checkpoints: Iterable[Checkpoint], kind: str, ema_every: int) -> Checkp
 def keep(
     checkpoints: tuple[Checkpoint, ...], every: int = 0, ema_every: int = 1
 ) -> tuple[Checkpoint, ...]:
-    """The checkpoints that are worth their storage: the newest KEPT, the best by raw and by EMA
-    top-1, and, with `every`, those of each `every`th epoch's validation; oldest first.
+    """Return the checkpoints that are worth their storage: the newest KEPT, the best by raw and by
+    EMA top-1, and, with `every`, those of each `every`th epoch's validation; oldest first.
     """
     kept = {*checkpoints[-KEPT:], *(best(checkpoints, kind, ema_every) for kind in SCORES)}
     if every:

@@ -1,4 +1,4 @@
-"""What a validation says of the two kinds of weights that a training leaves, raw and EMA.
+"""The scores that a validation gives the two kinds of weights that a training leaves, raw and EMA.
 
 EMA weights that were never updated are those that the training began with. Their metrics are logged
 like all others, so that every validation has the same names, but say nothing of the training:
@@ -25,7 +25,7 @@ def telling(metrics: Mapping[str, float], step: float, every: int) -> dict[str, 
 
 
 def own_metrics(metrics: Mapping[str, float], kind: str) -> dict[str, float]:
-    """Those of the `kind` weights alone."""
+    """Return those of the `kind` weights alone."""
     return {name: value for name, value in metrics.items() if name.endswith(EMA) == (kind == "ema")}
 
 
@@ -47,5 +47,5 @@ def told(kind: str, step: int, epoch: int, metrics: Mapping[str, float]) -> str:
 
 
 def never_averaged(step: int, every: int) -> str:
-    """Why EMA weights are of no use, as the end of a sentence."""
+    """Return why EMA weights are of no use, as the end of a sentence."""
     return f"never updated: ema.every is {every}, and these are of step {step}"

@@ -34,15 +34,15 @@ class Choice:
 
 
 def best_weights(run: RunManifest, kinds: Iterable[str] = SCORES) -> Choice | None:
-    """The weights that a command takes when it is not told which: those with the highest top-1 of
-    any validation whose checkpoint is kept, be they raw or EMA. Of equal ones the raw, and of these
-    the earliest. None where nothing was validated. With `kinds`, of these alone.
+    """Return the weights that a command takes when it is not told which: those with the highest
+    top-1 of any validation whose checkpoint is kept, be they raw or EMA. Of equal ones the raw, and
+    of these the earliest. None where nothing was validated. With `kinds`, of these alone.
     """
     return _best(run, run.checkpoints, kinds)
 
 
 def choose(run: RunManifest, kind: str = BEST, step: int | None = None) -> Choice:
-    """The weights that a person asks for.
+    """Return the weights that a person asks for.
 
     Args:
         kind: "raw", "ema", or BEST for whichever scored higher.
@@ -60,7 +60,8 @@ def choose(run: RunManifest, kind: str = BEST, step: int | None = None) -> Choic
             f"run {run.run} has no validated checkpoint yet, nor any other; train until an epoch "
             "is validated"
         )
-    newest, every = checkpoints[-1], every_of(run.recipe)
+    newest = checkpoints[-1]
+    every = every_of(run.recipe)
     averaged = is_averaged(newest.progress.step, every)
     if kind == "ema" and (not averaged or any(each.metrics for each in checkpoints)):
         raise UsageError(
@@ -93,6 +94,6 @@ def _best(
 
 
 def _last_scored(checkpoints: tuple[Checkpoint, ...]) -> int:
-    """The step of the newest validated checkpoint, or of the newest where none was."""
+    """Return the step of the newest validated checkpoint, or of the newest where none was."""
     scored = [each for each in checkpoints if each.metrics] or [*checkpoints]
     return scored[-1].progress.step

@@ -137,7 +137,8 @@ class Writer:
                 f"another instance ({found.owner}) has claimed {self.store.url}; this one stops "
                 "and changes nothing more"
             ) from error
-        self.manifest, self._tag = found, tag
+        self.manifest = found
+        self._tag = tag
 
     def _renew(self) -> None:
         """Renew the lease until the attempt is over: the body of the lease thread.

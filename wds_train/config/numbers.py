@@ -19,14 +19,14 @@ class Number:
     """Which bounds are no values themselves: "(" the lower one, ")" the upper one."""
 
     def __call__(self, text: str) -> int | float:
-        """The number that a flag's value says, as argparse asks for it."""
+        """Return the number that a flag's value says, as argparse asks for it."""
         try:
             return self.parse(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {self}") from None
 
     def parse(self, text: str) -> int | float:
-        """The number that `text` says; `ValueError` where it says none, or one out of range."""
+        """Return the number that `text` says; `ValueError` if it says none, or one out of range."""
         value = self.kind(text)
         low = value > self.least if "(" in self.open else value >= self.least
         high = value < self.most if ")" in self.open else value <= self.most
@@ -35,7 +35,7 @@ class Number:
         return value
 
     def __str__(self) -> str:
-        """The range in words."""
+        """Return the range in words."""
         if self.kind is int and not math.isinf(self.most):
             return f"a whole number from {self.least:g} to {self.most:g}"
         low = f"{'more than' if '(' in self.open else 'at least'} {self.least:g}"

@@ -221,7 +221,7 @@ PRESETS = {each.recipe.name: each for each in _ALL}
 
 
 def preset(name: str) -> Recipe:
-    """The recipe of that name; `UsageError` with the nearest names when there is none."""
+    """Return the recipe of that name; `UsageError` with the nearest names when there is none."""
     if name not in PRESETS:
         hint = did_you_mean(name, PRESETS, 2) or f"; there are {', '.join(PRESETS)}"
         raise UsageError(f"there is no recipe {name!r}{hint}")

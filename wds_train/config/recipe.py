@@ -48,7 +48,7 @@ class ModelRecipe:
         _check(self, "model.", ("drop_path", 0 <= self.drop_path < 1, "in [0, 1)"))
 
     def layers(self) -> dict[str, dict[str, Any]]:
-        """The layer options that are on, each with what timm's `create_model` takes for it
+        """Return the layer options that are on, each with what timm's `create_model` takes for it
         (timm/models/resnet.py: resnetblur50, resnet50d, seresnet50); `aa_layer` is the name of a
         class of timm.layers.
         """
@@ -60,7 +60,7 @@ class ModelRecipe:
         return {name: arguments for name, arguments in known.items() if getattr(self, name)}
 
     def timm_arguments(self) -> dict[str, Any]:
-        """What timm's `create_model` takes for all layer options together."""
+        """Return what timm's `create_model` takes for all layer options together."""
         return {
             name: value for arguments in self.layers().values() for name, value in arguments.items()
         }
@@ -102,7 +102,7 @@ class DataRecipe:
     """
     repeats: int = 1
     """Repeated augmentation (Hoffer et al. 2019, arXiv:1901.09335): how often each sample stands in
-    its batch, each time augmented anew. A pass over the dataset then takes so many epochs.
+    its batch, each time with new augmentation. A pass over the dataset then takes so many epochs.
     """
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean of pixels in [0, 1], ImageNet's by default."""
@@ -179,7 +179,7 @@ class OptimizerRecipe:
 @dataclass(frozen=True)
 class ScheduleRecipe:
     kind: Literal["cosine", "linear", "step", "onecycle"] = "cosine"
-    """How the learning rate comes down after the warm-up. `onecycle` is `cosine` with a warm-up of
+    """The curve of the learning rate after the warm-up. `onecycle` is `cosine` with a warm-up of
     the same shape.
     """
     epochs: int = 90
@@ -188,7 +188,7 @@ class ScheduleRecipe:
     warmup_start: float = 0.0
     """Learning rate at step 0, as a share of the peak."""
     warmup_prefix: bool = True
-    """Whether the cosine begins when the warm-up ends; otherwise at step 0, hidden by the warm-up
+    """True if the cosine begins when the warm-up ends; otherwise at step 0, hidden by the warm-up
     until then (timm's default).
     """
     flat: float = 0.0
@@ -233,7 +233,7 @@ class MixRecipe:
     prob: float = 1.0
     """Probability that a group of samples is mixed at all."""
     switch_prob: float = 0.5
-    """With both on: probability of CutMix."""
+    """Probability of CutMix, with both on."""
 
     def __post_init__(self) -> None:
         _check(
@@ -328,7 +328,8 @@ class Recipe:
     distill: DistillRecipe = field(default_factory=DistillRecipe)
 
     def __post_init__(self) -> None:
-        mixes, repeats = self.mix.mixup > 0 or self.mix.cutmix > 0, self.data.repeats
+        mixes = self.mix.mixup > 0 or self.mix.cutmix > 0
+        repeats = self.data.repeats
         _check(
             self,
             "",
@@ -344,15 +345,15 @@ class Recipe:
         return self.optimizer.lr * (self.batch / per_batch if per_batch else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON would hold it: tuples become lists, so that it equals its own round
-        trip.
+        """Return the recipe as JSON would hold it: tuples become lists, so that it equals its own
+        round trip.
         """
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Recipe":
-        """The recipe that `to_dict` gave; what it does not name, having been added since, is the
-        default. `RunError` for a name that there is no more, or a value that is none of its
+        """Return the recipe that `to_dict` gave; what it does not name, having been added since, is
+        the default. `RunError` for a name that there is no more, or a value that is none of its
         field's.
         """
         try:

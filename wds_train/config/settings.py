@@ -30,8 +30,8 @@ def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
 
 
 def following(recipe: Recipe, settings: list[str]) -> list[str]:
-    """What `settings` change in proportion besides the fields that they name, a line each for
-    people.
+    """Return what `settings` change in proportion besides the fields that they name, a line each
+    for people.
     """
     changed = with_settings(recipe, settings)
     return [
@@ -44,12 +44,13 @@ def following(recipe: Recipe, settings: list[str]) -> list[str]:
 
 
 def _following(recipe: Recipe, flat: dict[str, Any]) -> dict[str, Any]:
-    """The fields that follow one of `flat`, unless they are in it, with their new values."""
+    """Return the fields that follow one of `flat`, unless they are in it, with their new values."""
     new: dict[str, Any] = {}
     for leader, names in FOLLOW.items():
         share = flat.get(leader, 0) / operator.attrgetter(leader)(recipe)
         for name in names if share > 0 else ():
-            old, kind = operator.attrgetter(name)(recipe), _field_type(name)
+            old = operator.attrgetter(name)(recipe)
+            kind = _field_type(name)
             many = isinstance(old, tuple)
             scaled = (
                 tuple(round(each * share, 6) for each in old)
@@ -62,7 +63,7 @@ def _following(recipe: Recipe, flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def parsed(settings: list[str]) -> dict[str, Any]:
-    """The value of each name that `settings` set; `UsageError` for what no recipe can take."""
+    """Return the value of each name that `settings` set; `UsageError` if no recipe can take it."""
     flat: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -99,7 +100,7 @@ def setting_names() -> dict[str, Any]:
 
 
 def setting_of(recipe: Recipe, name: str) -> str:
-    """The value of `name` as --set takes it."""
+    """Return the value of `name` as --set takes it."""
     value = operator.attrgetter(name)(recipe)
     if isinstance(value, bool):
         return str(value).lower()

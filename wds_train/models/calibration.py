@@ -1,4 +1,4 @@
-"""How far a model's probabilities can be believed, and the one function that makes them."""
+"""The calibration of a model's probabilities, and the one function that makes them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +32,12 @@ class Calibration:
 
     @property
     def used(self) -> bool:
-        """Whether the probabilities are calibrated."""
+        """True if the probabilities are calibrated."""
         return bool(self.fitted) and not self.reason
 
     @property
     def helps(self) -> bool:
-        """Whether the error that is printed is less with the temperature than without."""
+        """True if the error that is printed is less with the temperature than without."""
         return float(_printed(self.error)) < float(_printed(self.error_raw))
 
     def __str__(self) -> str:
@@ -51,14 +51,16 @@ class Calibration:
 
 
 def uncalibrated(images: int) -> Calibration:
-    """That of so few images that no temperature is fitted."""
+    """Return the calibration by so few images that no temperature is fitted."""
     return Calibration(
         reason=f"{images} image{'' if images == 1 else 's'}, at least {NEEDED} are needed"
     )
 
 
 def refused(found: Calibration) -> Calibration:
-    """What is left of a temperature that does not help: the figures without it are to be filled in."""
+    """Return what is left of a temperature that does not help: the figures without it are to be
+    filled in.
+    """
     reason = (
         f"a temperature of {found.temperature:.2f}, fitted on {found.fitted} images, does not "
         f"help: on {found.judged} others the probabilities are off by {_printed(found.error)} "
@@ -81,8 +83,8 @@ def as_judged_now(found: Calibration) -> Calibration:
 
 
 def probabilities(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
-    """The softmax of `logits` [samples, classes] at `temperature`: what every command, page and
-    file says of an image.
+    """Return the softmax of `logits` [samples, classes] at `temperature`: what every command, page
+    and file says of an image.
     """
     return np.exp(log_softmax(logits.astype(np.float64) / temperature, axis=1))
 

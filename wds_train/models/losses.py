@@ -1,4 +1,4 @@
-"""What is minimised: the loss of a recipe, and the distance to a teacher."""
+"""The functions that a training minimises: the loss of a recipe, and the distance to a teacher."""
 
 import torch
 from timm.loss import BinaryCrossEntropy
@@ -33,11 +33,12 @@ class Criterion:
 def distilled(
     recipe: DistillRecipe, loss: torch.Tensor, logits: torch.Tensor, teacher_logits: torch.Tensor
 ) -> torch.Tensor:
-    """The loss with the teacher's share: (1 - weight) * loss + weight * T^2 * KL(teacher / T ||
-    student / T), Hinton et al. 2015 (arXiv:1503.02531): T^2 keeps the gradient's size where T
+    """Return the loss with the teacher's share: (1 - weight) * loss + weight * T^2 * KL(teacher / T
+    || student / T), Hinton et al. 2015 (arXiv:1503.02531): T^2 keeps the gradient's size where T
     changes it. Logits float32 [n, classes]; the KL is the mean over samples.
     """
     t = recipe.temperature
-    student, teacher = F.log_softmax(logits / t, dim=1), F.log_softmax(teacher_logits / t, dim=1)
+    student = F.log_softmax(logits / t, dim=1)
+    teacher = F.log_softmax(teacher_logits / t, dim=1)
     divergence = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
     return (1 - recipe.weight) * loss + recipe.weight * t * t * divergence

@@ -1,4 +1,4 @@
-"""What a validation got wrong, besides how much of it."""
+"""The mistakes of a validation: which samples were taken for which class."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 
 from wds_train.loader.batch import Batch
 
-MISTAKES = (
-    100  # images kept: the first ones, which are the same in every epoch that gets them wrong
-)
+# Images kept: the first ones, which are the same in every epoch that gets them wrong
+MISTAKES = 100
 
 
 class Mistake(NamedTuple):
@@ -48,7 +47,8 @@ class Findings:
             wrong = (predicted.cpu() != batch.labels.cpu()).numpy() & ~unreadable
             for i in np.flatnonzero(wrong)[: MISTAKES - len(self.mistakes)].tolist():
                 image = batch.images[i].cpu().numpy().copy()  # the batch's memory is used again
-                label, taken_for = int(batch.labels[i]), int(predicted[i])
+                label = int(batch.labels[i])
+                taken_for = int(predicted[i])
                 self.mistakes.append(
                     Mistake(int(batch.ids[i]), image, label, taken_for, float(confidence[i]))
                 )

@@ -1,5 +1,5 @@
-"""What is trained: a timm model, its optimizer and its EMA, built so that a recipe and a seed
-decide every weight.
+"""The model of a training: a timm model, its optimizer and its EMA, built so that a recipe and a
+seed decide every weight.
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ _NOT_RESUMABLE = ("adahessian", "kron")
 def create_model(
     recipe: ModelRecipe, classes: int, seed: int, device: torch.device, **more: Any
 ) -> nn.Module:
-    """The timm model with weights drawn from `seed`, in the device's `memory_layout`; on the device
-    "meta" without any. `model.init` is not looked at. `more` is for timm's `create_model`.
+    """Return the timm model with weights drawn from `seed`, in the device's `memory_layout`; on the
+    device "meta" without any. `model.init` is not looked at. `more` is for timm's `create_model`.
     """
     if not timm.is_model(recipe.name):
         raise UsageError(
@@ -42,9 +42,8 @@ def create_model(
         arguments["aa_layer"] = getattr(timm.layers, arguments["aa_layer"])
     if recipe.drop_path:
         arguments["drop_path_rate"] = recipe.drop_path
-    torch.default_generator.manual_seed(
-        key(seed, "init") % (1 << 63)
-    )  # the CPU's, where the weights are drawn
+    # The CPU's generator, where the weights are drawn.
+    torch.default_generator.manual_seed(key(seed, "init") % (1 << 63))
     try:
         with torch.device("meta" if device.type == "meta" else "cpu"):
             model = timm.create_model(recipe.name, num_classes=classes, **arguments, **more)
@@ -61,7 +60,8 @@ def refuse_sizes(model: nn.Module, name: str, sides: dict[str, int]) -> None:
     asks for them: transformers take one size alone, and small images leave deep layers nothing to
     pool. Nothing of the model changes.
     """
-    was_training, weight = model.training, next(model.parameters())
+    was_training = model.training
+    weight = next(model.parameters())
     model.eval()
     for setting, side in sides.items():
         try:
@@ -77,12 +77,16 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer of that name. Biases, normalisation layers and what the model itself excepts
     (ViTs: the position embedding) are not decayed (timm's `filter_bias_and_bn`).
     """
-    wanted, known = recipe.optimizer, [str(name) for name in list_optimizers()]
+    wanted = recipe.optimizer
+    known = [str(name) for name in list_optimizers()]
     usable = [name for name in known if not name.startswith(_NOT_RESUMABLE)]
     if wanted.name not in usable:
         cause = f"timm has no optimizer {wanted.name!r}"
         if wanted.name in known:
-            cause = f"timm's optimizer {wanted.name!r} cannot be used: its state does not fit in a checkpoint"
+            cause = (
+                f"timm's optimizer {wanted.name!r} cannot be used: its state does not fit in a "
+                "checkpoint"
+            )
         raise UsageError(cause + did_you_mean(wanted.name, usable))
     try:
         return create_optimizer_v2(
@@ -101,9 +105,9 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _implementation(name: str, device: torch.device) -> dict[str, Any]:
-    """What asks for the fastest form of the optimizer: on a GPU, one kernel for all weights where
-    torch has it, which also lets fp16 skip a step without asking the GPU; timm's own optimizers
-    choose their multi-tensor forms themselves. CPUs keep what they had, to the last bit.
+    """Return what asks for the fastest form of the optimizer: on a GPU, one kernel for all weights
+    where torch has it, which also lets fp16 skip a step without asking the GPU; timm's own
+    optimizers choose their multi-tensor forms themselves. CPUs keep what they had, to the last bit.
     """
     fused = device.type == "cuda" and get_optimizer_class(name, bind_defaults=False) in (
         SGD,
@@ -118,7 +122,8 @@ class Ema(ModelEmaV2):
 
     def __init__(self, model: nn.Module, recipe: EmaRecipe) -> None:
         super().__init__(model, decay=recipe.decay)
-        averages, weights = self.module.state_dict(), model.state_dict()
+        averages = self.module.state_dict()
+        weights = model.state_dict()
         # By name: pairing the two by order alone, as timm does, would average unrelated tensors in
         # silence.
         self._floats = [

@@ -1,4 +1,4 @@
-"""Weights of another training: to start from (`model.init`) and to learn from (`distill.teacher`)."""
+"""Weights of another training: to start from (`model.init`), or learn from (`distill.teacher`)."""
 
 import hashlib
 import warnings
@@ -20,7 +20,8 @@ from wds_train.models.model import create_model
 from wds_train.models.weights import SUFFIX, Weights, is_exported
 
 TIMM = "timm:"
-HUB, FILE = "https://huggingface.co", "model.safetensors"
+HUB = "https://huggingface.co"
+FILE = "model.safetensors"
 HUB_SECONDS = 3.0  # for the hub's first answer
 IMAGES = (
     "size",
@@ -31,7 +32,8 @@ IMAGES = (
     "mean",
     "std",
 )  # of `data`, what `as_init` takes
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU = torch.device("cpu")
+META = torch.device("meta")
 Loaded = tuple[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]
 
 
@@ -40,9 +42,11 @@ def initialise(model: nn.Module, recipe: Recipe) -> str:
     of it. A head for another number of classes stays as it is; `UsageError` when anything else does
     not fit. On the device "meta", no more than that is found out.
     """
-    setting, device = recipe.model.init, next(model.parameters()).device
+    setting = recipe.model.init
+    device = next(model.parameters()).device
     source, _ = _load("model.init", setting, recipe.model, META if device == META else CPU)
-    own, theirs = model.state_dict(), source.state_dict()
+    own = model.state_dict()
+    theirs = source.state_dict()
     head = [name for name in own.keys() | theirs.keys() if name.startswith(_heads(model))]
     left = head if any(_shape(own, name) != _shape(theirs, name) for name in head) else []
     wrong = [
@@ -62,7 +66,10 @@ def initialise(model: nn.Module, recipe: Recipe) -> str:
         assign=device == META,
     )
     if left:
-        return f"the weights are {setting}'s, but for the head, which has other classes and starts at random"
+        return (
+            f"the weights are {setting}'s, but for the head, which has other classes and starts at "
+            "random"
+        )
     return f"the weights are {setting}'s, with the head"
 
 
@@ -84,14 +91,15 @@ class Teacher:
         self._model = model.to(device).to(memory_format=memory_layout(device))
         # Images come normalised for the student, and the teacher may have learned with another mean
         # and deviation.
-        own_mean, own_std = torch.tensor(recipe.data.mean), torch.tensor(recipe.data.std)
+        own_mean = torch.tensor(recipe.data.mean)
+        own_std = torch.tensor(recipe.data.std)
         self._scale = (own_std / torch.tensor(std)).view(3, 1, 1).to(device)
         self._shift = ((own_mean - torch.tensor(mean)) / torch.tensor(std)).view(3, 1, 1).to(device)
 
     @torch.no_grad()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits, float32 [n, classes], for images that are normalised as the recipe
-        says.
+        """Return the teacher's logits, float32 [n, classes], for images that are normalised as the
+        recipe says.
         """
         return self._model(images * self._scale + self._shift).float()
 
@@ -109,8 +117,9 @@ def as_init(recipe: Recipe, settings: list[str]) -> Recipe:
 
 
 def _images(recipe: Recipe) -> dict[str, Any] | None:
-    """What the weights of `model.init` say of their images, by the fields of `data`."""
-    source, file = recipe.model.init, Path(recipe.model.init)
+    """Return what the weights of `model.init` say of their images, by the fields of `data`."""
+    source = recipe.model.init
+    file = Path(recipe.model.init)
     if source and not source.startswith(TIMM):
         if not file.is_file():
             return None
@@ -122,7 +131,9 @@ def _images(recipe: Recipe) -> dict[str, Any] | None:
     )
     if config is None:
         return None
-    side, mean, std = config.input_size[-1], tuple(config.mean), tuple(config.std)
+    side = config.input_size[-1]
+    mean = tuple(config.mean)
+    std = tuple(config.std)
     return {
         "size": side,
         "start_size": 0,
@@ -134,9 +145,9 @@ def _images(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _load(setting: str, source: str, own: ModelRecipe | None, device: torch.device) -> Loaded:
-    """The model that `source` names, with its weights, on the CPU; the mean and deviation that its
-    images had. A file that does not say so is of the model `own`. On the device "meta" the weights
-    are fetched, and then let go.
+    """Return the model that `source` names, with its weights, on the CPU; the mean and deviation
+    that its images had. A file that does not say so is of the model `own`. On the device "meta" the
+    weights are fetched, and then let go.
     """
     if source.startswith(TIMM):
         return _from_timm(setting, source, timm_name(source, own), device)
@@ -151,7 +162,7 @@ def _load(setting: str, source: str, own: ModelRecipe | None, device: torch.devi
 
 
 def timm_name(source: str, own: ModelRecipe | None) -> str:
-    """The name of timm's weights that `source`, `timm:NAME`, asks for."""
+    """Return the name of timm's weights that `source`, `timm:NAME`, asks for."""
     return source.removeprefix(TIMM) or (own.name if own else "")
 
 
@@ -179,14 +190,19 @@ def _from_timm(setting: str, source: str, name: str, device: torch.device) -> Lo
     try:
         found = try_to_load_from_cache(place, FILE) if place else None
         overlay = {"file": found, "custom_load": False} if isinstance(found, str) else {}
-        if not overlay:  # without a network, the hub's own client would try for a minute, and tell it in 22 lines
+        # Without a network, the hub's own client would try for a minute, and tell it in 22 lines.
+        if not overlay:
             get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
         model = _pretrained(ModelRecipe(name=name), config.num_classes, device, overlay)
-    except Exception as error:  # whatever the hub's client and its HTTP library raise: it depends on their versions
+    # Whatever the hub's client and its HTTP library raise: it depends on their versions.
+    except Exception as error:
         cause = (str(error).strip().splitlines() or ["no reason given"])[0]
         remedy = f"name a file of `wds-train export`: --set {setting}=FILE"
         if setting == "model.init" and place:
-            remedy = f"download {HUB}/{place}/resolve/main/{FILE} where there is a network, and name that file here: --init FILE"
+            remedy = (
+                f"download {HUB}/{place}/resolve/main/{FILE} where there is a network, and name "
+                "that file here: --init FILE"
+            )
         raise StoreError(
             f"{setting} = {TIMM + name!r}: the weights could not be fetched "
             f"({type(error).__name__}: {cause}); {remedy}"
@@ -195,8 +211,8 @@ def _from_timm(setting: str, source: str, name: str, device: torch.device) -> Lo
 
 
 def _from_file(setting: str, path: Path, own: ModelRecipe, device: torch.device) -> Loaded:
-    """The model `own` with the weights of a file such as timm's hub has: its tensors, and no word
-    on the model.
+    """Return the model `own` with the weights of a file such as timm's hub has: its tensors, and no
+    word on the model.
     """
     if path.suffix != SUFFIX:  # timm would unpickle it
         raise UsageError(

@@ -18,9 +18,8 @@ from wds_train.errors import RunError
 from wds_train.loader.batch import Batch
 from wds_train.models.precision import amp_dtype, autocast
 
-EVAL_BATCH = (
-    256  # samples at most: enough to fill a GPU, and little memory beside a training step's
-)
+# Samples at most: enough to fill a GPU, and little memory next to a training step's.
+EVAL_BATCH = 256
 
 
 class Predictor:
@@ -36,13 +35,15 @@ class Predictor:
         flip: bool = False,
         precision: Precision = "auto",
     ) -> None:
-        self._device, self._amp = device, amp_dtype(device, precision)
-        self._side, self._flip = side, flip
+        self._device = device
+        self._amp = amp_dtype(device, precision)
+        self._side = side
+        self._flip = flip
 
     @torch.inference_mode()
     def logits(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        """The logits of normalised images `pixels`, float32 [n, classes]. `model` is in evaluation
-        mode.
+        """Return the logits of normalised images `pixels`, float32 [n, classes]. `model` is in
+        evaluation mode.
         """
         assert not model.training
         with autocast(self._device, self._amp):
@@ -50,7 +51,7 @@ class Predictor:
         return torch.stack(views).mean(dim=0)
 
     def _views(self, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The images, or the four corners and the centre of larger ones; each followed by its
+        """Yield the images, or the four corners and the centre of larger ones; each followed by its
         mirror image.
         """
         larger = pixels.shape[-1] - self._side if self._side else 0
@@ -65,8 +66,8 @@ class Predictor:
 
 
 def sums(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """What a batch adds to the sums over batches and ranks: cross-entropy, top-1 hits, top-5 hits
-    and samples, float64 [4].
+    """Return what a batch adds to the sums over batches and ranks: cross-entropy, top-1 hits, top-5
+    hits and samples, float64 [4].
 
     An unreadable sample counts, as wrong, since its grey pixels say nothing of the model.
     """
@@ -94,7 +95,7 @@ def metrics(total: torch.Tensor, samples: int) -> dict[str, float]:
 
 
 def percent(hits: float, samples: float) -> float:
-    """An accuracy. All go through here, so that equal counts give equal numbers: `hits / samples *
-    100` is another one in the last bit.
+    """Return an accuracy. All go through here, so that equal counts give equal numbers: `hits /
+    samples * 100` is another one in the last bit.
     """
     return 100 * hits / samples

@@ -1,5 +1,5 @@
-"""Whether tensors are those of a recipe's model and optimizer: every name, shape and type that a
-training reads back.
+"""Checks that tensors are those of a recipe's model and optimizer: every name, shape and type that
+a training reads back.
 
 Both are made on PyTorch's "meta" device, where tensors have a shape and no memory: no weight is
 drawn, no thread starts that a loader's fork would not survive, and a ResNet50 with one step of its
@@ -40,7 +40,7 @@ def refuse_other_weights(
 
 
 def section(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries whose names begin with `prefix`, without it."""
+    """Return the entries whose names begin with `prefix`, without it."""
     return {
         name.removeprefix(prefix): value
         for name, value in entries.items()
@@ -53,7 +53,8 @@ def _refuse_other_weights(
 ) -> None:
     expected = model.state_dict()
     for name in sorted(found.keys() | expected.keys()):
-        there, here = _kind(found.get(name)), _kind(expected.get(name))
+        there = _kind(found.get(name))
+        here = _kind(expected.get(name))
         if there != here:
             raise RunError(f"{part}{name} is {there}, in the model {model_name} it is {here}")
 
@@ -124,8 +125,8 @@ def _alike(value: Any, like: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number: a step's count is a number in one version of PyTorch, and a tensor
-    without dimensions in another.
+    """Return True if it is a number: a step's count is a number in one version of PyTorch, and a
+    tensor without dimensions in another.
     """
     return value.ndim == 0 if isinstance(value, torch.Tensor) else type(value) in (int, float)
 

@@ -29,8 +29,8 @@ LOG = logging.getLogger(__name__)
 
 
 def is_exported(path: Path) -> bool:
-    """Whether the file says what its weights are of, as those of `wds-train export` do; an error as
-    of `Weights.read`.
+    """Return True if the file says what its weights are of, as those of `wds-train export` do; an
+    error as of `Weights.read`.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -41,9 +41,9 @@ def is_exported(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Weights:
-    """What it takes to use a trained model. `tensors` is the state of a model by name, on the CPU:
-    the `kind` ("raw" or "ema") weights of `step` of `run`, with the `metrics` of their validation,
-    if there was one. `classes` are in the order of the model's outputs.
+    """A trained model, and all that it takes to use it. `tensors` is the state of a model by name,
+    on the CPU: the `kind` ("raw" or "ema") weights of `step` of `run`, with the `metrics` of their
+    validation, if there was one. `classes` are in the order of the model's outputs.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -74,9 +74,9 @@ class Weights:
 
     @classmethod
     def read(cls, path: Path) -> "Weights":
-        """The weights that `save` wrote; `NotFound` when there is no such file, `RunError` when
-        `save` did not write it, or it lacks weights. What an earlier version wrote, and this one
-        would not, is read all the same, and said.
+        """Return the weights that `save` wrote; `NotFound` when there is no such file, `RunError`
+        when `save` did not write it, or it lacks weights. What an earlier version wrote, and this
+        one would not, is read all the same, and said.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -108,7 +108,7 @@ class Weights:
         return replace(weights, calibration=as_judged_now(weights.calibration))
 
     def timm_call(self, path: Path) -> str:
-        """The Python expression that makes the model from the file at `path`."""
+        """Return the Python expression that makes the model from the file at `path`."""
         model = self.recipe.model
         values = {
             name: f"timm.layers.{value}" if name == "aa_layer" else repr(value)
@@ -118,11 +118,14 @@ class Weights:
         return f"timm.create_model({model.name!r}, num_classes={len(self.classes)}, checkpoint_path={str(path)!r}{more})"
 
     def timm_config(self) -> dict[str, Any]:
-        """What tells timm of the model: the content of a `config.json` (timm/models/_hub.py,
+        """Return what tells timm of the model: the content of a `config.json` (timm/models/_hub.py,
         save_config_for_hf).
         """
-        data, classes, model = self.recipe.data, len(self.classes), self.recipe.model
-        arguments, name = model.timm_arguments(), model.name
+        data = self.recipe.data
+        classes = len(self.classes)
+        model = self.recipe.model
+        arguments = model.timm_arguments()
+        name = model.name
         if arguments.get("aa_layer") == "BlurPool2d" and timm.is_model(
             blurred := name.replace("resnet", "resnetblur", 1)
         ):

@@ -35,7 +35,8 @@ from wds_train.training.setup import (
 )
 
 MEASURED = 2  # steps, after one that sets up memory and kernels
-CPU_BATCH = 32  # samples of those steps on a CPU, whose time and memory grow with them; 1,024 would take minutes
+# Samples of those steps on a CPU, whose time and memory grow with them; 1,024 would take minutes.
+CPU_BATCH = 32
 TOO_LONG = 2 * 3600.0  # seconds of a training on a CPU, from which on a smaller one is looked for
 SMALLER = (
     ("resnet18", 160),
@@ -47,7 +48,7 @@ SMALLER = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a step, of a validation, and of the whole training; the most bytes that it holds."""
+    """Seconds of a step, of a validation and of the whole training; the most bytes it holds."""
 
     step: float
     validation: float
@@ -56,41 +57,44 @@ class Cost:
 
 
 class Estimate:
-    """What `options` would take. The loader and the trainer are measured one after the other: on a
-    CPU they share its cores, and their times add up.
+    """The time and memory that `options` would take. The loader and the trainer are measured one
+    after the other: on a CPU they share its cores, and their times add up.
     """
 
     def __init__(self, options: TrainOptions) -> None:
-        self.options, self.ranks = options, Ranks(cpu=options.cpu)
+        self.options = options
+        self.ranks = Ranks(cpu=options.cpu)
         self.on_cpu = self.ranks.device.type == "cpu"
         first = Dataset.open(options.dataset)
         self.datasets = [
             first,
             *(of_same_classes(Dataset.open(url), first) for url, _ in options.mix),
         ]
-        batch, repeats = options.recipe.batch, options.recipe.data.repeats
+        batch = options.recipe.batch
+        repeats = options.recipe.data.repeats
         self.processes = 1 if self.on_cpu else torch.cuda.device_count()
         self.batch = min(batch, CPU_BATCH * repeats) if self.on_cpu else batch // self.processes
         self.share = batch / (self.batch * self.processes)
         self.small = replace(options, recipe=replace(options.recipe, batch=self.batch))
 
     def read(self) -> tuple[list[Batch], float]:
-        """The last batches of the training, which are of its largest images, and the seconds that
-        the loader takes for one. It forks: no trainer may have been made.
+        """Return the last batches of the training, which are of its largest images, and the seconds
+        that the loader takes for one. It forks: no trainer may have been made.
         """
         total = self.options.recipe.schedule.epochs * epoch_steps(self.small, self.datasets)
         uncached = replace(self.small, cache_dir=None)
         from_step = max(0, total - MEASURED - 1)
         loader = make_train_loader(uncached, self.datasets, self.ranks, from_step)
         loader.start()
-        batches, began = [], 0.0
+        batches = []
+        began = 0.0
         for batch in loader:
             began = began or time.perf_counter()
             batches.append(batch)
         return batches, (time.perf_counter() - began) / max(1, len(batches) - 1)
 
     def cost(self, options: TrainOptions, batches: list[Batch], loading: float) -> Cost:
-        """The cost of `options`, which are `small` or those of another model, with `loading`
+        """Return the cost of `options`, which are `small` or those of another model, with `loading`
         seconds for each batch.
         """
         trainer = make_trainer(options, self.datasets, self.ranks.device, self.ranks, resumes=True)
@@ -98,13 +102,15 @@ class Estimate:
             trainer.accumulate = fit_accumulation(trainer)
         made = self._memory()
         worked = _seconds(_steps(trainer, batches))
-        data, samples = options.recipe.data, self.datasets[0].manifest.split("val").samples
+        data = options.recipe.data
+        samples = self.datasets[0].manifest.split("val").samples
         blank = torch.zeros(
             len(batches[0].ids), data.eval_size, data.eval_size, 3, dtype=torch.uint8
         )
         scored = _seconds(_scores(trainer, replace(batches[0], images=blank)))
         step, score = (t + loading if self.on_cpu else max(t, loading) for t in (worked, scored))
-        step, validation = step * self.share, score * samples / self.batch / self.processes
+        step = step * self.share
+        validation = score * samples / self.batch / self.processes
         pace = expected_pace(self.options, self.datasets)
         whole = step * sum(pace.costs) * pace.epoch_steps + validation * len(pace.costs)
         return Cost(
@@ -115,7 +121,7 @@ class Estimate:
         )
 
     def smaller(self, batches: list[Batch], loading: float) -> str:
-        """The first of SMALLER that would not take too long, or the last, as a line."""
+        """Return the first of SMALLER that would not take too long, or the last, as a line."""
         said = ""
         for name, side in SMALLER:
             if side > self.small.recipe.data.size:
@@ -139,7 +145,7 @@ class Estimate:
         return said
 
     def room(self) -> float:
-        """The bytes of memory that there are."""
+        """Return the bytes of memory that there are."""
         if self.on_cpu:
             return float(memory())
         return float(torch.cuda.get_device_properties(self.ranks.device).total_memory)
@@ -151,8 +157,8 @@ class Estimate:
 
 
 def estimate(options: TrainOptions) -> list[str]:
-    """What would be trained and what it would take, in lines. On a CPU where it takes too long,
-    what would not.
+    """Return what would be trained and what it would take, in lines. On a CPU where it takes too
+    long, what would not.
     """
     limit_threads()
     this = Estimate(options)
@@ -162,7 +168,8 @@ def estimate(options: TrainOptions) -> list[str]:
     note("measuring two steps ...")
     batches, loading = this.read()
     cost = this.cost(this.small, batches, loading)
-    steps, epochs = epoch_steps(options, this.datasets), options.recipe.schedule.epochs
+    steps = epoch_steps(options, this.datasets)
+    epochs = options.recipe.schedule.epochs
     of = (
         f", from {MEASURED} of batches of {this.batch}"
         if this.share != 1
@@ -203,7 +210,7 @@ def _scores(trainer: Trainer, batch: Batch) -> Iterator[object]:
 
 
 def _seconds(work: Iterator[object]) -> float:
-    """What each but the first piece of `work` takes."""
+    """Return what each but the first piece of `work` takes."""
     next(work)
     began = time.perf_counter()
     pieces = len(list(work))

@@ -1,4 +1,4 @@
-"""How a training ends that does not get to its end."""
+"""Handling of trainings that end early."""
 
 import contextlib
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ ROLLBACKS = 2  # per run, after a loss that is not finite
 
 
 def early_end(schedule: ScheduleRecipe, progress: Progress) -> str:
-    """Why a training ends with this epoch though the schedule has more; "" where it goes on. It
-    follows from what is committed alone, so that a resumed run ends where an unbroken one does.
+    """Return why a training ends with this epoch though the schedule has more; "" where it goes on.
+    It follows from what is committed alone, so that a resumed run ends where an unbroken one does.
     """
     stale = 0 < schedule.patience <= progress.evaluated - progress.best_epoch
     if not stale or progress.evaluated == schedule.epochs:
@@ -43,7 +43,7 @@ def early_end(schedule: ScheduleRecipe, progress: Progress) -> str:
 
 
 def is_over(schedule: ScheduleRecipe, progress: Progress) -> bool:
-    """Whether a training has no epoch before it, so that its run is done."""
+    """Return True if a training has no epoch before it, so that its run is done."""
     return progress.evaluated == schedule.epochs or bool(early_end(schedule, progress))
 
 
@@ -61,15 +61,18 @@ def cause_of_end(error: WorkerDied, trained: bool, ranks: int) -> str:
         raise RanksLost(
             f"{error}; the same command, on any number of GPUs, goes on from the newest checkpoint"
         ) from error
-    return f"the death of a loader worker ({error.how}; if the machine ran out of memory, use fewer --workers)"
+    return (
+        f"the death of a loader worker ({error.how}; if the machine ran out of memory, use fewer "
+        "--workers)"
+    )
 
 
 @contextlib.contextmanager
 def ending(run: Run, stop: StopRequest, *, repeats: bool) -> Iterator[None]:
-    """How a training ends that does not get to its end: the cause is told, and then the manifest
-    says so, too, if the store takes that last word within seconds. A run that is done stays done,
-    whatever fails after its last commit. `repeats`: whether the same steps would round in the same
-    way again.
+    """Handle the early end of the training within: the cause is told, and then the
+    manifest says so, too, if the store takes that last word within seconds. A run that is done
+    stays done, whatever fails after its last commit. `repeats`: whether the same steps would round
+    in the same way again.
     """
     try:
         yield
@@ -89,7 +92,7 @@ def ending(run: Run, stop: StopRequest, *, repeats: bool) -> Iterator[None]:
 
 
 def _judged(run: Run, error: WdsTrainError, repeats: bool) -> tuple[WdsTrainError, str | None]:
-    """What to tell of `error`, and the status that it gives the run. They are None where the
+    """Return what to tell of `error`, and the status that it gives the run. They are None where the
     manifest says it already, is another instance's, or lies in a store that does not answer, which
     takes no last word either.
     """
@@ -105,9 +108,9 @@ def _judged(run: Run, error: WdsTrainError, repeats: bool) -> tuple[WdsTrainErro
 
 
 def _go_back(run: Run, error: NotFinite, repeats: bool) -> tuple[WdsTrainError, str | None]:
-    """What to tell, and the run's status, after a loss that is not finite, which was not committed.
-    On a GPU the next attempt, from the newest checkpoint, may round otherwise and pass; where the
-    same arithmetic would only fail again, it is not tried.
+    """Return what to tell, and the run's status, after a loss that is not finite, which was not
+    committed. On a GPU the next attempt, from the newest checkpoint, may round otherwise and pass;
+    where the same arithmetic would only fail again, it is not tried.
     """
     _finish_commits(run)
     if not run.manifest.checkpoints or repeats:
@@ -123,9 +126,9 @@ def _go_back(run: Run, error: NotFinite, repeats: bool) -> tuple[WdsTrainError, 
 
 
 def _leave_machine(run: Run, error: Miscomputed) -> tuple[WdsTrainError, str | None]:
-    """What to tell, and the run's status, after a step that gave two results. The manifest keeps
-    each such step: the first on a machine may be chance, and the next start goes back to the newest
-    checkpoint; the second is no chance.
+    """Return what to tell, and the run's status, after a step that gave two results. The manifest
+    keeps each such step: the first on a machine may be chance, and the next start goes back to the
+    newest checkpoint; the second is no chance.
     """
     told, goes_on = judged(error, run.manifest)
     _finish_commits(run)

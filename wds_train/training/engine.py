@@ -329,13 +329,13 @@ def _make_teacher(recipe: Recipe, classes: int, device: torch.device) -> Teacher
 def _refuse_other_teacher(recipe: Recipe, teacher: Teacher, snapshot: Snapshot) -> None:
     if snapshot.extra.get("teacher") != teacher.fingerprint:
         raise RunError(
-            f"distill.teacher = {recipe.distill.teacher!r} holds other weights than those that this "
-            "run began to learn from; put the file back, or start another --run"
+            f"distill.teacher = {recipe.distill.teacher!r} holds other weights than those that "
+            "this run began to learn from; put the file back, or start another --run"
         )
 
 
 def gpu_figures(trainer: Trainer) -> dict[str, float]:
-    """With a GPU, the most memory that was in use so far; with fp16, what losses are multiplied by."""
+    """Return the most memory in use so far on a GPU, and fp16's factor of losses; empty on a CPU."""
     if trainer.device.type != "cuda":
         return {}
     scale = {"gpu/amp_scale": trainer.scaler.get_scale()} if trainer.scaler.is_enabled() else {}
@@ -358,7 +358,7 @@ def _refuse_micro_batches(samples: int, accumulate: int) -> None:
 
 
 def _sides(data: DataRecipe) -> dict[str, int]:
-    """The sides of images, in pixels, by the settings that ask for them."""
+    """Return the sides of images, in pixels, by the settings that ask for them."""
     names = ("size", "start_size", "eval_size")
     return {f"data.{name}": getattr(data, name) for name in names if getattr(data, name)}
 
@@ -374,7 +374,8 @@ def _count_step(trainer: Trainer, batch: Batch) -> Progress:
 
 def _refuse_infinite(loss: float, norm: float, recipe: Recipe, step: int) -> None:
     """Raise `NotFinite` when the mean loss, or the largest norm of the gradients, is not finite."""
-    optimizer, at = recipe.optimizer, f"by step {step}"
+    optimizer = recipe.optimizer
+    at = f"by step {step}"
     remedy = f"lower optimizer.lr (now {optimizer.lr})"
     if not math.isfinite(loss):
         raise NotFinite(

@@ -1,4 +1,4 @@
-"""What the first step of a training would say, found out before the run is claimed."""
+"""Checks of a training's first step, before its run is claimed."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ def check_first_step(trainer: Trainer) -> None:
             with generators_kept(torch.device("cpu")):
                 _pass_over(trainer, model, part)
         except NotImplementedError:
-            return  # an operation that PyTorch cannot do without memory: the step itself has to tell
+            return  # PyTorch cannot do it without memory: the step itself has to tell
         except (ValueError, RuntimeError, AssertionError, IndexError) as error:
             raise UsageError(_describe(trainer, part, error)) from error
         _check_all_reached(trainer, model)
@@ -106,7 +106,7 @@ def _pass_over(trainer: Trainer, model: nn.Module, part: _Part) -> None:
 
 
 def _check_all_reached(trainer: Trainer, model: nn.Module) -> None:
-    """Raise `UsageError` for parameters without a gradient: the ranks would wait for it for ever."""
+    """Raise `UsageError` for parameters without a gradient, which the ranks would wait for."""
     if trainer.ranks.size == 1:
         return
     unreached = [
@@ -132,14 +132,18 @@ def _describe(trainer: Trainer, part: _Part, error: Exception) -> str:
         cut += f" over {trainer.ranks.size} ranks"
     if trainer.accumulate > 1:
         cut += f" in {trainer.accumulate} micro-batches (--accumulate)"
-    images = f"{part.samples} image{'' if part.samples == 1 else 's'} of {part.setting} = {part.side} pixels"
+    plural = "" if part.samples == 1 else "s"
+    images = f"{part.samples} image{plural} of {part.setting} = {part.side} pixels"
     if str(error).startswith(ONE_VALUE):
         return (
             f"{cut} cannot work: {name} works on {images} at a time, which leave one of its "
             f"normalisation layers a single value for each channel ({error}); use a larger batch, "
             "fewer ranks, a smaller --accumulate or larger images"
         )
-    return f"{cut} cannot work: {name} takes no training step on {images} ({error}); choose another model or size"
+    return (
+        f"{cut} cannot work: {name} takes no training step on {images} ({error}); choose another "
+        "model or size"
+    )
 
 
 def _cause_of(lines: list[str]) -> str:

@@ -62,14 +62,16 @@ def _send(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
 
 def _outcome(ranks: list[subprocess.Popen[bytes]]) -> int:
     """Wait for all ranks; once one has failed, the others have LAST_SECONDS."""
-    deadline, asked = float("inf"), False
+    deadline = float("inf")
+    asked = False
     while any(rank.poll() is None for rank in ranks):
         if deadline == float("inf") and any(rank.returncode for rank in ranks):
             deadline = time.monotonic() + LAST_SECONDS
         if time.monotonic() > deadline:
             for rank in (rank for rank in ranks if rank.poll() is None):
                 rank.kill() if asked else rank.terminate()
-            deadline, asked = time.monotonic() + LAST_SECONDS, True
+            deadline = time.monotonic() + LAST_SECONDS
+            asked = True
         time.sleep(0.05)
     codes = [rank.returncode for rank in ranks]
     for number, code in enumerate(codes):

@@ -1,4 +1,4 @@
-"""How many micro-batches a batch takes to fit in the device's memory."""
+"""The number of micro-batches with which a batch fits in the device's memory."""
 
 import torch
 
@@ -7,9 +7,10 @@ from wds_train.training.engine import Trainer
 
 
 def fit_accumulation(trainer: Trainer) -> int:
-    """The micro-batches that a batch of `trainer` must be cut into: its own `accumulate`, doubled
-    until a forward and backward pass over a micro-batch of the largest images fits. `RunError` when
-    that of a single sample does not. Nothing of the trainer or of any generator changes.
+    """Return the micro-batches that a batch of `trainer` must be cut into: its own `accumulate`,
+    doubled until a forward and backward pass over a micro-batch of the largest images fits.
+    `RunError` when that of a single sample does not. Nothing of the trainer or of any generator
+    changes.
 
     Uses the bare model: no other rank has to take part, and what one needs may differ from the
     others.
@@ -30,7 +31,8 @@ def fit_accumulation(trainer: Trainer) -> int:
 
 
 def _fits(trainer: Trainer, samples: int) -> bool:
-    model, side = trainer.model, trainer.recipe.data.size
+    model = trainer.model
+    side = trainer.recipe.data.size
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     was_training = model.training
     model.train()

@@ -1,4 +1,4 @@
-"""What happens to the normalised images of a batch: erasing, then mixup or CutMix, in timm's order
+"""Augmentation of a batch's normalised images: erasing, then mixup or CutMix, in timm's order
 (its loader erases).
 
 Mixing pairs samples, so that what comes out depends on who is together. The global batch is
@@ -25,7 +25,8 @@ class Mixing:
     def __init__(
         self, recipe: Recipe, classes: int, device: torch.device, rank: int, world: int
     ) -> None:
-        self._seed, self._device = recipe.seed, device
+        self._seed = recipe.seed
+        self._device = device
         self._mixup = _mixup(recipe, classes)
         erasing = recipe.data.erasing
         self._erase = RandomErasing(erasing, mode="pixel", device=device) if erasing else None
@@ -41,7 +42,7 @@ class Mixing:
 
     @property
     def mixes(self) -> bool:
-        """Whether targets are distributions, float32 [n, classes], smoothed already, and not class
+        """True if targets are distributions, float32 [n, classes], smoothed already, and not class
         numbers.
         """
         return self._mixup is not None
@@ -49,7 +50,7 @@ class Mixing:
     def __call__(
         self, step: int, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `images`, float32 [n, 3, h, w], changed in place, and their targets."""
+        """Return the `images`, float32 [n, 3, h, w], changed in place, and their targets."""
         if self._mixup is None and self._erase is None:
             return images, labels
         targets = []
@@ -81,9 +82,9 @@ MIX_GROUPS = 8
 
 
 def mix_groups(global_batch: int, world: int) -> int:
-    """Into how many groups of consecutive samples a global batch is cut for mixing: the largest
-    power of two of at most max(MIX_GROUPS, world) that leaves groups of an even size, or 1. The
-    same for any world of up to MIX_GROUPS ranks.
+    """Return the number of groups of consecutive samples that a batch is cut into for mixing: the
+    largest power of two of at most max(MIX_GROUPS, world) that leaves groups of an even size, or 1.
+    The same for any world of up to MIX_GROUPS ranks.
     """
     groups = 1
     while groups * 2 <= max(MIX_GROUPS, world) and global_batch % (groups * 4) == 0:

@@ -1,4 +1,4 @@
-"""How a training works, apart from what its recipe decides."""
+"""The options of a training that its recipe does not decide."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +29,16 @@ class TrainOptions:
     precision: Precision = "auto"
     compile: bool = False
     cpu: bool = False
-    """Whether to leave the GPUs alone."""
+    """Leave the GPUs alone."""
     go_on: bool = False
-    """Whether to go on with a run that a person stopped."""
+    """Go on with a run that a person stopped."""
     unsafe_store: bool = False
-    """Whether to train on a store that ignores conditional writes."""
+    """Train on a store that ignores conditional writes."""
     recheck: int = 0
     """Take every so many'th step twice, and compare the two to the bit; 0: none."""
     hang_minutes: float | None = None
-    """How long a rank may not get on before all end; None: as long as what waits by itself may
-    take.
+    """The minutes that a rank may not get on before all end; None: as long as what waits by itself
+    may take.
     """
     price: float | None = None
     """Dollars that an hour of this machine costs."""

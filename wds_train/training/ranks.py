@@ -27,12 +27,10 @@ from wds_train.environment import PLACE, number_of, refuse_bad_numbers
 from wds_train.errors import RanksLost, UsageError
 
 FIRST_WORD = "run"
-SILENCE = timedelta(
-    minutes=10
-)  # a rank that says nothing for so long has died without closing its connections
-LAST_SECONDS = (
-    30.0  # for the other ranks to end once one has failed: time for the leader's commit under way
-)
+# A rank that says nothing for so long has died without closing its connections.
+SILENCE = timedelta(minutes=10)
+# for the other ranks to end once one has failed: time for the leader's commit under way
+LAST_SECONDS = 30.0
 LEAVING = threading.Event()
 """Set when a thread ends this process, as all ranks end: that their connections close is then no
 news.
@@ -45,16 +43,20 @@ class Ranks:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local: int = 0, *, cpu: bool = False) -> None:
-        self.rank, self.size, self.local, self._cpu = rank, size, local, cpu
+        self.rank = rank
+        self.size = size
+        self.local = local
+        self._cpu = cpu
         self.waiting = False
-        """Whether the main thread waits for a word of the other ranks."""
+        """True while the main thread waits for a word of the other ranks."""
         self._store: dist.Store | None = None
         self._group: Any = None
 
     @classmethod
     def of_environment(cls, *, cpu: bool = False) -> Self:
         refuse_bad_numbers(PLACE)
-        rank, size = int(number_of("RANK", 0)), int(number_of("WORLD_SIZE", 1))
+        rank = int(number_of("RANK", 0))
+        size = int(number_of("WORLD_SIZE", 1))
         local = int(number_of("LOCAL_RANK", 0))
         if not 0 <= rank < size:
             raise UsageError(
@@ -94,8 +96,8 @@ class Ranks:
                 self._store.set(FIRST_WORD, json.dumps(content))
 
     def announced(self, pause: Callable[[float], None]) -> dict[str, Any]:
-        """What the leader announces. It may wait for hours until the run is free; `pause` may raise
-        what ends that.
+        """Return what the leader announces. It may wait for hours until the run is free; `pause`
+        may raise what ends that.
         """
         with lost_ranks():
             self._store = _meeting()
@@ -114,13 +116,15 @@ class Ranks:
         # reader could mend.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         with lost_ranks():
-            backend, device = (
-                ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
-            )
-            if (
-                os.environ.get("WDS_BACKEND") == "gloo"
-            ):  # NCCL takes no two ranks on one GPU, as `bench gpu` tries it
-                backend, device = "gloo", None
+            backend = "gloo"
+            device = None
+            if self.device.type == "cuda":
+                backend = "nccl"
+                device = self.device
+            # NCCL takes no two ranks on one GPU, as `bench gpu` tries it
+            if os.environ.get("WDS_BACKEND") == "gloo":
+                backend = "gloo"
+                device = None
             dist.init_process_group(
                 backend,
                 store=self._store,
@@ -134,11 +138,11 @@ class Ranks:
             )  # for the host's words: no GPU is waited for
 
     def total(self, *values: float) -> list[float]:
-        """The sum over all ranks of each value, in float64."""
+        """Return the sum over all ranks of each value, in float64."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def largest(self, value: float) -> float:
-        """The largest of all ranks' values."""
+        """Return the largest of all ranks' values."""
         return self._reduced((value,), dist.ReduceOp.MAX)[0]
 
     def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
@@ -161,8 +165,8 @@ class Ranks:
             return [self._store.get(f"{about}/{rank}").decode() for rank in range(self.size)]
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The `model`, whose backward pass averages the gradients over all ranks; with the leader's
-        weights and buffers.
+        """Return the `model`, whose backward pass averages the gradients over all ranks; with the
+        leader's weights and buffers.
         """
         if self._group is None:
             return model
@@ -188,8 +192,8 @@ class Ranks:
 
 
 def _meeting() -> dist.Store:
-    """Where the ranks of this start meet. torchrun keeps its store over restarts, with the words of
-    those who are gone.
+    """Return where the ranks of this start meet. torchrun keeps its store over restarts, with the
+    words of those who are gone.
     """
     store = next(dist.rendezvous("env://", timeout=SILENCE))[0]
     start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.environ['WORLD_SIZE']}"
@@ -228,7 +232,9 @@ def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
 
 
 def _nvidia_driver() -> str:
-    """The driver's version that `nvidia-smi` names; empty without it, or where it finds no GPU."""
+    """Return the driver's version that `nvidia-smi` names; empty without it, or where it finds no
+    GPU.
+    """
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)

@@ -28,10 +28,12 @@ from wds_train.training.engine import Trainer
 from wds_train.training.ranks import Ranks
 from wds_train.training.state import entries_of, load_optimizer
 
-MOST_DIFFERENCES = 3  # of one run, each on another machine: so many broken machines are less likely than a broken program
+# Of one run, each on another machine: so many broken machines are less likely than a broken
+# program.
+MOST_DIFFERENCES = 3
 
 Digests = dict[str, str]
-"""What a step worked out, in the order in which it did: a digest of its bytes, by name."""
+"""The results of a step, in the order of their making: a digest of the bytes, by name."""
 
 
 def refuse_unrepeatable(*, cpu: bool) -> None:
@@ -47,11 +49,11 @@ def refuse_unrepeatable(*, cpu: bool) -> None:
 
 
 def is_due(every: int, step: int, began_at: int, ranks: int) -> bool:
-    """Whether step number `step` (the first is 1) of a start that `began_at` a step is to be taken
-    twice.
+    """Return True if step number `step` (the first is 1) of a start that `began_at` a step is to be
+    taken twice.
 
-    With several ranks the first step of a start is not: PyTorch groups the gradients anew after it,
-    and adds them up in another order.
+    With several ranks the first step of a start is not: PyTorch groups the gradients again after
+    it, and adds them up in another order.
     """
     if not every or step % every:
         return False
@@ -84,10 +86,11 @@ def step_twice(trainer: Trainer, batch: Batch) -> torch.Tensor:
 
 
 def judged(error: Miscomputed, run: RunManifest) -> tuple[str, bool]:
-    """What to tell of a difference in `run`, which may have met others before, and whether the run
-    may go on.
+    """Return what to tell of a difference in `run`, which may have met others before, and whether
+    the run may go on.
     """
-    found, earlier = error.difference, run.differences
+    found = error.difference
+    earlier = run.differences
     newest = f"step {run.step}" if run.checkpoints else "the beginning"
     if any(each.is_of_machine(found.host, found.boot) for each in earlier):
         return (
@@ -207,7 +210,7 @@ def _gradient(ranks: Ranks, name: str) -> str:
 
 
 def _names(trainer: Trainer) -> list[str]:
-    """The parameters' names, in the order in which the optimizer numbers them."""
+    """Return the parameters' names, in the order in which the optimizer numbers them."""
     names = {id(weight): name for name, weight in trainer.model.named_parameters()}
     return [
         names[id(weight)] for group in trainer.optimizer.param_groups for weight in group["params"]
@@ -215,7 +218,7 @@ def _names(trainer: Trainer) -> list[str]:
 
 
 def _told(entry: str, names: list[str]) -> str:
-    """An entry of the state in words; `names` are those of the optimizer's parameters."""
+    """Return an entry of the state in words; `names` are those of the optimizer's parameters."""
     kind, _, rest = entry.partition("/")
     if kind == "model":
         return f"the {'parameter' if rest in names else 'buffer'} {rest}"
@@ -228,7 +231,7 @@ def _told(entry: str, names: list[str]) -> str:
 
 
 def _digest(value: Any) -> str:
-    """A digest of a value's bytes: 0.0 and -0.0 differ, and a NaN is equal to itself."""
+    """Return a digest of a value's bytes: 0.0 and -0.0 differ, and a NaN is equal to itself."""
     if not torch.is_tensor(value):
         return hashlib.sha256(repr(value).encode()).hexdigest()
     return hashlib.sha256(value.detach().flatten().cpu().view(torch.uint8).numpy().data).hexdigest()

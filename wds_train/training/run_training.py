@@ -1,7 +1,7 @@
 """A training from start or resume to its end.
 
-refuse what cannot work -> claim the run -> restore the newest checkpoint -> fork, connect, restore
--> the loop -> its end
+refuse what cannot work -> claim the run -> read its newest checkpoint -> make the session, which
+forks, connects and makes the trainer -> steps, validations, commits -> the report
 """
 
 import contextlib
@@ -101,8 +101,9 @@ def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) 
 def _lead(
     options: TrainOptions, datasets: list[Dataset], stop: StopRequest, ranks: Ranks, clock: Clock
 ) -> tuple[Run, Snapshot | None]:
-    """The run, claimed, and its newest usable checkpoint; the other ranks follow."""
-    store, fresh = open_store(options.run), fresh_run(options, datasets)
+    """Return the run, claimed, and its newest usable checkpoint; the other ranks follow."""
+    store = open_store(options.run)
+    fresh = fresh_run(options, datasets)
     if not ranks.leads:
         return _follow(store, fresh, ranks.announced(stop.sleep))
     try:
@@ -135,8 +136,8 @@ def _lead(
 def _follow(
     store: Store, fresh: RunManifest, announced: dict[str, Any]
 ) -> tuple[Run, Snapshot | None]:
-    """The leader's run, to be read only, and the same checkpoint. It must be what this rank was
-    told to train, too.
+    """Return the leader's run, to be read only, and the same checkpoint. It must be what this rank
+    was told to train, too.
     """
     if not announced:
         raise Interrupted("rank 0 could not begin; its message says why")
@@ -162,7 +163,7 @@ def _be_deterministic() -> None:
 
 
 def _repeats(options: TrainOptions, ranks: Ranks) -> bool:
-    """Whether the same steps, taken again, round in the same way."""
+    """Return True if the same steps, taken again, round in the same way."""
     return options.deterministic or ranks.device.type == "cpu"
 
 
@@ -185,8 +186,8 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool)
 def _leaving_a_report(
     run: Run, options: TrainOptions, stop: StopRequest, ranks: Ranks
 ) -> Iterator[None]:
-    """A training that is interrupted leaves its report, too, if there is an epoch to be seen: not
-    on an instance that is taken back, with its disk. Whatever hangs, the deadline stands.
+    """Yield a training that is interrupted leaves its report, too, if there is an epoch to be seen:
+    not on an instance that is taken back, with its disk. Whatever hangs, the deadline stands.
     """
     try:
         yield
@@ -213,8 +214,8 @@ def _write_report(run: Run, options: TrainOptions, seconds: float) -> None:
 
 
 def _report(run: Run, options: TrainOptions, seconds: float) -> Path:
-    """Where the report is written, without a further evaluation: two runs of one name in different
-    stores get different folders.
+    """Return where the report is written, without a further evaluation: two runs of one name in
+    different stores get different folders.
     """
     from wds_train.report.page import write
     from wds_train.report.run_data import Account

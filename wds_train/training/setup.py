@@ -1,4 +1,4 @@
-"""What a training is made of, and what is refused before it claims its run."""
+"""The parts of a training, and the checks before it claims its run."""
 
 import contextlib
 import secrets
@@ -88,14 +88,14 @@ def fresh_run(options: TrainOptions, datasets: list[Dataset]) -> RunManifest:
 
 
 def sizes(options: TrainOptions) -> list[int]:
-    """How many images of every batch each dataset gives."""
+    """Return how many images of every batch each dataset gives."""
     return split_batch(
         options.recipe.batch, [share for _, share in options.mix], options.recipe.data.repeats
     )
 
 
 def epoch_steps(options: TrainOptions, datasets: list[Dataset]) -> int:
-    """How many steps an epoch has, which is one of the first dataset."""
+    """Return how many steps an epoch has, which is one of the first dataset."""
     return datasets[0].manifest.split("train").samples // sizes(options)[0]
 
 
@@ -151,10 +151,11 @@ def make_val_loader(options: TrainOptions, dataset: Dataset, ranks: Ranks) -> Ev
 
 
 def expected_pace(options: TrainOptions, datasets: list[Dataset]) -> Pace:
-    """A step's work grows with the area of its images. A validation is the forward pass, a third of
-    a step, of two models.
+    """Return a step's work grows with the area of its images. A validation is the forward pass, a
+    third of a step, of two models.
     """
-    recipe, data = options.recipe, options.recipe.data
+    recipe = options.recipe
+    data = options.recipe.data
     epochs = recipe.schedule.epochs
     sides = [image_side(data, epoch, epochs) for epoch in range(epochs)]
     batches = datasets[0].manifest.split("val").samples / recipe.batch
@@ -165,9 +166,12 @@ def expected_pace(options: TrainOptions, datasets: list[Dataset]) -> Pace:
 
 
 def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ranks) -> str:
-    recipe, splits = options.recipe, dataset.manifest.splits
-    samples, distinct = splits["train"].samples, sizes(options)[0] // recipe.data.repeats
-    left, turn = samples % distinct, "epoch" if recipe.data.repeats == 1 else "pass"
+    recipe = options.recipe
+    splits = dataset.manifest.splits
+    samples = splits["train"].samples
+    distinct = sizes(options)[0] // recipe.data.repeats
+    left = samples % distinct
+    turn = "epoch" if recipe.data.repeats == 1 else "pass"
     left_out = (
         f"{samples - left:,} of {samples:,} samples; {left:,}, other ones each {turn}, are left out"
     )
@@ -181,7 +185,7 @@ def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ran
 
 
 def hardware(ranks: Ranks) -> str:
-    """What the training works on."""
+    """Return what the training works on."""
     device = ranks.device
     name = (
         torch.cuda.get_device_name(device)

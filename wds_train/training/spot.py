@@ -26,7 +26,9 @@ from wds_train.training.stop_request import StopRequest
 
 POLL_SECONDS = 5.0
 FIRST_SECONDS = 0.4  # for each of the first two answers, where nothing else says that this is EC2
-ANSWER_SECONDS = 5.0  # for each later one, and where it is EC2: a busy machine's service may be slow, and nobody waits for it
+# For each later one, and where it is EC2: a busy machine's service may be slow, and nobody waits
+# for it.
+ANSWER_SECONDS = 5.0
 NOTICE_SECONDS = 120.0
 SILENT_LOOKS = 12  # in a row without an answer, after which it is said: a minute
 TOKEN_TTL = "21600"
@@ -63,7 +65,9 @@ class SpotWatch:
         self.rebalance = False
         self._stop = stop
         self._ask = ask or self._ask_service
-        self._every, self._tell, self._say = every, tell, say
+        self._every = every
+        self._tell = tell
+        self._say = say
         self._seconds = FIRST_SECONDS
         self._token: str | None = None
         self._evidence = evidence_of_ec2()
@@ -88,9 +92,8 @@ class SpotWatch:
         at: TracebackType | None,
     ) -> None:
         self._stopped.set()
-        if (
-            self._evidence and not self._reached
-        ):  # the training was over before the thread could tell
+        # the training was over before the thread could tell
+        if self._evidence and not self._reached:
             self._warn(*_remedy(self._problem or "no answer yet"))
 
     def look(self) -> bool:
@@ -115,8 +118,8 @@ class SpotWatch:
                 return
 
     def _is_ec2(self) -> bool:
-        """Whether this is EC2, once it is known; on EC2, whether the service has answered before
-        the training's end.
+        """Return True if this is EC2, once it is known; on EC2, whether the service has answered
+        before the training's end.
         """
         for seconds in (
             (ANSWER_SECONDS,) if self._evidence else (FIRST_SECONDS, FIRST_SECONDS, ANSWER_SECONDS)
@@ -135,14 +138,15 @@ class SpotWatch:
         return True
 
     def _is_reached(self) -> bool:
-        """Whether the service gives a token, without which it says nothing."""
+        """Return True if the service gives a token, without which it says nothing."""
         try:
             self._renew()
         except NO_ANSWER as error:
             self._problem = str(error) or type(error).__name__
         if self._token is None:
             return False
-        self._reached, self._seconds = True, ANSWER_SECONDS
+        self._reached = True
+        self._seconds = ANSWER_SECONDS
         return True
 
     def _judge_silence(self) -> None:
@@ -174,7 +178,7 @@ class SpotWatch:
         self._problem = "" if status == 200 else f"status {status}"
 
     def _learnt(self, path: str) -> bytes | None:
-        """The document, or None where there is none, or no answer."""
+        """Return the document, or None where there is none, or no answer."""
         try:
             found = self._read(path)
         except NO_ANSWER as error:
@@ -185,8 +189,8 @@ class SpotWatch:
         return found
 
     def _read(self, path: str) -> bytes | None:
-        """The document, or None where there is none. Raises one of NO_ANSWER when the service will
-        not say.
+        """Return the document, or None where there is none. Raises one of NO_ANSWER when the
+        service will not say.
         """
         for _ in range(2):
             if self._token is None:
@@ -248,7 +252,7 @@ def _text(path: Path) -> str:
 
 
 def _remedy(problem: str) -> tuple[str, str]:
-    """What a service that gives no token does, and what helps."""
+    """Return what a service that gives no token does, and what helps."""
     if problem in ("status 403", "status 404"):
         return f"gives no token ({problem})", (
             "switch it on: aws ec2 modify-instance-metadata-options --instance-id ID "
@@ -262,7 +266,7 @@ def _remedy(problem: str) -> tuple[str, str]:
 
 
 def _seconds_left(action: bytes) -> float:
-    """How long it is from now to the time in {"action": "terminate", "time":
+    """Return how long it is from now to the time in {"action": "terminate", "time":
     "2026-01-31T08:22:00Z"}; by default what AWS promises, as where that time is past already: then
     this machine's clock is wrong.
     """

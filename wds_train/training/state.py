@@ -17,8 +17,8 @@ def entries_of(
 ) -> dict[str, Any]:
     """Return all that a training's state is made of, by the names that a checkpoint has for it.
 
-    They are "model/NAME", "ema/NAME", "optimizer/PARAMETER/SLOT" and "group/GROUP/NAME". Tensors are
-    the very ones of the training.
+    They are "model/NAME", "ema/NAME", "optimizer/PARAMETER/SLOT" and "group/GROUP/NAME". Tensors
+    are the very ones of the training.
     """
     entries = {f"model/{name}": value for name, value in model.state_dict().items()}
     entries |= {f"ema/{name}": value for name, value in average.state_dict().items()}

@@ -1,4 +1,4 @@
-"""What asks a training to stop, and by when it has to be gone."""
+"""The request to stop a training, and the deadline by which it has to be gone."""
 
 import multiprocessing
 import os
@@ -12,12 +12,13 @@ from typing import NoReturn, Self
 
 from wds_train.errors import Interrupted, StoppedByPerson
 
-GRACE_SECONDS = 90.0  # from a signal to the end: the least that supervisors and EC2 wait between asking and killing
+# From a signal to the end: the least that supervisors and EC2 wait between asking and killing.
+GRACE_SECONDS = 90.0
 LOOK_SECONDS = 0.5  # between two looks at the deadline
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What a training commits and ends on."""
+"""The signals on which a training commits and ends."""
 TWICE = (signal.SIGTERM, signal.SIGINT)
-"""Those that end it at once the second time."""
+"""The signals that end it at once the second time."""
 
 
 class StopRequest:
@@ -36,7 +37,7 @@ class StopRequest:
         self.by_person = False
         self.deadline = float("inf")
         self.doing = "the start"
-        """What the training is at, to be named when it hangs."""
+        """The activity of the training, which is named when it hangs."""
         self.code = Interrupted.exit_code
         self._signals: set[int] = set()
 
@@ -56,12 +57,10 @@ class StopRequest:
         arrived, arrive = os.pipe()
         os.set_blocking(arrive, False)
         signal.set_wakeup_fd(arrive, warn_on_full_buffer=False)
-        os.register_at_fork(
-            after_in_child=partial(signal.set_wakeup_fd, -1)
-        )  # a loader worker's signals are its own
-        threading.Thread(
-            target=self._watch, args=(arrived, numbers), name="deadline", daemon=True
-        ).start()
+        # A loader worker's signals are its own.
+        os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
+        arguments = (arrived, numbers)
+        threading.Thread(target=self._watch, args=arguments, name="deadline", daemon=True).start()
         return self
 
     def ask(self, cause: str, seconds: float | None = None, *, by_person: bool = False) -> None:
@@ -69,11 +68,12 @@ class StopRequest:
         good, so that no replacement goes on.
         """
         if by_person:
-            self.by_person, self.code = True, StoppedByPerson.exit_code
+            self.by_person = True
+            self.code = StoppedByPerson.exit_code
         self.cause = self.cause or cause
-        self.deadline = min(
-            self.deadline, time.monotonic() + (GRACE_SECONDS if seconds is None else seconds)
-        )
+        if seconds is None:
+            seconds = GRACE_SECONDS
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
 
     @property
     def left(self) -> float:
@@ -95,9 +95,8 @@ class StopRequest:
     def _watch(self, arrived: int, numbers: set[signal.Signals]) -> None:
         """The body of the thread that ends the process."""
         while (left := self.left) > 0:
-            if select.select([arrived], [], [], min(left, LOOK_SECONDS))[0] and numbers & set(
-                os.read(arrived, 512)
-            ):
+            readable, _, _ = select.select([arrived], [], [], min(left, LOOK_SECONDS))
+            if readable and numbers & set(os.read(arrived, 512)):
                 self.deadline = min(self.deadline, time.monotonic() + GRACE_SECONDS)
         cause = self.cause or "a signal"
         _tell(

@@ -33,9 +33,8 @@ from wds_train.training.ranks import LAST_SECONDS, LEAVING, Ranks
 from wds_train.training.stop_request import StopRequest, leave
 
 LIMIT_SECONDS = 600.0
-DATA_MARGIN = (
-    60.0  # seconds above the patience with the dataset's store, which ends by an error of its own
-)
+# seconds above the patience with the dataset's store, which ends by an error of its own
+DATA_MARGIN = 60.0
 LOOKS = 20  # in a limit
 LOOK_SECONDS = 5.0  # between two of them, at most
 WORD_SECONDS = 2.0  # for a line to stderr, which may be a pipe that nobody reads
@@ -48,12 +47,12 @@ processes make.
 """
 
 Place = tuple[str, bool]
-"""Where the main thread is, in words, and whether a rank may wait for others there."""
+"""The place of the main thread, in words, and if a rank may wait for others there."""
 
 
 def limit_of(minutes: float | None) -> float:
-    """The seconds after which a rank that does not get on hangs: those asked for, or as many as
-    what waits by itself may take.
+    """Return the seconds after which a rank that does not get on hangs: those asked for, or as many
+    as what waits by itself may take.
     """
     if minutes is not None:
         return minutes * 60
@@ -62,11 +61,11 @@ def limit_of(minutes: float | None) -> float:
 
 @dataclass(frozen=True)
 class News:
-    """What a rank says of itself: the `told`th time, that it came to `doing`, which is `at` in the
-    order that all ranks work in, and has been there for `seconds`. `where` is its place in the
-    code, once it has been there for long, and `waits` whether that is one where a rank may wait for
-    others. `idle`: it does wait for others, or has left the training. With `verdict`, it has found
-    those that are `blamed`, and ends.
+    """The news that a rank gives of itself: the `told`th time, that it came to `doing`, which is
+    `at` in the order that all ranks work in, and has been there for `seconds`. `where` is its place
+    in the code, once it has been there for long, and `waits` whether that is one where a rank may
+    wait for others. `idle`: it does wait for others, or has left the training. With `verdict`, it
+    has found those that are `blamed`, and ends.
     """
 
     owner: Owner
@@ -91,7 +90,9 @@ class Watch:
     def __init__(
         self, ranks: Ranks, stop: StopRequest, minutes: float | None, last_word: Callable[[], None]
     ) -> None:
-        self._ranks, self._stop, self._last_word = ranks, stop, last_word
+        self._ranks = ranks
+        self._stop = stop
+        self._last_word = last_word
         self._others = [rank for rank in range(ranks.size) if rank != ranks.rank]
         self._limit = limit_of(minutes)
         self._every = min(LOOK_SECONDS, self._limit / LOOKS)
@@ -103,7 +104,7 @@ class Watch:
 
     @property
     def silence(self) -> timedelta:
-        """How long the ranks may wait for one another: until this watch has surely found the one
+        """The time that the ranks may wait for one another: until this watch has found the one
         that hangs.
         """
         return timedelta(seconds=self._limit + 2 * LAST_SECONDS)
@@ -147,8 +148,9 @@ class Watch:
             self._heard[rank] = (news, time.monotonic())
 
     def _news(self, told: int = 0) -> News:
-        """What to tell of this rank now. Once closed, it is to blame for nothing."""
-        seconds, place = time.monotonic() - self._beat_at, ("", False)
+        """Return what to tell of this rank now. Once closed, it is to blame for nothing."""
+        seconds = time.monotonic() - self._beat_at
+        place = ("", False)
         if seconds > self._limit / 2:
             place = place_of_main_thread()
         idle = self._ranks.waiting or self._closed.is_set()
@@ -188,14 +190,14 @@ class Watch:
             self._end(f"{named}{more}", tuple(hanging))
 
     def _forget(self, seconds: float) -> None:
-        """Count no time in which this process was stopped as a whole, as a machine that moves is."""
+        """Count no time in which this whole process was stopped, as a machine that moves is."""
         self._beat_at += seconds
         self._talked_at += seconds
         self._began_at += seconds
         self._heard = {rank: (news, at + seconds) for rank, (news, at) in self._heard.items()}
 
     def _hanging(self) -> dict[int, str]:
-        """The ranks that are to blame, a sentence for each; empty where all wait, or go on."""
+        """Return the ranks to blame, with a sentence for each; empty where all wait, or go on."""
         now = time.monotonic()
         # What was heard is some seconds old.
         known = {
@@ -214,8 +216,8 @@ class Watch:
         return {rank: _place(rank, news) for rank, news in to_blame.items()}
 
     def _silent(self) -> dict[int, str]:
-        """The ranks that have told nothing for the limit: a process that is stopped, or gone, or
-        whose machine is.
+        """Return the ranks that have told nothing for the limit: a process that is stopped, or
+        gone, or whose machine is.
         """
         if self._ranks.size == 1:
             return {}
@@ -230,7 +232,7 @@ class Watch:
         return sentences
 
     def _store_hangs(self, seconds: float) -> str:
-        """A sentence on the store of the ranks, which rank 0 holds where no launcher does."""
+        """Return a sentence on the ranks' store, which rank 0 holds where no launcher does."""
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         told = f"where the ranks meet, at {place}, nothing has answered for {seconds:.0f} s"
         if known := self._heard.get(0):
@@ -276,7 +278,7 @@ def watching(
 
 
 def place_of_main_thread() -> Place:
-    """Where the main thread is: where it waits for a batch, where that is made."""
+    """Return where the main thread is: where it waits for a batch, where that is made."""
     frame = _main_frame()
     if frame.f_code.co_filename.endswith(DATA) or _called_from(frame, DATA):
         readers = [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
@@ -294,7 +296,7 @@ def _main_frame() -> FrameType:
 
 
 def _called_from(frame: FrameType, file: str) -> bool:
-    """Whether the function of `frame` was called by one in `file`, over however many others."""
+    """Return True if the function of `frame` was called, in the end, by one in `file`."""
     back = frame.f_back
     while back is not None:
         if back.f_code.co_filename.endswith(file):
@@ -308,7 +310,9 @@ def _line(frame: FrameType) -> str:
 
 
 def _workers() -> str:
-    """The processes that this one has forked, those that do not sleep first, and what each is at."""
+    """Return the processes that this one has forked, those that do not sleep first, and what each
+    is at.
+    """
     pids: set[int] = set()
     for task in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -322,8 +326,8 @@ def _workers() -> str:
 
 
 def _state(pid: int) -> str:
-    """What the kernel says of a process of this machine: its state, and the function of the kernel
-    that it waits in.
+    """Return what the kernel says of a process of this machine: its state, and the function of the
+    kernel that it waits in.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -344,14 +348,20 @@ def _state(pid: int) -> str:
 
 
 def _silence(rank: int, news: News | None, seconds: float) -> str:
-    """A sentence on a rank that has told nothing for so long; `news` is what it told last."""
+    """Return a sentence on a rank that gave no news for so long; `news` is the last of it."""
     if news is None:
-        return f"rank {rank} has not been heard of since the start, {seconds:.0f} s ago; was it started?"
+        return (
+            f"rank {rank} has not been heard of since the start, {seconds:.0f} s ago; was it "
+            "started?"
+        )
     said = (
         f"rank {rank} ({news.owner}) has told nothing for {seconds:.0f} s, last at {news.doing}; "
     )
     if news.owner.machine == "" or news.owner.machine != this_process().machine:
-        return f"{said}its process is stopped or gone, or its machine or the network is: look at {news.owner.host}"
+        return (
+            f"{said}its process is stopped or gone, or its machine or the network is: look at "
+            f"{news.owner.host}"
+        )
     state = _state(news.owner.pid)
     if state.startswith("R"):
         return (
@@ -365,8 +375,11 @@ def _silence(rank: int, news: News | None, seconds: float) -> str:
 
 
 def _place(rank: int, news: News) -> str:
-    """A sentence on a rank that can say where it hangs."""
-    return f"rank {rank} ({news.owner}) has not got beyond {news.doing} for {news.seconds:.0f} s; it is in {news.where}"
+    """Return a sentence on a rank that can say where it hangs."""
+    return (
+        f"rank {rank} ({news.owner}) has not got beyond {news.doing} for {news.seconds:.0f} s; it "
+        f"is in {news.where}"
+    )
 
 
 def _write(text: str) -> None:
