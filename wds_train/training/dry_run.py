@@ -57,8 +57,13 @@ class Cost:
 
 
 class Estimate:
-    """The time and memory that `options` would take. The loader and the trainer are measured one
-    after the other: on a CPU they share its cores, and their times add up.
+    """The time and memory that a training would take, measured on this machine.
+
+    The loader and the trainer are measured one after the other: on a CPU they share its cores, and
+    their times add up.
+
+    Args:
+        options: The training.
     """
 
     def __init__(self, options: TrainOptions) -> None:
@@ -66,20 +71,27 @@ class Estimate:
         self.ranks = Ranks(cpu=options.cpu)
         self.on_cpu = self.ranks.device.type == "cpu"
         first = Dataset.open(options.dataset)
-        self.datasets = [
-            first,
-            *(of_same_classes(Dataset.open(url), first) for url, _ in options.mix),
-        ]
+        self.datasets = [first]
+        for url, _ in options.mix:
+            self.datasets.append(of_same_classes(Dataset.open(url), first))
         batch = options.recipe.batch
         repeats = options.recipe.data.repeats
-        self.processes = 1 if self.on_cpu else torch.cuda.device_count()
-        self.batch = min(batch, CPU_BATCH * repeats) if self.on_cpu else batch // self.processes
+        if self.on_cpu:
+            self.processes = 1
+            self.batch = min(batch, CPU_BATCH * repeats)
+        else:
+            self.processes = torch.cuda.device_count()
+            self.batch = batch // self.processes
         self.share = batch / (self.batch * self.processes)
         self.small = replace(options, recipe=replace(options.recipe, batch=self.batch))
 
     def read(self) -> tuple[list[Batch], float]:
-        """Return the last batches of the training, which are of its largest images, and the seconds
-        that the loader takes for one. It forks: no trainer may have been made.
+        """Read the last batches of the training, which are of its largest images.
+
+        It forks: no trainer may have been made.
+
+        Returns:
+            The batches, and the seconds that the loader takes for one.
         """
         total = self.options.recipe.schedule.epochs * epoch_steps(self.small, self.datasets)
         uncached = replace(self.small, cache_dir=None)
@@ -94,8 +106,12 @@ class Estimate:
         return batches, (time.perf_counter() - began) / max(1, len(batches) - 1)
 
     def cost(self, options: TrainOptions, batches: list[Batch], loading: float) -> Cost:
-        """Return the cost of `options`, which are `small` or those of another model, with `loading`
-        seconds for each batch.
+        """Measure the cost of `options`, which are `small` or those of another model.
+
+        Args:
+            options: The training.
+            batches: The batches to work on.
+            loading: The seconds that the loader takes for each.
         """
         trainer = make_trainer(options, self.datasets, self.ranks.device, self.ranks, resumes=True)
         if not self.on_cpu and options.accumulate is None:
@@ -104,21 +120,21 @@ class Estimate:
         worked = _seconds(_steps(trainer, batches))
         data = options.recipe.data
         samples = self.datasets[0].manifest.split("val").samples
-        blank = torch.zeros(
-            len(batches[0].ids), data.eval_size, data.eval_size, 3, dtype=torch.uint8
-        )
+        shape = (len(batches[0].ids), data.eval_size, data.eval_size, 3)
+        blank = torch.zeros(shape, dtype=torch.uint8)
         scored = _seconds(_scores(trainer, replace(batches[0], images=blank)))
-        step, score = (t + loading if self.on_cpu else max(t, loading) for t in (worked, scored))
-        step = step * self.share
-        validation = score * samples / self.batch / self.processes
+
+        # On a CPU loading and work add up; next to a GPU they overlap.
+        step_s = worked + loading if self.on_cpu else max(worked, loading)
+        score_s = scored + loading if self.on_cpu else max(scored, loading)
+        step = step_s * self.share
+        validation = score_s * samples / self.batch / self.processes
         pace = expected_pace(self.options, self.datasets)
         whole = step * sum(pace.costs) * pace.epoch_steps + validation * len(pace.costs)
-        return Cost(
-            step,
-            validation,
-            whole,
-            made + (self._memory() - made) * (self.share if self.on_cpu else 1),
-        )
+        grown = self._memory() - made
+        if self.on_cpu:
+            grown *= self.share
+        return Cost(step, validation, whole, made + grown)
 
     def smaller(self, batches: list[Batch], loading: float) -> str:
         """Return the first of SMALLER that would not take too long, or the last, as a line."""

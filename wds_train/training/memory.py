@@ -7,13 +7,16 @@ from wds_train.training.engine import Trainer
 
 
 def fit_accumulation(trainer: Trainer) -> int:
-    """Return the micro-batches that a batch of `trainer` must be cut into: its own `accumulate`,
-    doubled until a forward and backward pass over a micro-batch of the largest images fits.
-    `RunError` when that of a single sample does not. Nothing of the trainer or of any generator
-    changes.
+    """Return the number of micro-batches with which a batch of `trainer` fits in memory.
+
+    It is the trainer's own `accumulate`, doubled until a forward and backward pass over a
+    micro-batch of the largest images fits. Nothing of the trainer or of any generator changes.
 
     Uses the bare model: no other rank has to take part, and what one needs may differ from the
     others.
+
+    Raises:
+        RunError: A single sample does not fit.
     """
     accumulate = trainer.accumulate
     while True:

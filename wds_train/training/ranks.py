@@ -38,8 +38,15 @@ news.
 
 
 class Ranks:
-    """Process `rank` of `size`, `local` on this machine; with `cpu`, one that uses no GPU. One
-    alone, or not connected, answers everything on the spot.
+    """The processes that train one model, as this one of them sees them.
+
+    A process alone, or one that is not connected, answers everything on the spot.
+
+    Args:
+        rank: The number of this process, from 0.
+        size: The number of all processes.
+        local: The number of this process on its machine, which is that of its GPU.
+        cpu: Leave the GPUs alone.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local: int = 0, *, cpu: bool = False) -> None:
@@ -87,17 +94,16 @@ class Ranks:
         return torch.device("cuda", self.local)
 
     def announce(self, content: dict[str, Any]) -> None:
-        """Tell the others the leader's first word. It is to be called before `connect`, which
-        threads come with.
-        """
+        """Tell the others the leader's first word, before `connect`, which starts threads."""
         if self.size > 1:
             with lost_ranks():
                 self._store = _meeting()
                 self._store.set(FIRST_WORD, json.dumps(content))
 
-    def announced(self, pause: Callable[[float], None]) -> dict[str, Any]:
-        """Return what the leader announces. It may wait for hours until the run is free; `pause`
-        may raise what ends that.
+    def await_announcement(self, pause: Callable[[float], None]) -> dict[str, Any]:
+        """Wait for the leader's announcement, and return it.
+
+        It may take hours until the run is free; `pause` may raise what ends that.
         """
         with lost_ranks():
             self._store = _meeting()
@@ -106,8 +112,9 @@ class Ranks:
             return json.loads(self._store.get(FIRST_WORD))
 
     def connect(self, silence: timedelta = SILENCE) -> None:
-        """Join the other ranks, which may keep this one waiting for `silence` at most. It is to be
-        called once this process forks no more.
+        """Join the other ranks, which may keep this one waiting for `silence` at most.
+
+        This process must not fork any more.
         """
         if self.size == 1:
             return
@@ -153,7 +160,7 @@ class Ranks:
             dist.all_reduce(tensor, how, group=self._group)
         return tensor.tolist()
 
-    def told(self, about: str, word: str) -> list[str]:
+    def exchange(self, about: str, word: str) -> list[str]:
         """Return every rank's word about something, in the order of the ranks; this one's is
         `word`.
         """

@@ -61,8 +61,10 @@ def is_due(every: int, step: int, began_at: int, ranks: int) -> bool:
 
 
 def take_step(trainer: Trainer, batch: Batch, every: int, began_at: int) -> torch.Tensor:
-    """Take a step, twice where it is due by `is_due`; return its loss. Raises what `step_twice`
-    does.
+    """Take a step, twice where `is_due` says so; return its loss.
+
+    Raises:
+        Miscomputed: As `step_twice` raises it.
     """
     if is_due(every, batch.step + 1, began_at, trainer.ranks.size):
         return step_twice(trainer, batch)
@@ -77,17 +79,19 @@ def step_twice(trainer: Trainer, batch: Batch) -> torch.Tensor:
             state is then that of the second time, and must not be committed.
     """
     before = _State.of(trainer)
-    first, _ = _taken(trainer, batch)
+    first, _ = _take_and_digest(trainer, batch)
     before.give_back(trainer)
-    second, loss = _taken(trainer, batch)
+    second, loss = _take_and_digest(trainer, batch)
     differing = [name for name in first | second if first.get(name) != second.get(name)]
     _agree(trainer.ranks, trainer.progress.step, list(second), differing)
     return loss
 
 
-def judged(error: Miscomputed, run: RunManifest) -> tuple[str, bool]:
-    """Return what to tell of a difference in `run`, which may have met others before, and whether
-    the run may go on.
+def judge(error: Miscomputed, run: RunManifest) -> tuple[str, bool]:
+    """Judge a step that gave two results, in a run which may have met others before.
+
+    Returns:
+        The message, and True if the run may go on.
     """
     found = error.difference
     earlier = run.differences
@@ -126,7 +130,7 @@ class _State:
     @classmethod
     def of(cls, trainer: Trainer) -> "_State":
         entries = entries_of(trainer.model, trainer.ema.module, trainer.optimizer)
-        kept = {name: _kept(value) for name, value in entries.items()}
+        kept = {name: _copy(value) for name, value in entries.items()}
         sums = (trainer.loss_sum.clone(), trainer.largest_norm.clone())
         settings = [set(group) for group in trainer.optimizer.param_groups]
         return cls(
@@ -148,13 +152,13 @@ class _State:
         trainer.progress = self.progress
 
 
-def _kept(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     if not torch.is_tensor(value):
         return copy.deepcopy(value)
     return torch.empty_like(value, device="cpu").copy_(value.detach())
 
 
-def _taken(trainer: Trainer, batch: Batch) -> tuple[Digests, torch.Tensor]:
+def _take_and_digest(trainer: Trainer, batch: Batch) -> tuple[Digests, torch.Tensor]:
     """Take the step; return what it worked out, and its loss."""
     seen: Digests = {}
     with _watching_own_gradients(trainer, seen):
@@ -167,7 +171,7 @@ def _taken(trainer: Trainer, batch: Batch) -> tuple[Digests, torch.Tensor]:
     trainer.update(batch, loss)
     names = _names(trainer)
     for entry, value in entries_of(trainer.model, trainer.ema.module, trainer.optimizer).items():
-        seen[_told(entry, names)] = _digest(value)
+        seen[_describe(entry, names)] = _digest(value)
     return seen, loss
 
 
@@ -217,7 +221,7 @@ def _names(trainer: Trainer) -> list[str]:
     ]
 
 
-def _told(entry: str, names: list[str]) -> str:
+def _describe(entry: str, names: list[str]) -> str:
     """Return an entry of the state in words; `names` are those of the optimizer's parameters."""
     kind, _, rest = entry.partition("/")
     if kind == "model":
@@ -254,7 +258,7 @@ def _agree(ranks: Ranks, step: int, order: list[str], differing: list[str]) -> N
         "pid": os.getpid(),
     }
     own |= {"tensor": differing[0] if differing else "", "others": len(differing) - 1}
-    words = [json.loads(word) for word in ranks.told(f"recheck-{step}", json.dumps(own))]
+    words = [json.loads(word) for word in ranks.exchange(f"recheck-{step}", json.dumps(own))]
     worst = min(
         (word for word in words if word["tensor"]), key=lambda word: (word["at"], word["rank"])
     )

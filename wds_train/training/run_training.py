@@ -73,6 +73,8 @@ def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) 
         if ranks.leads:
             say(f"run {options.run} is done already")
     else:
+        # From the inside out: the watch ends, the cause is told and written, W&B ends, and an
+        # interrupted run leaves its report.
         try:
             with (
                 _leaving_a_report(run, options, stop, ranks),
@@ -105,7 +107,7 @@ def _lead(
     store = open_store(options.run)
     fresh = fresh_run(options, datasets)
     if not ranks.leads:
-        return _follow(store, fresh, ranks.announced(stop.sleep))
+        return _follow(store, fresh, ranks.await_announcement(stop.sleep))
     try:
         refuse(options, datasets, fresh, store, ranks)
         run = Run.claim(
