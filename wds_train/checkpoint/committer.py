@@ -1,5 +1,6 @@
-"""Commits in the background: announce, upload the metrics and the checkpoint, swap the manifest,
-delete what it dropped.
+"""Commits in the background.
+
+Announce, upload the metrics and the checkpoint, swap the manifest, delete what it dropped.
 
 The announcement puts keys, sizes and digests of what goes up next into the manifest, as `pending`.
 If the process is killed between the upload and the swap, the next owner can tell by them whether
@@ -30,8 +31,9 @@ QUEUE_SECONDS = 10.0
 
 
 def collect(store: Store, before: RunManifest, after: RunManifest, say: Say) -> None:
-    """Delete what the manifest named before and names no more. Failing costs storage until the next
-    claim.
+    """Delete what the manifest named before and names no more.
+
+    Failing costs storage until the next claim.
     """
     for dropped in sorted(before.keys - after.keys):
         try:
@@ -42,8 +44,10 @@ def collect(store: Store, before: RunManifest, after: RunManifest, say: Say) -> 
 
 @dataclass(frozen=True)
 class _Commit:
-    """A commit that is in hand. `records` is how many of the run's uncommitted records belong to
-    it; `taken` is a monotonic time, seconds; `spent` is what the attempt had spent by then.
+    """A commit that is in hand.
+
+    `records` is how many of the run's uncommitted records belong to it; `taken` is a monotonic
+    time, seconds; `spent` is what the attempt had spent by then.
     """
 
     snapshot: Snapshot
@@ -82,9 +86,7 @@ class Committer:
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
-        """Begin to count for how long nothing was committed: from here on there is training to
-        lose.
-        """
+        """Count from here on for how long nothing was committed."""
         self._safe_at = time.monotonic()
 
     def commit(

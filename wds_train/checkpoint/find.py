@@ -8,7 +8,11 @@ from wds_train.storage.open import open_store
 
 
 def find_run(url: str) -> tuple[RunManifest, Store]:
-    """Return the run at `url`; `NotFound` when there is none."""
+    """Return the run at `url`.
+
+    Raises:
+        NotFound: There is none.
+    """
     store = open_store(url)
     try:
         return read_run(store)[0], store

@@ -1,5 +1,6 @@
-"""The paid time of a run by its use: the notes of an attempt, and the share that became steps
-that count.
+"""The paid time of a run by its use.
+
+Here are the notes of an attempt, and the share that became steps that count.
 
 docs/report.md defines each part. Every paid second is in exactly one of them.
 """

@@ -29,8 +29,9 @@ def this_process() -> Owner:
 
 
 def is_gone(owner: Owner) -> bool:
-    """Return True if `owner` provably runs no more: it lived in this boot and PID namespace, and is
-    not there now.
+    """Return True if `owner` provably runs no more.
+
+    It lived in this boot and PID namespace, and is not there now.
     """
     return (
         owner.machine != "" and owner.machine == _machine() and _started(owner.pid) != owner.started
@@ -38,7 +39,11 @@ def is_gone(owner: Owner) -> bool:
 
 
 def read_run(store: Store) -> tuple[RunManifest, str]:
-    """Return the manifest of the run at `store` and its tag; `NotFound` when there is no run."""
+    """Return the manifest of the run at `store` and its tag.
+
+    Raises:
+        NotFound: There is no run.
+    """
     data, tag = store.read_tagged(states.NAME)
     return RunManifest.from_json(data, f"{store.url}/{states.NAME}"), tag
 
@@ -52,8 +57,10 @@ def until_free(
     say: Say,
     pause: Callable[[float], None] = time.sleep,
 ) -> tuple[RunManifest, str]:
-    """Return the manifest and its tag once nobody holds the run any more. `RunError` when it is
-    held and not to be waited for.
+    """Return the manifest and its tag once nobody holds the run any more.
+
+    Raises:
+        RunError: It is held and not to be waited for.
     """
     if found.status == "running" and not is_gone(found.owner):
         holds = f"{store.url} is being trained by {found.owner}"

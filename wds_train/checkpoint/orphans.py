@@ -1,5 +1,6 @@
-"""What killed instances left below a run: objects that no manifest names, parts of uploads, and
-probes.
+"""Removal of what killed instances left below a run.
+
+That is, objects that no manifest names, parts of uploads, and probes.
 """
 
 import time

@@ -86,7 +86,11 @@ def _is_dropped(store: Store, key: str) -> bool:
 
 
 def read_checkpoint(store: Store, run: RunManifest, named: Checkpoint) -> Snapshot:
-    """Return a checkpoint that `run` names; `RunError` when a training could not go on from it."""
+    """Return a checkpoint that `run` names.
+
+    Raises:
+        RunError: A training could not go on from it.
+    """
     data = read_object(store, named.object)
     try:
         snapshot = Snapshot.decode(data, named.progress)
@@ -121,7 +125,11 @@ def flaw_of(store: Store, run: RunManifest, named: Checkpoint) -> RunError | Non
 
 
 def read_records(store: Store, segment: Segment) -> list[dict[str, Any]]:
-    """Return the records of a segment of metrics, a line each; `RunError` when it is damaged."""
+    """Return the records of a segment of metrics, a line each.
+
+    Raises:
+        RunError: It is damaged.
+    """
     data = read_object(store, segment.object)
     try:
         return [typed(dict[str, float], json.loads(line), "a record") for line in data.splitlines()]
@@ -147,8 +155,11 @@ def read_pending(store: Store, run: RunManifest, pending: Pending) -> Snapshot:
 
 
 def weights_of(store: Store, manifest: RunManifest, choice: Choice) -> Weights:
-    """Return the weights chosen out of the run's checkpoints; `RunError` when theirs is damaged,
-    with the steps of those that are not, or of a version that did not note the classes.
+    """Return the weights chosen out of the run's checkpoints.
+
+    Raises:
+        RunError: Theirs is damaged, with the steps of those that are not, or of a version that did
+            not note the classes.
     """
     chosen = choice.checkpoint
     snapshot = read_chosen(store, manifest, chosen)

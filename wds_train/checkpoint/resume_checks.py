@@ -1,6 +1,4 @@
-"""What a run was begun with: its recipe, its dataset and its mixture, which it goes on with, and
-nothing else.
-"""
+"""Checks that a run goes on with what it began with: its recipe, its dataset and its mixture."""
 
 import operator
 from collections.abc import Iterable
@@ -19,8 +17,9 @@ REMEDY = "leave out what differs, or begin another run: wds-train train NAME --l
 
 
 def kept_nothing(run: RunManifest) -> bool:
-    """Return True if it was given up without a checkpoint: a mistyped setting must not hold the
-    name for ever.
+    """Return True if it was given up without a checkpoint.
+
+    A mistyped setting must not hold the name for ever.
     """
     return not run.checkpoints and run.status in ("failed", "interrupted", "stopped")
 

@@ -52,10 +52,11 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a training, and the sums of its running epoch. `step` optimizer steps are
-    done and `evaluated` epochs validated; `loss_sum` is over the epoch's `loss_steps` steps, `lost`
-    counts its unreadable samples. `best` is the highest top-1 so far, of raw or EMA weights, and
-    `best_epoch` the first validated epoch that had it.
+    """The progress of a training, and the sums of its running epoch.
+
+    `step` optimizer steps are done and `evaluated` epochs validated; `loss_sum` is over the epoch's
+    `loss_steps` steps, `lost` counts its unreadable samples. `best` is the highest top-1 so far, of
+    raw or EMA weights, and `best_epoch` the first validated epoch that had it.
     """
 
     step: int = 0
@@ -90,9 +91,10 @@ def fence_of(written: Object) -> int:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a training after a step. `metrics` are those of the validation at this step,
-    empty when there was none. `spent` is what its attempt had spent until then; None where an older
-    version committed it.
+    """The state of a training after a step.
+
+    `metrics` are those of the validation at this step, empty when there was none. `spent` is what
+    its attempt had spent until then; None where an older version committed it.
     """
 
     object: Object
@@ -126,8 +128,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Pending:
-    """A commit that has been announced and not finished: its objects may be on the store, in part,
-    or not at all.
+    """A commit that has been announced and not finished.
+
+    Its objects may be on the store, in part, or not at all.
 
     `result` is that of the run, where this is its last commit.
     """
@@ -146,9 +149,10 @@ class Pending:
 
 @dataclass(frozen=True)
 class Owner:
-    """A process. `machine` is unique to a boot and a PID namespace, "" where that cannot be known;
-    `started` is in clock ticks since the boot, and tells the process from a later one of the same
-    PID.
+    """A process.
+
+    `machine` is unique to a boot and a PID namespace, "" where that cannot be known; `started` is
+    in clock ticks since the boot, and tells the process from a later one of the same PID.
     """
 
     host: str = ""
@@ -198,17 +202,19 @@ class Difference:
     boot: str = ""
 
     def is_of_machine(self, host: str, boot: str) -> bool:
-        """Return True if it was seen on that machine: of the same name, or, in other containers, of
-        the same boot.
+        """Return True if it was seen on that machine.
+
+        Its name is the same, or, in other containers, its boot.
         """
         return self.host == host or (self.boot != "" and self.boot == boot)
 
 
 @dataclass(frozen=True)
 class Totals:
-    """The sums over the attempts of a run. `interruptions` are those that ended as "interrupted" or
-    "lost"; `dollars` of those whose price is known. `parts` says where their time went; None where
-    an older version added them up.
+    """The sums over the attempts of a run.
+
+    `interruptions` are those that ended as "interrupted" or "lost"; `dollars` of those whose price
+    is known. `parts` says where their time went; None where an older version added them up.
     """
 
     attempts: int = 0
@@ -261,14 +267,16 @@ class Page:
 
 @dataclass(frozen=True)
 class RunManifest:
-    """All that is known of a run. `attempts` are the newest LISTED, `earlier` sums up those before
-    them. `written` is Unix time, for people only; `rollbacks` counts the returns to a checkpoint
-    after a loss that was not finite. `replayed` are the newest REPLAYED segments of rows ahead of a
-    checkpoint: those of the last attempt may yet be committed, those before were logged by attempts
-    that ended before that, or went back behind them. `unsafe_store`: it was claimed last with
-    --unsafe-store, on a store that ignores conditional writes. `differences` are what `--recheck`
-    found. `pending` is the commit that is being uploaded: its objects count for nothing until it is
-    finished, or adopted by the next owner.
+    """All that is known of a run.
+
+    `attempts` are the newest LISTED, `earlier` sums up those before them. `written` is Unix time,
+    for people only; `rollbacks` counts the returns to a checkpoint after a loss that was not
+    finite. `replayed` are the newest REPLAYED segments of rows ahead of a checkpoint: those of the
+    last attempt may yet be committed, those before were logged by attempts that ended before that,
+    or went back behind them. `unsafe_store`: it was claimed last with --unsafe-store, on a store
+    that ignores conditional writes. `differences` are what `--recheck` found. `pending` is the
+    commit that is being uploaded: its objects count for nothing until it is finished, or adopted by
+    the next owner.
     """
 
     run: str
@@ -324,8 +332,9 @@ class RunManifest:
     def with_commit(
         self, checkpoint: Checkpoint, segment: Segment | None, keep_every: int = 0
     ) -> "RunManifest":
-        """Return the manifest after a commit, holding the checkpoints that `keep` names. Adding the
-        same again changes nothing.
+        """Return the manifest after a commit, holding the checkpoints that `keep` names.
+
+        Adding the same again changes nothing.
         """
         others = [c for c in self.checkpoints if c.object.key != checkpoint.object.key]
         kept = keep((*others, checkpoint), keep_every, every_of(self.recipe))
@@ -345,8 +354,9 @@ class RunManifest:
         )
 
     def with_ahead(self, segment: Segment) -> "RunManifest":
-        """Return the manifest with rows that were logged since the last commit. Adding the same
-        again changes nothing.
+        """Return the manifest with rows that were logged since the last commit.
+
+        Adding the same again changes nothing.
         """
         others = tuple(s for s in self.replayed if s != segment)
         return replace(self, replayed=(*others, segment)[-REPLAYED:])
@@ -381,8 +391,10 @@ class RunManifest:
         return {named.key for named in (*self.objects, *pending)}
 
     def ended(self, status: str) -> "RunManifest":
-        """Return the manifest with `status`. A run that goes back to its last step is done without
-        another validation: its result is that step's.
+        """Return the manifest with `status`.
+
+        A run that goes back to its last step is done without another validation: its result is that
+        step's.
         """
         result = self.result
         if status == "done" and self.checkpoints:
@@ -476,8 +488,9 @@ def _parse_content(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _flaws(run: RunManifest) -> Iterator[str]:
-    """Yield what no manifest of ours holds though its types are right: a sentence each, with the
-    field and its value.
+    """Yield what no manifest of ours holds though its types are right.
+
+    Each is a sentence with the field and its value.
     """
     for name, value in run.dataset.items():
         typed(DATASET.get(name, Any), value, f"dataset.{name}")
@@ -571,8 +584,10 @@ def steps(checkpoints: Iterable[Checkpoint]) -> str:
 
 
 def name_of(url: str) -> str:
-    """Return the name of the run at `url`, its last part; `UsageError` when it would make trouble
-    in keys, paths or W&B.
+    """Return the name of the run at `url`, its last part.
+
+    Raises:
+        UsageError: It would make trouble in keys, paths or W&B.
     """
     name = url.rstrip("/").rsplit("/", 1)[-1]
     if not NAMES.fullmatch(name):
@@ -597,8 +612,10 @@ def best(checkpoints: Iterable[Checkpoint], kind: str, ema_every: int) -> Checkp
 def keep(
     checkpoints: tuple[Checkpoint, ...], every: int = 0, ema_every: int = 1
 ) -> tuple[Checkpoint, ...]:
-    """Return the checkpoints that are worth their storage: the newest KEPT, the best by raw and by
-    EMA top-1, and, with `every`, those of each `every`th epoch's validation; oldest first.
+    """Return the checkpoints that are worth their storage.
+
+    These are the newest KEPT, the best by raw and by EMA top-1, and, with `every`, those of each
+    `every`th epoch's validation; oldest first.
     """
     kept = {*checkpoints[-KEPT:], *(best(checkpoints, kind, ema_every) for kind in SCORES)}
     if every:

@@ -17,6 +17,7 @@ EMA = "_ema"  # how the names of the EMA weights' metrics end
 
 def telling(metrics: Mapping[str, float], step: float, every: int) -> dict[str, float]:
     """`metrics` as of optimizer step `step`, without those of EMA weights that were never updated.
+
     `every` is `ema.every`.
     """
     if is_averaged(int(step), every):

@@ -20,8 +20,9 @@ def state_of(run: RunManifest, now: float) -> str:
 
 
 def parts_by_attempt(run: RunManifest, now: float) -> list[Parts]:
-    """Return what became of the time of each attempt that the manifest lists. The newest one's
-    steps count for as long as it may commit them.
+    """Return what became of the time of each attempt that the manifest lists.
+
+    The newest one's steps count for as long as it may commit them.
     """
     over = state_of(run, now) != "running"
     ended = [attempt.parts(over=True) for attempt in run.attempts[:-1]]

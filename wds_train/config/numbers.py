@@ -26,7 +26,11 @@ class Number:
             raise argparse.ArgumentTypeError(f"{text!r} is not {self}") from None
 
     def parse(self, text: str) -> int | float:
-        """Return the number that `text` says; `ValueError` if it says none, or one out of range."""
+        """Return the number that `text` says.
+
+        Raises:
+            ValueError: It says none, or one out of range.
+        """
         value = self.kind(text)
         low = value > self.least if "(" in self.open else value >= self.least
         high = value < self.most if ")" in self.open else value <= self.most

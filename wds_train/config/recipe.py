@@ -1,5 +1,6 @@
-"""Recipes: everything that decides a training's outcome except the data. Frozen, typed, and kept in
-the run's manifest.
+"""Recipes: everything that decides a training's outcome except the data.
+
+They are frozen, typed, and kept in the run's manifest.
 
 `--set section.field=value` changes one field. `presets.py` has the recipes to begin with.
 """
@@ -345,8 +346,9 @@ class Recipe:
         return self.optimizer.lr * (self.batch / per_batch if per_batch else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as JSON would hold it: tuples become lists, so that it equals its own
-        round trip.
+        """Return the recipe as JSON would hold it.
+
+        Tuples become lists, so that it equals its own round trip.
         """
         return json.loads(json.dumps(dataclasses.asdict(self)))
 

@@ -10,10 +10,11 @@ SIZE_STEP = 32  # pixels: the stride of most models' last feature map
 
 
 def lr_share(schedule: ScheduleRecipe, step: int, steps_per_epoch: int) -> float:
-    """Return the share of the peak learning rate at optimizer step `step` (from 0): a warm-up from
-    `warmup_start` that reaches 1 at its end, then, `flat` being over, down to `final_lr` in half a
-    cosine (Loshchilov & Hutter 2016, arXiv:1608.03983), in a straight line, or by `step_factor` at
-    each of `step_epochs`.
+    """Return the share of the peak learning rate at optimizer step `step` (from 0).
+
+    A warm-up from `warmup_start` that reaches 1 at its end, then, `flat` being over, down to
+    `final_lr` in half a cosine (Loshchilov & Hutter 2016, arXiv:1608.03983), in a straight line, or
+    by `step_factor` at each of `step_epochs`.
     """
     epoch = step / steps_per_epoch
     warmup = schedule.warmup_epochs

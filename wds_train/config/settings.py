@@ -63,7 +63,11 @@ def _following(recipe: Recipe, flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def parsed(settings: list[str]) -> dict[str, Any]:
-    """Return the value of each name that `settings` set; `UsageError` if no recipe can take it."""
+    """Return the value of each name that `settings` set.
+
+    Raises:
+        UsageError: No recipe can take it.
+    """
     flat: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -115,8 +119,9 @@ def _field_type(name: str) -> Any:
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
-    """Which of `known` a person meant by `name`: those whose last part is its own (`lr`, `sgd.lr`),
-    else near it.
+    """Return a hint which of `known` a person meant by `name`.
+
+    They are those whose last part is its own (`lr`, `sgd.lr`), else near it.
     """
     ends: dict[str, list[str]] = {}
     for each in known:

@@ -13,11 +13,13 @@ NEEDED = 100  # images: the temperature of fewer is chance
 
 @dataclass(frozen=True)
 class Calibration:
-    """The logits are divided by `temperature`. It was fitted on `fitted` samples, none where it is
-    0, and judged on `judged` others: `error_raw` and `error` are the expected calibration error
-    there without and with it, `sure` the share of sure answers, `right_sure` and `right_unsure` the
-    shares of right ones among these and the others; all in percent, -1 where there were none.
-    `reason` says why the temperature is 1, where it is known.
+    """A temperature, by which logits are divided, and how well it does.
+
+    It was fitted on `fitted` samples, none where it is 0, and judged on `judged` others:
+    `error_raw` and `error` are the expected calibration error there without and with it, `sure` the
+    share of sure answers, `right_sure` and `right_unsure` the shares of right ones among these and
+    the others; all in percent, -1 where there were none. `reason` says why the temperature is 1,
+    where it is known.
     """
 
     temperature: float = 1.0
@@ -58,8 +60,9 @@ def uncalibrated(images: int) -> Calibration:
 
 
 def refused(found: Calibration) -> Calibration:
-    """Return what is left of a temperature that does not help: the figures without it are to be
-    filled in.
+    """Return the calibration that is left of a temperature that does not help.
+
+    The figures without it are to be filled in.
     """
     reason = (
         f"a temperature of {found.temperature:.2f}, fitted on {found.fitted} images, does not "
@@ -83,8 +86,9 @@ def as_judged_now(found: Calibration) -> Calibration:
 
 
 def probabilities(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
-    """Return the softmax of `logits` [samples, classes] at `temperature`: what every command, page
-    and file says of an image.
+    """Return the softmax of `logits` [samples, classes] at `temperature`.
+
+    Every command, page and file takes an image's probabilities from here.
     """
     return np.exp(log_softmax(logits.astype(np.float64) / temperature, axis=1))
 

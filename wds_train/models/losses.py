@@ -8,9 +8,10 @@ from wds_train.config.recipe import DistillRecipe, LossRecipe
 
 
 class Criterion:
-    """The mean loss of logits, float32 [n, classes], for targets: class numbers, int64 [n], or
-    distributions, float32 [n, classes], which are taken as they are: mixing has smoothed them
-    already.
+    """The mean loss of logits, float32 [n, classes], for targets.
+
+    Targets are class numbers, int64 [n], or distributions, float32 [n, classes], which are taken as
+    they are: mixing has smoothed them already.
     """
 
     def __init__(self, recipe: LossRecipe) -> None:

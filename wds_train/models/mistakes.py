@@ -35,8 +35,9 @@ class Findings:
         self._predicted: list[torch.Tensor] = []
 
     def add(self, logits: torch.Tensor, batch: Batch) -> None:
-        """Note what a model made of `batch`. Once there are mistakes enough, the GPU is not waited
-        for.
+        """Note a model's predictions for `batch`.
+
+        Once there are mistakes enough, the GPU is not waited for.
         """
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
         unreadable = np.isin(batch.ids, [entry.sample for entry in batch.unreadable])

@@ -74,8 +74,10 @@ def refuse_sizes(model: nn.Module, name: str, sides: dict[str, int]) -> None:
 
 
 def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer of that name. Biases, normalisation layers and what the model itself excepts
-    (ViTs: the position embedding) are not decayed (timm's `filter_bias_and_bn`).
+    """Make timm's optimizer of that name.
+
+    Biases, normalisation layers and what the model itself excepts (ViTs: the position embedding)
+    are not decayed (timm's `filter_bias_and_bn`).
     """
     wanted = recipe.optimizer
     known = [str(name) for name in list_optimizers()]

@@ -74,8 +74,10 @@ def initialise(model: nn.Module, recipe: Recipe) -> str:
 
 
 class Teacher:
-    """The model that `distill.teacher` names. Raises `UsageError` when it has not `classes`
-    classes.
+    """The model that `distill.teacher` names.
+
+    Raises:
+        UsageError: It has not `classes` classes.
     """
 
     def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:
@@ -175,8 +177,9 @@ def _config(name: str) -> Any:
 
 
 def _from_timm(setting: str, source: str, name: str, device: torch.device) -> Loaded:
-    """timm's model of that name with its pretrained weights: from the hub, or the file that came
-    from there before.
+    """Return timm's model of that name with its pretrained weights.
+
+    They come from the hub, or from the file that came from there before.
     """
     config = _config(name)
     if config is None or not timm.is_model_pretrained(name):
@@ -211,8 +214,9 @@ def _from_timm(setting: str, source: str, name: str, device: torch.device) -> Lo
 
 
 def _from_file(setting: str, path: Path, own: ModelRecipe, device: torch.device) -> Loaded:
-    """Return the model `own` with the weights of a file such as timm's hub has: its tensors, and no
-    word on the model.
+    """Return the model `own` with the weights of a file such as timm's hub has.
+
+    It holds tensors, and no word on the model.
     """
     if path.suffix != SUFFIX:  # timm would unpickle it
         raise UsageError(

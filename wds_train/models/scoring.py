@@ -23,8 +23,10 @@ EVAL_BATCH = 256
 
 
 class Predictor:
-    """Takes normalised images to logits on `device`. With `flip`, and where the images are larger
-    than `side`, these are the mean of the logits of several views; `side` 0 takes the images whole.
+    """Takes normalised images to logits on `device`.
+
+    With `flip`, and where the images are larger than `side`, these are the mean of the logits of
+    several views; `side` 0 takes the images whole.
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the logits of normalised images `pixels`, float32 [n, classes]. `model` is in
-        evaluation mode.
+        """Return the logits of normalised images `pixels`, float32 [n, classes].
+
+        `model` is in evaluation mode.
         """
         assert not model.training
         with autocast(self._device, self._amp):
@@ -66,8 +69,9 @@ class Predictor:
 
 
 def sums(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return what a batch adds to the sums over batches and ranks: cross-entropy, top-1 hits, top-5
-    hits and samples, float64 [4].
+    """Return a batch's part of the sums over batches and ranks, float64 [4].
+
+    They are cross-entropy, top-1 hits, top-5 hits and samples.
 
     An unreadable sample counts, as wrong, since its grey pixels say nothing of the model.
     """
@@ -95,7 +99,9 @@ def metrics(total: torch.Tensor, samples: int) -> dict[str, float]:
 
 
 def percent(hits: float, samples: float) -> float:
-    """Return an accuracy. All go through here, so that equal counts give equal numbers: `hits /
-    samples * 100` is another one in the last bit.
+    """Return an accuracy.
+
+    All go through here, so that equal counts give equal numbers: `hits / samples * 100` is another
+    one in the last bit.
     """
     return 100 * hits / samples

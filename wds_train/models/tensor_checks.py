@@ -1,5 +1,6 @@
-"""Checks that tensors are those of a recipe's model and optimizer: every name, shape and type that
-a training reads back.
+"""Checks that tensors are those of a recipe's model and optimizer.
+
+Every name, shape and type that a training reads back.
 
 Both are made on PyTorch's "meta" device, where tensors have a shape and no memory: no weight is
 drawn, no thread starts that a loader's fork would not survive, and a ResNet50 with one step of its
@@ -60,8 +61,10 @@ def _refuse_other_weights(
 
 
 def _refuse_other_optimizer(entries: Mapping[str, Any], recipe: Recipe, model: nn.Module) -> None:
-    """Raise `RunError` for an entry that the optimizer does not have so. `entries` named
-    optimizer/INDEX/SLOT and group/INDEX/NAME are the optimizer's, others are passed over.
+    """Raise `RunError` for an entry that the optimizer does not have so.
+
+    `entries` named optimizer/INDEX/SLOT and group/INDEX/NAME are the optimizer's, others are passed
+    over.
     """
     try:
         optimizer = create_optimizer(recipe, model)
@@ -125,8 +128,10 @@ def _alike(value: Any, like: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Return True if it is a number: a step's count is a number in one version of PyTorch, and a
-    tensor without dimensions in another.
+    """Return True if it is a number.
+
+    A step's count is a number in one version of PyTorch, and a tensor without dimensions in
+    another.
     """
     return value.ndim == 0 if isinstance(value, torch.Tensor) else type(value) in (int, float)
 

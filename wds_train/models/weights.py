@@ -1,5 +1,6 @@
-"""A trained model's weights, with all that it takes to use them: out of a run's checkpoint, or of
-an exported file.
+"""A trained model's weights, with all that it takes to use them.
+
+They come out of a run's checkpoint, or of an exported file.
 """
 
 import json
@@ -41,9 +42,11 @@ def is_exported(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Weights:
-    """A trained model, and all that it takes to use it. `tensors` is the state of a model by name,
-    on the CPU: the `kind` ("raw" or "ema") weights of `step` of `run`, with the `metrics` of their
-    validation, if there was one. `classes` are in the order of the model's outputs.
+    """A trained model, and all that it takes to use it.
+
+    `tensors` is the state of a model by name, on the CPU: the `kind` ("raw" or "ema") weights of
+    `step` of `run`, with the `metrics` of their validation, if there was one. `classes` are in the
+    order of the model's outputs.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -118,8 +121,9 @@ class Weights:
         return f"timm.create_model({model.name!r}, num_classes={len(self.classes)}, checkpoint_path={str(path)!r}{more})"
 
     def timm_config(self) -> dict[str, Any]:
-        """Return what tells timm of the model: the content of a `config.json` (timm/models/_hub.py,
-        save_config_for_hf).
+        """Return the description of the model for timm.
+
+        It is the content of a `config.json` (timm/models/_hub.py, save_config_for_hf).
         """
         data = self.recipe.data
         classes = len(self.classes)

@@ -1,5 +1,6 @@
-"""`wds-train train --dry-run`: what a training would take, measured on this machine. Nothing is
-claimed, and nothing stays written: the store is proved, as by a claim.
+"""`wds-train train --dry-run`: the time and memory of a training, measured on this machine.
+
+Nothing is claimed, and nothing stays written: the store is proved, as by a claim.
 """
 
 import itertools
@@ -173,8 +174,9 @@ class Estimate:
 
 
 def estimate(options: TrainOptions) -> list[str]:
-    """Return what would be trained and what it would take, in lines. On a CPU where it takes too
-    long, what would not.
+    """Return lines on the training, and the time and memory that it would take.
+
+    Where it takes too long on a CPU, a line names a smaller training.
     """
     limit_threads()
     this = Estimate(options)

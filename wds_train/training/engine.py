@@ -1,5 +1,6 @@
-"""The arithmetic of training: one optimizer step, one validation, and the state that both leave
-behind.
+"""The arithmetic of training.
+
+One optimizer step, one validation, and the state that both leave behind.
 """
 
 import json
@@ -335,7 +336,7 @@ def _refuse_other_teacher(recipe: Recipe, teacher: Teacher, snapshot: Snapshot) 
 
 
 def gpu_figures(trainer: Trainer) -> dict[str, float]:
-    """Return the most memory in use so far on a GPU, and fp16's factor of losses; empty on a CPU."""
+    """Return a GPU's peak memory so far, and fp16's factor of losses; empty on a CPU."""
     if trainer.device.type != "cuda":
         return {}
     scale = {"gpu/amp_scale": trainer.scaler.get_scale()} if trainer.scaler.is_enabled() else {}

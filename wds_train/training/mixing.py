@@ -1,5 +1,6 @@
-"""Augmentation of a batch's normalised images: erasing, then mixup or CutMix, in timm's order
-(its loader erases).
+"""Augmentation of a batch's normalised images.
+
+Erasing, then mixup or CutMix, in timm's order (its loader erases).
 
 Mixing pairs samples, so that what comes out depends on who is together. The global batch is
 therefore cut into groups, each erased and mixed with randomness of its own; ranks own whole groups,
@@ -16,8 +17,9 @@ from wds_train.global_rng import generators_kept, point_generators
 
 
 class Mixing:
-    """Erases and mixes what `rank` of `world` has of a global batch: samples [rank * batch / world,
-    ...), in order.
+    """Erases and mixes the part of a global batch that `rank` of `world` has.
+
+    It has the samples [rank * batch / world, ...), in order.
 
     Raises `UsageError` when the batch cannot be cut so.
     """
@@ -82,9 +84,10 @@ MIX_GROUPS = 8
 
 
 def mix_groups(global_batch: int, world: int) -> int:
-    """Return the number of groups of consecutive samples that a batch is cut into for mixing: the
-    largest power of two of at most max(MIX_GROUPS, world) that leaves groups of an even size, or 1.
-    The same for any world of up to MIX_GROUPS ranks.
+    """Return the number of groups of consecutive samples that a batch is cut into for mixing.
+
+    It is the largest power of two of at most max(MIX_GROUPS, world) that leaves groups of an even
+    size, or 1. The same for any world of up to MIX_GROUPS ranks.
     """
     groups = 1
     while groups * 2 <= max(MIX_GROUPS, world) and global_batch % (groups * 4) == 0:

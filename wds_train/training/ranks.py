@@ -1,5 +1,6 @@
-"""Several processes that train one model, each on its GPU (or its share of the cores): what they
-tell one another.
+"""Several processes that train one model, each on its GPU (or its share of the cores).
+
+This is where they tell one another what each has to know.
 
 A process learns its place from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR, ...), and so does every process that `launch` starts on one machine. Rank 0 leads: it
@@ -208,8 +209,9 @@ def _meeting() -> dist.Store:
 
 
 def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
-    """Raise `UsageError` when this machine has an NVIDIA GPU that PyTorch cannot use: the training
-    would go on unseen on the CPU, which takes a hundred times as long.
+    """Raise `UsageError` when this machine has an NVIDIA GPU that PyTorch cannot use.
+
+    The training would go on unseen on the CPU, which takes a hundred times as long.
     """
     if torch.cuda.is_available():
         return
@@ -252,8 +254,9 @@ def _nvidia_driver() -> str:
 
 @contextmanager
 def lost_ranks() -> Iterator[None]:
-    """Translate what the backends raise when another rank is gone: gloo a bare RuntimeError, with
-    its own file's name in it.
+    """Translate what the backends raise when another rank is gone.
+
+    Gloo raises a bare RuntimeError, with its own file's name in it.
     """
     try:
         yield

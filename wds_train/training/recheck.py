@@ -1,5 +1,6 @@
-"""A training step computed twice: hardware that is broken, or works at its limit, gives two
-results.
+"""A training step computed twice, to find broken hardware.
+
+Hardware that is broken, or works at its limit, gives two results.
 
 The step is taken, the state is put back to what it was, and the step is taken again. All that it
 works out must be the same to the last bit: the loss, the gradients, and every tensor that the step
@@ -177,8 +178,10 @@ def _take_and_digest(trainer: Trainer, batch: Batch) -> tuple[Digests, torch.Ten
 
 @contextlib.contextmanager
 def _watching_own_gradients(trainer: Trainer, seen: Digests) -> Iterator[None]:
-    """Put this rank's own gradients into `seen`, as they come up within. The averaged ones, which
-    is all that a step leaves, are wrong on every rank where one rank's are wrong.
+    """Put this rank's own gradients into `seen`, as they come up within.
+
+    The averaged ones, which is all that a step leaves, are wrong on every rank where one rank's are
+    wrong.
     """
     if trainer.ranks.size == 1:
         yield

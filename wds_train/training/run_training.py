@@ -50,10 +50,16 @@ REPORT_SECONDS = 15.0  # for the metrics that the report is drawn from, once the
 
 
 def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) -> dict[str, float]:
-    """Train, or go on with, `options.run`; the final metrics. Raises `Interrupted` once asked to
-    stop, state committed.
+    """Train, or go on with, `options.run`, and return the final metrics.
 
-    `clock` counts the paid time, which without one begins now.
+    Args:
+        options: The training.
+        stop: What asks it to stop.
+        clock: Counts the paid time, which without one begins now.
+
+    Raises:
+        Interrupted: Asked to stop; the state is committed.
+        WdsTrainError: What else ended the training, which the run's manifest says, too.
     """
     clock = clock or Clock()
     die_with_launcher()
@@ -138,8 +144,9 @@ def _lead(
 def _follow(
     store: Store, fresh: RunManifest, announced: dict[str, Any]
 ) -> tuple[Run, Snapshot | None]:
-    """Return the leader's run, to be read only, and the same checkpoint. It must be what this rank
-    was told to train, too.
+    """Return the leader's run, to be read only, and the same checkpoint.
+
+    It must be what this rank was told to train, too.
     """
     if not announced:
         raise Interrupted("rank 0 could not begin; its message says why")
@@ -188,7 +195,7 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool)
 def _leaving_a_report(
     run: Run, options: TrainOptions, stop: StopRequest, ranks: Ranks
 ) -> Iterator[None]:
-    """Yield a training that is interrupted leaves its report, too, if there is an epoch to be seen:
+    """Let a training that is interrupted leave its report, too, if there is an epoch to be seen:
     not on an instance that is taken back, with its disk. Whatever hangs, the deadline stands.
     """
     try:
@@ -216,8 +223,9 @@ def _write_report(run: Run, options: TrainOptions, seconds: float) -> None:
 
 
 def _report(run: Run, options: TrainOptions, seconds: float) -> Path:
-    """Return where the report is written, without a further evaluation: two runs of one name in
-    different stores get different folders.
+    """Return where the report is written, without a further evaluation.
+
+    Two runs of one name in different stores get different folders.
     """
     from wds_train.report.page import write
     from wds_train.report.run_data import Account

@@ -1,4 +1,5 @@
-"""The warning that this instance is about to go, from the instance metadata service (IMDSv2):
+"""The warning that this instance is about to go, from the instance metadata service (IMDSv2).
+
 EC2's, which takes a spot instance back, or its Auto Scaling group's.
 
 https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html:
@@ -189,8 +190,10 @@ class SpotWatch:
         return found
 
     def _read(self, path: str) -> bytes | None:
-        """Return the document, or None where there is none. Raises one of NO_ANSWER when the
-        service will not say.
+        """Return the document, or None where there is none.
+
+        Raises:
+            OSError: The service will not say; or another one of NO_ANSWER.
         """
         for _ in range(2):
             if self._token is None:
@@ -266,9 +269,10 @@ def _remedy(problem: str) -> tuple[str, str]:
 
 
 def _seconds_left(action: bytes) -> float:
-    """Return how long it is from now to the time in {"action": "terminate", "time":
-    "2026-01-31T08:22:00Z"}; by default what AWS promises, as where that time is past already: then
-    this machine's clock is wrong.
+    """Return the seconds until the time that a notice names.
+
+    `action` is such as {"action": "terminate", "time": "2026-01-31T08:22:00Z"}. Without a time it
+    is what AWS promises, and also where that time is past: then this machine's clock is wrong.
     """
     try:
         left = (

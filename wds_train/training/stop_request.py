@@ -42,8 +42,9 @@ class StopRequest:
         self._signals: set[int] = set()
 
     def listen(self) -> Self:
-        """Heed signals. It is to be called before the imports that take seconds, so that one during
-        these is not lost.
+        """Heed signals.
+
+        Call it before the imports that take seconds, so that a signal during these is not lost.
         """
         numbers = set(SIGNALS)
         # `nohup` ignores it. A rank heeds it in any case: it says that the launcher died, and no
@@ -64,8 +65,12 @@ class StopRequest:
         return self
 
     def ask(self, cause: str, seconds: float | None = None, *, by_person: bool = False) -> None:
-        """Ask the training to end within `seconds`, by default GRACE_SECONDS; `by_person`: for
-        good, so that no replacement goes on.
+        """Ask the training to end.
+
+        Args:
+            cause: Who or what asks, for messages.
+            seconds: The time that is left; by default GRACE_SECONDS.
+            by_person: End it for good, so that no replacement goes on.
         """
         if by_person:
             self.by_person = True
@@ -106,8 +111,9 @@ class StopRequest:
         leave(self.code)
 
     def check(self) -> None:
-        """Raise `Interrupted` if asked to stop. This is for the time before the training, when
-        there is nothing to commit.
+        """Raise `Interrupted` if asked to stop.
+
+        This is for the time before the training, when there is nothing to commit.
         """
         if self.cause:
             raise Interrupted(
@@ -137,8 +143,9 @@ def _tell(line: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process and its loader workers now: no thread is waited for, and nothing is put in
-    order.
+    """End this process and its loader workers now.
+
+    No thread is waited for, and nothing is put in order.
     """
     for worker in multiprocessing.active_children():
         worker.kill()

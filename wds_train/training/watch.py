@@ -51,8 +51,9 @@ Place = tuple[str, bool]
 
 
 def limit_of(minutes: float | None) -> float:
-    """Return the seconds after which a rank that does not get on hangs: those asked for, or as many
-    as what waits by itself may take.
+    """Return the seconds after which a rank that does not get on hangs.
+
+    They are those asked for, or as many as what waits by itself may take.
     """
     if minutes is not None:
         return minutes * 60
@@ -81,8 +82,9 @@ class News:
 
 
 class Watch:
-    """Knows that a rank hangs, this one or another. The main thread says `beat` wherever it gets
-    on.
+    """Knows that a rank hangs, this one or another.
+
+    The main thread says `beat` wherever it gets on.
 
     `last_word` is what the leader does before it ends, for LAST_SECONDS at most.
     """
@@ -104,8 +106,9 @@ class Watch:
 
     @property
     def silence(self) -> timedelta:
-        """The time that the ranks may wait for one another: until this watch has found the one
-        that hangs.
+        """The time that the ranks may wait for one another.
+
+        It lasts until this watch has found the one that hangs.
         """
         return timedelta(seconds=self._limit + 2 * LAST_SECONDS)
 
@@ -129,8 +132,9 @@ class Watch:
         faulthandler.cancel_dump_traceback_later()
 
     def _talk(self) -> None:
-        """The body of the thread that tells the other ranks, and hears them. It alone may hang with
-        their store.
+        """The body of the thread that tells the other ranks, and hears them.
+
+        It alone may hang with their store.
         """
         with contextlib.suppress(RuntimeError):  # the store is gone, with the process that held it
             store = self._ranks.meeting()
@@ -174,8 +178,9 @@ class Watch:
                 self._judge(now - self._beat_at > self._limit + 3 * self._every)
 
     def _judge(self, late: bool) -> None:
-        """End this process where a rank is to blame. The leader decides that, or, where it is
-        silent, each for itself.
+        """End this process where a rank is to blame.
+
+        The leader decides that, or, where it is silent, each for itself.
         """
         leader = self._heard[0][0] if 0 in self._heard else None
         if leader and leader.verdict:
@@ -216,8 +221,9 @@ class Watch:
         return {rank: _place(rank, news) for rank, news in to_blame.items()}
 
     def _silent(self) -> dict[int, str]:
-        """Return the ranks that have told nothing for the limit: a process that is stopped, or
-        gone, or whose machine is.
+        """Return the ranks that have given no news for the limit.
+
+        Their process, or its machine, is stopped or gone.
         """
         if self._ranks.size == 1:
             return {}
@@ -326,8 +332,9 @@ def _workers() -> str:
 
 
 def _state(pid: int) -> str:
-    """Return what the kernel says of a process of this machine: its state, and the function of the
-    kernel that it waits in.
+    """Return the kernel's account of a process of this machine.
+
+    It has its state, and the function of the kernel that it waits in.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
