@@ -37,12 +37,14 @@ def settle_pending(writer: Writer, keep_every: int, say: Say) -> Snapshot | None
     try:
         snapshot = read_pending(writer.store, before, pending)
     except RunError as error:
+        # Not whole: nothing of it may be used.
         say(
             f"the commit of step {step} was not finished by the attempt before ({error}); it is "
             "left out"
         )
         writer.announce(None)
     else:
+        # Whole: name it as the attempt before would have done.
         say(
             f"the commit of step {step} was uploaded by the attempt before, which ended before it "
             "was named: adopted"

@@ -38,6 +38,7 @@ def amend(store: Store, change: Callable[[RunManifest], RunManifest], say: Say) 
         changed = change(found)
         if changed == found:
             return found
+        # Nobody writes to a run that is done.
         if found.status != "done" and not proven:
             proven = prove(store, PROBES, say)
         changed = replace(changed, nonce=secrets.token_hex(16))

@@ -41,7 +41,8 @@ def collect_orphans(store: Store, manifest: RunManifest, say: Say) -> None:
                 if not told:
                     say(f"what interrupted uploads left stays there ({error}); see docs/stores.md")
                 told = True
-                if isinstance(error, Unavailable):  # the next request would wait as long
+                # The next request would wait as long.
+                if isinstance(error, Unavailable):
                     return
 
 

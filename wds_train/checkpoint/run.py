@@ -194,6 +194,7 @@ class Run:
         adopted = settle_pending(self.writer, self.committer.keep_every, say)
         if adopted is not None:
             return adopted
+        # From the newest back, until one is right.
         for checkpoint in reversed(self.manifest.checkpoints):
             try:
                 snapshot = read_checkpoint(self.store, self.manifest, checkpoint)

@@ -494,6 +494,8 @@ def _flaws(run: RunManifest) -> Iterator[str]:
     """
     for name, value in run.dataset.items():
         typed(DATASET.get(name, Any), value, f"dataset.{name}")
+
+    # All objects that the manifest names, with the form that their keys must have.
     classes = run.dataset.get("classes", 1)
     named = [("checkpoints", c.object, CHECKPOINT_KEYS) for c in run.checkpoints]
     named += [("metrics", s.object, SEGMENT_KEYS) for s in run.metrics]
@@ -502,6 +504,9 @@ def _flaws(run: RunManifest) -> Iterator[str]:
         named.append(("pending", run.pending.checkpoint.object, CHECKPOINT_KEYS))
         if run.pending.segment is not None:
             named.append(("pending", run.pending.segment.object, SEGMENT_KEYS))
+
+    # (field, value, the rule holds, the rule in words)
+    is_complete = run.status != "done" or {*RESULT} <= {*run.result}
     rules: list[tuple[str, Any, bool, str]] = [
         ("run", run.run, bool(NAMES.fullmatch(run.run)), "a run's name"),
         (
@@ -517,28 +522,16 @@ def _flaws(run: RunManifest) -> Iterator[str]:
         ("page.project", run.page.project, run.page.project.isprintable(), "a name"),
         ("page.entity", run.page.entity, run.page.entity.isprintable(), "a name"),
         ("page.url", run.page.url, bool(ADDRESS.fullmatch(run.page.url)), "an address of the web"),
-        (
-            "result",
-            run.result,
-            run.status != "done" or {*RESULT} <= {*run.result},
-            f"one with {' and '.join(RESULT)}",
-        ),
+        ("result", run.result, is_complete, f"one with {' and '.join(RESULT)}"),
     ]
     for where, at, keys in named:
+        has_form = bool(keys.fullmatch(at.key))
+        is_digest = bool(SHA256.fullmatch(at.sha256))
+        digest = f"{where}: sha256 of {at.key}"
         rules += [
-            (
-                f"{where}: object.key",
-                at.key,
-                bool(keys.fullmatch(at.key)),
-                f"of the form {keys.pattern}",
-            ),
+            (f"{where}: object.key", at.key, has_form, f"of the form {keys.pattern}"),
             (f"{where}: bytes of {at.key}", at.bytes, at.bytes >= 0, "at least 0"),
-            (
-                f"{where}: sha256 of {at.key}",
-                at.sha256,
-                bool(SHA256.fullmatch(at.sha256)),
-                "64 hexadecimal digits",
-            ),
+            (digest, at.sha256, is_digest, "64 hexadecimal digits"),
         ]
     for name, value, holds, rule in rules:
         if not holds:

@@ -53,8 +53,11 @@ def choose(run: RunManifest, kind: str = BEST, step: int | None = None) -> Choic
             that were never updated.
     """
     checkpoints = run.checkpoints if step is None else run.back_to(step).checkpoints[-1:]
-    if found := _best(run, checkpoints, SCORES if kind == BEST else [kind]):
+    found = _best(run, checkpoints, SCORES if kind == BEST else [kind])
+    if found:
         return found
+
+    # Nothing says which are better: refuse, but for a step and a kind that are named.
     if not checkpoints:
         raise UsageError(
             f"run {run.run} has no validated checkpoint yet, nor any other; train until an epoch "

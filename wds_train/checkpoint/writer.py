@@ -92,6 +92,7 @@ class Writer:
                 spent = self.clock.read()
                 manifest = change(self.manifest).with_attempt(**self._noted, spent=spent)
                 manifest = manifest.stamped(secrets.token_hex(16), time.time(), seconds)
+                # A lost swap is tried again if the manifest is still ours.
                 try:
                     self._look()
                     data = manifest.to_json()

@@ -82,6 +82,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     wanted = recipe.optimizer
     known = [str(name) for name in list_optimizers()]
     usable = [name for name in known if not name.startswith(_NOT_RESUMABLE)]
+    # timm's own message would not name near ones.
     if wanted.name not in usable:
         cause = f"timm has no optimizer {wanted.name!r}"
         if wanted.name in known:

@@ -47,6 +47,7 @@ def initialise(model: nn.Module, recipe: Recipe) -> str:
     source, _ = _load("model.init", setting, recipe.model, META if device == META else CPU)
     own = model.state_dict()
     theirs = source.state_dict()
+    # The head is left out as a whole if any of it has another shape; all else must fit.
     head = [name for name in own.keys() | theirs.keys() if name.startswith(_heads(model))]
     left = head if any(_shape(own, name) != _shape(theirs, name) for name in head) else []
     wrong = [
@@ -55,16 +56,14 @@ def initialise(model: nn.Module, recipe: Recipe) -> str:
         if _shape(own, name) != _shape(theirs, name)
     ]
     if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UsageError(
             f"model.init = {setting!r} does not fit the model {recipe.model.name}: "
-            f"{'; '.join(wrong[:3])}"
-            + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            + ". Set model.name and its layer options as those weights have them"
+            f"{'; '.join(wrong[:3])}{more}. Set model.name and its layer options as those weights "
+            "have them"
         )
-    model.load_state_dict(
-        own | {name: value for name, value in theirs.items() if name not in left},
-        assign=device == META,
-    )
+    taken = {name: value for name, value in theirs.items() if name not in left}
+    model.load_state_dict(own | taken, assign=device == META)
     if left:
         return (
             f"the weights are {setting}'s, but for the head, which has other classes and starts at "
@@ -128,21 +127,22 @@ def _images(recipe: Recipe) -> dict[str, Any] | None:
         if is_exported(file):
             theirs = Weights.read(file).recipe.data
             return {name: getattr(theirs, name) for name in IMAGES}
-    config = _config(
-        timm_name(source, recipe.model) if source.startswith(TIMM) else recipe.model.name
-    )
+
+    # timm's weights, or those of a file that timm has the description of.
+    name = recipe.model.name
+    if source.startswith(TIMM):
+        name = timm_name(source, recipe.model)
+    config = _config(name)
     if config is None:
         return None
     side = config.input_size[-1]
-    mean = tuple(config.mean)
-    std = tuple(config.std)
     return {
         "size": side,
         "start_size": 0,
         "eval_size": side,
         "eval_crop": config.crop_pct,
-        "mean": mean,
-        "std": std,
+        "mean": tuple(config.mean),
+        "std": tuple(config.std),
     }
 
 
@@ -224,6 +224,7 @@ def _from_file(setting: str, path: Path, own: ModelRecipe, device: torch.device)
         )
     config: Any = create_model(own, 1, 0, META).pretrained_cfg
     head = config["classifier"]
+    # The file's own number of classes.
     with safe_open(path, "pt") as file:
         name = f"{head if isinstance(head, str) else head[0]}.weight"
         classes = config["num_classes"]

@@ -77,6 +77,8 @@ def _refuse_other_optimizer(entries: Mapping[str, Any], recipe: Recipe, model: n
         "optimizer": {str(i): state.get(i, {}) for i in range(len(parameters))},
         "group": {str(i): group for i, group in enumerate(groups)},
     }
+
+    # Every entry must be one that an optimizer after a step has, of the same shape.
     for name, value in entries.items():
         kind, _, rest = name.partition("/")
         index, _, slot = rest.partition("/")

@@ -84,7 +84,8 @@ class Weights:
         try:
             with safe_open(path, "pt") as file:
                 own = json.loads((file.metadata() or {})[OWN])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+                # It is no dict, though it has keys.
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             weights = replace(typed(cls, own), tensors=tensors)
             typed(Literal["raw", "ema"], weights.kind, "kind")
         except (SafetensorError, OSError) as error:
@@ -100,6 +101,7 @@ class Weights:
             raise RunError(
                 f"the weights of {path} do not fit the model {model.name}: {error}"
             ) from error
+        # Earlier versions wrote files that this one would not.
         every = weights.recipe.ema.every
         if weights.kind == "ema" and not is_averaged(weights.step, every):
             LOG.warning(
@@ -118,7 +120,10 @@ class Weights:
             for name, value in model.timm_arguments().items()
         }
         more = "".join(f", {name}={value}" for name, value in values.items())
-        return f"timm.create_model({model.name!r}, num_classes={len(self.classes)}, checkpoint_path={str(path)!r}{more})"
+        return (
+            f"timm.create_model({model.name!r}, num_classes={len(self.classes)}, "
+            f"checkpoint_path={str(path)!r}{more})"
+        )
 
     def timm_config(self) -> dict[str, Any]:
         """Return the description of the model for timm.

@@ -183,31 +183,34 @@ def estimate(options: TrainOptions) -> list[str]:
     store = open_store(options.run)
     refuse(options, this.datasets, fresh_run(options, this.datasets), store, this.ranks)
     prove(store, PROBES, say, unsafe=options.unsafe_store)
+
+    # The loader forks, so that it is measured before there is a trainer.
     note("measuring two steps ...")
     batches, loading = this.read()
     cost = this.cost(this.small, batches, loading)
     steps = epoch_steps(options, this.datasets)
     epochs = options.recipe.schedule.epochs
-    of = (
-        f", from {MEASURED} of batches of {this.batch}"
-        if this.share != 1
-        else f", from {MEASURED} of them"
-    )
-    paid = "" if options.price is None else f", {dollars(options.price * cost.whole / 3600)}"
+    of = f", from {MEASURED} of them"
+    if this.share != 1:
+        of = f", from {MEASURED} of batches of {this.batch}"
+    paid = ""
+    if options.price is not None:
+        paid = f", {dollars(options.price * cost.whole / 3600)}"
+    too_much = ""
+    if cost.memory > this.room():
+        too_much = ": too much; --accumulate N works on an Nth of a batch at a time"
+
     lines = [
         introduction(options, this.datasets[0], steps, this.ranks),
         f"steps    {steps * epochs:,} of {_exact(cost.step)}{of}; {epochs} validations of "
         f"{_exact(cost.validation)}",
         f"time     about {duration(cost.whole)}{paid}",
-        f"memory   about {cost.memory / 1e9:.1f} GB of {this.room() / 1e9:.1f}"
-        + (
-            ": too much; --accumulate N works on an Nth of a batch at a time"
-            if cost.memory > this.room()
-            else ""
-        ),
+        f"memory   about {cost.memory / 1e9:.1f} GB of {this.room() / 1e9:.1f}{too_much}",
     ]
-    if this.on_cpu and cost.whole > TOO_LONG and (smaller := this.smaller(batches, loading)):
-        lines.append(smaller)
+    if this.on_cpu and cost.whole > TOO_LONG:
+        smaller = this.smaller(batches, loading)
+        if smaller:
+            lines.append(smaller)
     return lines
 
 

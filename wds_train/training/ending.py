@@ -93,6 +93,7 @@ def ending(run: Run, stop: StopRequest, *, repeats: bool) -> Iterator[None]:
             tell(error)
             if status is not None:
                 _finish_commits(run)
+        # A commit that was under way may have been the last.
         if run.manifest.status == "done":
             say(f"the run is done all the same ({error})")
             return

@@ -218,20 +218,20 @@ def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
     driver = _nvidia_driver()
     if not (driver or any(dev.glob("nvidia[0-9]*"))):
         return
-    built = (
-        f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs alone"
-    )
+
+    # What PyTorch was built for, and why it cannot use the GPU.
+    built = "a build for CPUs alone"
+    remedy = "install one for CUDA"
+    if torch.version.cuda:
+        built = f"built for CUDA {torch.version.cuda}"
+        remedy = "update the driver, or install a PyTorch for an older CUDA"
     reason = "no more is known"
     try:
         torch.zeros(1, device="cuda")
     except (RuntimeError, AssertionError) as error:  # the latter of a build for CPUs
         reason = str(error).strip().split(". ")[0].splitlines()[0]
-    remedy = (
-        "update the driver, or install a PyTorch for an older CUDA"
-        if torch.version.cuda
-        else "install one for CUDA"
-    )
-    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
         remedy = f"unset CUDA_VISIBLE_DEVICES (now {hidden!r}), {remedy}"
     raise UsageError(
         f"this machine has a GPU (driver {driver or 'unknown'}) that PyTorch {torch.__version__}, "

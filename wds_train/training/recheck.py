@@ -252,7 +252,11 @@ def _agree(ranks: Ranks, step: int, order: list[str], differing: list[str]) -> N
     """
     if not ranks.total(len(differing))[0]:
         return
-    first = order.index(differing[0]) if differing and differing[0] in order else len(order)
+
+    # Every rank tells the others its own first difference, or that it has none.
+    first = len(order)
+    if differing and differing[0] in order:
+        first = order.index(differing[0])
     own = {
         "at": first,
         "rank": ranks.rank,
@@ -262,9 +266,10 @@ def _agree(ranks: Ranks, step: int, order: list[str], differing: list[str]) -> N
     }
     own |= {"tensor": differing[0] if differing else "", "others": len(differing) - 1}
     words = [json.loads(word) for word in ranks.exchange(f"recheck-{step}", json.dumps(own))]
-    worst = min(
-        (word for word in words if word["tensor"]), key=lambda word: (word["at"], word["rank"])
-    )
+
+    # All come to the same earliest one.
+    different = [word for word in words if word["tensor"]]
+    worst = min(different, key=lambda word: (word["at"], word["rank"]))
     more = f" and in {worst['others']:,} other tensors" if worst["others"] else ""
     raise Miscomputed(
         f"step {step}, computed twice on rank {worst['rank']} ({worst['host']}, process "

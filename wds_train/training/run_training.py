@@ -127,17 +127,15 @@ def _lead(
             unsafe=options.unsafe_store,
         )
         run.writer.clock = clock
+        # From here on the run is ours: an error gives it up.
         with ending(run, stop, repeats=_repeats(options, ranks)):
             snapshot = None if run.manifest.status == "done" else run.restore(say)
     except BaseException:
+        # The other ranks wait for a word.
         ranks.announce({})
         raise
-    ranks.announce(
-        {
-            "manifest": run.manifest.to_json().decode(),
-            "progress": asdict(snapshot.progress) if snapshot else None,
-        }
-    )
+    progress = asdict(snapshot.progress) if snapshot else None
+    ranks.announce({"manifest": run.manifest.to_json().decode(), "progress": progress})
     return run, snapshot
 
 

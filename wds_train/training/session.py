@@ -134,12 +134,12 @@ class Session:
         self._val_loader = loaders.val
         self._trainer = trainer
         self._rows = MetricsRows(run, tracker, options.recipe.batch)
-
         self._classes = datasets[0].manifest.classes
         self._val_samples = datasets[0].manifest.split("val").samples
         self._epoch_steps = trainer.steps_per_epoch
         self._total = self._schedule.epochs * self._epoch_steps
 
+        # What changes while it trains, and what a person sees of it.
         self._began_at = trainer.progress
         self._saver = StateSaver(trainer, run, self._rows, self._classes)
         voice = _quiet_unless(ranks.local == 0, say)  # of one process a machine

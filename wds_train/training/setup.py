@@ -50,6 +50,8 @@ def refuse(
         if found.status == "done":
             return
         resumes = bool(found.checkpoints)  # the weights that it began from may be gone by now
+
+    # The loader refuses what the datasets and the ranks cannot do.
     make_train_loader(options, datasets, ranks)
     model = options.recipe.model
     if ranks.leads and not resumes and model.init.startswith(TIMM):
@@ -58,6 +60,8 @@ def refuse(
             f"weights  reading {weights}, which this machine has or fetches from the Hugging Face "
             "hub ..."
         )
+
+    # The trainer refuses the rest.
     uncompiled = replace(options, compile=False)
     unconnected = Ranks(ranks.rank, ranks.size)
     meta = torch.device("meta")
@@ -146,6 +150,7 @@ def make_train_loader(
         mix=_with_shares(options, datasets),
         cache=options.cache_dir,
         cache_gb=options.cache_bytes / 1e9,
+        # The trainer counts the unreadable samples.
         max_bad=None,
     )
 
