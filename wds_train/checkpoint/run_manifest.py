@@ -68,8 +68,8 @@ class Progress:
     best_epoch: int = 0
 
     def validated(self, metrics: dict[str, float]) -> "Progress":
-        """With one epoch more validated, which gave `metrics`, telling ones; the next one's sums
-        begin.
+        """Return the progress with one epoch more validated, by telling `metrics`; the next one's
+        sums begin.
         """
         epoch = self.evaluated + 1
         top1 = max(metrics[name] for name in RESULT if name in metrics)

@@ -16,7 +16,8 @@ EMA = "_ema"  # how the names of the EMA weights' metrics end
 
 
 def telling(metrics: Mapping[str, float], step: float, every: int) -> dict[str, float]:
-    """`metrics` as of optimizer step `step`, without those of EMA weights that were never updated.
+    """Return `metrics` as of optimizer step `step`, without those of EMA weights that were never
+    updated.
 
     `every` is `ema.every`.
     """
@@ -31,8 +32,8 @@ def own_metrics(metrics: Mapping[str, float], kind: str) -> dict[str, float]:
 
 
 def every_of(recipe: Mapping[str, Any]) -> int:
-    """`ema.every` of a recipe as a run's manifest has it, which may be of a version that this one
-    cannot train by.
+    """Return `ema.every` of a recipe as a run's manifest has it, which may be of a version that
+    this one cannot train by.
     """
     ema = recipe.get("ema")
     every = ema.get("every") if isinstance(ema, dict) else None

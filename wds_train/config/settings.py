@@ -20,8 +20,8 @@ FOLLOW = {
 
 
 def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
-    """`recipe` with each "section.field=value" applied, and those that follow; `UsageError` for an
-    unknown name or a value of another type.
+    """Return `recipe` with each "section.field=value" applied, and those that follow; `UsageError`
+    for an unknown name or a value of another type.
 
     All are applied before the result is checked, so that fields bound to each other can change
     together.
@@ -137,7 +137,7 @@ def _meant(name: str, known: Iterable[str]) -> str:
 
 
 def _parse(hint: Any, name: str, text: str) -> Any:
-    """`text` as a value of type `hint`."""
+    """Parse `text` as a value of type `hint`."""
     if typing.get_origin(hint) is tuple:
         return _parse_tuple(typing.get_args(hint), name, text)
     if typing.get_origin(hint) is Literal:

@@ -75,8 +75,8 @@ def refused(found: Calibration) -> Calibration:
 
 
 def as_judged_now(found: Calibration) -> Calibration:
-    """`found` as an earlier version wrote it, which used temperatures of a few images, and such as
-    did not help.
+    """Return, as it is judged now, `found` as an earlier version wrote it, which used temperatures
+    of a few images, and such as did not help.
     """
     if found.reason or not found.fitted:
         return found

@@ -106,9 +106,9 @@ class Teacher:
 
 
 def as_init(recipe: Recipe, settings: list[str]) -> Recipe:
-    """`recipe`, which `settings` have changed, as it is trained: where `data.as_init` asks for it,
-    with images of the sizes, crop, mean and deviation that the weights of `model.init` had, but for
-    what is set. `data.as_init` is off then, so that a run that goes on does not ask again.
+    """Return `recipe`, which `settings` have changed, as it is trained: where `data.as_init` asks
+    for it, with images of the sizes, crop, mean and deviation that the weights of `model.init` had,
+    but for what is set. `data.as_init` is off then, so that a run that goes on does not ask again.
     """
     own = _images(recipe) if recipe.data.as_init else None
     if own is None:  # where they cannot be known, `initialise` refuses

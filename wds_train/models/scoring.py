@@ -87,8 +87,8 @@ def sums(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def metrics(total: torch.Tensor, samples: int) -> dict[str, float]:
-    """`loss`, the mean cross-entropy, `top1` and `top5` in percent, of the `sums` of a whole pass
-    over `samples`.
+    """Return `loss`, the mean cross-entropy, `top1` and `top5` in percent, of the `sums` of a whole
+    pass over `samples`.
     """
     loss, top1, top5, seen = total.tolist()
     if seen != samples:
