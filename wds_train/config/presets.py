@@ -105,7 +105,10 @@ _ALL = (
             mix=MixRecipe(mixup=0.4, cutmix=1.0),
             ema=EmaRecipe(decay=0.9999),
         ),
-        source="an earlier project's run of 118 of 130 epochs; its warm-up and drop path rate are not known",
+        source=(
+            "an earlier project's run of 118 of 130 epochs; its warm-up and drop path rate are "
+            "not known"
+        ),
         expected="73.05 % at 224 px (p)",
         hours="A10G ~4 days, ~$35 as it was run (p)",
     ),
@@ -124,7 +127,10 @@ _ALL = (
             ),
             ema=EmaRecipe(decay=0.999),
         ),
-        source="OneCycle (arXiv:1708.07120) as earlier projects set it; they name no optimizer. Batches of 128, 4 at a time",
+        source=(
+            "OneCycle (arXiv:1708.07120) as earlier projects set it; they name no optimizer. "
+            "Batches of 128, 4 at a time"
+        ),
         expected="not measured",
         hours="A10G 14 h (i)",
     ),
@@ -137,7 +143,10 @@ _ALL = (
             loss=LossRecipe(smoothing=0.0),
             ema=EmaRecipe(decay=0.9998),
         ),
-        source="He et al. 2015 (arXiv:1512.03385), in the 90 epochs of Goyal et al. 2017 (arXiv:1706.02677)",
+        source=(
+            "He et al. 2015 (arXiv:1512.03385), in the 90 epochs of Goyal et al. 2017 "
+            "(arXiv:1706.02677)"
+        ),
         expected="75-76 % at 224 px (p)",
         hours="A10G 41 h, $15-24; H100 7.3 h (i)",
     ),
@@ -151,11 +160,15 @@ _ALL = (
             schedule=ScheduleRecipe(epochs=20, warmup_epochs=1, flat=0.5),
             ema=EmaRecipe(decay=0.998),
         ),
-        source="our own, of the ingredients of the leaderboard of github.com/fastai/imagenette: batches of 64 and mixup from 80 "
-        "epochs on alone (2020-01-train.md), MaxBlurPool, XResNet's stem; a flat rate before the "
-        "cosine (forums.fast.ai/t/53453). For 80 epochs: --set mix.mixup=0.2 --set mix.cutmix=1 "
-        "--set mix.prob=0.5",
-        expected="not measured; the public leaderboard has 91.6 % after 20 epochs, 87.4 % after 5 (p)",
+        source=(
+            "our own, of the ingredients of the leaderboard of github.com/fastai/imagenette: "
+            "batches of 64 and mixup from 80 epochs on alone (2020-01-train.md), MaxBlurPool, "
+            "XResNet's stem; a flat rate before the cosine (forums.fast.ai/t/53453). For 80 "
+            "epochs: --set mix.mixup=0.2 --set mix.cutmix=1 --set mix.prob=0.5"
+        ),
+        expected=(
+            "not measured; the public leaderboard has 91.6 % after 20 epochs, 87.4 % after 5 (p)"
+        ),
         hours="not measured",
     ),
     Preset(
@@ -168,9 +181,11 @@ _ALL = (
             schedule=ScheduleRecipe(epochs=20, warmup_epochs=1, patience=6),
             ema=EmaRecipe(decay=0.99),
         ),
-        source="our own. One rate for all layers: layer_decay .75 was 1.5 and 1.2 points lower (m: 300 Imagenette images of five "
-        "classes at 64 px, 8 epochs, from a resnet18 of the other five; 64.3 and 64.1 against 65.7 "
-        "and 65.3 %, lr 1e-3)",
+        source=(
+            "our own. One rate for all layers: layer_decay .75 was 1.5 and 1.2 points lower (m: "
+            "300 Imagenette images of five classes at 64 px, 8 epochs, from a resnet18 of the "
+            "other five; 64.3 and 64.1 against 65.7 and 65.3 %, lr 1e-3)"
+        ),
         expected="not measured from timm's weights",
         hours="not measured",
     ),
@@ -190,7 +205,10 @@ _ALL = (
             schedule=ScheduleRecipe(epochs=60, warmup_epochs=3, patience=15),
             ema=EmaRecipe(decay=0.99),
         ),
-        source="our own, for hundreds to thousands of images and no pretrained weights; where there are some, `finetune`",
+        source=(
+            "our own, for hundreds to thousands of images and no pretrained weights; where there "
+            "are some, `finetune`"
+        ),
         expected="not measured",
         hours="not measured",
     ),
@@ -211,7 +229,10 @@ _ALL = (
             schedule=ScheduleRecipe(epochs=10, warmup_epochs=1),
             ema=EmaRecipe(decay=0.98),
         ),
-        source="our own, for scikit-learn's 1,797 handwritten digits at 32 px: a first try without a download",
+        source=(
+            "our own, for scikit-learn's 1,797 handwritten digits at 32 px: a first try without a "
+            "download"
+        ),
         expected="98.9-99.2 % on the 360 held-out images (m: seeds 0, 1, 2)",
         hours="one CPU thread, 3.4 minutes (m)",
     ),
