@@ -219,8 +219,8 @@ def test_rows_put_ahead_by_the_same_attempt_are_not_replayed(
     monkeypatch.setattr("wds_train.checkpoint.metrics_upload.EVERY_SECONDS", 0.01)
     run = Run.claim(store, FRESH, said.append)
     commit(run, 1)
-    run.ahead._rows.append(({"step": 2.0, "time/attempt": 1}, Progress(2, evaluated=1)))
-    run.ahead._put(1)
+    run.uploader._rows.append(({"step": 2.0, "time/attempt": 1}, Progress(2, evaluated=1)))
+    run.uploader._put(1)
     assert len(run.manifest.replayed) == 1
     upload(run, 2)
     later = Run.claim(store, FRESH, said.append)

@@ -36,7 +36,7 @@ def begun(store: Store) -> Run:
 
 def log(run: Run, *steps: int) -> None:
     for step in steps:
-        run.ahead.log(row(run, step), Progress(step, evaluated=step))
+        run.uploader.log(row(run, step), Progress(step, evaluated=step))
 
 
 def row(run: Run, step: int) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def test_what_is_committed_before_is_not_put(store: Store) -> None:
     run = begun(store)
     commit(run, 5)
     log(run, 5)
-    wait_until(lambda: not run.ahead._rows)
+    wait_until(lambda: not run.uploader._rows)
     assert run.manifest.replayed == ()
 
 

@@ -13,7 +13,7 @@ import pytest
 from trainers import SETTINGS, STEPS_PER_EPOCH, Job, Training, all_ended
 
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.resume_checks import going_on
+from wds_train.checkpoint.resume_checks import check_resume
 from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.cli import main
 from wds_train.config.presets import preset
@@ -138,7 +138,7 @@ def test_many_differences_are_counted(bucket: Path) -> None:
     found = manifest_of(bucket, "c1")
     fresh = RunManifest("c1", preset("imagenette").to_dict() | {"name": "digits"}, found.dataset, "w")
     with pytest.raises(Exception, match=r"(; .*){4} and \d+ more; leave out what differs") as caught:
-        going_on(found, fresh, "here")
+        check_resume(found, fresh, "here")
     assert "{" not in str(caught.value)
 
 

@@ -49,7 +49,7 @@ def _train(job: Job, kill: Kill, log: str) -> None:
 
     planted = PlantedClock()
     Clock.__init__.__defaults__ = (lambda: planted.now,)
-    _before(loop.Session, "fork", lambda session, *_: planted.pass_(START))
+    _before(loop, "fork_loaders", lambda *_: planted.pass_(START))
     _before(Trainer, "snapshot", lambda *_, **__: planted.pass_(COMMIT))
     _plant_waits(loop, planted)
 
@@ -73,14 +73,14 @@ def _train(job: Job, kill: Kill, log: str) -> None:
 
 def _plant_waits(loop: Any, planted: PlantedClock) -> None:
     """Let every batch come late, of the training and of the validations."""
-    in_time = loop.in_time
+    read = loop.read_until_stopped
 
     def late(loader: Any, stop: Any) -> Any:
-        for batch in in_time(loader, stop):
+        for batch in read(loader, stop):
             planted.pass_(WAIT)
             yield batch
 
-    loop.in_time = late
+    loop.read_until_stopped = late
 
 
 def _die(session: Any, kill: Kill) -> None:

@@ -168,10 +168,10 @@ def test_a_restart_hears_no_words_of_those_before(monkeypatch: pytest.MonkeyPatc
         raise TimeoutError
 
     Ranks(0, 2).announce({"progress": 1})
-    assert Ranks(1, 2).announced(nothing_yet) == {"progress": 1}
+    assert Ranks(1, 2).await_announcement(nothing_yet) == {"progress": 1}
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(TimeoutError):
-        Ranks(1, 2).announced(nothing_yet)
+        Ranks(1, 2).await_announcement(nothing_yet)
 
 
 @pytest.mark.parametrize(

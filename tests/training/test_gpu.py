@@ -14,7 +14,7 @@ from wds_train.loader.batch import Batch
 from wds_train.loader.pipeline import copy_to_device
 from wds_train.models.model import create_optimizer
 from wds_train.training.engine import Trainer, refuse_nondeterministic
-from wds_train.training.metrics_rows import Rows
+from wds_train.training.metrics_rows import MetricsRows
 from wds_train.training.ranks import Ranks, refuse_unusable_gpu
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -116,7 +116,7 @@ def test_the_pace_is_that_of_all_steps_since_the_last_record() -> None:
         committer=SimpleNamespace(upload_s=None),
         ahead=SimpleNamespace(log=lambda row, at: None),
     )
-    rows = Rows(run, SimpleNamespace(log=logged.append), 8)
+    rows = MetricsRows(run, SimpleNamespace(log=logged.append), 8)
     rows.add_step(0.5, 0.5)
     rows.add_step(0.0, 3.0)
     rows.log_step({}, Progress())

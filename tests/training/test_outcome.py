@@ -16,7 +16,7 @@ from wds_train.commands import status
 from wds_train.config.recipe import Recipe
 from wds_train.storage.base import Store
 from wds_train.training import dry_run as estimate
-from wds_train.training.outcome import going_on, next_commands, outcome
+from wds_train.training.outcome import next_commands, outcome, resume_command
 
 
 def run_of(*tops: tuple[float, float]) -> RunManifest:
@@ -50,8 +50,8 @@ def test_the_next_commands_are_those_of_this_run(monkeypatch: pytest.MonkeyPatch
         "         wds-train train --like s3://bucket/runs/c1 --set seed=7 --run s3://bucket/runs/c1-seed-7",
     ]
     monkeypatch.setenv("WDS_BUCKET", "s3://bucket")
-    assert going_on("s3://bucket/runs/c1") == "wds-train train c1"
-    assert going_on("/my runs/c1") == "wds-train train '/my runs/c1'"
+    assert resume_command("s3://bucket/runs/c1") == "wds-train train c1"
+    assert resume_command("/my runs/c1") == "wds-train train '/my runs/c1'"
 
 
 def test_an_interrupted_training_leaves_its_report_and_the_command_to_go_on(small: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from test_engine import assert_same_state, batch, trainer
 
 from wds_train.checkpoint.run_manifest import Difference, RunManifest
 from wds_train.errors import Miscomputed, UsageError
-from wds_train.training.recheck import MOST_DIFFERENCES, is_due, judged, refuse_unrepeatable, step_twice
+from wds_train.training.recheck import MOST_DIFFERENCES, is_due, judge, refuse_unrepeatable, step_twice
 
 # A trainer in which one bit flips: of `what`, in the nth time that a step is computed, on one rank.
 SCRIPT = '''
@@ -222,7 +222,7 @@ def found_on(host: str, boot: str) -> Miscomputed:
 def test_another_machine_has_a_chance_of_its_own(earlier: list[tuple[str, str]], goes_on: bool, said: str) -> None:
     differences = tuple(Difference(4, 1, "the loss", host, boot) for host, boot in earlier)
     manifest = RunManifest("run", {}, {}, "", differences=differences)
-    told, may = judged(found_on("here", "b1"), manifest)
+    told, may = judge(found_on("here", "b1"), manifest)
     assert may is goes_on
     assert said in told
     assert len(earlier) < MOST_DIFFERENCES

@@ -56,7 +56,7 @@ def test_a_gpu_that_is_still_at_work_waits_for_nothing(
     monkeypatch.setattr(waits, "_mark", gpu.event)
     monkeypatch.setattr(waits.time, "perf_counter", lambda: gpu.now)
     clock = Clock(lambda: gpu.now)
-    for _, waited in islice(waits.timed(batches_of(gpu), clock, torch.device("cuda")), 4):
+    for _, waited in islice(waits.time_waits(batches_of(gpu), clock, torch.device("cuda")), 4):
         assert waited == WAITS
         gpu.done_at = gpu.now + work
     spent = clock.read()
@@ -69,7 +69,7 @@ def test_a_gpu_that_is_still_at_work_waits_for_nothing(
 def test_on_a_cpu_every_wait_is_for_data() -> None:
     gpu = Gpu()
     clock = Clock(lambda: gpu.now)
-    list(islice(waits.timed(batches_of(gpu), clock, torch.device("cpu")), 4))
+    list(islice(waits.time_waits(batches_of(gpu), clock, torch.device("cpu")), 4))
     spent = clock.read()
     assert (spent.start, spent.steps) == (WAITS, pytest.approx(0, abs=0.01))
     assert spent.data == pytest.approx(3 * WAITS, abs=0.01)

@@ -1,4 +1,4 @@
-"""What becomes of a commit that was announced by an attempt before, and not finished."""
+"""Settling a commit that an earlier attempt announced and did not finish."""
 
 from functools import partial
 
@@ -14,8 +14,8 @@ from wds_train.errors import RunError
 def settle_pending(writer: Writer, keep_every: int, say: Say) -> Snapshot | None:
     """Adopt the commit that the attempt before announced and could not finish.
 
-    Nobody else can name it any more, since its owner's fence is past. If anything of it is missing or damaged, it is
-    forgotten and deleted as a whole, its metrics with it.
+    Nobody else can name it any more, since its owner's fence is past. If anything of it is missing
+    or damaged, it is forgotten and deleted as a whole, its metrics with it.
 
     Args:
         writer: The run's, by which this process owns it.
@@ -37,10 +37,18 @@ def settle_pending(writer: Writer, keep_every: int, say: Say) -> Snapshot | None
     try:
         snapshot = read_pending(writer.store, before, pending)
     except RunError as error:
-        say(f"the commit of step {step} was not finished by the attempt before ({error}); it is left out")
+        # Not whole: nothing of it may be used.
+        say(
+            f"the commit of step {step} was not finished by the attempt before ({error}); it is "
+            "left out"
+        )
         writer.announce(None)
     else:
-        say(f"the commit of step {step} was uploaded by the attempt before, which ended before it was named: adopted")
+        # Whole: name it as the attempt before would have done.
+        say(
+            f"the commit of step {step} was uploaded by the attempt before, which ended before it "
+            "was named: adopted"
+        )
         writer.write(partial(adopting, pending=pending, keep_every=keep_every))
     collect(writer.store, before, writer.manifest, say)
     return snapshot

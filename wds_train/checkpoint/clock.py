@@ -1,4 +1,4 @@
-"""What this process is at, second by second."""
+"""A clock of a process's activities, which says where its seconds go."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from wds_train.checkpoint.goodput import Spent
 
 Activity = Literal["start", "steps", "data", "commit", "validation"]
 UNFINISHED = ("steps", "validation")
-"""What comes to nothing when the process ends in the middle of it."""
+"""Activities that are lost when the process ends in the middle of them."""
 DIGITS = 3  # of the seconds that are noted
 
 
@@ -25,7 +25,8 @@ class _Since:
 class Clock:
     """Adds up the seconds of a process by its activities; it begins with "start".
 
-    One thread turns it and others read it, without a lock: all that it knows is one object, which is replaced.
+    One thread turns it and others read it, without a lock: all that it knows is one object, which
+    is replaced.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
@@ -34,7 +35,7 @@ class Clock:
 
     @property
     def activity(self) -> Activity:
-        """What is under way."""
+        """The activity that is under way."""
         return self._since.activity
 
     def turn(self, activity: Activity, also: float = 0.0) -> None:
@@ -51,8 +52,9 @@ class Clock:
         self._since = _Since(activity, now, spent)
 
     def read(self) -> Spent:
-        """What was spent so far, the activity under way included."""
-        since, now = self._since, self._now()
+        """Return what was spent so far, the activity under way included."""
+        since = self._since
+        now = self._now()
         spent = _spent(since, now)
         under_way = now - since.began if since.activity in UNFINISHED else 0.0
         rounded = {name: round(seconds, DIGITS) for name, seconds in vars(spent).items()}
@@ -60,6 +62,6 @@ class Clock:
 
 
 def _spent(since: _Since, now: float) -> Spent:
-    """What was spent until `now`."""
+    """Return what was spent until `now`."""
     so_far: float = getattr(since.before, since.activity)
     return replace(since.before, **{since.activity: so_far + now - since.began})

@@ -8,9 +8,15 @@ from wds_train.storage.open import open_store
 
 
 def find_run(url: str) -> tuple[RunManifest, Store]:
-    """The run at `url`; `NotFound` when there is none."""
+    """Return the run at `url`.
+
+    Raises:
+        NotFound: There is none.
+    """
     store = open_store(url)
     try:
         return read_run(store)[0], store
     except NotFound as error:
-        raise NotFound(f"there is no run at {store.url} (no manifest.json); check the address") from error
+        raise NotFound(
+            f"there is no run at {store.url} (no manifest.json); check the address"
+        ) from error

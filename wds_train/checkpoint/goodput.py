@@ -1,4 +1,6 @@
-"""Where the paid time of a run went: what an attempt notes of it, and the share that became steps that count.
+"""The paid time of a run by its use.
+
+Here are the notes of an attempt, and the share that became steps that count.
 
 docs/report.md defines each part. Every paid second is in exactly one of them.
 """
@@ -72,14 +74,14 @@ class Parts:
         return self.steps / self.paid
 
     def shares(self) -> dict[str, float]:
-        """Each part as a share of the paid time; empty where nothing was paid."""
+        """Return each part as a share of the paid time; empty where nothing was paid."""
         paid = self.paid
         if not paid:
             return {}
         return {name: seconds / paid for name, seconds in asdict(self).items()}
 
     def plus(self, other: "Parts") -> "Parts":
-        """The sum of both, part by part."""
+        """Return the sum of both, part by part."""
         added = asdict(other)
         return Parts(**{name: seconds + added[name] for name, seconds in asdict(self).items()})
 

@@ -1,7 +1,8 @@
-"""Changing what a run's manifest says beside the training, from a process that does not own the run.
+"""Changing what a run's manifest says beside the training, from a process that does not own the
+run.
 
-The fence stays as it is. An owner that meets the change at its next write finds its own fence, takes
-the manifest up, and writes again.
+The fence stays as it is. An owner that meets the change at its next write finds its own fence,
+takes the manifest up, and writes again.
 """
 
 import secrets
@@ -37,6 +38,7 @@ def amend(store: Store, change: Callable[[RunManifest], RunManifest], say: Say) 
         changed = change(found)
         if changed == found:
             return found
+        # Nobody writes to a run that is done.
         if found.status != "done" and not proven:
             proven = prove(store, PROBES, say)
         changed = replace(changed, nonce=secrets.token_hex(16))

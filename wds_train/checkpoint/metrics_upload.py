@@ -1,4 +1,7 @@
-"""Rows of metrics on S3 before the commit that they belong to, so that those of a killed attempt outlive it."""
+"""Rows of metrics on S3 before the commit that they belong to.
+
+Those of a killed attempt outlive it.
+"""
 
 import hashlib
 import json
@@ -14,14 +17,21 @@ from wds_train.errors import Interrupted, RunError
 EVERY_SECONDS = 30.0  # two requests: $0.0012 an hour
 
 
-class Ahead:
-    """Puts what was logged since it last did so, in a thread of its own: no step and no commit waits for it."""
+class MetricsUploader:
+    """Uploads the newest rows now and then, in a thread: no step and no commit waits for it.
+
+    Args:
+        writer: The writer of the run's manifest, which names the rows.
+        say: Told when rows could not be uploaded.
+    """
 
     def __init__(self, writer: Writer, say: Say) -> None:
-        self._writer, self._say = writer, say
+        self._writer = writer
+        self._say = say
         self._rows: list[tuple[dict[str, Any], Progress]] = []
 
     def start(self) -> None:
+        """Begin to upload. This process must not fork any more."""
         if self._writer.leads:
             threading.Thread(target=self._work, name="rows", daemon=True).start()
 
@@ -41,15 +51,22 @@ class Ahead:
                 self._say(f"the newest rows of the metrics wait for the next commit ({error})")
 
     def _put(self, count: int) -> None:
-        """Put the first `count` rows, unless a commit was faster."""
-        rows, writer = self._rows[:count], self._writer
-        newest = [checkpoint.progress for checkpoint in writer.manifest.checkpoints[-1:]]
-        ahead = [row for row, at in rows if not any(_covers(done, at) for done in newest)]
+        """Upload the first `count` rows, unless a commit was faster."""
+        writer = self._writer
+        rows = self._rows[:count]
+        checkpoints = writer.manifest.checkpoints
+        ahead = []
+        for row, at in rows:
+            if not checkpoints or not _covers(checkpoints[-1].progress, at):
+                ahead.append(row)
         if ahead:
-            lines, at = "".join(json.dumps(row) + "\n" for row in ahead).encode(), rows[-1][1]
-            key = f"metrics/{writer.manifest.fence:06d}-{at.step:09d}-{at.evaluated:06d}-ahead.jsonl"
+            _, last = rows[-1]
+            lines = "".join(json.dumps(row) + "\n" for row in ahead).encode()
+            place = f"{writer.manifest.fence:06d}-{last.step:09d}-{last.evaluated:06d}"
+            key = f"metrics/{place}-ahead.jsonl"
             writer.store.write(key, lines, if_absent=True)
-            segment = Segment(Object(key, len(lines), hashlib.sha256(lines).hexdigest()), at.step, at.evaluated)
+            described = Object(key, len(lines), hashlib.sha256(lines).hexdigest())
+            segment = Segment(described, last.step, last.evaluated)
             writer.write(partial(RunManifest.with_ahead, segment=segment))
         del self._rows[:count]
 

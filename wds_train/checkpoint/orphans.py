@@ -1,4 +1,7 @@
-"""What killed instances left below a run: objects that no manifest names, parts of uploads, and probes."""
+"""Removal of what killed instances left below a run.
+
+That is, objects that no manifest names, parts of uploads, and probes.
+"""
 
 import time
 from functools import partial
@@ -18,8 +21,8 @@ def collect_orphans(store: Store, manifest: RunManifest, say: Say) -> None:
 
     It is safe for fences up to that of `manifest`: their owners can name nothing more.
 
-    This is housekeeping: what a server lacks for it, or a role may not do, is told in one line. Who may only read a
-    finished run leaves it as it is, and is told nothing.
+    This is housekeeping: what a server lacks for it, or a role may not do, is told in one line. Who
+    may only read a finished run leaves it as it is, and is told nothing.
 
     Args:
         store: Where the run is.
@@ -38,7 +41,8 @@ def collect_orphans(store: Store, manifest: RunManifest, say: Say) -> None:
                 if not told:
                     say(f"what interrupted uploads left stays there ({error}); see docs/stores.md")
                 told = True
-                if isinstance(error, Unavailable):  # the next request would wait as long
+                # The next request would wait as long.
+                if isinstance(error, Unavailable):
                     return
 
 
@@ -50,7 +54,10 @@ def _remove_orphans(store: Store, manifest: RunManifest, say: Say, end: float, p
         if is_orphan or is_probe(entry.key):
             _refuse_late(store, end)
             store.delete(entry.key)
-            say(f"removed {entry.key}, which no manifest names: left by an interrupted upload or removal")
+            say(
+                f"removed {entry.key}, which no manifest names: left by an interrupted upload or "
+                "removal"
+            )
 
 
 def _refuse_late(store: Store, end: float) -> None:

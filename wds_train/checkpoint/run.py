@@ -1,16 +1,20 @@
 """A run on S3: claimed by one instance, committed to in the background, resumed by the next.
 
-claim    read the manifest, wait until nobody holds the run, raise its fence, write it back by compare-and-swap
-renew    in a thread, several times per lease: the manifest with another nonce, for claimants to see a sign of life
-commit   copy the state to host memory at a step boundary (the training goes on), then in a thread: announce in the
-         manifest what goes up, upload the metrics, upload the checkpoint, swap the manifest, and only then delete
-         what the new manifest dropped
-restore  the newest checkpoint whose size, sha256 and tensors are right; damaged ones are passed over and named. A commit
-         that was announced by an attempt before, and arrived as a whole, is adopted first
+claim    read the manifest, wait until nobody holds the run, raise its fence, write it back by
+         compare-and-swap
+renew    in a thread, several times per lease: the manifest with another nonce, for claimants to
+         see a sign of life
+commit   copy the state to host memory at a step boundary (the training goes on), then in a thread:
+         announce in the manifest what goes up, upload the metrics, upload the checkpoint, swap the
+         manifest, and only then delete what the new manifest dropped
+restore  the newest checkpoint whose size, sha256 and tensors are right; damaged ones are passed
+         over and named. A commit that was announced by an earlier attempt, and arrived as a whole,
+         is adopted first
 
-An instance that another one has replaced meets a foreign fence at its next write, and writes nothing more. What it may
-have uploaded at that moment carries its own fence in the key: named by nobody, and removed at the next claim. What it had
-announced is settled by the first restore after its end; what arrives later is not looked at again.
+An instance that another one has replaced meets a foreign fence at its next write, and writes
+nothing more. What it may have uploaded at that moment carries its own fence in the key: named by
+nobody, and removed at the next claim. What it had announced is settled by the first restore after
+its end; what arrives later is not looked at again.
 """
 
 import secrets
@@ -27,10 +31,10 @@ from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.adoption import settle_pending
 from wds_train.checkpoint.committer import Committer, collect
 from wds_train.checkpoint.lease import Say, read_run, this_process, until_free
-from wds_train.checkpoint.metrics_upload import Ahead
+from wds_train.checkpoint.metrics_upload import MetricsUploader
 from wds_train.checkpoint.orphans import collect_orphans
 from wds_train.checkpoint.restore import read_checkpoint, read_chosen, read_records
-from wds_train.checkpoint.resume_checks import going_on
+from wds_train.checkpoint.resume_checks import check_resume
 from wds_train.checkpoint.run_manifest import Checkpoint, RunManifest, Segment
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.writer import Writer
@@ -45,7 +49,16 @@ READERS = 8  # of metrics, at a time
 
 
 class Run:
-    """A run that this process has claimed, or only reads; one that does not lead (a rank other than 0) ends in silence."""
+    """A run that this process has claimed, or only reads.
+
+    Args:
+        store: The run's folder.
+        manifest: Its manifest, as it is there.
+        tag: The manifest's version on the store; "" for a run that is only read.
+        say: What is told to a person.
+        keep_every: Keep the checkpoint of every so many'th validation; 0: of none for that reason.
+        leads: False in a rank other than 0, which writes nothing and ends in silence.
+    """
 
     def __init__(
         self,
@@ -57,10 +70,11 @@ class Run:
         keep_every: int = 0,
         leads: bool = True,
     ) -> None:
-        self.store, self._say = store, say
+        self.store = store
+        self._say = say
         self.writer = Writer(store, manifest, tag, say=say, leads=leads)
         self.committer = Committer(self.writer, say=say, keep_every=keep_every)
-        self.ahead = Ahead(self.writer, say)
+        self.uploader = MetricsUploader(self.writer, say)
 
     @property
     def manifest(self) -> RunManifest:
@@ -82,32 +96,41 @@ class Run:
         """Claim the run at `store`, or create it as `fresh`; a run that is done is only read.
 
         Args:
-            unsafe: Claim it even if the store ignores conditional writes; the manifest then says so.
+            fresh: The run as it would begin: its recipe and dataset must be the run's.
+            pause: Sleeps so many seconds; what it raises ends the wait.
+            go_on: Go on with a run that a person stopped.
+            unsafe: Claim it even if the store ignores conditional writes; the manifest then says
+                so.
 
         Raises:
-            UsageError: It is of another recipe or dataset, or a person stopped it and nobody says `go_on`.
+            UsageError: It is of another recipe or dataset, or a person stopped it and nobody says
+                `go_on`.
             RunError: Another instance holds it and `wait` is False.
-            StoreError: The store ignores conditional writes, by which a run has one owner, or refuses all of them.
+            StoreError: The store ignores conditional writes, by which a run has one owner, or
+                refuses all of them.
         """
         safe: bool | None = None
         refusals = Counter[str]()
         while True:
             # 1. What is there. What cannot be is refused before the wait.
-            found, tag = _found(store, fresh)
+            found, tag = _find(store, fresh)
             if tag:
-                going_on(found, fresh, store.url)
+                check_resume(found, fresh, store.url)
             if safe is None and found.status != "done":
                 safe = prove(store, PROBES, say, unsafe=unsafe)
                 continue  # another one may have claimed the run meanwhile: look again
+
             # 2. Wait for its owner.
             if tag:
                 found, tag = until_free(store, found, tag, wait=wait, say=say, pause=pause)
-                found = going_on(found, fresh, store.url)
+                found = check_resume(found, fresh, store.url)
                 if found.status == "done":
                     run = cls(store, found, tag, say=say)
-                    collect_orphans(store, run.manifest, say)  # of a kill right after the last commit
+                    # A kill right after the last commit may have left some.
+                    collect_orphans(store, run.manifest, say)
                     return run
                 _refuse_stopped(store, found, go_on)
+
             # 3. Take it, unless another claimant is faster.
             try:
                 run = cls._take(store, replace(found, unsafe_store=not safe), tag, say, keep_every)
@@ -120,13 +143,21 @@ class Run:
                 return run
 
     @staticmethod
-    def roll_back(store: Store, step: int, say: Say, *, unsafe: bool = False) -> tuple[RunManifest, RunManifest]:
-        """Make the checkpoint of `step` the newest, forgetting what was committed after it; the manifests before and after.
-        `RunError` when it cannot be used, or an instance holds the run, `StoreError` when the store ignores conditional
-        writes and it is not said to be `unsafe`: then nothing has changed.
+    def roll_back(
+        store: Store, step: int, say: Say, *, unsafe: bool = False
+    ) -> tuple[RunManifest, RunManifest]:
+        """Make the checkpoint of `step` the newest, and forget what was committed after it.
 
-        One swap both claims the run, so that no earlier owner writes again, and takes it back; only then is deleted what
-        came after.
+        One swap both claims the run, so that no earlier owner writes again, and takes it back; only
+        then is deleted what came after.
+
+        Returns:
+            The manifests before and after.
+
+        Raises:
+            RunError: The checkpoint cannot be used, or an instance holds the run.
+            StoreError: The store ignores conditional writes, and it is not said to be `unsafe`.
+                Then nothing has changed.
         """
         before, tag = until_free(store, *read_run(store), wait=False, say=say)
         after = before.back_to(step)
@@ -135,7 +166,8 @@ class Run:
             return before, before
         safe = prove(store, PROBES, say, unsafe=unsafe)
         after = replace(after, unsafe_store=not safe)
-        claimed = replace(after.claimed(this_process(), leases.LEASE_SECONDS, time.time()), status=after.status)
+        claimed = after.claimed(this_process(), leases.LEASE_SECONDS, time.time())
+        claimed = replace(claimed, status=after.status)
         after = claimed.stamped(secrets.token_hex(16), time.time(), 0.0)
         store.write(states.NAME, after.to_json(), if_match=tag)
         collect(store, before, after, say)
@@ -143,82 +175,107 @@ class Run:
 
     @classmethod
     def _take(cls, store: Store, found: RunManifest, tag: str, say: Say, keep_every: int) -> "Run":
-        """Claim the run, of which the manifest `found` has the tag `tag`; "" where there is none yet."""
+        """Claim the run whose manifest `found` has the tag `tag`; "" where there is none yet."""
         condition: dict[str, Any] = {"if_match": tag} if tag else {"if_absent": True}
-        nonce = secrets.token_hex(16)
-        claimed = replace(found.claimed(this_process(), leases.LEASE_SECONDS, time.time()), nonce=nonce)
+        claimed = found.claimed(this_process(), leases.LEASE_SECONDS, time.time())
+        claimed = replace(claimed, nonce=secrets.token_hex(16))
         tag = store.write(states.NAME, claimed.to_json(), **condition)
         return cls(store, claimed, tag, say=say, keep_every=keep_every)
 
     def restore(self, say: Say) -> Snapshot | None:
-        """The newest usable checkpoint, or None when the run has committed none. `RunError` when all are damaged.
+        """Return the newest usable checkpoint; None when the run has committed none.
 
-        The manifest forgets damaged ones, and calls the metrics that came after the one before replayed: they will be
-        logged again.
+        The manifest forgets damaged ones. Metrics that came after the one that is used become
+        replayed: they will be logged again.
+
+        Raises:
+            RunError: All checkpoints are damaged.
         """
         adopted = settle_pending(self.writer, self.committer.keep_every, say)
         if adopted is not None:
             return adopted
+        # From the newest back, until one is right.
         for checkpoint in reversed(self.manifest.checkpoints):
             try:
                 snapshot = read_checkpoint(self.store, self.manifest, checkpoint)
             except RunError as error:
-                say(f"checkpoint {checkpoint.object.key} cannot be used ({error}); trying the one before")
+                key = checkpoint.object.key
+                say(f"checkpoint {key} cannot be used ({error}); trying the one before")
                 continue
             if checkpoint != self.manifest.checkpoints[-1]:
                 self.writer.write(partial(_resumed_at, checkpoint))
             return snapshot
         if self.manifest.checkpoints:
             raise RunError(
-                f"every checkpoint of {self.store.url} is damaged; restore one from a backup or start another run"
+                f"every checkpoint of {self.store.url} is damaged; restore one from a backup or "
+                "start another run"
             )
         return None
 
     def history(self) -> list[dict[str, Any]]:
-        """All committed metrics that can be read, a record per line logged, oldest first; the others are named."""
-        return self._records(self.manifest.metrics)
+        """Return all committed metrics that can be read, oldest first; name the others."""
+        return _read_segments(self.store, self.manifest.metrics, self._say)
 
     def replayed(self) -> list[dict[str, Any]]:
-        """The records that attempts before had put beyond the checkpoint that their successors began from; each holds its
-        attempt's fence as `time/attempt`. What was committed after all is not among them.
+        """Return the rows that earlier attempts logged beyond their successors' first checkpoint.
+
+        Each row holds its attempt's fence as `time/attempt`. Rows that were committed after all are
+        not among them.
         """
-        committed = {segment.fence: segment.step for segment in self.manifest.metrics}
-        records = self._records([s for s in self.manifest.replayed if s.fence < self.manifest.fence])
-        return [
-            record for record in records if record.get("step", -1) > committed.get(record.get("time/attempt", 0), -1)
-        ]
-
-    def _records(self, segments: Iterable[Segment]) -> list[dict[str, Any]]:
-        with ThreadPoolExecutor(READERS) as pool:
-            return [record for records in pool.map(self._records_of, segments) for record in records]
-
-    def _records_of(self, segment: Segment) -> list[dict[str, Any]]:
-        try:
-            return read_records(self.store, segment)
-        except Unavailable:
-            raise
-        except (StoreError, RunError) as error:
-            self._say(f"metrics {segment.object.key} cannot be used ({error}); the curves go without them")
-            return []
+        newest_committed = {segment.fence: segment.step for segment in self.manifest.metrics}
+        earlier = [each for each in self.manifest.replayed if each.fence < self.manifest.fence]
+        rows = _read_segments(self.store, earlier, self._say)
+        return [row for row in rows if _is_beyond(newest_committed, row)]
 
     def begin(self) -> None:
-        """Renew the lease from here on: now there is training to lose. This process must not fork any more."""
+        """Renew the lease from here on. This process must not fork any more."""
         self.committer.begin()
         self.writer.start_renewing()
-        self.ahead.start()
+        self.uploader.start()
 
     def end(self, status: str, **changes: Any) -> None:
-        """Give the run up, as `status`. The caller has waited for what was under way. `Unavailable` when the store does not
-        take it within LAST_WORD_SECONDS: the process is about to end, and the lease runs out by itself.
+        """Give the run up, as `status`. The caller has waited for what was under way.
+
+        Raises:
+            Unavailable: The store does not take it within LAST_WORD_SECONDS: the process is about
+                to end, and the lease runs out by itself.
         """
         self.writer.close()
         if not self.writer.leads or (self.manifest.status == status and not changes):
             return
-        last = partial(self.writer.write, lambda manifest: replace(manifest.ended(status), **changes))
-        within(LAST_WORD_SECONDS, last, self.store.url)
+
+        def end(manifest: RunManifest) -> RunManifest:
+            return replace(manifest.ended(status), **changes)
+
+        within(LAST_WORD_SECONDS, partial(self.writer.write, end), self.store.url)
 
 
-def _found(store: Store, fresh: RunManifest) -> tuple[RunManifest, str]:
+def _read_segments(store: Store, segments: Iterable[Segment], say: Say) -> list[dict[str, Any]]:
+    """Return the rows of all segments that can be read, in order; name the others."""
+
+    def read(segment: Segment) -> list[dict[str, Any]]:
+        try:
+            return read_records(store, segment)
+        except Unavailable:
+            raise
+        except (StoreError, RunError) as error:
+            key = segment.object.key
+            say(f"metrics {key} cannot be used ({error}); the curves go without them")
+            return []
+
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(READERS) as pool:
+        for of_one in pool.map(read, segments):
+            rows += of_one
+    return rows
+
+
+def _is_beyond(steps: dict[int, int], row: dict[str, Any]) -> bool:
+    """Return True if a row is of a later step than the one of its attempt in `steps`."""
+    return bool(row.get("step", -1) > steps.get(row.get("time/attempt", 0), -1))
+
+
+def _find(store: Store, fresh: RunManifest) -> tuple[RunManifest, str]:
     """Return the manifest at `store` and its tag; `fresh` and "" where there is none."""
     try:
         return read_run(store)
@@ -229,16 +286,20 @@ def _found(store: Store, fresh: RunManifest) -> tuple[RunManifest, str]:
 def _refuse_stopped(store: Store, found: RunManifest, go_on: bool) -> None:
     if found.status == "stopped" and not go_on:
         raise UsageError(
-            f"{store.url} was stopped by a person, in W&B, at step {found.step}; give --go-on to go on from there"
+            f"{store.url} was stopped by a person, in W&B, at step {found.step}; give --go-on to "
+            "go on from there"
         )
 
 
 def _refuse_endless(store: Store, refusals: int, error: Conflict) -> None:
-    """Raise `StoreError` when the same manifest could not be replaced so often that no other claimant explains it."""
+    """Raise `StoreError` when the same manifest could not be replaced so often that no other
+    claimant explains it.
+    """
     if refusals >= CLAIMS:
         raise StoreError(
-            f"{store.url} cannot be claimed: the server refused {refusals} times to write {states.NAME}, though nobody "
-            "else had written it; look at the server with wds-train check-store"
+            f"{store.url} cannot be claimed: the server refused {refusals} times to write "
+            f"{states.NAME}, though nobody else had written it; look at the server with wds-train "
+            "check-store"
         ) from error
 
 

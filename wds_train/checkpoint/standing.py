@@ -1,4 +1,4 @@
-"""How a run stands, by its manifest alone."""
+"""The state of a run, and where its time went, by its manifest alone."""
 
 from functools import reduce
 
@@ -8,8 +8,9 @@ from wds_train.checkpoint.run_manifest import RunManifest
 
 
 def state_of(run: RunManifest, now: float) -> str:
-    """The run's status, but for a "running" one whose process is gone ("lost") or has written nothing for longer than its
-    lease ("silent"): a kill, or a store that fails, leaves no last word.
+    """Return the run's status, but for a "running" one whose process is gone ("lost") or has
+    written nothing for longer than its lease ("silent"): a kill, or a store that fails, leaves no
+    last word.
     """
     if run.status != "running":
         return run.status
@@ -19,8 +20,9 @@ def state_of(run: RunManifest, now: float) -> str:
 
 
 def parts_by_attempt(run: RunManifest, now: float) -> list[Parts]:
-    """What became of the time of each attempt that the manifest lists. The newest one's steps count for as long as it may
-    commit them.
+    """Return what became of the time of each attempt that the manifest lists.
+
+    The newest one's steps count for as long as it may commit them.
     """
     over = state_of(run, now) != "running"
     ended = [attempt.parts(over=True) for attempt in run.attempts[:-1]]
@@ -28,5 +30,7 @@ def parts_by_attempt(run: RunManifest, now: float) -> list[Parts]:
 
 
 def where_time_went(run: RunManifest, now: float) -> Parts:
-    """What became of the time of all attempts, those included that the manifest has only as a sum."""
+    """Return what became of the time of all attempts, those included that the manifest has only as
+    a sum.
+    """
     return reduce(Parts.plus, parts_by_attempt(run, now), run.earlier.known_parts)

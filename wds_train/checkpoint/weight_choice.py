@@ -34,52 +34,62 @@ class Choice:
 
 
 def best_weights(run: RunManifest, kinds: Iterable[str] = SCORES) -> Choice | None:
-    """The weights that a command takes when it is not told which: those with the highest top-1 of any validation whose
-    checkpoint is kept, be they raw or EMA. Of equal ones the raw, and of these the earliest. None where nothing was
-    validated. With `kinds`, of these alone.
+    """Return the weights that a command takes when it is not told which: those with the highest
+    top-1 of any validation whose checkpoint is kept, be they raw or EMA. Of equal ones the raw, and
+    of these the earliest. None where nothing was validated. With `kinds`, of these alone.
     """
     return _best(run, run.checkpoints, kinds)
 
 
 def choose(run: RunManifest, kind: str = BEST, step: int | None = None) -> Choice:
-    """The weights that a person asks for.
+    """Return the weights that a person asks for.
 
     Args:
         kind: "raw", "ema", or BEST for whichever scored higher.
         step: that of the checkpoint; by default the one whose weights scored highest.
 
     Raises:
-        UsageError: there are none such, or nothing says which are better; or they are EMA weights that were never updated.
+        UsageError: there are none such, or nothing says which are better; or they are EMA weights
+            that were never updated.
     """
     checkpoints = run.checkpoints if step is None else run.back_to(step).checkpoints[-1:]
-    if found := _best(run, checkpoints, SCORES if kind == BEST else [kind]):
+    found = _best(run, checkpoints, SCORES if kind == BEST else [kind])
+    if found:
         return found
+
+    # Nothing says which are better: refuse, but for a step and a kind that are named.
     if not checkpoints:
         raise UsageError(
-            f"run {run.run} has no validated checkpoint yet, nor any other; train until an epoch is validated"
+            f"run {run.run} has no validated checkpoint yet, nor any other; train until an epoch "
+            "is validated"
         )
-    newest, every = checkpoints[-1], every_of(run.recipe)
+    newest = checkpoints[-1]
+    every = every_of(run.recipe)
     averaged = is_averaged(newest.progress.step, every)
     if kind == "ema" and (not averaged or any(each.metrics for each in checkpoints)):
         raise UsageError(
-            f"the EMA weights of run {run.run} were {never_averaged(_last_scored(checkpoints), every)}; they still are those "
-            "that the training began with. Leave out --weights ema or --best ema"
+            f"the EMA weights of run {run.run} were "
+            f"{never_averaged(_last_scored(checkpoints), every)}; they still are those that the "
+            "training began with. Leave out --weights ema or --best ema"
         )
     if step is None:
         raise UsageError(
-            f"run {run.run} has no validated checkpoint yet; train until an epoch is validated, or take a checkpoint as it "
-            f"is: wds-train export RUN --step {newest.progress.step} --best raw (there are those of step "
-            f"{steps(checkpoints)})"
+            f"run {run.run} has no validated checkpoint yet; train until an epoch is validated, or "
+            f"take a checkpoint as it is: wds-train export RUN --step {newest.progress.step} "
+            f"--best raw (there are those of step {steps(checkpoints)})"
         )
     if kind == BEST and averaged:
         raise UsageError(
-            f"the checkpoint of step {step} was not validated, so that nothing says whether its raw or its EMA weights are "
-            "better; say which: export takes --best raw, eval takes --weights raw"
+            f"the checkpoint of step {step} was not validated, so that nothing says whether its "
+            "raw or its EMA weights are better; say which: export takes --best raw, eval takes "
+            "--weights raw"
         )
     return Choice(newest, "raw" if kind == BEST else kind)
 
 
-def _best(run: RunManifest, checkpoints: tuple[Checkpoint, ...], kinds: Iterable[str]) -> Choice | None:
+def _best(
+    run: RunManifest, checkpoints: tuple[Checkpoint, ...], kinds: Iterable[str]
+) -> Choice | None:
     every = every_of(run.recipe)
     found = [(kind, best(checkpoints, kind, every)) for kind in kinds]
     choices = [Choice(checkpoint, kind) for kind, checkpoint in found if checkpoint]
@@ -87,6 +97,6 @@ def _best(run: RunManifest, checkpoints: tuple[Checkpoint, ...], kinds: Iterable
 
 
 def _last_scored(checkpoints: tuple[Checkpoint, ...]) -> int:
-    """The step of the newest validated checkpoint, or of the newest where none was."""
+    """Return the step of the newest validated checkpoint, or of the newest where none was."""
     scored = [each for each in checkpoints if each.metrics] or [*checkpoints]
     return scored[-1].progress.step

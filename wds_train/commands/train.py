@@ -11,7 +11,7 @@ from pathlib import Path
 from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.resume_checks import data_of, going_on, kept_nothing, own_dataset, own_mixture
+from wds_train.checkpoint.resume_checks import check_resume, data_of, kept_nothing, own_dataset, own_mixture
 from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.commands.flags import (
     add_bucket,
@@ -264,7 +264,7 @@ def _meant(args: argparse.Namespace, dataset: str | None) -> Meant:
         mix = own_mixture(source)
     if own:
         data = data_of(opened, [(Dataset.open(url), share) for url, share in mix])
-        going_on(own, replace(own, recipe=recipe.to_dict(), dataset=data), run)  # refuses what cannot be
+        check_resume(own, replace(own, recipe=recipe.to_dict(), dataset=data), run)  # refuses what cannot be
     return Meant(run, recipe, opened.store.url, mix, settings, following(wanted, settings), own)
 
 

@@ -1,4 +1,4 @@
-"""What the arithmetic computes in: the choice of a machine, not of a recipe."""
+"""The precision of the arithmetic: the choice of a machine, not of a recipe."""
 
 from typing import Literal
 

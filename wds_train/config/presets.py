@@ -1,7 +1,8 @@
 """Recipes to begin with, each headed by its source, hardware, hours, cost and expected accuracy.
 
-(p): published in the named source. (i): inferred, from a roofline model of a GPU that is never kept waiting for data, and
-spot prices of late 2025. (m): measured by this project. The EMA's decay is ours where the source has none.
+(p): published in the named source. (i): inferred, from a roofline model of a GPU that is never kept
+waiting for data, and spot prices of late 2025. (m): measured by this project. The EMA's decay is
+ours where the source has none.
 """
 
 from dataclasses import dataclass, replace
@@ -61,7 +62,11 @@ _ALL = (
             optimizer=OptimizerRecipe(name="lamb", lr=8e-3, lr_batch=2048, weight_decay=0.02),
             # 1e-4 to 8e-3 to 1e-6, the cosine beneath the warm-up, as timm's scheduler has it.
             schedule=ScheduleRecipe(
-                epochs=100, warmup_epochs=5, warmup_start=0.0125, warmup_prefix=False, final_lr=1.25e-4
+                epochs=100,
+                warmup_epochs=5,
+                warmup_start=0.0125,
+                warmup_prefix=False,
+                final_lr=1.25e-4,
             ),
             mix=MixRecipe(mixup=0.1, cutmix=1.0),
             loss=LossRecipe(kind="bce", smoothing=0.0, bce_threshold=0.2),
@@ -75,11 +80,14 @@ _ALL = (
         Recipe(
             name="max",
             batch=1024,
-            data=DataRecipe(size=176, eval_crop=224 / 232, auto_augment="trivial", erasing=0.1, repeats=4),
+            data=DataRecipe(
+                size=176, eval_crop=224 / 232, auto_augment="trivial", erasing=0.1, repeats=4
+            ),
             optimizer=OptimizerRecipe(name="momentum", lr=0.5, lr_batch=1024, weight_decay=2e-5),
             schedule=ScheduleRecipe(epochs=600, warmup_epochs=5, warmup_start=0.01),
             mix=MixRecipe(mixup=0.2, cutmix=1.0),
-            # The source's .99998 is per sample-normalised step: 1 - 2e-5 * 1024 * 32 / 600 for each update.
+            # The source's .99998 is per sample-normalised step: 1 - 2e-5 * 1024 * 32 / 600 for each
+            # update.
             ema=EmaRecipe(decay=0.99891, every=32),
         ),
         source="torchvision's ResNet50 weights V2 (pytorch/vision, references/classification)",
@@ -97,7 +105,10 @@ _ALL = (
             mix=MixRecipe(mixup=0.4, cutmix=1.0),
             ema=EmaRecipe(decay=0.9999),
         ),
-        source="an earlier project's run of 118 of 130 epochs; its warm-up and drop path rate are not known",
+        source=(
+            "an earlier project's run of 118 of 130 epochs; its warm-up and drop path rate are "
+            "not known"
+        ),
         expected="73.05 % at 224 px (p)",
         hours="A10G ~4 days, ~$35 as it was run (p)",
     ),
@@ -108,11 +119,18 @@ _ALL = (
             optimizer=OptimizerRecipe(name="adamw", lr=0.002, weight_decay=0.01),
             # OneCycle's div 25, final div 1e4, pct .3
             schedule=ScheduleRecipe(
-                kind="onecycle", epochs=30, warmup_epochs=9, warmup_start=1 / 25, final_lr=1 / (25 * 1e4)
+                kind="onecycle",
+                epochs=30,
+                warmup_epochs=9,
+                warmup_start=1 / 25,
+                final_lr=1 / (25 * 1e4),
             ),
             ema=EmaRecipe(decay=0.999),
         ),
-        source="OneCycle (arXiv:1708.07120) as earlier projects set it; they name no optimizer. Batches of 128, 4 at a time",
+        source=(
+            "OneCycle (arXiv:1708.07120) as earlier projects set it; they name no optimizer. "
+            "Batches of 128, 4 at a time"
+        ),
         expected="not measured",
         hours="A10G 14 h (i)",
     ),
@@ -125,7 +143,10 @@ _ALL = (
             loss=LossRecipe(smoothing=0.0),
             ema=EmaRecipe(decay=0.9998),
         ),
-        source="He et al. 2015 (arXiv:1512.03385), in the 90 epochs of Goyal et al. 2017 (arXiv:1706.02677)",
+        source=(
+            "He et al. 2015 (arXiv:1512.03385), in the 90 epochs of Goyal et al. 2017 "
+            "(arXiv:1706.02677)"
+        ),
         expected="75-76 % at 224 px (p)",
         hours="A10G 41 h, $15-24; H100 7.3 h (i)",
     ),
@@ -139,10 +160,15 @@ _ALL = (
             schedule=ScheduleRecipe(epochs=20, warmup_epochs=1, flat=0.5),
             ema=EmaRecipe(decay=0.998),
         ),
-        source="our own, of the ingredients of the leaderboard of github.com/fastai/imagenette: batches of 64 and mixup from 80 "
-        "epochs on alone (2020-01-train.md), MaxBlurPool, XResNet's stem; a flat rate before the cosine "
-        "(forums.fast.ai/t/53453). For 80 epochs: --set mix.mixup=0.2 --set mix.cutmix=1 --set mix.prob=0.5",
-        expected="not measured; the public leaderboard has 91.6 % after 20 epochs, 87.4 % after 5 (p)",
+        source=(
+            "our own, of the ingredients of the leaderboard of github.com/fastai/imagenette: "
+            "batches of 64 and mixup from 80 epochs on alone (2020-01-train.md), MaxBlurPool, "
+            "XResNet's stem; a flat rate before the cosine (forums.fast.ai/t/53453). For 80 "
+            "epochs: --set mix.mixup=0.2 --set mix.cutmix=1 --set mix.prob=0.5"
+        ),
+        expected=(
+            "not measured; the public leaderboard has 91.6 % after 20 epochs, 87.4 % after 5 (p)"
+        ),
         hours="not measured",
     ),
     Preset(
@@ -155,8 +181,11 @@ _ALL = (
             schedule=ScheduleRecipe(epochs=20, warmup_epochs=1, patience=6),
             ema=EmaRecipe(decay=0.99),
         ),
-        source="our own. One rate for all layers: layer_decay .75 was 1.5 and 1.2 points lower (m: 300 Imagenette images of five "
-        "classes at 64 px, 8 epochs, from a resnet18 of the other five; 64.3 and 64.1 against 65.7 and 65.3 %, lr 1e-3)",
+        source=(
+            "our own. One rate for all layers: layer_decay .75 was 1.5 and 1.2 points lower (m: "
+            "300 Imagenette images of five classes at 64 px, 8 epochs, from a resnet18 of the "
+            "other five; 64.3 and 64.1 against 65.7 and 65.3 %, lr 1e-3)"
+        ),
         expected="not measured from timm's weights",
         hours="not measured",
     ),
@@ -166,13 +195,20 @@ _ALL = (
             batch=32,
             model=ModelRecipe(name="resnet18"),
             data=DataRecipe(
-                size=128, eval_size=128, eval_crop=1.0, scale=(0.35, 1.0), auto_augment="rand-m6-mstd0.5-inc1"
+                size=128,
+                eval_size=128,
+                eval_crop=1.0,
+                scale=(0.35, 1.0),
+                auto_augment="rand-m6-mstd0.5-inc1",
             ),
             optimizer=OptimizerRecipe(name="adamw", lr=1e-3, lr_batch=32, weight_decay=0.05),
             schedule=ScheduleRecipe(epochs=60, warmup_epochs=3, patience=15),
             ema=EmaRecipe(decay=0.99),
         ),
-        source="our own, for hundreds to thousands of images and no pretrained weights; where there are some, `finetune`",
+        source=(
+            "our own, for hundreds to thousands of images and no pretrained weights; where there "
+            "are some, `finetune`"
+        ),
         expected="not measured",
         hours="not measured",
     ),
@@ -181,13 +217,22 @@ _ALL = (
             name="digits",
             batch=64,
             data=DataRecipe(
-                size=32, eval_size=32, eval_crop=1.0, scale=(0.7, 1.0), flip=0.0, mean=(0.3,) * 3, std=(0.35,) * 3
+                size=32,
+                eval_size=32,
+                eval_crop=1.0,
+                scale=(0.7, 1.0),
+                flip=0.0,
+                mean=(0.3,) * 3,
+                std=(0.35,) * 3,
             ),
             optimizer=OptimizerRecipe(name="adamw", lr=0.002, weight_decay=0.05),
             schedule=ScheduleRecipe(epochs=10, warmup_epochs=1),
             ema=EmaRecipe(decay=0.98),
         ),
-        source="our own, for scikit-learn's 1,797 handwritten digits at 32 px: a first try without a download",
+        source=(
+            "our own, for scikit-learn's 1,797 handwritten digits at 32 px: a first try without a "
+            "download"
+        ),
         expected="98.9-99.2 % on the 360 held-out images (m: seeds 0, 1, 2)",
         hours="one CPU thread, 3.4 minutes (m)",
     ),
@@ -197,7 +242,7 @@ PRESETS = {each.recipe.name: each for each in _ALL}
 
 
 def preset(name: str) -> Recipe:
-    """The recipe of that name; `UsageError` with the nearest names when there is none."""
+    """Return the recipe of that name; `UsageError` with the nearest names when there is none."""
     if name not in PRESETS:
         hint = did_you_mean(name, PRESETS, 2) or f"; there are {', '.join(PRESETS)}"
         raise UsageError(f"there is no recipe {name!r}{hint}")

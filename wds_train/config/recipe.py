@@ -1,4 +1,6 @@
-"""Recipes: everything that decides a training's outcome except the data. Frozen, typed, and kept in the run's manifest.
+"""Recipes: everything that decides a training's outcome except the data.
+
+They are frozen, typed, and kept in the run's manifest.
 
 `--set section.field=value` changes one field. `presets.py` has the recipes to begin with.
 """
@@ -14,10 +16,14 @@ from wds_train.schema import typed
 
 
 def _check(part: Any, section: str, *rules: tuple[str, bool, str]) -> None:
-    """Raise `UsageError` with the first field of `part` that breaks its rule; `section` comes before its name."""
+    """Raise `UsageError` with the first field of `part` that breaks its rule; `section` comes
+    before its name.
+    """
     for name, holds, rule in rules:
         if not holds:
-            raise UsageError(f"{section}{name} = {getattr(part, name)!r} cannot work: it must be {rule}")
+            raise UsageError(
+                f"{section}{name} = {getattr(part, name)!r} cannot work: it must be {rule}"
+            )
 
 
 @dataclass(frozen=True)
@@ -25,14 +31,17 @@ class ModelRecipe:
     name: str = "resnet50"
     """A timm model name."""
     init: str = ""
-    """Weights to start from: `timm:NAME`, timm's pretrained ones (`timm:` those of `name`), a file of `wds-train export`, or
-    a safetensors file of timm's weights for `name`. Empty: random."""
+    """Weights to start from: `timm:NAME`, timm's pretrained ones (`timm:` those of `name`), a file
+    of `wds-train export`, or a safetensors file of timm's weights for `name`. Empty: random.
+    """
     drop_path: float = 0.0
     """Stochastic depth rate of the last block (timm scales it down towards the first)."""
     blur_pool: bool = False
     """Blur before subsampling (Zhang 2019, arXiv:1904.11486); ResNets only, as the next two."""
     deep_stem: bool = False
-    """ResNet-D's stem of three convolutions, and average pooling in shortcuts (He et al. 2018, arXiv:1812.01187)."""
+    """ResNet-D's stem of three convolutions, and average pooling in shortcuts (He et al. 2018,
+    arXiv:1812.01187).
+    """
     squeeze_excite: bool = False
     """Squeeze-and-excitation in every block (Hu et al. 2017, arXiv:1709.01507)."""
 
@@ -40,8 +49,9 @@ class ModelRecipe:
         _check(self, "model.", ("drop_path", 0 <= self.drop_path < 1, "in [0, 1)"))
 
     def layers(self) -> dict[str, dict[str, Any]]:
-        """The layer options that are on, each with what timm's `create_model` takes for it (timm/models/resnet.py:
-        resnetblur50, resnet50d, seresnet50); `aa_layer` is the name of a class of timm.layers.
+        """Return the layer options that are on, each with what timm's `create_model` takes for it
+        (timm/models/resnet.py: resnetblur50, resnet50d, seresnet50); `aa_layer` is the name of a
+        class of timm.layers.
         """
         known: dict[str, dict[str, Any]] = {
             "blur_pool": {"aa_layer": "BlurPool2d"},
@@ -51,8 +61,10 @@ class ModelRecipe:
         return {name: arguments for name, arguments in known.items() if getattr(self, name)}
 
     def timm_arguments(self) -> dict[str, Any]:
-        """What timm's `create_model` takes for all layer options together."""
-        return {name: value for arguments in self.layers().values() for name, value in arguments.items()}
+        """Return what timm's `create_model` takes for all layer options together."""
+        return {
+            name: value for arguments in self.layers().values() for name, value in arguments.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,9 @@ class DataRecipe:
     size: int = 224
     """Side of the training images, pixels; with `start_size`, of the last epochs'."""
     start_size: int = 0
-    """Side of the first epochs' images, which grows to `size` in steps of 32 during `size_ramp`; 0: `size` throughout."""
+    """Side of the first epochs' images, which grows to `size` in steps of 32 during `size_ramp`; 0:
+    `size` throughout.
+    """
     size_ramp: tuple[float, float] = (0.74, 0.86)
     """Shares of the epochs between which the side grows."""
     eval_size: int = 224
@@ -76,21 +90,29 @@ class DataRecipe:
     flip: float = 0.5
     """Probability of a horizontal flip. 0 where left and right differ, as in digits."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Largest changes of brightness, contrast, saturation (shares) and hue (turns), as torchvision's ColorJitter."""
+    """Largest changes of brightness, contrast, saturation (shares) and hue (turns), as
+    torchvision's ColorJitter.
+    """
     auto_augment: str = ""
-    """A policy: timm's `rand-m6-mstd0.5-inc1` (RandAugment) or `original` (AutoAugment), or `trivial`
-    (TrivialAugmentWide, of torchvision). Empty: none."""
+    """A policy: timm's `rand-m6-mstd0.5-inc1` (RandAugment) or `original` (AutoAugment), or
+    `trivial` (TrivialAugmentWide, of torchvision). Empty: none.
+    """
     erasing: float = 0.0
-    """Probability that a rectangle of an image is erased, with normal noise (timm's RandomErasing, mode `pixel`)."""
+    """Probability that a rectangle of an image is erased, with normal noise (timm's RandomErasing,
+    mode `pixel`).
+    """
     repeats: int = 1
-    """Repeated augmentation (Hoffer et al. 2019, arXiv:1901.09335): how often each sample stands in its batch, each time
-    augmented anew. A pass over the dataset then takes so many epochs."""
+    """Repeated augmentation (Hoffer et al. 2019, arXiv:1901.09335): how often each sample stands in
+    its batch, each time with new augmentation. A pass over the dataset then takes so many epochs.
+    """
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean of pixels in [0, 1], ImageNet's by default."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per-channel standard deviation of pixels in [0, 1]."""
     as_init: bool = False
-    """Take the sizes, `eval_crop`, `mean` and `std` from the weights of `model.init`, but for those that are set."""
+    """Take the sizes, `eval_crop`, `mean` and `std` from the weights of `model.init`, but for those
+    that are set.
+    """
     max_bad: float = 0.001
     """Share of an epoch's samples that may be unreadable before the run stops."""
 
@@ -99,14 +121,22 @@ class DataRecipe:
             self,
             "data.",
             ("size", self.size >= 8, "at least 8 pixels"),
-            ("start_size", self.start_size == 0 or 8 <= self.start_size <= self.size, f"0, or 8 to {self.size}"),
+            (
+                "start_size",
+                self.start_size == 0 or 8 <= self.start_size <= self.size,
+                f"0, or 8 to {self.size}",
+            ),
             ("size_ramp", 0 <= self.size_ramp[0] <= self.size_ramp[1] <= 1, "ascending, in [0, 1]"),
             ("eval_size", self.eval_size >= 8, "at least 8 pixels"),
             ("eval_crop", 0 < self.eval_crop <= 1, "in (0, 1]"),
             ("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "ascending, in (0, 1]"),
             ("ratio", 0 < self.ratio[0] <= self.ratio[1], "ascending and positive"),
             ("flip", 0 <= self.flip <= 1, "a probability"),
-            ("color_jitter", min(self.color_jitter) >= 0 and self.color_jitter[3] <= 0.5, "0 or more, the hue to .5"),
+            (
+                "color_jitter",
+                min(self.color_jitter) >= 0 and self.color_jitter[3] <= 0.5,
+                "0 or more, the hue to .5",
+            ),
             ("erasing", 0 <= self.erasing <= 1, "a probability"),
             ("repeats", self.repeats >= 1, "at least 1"),
             ("std", min(self.std) > 0, "positive"),
@@ -121,14 +151,18 @@ class OptimizerRecipe:
     lr: float = 0.1
     """Peak learning rate."""
     lr_batch: int = 0
-    """The global batch that `lr` is for: another batch scales it in proportion. 0: `lr` is taken as it is."""
+    """The global batch that `lr` is for: another batch scales it in proportion. 0: `lr` is taken as
+    it is.
+    """
     momentum: float = 0.9
     weight_decay: float = 1e-4
     """Not applied to biases and normalisation layers."""
     clip_norm: float = 0.0
     """Largest norm of all gradients together; 0: no limit."""
     layer_decay: float = 1.0
-    """Learning rate of each layer, as a share of that of the layer after it (timm's `layer_decay`); 1: the same for all."""
+    """Learning rate of each layer, as a share of that of the layer after it (timm's `layer_decay`);
+    1: the same for all.
+    """
 
     def __post_init__(self) -> None:
         _check(
@@ -146,31 +180,42 @@ class OptimizerRecipe:
 @dataclass(frozen=True)
 class ScheduleRecipe:
     kind: Literal["cosine", "linear", "step", "onecycle"] = "cosine"
-    """How the learning rate comes down after the warm-up. `onecycle` is `cosine` with a warm-up of the same shape."""
+    """The curve of the learning rate after the warm-up. `onecycle` is `cosine` with a warm-up of
+    the same shape.
+    """
     epochs: int = 90
     warmup_epochs: float = 5.0
     """Epochs of warm-up to the peak."""
     warmup_start: float = 0.0
     """Learning rate at step 0, as a share of the peak."""
     warmup_prefix: bool = True
-    """Whether the cosine begins when the warm-up ends; otherwise at step 0, hidden by the warm-up until then (timm's
-    default)."""
+    """True if the cosine begins when the warm-up ends; otherwise at step 0, hidden by the warm-up
+    until then (timm's default).
+    """
     flat: float = 0.0
-    """Share of the training, warm-up included, during which the peak is kept before `cosine` or `linear` come down."""
+    """Share of the training, warm-up included, during which the peak is kept before `cosine` or
+    `linear` come down.
+    """
     final_lr: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     step_epochs: tuple[float, ...] = ()
     """`step`: the epochs after which the learning rate is multiplied by `step_factor`."""
     step_factor: float = 0.1
     patience: int = 0
-    """End early when neither raw nor EMA top-1 has been higher than ever before for so many epochs; 0: never."""
+    """End early when neither raw nor EMA top-1 has been higher than ever before for so many epochs;
+    0: never.
+    """
 
     def __post_init__(self) -> None:
         _check(
             self,
             "schedule.",
             ("epochs", self.epochs > 0, "at least 1"),
-            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"less than schedule.epochs ({self.epochs})"),
+            (
+                "warmup_epochs",
+                0 <= self.warmup_epochs < self.epochs,
+                f"less than schedule.epochs ({self.epochs})",
+            ),
             ("warmup_start", 0 <= self.warmup_start <= 1, "a share of the peak"),
             ("flat", 0 <= self.flat < 1, "a share of the training"),
             ("final_lr", 0 <= self.final_lr <= 1, "a share of the peak"),
@@ -189,7 +234,7 @@ class MixRecipe:
     prob: float = 1.0
     """Probability that a group of samples is mixed at all."""
     switch_prob: float = 0.5
-    """With both on: probability of CutMix."""
+    """Probability of CutMix, with both on."""
 
     def __post_init__(self) -> None:
         _check(
@@ -205,7 +250,9 @@ class MixRecipe:
 @dataclass(frozen=True)
 class LossRecipe:
     kind: Literal["cross_entropy", "bce"] = "cross_entropy"
-    """`bce`: a binary cross-entropy per class, averaged over samples and classes (arXiv:2110.00476)."""
+    """`bce`: a binary cross-entropy per class, averaged over samples and classes
+    (arXiv:2110.00476).
+    """
     smoothing: float = 0.1
     """Label smoothing."""
     bce_threshold: float = 0.0
@@ -223,13 +270,17 @@ class LossRecipe:
 @dataclass(frozen=True)
 class EmaRecipe:
     kind: Literal["ema", "swa"] = "ema"
-    """`ema`: an exponential moving average of the weights; `swa`: their plain mean (arXiv:1803.05407)."""
+    """`ema`: an exponential moving average of the weights; `swa`: their plain mean
+    (arXiv:1803.05407).
+    """
     decay: float = 0.9999
     """`ema`: decay per update, which the warm-up min(decay, (1 + n) / (10 + n)) ends at."""
     every: int = 1
     """Optimizer steps between two updates."""
     swa_start: float = 0.75
-    """`swa`: share of the training after which the mean begins; until then it is the weights themselves."""
+    """`swa`: share of the training after which the mean begins; until then it is the weights
+    themselves.
+    """
 
     def __post_init__(self) -> None:
         _check(
@@ -244,9 +295,13 @@ class EmaRecipe:
 @dataclass(frozen=True)
 class DistillRecipe:
     teacher: str = ""
-    """A model to learn from as well: `timm:NAME` with timm's pretrained weights, or a file of `wds-train export`."""
+    """A model to learn from as well: `timm:NAME` with timm's pretrained weights, or a file of
+    `wds-train export`.
+    """
     weight: float = 0.5
-    """Share of the loss that is the teacher's: weight * T^2 * KL(teacher / T || student / T) (arXiv:1503.02531)."""
+    """Share of the loss that is the teacher's: weight * T^2 * KL(teacher / T || student / T)
+    (arXiv:1503.02531).
+    """
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -274,7 +329,8 @@ class Recipe:
     distill: DistillRecipe = field(default_factory=DistillRecipe)
 
     def __post_init__(self) -> None:
-        mixes, repeats = self.mix.mixup > 0 or self.mix.cutmix > 0, self.data.repeats
+        mixes = self.mix.mixup > 0 or self.mix.cutmix > 0
+        repeats = self.data.repeats
         _check(
             self,
             "",
@@ -290,13 +346,17 @@ class Recipe:
         return self.optimizer.lr * (self.batch / per_batch if per_batch else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON would hold it: tuples become lists, so that it equals its own round trip."""
+        """Return the recipe as JSON would hold it.
+
+        Tuples become lists, so that it equals its own round trip.
+        """
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Recipe":
-        """The recipe that `to_dict` gave; what it does not name, having been added since, is the default. `RunError` for
-        a name that there is no more, or a value that is none of its field's.
+        """Return the recipe that `to_dict` gave; what it does not name, having been added since, is
+        the default. `RunError` for a name that there is no more, or a value that is none of its
+        field's.
         """
         try:
             return typed(cls, tree, "recipe")

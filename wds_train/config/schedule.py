@@ -1,4 +1,6 @@
-"""What changes as a training goes on, as pure functions of the step, so that a resumed run needs no scheduler state."""
+"""The values that change as a training goes on, as pure functions of the step, so that a resumed
+run needs no scheduler state.
+"""
 
 import math
 
@@ -8,11 +10,14 @@ SIZE_STEP = 32  # pixels: the stride of most models' last feature map
 
 
 def lr_share(schedule: ScheduleRecipe, step: int, steps_per_epoch: int) -> float:
-    """The share of the peak learning rate at optimizer step `step` (from 0): a warm-up from `warmup_start` that reaches
-    1 at its end, then, `flat` being over, down to `final_lr` in half a cosine (Loshchilov & Hutter 2016,
-    arXiv:1608.03983), in a straight line, or by `step_factor` at each of `step_epochs`.
+    """Return the share of the peak learning rate at optimizer step `step` (from 0).
+
+    A warm-up from `warmup_start` that reaches 1 at its end, then, `flat` being over, down to
+    `final_lr` in half a cosine (Loshchilov & Hutter 2016, arXiv:1608.03983), in a straight line, or
+    by `step_factor` at each of `step_epochs`.
     """
-    epoch, warmup = step / steps_per_epoch, schedule.warmup_epochs
+    epoch = step / steps_per_epoch
+    warmup = schedule.warmup_epochs
     if epoch < warmup:
         risen = epoch / warmup
         if schedule.kind == "onecycle":  # Smith & Topin 2017, arXiv:1708.07120, in PyTorch's form
@@ -27,19 +32,20 @@ def lr_share(schedule: ScheduleRecipe, step: int, steps_per_epoch: int) -> float
 
 
 def lr_at(recipe: Recipe, epoch: float) -> float:
-    """The learning rate after `epoch` epochs, for pictures."""
+    """Return the learning rate after `epoch` epochs, for pictures."""
     steps = 1 << 16  # an epoch: enough for any column or pixel
     return recipe.peak_lr * lr_share(recipe.schedule, round(epoch * steps), steps)
 
 
 def _half_cosine(share: float) -> float:
-    """A way from 0 to 1 as `share` goes it, slowly at both ends."""
+    """Return a way from 0 to 1 as `share` goes it, slowly at both ends."""
     return 0.5 * (1 - math.cos(math.pi * share))
 
 
 def image_side(data: DataRecipe, epoch: int, epochs: int) -> int:
-    """The side of `epoch`'s training images, pixels: `start_size` before the ramp, `size` after it, on the ramp between
-    them in proportion, to the nearest multiple of SIZE_STEP (progressive resizing as in FFCV's rn50 configurations).
+    """Return the side of `epoch`'s training images, pixels: `start_size` before the ramp, `size`
+    after it, on the ramp between them in proportion, to the nearest multiple of SIZE_STEP
+    (progressive resizing as in FFCV's rn50 configurations).
     """
     begin, end = (share * epochs for share in data.size_ramp)
     if not data.start_size or epoch >= end:
@@ -51,12 +57,13 @@ def image_side(data: DataRecipe, epoch: int, epochs: int) -> int:
 
 
 def average_decay(ema: EmaRecipe, step: int, total_steps: int) -> float | None:
-    """The decay of the update of the averaged weights that follows optimizer step `step` (from 0) of `total_steps`; None
-    when none does.
+    """Return the decay of the update of the averaged weights that follows optimizer step `step`
+    (from 0) of `total_steps`; None when none does.
 
-    `ema`: min(decay, (1 + n) / (10 + n)) for the nth update, the warm-up of TensorFlow's ExponentialMovingAverage;
-    without it the random initial weights keep weight decay^n. `swa`: n / (n + 1) for the nth since its start, which
-    makes the average the plain mean of what it was given (PyTorch's swa_utils); before that, 0.
+    `ema`: min(decay, (1 + n) / (10 + n)) for the nth update, the warm-up of TensorFlow's
+    ExponentialMovingAverage; without it the random initial weights keep weight decay^n. `swa`: n /
+    (n + 1) for the nth since its start, which makes the average the plain mean of what it was given
+    (PyTorch's swa_utils); before that, 0.
     """
     update, rest = divmod(step + 1, ema.every)
     if rest:
@@ -68,7 +75,8 @@ def average_decay(ema: EmaRecipe, step: int, total_steps: int) -> float | None:
 
 
 def is_averaged(step: int, every: int) -> bool:
-    """Whether the averaged weights have been updated once in the first `step` optimizer steps, with `ema.every` = `every`. If
-    not, they still are the weights that the training began with: mostly random ones.
+    """Return True if the averaged weights have been updated once in the first `step` optimizer
+    steps, with `ema.every` = `every`. If not, they still are the weights that the training began
+    with: mostly random ones.
     """
     return step >= every

@@ -1,4 +1,4 @@
-"""What a validation got wrong, besides how much of it."""
+"""The mistakes of a validation: which samples were taken for which class."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,14 @@ from numpy.typing import NDArray
 
 from wds_train.loader.batch import Batch
 
-MISTAKES = 100  # images kept: the first ones, which are the same in every epoch that gets them wrong
+# Images kept: the first ones, which are the same in every epoch that gets them wrong
+MISTAKES = 100
 
 
 class Mistake(NamedTuple):
-    """A sample that was `taken_for` another class with a `confidence` of up to 1. `image` uint8 [height, width, 3]."""
+    """A sample that was `taken_for` another class with a `confidence` of up to 1. `image` uint8
+    [height, width, 3].
+    """
 
     sample: int
     image: NDArray[np.uint8]
@@ -22,7 +25,9 @@ class Mistake(NamedTuple):
 
 
 class Findings:
-    """The predictions of one validation, of one rank's share on several; -1 where a sample could not be read."""
+    """The predictions of one validation, of one rank's share on several; -1 where a sample could
+    not be read.
+    """
 
     def __init__(self) -> None:
         self.mistakes: list[Mistake] = []
@@ -30,7 +35,10 @@ class Findings:
         self._predicted: list[torch.Tensor] = []
 
     def add(self, logits: torch.Tensor, batch: Batch) -> None:
-        """Note what a model made of `batch`. Once there are mistakes enough, the GPU is not waited for."""
+        """Note a model's predictions for `batch`.
+
+        Once there are mistakes enough, the GPU is not waited for.
+        """
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
         unreadable = np.isin(batch.ids, [entry.sample for entry in batch.unreadable])
         predicted[torch.from_numpy(unreadable).to(predicted.device)] = -1
@@ -40,8 +48,11 @@ class Findings:
             wrong = (predicted.cpu() != batch.labels.cpu()).numpy() & ~unreadable
             for i in np.flatnonzero(wrong)[: MISTAKES - len(self.mistakes)].tolist():
                 image = batch.images[i].cpu().numpy().copy()  # the batch's memory is used again
-                label, taken_for = int(batch.labels[i]), int(predicted[i])
-                self.mistakes.append(Mistake(int(batch.ids[i]), image, label, taken_for, float(confidence[i])))
+                label = int(batch.labels[i])
+                taken_for = int(predicted[i])
+                self.mistakes.append(
+                    Mistake(int(batch.ids[i]), image, label, taken_for, float(confidence[i]))
+                )
 
     @property
     def labels(self) -> NDArray[np.int64]:

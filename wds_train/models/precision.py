@@ -6,8 +6,10 @@ from wds_train.config.precision import Precision
 
 
 def amp_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype | None:
-    """What autocast computes in, None for float32. `auto`: on a GPU bf16, which has float32's range and needs no scaler;
-    those before Ampere have only fp16.
+    """Return the dtype that autocast computes in, None for float32.
+
+    `auto` is, on a GPU, bf16, which has float32's range and needs no scaler; those before Ampere
+    have only fp16.
     """
     if precision == "auto":
         if device.type != "cuda":
@@ -17,5 +19,5 @@ def amp_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtyp
 
 
 def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
-    """A context in which models on `device` compute in `amp`, one of `amp_dtype`."""
+    """Return a context in which models on `device` compute in `amp`, one of `amp_dtype`."""
     return torch.autocast(device.type, dtype=amp, enabled=amp is not None)

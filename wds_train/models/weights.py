@@ -1,4 +1,7 @@
-"""A trained model's weights, with all that it takes to use them: out of a run's checkpoint, or of an exported file."""
+"""A trained model's weights, with all that it takes to use them.
+
+They come out of a run's checkpoint, or of an exported file.
+"""
 
 import json
 import logging
@@ -27,7 +30,9 @@ LOG = logging.getLogger(__name__)
 
 
 def is_exported(path: Path) -> bool:
-    """Whether the file says what its weights are of, as those of `wds-train export` do; an error as of `Weights.read`."""
+    """Return True if the file says what its weights are of, as those of `wds-train export` do; an
+    error as of `Weights.read`.
+    """
     try:
         with safe_open(path, "pt") as file:
             return OWN in (file.metadata() or {})
@@ -37,8 +42,10 @@ def is_exported(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Weights:
-    """What it takes to use a trained model. `tensors` is the state of a model by name, on the CPU: the `kind` ("raw" or
-    "ema") weights of `step` of `run`, with the `metrics` of their validation, if there was one. `classes` are in the
+    """A trained model, and all that it takes to use it.
+
+    `tensors` is the state of a model by name, on the CPU: the `kind` ("raw" or "ema") weights of
+    `step` of `run`, with the `metrics` of their validation, if there was one. `classes` are in the
     order of the model's outputs.
     """
 
@@ -53,9 +60,13 @@ class Weights:
     calibration: Calibration = field(default_factory=Calibration)
 
     def save(self, path: Path) -> None:
-        """Write a file for `timm.create_model(NAME, checkpoint_path=path)`, which `read` reads, too."""
+        """Write a file for `timm.create_model(NAME, checkpoint_path=path)`, which `read` reads,
+        too.
+        """
         own = asdict(replace(self, tensors={})) | {"recipe": self.recipe.to_dict()}
-        data = encoded(self.tensors, {"config": json.dumps(self.timm_config()), OWN: json.dumps(own)})
+        data = encoded(
+            self.tensors, {"config": json.dumps(self.timm_config()), OWN: json.dumps(own)}
+        )
         unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         try:  # safetensors' own `save_file` leaves a file that nobody else may read
             unfinished.write_bytes(data)
@@ -66,35 +77,43 @@ class Weights:
 
     @classmethod
     def read(cls, path: Path) -> "Weights":
-        """The weights that `save` wrote; `NotFound` when there is no such file, `RunError` when `save` did not write
-        it, or it lacks weights. What an earlier version wrote, and this one would not, is read all the same, and said.
+        """Return the weights that `save` wrote; `NotFound` when there is no such file, `RunError`
+        when `save` did not write it, or it lacks weights. What an earlier version wrote, and this
+        one would not, is read all the same, and said.
         """
         try:
             with safe_open(path, "pt") as file:
                 own = json.loads((file.metadata() or {})[OWN])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+                # It is no dict, though it has keys.
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             weights = replace(typed(cls, own), tensors=tensors)
             typed(Literal["raw", "ema"], weights.kind, "kind")
         except (SafetensorError, OSError) as error:
             raise _unusable(path, error) from error
         except (KeyError, ValueError, RecursionError, UsageError) as error:
-            raise RunError(f"{path} was not written by this version of `wds-train export` ({error!r})") from error
+            raise RunError(
+                f"{path} was not written by this version of `wds-train export` ({error!r})"
+            ) from error
         model = weights.recipe.model
         try:
             refuse_other_weights(tensors, model, len(weights.classes))
         except RunError as error:
-            raise RunError(f"the weights of {path} do not fit the model {model.name}: {error}") from error
+            raise RunError(
+                f"the weights of {path} do not fit the model {model.name}: {error}"
+            ) from error
+        # Earlier versions wrote files that this one would not.
         every = weights.recipe.ema.every
         if weights.kind == "ema" and not is_averaged(weights.step, every):
             LOG.warning(
-                "%s holds EMA weights that were never updated (ema.every is %d, and these are of step %d): they still are those "
-                "that the training began with; `wds-train export` of its run makes a better file",
+                "%s holds EMA weights that were never updated (ema.every is %d, and these are of "
+                "step %d): they still are those that the training began with; `wds-train export` "
+                "of its run makes a better file",
                 *(path, every, weights.step),
             )
         return replace(weights, calibration=as_judged_now(weights.calibration))
 
     def timm_call(self, path: Path) -> str:
-        """The Python expression that makes the model from the file at `path`."""
+        """Return the Python expression that makes the model from the file at `path`."""
         model = self.recipe.model
         values = {
             name: f"timm.layers.{value}" if name == "aa_layer" else repr(value)
@@ -102,13 +121,20 @@ class Weights:
         }
         more = "".join(f", {name}={value}" for name, value in values.items())
         return (
-            f"timm.create_model({model.name!r}, num_classes={len(self.classes)}, checkpoint_path={str(path)!r}{more})"
+            f"timm.create_model({model.name!r}, num_classes={len(self.classes)}, "
+            f"checkpoint_path={str(path)!r}{more})"
         )
 
     def timm_config(self) -> dict[str, Any]:
-        """What tells timm of the model: the content of a `config.json` (timm/models/_hub.py, save_config_for_hf)."""
-        data, classes, model = self.recipe.data, len(self.classes), self.recipe.model
-        arguments, name = model.timm_arguments(), model.name
+        """Return the description of the model for timm.
+
+        It is the content of a `config.json` (timm/models/_hub.py, save_config_for_hf).
+        """
+        data = self.recipe.data
+        classes = len(self.classes)
+        model = self.recipe.model
+        arguments = model.timm_arguments()
+        name = model.name
         if arguments.get("aa_layer") == "BlurPool2d" and timm.is_model(
             blurred := name.replace("resnet", "resnetblur", 1)
         ):
@@ -134,5 +160,10 @@ class Weights:
 
 def _unusable(path: Path, error: Exception) -> WdsTrainError:
     if isinstance(error, FileNotFoundError):
-        return NotFound(f"there is no file {path}; `wds-train export RUN --to {shlex.quote(str(path))}` makes one")
-    return RunError(f"{path} is no safetensors file ({error}); `wds-train export RUN --to FILE` makes one")
+        return NotFound(
+            f"there is no file {path}; `wds-train export RUN --to {shlex.quote(str(path))}` makes "
+            "one"
+        )
+    return RunError(
+        f"{path} is no safetensors file ({error}); `wds-train export RUN --to FILE` makes one"
+    )

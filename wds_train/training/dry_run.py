@@ -1,5 +1,6 @@
-"""`wds-train train --dry-run`: what a training would take, measured on this machine. Nothing is claimed, and
-nothing stays written: the store is proved, as by a claim.
+"""`wds-train train --dry-run`: the time and memory of a training, measured on this machine.
+
+Nothing is claimed, and nothing stays written: the store is proved, as by a claim.
 """
 
 import itertools
@@ -35,14 +36,20 @@ from wds_train.training.setup import (
 )
 
 MEASURED = 2  # steps, after one that sets up memory and kernels
-CPU_BATCH = 32  # samples of those steps on a CPU, whose time and memory grow with them; 1,024 would take minutes
+# Samples of those steps on a CPU, whose time and memory grow with them; 1,024 would take minutes.
+CPU_BATCH = 32
 TOO_LONG = 2 * 3600.0  # seconds of a training on a CPU, from which on a smaller one is looked for
-SMALLER = (("resnet18", 160), ("resnet18", 128), ("mobilenetv3_small_100", 128), ("mobilenetv3_small_100", 96))
+SMALLER = (
+    ("resnet18", 160),
+    ("resnet18", 128),
+    ("mobilenetv3_small_100", 128),
+    ("mobilenetv3_small_100", 96),
+)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a step, of a validation, and of the whole training; the most bytes that it holds."""
+    """Seconds of a step, of a validation and of the whole training; the most bytes it holds."""
 
     step: float
     validation: float
@@ -51,59 +58,97 @@ class Cost:
 
 
 class Estimate:
-    """What `options` would take. The loader and the trainer are measured one after the other: on a CPU they share its
-    cores, and their times add up.
+    """The time and memory that a training would take, measured on this machine.
+
+    The loader and the trainer are measured one after the other: on a CPU they share its cores, and
+    their times add up.
+
+    Args:
+        options: The training.
     """
 
     def __init__(self, options: TrainOptions) -> None:
-        self.options, self.ranks = options, Ranks(cpu=options.cpu)
+        self.options = options
+        self.ranks = Ranks(cpu=options.cpu)
         self.on_cpu = self.ranks.device.type == "cpu"
         first = Dataset.open(options.dataset)
-        self.datasets = [first, *(check_same_classes(Dataset.open(url), first) for url, _ in options.mix)]
-        batch, repeats = options.recipe.batch, options.recipe.data.repeats
-        self.processes = 1 if self.on_cpu else torch.cuda.device_count()
-        self.batch = min(batch, CPU_BATCH * repeats) if self.on_cpu else batch // self.processes
+        self.datasets = [first]
+        for url, _ in options.mix:
+            self.datasets.append(check_same_classes(Dataset.open(url), first))
+        batch = options.recipe.batch
+        repeats = options.recipe.data.repeats
+        if self.on_cpu:
+            self.processes = 1
+            self.batch = min(batch, CPU_BATCH * repeats)
+        else:
+            self.processes = torch.cuda.device_count()
+            self.batch = batch // self.processes
         self.share = batch / (self.batch * self.processes)
         self.small = replace(options, recipe=replace(options.recipe, batch=self.batch))
 
     def read(self) -> tuple[list[Batch], float]:
-        """The last batches of the training, which are of its largest images, and the seconds that the loader takes for one.
+        """Read the last batches of the training, which are of its largest images.
+
         It forks: no trainer may have been made.
+
+        Returns:
+            The batches, and the seconds that the loader takes for one.
         """
         total = self.options.recipe.schedule.epochs * epoch_steps(self.small, self.datasets)
         uncached = replace(self.small, cache_dir=None)
         from_step = max(0, total - MEASURED - 1)
         loader = make_train_loader(uncached, self.datasets, self.ranks, from_step)
         loader.start()
-        batches, began = [], 0.0
+        batches = []
+        began = 0.0
         for batch in loader:
             began = began or time.perf_counter()
             batches.append(batch)
         return batches, (time.perf_counter() - began) / max(1, len(batches) - 1)
 
     def cost(self, options: TrainOptions, batches: list[Batch], loading: float) -> Cost:
-        """The cost of `options`, which are `small` or those of another model, with `loading` seconds for each batch."""
+        """Measure the cost of `options`, which are `small` or those of another model.
+
+        Args:
+            options: The training.
+            batches: The batches to work on.
+            loading: The seconds that the loader takes for each.
+        """
         trainer = make_trainer(options, self.datasets, self.ranks.device, self.ranks, resumes=True)
         if not self.on_cpu and options.accumulate is None:
             trainer.accumulate = fit_accumulation(trainer)
         made = self._memory()
         worked = _seconds(_steps(trainer, batches))
-        data, samples = options.recipe.data, self.datasets[0].manifest.split("val").samples
-        blank = torch.zeros(len(batches[0].ids), data.eval_size, data.eval_size, 3, dtype=torch.uint8)
+        data = options.recipe.data
+        samples = self.datasets[0].manifest.split("val").samples
+        shape = (len(batches[0].ids), data.eval_size, data.eval_size, 3)
+        blank = torch.zeros(shape, dtype=torch.uint8)
         scored = _seconds(_scores(trainer, replace(batches[0], images=blank)))
-        step, score = (t + loading if self.on_cpu else max(t, loading) for t in (worked, scored))
-        step, validation = step * self.share, score * samples / self.batch / self.processes
+
+        # On a CPU loading and work add up; next to a GPU they overlap.
+        step_s = worked + loading if self.on_cpu else max(worked, loading)
+        score_s = scored + loading if self.on_cpu else max(scored, loading)
+        step = step_s * self.share
+        validation = score_s * samples / self.batch / self.processes
         pace = expected_pace(self.options, self.datasets)
         whole = step * sum(pace.costs) * pace.epoch_steps + validation * len(pace.costs)
-        return Cost(step, validation, whole, made + (self._memory() - made) * (self.share if self.on_cpu else 1))
+        grown = self._memory() - made
+        if self.on_cpu:
+            grown *= self.share
+        return Cost(step, validation, whole, made + grown)
 
     def smaller(self, batches: list[Batch], loading: float) -> str:
-        """The first of SMALLER that would not take too long, or the last, as a line."""
+        """Return the first of SMALLER that would not take too long, or the last, as a line."""
         said = ""
         for name, side in SMALLER:
             if side > self.small.recipe.data.size:
                 continue
-            settings = [f"model.name={name}", "data.start_size=0", f"data.size={side}", f"data.eval_size={side}"]
+            settings = [
+                f"model.name={name}",
+                "data.start_size=0",
+                f"data.size={side}",
+                f"data.eval_size={side}",
+            ]
             try:
                 recipe = with_settings(self.small.recipe, settings)
                 blank = torch.zeros(self.batch, side, side, 3, dtype=torch.uint8)
@@ -117,7 +162,7 @@ class Estimate:
         return said
 
     def room(self) -> float:
-        """The bytes of memory that there are."""
+        """Return the bytes of memory that there are."""
         if self.on_cpu:
             return float(memory())
         return float(torch.cuda.get_device_properties(self.ranks.device).total_memory)
@@ -129,27 +174,43 @@ class Estimate:
 
 
 def estimate(options: TrainOptions) -> list[str]:
-    """What would be trained and what it would take, in lines. On a CPU where it takes too long, what would not."""
+    """Return lines on the training, and the time and memory that it would take.
+
+    Where it takes too long on a CPU, a line names a smaller training.
+    """
     limit_threads()
     this = Estimate(options)
     store = open_store(options.run)
     refuse(options, this.datasets, fresh_run(options, this.datasets), store, this.ranks)
     prove(store, PROBES, say, unsafe=options.unsafe_store)
+
+    # The loader forks, so that it is measured before there is a trainer.
     note("measuring two steps ...")
     batches, loading = this.read()
     cost = this.cost(this.small, batches, loading)
-    steps, epochs = epoch_steps(options, this.datasets), options.recipe.schedule.epochs
-    of = f", from {MEASURED} of batches of {this.batch}" if this.share != 1 else f", from {MEASURED} of them"
-    paid = "" if options.price is None else f", {dollars(options.price * cost.whole / 3600)}"
+    steps = epoch_steps(options, this.datasets)
+    epochs = options.recipe.schedule.epochs
+    of = f", from {MEASURED} of them"
+    if this.share != 1:
+        of = f", from {MEASURED} of batches of {this.batch}"
+    paid = ""
+    if options.price is not None:
+        paid = f", {dollars(options.price * cost.whole / 3600)}"
+    too_much = ""
+    if cost.memory > this.room():
+        too_much = ": too much; --accumulate N works on an Nth of a batch at a time"
+
     lines = [
         introduction(options, this.datasets[0], steps, this.ranks),
-        f"steps    {steps * epochs:,} of {_exact(cost.step)}{of}; {epochs} validations of {_exact(cost.validation)}",
+        f"steps    {steps * epochs:,} of {_exact(cost.step)}{of}; {epochs} validations of "
+        f"{_exact(cost.validation)}",
         f"time     about {duration(cost.whole)}{paid}",
-        f"memory   about {cost.memory / 1e9:.1f} GB of {this.room() / 1e9:.1f}"
-        + (": too much; --accumulate N works on an Nth of a batch at a time" if cost.memory > this.room() else ""),
+        f"memory   about {cost.memory / 1e9:.1f} GB of {this.room() / 1e9:.1f}{too_much}",
     ]
-    if this.on_cpu and cost.whole > TOO_LONG and (smaller := this.smaller(batches, loading)):
-        lines.append(smaller)
+    if this.on_cpu and cost.whole > TOO_LONG:
+        smaller = this.smaller(batches, loading)
+        if smaller:
+            lines.append(smaller)
     return lines
 
 
@@ -159,7 +220,9 @@ def _exact(seconds: float) -> str:
 
 def _steps(trainer: Trainer, batches: list[Batch]) -> Iterator[object]:
     for batch in itertools.islice(itertools.cycle(batches), MEASURED + 1):
-        yield trainer.step(replace(batch, step=trainer.progress.step)).item()  # which waits for the GPU
+        yield trainer.step(
+            replace(batch, step=trainer.progress.step)
+        ).item()  # which waits for the GPU
 
 
 def _scores(trainer: Trainer, batch: Batch) -> Iterator[object]:
@@ -168,7 +231,7 @@ def _scores(trainer: Trainer, batch: Batch) -> Iterator[object]:
 
 
 def _seconds(work: Iterator[object]) -> float:
-    """What each but the first piece of `work` takes."""
+    """Return what each but the first piece of `work` takes."""
     next(work)
     began = time.perf_counter()
     pieces = len(list(work))

@@ -1,10 +1,13 @@
-"""The arithmetic of training: one optimizer step, one validation, and the state that both leave behind."""
+"""The arithmetic of training.
 
-import contextlib
+One optimizer step, one validation, and the state that both leave behind.
+"""
+
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,67 +33,94 @@ from wds_train.models.scoring import Predictor, metrics, sums
 from wds_train.models.tensor_checks import section
 from wds_train.training.mixing import Mixing
 from wds_train.training.ranks import Ranks
-from wds_train.training.state import entries_of, load_optimizer, on_host
+from wds_train.training.state import copy_entries, load_optimizer
 
 COMPILER = "inductor"  # of torch.compile
 
 
-@dataclass
 class Trainer:
-    """A model in training on one device; a rank's batches are samples [rank * batch / size, ...) of the global ones.
-    `steps_per_epoch` is what the schedule counts epochs by. A batch is worked on in `accumulate` micro-batches, whose
-    gradients add up to its own; a resume on other hardware may change that. With `resumes`, `restore` is to follow, and
-    the weights of `model.init` are not read. `notes` is what to tell the user of how the model was made.
+    """A model in training on one device.
 
-    The running epoch's loss is summed on the device, and copied into `progress` only by `snapshot`: reading it at every
-    step would make the CPU wait for the GPU.
+    A rank's batches are samples [rank * batch / size, ...) of the global ones.
+
+    The running epoch's loss is summed on the device, and copied into `progress` only by `snapshot`:
+    reading it at every step would make the CPU wait for the GPU.
+
+    Args:
+        recipe: What is trained.
+        classes: The number of classes.
+        steps_per_epoch: The steps that the schedule counts as an epoch.
+        device: Where the model is; "meta" computes shapes alone.
+        ranks: The processes that train the model together; default: this one alone.
+        accumulate: Micro-batches of a rank's batch, whose gradients add up to those of the batch. A
+            resume on other hardware may change it.
+        precision: What the model computes in.
+        compile: Compile the model with torch.compile.
+        resumes: `restore` is to follow, so that the weights of `model.init` are not read.
+
+    Attributes:
+        notes: Lines for the user about the weights that the training begins with.
+        progress: The steps and epochs so far.
+        grad_norm: The gradients' norm at the newest step, before clipping, float32 on the device.
+
+    Raises:
+        UsageError: The recipe cannot work on this device, or with these ranks.
     """
 
-    recipe: Recipe
-    classes: int
-    steps_per_epoch: int
-    device: torch.device
-    ranks: Ranks = field(default_factory=Ranks)
-    accumulate: int = 1
-    precision: Precision = "auto"
-    compile: bool = False
-    resumes: bool = False
+    def __init__(
+        self,
+        recipe: Recipe,
+        classes: int,
+        steps_per_epoch: int,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        *,
+        accumulate: int = 1,
+        precision: Precision = "auto",
+        compile: bool = False,
+        resumes: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self.classes = classes
+        self.steps_per_epoch = steps_per_epoch
+        self.device = device
+        self.ranks = ranks or Ranks()
+        self.accumulate = accumulate
+        self.precision = precision
+        _set_up(recipe, device)
+        self._mix = Mixing(recipe, classes, device, self.ranks.rank, self.ranks.size)
+        _refuse_micro_batches(self.samples, accumulate)
 
-    def __post_init__(self) -> None:
-        if self.device.type == "cuda":
-            _tune_cuda()
-        if torch.are_deterministic_algorithms_enabled():
-            refuse_nondeterministic(self.recipe, self.device)
-        self._mix = Mixing(self.recipe, self.classes, self.device, self.ranks.rank, self.ranks.size)
-        if not 1 <= self.accumulate <= self.samples:
-            raise UsageError(
-                f"a rank's {self.samples} samples of a batch cannot be cut into {self.accumulate} micro-batches; "
-                f"give --accumulate a divisor of {self.samples}"
-            )
-        self.model = create_model(self.recipe.model, self.classes, self.recipe.seed, self.device)
-        refuse_sizes(self.model, self.recipe.model.name, _sides(self.recipe.data))
-        self.notes = [initialise(self.model, self.recipe)] if self.recipe.model.init and not self.resumes else []
-        self._teacher = Teacher(self.recipe, self.classes, self.device) if self.recipe.distill.teacher else None
+        # The model, its teacher, and how it is called.
+        self.model = create_model(recipe.model, classes, recipe.seed, device)
+        refuse_sizes(self.model, recipe.model.name, _sides(recipe.data))
+        starts_from = recipe.model.init and not resumes
+        self.notes = [initialise(self.model, recipe)] if starts_from else []
+        self._teacher = _make_teacher(recipe, classes, device)
         self._parallel = self.ranks.parallel(self.model)
         self._called: Callable[..., torch.Tensor] = self._parallel
-        if self.compile:
+        if compile:
             self._called = torch.compile(self._parallel, backend=COMPILER)
-        self.ema = Ema(self.model, self.recipe.ema)
-        self.optimizer = create_optimizer(self.recipe, self.model)
-        self._amp = amp_dtype(self.device, self.precision)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._amp == torch.float16)
-        self.criterion = Criterion(self.recipe.loss)
-        self.normalise = Normaliser(self.recipe.data, self.device)
-        self._predictor = Predictor(self.device, flip=self.recipe.data.eval_flip, precision=self.precision)
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.grad_norm = torch.zeros((), device=self.device)
-        self.largest_norm = torch.zeros((), device=self.device)
+
+        # What changes its weights, and what scores them.
+        self.ema = Ema(self.model, recipe.ema)
+        self.optimizer = create_optimizer(recipe, self.model)
+        self._amp = amp_dtype(device, precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self._amp == torch.float16)
+        self.criterion = Criterion(recipe.loss)
+        self.normalise = Normaliser(recipe.data, device)
+        self._predictor = Predictor(device, flip=recipe.data.eval_flip, precision=precision)
+
+        # How far it is.
         self.progress = Progress()
-        samples = self.steps_per_epoch * self.recipe.batch
-        self.unreadable_limit = UnreadableLimit(self.recipe.data.max_bad, samples, "data.max_bad")
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.grad_norm = torch.zeros((), device=device)
+        self.largest_norm = torch.zeros((), device=device)
+        samples = steps_per_epoch * recipe.batch
+        self.unreadable_limit = UnreadableLimit(recipe.data.max_bad, samples, "data.max_bad")
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """Make one optimizer step; its loss, a float32 scalar on the device."""
+        """Make one optimizer step; return its loss, a float32 scalar on the device."""
         loss = self.gradients(batch)
         self.update(batch, loss)
         return loss
@@ -104,7 +134,7 @@ class Trainer:
         labels = batch.labels.to(self.device, non_blocking=True)
         images, targets = self._mix(step, self.normalise(batch.images), labels)
         with derived_randomness(self.device, self.recipe.seed, "step", step, self.ranks.rank):
-            return self._backward(images, targets)
+            return _backward(self, images, targets)
 
     def update(self, batch: Batch, loss: torch.Tensor) -> None:
         """Change the weights and their averages by the gradients of `batch`, and count the step."""
@@ -112,149 +142,229 @@ class Trainer:
         lr = self.lr(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        self._clip()
+        _clip(self)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        decay = average_decay(self.recipe.ema, step, self.recipe.schedule.epochs * self.steps_per_epoch)
-        if decay is not None:
-            self.ema.decay = decay
-            self.ema.update(self.model)
+        _average(self, step)
         self.loss_sum += loss
-        self.progress = _counted(self, batch)
+        self.progress = _count_step(self, batch)
 
     def lr(self, step: int) -> float:
-        """The learning rate of optimizer step `step`, before any layer's own `lr_scale`."""
+        """Return the learning rate of optimizer step `step`, before any layer's own `lr_scale`."""
         return self.recipe.peak_lr * lr_share(self.recipe.schedule, step, self.steps_per_epoch)
 
     @property
     def samples(self) -> int:
-        """How many samples of each global batch are this rank's."""
+        """This rank's samples of each global batch."""
         return self.recipe.batch // self.ranks.size
 
-    def _backward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Leave the gradients of the mean loss over `images` in the parameters; that loss, detached."""
-        micros = list(zip(images.tensor_split(self.accumulate), targets.tensor_split(self.accumulate), strict=True))
-        total = torch.zeros((), device=self.device)
-        for number, (part, target) in enumerate(micros, start=1):
-            # The ranks exchange gradients at the last alone; those of the others are only added up.
-            ranks = self._parallel if isinstance(self._parallel, DistributedDataParallel) else None
-            with ranks.no_sync() if ranks and number < len(micros) else contextlib.nullcontext():
-                loss = self.loss(self._called, part, target) * (len(part) / len(images))
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
-
-    def loss(self, model: Callable[..., torch.Tensor], images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean loss of `model`, which is this trainer's, on normalised images."""
+    def loss(
+        self, model: Callable[..., torch.Tensor], images: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the mean loss of `model`, which is this trainer's, on normalised images."""
+        taught = None
         with autocast(self.device, self._amp):
             logits = model(images).float()
-            taught = None if self._teacher is None else self._teacher.logits(images)
+            if self._teacher is not None:
+                taught = self._teacher.logits(images)
         loss = self.criterion(logits, targets)
-        return loss if taught is None else distilled(self.recipe.distill, loss, logits, taught)
-
-    def _clip(self) -> None:
-        """Scale the gradients down to `clip_norm`. `grad_norm` is their norm before, float32 on the device."""
-        self.scaler.unscale_(self.optimizer)
-        weights = [weight for weight in self.model.parameters() if weight.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        if self.recipe.optimizer.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(weights, self.recipe.optimizer.clip_norm, self.grad_norm)
-        if not self.scaler.is_enabled():  # a scaler skips the step, and tries a smaller scale
-            self.largest_norm = torch.maximum(self.largest_norm, self.grad_norm)
+        if taught is None:
+            return loss
+        return distilled(self.recipe.distill, loss, logits, taught)
 
     def epoch_loss(self) -> float:
-        """Mean training loss of the epoch so far, over all ranks; `NotFinite` when it, or a gradient, is not; `DataError`
-        when the ranks together could not read more samples than the recipe allows.
+        """Return the mean training loss of the epoch so far, over all ranks.
+
+        Raises:
+            NotFinite: It, or a gradient, is not finite.
+            DataError: The ranks together could not read more samples than the recipe allows.
         """
         # One copy from the device for both.
-        loss_sum, norm = torch.stack([self.loss_sum, self.largest_norm.double()]).tolist()
-        loss_sum, unreadable = self.ranks.total(loss_sum, self.progress.lost)
-        self.unreadable_limit.check(int(unreadable), self.progress.evaluated, "named by the ranks that met them")
+        own_sum, norm = torch.stack([self.loss_sum, self.largest_norm.double()]).tolist()
+        loss_sum, unreadable = self.ranks.total(own_sum, self.progress.lost)
+        named = "named by the ranks that met them"
+        self.unreadable_limit.check(int(unreadable), self.progress.evaluated, named)
         mean = loss_sum / self.ranks.size / max(1, self.progress.loss_steps)
         _refuse_infinite(mean, norm, self.recipe, self.progress.step)
         return mean
 
     def epoch_unreadable(self) -> int:
-        """The unreadable samples of the epoch so far, of all ranks."""
+        """Return the unreadable samples of the epoch so far, of all ranks."""
         return int(self.ranks.total(self.progress.lost)[0])
 
     def evaluated(self, metrics: dict[str, float]) -> None:
-        """Count the epoch as validated, which gave `metrics`, and begin its sums anew."""
-        self.progress = self.progress.validated(telling(metrics, self.progress.step, self.recipe.ema.every))
+        """Count the epoch as validated, which gave `metrics`, and begin the next one's sums."""
+        telling_ones = telling(metrics, self.progress.step, self.recipe.ema.every)
+        self.progress = self.progress.validated(telling_ones)
         self.loss_sum.zero_()
 
     @torch.inference_mode()
-    def evaluate(self, batches: Iterable[Batch], samples: int, found: Findings | None = None) -> dict[str, float]:
-        """Top-1, top-5 in percent and mean cross-entropy, of raw and EMA weights, over one pass; `found`: by the raw."""
-        self.ranks.adopt(self.model, self.ema.module)
-        models = {"": self.model.eval(), "_ema": self.ema.module.eval()}
-        totals = torch.zeros((len(models), 4), dtype=torch.float64, device=self.device)
-        for batch in batches:
-            pixels = self.normalise(batch.images)
-            logits = [self._predictor.logits(model, pixels) for model in models.values()]
-            totals += torch.stack([sums(each, batch) for each in logits])
-            if found is not None:
-                found.add(logits[0], batch)
-        everywhere = torch.tensor(self.ranks.total(*totals.flatten().tolist()), dtype=torch.float64)
-        scored = zip(models, everywhere.view(len(models), 4), strict=True)
-        return {f"val/{n}{suffix}": value for suffix, total in scored for n, value in metrics(total, samples).items()}
+    def evaluate(
+        self, batches: Iterable[Batch], samples: int, found: Findings | None = None
+    ) -> dict[str, float]:
+        """Score the raw and the EMA weights in one pass over a validation.
+
+        Args:
+            batches: This rank's batches.
+            samples: The samples of all ranks.
+            found: Gets the predictions of the raw weights.
+
+        Returns:
+            Top-1 and top-5 in percent, and the mean cross-entropy; the EMA's names end in "_ema".
+        """
+        return _score(self, batches, samples, found)
 
     def snapshot(self, **noted: Any) -> Snapshot | None:
-        """A copy of the state in host memory, with what is `noted` beside it; training may go on at once. All ranks take
-        part, the leader gets it.
+        """Copy the state to host memory, with what is `noted`; training may go on at once.
+
+        All ranks take part; the leader gets it, the others None.
         """
-        loss_sum, unreadable = self.ranks.total(self.loss_sum.item() / self.ranks.size, self.progress.lost)
+        own_sum = self.loss_sum.item() / self.ranks.size
+        loss_sum, unreadable = self.ranks.total(own_sum, self.progress.lost)
         if not self.ranks.leads:
             return None
-        entries = entries_of(self.model, self.ema.module, self.optimizer)
-        # A copy of each on its own: safetensors refuses views and shared storage, and the training goes on writing.
-        tensors = {name: on_host(value) for name, value in entries.items() if torch.is_tensor(value)}
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        # A dtype among a group's settings (timm's Adafactor) is the optimizer's own, as it was made.
-        scalars = {n: value for n, value in entries.items() if n not in tensors and not isinstance(value, torch.dtype)}
+        tensors, scalars = copy_entries(self.model, self.ema.module, self.optimizer, self.device)
         extra = json.loads(json.dumps({"scalars": scalars, "scaler": self.scaler.state_dict()}))
         if self._teacher is not None:
             extra["teacher"] = self._teacher.fingerprint
-        return Snapshot(tensors, extra | noted, replace(self.progress, loss_sum=loss_sum, lost=int(unreadable)))
+        progress = replace(self.progress, loss_sum=loss_sum, lost=int(unreadable))
+        return Snapshot(tensors, extra | noted, progress)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Become what `snapshot` holds; `RunError` when it is of another model, optimizer or teacher."""
-        if self._teacher is not None and snapshot.extra.get("teacher") != self._teacher.fingerprint:
-            raise RunError(
-                f"distill.teacher = {self.recipe.distill.teacher!r} holds other weights than those that this run began to "
-                "learn from; put the file back, or start another --run"
-            )
-        try:
-            self.model.load_state_dict(section(snapshot.tensors, "model/"))
-            self.ema.module.load_state_dict(section(snapshot.tensors, "ema/"))
-            load_optimizer(self.optimizer, snapshot.tensors | snapshot.extra["scalars"])
-            if self.scaler.is_enabled() and snapshot.extra["scaler"]:  # empty after another precision: a scale anew
-                self.scaler.load_state_dict(snapshot.extra["scaler"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise RunError(f"the checkpoint does not fit the model {self.recipe.model.name}: {error}") from error
-        self.progress = snapshot.progress
-        if self.ranks.leads:
-            self.loss_sum.fill_(self.progress.loss_sum * self.ranks.size)  # the mean over the ranks stays what it was
-        else:
-            self.progress = replace(self.progress, lost=0)
+        """Become what `snapshot` holds.
+
+        Raises:
+            RunError: It is of another model, optimizer or teacher.
+        """
+        _load(self, snapshot)
+
+
+def _backward(trainer: Trainer, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Leave the gradients of the mean loss over `images`; return that loss, detached."""
+    parts = images.tensor_split(trainer.accumulate)
+    part_targets = targets.tensor_split(trainer.accumulate)
+    total = torch.zeros((), device=trainer.device)
+    for number, (part, target) in enumerate(zip(parts, part_targets, strict=True), start=1):
+        exchange: AbstractContextManager[object] = nullcontext()
+        # The ranks exchange gradients at the last alone; those of the others only add up.
+        if isinstance(trainer._parallel, DistributedDataParallel) and number < len(parts):
+            exchange = trainer._parallel.no_sync()
+        with exchange:
+            loss = trainer.loss(trainer._called, part, target) * (len(part) / len(images))
+            trainer.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def _clip(trainer: Trainer) -> None:
+    """Scale the gradients down to `clip_norm`, and keep their norm before."""
+    trainer.scaler.unscale_(trainer.optimizer)
+    weights = [weight for weight in trainer.model.parameters() if weight.grad is not None]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    trainer.grad_norm = torch.nn.utils.get_total_norm(gradients)
+    clip_norm = trainer.recipe.optimizer.clip_norm
+    if clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(weights, clip_norm, trainer.grad_norm)
+    if not trainer.scaler.is_enabled():  # a scaler skips the step, and tries a smaller scale
+        trainer.largest_norm = torch.maximum(trainer.largest_norm, trainer.grad_norm)
+
+
+def _average(trainer: Trainer, step: int) -> None:
+    """Bring the weights after `step` into their averages, if the recipe averages at this step."""
+    total = trainer.recipe.schedule.epochs * trainer.steps_per_epoch
+    decay = average_decay(trainer.recipe.ema, step, total)
+    if decay is not None:
+        trainer.ema.decay = decay
+        trainer.ema.update(trainer.model)
+
+
+def _score(
+    trainer: Trainer, batches: Iterable[Batch], samples: int, found: Findings | None
+) -> dict[str, float]:
+    trainer.ranks.adopt(trainer.model, trainer.ema.module)
+    models = {"": trainer.model.eval(), "_ema": trainer.ema.module.eval()}
+    totals = torch.zeros((len(models), 4), dtype=torch.float64, device=trainer.device)
+    for batch in batches:
+        pixels = trainer.normalise(batch.images)
+        logits = [trainer._predictor.logits(model, pixels) for model in models.values()]
+        totals += torch.stack([sums(each, batch) for each in logits])
+        if found is not None:
+            found.add(logits[0], batch)
+
+    everywhere = torch.tensor(trainer.ranks.total(*totals.flatten().tolist()), dtype=torch.float64)
+    scores: dict[str, float] = {}
+    for suffix, total in zip(models, everywhere.view(len(models), 4), strict=True):
+        for name, value in metrics(total, samples).items():
+            scores[f"val/{name}{suffix}"] = value
+    return scores
+
+
+def _load(trainer: Trainer, snapshot: Snapshot) -> None:
+    """Load the tensors of `snapshot`, its settings and its progress."""
+    if trainer._teacher is not None:
+        _refuse_other_teacher(trainer.recipe, trainer._teacher, snapshot)
+    try:
+        trainer.model.load_state_dict(section(snapshot.tensors, "model/"))
+        trainer.ema.module.load_state_dict(section(snapshot.tensors, "ema/"))
+        load_optimizer(trainer.optimizer, snapshot.tensors | snapshot.extra["scalars"])
+        # After another precision there is none: the scale begins at its default.
+        if trainer.scaler.is_enabled() and snapshot.extra["scaler"]:
+            trainer.scaler.load_state_dict(snapshot.extra["scaler"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        name = trainer.recipe.model.name
+        raise RunError(f"the checkpoint does not fit the model {name}: {error}") from error
+    trainer.progress = snapshot.progress
+    if trainer.ranks.leads:
+        # So that the mean over the ranks stays what it was.
+        trainer.loss_sum.fill_(trainer.progress.loss_sum * trainer.ranks.size)
+    else:
+        trainer.progress = replace(trainer.progress, lost=0)
+
+
+def _make_teacher(recipe: Recipe, classes: int, device: torch.device) -> Teacher | None:
+    if not recipe.distill.teacher:
+        return None
+    return Teacher(recipe, classes, device)
+
+
+def _refuse_other_teacher(recipe: Recipe, teacher: Teacher, snapshot: Snapshot) -> None:
+    if snapshot.extra.get("teacher") != teacher.fingerprint:
+        raise RunError(
+            f"distill.teacher = {recipe.distill.teacher!r} holds other weights than those that "
+            "this run began to learn from; put the file back, or start another --run"
+        )
 
 
 def gpu_figures(trainer: Trainer) -> dict[str, float]:
-    """With a GPU, the most memory that was in use so far; with fp16, what losses are multiplied by."""
+    """Return a GPU's peak memory so far, and fp16's factor of losses; empty on a CPU."""
     if trainer.device.type != "cuda":
         return {}
     scale = {"gpu/amp_scale": trainer.scaler.get_scale()} if trainer.scaler.is_enabled() else {}
     return scale | {"gpu/memory_gb": torch.cuda.max_memory_allocated(trainer.device) / 1e9}
 
 
+def _set_up(recipe: Recipe, device: torch.device) -> None:
+    if device.type == "cuda":
+        _tune_cuda()
+    if torch.are_deterministic_algorithms_enabled():
+        refuse_nondeterministic(recipe, device)
+
+
+def _refuse_micro_batches(samples: int, accumulate: int) -> None:
+    if not 1 <= accumulate <= samples:
+        raise UsageError(
+            f"a rank's {samples} samples of a batch cannot be cut into {accumulate} micro-batches; "
+            f"give --accumulate a divisor of {samples}"
+        )
+
+
 def _sides(data: DataRecipe) -> dict[str, int]:
-    """The sides of images, in pixels, by the settings that ask for them."""
+    """Return the sides of images, in pixels, by the settings that ask for them."""
     names = ("size", "start_size", "eval_size")
     return {f"data.{name}": getattr(data, name) for name in names if getattr(data, name)}
 
 
-def _counted(trainer: Trainer, batch: Batch) -> Progress:
+def _count_step(trainer: Trainer, batch: Batch) -> Progress:
     """Return the trainer's progress with the step of `batch` in it."""
     done = trainer.progress
     unreadable = done.lost + len(batch.unreadable)
@@ -265,16 +375,18 @@ def _counted(trainer: Trainer, batch: Batch) -> Progress:
 
 def _refuse_infinite(loss: float, norm: float, recipe: Recipe, step: int) -> None:
     """Raise `NotFinite` when the mean loss, or the largest norm of the gradients, is not finite."""
-    optimizer, at = recipe.optimizer, f"by step {step}"
+    optimizer = recipe.optimizer
+    at = f"by step {step}"
     remedy = f"lower optimizer.lr (now {optimizer.lr})"
     if not math.isfinite(loss):
         raise NotFinite(
-            f"the training loss is {loss} {at}; {remedy} or lengthen schedule.warmup_epochs, under another --run"
+            f"the training loss is {loss} {at}; {remedy} or lengthen schedule.warmup_epochs, under "
+            "another --run"
         )
     if not math.isfinite(norm):
         raise NotFinite(
-            f"the norm of the gradients is {norm} {at}, with a mean loss of {loss:.4g}; {remedy} or set "
-            f"optimizer.clip_norm (now {optimizer.clip_norm}), under another --run"
+            f"the norm of the gradients is {norm} {at}, with a mean loss of {loss:.4g}; {remedy} "
+            f"or set optimizer.clip_norm (now {optimizer.clip_norm}), under another --run"
         )
 
 
@@ -282,14 +394,15 @@ def refuse_nondeterministic(recipe: Recipe, device: torch.device) -> None:
     """Raise `UsageError` for what PyTorch would only refuse in the midst of the first step."""
     if recipe.model.blur_pool and device.type == "cuda":
         raise UsageError(
-            "--deterministic cannot work with model.blur_pool = True on a GPU: PyTorch has no deterministic gradient of the "
-            "padding by reflection before it; leave out --deterministic, or --set model.blur_pool=false under another --run"
+            "--deterministic cannot work with model.blur_pool = True on a GPU: PyTorch has no "
+            "deterministic gradient of the padding by reflection before it; leave out "
+            "--deterministic, or --set model.blur_pool=false under another --run"
         )
 
 
 def _tune_cuda() -> None:
-    """Let cuDNN try its algorithms on every new size and keep the fastest, which need not be the same the next time;
-    and use TF32 for what autocast leaves in float32.
+    """Let cuDNN try its algorithms on every new size and keep the fastest, which need not be the
+    same the next time; and use TF32 for what autocast leaves in float32.
     """
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

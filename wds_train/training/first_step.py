@@ -1,4 +1,4 @@
-"""What the first step of a training would say, found out before the run is claimed."""
+"""Checks of a training's first step, before its run is claimed."""
 
 import subprocess
 import sys
@@ -16,8 +16,8 @@ NAMED = 3  # parameters that a message names
 COMPILE_SECONDS = 300.0  # for a first compilation, on a slow disk
 ONE_VALUE = "Expected more than 1 "  # how PyTorch's checks of normalisation layers begin
 
-# A process of its own: compiling starts threads, and on a GPU uses it, neither of which loader workers
-# may inherit.
+# A process of its own: compiling starts threads and uses the GPU, and loader workers may inherit
+# neither.
 COMPILE = """
 import sys, torch
 double = torch.compile(lambda x: x * 2 + 1, backend="inductor")
@@ -27,7 +27,9 @@ assert double(torch.ones(64, device=sys.argv[1])).sum().item() == 192
 
 @dataclass(frozen=True)
 class _Part:
-    """The smallest micro-batch of a rank: `samples` images of `side` pixels, asked for by `setting`."""
+    """The smallest micro-batch of a rank: `samples` images of `side` pixels, asked for by
+    `setting`.
+    """
 
     setting: str
     side: int
@@ -38,7 +40,8 @@ def check_first_step(trainer: Trainer) -> None:
     """Take a forward and a backward pass of a rank's smallest micro-batch, in training mode.
 
     Args:
-        trainer: A trainer on the device "meta", which computes shapes alone, and is of no other use.
+        trainer: A trainer on the device "meta", which computes shapes alone, and is of no other
+            use.
 
     Raises:
         UsageError: The pass fails, or with several ranks, it does not reach all parameters.
@@ -63,7 +66,9 @@ def check_compiler(device: torch.device) -> None:
     """
     command = [sys.executable, "-c", COMPILE, device.type]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return  # slow, but it may well work
     if done.returncode == 0:
@@ -71,8 +76,9 @@ def check_compiler(device: torch.device) -> None:
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     cause = _cause_of(lines) or f"exit code {done.returncode}"
     raise UsageError(
-        f"--compile cannot work here ({cause}); install a C++ compiler (for example `apt install g++`), let "
-        "TORCHINDUCTOR_CACHE_DIR name a folder in which programs may be written and run, or leave out --compile"
+        f"--compile cannot work here ({cause}); install a C++ compiler (for example `apt install "
+        "g++`), let TORCHINDUCTOR_CACHE_DIR name a folder in which programs may be written and "
+        "run, or leave out --compile"
     )
 
 
@@ -104,18 +110,21 @@ def _needs_memory(error: Exception) -> bool:
 
 
 def _check_all_reached(trainer: Trainer, model: nn.Module) -> None:
-    """Raise `UsageError` for parameters without a gradient: the ranks would wait for it for ever."""
+    """Raise `UsageError` for parameters without a gradient, which the ranks would wait for."""
     if trainer.ranks.size == 1:
         return
     unreached = [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
     ]
     if unreached:
         named = ", ".join(unreached[:NAMED]) + (", ..." if len(unreached) > NAMED else "")
         raise UsageError(
-            f"{trainer.recipe.model.name} cannot be trained by {trainer.ranks.size} ranks: the loss does not reach "
-            f"{len(unreached)} of its parameters ({named}), whose gradients the ranks would wait for; train with one "
-            "process (--processes 1), or choose another model"
+            f"{trainer.recipe.model.name} cannot be trained by {trainer.ranks.size} ranks: the "
+            f"loss does not reach {len(unreached)} of its parameters ({named}), whose gradients "
+            "the ranks would wait for; train with one process (--processes 1), or choose another "
+            "model"
         )
 
 
@@ -127,19 +136,25 @@ def _describe(trainer: Trainer, part: _Part, error: Exception) -> str:
         cut += f" over {trainer.ranks.size} ranks"
     if trainer.accumulate > 1:
         cut += f" in {trainer.accumulate} micro-batches (--accumulate)"
-    images = f"{part.samples} image{'' if part.samples == 1 else 's'} of {part.setting} = {part.side} pixels"
+    plural = "" if part.samples == 1 else "s"
+    images = f"{part.samples} image{plural} of {part.setting} = {part.side} pixels"
     if str(error).startswith(ONE_VALUE):
         return (
-            f"{cut} cannot work: {name} works on {images} at a time, which leave one of its normalisation layers a "
-            f"single value for each channel ({error}); use a larger batch, fewer ranks, a smaller --accumulate or "
-            f"larger images"
+            f"{cut} cannot work: {name} works on {images} at a time, which leave one of its "
+            f"normalisation layers a single value for each channel ({error}); use a larger batch, "
+            "fewer ranks, a smaller --accumulate or larger images"
         )
-    return f"{cut} cannot work: {name} takes no training step on {images} ({error}); choose another model or size"
+    return (
+        f"{cut} cannot work: {name} takes no training step on {images} ({error}); choose another "
+        "model or size"
+    )
 
 
 def _cause_of(lines: list[str]) -> str:
     """Return the line of a traceback that tells most: the last that begins as an error does."""
     errors = [
-        line for line in lines if line.split(":")[0].rsplit(".", 1)[-1].endswith(("Error", "Compiler", "Exception"))
+        line
+        for line in lines
+        if line.split(":")[0].rsplit(".", 1)[-1].endswith(("Error", "Compiler", "Exception"))
     ]
     return (errors or lines or [""])[-1][:300]

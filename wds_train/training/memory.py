@@ -1,4 +1,4 @@
-"""How many micro-batches a batch takes to fit in the device's memory."""
+"""The number of micro-batches with which a batch fits in the device's memory."""
 
 import torch
 
@@ -7,11 +7,16 @@ from wds_train.training.engine import Trainer
 
 
 def fit_accumulation(trainer: Trainer) -> int:
-    """The micro-batches that a batch of `trainer` must be cut into: its own `accumulate`, doubled until a forward and
-    backward pass over a micro-batch of the largest images fits. `RunError` when that of a single sample does not. Nothing
-    of the trainer or of any generator changes.
+    """Return the number of micro-batches with which a batch of `trainer` fits in memory.
 
-    Uses the bare model: no other rank has to take part, and what one needs may differ from the others.
+    It is the trainer's own `accumulate`, doubled until a forward and backward pass over a
+    micro-batch of the largest images fits. Nothing of the trainer or of any generator changes.
+
+    Uses the bare model: no other rank has to take part, and what one needs may differ from the
+    others.
+
+    Raises:
+        RunError: A single sample does not fit.
     """
     accumulate = trainer.accumulate
     while True:
@@ -21,14 +26,16 @@ def fit_accumulation(trainer: Trainer) -> int:
         if micro == 1:
             recipe = trainer.recipe
             raise RunError(
-                f"a training step of {recipe.model.name} on a single image of {recipe.data.size} pixels does not fit in the "
-                f"memory of {trainer.device}; lower data.size, choose a smaller model, or a device with more memory"
+                f"a training step of {recipe.model.name} on a single image of {recipe.data.size} "
+                f"pixels does not fit in the memory of {trainer.device}; lower data.size, choose a "
+                "smaller model, or a device with more memory"
             )
         accumulate = min(trainer.samples, 2 * accumulate)
 
 
 def _fits(trainer: Trainer, samples: int) -> bool:
-    model, side = trainer.model, trainer.recipe.data.size
+    model = trainer.model
+    side = trainer.recipe.data.size
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     was_training = model.training
     model.train()
@@ -50,8 +57,13 @@ def _fits(trainer: Trainer, samples: int) -> bool:
 
 def _pass_over(trainer: Trainer, samples: int, side: int) -> None:
     weights = list(trainer.model.parameters())
-    # Room for what the optimizer will hold, which comes into being with the first step: two copies, as Adam's.
-    reserved = [] if trainer.optimizer.state else [torch.empty_like(weight) for weight in weights for _ in range(2)]
+    # Room for what the optimizer will hold, which comes into being with the first step: two copies,
+    # as Adam's.
+    reserved = (
+        []
+        if trainer.optimizer.state
+        else [torch.empty_like(weight) for weight in weights for _ in range(2)]
+    )
     # And for the pixels of the whole batch, and of the next one, which is copied ahead.
     pixels = trainer.samples * side * side * 3
     reserved += [torch.empty(pixels, device=trainer.device)]

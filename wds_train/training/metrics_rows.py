@@ -1,4 +1,4 @@
-"""Rows of a run's metrics: what a training says of its steps, and how fast they went."""
+"""Rows of a run's metrics: the figures of the training's steps, and their speed."""
 
 import time
 
@@ -8,39 +8,89 @@ from wds_train.tracking.metrics import Row
 from wds_train.tracking.tracker import Tracker
 
 
-class Rows:
-    """Puts rows into the run's metrics and W&B. Steps are timed together, from a row up to the next, when the GPU is idle: a
-    single step's time would hold the work of those that the GPU was still doing, or none of its own.
+class MetricsRows:
+    """Puts rows into the run's metrics and W&B.
+
+    Steps are timed together, from a row up to the next, when the GPU is idle: a single step's time
+    would hold the work of those that the GPU was still doing, or none of its own.
+
+    Args:
+        run: The run that the rows belong to.
+        tracker: What passes them on to W&B.
+        batch: Samples of a step, over all ranks.
+
+    Attributes:
+        stall_ms: The training's pause for the newest commit, milliseconds; None once it is logged.
     """
 
     def __init__(self, run: Run, tracker: Tracker, batch: int) -> None:
         self.stall_ms: float | None = None
-        """The training's pause for the newest commit."""
-        self._run, self._tracker, self._batch = run, tracker, batch
-        self._steps, self._waited, self._seconds = 0, 0.0, 0.0
+        self._run = run
+        self._tracker = tracker
+        self._batch = batch
+        self._forget_steps()
 
     def add_step(self, waited: float, worked: float) -> None:
-        """Count a step, for whose data the training `waited`; seconds."""
-        self._steps, self._waited = self._steps + 1, self._waited + waited
+        """Count a step: the seconds that the training `waited` for its data, and `worked`."""
+        self._steps += 1
+        self._waited += waited
         self._seconds += waited + worked
 
     def log_step(self, row: Row, at: Progress) -> None:
-        """Note a step's row, with the images a second since the last one, the share of the time that was waited for data, and what
-        the newest commit cost: `stall_ms` the training's pause, `upload_s` the work in the background.
+        """Note a step's row, with the speed of the steps since the last one.
+
+        Added are the images a second, the share of the time that was waited for data, and the cost
+        of the newest commit: `stall_ms` of the training, `upload_s` in the background.
         """
         images = self._steps * self._batch
-        row |= {"time/img_s": images / self._seconds, "time/data_wait": self._waited / self._seconds}
-        self._steps, self._waited, self._seconds = 0, 0.0, 0.0
+        row |= {
+            "time/img_s": images / self._seconds,
+            "time/data_wait": self._waited / self._seconds,
+        }
+        self._forget_steps()
+
         committer = self._run.committer
-        costs = {"commit/stall_ms": self.stall_ms, "commit/upload_s": committer.upload_s}
-        self.stall_ms = committer.upload_s = None
-        self.log(row | {name: cost for name, cost in costs.items() if cost is not None}, at)
+        if self.stall_ms is not None:
+            row["commit/stall_ms"] = self.stall_ms
+        if committer.upload_s is not None:
+            row["commit/upload_s"] = committer.upload_s
+        self.stall_ms = None
+        committer.upload_s = None
+        self.log(row, at)
+
+    def log_epoch(
+        self, loss: float, unreadable: int, metrics: dict[str, float], at: Progress
+    ) -> None:
+        """Note the row of an epoch, which ended with a validation of these `metrics`."""
+        row: Row = {
+            "step": at.step,
+            "epoch": float(at.evaluated),
+            "epoch/loss": loss,
+            "epoch/lost": unreadable,
+        }
+        self.log(row | metrics, at)
+
+    def drain(self) -> list[Row]:
+        """Return the rows that no commit has taken yet."""
+        return self._tracker.drain()
 
     def log(self, row: Row, at: Progress) -> None:
-        """Note a row of the progress `at`. `repeatable(row)` must be the same for a resumed and an unbroken run."""
+        """Note a row of the progress `at`.
+
+        `repeatable(row)` must be the same for a resumed and an unbroken run.
+        """
         totals = self._run.manifest.totals()
-        row |= {"time/unix": time.time(), "time/attempt": self._run.manifest.fence}
-        row |= {"time/hours": totals.seconds / 3600}
-        row |= {"time/dollars": totals.dollars} if totals.dollars else {}
+        row |= {
+            "time/unix": time.time(),
+            "time/attempt": self._run.manifest.fence,
+            "time/hours": totals.seconds / 3600,
+        }
+        if totals.dollars:
+            row["time/dollars"] = totals.dollars
         self._tracker.log(row)
-        self._run.ahead.log(row, at)
+        self._run.uploader.log(row, at)
+
+    def _forget_steps(self) -> None:
+        self._steps = 0
+        self._waited = 0.0
+        self._seconds = 0.0

@@ -1,7 +1,10 @@
-"""What happens to the normalised images of a batch: erasing, then mixup or CutMix, in timm's order (its loader erases).
+"""Augmentation of a batch's normalised images.
 
-Mixing pairs samples, so that what comes out depends on who is together. The global batch is therefore cut into groups,
-each erased and mixed with randomness of its own; ranks own whole groups, and how many ranks there are changes no pixel.
+Erasing, then mixup or CutMix, in timm's order (its loader erases).
+
+Mixing pairs samples, so that what comes out depends on who is together. The global batch is
+therefore cut into groups, each erased and mixed with randomness of its own; ranks own whole groups,
+and how many ranks there are changes no pixel.
 """
 
 import torch
@@ -14,33 +17,42 @@ from wds_train.global_rng import generators_kept, point_generators
 
 
 class Mixing:
-    """Erases and mixes what `rank` of `world` has of a global batch: samples [rank * batch / world, ...), in order.
+    """Erases and mixes the part of a global batch that `rank` of `world` has.
+
+    It has the samples [rank * batch / world, ...), in order.
 
     Raises `UsageError` when the batch cannot be cut so.
     """
 
-    def __init__(self, recipe: Recipe, classes: int, device: torch.device, rank: int, world: int) -> None:
-        self._seed, self._device = recipe.seed, device
+    def __init__(
+        self, recipe: Recipe, classes: int, device: torch.device, rank: int, world: int
+    ) -> None:
+        self._seed = recipe.seed
+        self._device = device
         self._mixup = _mixup(recipe, classes)
         erasing = recipe.data.erasing
         self._erase = RandomErasing(erasing, mode="pixel", device=device) if erasing else None
         groups = mix_groups(recipe.batch, world)
         if recipe.batch % world or ((self._mixup or self._erase) and groups % world):
             raise UsageError(
-                f"batch = {recipe.batch} cannot be cut for {world} ranks: each needs whole groups of an even number of "
-                f"samples, and there are {groups} groups. Let the number of ranks be a power of two, and batch a "
-                f"multiple of {2 * world}"
+                f"batch = {recipe.batch} cannot be cut for {world} ranks: each needs whole groups "
+                f"of an even number of samples, and there are {groups} groups. Let the number of "
+                f"ranks be a power of two, and batch a multiple of {2 * world}"
             )
         self._size = recipe.batch // groups
         self._first = rank * groups // world
 
     @property
     def mixes(self) -> bool:
-        """Whether targets are distributions, float32 [n, classes], smoothed already, and not class numbers."""
+        """True if targets are distributions, float32 [n, classes], smoothed already, and not class
+        numbers.
+        """
         return self._mixup is not None
 
-    def __call__(self, step: int, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `images`, float32 [n, 3, h, w], changed in place, and their targets."""
+    def __call__(
+        self, step: int, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the `images`, float32 [n, 3, h, w], changed in place, and their targets."""
         if self._mixup is None and self._erase is None:
             return images, labels
         targets = []
@@ -72,8 +84,10 @@ MIX_GROUPS = 8
 
 
 def mix_groups(global_batch: int, world: int) -> int:
-    """Into how many groups of consecutive samples a global batch is cut for mixing: the largest power of two of at most
-    max(MIX_GROUPS, world) that leaves groups of an even size, or 1. The same for any world of up to MIX_GROUPS ranks.
+    """Return the number of groups of consecutive samples that a batch is cut into for mixing.
+
+    It is the largest power of two of at most max(MIX_GROUPS, world) that leaves groups of an even
+    size, or 1. The same for any world of up to MIX_GROUPS ranks.
     """
     groups = 1
     while groups * 2 <= max(MIX_GROUPS, world) and global_batch % (groups * 4) == 0:

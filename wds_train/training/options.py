@@ -1,4 +1,4 @@
-"""How a training works, apart from what its recipe decides."""
+"""The options of a training that its recipe does not decide."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +29,17 @@ class TrainOptions:
     precision: Precision = "auto"
     compile: bool = False
     cpu: bool = False
-    """Whether to leave the GPUs alone."""
+    """Leave the GPUs alone."""
     go_on: bool = False
-    """Whether to go on with a run that a person stopped."""
+    """Go on with a run that a person stopped."""
     unsafe_store: bool = False
-    """Whether to train on a store that ignores conditional writes."""
+    """Train on a store that ignores conditional writes."""
     recheck: int = 0
     """Take every so many'th step twice, and compare the two to the bit; 0: none."""
     hang_minutes: float | None = None
-    """How long a rank may not get on before all end; None: as long as what waits by itself may take."""
+    """The minutes that a rank may not get on before all end; None: as long as what waits by itself
+    may take.
+    """
     price: float | None = None
     """Dollars that an hour of this machine costs."""
 
@@ -45,6 +47,6 @@ class TrainOptions:
         name_of(self.run)
         if not 0 < self.commit_minutes < self.max_uncommitted_minutes:
             raise UsageError(
-                f"--commit-minutes {self.commit_minutes:g} must be more than 0 and less than --max-uncommitted-minutes "
-                f"{self.max_uncommitted_minutes:g}"
+                f"--commit-minutes {self.commit_minutes:g} must be more than 0 and less than "
+                f"--max-uncommitted-minutes {self.max_uncommitted_minutes:g}"
             )

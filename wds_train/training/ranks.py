@@ -1,7 +1,10 @@
-"""Several processes that train one model, each on its GPU (or its share of the cores): what they tell one another.
+"""Several processes that train one model, each on its GPU (or its share of the cores).
 
-A process learns its place from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...), and
-so does every process that `launch` starts on one machine. Rank 0 leads: it alone claims, commits and reports the run.
+This is where they tell one another what each has to know.
+
+A process learns its place from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR, ...), and so does every process that `launch` starts on one machine. Rank 0 leads: it
+alone claims, commits and reports the run.
 """
 
 import json
@@ -25,35 +28,53 @@ from wds_train.environment import PLACE, number_of, refuse_bad_numbers
 from wds_train.errors import RanksLost, UsageError
 
 FIRST_WORD = "run"
-SILENCE = timedelta(minutes=10)  # a rank that says nothing for so long has died without closing its connections
-LAST_SECONDS = 30.0  # for the other ranks to end once one has failed: time for the leader's commit under way
+# A rank that says nothing for so long has died without closing its connections.
+SILENCE = timedelta(minutes=10)
+# for the other ranks to end once one has failed: time for the leader's commit under way
+LAST_SECONDS = 30.0
 LEAVING = threading.Event()
-"""Set when a thread ends this process, as all ranks end: that their connections close is then no news."""
+"""Set when a thread ends this process, as all ranks end: that their connections close is then no
+news.
+"""
 
 
 class Ranks:
-    """Process `rank` of `size`, `local` on this machine; with `cpu`, one that uses no GPU. One alone, or not connected,
-    answers everything on the spot.
+    """The processes that train one model, as this one of them sees them.
+
+    A process alone, or one that is not connected, answers everything on the spot.
+
+    Args:
+        rank: The number of this process, from 0.
+        size: The number of all processes.
+        local: The number of this process on its machine, which is that of its GPU.
+        cpu: Leave the GPUs alone.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local: int = 0, *, cpu: bool = False) -> None:
-        self.rank, self.size, self.local, self._cpu = rank, size, local, cpu
+        self.rank = rank
+        self.size = size
+        self.local = local
+        self._cpu = cpu
         self.waiting = False
-        """Whether the main thread waits for a word of the other ranks."""
+        """True while the main thread waits for a word of the other ranks."""
         self._store: dist.Store | None = None
         self._group: Any = None
 
     @classmethod
     def of_environment(cls, *, cpu: bool = False) -> Self:
         refuse_bad_numbers(PLACE)
-        rank, size = int(number_of("RANK", 0)), int(number_of("WORLD_SIZE", 1))
+        rank = int(number_of("RANK", 0))
+        size = int(number_of("WORLD_SIZE", 1))
         local = int(number_of("LOCAL_RANK", 0))
         if not 0 <= rank < size:
-            raise UsageError(f"RANK = {rank} cannot work with WORLD_SIZE = {size}; start with torchrun")
+            raise UsageError(
+                f"RANK = {rank} cannot work with WORLD_SIZE = {size}; start with torchrun"
+            )
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if size > 1 and missing:
             raise UsageError(
-                f"WORLD_SIZE = {size}, but the environment lacks {' and '.join(missing)}; start with torchrun"
+                f"WORLD_SIZE = {size}, but the environment lacks {' and '.join(missing)}; start "
+                "with torchrun"
             )
         return cls(rank, size, local, cpu=cpu)
 
@@ -68,19 +89,23 @@ class Ranks:
             return torch.device("cpu")
         if self.local >= torch.cuda.device_count():
             raise UsageError(
-                f"LOCAL_RANK = {self.local}, but this machine has {torch.cuda.device_count()} GPUs; start fewer processes"
+                f"LOCAL_RANK = {self.local}, but this machine has {torch.cuda.device_count()} "
+                "GPUs; start fewer processes"
             )
         return torch.device("cuda", self.local)
 
     def announce(self, content: dict[str, Any]) -> None:
-        """Tell the others the leader's first word. It is to be called before `connect`, which threads come with."""
+        """Tell the others the leader's first word, before `connect`, which starts threads."""
         if self.size > 1:
             with lost_ranks():
                 self._store = _meeting()
                 self._store.set(FIRST_WORD, json.dumps(content))
 
-    def announced(self, pause: Callable[[float], None]) -> dict[str, Any]:
-        """What the leader announces. It may wait for hours until the run is free; `pause` may raise what ends that."""
+    def await_announcement(self, pause: Callable[[float], None]) -> dict[str, Any]:
+        """Wait for the leader's announcement, and return it.
+
+        It may take hours until the run is free; `pause` may raise what ends that.
+        """
         with lost_ranks():
             self._store = _meeting()
             while not self._store.check([FIRST_WORD]):
@@ -88,29 +113,44 @@ class Ranks:
             return json.loads(self._store.get(FIRST_WORD))
 
     def connect(self, silence: timedelta = SILENCE) -> None:
-        """Join the other ranks, which may keep this one waiting for `silence` at most. It is to be called once this process
-        forks no more.
+        """Join the other ranks, which may keep this one waiting for `silence` at most.
+
+        This process must not fork any more.
         """
         if self.size == 1:
             return
         assert self._store is not None, "connect() comes after announce()"
-        # Of layers whose gradients DDP has to copy, a matter of microseconds: nothing that its reader could mend.
+        # Of layers whose gradients DDP has to copy, a matter of microseconds: nothing that its
+        # reader could mend.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         with lost_ranks():
-            backend, device = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
-            if os.environ.get("WDS_BACKEND") == "gloo":  # NCCL takes no two ranks on one GPU, as `bench gpu` tries it
-                backend, device = "gloo", None
+            backend = "gloo"
+            device = None
+            if self.device.type == "cuda":
+                backend = "nccl"
+                device = self.device
+            # NCCL takes no two ranks on one GPU, as `bench gpu` tries it
+            if os.environ.get("WDS_BACKEND") == "gloo":
+                backend = "gloo"
+                device = None
             dist.init_process_group(
-                backend, store=self._store, rank=self.rank, world_size=self.size, timeout=silence, device_id=device
+                backend,
+                store=self._store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=silence,
+                device_id=device,
             )
-            self._group = dist.new_group(backend="gloo", timeout=silence)  # for the host's words: no GPU is waited for
+            self._group = dist.new_group(
+                backend="gloo", timeout=silence
+            )  # for the host's words: no GPU is waited for
 
     def total(self, *values: float) -> list[float]:
-        """The sum over all ranks of each value, in float64."""
+        """Return the sum over all ranks of each value, in float64."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def largest(self, value: float) -> float:
-        """The largest of all ranks' values."""
+        """Return the largest of all ranks' values."""
         return self._reduced((value,), dist.ReduceOp.MAX)[0]
 
     def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
@@ -121,8 +161,10 @@ class Ranks:
             dist.all_reduce(tensor, how, group=self._group)
         return tensor.tolist()
 
-    def told(self, about: str, word: str) -> list[str]:
-        """Return every rank's word about something, in the order of the ranks; this one's is `word`."""
+    def exchange(self, about: str, word: str) -> list[str]:
+        """Return every rank's word about something, in the order of the ranks; this one's is
+        `word`.
+        """
         if self._group is None:
             return [word]
         assert self._store is not None
@@ -131,8 +173,8 @@ class Ranks:
             return [self._store.get(f"{about}/{rank}").decode() for rank in range(self.size)]
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The `model`, whose backward pass averages the gradients over all ranks; with the leader's weights and
-        buffers.
+        """Return the `model`, whose backward pass averages the gradients over all ranks; with the
+        leader's weights and buffers.
         """
         if self._group is None:
             return model
@@ -158,40 +200,50 @@ class Ranks:
 
 
 def _meeting() -> dist.Store:
-    """Where the ranks of this start meet. torchrun keeps its store over restarts, with the words of those who are gone."""
+    """Return where the ranks of this start meet. torchrun keeps its store over restarts, with the
+    words of those who are gone.
+    """
     store = next(dist.rendezvous("env://", timeout=SILENCE))[0]
     start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.environ['WORLD_SIZE']}"
     return dist.PrefixStore(f"wds-train-{start}", store)
 
 
 def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
-    """Raise `UsageError` when this machine has an NVIDIA GPU that PyTorch cannot use: the training would go on unseen
-    on the CPU, which takes a hundred times as long.
+    """Raise `UsageError` when this machine has an NVIDIA GPU that PyTorch cannot use.
+
+    The training would go on unseen on the CPU, which takes a hundred times as long.
     """
     if torch.cuda.is_available():
         return
     driver = _nvidia_driver()
     if not (driver or any(dev.glob("nvidia[0-9]*"))):
         return
-    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs alone"
+
+    # What PyTorch was built for, and why it cannot use the GPU.
+    built = "a build for CPUs alone"
+    remedy = "install one for CUDA"
+    if torch.version.cuda:
+        built = f"built for CUDA {torch.version.cuda}"
+        remedy = "update the driver, or install a PyTorch for an older CUDA"
     reason = "no more is known"
     try:
         torch.zeros(1, device="cuda")
     except (RuntimeError, AssertionError) as error:  # the latter of a build for CPUs
         reason = str(error).strip().split(". ")[0].splitlines()[0]
-    remedy = (
-        "update the driver, or install a PyTorch for an older CUDA" if torch.version.cuda else "install one for CUDA"
-    )
-    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
         remedy = f"unset CUDA_VISIBLE_DEVICES (now {hidden!r}), {remedy}"
     raise UsageError(
-        f"this machine has a GPU (driver {driver or 'unknown'}) that PyTorch {torch.__version__}, {built}, cannot use: "
-        f"{reason}; {remedy} (https://pytorch.org/get-started/locally), or give --device cpu to train on the CPU"
+        f"this machine has a GPU (driver {driver or 'unknown'}) that PyTorch {torch.__version__}, "
+        f"{built}, cannot use: {reason}; {remedy} (https://pytorch.org/get-started/locally), or "
+        "give --device cpu to train on the CPU"
     )
 
 
 def _nvidia_driver() -> str:
-    """The driver's version that `nvidia-smi` names; empty without it, or where it finds no GPU."""
+    """Return the driver's version that `nvidia-smi` names; empty without it, or where it finds no
+    GPU.
+    """
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
@@ -202,8 +254,9 @@ def _nvidia_driver() -> str:
 
 @contextmanager
 def lost_ranks() -> Iterator[None]:
-    """Translate what the backends raise when another rank is gone: gloo a bare RuntimeError, with its own file's name
-    in it.
+    """Translate what the backends raise when another rank is gone.
+
+    Gloo raises a bare RuntimeError, with its own file's name in it.
     """
     try:
         yield
@@ -214,8 +267,8 @@ def lost_ranks() -> Iterator[None]:
             time.sleep(2 * LAST_SECONDS)
         reason = str(error).strip().splitlines()[0]
         raise RanksLost(
-            f"contact with the other ranks is lost ({reason}); the same command, on any number of GPUs, goes on from the "
-            "newest checkpoint"
+            f"contact with the other ranks is lost ({reason}); the same command, on any number of "
+            "GPUs, goes on from the newest checkpoint"
         ) from error
 
 

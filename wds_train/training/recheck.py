@@ -1,8 +1,11 @@
-"""A training step computed twice: hardware that is broken, or works at its limit, gives two results.
+"""A training step computed twice, to find broken hardware.
 
-The step is taken, the state is put back to what it was, and the step is taken again. All that it works out must be the
-same to the last bit: the loss, the gradients, and every tensor that the step changes. Only where the same arithmetic
-rounds in the same way each time does a difference say something: on a CPU, or on a GPU with --deterministic.
+Hardware that is broken, or works at its limit, gives two results.
+
+The step is taken, the state is put back to what it was, and the step is taken again. All that it
+works out must be the same to the last bit: the loss, the gradients, and every tensor that the step
+changes. Only where the same arithmetic rounds in the same way each time does a difference say
+something: on a CPU, or on a GPU with --deterministic.
 """
 
 import contextlib
@@ -26,28 +29,32 @@ from wds_train.training.engine import Trainer
 from wds_train.training.ranks import Ranks
 from wds_train.training.state import entries_of, load_optimizer
 
-MOST_DIFFERENCES = (
-    3  # of one run, each on another machine: so many broken machines are less likely than a broken program
-)
+# Of one run, each on another machine: so many broken machines are less likely than a broken
+# program.
+MOST_DIFFERENCES = 3
 
 Digests = dict[str, str]
-"""What a step worked out, in the order in which it did: a digest of its bytes, by name."""
+"""The results of a step, in the order of their making: a digest of the bytes, by name."""
 
 
 def refuse_unrepeatable(*, cpu: bool) -> None:
-    """Raise `UsageError` where GPUs would be used, on which a step that is computed twice need not give the same bits."""
+    """Raise `UsageError` where GPUs would be used, on which a step that is computed twice need not
+    give the same bits.
+    """
     if torch.cuda.is_available() and not cpu:
         raise UsageError(
-            "--recheck cannot work on a GPU without --deterministic: its usual algorithms round in another way each "
-            "time, so that a sound GPU would look like a broken one; give --deterministic, too, or leave out --recheck"
+            "--recheck cannot work on a GPU without --deterministic: its usual algorithms round "
+            "in another way each time, so that a sound GPU would look like a broken one; give "
+            "--deterministic, too, or leave out --recheck"
         )
 
 
 def is_due(every: int, step: int, began_at: int, ranks: int) -> bool:
-    """Whether step number `step` (the first is 1) of a start that `began_at` a step is to be taken twice.
+    """Return True if step number `step` (the first is 1) of a start that `began_at` a step is to be
+    taken twice.
 
-    With several ranks the first step of a start is not: PyTorch groups the gradients anew after it, and adds them up in
-    another order.
+    With several ranks the first step of a start is not: PyTorch groups the gradients again after
+    it, and adds them up in another order.
     """
     if not every or step % every:
         return False
@@ -55,7 +62,11 @@ def is_due(every: int, step: int, began_at: int, ranks: int) -> bool:
 
 
 def take_step(trainer: Trainer, batch: Batch, every: int, began_at: int) -> torch.Tensor:
-    """Take a step, twice where it is due by `is_due`; return its loss. Raises what `step_twice` does."""
+    """Take a step, twice where `is_due` says so; return its loss.
+
+    Raises:
+        Miscomputed: As `step_twice` raises it.
+    """
     if is_due(every, batch.step + 1, began_at, trainer.ranks.size):
         return step_twice(trainer, batch)
     return trainer.step(batch)
@@ -65,36 +76,42 @@ def step_twice(trainer: Trainer, batch: Batch) -> torch.Tensor:
     """Take a step as `Trainer.step` does, and once more; return its loss. All ranks take part.
 
     Raises:
-        Miscomputed: The two differ on any rank. Every rank raises it, with the same words. The state is then that of
-            the second time, and must not be committed.
+        Miscomputed: The two differ on any rank. Every rank raises it, with the same words. The
+            state is then that of the second time, and must not be committed.
     """
     before = _State.of(trainer)
-    first, _ = _taken(trainer, batch)
+    first, _ = _take_and_digest(trainer, batch)
     before.give_back(trainer)
-    second, loss = _taken(trainer, batch)
+    second, loss = _take_and_digest(trainer, batch)
     differing = [name for name in first | second if first.get(name) != second.get(name)]
     _agree(trainer.ranks, trainer.progress.step, list(second), differing)
     return loss
 
 
-def judged(error: Miscomputed, run: RunManifest) -> tuple[str, bool]:
-    """What to tell of a difference in `run`, which may have met others before, and whether the run may go on."""
-    found, earlier = error.difference, run.differences
+def judge(error: Miscomputed, run: RunManifest) -> tuple[str, bool]:
+    """Judge a step that gave two results, in a run which may have met others before.
+
+    Returns:
+        The message, and True if the run may go on.
+    """
+    found = error.difference
+    earlier = run.differences
     newest = f"step {run.step}" if run.checkpoints else "the beginning"
     if any(each.is_of_machine(found.host, found.boot) for each in earlier):
         return (
-            f"{error}. This is the second time on {found.host}: leave this machine, whose CPU, GPU or memory computes "
-            f"wrongly; the same command on another machine goes on from {newest}"
+            f"{error}. This is the second time on {found.host}: leave this machine, whose CPU, GPU "
+            f"or memory computes wrongly; the same command on another machine goes on from {newest}"
         ), False
     if len(earlier) + 1 >= MOST_DIFFERENCES:
         hosts = ", ".join(each.host for each in (*earlier, found))
         return (
-            f"{error}. So did steps on other machines ({hosts}): that is rather a fault of the program than of all of "
-            "them; please report it. The same command without --recheck goes on"
+            f"{error}. So did steps on other machines ({hosts}): that is rather a fault of the "
+            "program than of all of them; please report it. The same command without --recheck "
+            "goes on"
         ), False
     return (
-        f"{error}. The same command goes back to {newest}, and goes on from there; a second difference on {found.host} "
-        "ends the run as failed"
+        f"{error}. The same command goes back to {newest}, and goes on from there; a second "
+        f"difference on {found.host} ends the run as failed"
     ), True
 
 
@@ -104,7 +121,9 @@ class _State:
 
     entries: dict[str, Any]
     settings: list[set[str]]
-    """The names of what each of the optimizer's groups holds: some optimizers add a count at their first step."""
+    """The names of what each of the optimizer's groups holds: some optimizers add a count at their
+    first step.
+    """
     scaler: dict[str, Any]
     sums: tuple[torch.Tensor, torch.Tensor]
     progress: Progress
@@ -112,10 +131,12 @@ class _State:
     @classmethod
     def of(cls, trainer: Trainer) -> "_State":
         entries = entries_of(trainer.model, trainer.ema.module, trainer.optimizer)
-        kept = {name: _kept(value) for name, value in entries.items()}
+        kept = {name: _copy(value) for name, value in entries.items()}
         sums = (trainer.loss_sum.clone(), trainer.largest_norm.clone())
         settings = [set(group) for group in trainer.optimizer.param_groups]
-        return cls(kept, settings, copy.deepcopy(trainer.scaler.state_dict()), sums, trainer.progress)
+        return cls(
+            kept, settings, copy.deepcopy(trainer.scaler.state_dict()), sums, trainer.progress
+        )
 
     def give_back(self, trainer: Trainer) -> None:
         """Put the trainer back to this state, by the same means as a resume."""
@@ -132,13 +153,13 @@ class _State:
         trainer.progress = self.progress
 
 
-def _kept(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     if not torch.is_tensor(value):
         return copy.deepcopy(value)
     return torch.empty_like(value, device="cpu").copy_(value.detach())
 
 
-def _taken(trainer: Trainer, batch: Batch) -> tuple[Digests, torch.Tensor]:
+def _take_and_digest(trainer: Trainer, batch: Batch) -> tuple[Digests, torch.Tensor]:
     """Take the step; return what it worked out, and its loss."""
     seen: Digests = {}
     with _watching_own_gradients(trainer, seen):
@@ -151,14 +172,16 @@ def _taken(trainer: Trainer, batch: Batch) -> tuple[Digests, torch.Tensor]:
     trainer.update(batch, loss)
     names = _names(trainer)
     for entry, value in entries_of(trainer.model, trainer.ema.module, trainer.optimizer).items():
-        seen[_told(entry, names)] = _digest(value)
+        seen[_describe(entry, names)] = _digest(value)
     return seen, loss
 
 
 @contextlib.contextmanager
 def _watching_own_gradients(trainer: Trainer, seen: Digests) -> Iterator[None]:
-    """Put this rank's own gradients into `seen`, as they come up within. The averaged ones, which is all that a step
-    leaves, are wrong on every rank where one rank's are wrong.
+    """Put this rank's own gradients into `seen`, as they come up within.
+
+    The averaged ones, which is all that a step leaves, are wrong on every rank where one rank's are
+    wrong.
     """
     if trainer.ranks.size == 1:
         yield
@@ -166,7 +189,8 @@ def _watching_own_gradients(trainer: Trainer, seen: Digests) -> Iterator[None]:
     handles = []
 
     def watch(name: str, weight: torch.Tensor) -> None:
-        # Where autograd adds up the gradient: a hook of the tensor's own would be seen by torch.compile.
+        # Where autograd adds up the gradient: a hook of the tensor's own would be seen by
+        # torch.compile.
         used = weight.expand_as(weight).grad_fn
         assert used is not None
         node = used.next_functions[0][0]
@@ -193,13 +217,15 @@ def _gradient(ranks: Ranks, name: str) -> str:
 
 
 def _names(trainer: Trainer) -> list[str]:
-    """The parameters' names, in the order in which the optimizer numbers them."""
+    """Return the parameters' names, in the order in which the optimizer numbers them."""
     names = {id(weight): name for name, weight in trainer.model.named_parameters()}
-    return [names[id(weight)] for group in trainer.optimizer.param_groups for weight in group["params"]]
+    return [
+        names[id(weight)] for group in trainer.optimizer.param_groups for weight in group["params"]
+    ]
 
 
-def _told(entry: str, names: list[str]) -> str:
-    """An entry of the state in words; `names` are those of the optimizer's parameters."""
+def _describe(entry: str, names: list[str]) -> str:
+    """Return an entry of the state in words; `names` are those of the optimizer's parameters."""
     kind, _, rest = entry.partition("/")
     if kind == "model":
         return f"the {'parameter' if rest in names else 'buffer'} {rest}"
@@ -212,7 +238,7 @@ def _told(entry: str, names: list[str]) -> str:
 
 
 def _digest(value: Any) -> str:
-    """A digest of a value's bytes: 0.0 and -0.0 differ, and a NaN is equal to itself."""
+    """Return a digest of a value's bytes: 0.0 and -0.0 differ, and a NaN is equal to itself."""
     if not torch.is_tensor(value):
         return hashlib.sha256(repr(value).encode()).hexdigest()
     return hashlib.sha256(value.detach().flatten().cpu().view(torch.uint8).numpy().data).hexdigest()
@@ -221,19 +247,33 @@ def _digest(value: Any) -> str:
 def _agree(ranks: Ranks, step: int, order: list[str], differing: list[str]) -> None:
     """Raise `Miscomputed` on all ranks where any of them has `differing` tensors.
 
-    A wrong gradient of one rank's own is in the averages of all. The rank is named whose first difference is the
-    earliest in a step's `order`.
+    A wrong gradient of one rank's own is in the averages of all. The rank is named whose first
+    difference is the earliest in a step's `order`.
     """
     if not ranks.total(len(differing))[0]:
         return
-    first = order.index(differing[0]) if differing and differing[0] in order else len(order)
-    own = {"at": first, "rank": ranks.rank, "host": socket.gethostname(), "boot": this_boot(), "pid": os.getpid()}
+
+    # Every rank tells the others its own first difference, or that it has none.
+    first = len(order)
+    if differing and differing[0] in order:
+        first = order.index(differing[0])
+    own = {
+        "at": first,
+        "rank": ranks.rank,
+        "host": socket.gethostname(),
+        "boot": this_boot(),
+        "pid": os.getpid(),
+    }
     own |= {"tensor": differing[0] if differing else "", "others": len(differing) - 1}
-    words = [json.loads(word) for word in ranks.told(f"recheck-{step}", json.dumps(own))]
-    worst = min((word for word in words if word["tensor"]), key=lambda word: (word["at"], word["rank"]))
+    words = [json.loads(word) for word in ranks.exchange(f"recheck-{step}", json.dumps(own))]
+
+    # All come to the same earliest one.
+    different = [word for word in words if word["tensor"]]
+    worst = min(different, key=lambda word: (word["at"], word["rank"]))
     more = f" and in {worst['others']:,} other tensors" if worst["others"] else ""
     raise Miscomputed(
-        f"step {step}, computed twice on rank {worst['rank']} ({worst['host']}, process {worst['pid']}), gave two "
-        f"results: they differ in {worst['tensor']}{more}. Nothing of it was committed",
+        f"step {step}, computed twice on rank {worst['rank']} ({worst['host']}, process "
+        f"{worst['pid']}), gave two results: they differ in {worst['tensor']}{more}. Nothing of it "
+        "was committed",
         Difference(step, worst["rank"], worst["tensor"], worst["host"], worst["boot"]),
     )

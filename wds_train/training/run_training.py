@@ -1,6 +1,7 @@
 """A training from start or resume to its end.
 
-refuse what cannot work -> claim the run -> restore the newest checkpoint -> fork, connect, restore -> the loop -> its end
+refuse what cannot work -> claim the run -> read its newest checkpoint -> make the session, which
+forks, connects and makes the trainer -> steps, validations, commits -> the report
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import torch
 
 from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.restore import read_object
-from wds_train.checkpoint.resume_checks import going_on
+from wds_train.checkpoint.resume_checks import check_resume
 from wds_train.checkpoint.run import Run
 from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.checkpoint.snapshot import Snapshot
@@ -40,7 +41,7 @@ from wds_train.training.local_ranks import die_with_launcher
 from wds_train.training.options import TrainOptions
 from wds_train.training.outcome import next_commands, outcome
 from wds_train.training.ranks import Ranks
-from wds_train.training.session import Session
+from wds_train.training.session import begin_session
 from wds_train.training.setup import fresh_run, refuse
 from wds_train.training.stop_request import SIGNALS, StopRequest
 from wds_train.training.watch import watching
@@ -49,9 +50,16 @@ REPORT_SECONDS = 15.0  # for the metrics that the report is drawn from, once the
 
 
 def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) -> dict[str, float]:
-    """Train, or go on with, `options.run`; the final metrics. Raises `Interrupted` once asked to stop, state committed.
+    """Train, or go on with, `options.run`, and return the final metrics.
 
-    `clock` counts the paid time, which without one begins now.
+    Args:
+        options: The training.
+        stop: What asks it to stop.
+        clock: Counts the paid time, which without one begins now.
+
+    Raises:
+        Interrupted: Asked to stop; the state is committed.
+        WdsTrainError: What else ended the training, which the run's manifest says, too.
     """
     clock = clock or Clock()
     die_with_launcher()
@@ -71,6 +79,8 @@ def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) 
         if ranks.leads:
             say(f"run {options.run} is done already")
     else:
+        # From the inside out: the watch ends, the cause is told and written, W&B ends, and an
+        # interrupted run leaves its report.
         try:
             with (
                 _leaving_a_report(run, options, stop, ranks),
@@ -78,10 +88,16 @@ def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) 
                 ending(run, stop, repeats=_repeats(options, ranks)),
                 watching(ranks, stop, options.hang_minutes, partial(last_word, run)) as watch,
             ):
-                session = Session(options, datasets, run, stop, ranks=ranks, tracker=tracker, watch=watch)
-                session.fork(snapshot.progress.step if snapshot else 0)
-                session.connect()
-                session.restore(snapshot)
+                session = begin_session(
+                    options,
+                    datasets,
+                    run,
+                    snapshot,
+                    stop,
+                    ranks=ranks,
+                    tracker=tracker,
+                    watch=watch,
+                )
                 session.run_to_end()
         finally:
             ranks.close()
@@ -93,10 +109,11 @@ def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) 
 def _lead(
     options: TrainOptions, datasets: list[Dataset], stop: StopRequest, ranks: Ranks, clock: Clock
 ) -> tuple[Run, Snapshot | None]:
-    """The run, claimed, and its newest usable checkpoint; the other ranks follow."""
-    store, fresh = open_store(options.run), fresh_run(options, datasets)
+    """Return the run, claimed, and its newest usable checkpoint; the other ranks follow."""
+    store = open_store(options.run)
+    fresh = fresh_run(options, datasets)
     if not ranks.leads:
-        return _follow(store, fresh, ranks.announced(stop.sleep))
+        return _follow(store, fresh, ranks.await_announcement(stop.sleep))
     try:
         refuse(options, datasets, fresh, store, ranks)
         run = Run.claim(
@@ -110,40 +127,50 @@ def _lead(
             unsafe=options.unsafe_store,
         )
         run.writer.clock = clock
+        # From here on the run is ours: an error gives it up.
         with ending(run, stop, repeats=_repeats(options, ranks)):
             snapshot = None if run.manifest.status == "done" else run.restore(say)
     except BaseException:
+        # The other ranks wait for a word.
         ranks.announce({})
         raise
-    ranks.announce(
-        {"manifest": run.manifest.to_json().decode(), "progress": asdict(snapshot.progress) if snapshot else None}
-    )
+    progress = asdict(snapshot.progress) if snapshot else None
+    ranks.announce({"manifest": run.manifest.to_json().decode(), "progress": progress})
     return run, snapshot
 
 
-def _follow(store: Store, fresh: RunManifest, announced: dict[str, Any]) -> tuple[Run, Snapshot | None]:
-    """The leader's run, to be read only, and the same checkpoint. It must be what this rank was told to train, too."""
+def _follow(
+    store: Store, fresh: RunManifest, announced: dict[str, Any]
+) -> tuple[Run, Snapshot | None]:
+    """Return the leader's run, to be read only, and the same checkpoint.
+
+    It must be what this rank was told to train, too.
+    """
     if not announced:
         raise Interrupted("rank 0 could not begin; its message says why")
     manifest = RunManifest.from_json(announced["manifest"].encode(), store.url)
-    going_on(manifest, fresh, store.url)
+    check_resume(manifest, fresh, store.url)
     run = Run(store, manifest, "", say=say, leads=False)
     if announced["progress"] is None:
         return run, None
-    chosen = next(c for c in reversed(manifest.checkpoints) if asdict(c.progress) == announced["progress"])
+    chosen = next(
+        c for c in reversed(manifest.checkpoints) if asdict(c.progress) == announced["progress"]
+    )
     return run, Snapshot.decode(read_object(store, chosen.object), chosen.progress)
 
 
 def _be_deterministic() -> None:
-    """Let PyTorch use only algorithms that give the same bits each time; on GPUs slower, on CPUs no other than the
-    usual ones.
+    """Let PyTorch use only algorithms that give the same bits each time; on GPUs slower, on CPUs no
+    other than the usual ones.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's condition, read when CUDA starts
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS's condition, read when CUDA starts
     torch.use_deterministic_algorithms(True)
 
 
 def _repeats(options: TrainOptions, ranks: Ranks) -> bool:
-    """Whether the same steps, taken again, round in the same way."""
+    """Return True if the same steps, taken again, round in the same way."""
     return options.deterministic or ranks.device.type == "cpu"
 
 
@@ -163,9 +190,11 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool)
 
 
 @contextlib.contextmanager
-def _leaving_a_report(run: Run, options: TrainOptions, stop: StopRequest, ranks: Ranks) -> Iterator[None]:
-    """A training that is interrupted leaves its report, too, if there is an epoch to be seen: not on an instance that is
-    taken back, with its disk. Whatever hangs, the deadline stands.
+def _leaving_a_report(
+    run: Run, options: TrainOptions, stop: StopRequest, ranks: Ranks
+) -> Iterator[None]:
+    """Let a training that is interrupted leave its report, too, if there is an epoch to be seen:
+    not on an instance that is taken back, with its disk. Whatever hangs, the deadline stands.
     """
     try:
         yield
@@ -179,16 +208,22 @@ def _leaving_a_report(run: Run, options: TrainOptions, stop: StopRequest, ranks:
 
 
 def _write_report(run: Run, options: TrainOptions, seconds: float) -> None:
-    """Write the report, of metrics that come within `seconds`, and say where; whatever goes wrong is only said."""
+    """Write the report, of metrics that come within `seconds`, and say where; whatever goes wrong
+    is only said.
+    """
     try:
         say(f"report   {_report(run, options, seconds)}")
     except Exception as error:
-        say(f"report   could not be written ({error}); the run is {run.manifest.status} all the same")
+        say(
+            f"report   could not be written ({error}); the run is {run.manifest.status} all the "
+            "same"
+        )
 
 
 def _report(run: Run, options: TrainOptions, seconds: float) -> Path:
-    """Where the report is written, without a further evaluation: two runs of one name in different stores get different
-    folders.
+    """Return where the report is written, without a further evaluation.
+
+    Two runs of one name in different stores get different folders.
     """
     from wds_train.report.page import write
     from wds_train.report.run_data import Account

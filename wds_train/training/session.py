@@ -1,31 +1,38 @@
 """The steps, the epochs and the commits of one process's work on a run.
 
-The loop looks at signals, the spot notice and the clock between steps only, so that what is committed is always a whole
-step; while validating, between batches: the validation is then repeated after the resume.
+    begin_session: fork the loader workers -> connect -> make or restore the trainer
+    Session.run_to_end: steps, validations and commits -> the upload of the last state -> "done"
+
+The loop looks at signals, the spot notice and the clock between steps only, so that what is
+committed is always a whole step. While validating, it looks between batches: the validation is then
+repeated after the resume.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from wds_train.checkpoint.run import Run
 from wds_train.checkpoint.scores import telling
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.console import Bar, note, say
+from wds_train.dataset.manifest import ClassInfo
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import Interrupted, StoppedByPerson, WorkerDied
 from wds_train.loader.batch import Batch
+from wds_train.loader.eval_loader import EvalLoader
+from wds_train.loader.train_loader import TrainLoader
 from wds_train.models.mistakes import Findings
 from wds_train.models.scoring import EVAL_BATCH
 from wds_train.tracking.progress import TrainingBar
 from wds_train.tracking.tracker import Tracker
-from wds_train.training.deadline import Stopped, in_time
+from wds_train.training.deadline import Stopped, read_until_stopped
 from wds_train.training.ending import cause_of_end, give_up, is_over
 from wds_train.training.engine import Trainer, gpu_figures
 from wds_train.training.memory import fit_accumulation
-from wds_train.training.metrics_rows import Rows
+from wds_train.training.metrics_rows import MetricsRows
 from wds_train.training.options import TrainOptions
-from wds_train.training.outcome import going_on
+from wds_train.training.outcome import resume_command
 from wds_train.training.ranks import Ranks, lost_ranks
 from wds_train.training.recheck import take_step
 from wds_train.training.setup import (
@@ -39,17 +46,69 @@ from wds_train.training.setup import (
 )
 from wds_train.training.spot import SpotWatch
 from wds_train.training.stop_request import StopRequest
-from wds_train.training.waits import timed
+from wds_train.training.waits import time_waits
 from wds_train.training.watch import Watch
 
 LOGS_PER_EPOCH = 4
 LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
-REBALANCE = "EC2 recommends to move: this spot instance is at an elevated risk of being taken back; training goes on"
+REBALANCE = (
+    "EC2 recommends to move: this spot instance is at an elevated risk of being taken back; "
+    "training goes on"
+)
 LAST_MOMENT = 2.0  # seconds of the last commit's time that are left to say how it went
 
 
+class Loaders(NamedTuple):
+    """The loaders of one process, whose workers are forked already."""
+
+    train: TrainLoader
+    val: EvalLoader
+
+
+class StateSaver:
+    """Hands the state of a training to the run's committer, and knows which it handed over last."""
+
+    def __init__(
+        self, trainer: Trainer, run: Run, rows: MetricsRows, classes: Sequence[ClassInfo]
+    ) -> None:
+        self._trainer = trainer
+        self._run = run
+        self._rows = rows
+        self._classes = [[each.id, each.name] for each in classes]
+        self._saved = trainer.progress
+        self._saved_at = time.monotonic()
+
+    def is_due(self, minutes: float) -> bool:
+        """Return True if the last commit is so many minutes old, and none is under way."""
+        is_old = time.monotonic() - self._saved_at >= minutes * 60
+        return is_old and not self._run.committer.busy
+
+    def has_newest(self) -> bool:
+        """Return True if the trainer's very state is committed or on its way."""
+        now = self._trainer.progress
+        return (now.step, now.evaluated) == (self._saved.step, self._saved.evaluated)
+
+    def commit(self, metrics: dict[str, float], **changes: Any) -> None:
+        """Copy the state, and hand it over with the newest rows and `changes` of the manifest.
+
+        All ranks take part; the leader's committer uploads it in the background.
+        """
+        start = time.perf_counter()
+        self._run.writer.clock.turn("commit")
+        snapshot = self._trainer.snapshot(classes=self._classes)
+        rows = self._rows.drain()
+        if snapshot is not None:
+            self._run.committer.commit(snapshot, metrics, rows, **changes)
+        self._saved = self._trainer.progress
+        self._saved_at = time.monotonic()
+        self._rows.stall_ms = (time.perf_counter() - start) * 1000
+
+
 class Session:
-    """One process's work on a run, from its claim to its end or interruption: `fork`, `connect`, `restore`, `run_to_end`."""
+    """One process's work on a run, from its first step to its end or interruption.
+
+    `begin_session` makes it, since workers, threads and the GPU must come in that order.
+    """
 
     def __init__(
         self,
@@ -61,236 +120,350 @@ class Session:
         ranks: Ranks,
         tracker: Tracker,
         watch: Watch,
+        loaders: Loaders,
+        trainer: Trainer,
     ) -> None:
-        self._options, self._run, self._stop, self._ranks, self._tracker = options, run, stop, ranks, tracker
+        self._options = options
+        self._schedule = options.recipe.schedule
+        self._run = run
+        self._stop = stop
+        self._ranks = ranks
+        self._tracker = tracker
         self._watch = watch
-        self._say = note if ranks.leads else _keep_quiet
-        self._rows = Rows(run, tracker, options.recipe.batch)
-        self._datasets = datasets
-        self._classes = [[entry.id, entry.name] for entry in datasets[0].manifest.classes]
-        self._epoch_steps = epoch_steps(options, datasets)
-        self._total = options.recipe.schedule.epochs * self._epoch_steps
+        self._loader = loaders.train
+        self._val_loader = loaders.val
+        self._trainer = trainer
+        self._rows = MetricsRows(run, tracker, options.recipe.batch)
+        self._classes = datasets[0].manifest.classes
         self._val_samples = datasets[0].manifest.split("val").samples
+        self._epoch_steps = trainer.steps_per_epoch
+        self._total = self._schedule.epochs * self._epoch_steps
 
-    def fork(self, start: int) -> None:
-        """Begin to read, for the steps from `start` on. It is to be called before this process has threads or uses a
-        GPU: loader workers are forked, and a forked child survives neither.
-        """
-        self._loader = make_train_loader(self._options, self._datasets, self._ranks, start)
-        self._val_loader = make_val_loader(self._options, self._datasets[0], self._ranks)
-        self._loader.start()
-        self._val_loader.start()
-
-    def connect(self) -> None:
-        """Hold the run, and meet the other ranks and W&B: from here on there are threads."""
-        self._run.committer.max_uncommitted = self._options.max_uncommitted_minutes * 60
-        self._run.begin()
-        machine = {"hardware": hardware(self._ranks), "price": self._options.price}
-        self._run.writer.note(**machine)
-        self._stop.doing = "the training"
-        if self._ranks.leads:
-            samples = {name: split.samples for name, split in self._datasets[0].manifest.splits.items()}
-            history = self._run.history()  # which names what is damaged
-            self._tracker.start(history, samples=samples, **machine)
-        self._watch.start()
-        self._ranks.connect(self._watch.silence)
-
-    def restore(self, snapshot: Snapshot | None) -> None:
-        """Make the trainer, as `snapshot` left it."""
-        options, ranks = self._options, self._ranks
-        trainer = self._trainer = make_trainer(
-            options, self._datasets, ranks.device, ranks, resumes=snapshot is not None
-        )
-        if options.accumulate is None and ranks.device.type == "cuda":  # a CPU's memory holds any batch it can work on
-            trainer.accumulate = round(ranks.largest(fit_accumulation(trainer)))
-        for line in (introduction(options, self._datasets[0], self._epoch_steps, ranks), *_notes(trainer)):
-            self._say(line)
-        if snapshot:
-            trainer.restore(snapshot)
-            step = trainer.progress.step
-            self._say(f"resuming at step {step} of {self._total} (epoch {step / self._epoch_steps:.2f})")
+        # What changes while it trains, and what a person sees of it.
+        self._began_at = trainer.progress
+        self._saver = StateSaver(trainer, run, self._rows, self._classes)
+        voice = _quiet_unless(ranks.local == 0, say)  # of one process a machine
+        self._spot = SpotWatch(stop, tell=run.writer.note, say=voice)
+        self._rebalance_said = False
+        self._bar = _make_bar(options, datasets, trainer.progress.step, shown=ranks.leads)
 
     def run_to_end(self) -> None:
-        with SpotWatch(self._stop, tell=self._run.writer.note, say=_voice(self._ranks)) as self._spot:
-            options, leads, pace = self._options, self._ranks.leads, expected_pace(self._options, self._datasets)
-            self._begun_at = self._trainer.progress
-            self._bar = TrainingBar(pace, self._begun_at.step, options.recipe.batch, options.price, shown=leads)
+        """Train until the run is done and uploaded.
+
+        Raises:
+            Interrupted: Asked to stop; the state is committed if the time was enough.
+            StoppedByPerson: The same, for good.
+        """
+        with self._spot:
             try:
                 self._train()
-            except (Stopped, WorkerDied) as error:
-                if isinstance(error, WorkerDied):
-                    self._stop.ask(cause_of_end(error, self._begun_at != self._trainer.progress, self._ranks.size))
+            except Stopped:
+                self._interrupt()
+            except WorkerDied as error:
+                trained = self._trainer.progress != self._began_at
+                self._stop.ask(cause_of_end(error, trained, self._ranks.size))
                 self._interrupt()
             finally:
                 self._bar.close()
-            with Bar(1, shown=leads) as bar:
-                while not self._run.committer.wait(0.2):
-                    if self._stop.cause:
-                        self._interrupt()
-                    self._watch.beat("the upload of the last state", self._total, 1)
-                    bar.show(0, f"uploading the last state to {self._run.store.url}")
+            self._finish_upload()
             self._run.end("done")
             self._stop.code = 0
-            self._stop.doing = "another rank"
-            self._ranks.total(1)  # all leave together: a rank that leaves earlier looks like one that was lost
+            _leave_together(self._stop, self._ranks)
             self._stop.doing = "what comes after the run"
 
     def _train(self) -> None:
-        trainer, epoch_steps = self._trainer, self._epoch_steps
-        self._saved, self._saved_at = trainer.progress, time.monotonic()
-        self._rebalance_said = False
-        batches = timed(in_time(self._loader, self._stop), self._run.writer.clock, trainer.device)
-        while not is_over(self._options.recipe.schedule, trainer.progress):
+        trainer = self._trainer
+        read = read_until_stopped(self._loader, self._stop)
+        batches = time_waits(read, self._run.writer.clock, trainer.device)
+        while not is_over(self._schedule, trainer.progress):
             if self._look_up():
                 trainer.epoch_loss()
-                self._commit({})
-            if trainer.progress.step == (trainer.progress.evaluated + 1) * epoch_steps:
+                self._saver.commit({})
+            step = trainer.progress.step
+            if step == (trainer.progress.evaluated + 1) * self._epoch_steps:
                 self._end_epoch()
             else:
-                self._watch.beat(f"the batch of step {trainer.progress.step + 1}", trainer.progress.step, 1)
-                self._step(*next(batches))
+                self._watch.beat(f"the batch of step {step + 1}", step, 1)
+                batch, waited = next(batches)
+                self._step(batch, waited)
 
     def _look_up(self) -> bool:
-        """Whether it is time for a commit. Raises what ends the training: `Stopped` when any rank was asked to stop, and
-        what `Committer.check` raises. All ranks look up at the same step, and come to the same answer.
+        """Return True if it is time for a commit; all ranks come to the same answer.
+
+        Raises:
+            Stopped: A rank was asked to stop.
+            WdsTrainError: What `Committer.check` raises.
         """
         self._run.committer.check()
         if self._spot.rebalance and not self._rebalance_said:
             self._rebalance_said = True
             say(REBALANCE)
-        old = time.monotonic() - self._saved_at >= self._options.commit_minutes * 60
-        due = self._ranks.leads and old and not self._run.committer.busy
-        stopped, commits = self._ranks.total(self._stop.cause is not None, due)
+        is_due = self._ranks.leads and self._saver.is_due(self._options.commit_minutes)
+        stopped, commits = self._ranks.total(self._stop.cause is not None, is_due)
         if stopped:
             raise Stopped
         return commits > 0
 
     def _step(self, batch: Batch, waited: float) -> None:
+        """Take a step on `batch`, for which the training waited `waited` seconds."""
+        trainer = self._trainer
         start = time.perf_counter()
         self._watch.beat(f"step {batch.step + 1}", batch.step, 2)
-        if not batch.step:
+        if batch.step == 0:
             self._tracker.show_batch(batch.images)
-        _tell_unreadable(batch)
+        for entry in batch.unreadable:
+            say(f"unreadable sample: {entry.named}")
         with lost_ranks():
-            loss = take_step(self._trainer, batch, self._options.recheck, self._begun_at.step)
-        done, shown = self._trainer.progress.step, None
+            loss = take_step(trainer, batch, self._options.recheck, self._began_at.step)
+
+        # Reading the loss makes the CPU wait for the GPU, which the step's time is to include.
+        done = trainer.progress.step
+        mean_loss = None
         if _is_logged(done, self._epoch_steps):
-            shown = self._ranks.total(loss.item())[0] / self._ranks.size
-            self._trainer.epoch_loss()
+            mean_loss = self._ranks.total(loss.item())[0] / self._ranks.size
+            trainer.epoch_loss()
         self._rows.add_step(waited, time.perf_counter() - start)
-        if shown is not None:
-            figures = _figures(self._trainer, batch, self._loader.fallbacks)
-            self._rows.log_step(figures | {"train/loss": shown}, self._trainer.progress)
-        self._bar.step(done, waited, self._trainer.lr(done - 1), shown)
+        if mean_loss is not None:
+            row = _figures(trainer, batch, mean_loss, self._loader.fallbacks)
+            self._rows.log_step(row, trainer.progress)
+        self._bar.step(done, waited, trainer.lr(done - 1), mean_loss)
 
     def _end_epoch(self) -> None:
         """Validate and commit."""
         trainer = self._trainer
+        before = trainer.progress
         self._run.writer.clock.turn("validation")
-        self._watch.beat(f"the validation of epoch {trainer.progress.evaluated + 1}", trainer.progress.step, 0)
+        self._watch.beat(f"the validation of epoch {before.evaluated + 1}", before.step, 0)
         loss = trainer.epoch_loss()
         findings = Findings() if self._tracker.watching else None
         with lost_ranks():
-            batches = self._looking_up(in_time(self._val_loader, self._stop))
+            batches = self._looking_up(read_until_stopped(self._val_loader, self._stop))
             metrics = trainer.evaluate(batches, self._val_samples, findings)
         unreadable = trainer.epoch_unreadable()
         trainer.evaluated(metrics)
-        epoch, schedule = trainer.progress.evaluated, self._options.recipe.schedule
-        record = {"step": trainer.progress.step, "epoch": float(epoch), "epoch/loss": loss, "epoch/lost": unreadable}
+
+        # Report the epoch: to W&B and the run's metrics, then on the console.
         if findings is not None:
-            self._tracker.show_findings(findings, self._datasets[0].manifest.classes)
-        self._rows.log(record | metrics, trainer.progress)
-        shown = telling(metrics, trainer.progress.step, self._options.recipe.ema.every)
-        self._say(_epoch_line(f"{epoch:3d}/{schedule.epochs}", loss, shown, unreadable, self._loader.fallbacks))
-        over = is_over(schedule, trainer.progress)
-        done = {"status": "done", "result": metrics | {"epoch/loss": loss}} if over else {}
-        self._commit(metrics, **done)
+            self._tracker.show_findings(findings, self._classes)
+        self._rows.log_epoch(loss, unreadable, metrics, trainer.progress)
+        if self._ranks.leads:
+            note(_epoch_line(trainer, loss, metrics, unreadable, self._loader.fallbacks))
+
+        # The commit of the last epoch says that the run is done.
+        if is_over(self._schedule, trainer.progress):
+            self._saver.commit(metrics, status="done", result=metrics | {"epoch/loss": loss})
+        else:
+            self._saver.commit(metrics)
         self._bar.validated()
 
     def _looking_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, with a look up before each that all ranks have: their numbers of batches differ by one."""
-        size, samples = min(self._options.recipe.batch, EVAL_BATCH), self._val_samples
-        shared = -(-samples // size) // self._ranks.size
-        epoch = self._trainer.progress.evaluated + 1
+        """Yield the batches of a validation, with a look up before each that all ranks have.
+
+        The ranks' numbers of batches differ by one.
+        """
+        size = min(self._options.recipe.batch, EVAL_BATCH)
+        shared = -(-self._val_samples // size) // self._ranks.size
+        progress = self._trainer.progress
+        epoch = progress.evaluated + 1
         for number, batch in enumerate(batches):
-            self._watch.beat(f"batch {number + 1} of the validation of epoch {epoch}", self._trainer.progress.step, 0)
+            self._watch.beat(
+                f"batch {number + 1} of the validation of epoch {epoch}", progress.step, 0
+            )
             if number < shared:
                 self._look_up()
-            self._bar.validating(epoch, number * size * self._ranks.size, samples)
+            self._bar.validating(epoch, number * size * self._ranks.size, self._val_samples)
             yield batch
 
-    def _commit(self, metrics: dict[str, float], **changes: Any) -> None:
-        start = time.perf_counter()
-        self._run.writer.clock.turn("commit")
-        snapshot, records = self._trainer.snapshot(classes=self._classes), self._tracker.drain()
-        if snapshot is not None:
-            self._run.committer.commit(snapshot, metrics, records, **changes)
-        self._saved, self._saved_at = self._trainer.progress, time.monotonic()
-        self._rows.stall_ms = (time.perf_counter() - start) * 1000
+    def _finish_upload(self) -> None:
+        """Wait until the last state is committed, and heed a request to stop meanwhile."""
+        with Bar(1, shown=self._ranks.leads) as bar:
+            while not self._run.committer.wait(0.2):
+                if self._stop.cause:
+                    self._interrupt()
+                self._watch.beat("the upload of the last state", self._total, 1)
+                bar.show(0, f"uploading the last state to {self._run.store.url}")
 
     def _interrupt(self) -> None:
-        """Commit, unless this very state is committed or on its way, and leave; unless it was the last that was missing."""
+        """Commit the current state if needed, then stop.
+
+        Return normally if that commit was the last that the run needed.
+        """
         self._stop.ask("another rank")
         self._stop.doing = f"the last commit to {self._run.store.url}"
         status = "stopped" if self._stop.by_person else "interrupted"
         progress = self._trainer.progress
         self._run.writer.clock.turn("commit")
-        if (progress.step, progress.evaluated) != (self._saved.step, self._saved.evaluated):
+        if not self._saver.has_newest():
             self._trainer.epoch_loss()
-            self._commit({}, status=status)
+            self._saver.commit({}, status=status)
         committed = self._run.committer.wait(self._stop.left - LAST_MOMENT)
         if self._run.manifest.status == "done":
             return
         if committed:
             give_up(self._run, status)
-        self._stop.doing = "another rank"
-        self._ranks.total(1)  # the others wait for the leader's commit; the first that leaves ends them all
-        raise _stopped(self._stop, _outcome(progress.step, self._total, self._run.store.url, committed))
+        _leave_together(self._stop, self._ranks)
+        where = self._run.store.url
+        raise _stopped(self._stop, _outcome(progress.step, self._total, where, committed))
 
 
-def _tell_unreadable(batch: Batch) -> None:
-    for entry in batch.unreadable:
-        say(f"unreadable sample: {entry.named}")
+def begin_session(
+    options: TrainOptions,
+    datasets: list[Dataset],
+    run: Run,
+    snapshot: Snapshot | None,
+    stop: StopRequest,
+    *,
+    ranks: Ranks,
+    tracker: Tracker,
+    watch: Watch,
+) -> Session:
+    """Begin a process's work on a claimed run, and return it ready to run.
+
+    The order matters: loader workers are forked, and a forked child survives neither the threads of
+    its parent nor its use of a GPU.
+
+    Args:
+        options: How the training works.
+        datasets: The training's dataset, and the others of its mixture.
+        run: The run, which is claimed.
+        snapshot: The checkpoint to go on from; None begins at step 0.
+        stop: What asks the training to stop.
+        ranks: The processes of the training, not connected yet.
+        tracker: What passes metrics on to W&B, not started yet.
+        watch: What finds ranks that hang, not started yet.
+
+    Raises:
+        RunError: The checkpoint does not fit the model.
+        RanksLost: Another rank has gone.
+    """
+    # 1. Processes.
+    loaders = fork_loaders(options, datasets, ranks, snapshot.progress.step if snapshot else 0)
+
+    # 2. Threads: hold the run, and meet the other ranks and W&B.
+    run.committer.max_uncommitted = options.max_uncommitted_minutes * 60
+    run.begin()
+    machine = {"hardware": hardware(ranks), "price": options.price}
+    run.writer.note(**machine)
+    stop.doing = "the training"
+    if ranks.leads:
+        splits = datasets[0].manifest.splits
+        samples = {name: split.samples for name, split in splits.items()}
+        history = run.history()  # names what is damaged
+        tracker.start(history, samples=samples, **machine)
+    watch.start()
+    ranks.connect(watch.silence)
+
+    # 3. The GPU.
+    trainer = _restore_trainer(options, datasets, ranks, snapshot)
+    return Session(
+        options,
+        datasets,
+        run,
+        stop,
+        ranks=ranks,
+        tracker=tracker,
+        watch=watch,
+        loaders=loaders,
+        trainer=trainer,
+    )
 
 
-def _notes(trainer: Trainer) -> Iterator[str]:
-    """What to tell of how the trainer was made."""
+def fork_loaders(
+    options: TrainOptions, datasets: list[Dataset], ranks: Ranks, from_step: int
+) -> Loaders:
+    """Make both loaders, and fork their workers, which begin to read for step `from_step`."""
+    train = make_train_loader(options, datasets, ranks, from_step)
+    val = make_val_loader(options, datasets[0], ranks)
+    train.start()
+    val.start()
+    return Loaders(train, val)
+
+
+def _restore_trainer(
+    options: TrainOptions, datasets: list[Dataset], ranks: Ranks, snapshot: Snapshot | None
+) -> Trainer:
+    """Make the trainer, as `snapshot` left it, and introduce the training."""
+    resumes = snapshot is not None
+    trainer = make_trainer(options, datasets, ranks.device, ranks, resumes=resumes)
+    # A CPU's memory holds any batch that it can work on.
+    if options.accumulate is None and ranks.device.type == "cuda":
+        trainer.accumulate = round(ranks.largest(fit_accumulation(trainer)))
+
+    tell = _quiet_unless(ranks.leads, note)
+    steps = epoch_steps(options, datasets)
+    tell(introduction(options, datasets[0], steps, ranks))
     for each in trainer.notes:
-        yield f"weights  {each}"
+        tell(f"weights  {each}")
     if trainer.accumulate > 1:
-        yield f"memory   each batch in {trainer.accumulate} micro-batches"
+        tell(f"memory   each batch in {trainer.accumulate} micro-batches")
+
+    if snapshot:
+        trainer.restore(snapshot)
+        step = trainer.progress.step
+        total = options.recipe.schedule.epochs * steps
+        tell(f"resuming at step {step} of {total} (epoch {step / steps:.2f})")
+    return trainer
 
 
-def _figures(trainer: Trainer, batch: Batch, fallbacks: int) -> dict[str, Any]:
-    """What a record tells of the step that was just taken, besides its loss."""
-    done = trainer.progress.step
-    figures = {"step": done, "epoch": done / trainer.steps_per_epoch, "train/lr": trainer.lr(done - 1)}
-    figures |= {"train/grad_norm": trainer.grad_norm.item(), "train/resolution": batch.images.shape[1]}
-    figures |= {"s3/fallbacks": fallbacks} if fallbacks else {}
-    return figures | gpu_figures(trainer)
+def _leave_together(stop: StopRequest, ranks: Ranks) -> None:
+    """Wait for the other ranks: one that leaves earlier looks lost, and ends them all."""
+    stop.doing = "another rank"
+    ranks.total(1)
 
 
-def _voice(ranks: Ranks) -> Callable[[str], object]:
-    """What says what every process on this machine sees: that of one of them."""
-    return _keep_quiet if ranks.local else say
+def _make_bar(
+    options: TrainOptions, datasets: list[Dataset], step: int, *, shown: bool
+) -> TrainingBar:
+    pace = expected_pace(options, datasets)
+    return TrainingBar(pace, step, options.recipe.batch, options.price, shown=shown)
+
+
+def _quiet_unless(speaks: bool, tell: Callable[[str], object]) -> Callable[[str], object]:
+    """Return `tell`, or a function that says nothing for a process that does not speak."""
+    return tell if speaks else _keep_quiet
 
 
 def _keep_quiet(_: str) -> None:
     """Say nothing."""
 
 
-def _epoch_line(epoch: str, loss: float, metrics: dict[str, float], unreadable: int, fallbacks: int) -> str:
-    ema = f"{metrics['val/top1_ema']:.2f} %" if "val/top1_ema" in metrics else "not updated yet"
-    return (
-        f"epoch {epoch}  loss {loss:.3f}  top-1 {metrics['val/top1']:.2f} %  EMA {ema}"
-        + (f"  {unreadable} unreadable" if unreadable else "")
-        + (f"  {fallbacks} ranges asked for twice" if fallbacks else "")
-    )
+def _figures(trainer: Trainer, batch: Batch, loss: float, fallbacks: int) -> dict[str, Any]:
+    """Return the record of the step that was just taken."""
+    done = trainer.progress.step
+    figures: dict[str, Any] = {
+        "step": done,
+        "epoch": done / trainer.steps_per_epoch,
+        "train/loss": loss,
+        "train/lr": trainer.lr(done - 1),
+        "train/grad_norm": trainer.grad_norm.item(),
+        "train/resolution": batch.images.shape[1],
+    }
+    if fallbacks:
+        figures["s3/fallbacks"] = fallbacks
+    return figures | gpu_figures(trainer)
+
+
+def _epoch_line(
+    trainer: Trainer, loss: float, metrics: dict[str, float], unreadable: int, fallbacks: int
+) -> str:
+    recipe = trainer.recipe
+    shown = telling(metrics, trainer.progress.step, recipe.ema.every)
+    ema = "not updated yet"
+    if "val/top1_ema" in shown:
+        ema = f"{shown['val/top1_ema']:.2f} %"
+    epoch = f"{trainer.progress.evaluated:3d}/{recipe.schedule.epochs}"
+    line = f"epoch {epoch}  loss {loss:.3f}  top-1 {shown['val/top1']:.2f} %  EMA {ema}"
+    if unreadable:
+        line += f"  {unreadable} unreadable"
+    if fallbacks:
+        line += f"  {fallbacks} ranges asked for twice"
+    return line
 
 
 def _is_logged(step: int, epoch_steps: int) -> bool:
-    """Whether the step has a record: a function of the step alone, so that a resumed run logs what the unbroken one
-    does.
+    """Return True if the step has a record.
+
+    It depends on the step alone, so that a resumed run logs what the unbroken one does.
     """
     return step % min(LOG_STEPS, max(1, epoch_steps // LOGS_PER_EPOCH)) == 0
 
@@ -302,13 +475,16 @@ def _stopped(stop: StopRequest, outcome: str) -> Interrupted | StoppedByPerson:
 
 
 def _outcome(step: int, total: int, where: str, committed: bool) -> str:
-    """Where the training was, what became of its state, and what the same command will do."""
+    """Say where the training was, what became of its state, and what the same command will do."""
     if not step:
         return f"before the first of {total} steps; the same command begins anew"
     at = f"at step {step} of {total}"
     if committed:
-        return f"{at}, state committed to {where}; the same command goes on from there, or: {going_on(where)}"
+        return (
+            f"{at}, state committed to {where}; the same command goes on from there, or: "
+            f"{resume_command(where)}"
+        )
     return (
-        f"{at}, whose state could not be committed in time; the same command goes on from the newest checkpoint of "
-        f"{where}"
+        f"{at}, whose state could not be committed in time; the same command goes on from the "
+        f"newest checkpoint of {where}"
     )

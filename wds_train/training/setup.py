@@ -1,4 +1,4 @@
-"""What a training is made of, and what is refused before it claims its run."""
+"""The parts of a training, and the checks before it claims its run."""
 
 import contextlib
 import secrets
@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from wds_train.checkpoint.lease import read_run
-from wds_train.checkpoint.resume_checks import data_of, going_on
+from wds_train.checkpoint.resume_checks import check_resume, data_of
 from wds_train.checkpoint.run_manifest import RunManifest, name_of
 from wds_train.config.schedule import image_side
 from wds_train.console import note
@@ -26,31 +26,59 @@ from wds_train.training.options import TrainOptions
 from wds_train.training.ranks import Ranks
 
 
-def refuse(options: TrainOptions, datasets: list[Dataset], fresh: RunManifest, store: Store, ranks: Ranks) -> None:
-    """Raise what could not work, before the claim: a name must stay free, and a run as it is. The model is made without
-    memory for its weights, and called without arithmetic (PyTorch's device "meta"), which takes a fraction of a second.
+def refuse(
+    options: TrainOptions, datasets: list[Dataset], fresh: RunManifest, store: Store, ranks: Ranks
+) -> None:
+    """Refuse a training that cannot work, before the claim: its name must stay free.
+
+    The model is made without memory for its weights, and called without arithmetic (PyTorch's
+    device "meta"), which takes a fraction of a second.
+
+    Args:
+        options: The training.
+        datasets: Its dataset, and the others of its mixture.
+        fresh: The run as it would begin.
+        store: The run's folder, in which there may be a run.
+        ranks: The processes of the training.
+
+    Raises:
+        UsageError: A setting, an option or the machine cannot work.
     """
     resumes = False
     with contextlib.suppress(NotFound):
-        found = going_on(read_run(store)[0], fresh, store.url)
+        found = check_resume(read_run(store)[0], fresh, store.url)
         if found.status == "done":
             return
         resumes = bool(found.checkpoints)  # the weights that it began from may be gone by now
+
+    # The loader refuses what the datasets and the ranks cannot do.
     make_train_loader(options, datasets, ranks)
     model = options.recipe.model
     if ranks.leads and not resumes and model.init.startswith(TIMM):
         weights = TIMM + timm_name(model.init, model)
-        note(f"weights  reading {weights}, which this machine has or fetches from the Hugging Face hub ...")
-    on_meta = replace(options, compile=False)
-    trainer = make_trainer(on_meta, datasets, torch.device("meta"), Ranks(ranks.rank, ranks.size), resumes=resumes)
-    check_first_step(trainer)
+        note(
+            f"weights  reading {weights}, which this machine has or fetches from the Hugging Face "
+            "hub ..."
+        )
+
+    # The trainer refuses the rest.
+    uncompiled = replace(options, compile=False)
+    unconnected = Ranks(ranks.rank, ranks.size)
+    meta = torch.device("meta")
+    check_first_step(make_trainer(uncompiled, datasets, meta, unconnected, resumes=resumes))
     if options.compile and ranks.leads:
         check_compiler(ranks.device)
 
 
 def make_trainer(
-    options: TrainOptions, datasets: list[Dataset], device: torch.device, ranks: Ranks, *, resumes: bool
+    options: TrainOptions,
+    datasets: list[Dataset],
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    resumes: bool,
 ) -> Trainer:
+    """Make the trainer of a training on `device`; with `resumes`, `restore` is to follow."""
     return Trainer(
         options.recipe,
         len(datasets[0].manifest.classes),
@@ -65,26 +93,35 @@ def make_trainer(
 
 
 def fresh_run(options: TrainOptions, datasets: list[Dataset]) -> RunManifest:
-    dataset, *mixed = datasets
+    """Make the manifest of the run as it would begin."""
     return RunManifest(
         run=name_of(options.run),
         recipe=options.recipe.to_dict(),
-        dataset=data_of(dataset, zip(mixed, (share for _, share in options.mix), strict=True)),
+        dataset=data_of(datasets[0], _with_shares(options, datasets)),
         wandb_id=secrets.token_hex(4),
     )
 
 
 def sizes(options: TrainOptions) -> list[int]:
-    """How many images of every batch each dataset gives."""
-    return split_batch(options.recipe.batch, [share for _, share in options.mix], options.recipe.data.repeats)
+    """Return the number of images that each dataset gives every batch."""
+    weights = [share for _, share in options.mix]
+    return split_batch(options.recipe.batch, weights, options.recipe.data.repeats)
 
 
 def epoch_steps(options: TrainOptions, datasets: list[Dataset]) -> int:
-    """How many steps an epoch has, which is one of the first dataset."""
+    """Return the number of steps in an epoch, which is one of the first dataset."""
     return datasets[0].manifest.split("train").samples // sizes(options)[0]
 
 
-def make_train_loader(options: TrainOptions, datasets: list[Dataset], ranks: Ranks, from_step: int = 0) -> TrainLoader:
+def _with_shares(options: TrainOptions, datasets: list[Dataset]) -> list[tuple[Dataset, float]]:
+    """Return the other datasets of the mixture, each with its share of a batch."""
+    shares = [share for _, share in options.mix]
+    return list(zip(datasets[1:], shares, strict=True))
+
+
+def make_train_loader(
+    options: TrainOptions, datasets: list[Dataset], ranks: Ranks, from_step: int = 0
+) -> TrainLoader:
     """Make the loader of the training's batches, which begins at `from_step`.
 
     Unreadable samples are counted by the trainer, whose count survives a resume.
@@ -110,9 +147,10 @@ def make_train_loader(options: TrainOptions, datasets: list[Dataset], ranks: Ran
         world=ranks.size,
         workers=options.workers,
         device=ranks.device,
-        mix=list(zip(datasets[1:], (share for _, share in options.mix), strict=True)),
+        mix=_with_shares(options, datasets),
         cache=options.cache_dir,
         cache_gb=options.cache_bytes / 1e9,
+        # The trainer counts the unreadable samples.
         max_bad=None,
     )
 
@@ -134,30 +172,48 @@ def make_val_loader(options: TrainOptions, dataset: Dataset, ranks: Ranks) -> Ev
 
 
 def expected_pace(options: TrainOptions, datasets: list[Dataset]) -> Pace:
-    """A step's work grows with the area of its images. A validation is the forward pass, a third of a step, of two models."""
-    recipe, data = options.recipe, options.recipe.data
-    epochs = recipe.schedule.epochs
-    sides = [image_side(data, epoch, epochs) for epoch in range(epochs)]
-    batches = datasets[0].manifest.split("val").samples / recipe.batch
-    validation = batches * 2 / 3 * (data.eval_size / data.size) ** 2 * (2 if data.eval_flip else 1)
-    return Pace([(side / data.size) ** 2 for side in sides], epoch_steps(options, datasets), validation)
+    """Return the pace to expect before any step was timed.
+
+    A step's work grows with the area of its images. A validation is the forward pass, a third of a
+    step, of two models.
+    """
+    data = options.recipe.data
+    epochs = options.recipe.schedule.epochs
+    costs = []
+    for epoch in range(epochs):
+        costs.append((image_side(data, epoch, epochs) / data.size) ** 2)
+    batches = datasets[0].manifest.split("val").samples / options.recipe.batch
+    passes = 2 if data.eval_flip else 1
+    validation = batches * 2 / 3 * (data.eval_size / data.size) ** 2 * passes
+    return Pace(costs, epoch_steps(options, datasets), validation)
 
 
 def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ranks) -> str:
-    recipe, splits = options.recipe, dataset.manifest.splits
-    samples, distinct = splits["train"].samples, sizes(options)[0] // recipe.data.repeats
-    left, turn = samples % distinct, "epoch" if recipe.data.repeats == 1 else "pass"
-    left_out = f"{samples - left:,} of {samples:,} samples; {left:,}, other ones each {turn}, are left out"
-    return (
+    """Return the lines that introduce a training: its dataset, its run, and what is left out."""
+    recipe = options.recipe
+    splits = dataset.manifest.splits
+    samples = splits["train"].samples
+    text = (
         f"dataset  {dataset.store.url}: {samples:,} train, {splits['val'].samples:,} val, "
         f"{len(dataset.manifest.classes)} classes\n"
-        f"run      {options.run}: recipe {recipe.name}, {recipe.model.name}, {recipe.schedule.epochs} epochs of "
-        f"{steps} steps of {recipe.batch}, on {hardware(ranks)}"
-    ) + (f"\n{turn:8} {left_out}" if left else "")
+        f"run      {options.run}: recipe {recipe.name}, {recipe.model.name}, "
+        f"{recipe.schedule.epochs} epochs of {steps} steps of {recipe.batch}, on {hardware(ranks)}"
+    )
+    # An epoch has only full batches.
+    left = samples % (sizes(options)[0] // recipe.data.repeats)
+    if left:
+        turn = "epoch" if recipe.data.repeats == 1 else "pass"
+        text += (
+            f"\n{turn:8} {samples - left:,} of {samples:,} samples; {left:,}, other ones each "
+            f"{turn}, are left out"
+        )
+    return text
 
 
 def hardware(ranks: Ranks) -> str:
-    """What the training works on."""
+    """Return the hardware that the training works on, such as "2 x NVIDIA A10G"."""
     device = ranks.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return f"{ranks.size} x {name}" if ranks.size > 1 else name

@@ -1,11 +1,14 @@
-"""The warning that this instance is about to go, from the instance metadata service (IMDSv2): EC2's, which takes a spot
-instance back, or its Auto Scaling group's.
+"""The warning that this instance is about to go, from the instance metadata service (IMDSv2).
 
-https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html: `spot/instance-action`
-answers 404 until about two minutes before the end, best effort; AWS asks to look every 5 seconds.
-https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/rebalance-recommendations.html: may come earlier, or not at all.
-https://docs.aws.amazon.com/autoscaling/ec2/userguide/retrieving-target-lifecycle-state-through-imds.html: `Terminated` once the
-group is set to none; a lifecycle hook gives the time to commit.
+EC2's, which takes a spot instance back, or its Auto Scaling group's.
+
+https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html:
+`spot/instance-action` answers 404 until about two minutes before the end, best effort; AWS asks to
+look every 5 seconds.
+https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/rebalance-recommendations.html: may come
+earlier, or not at all.
+https://docs.aws.amazon.com/autoscaling/ec2/userguide/retrieving-target-lifecycle-state-through-imds.html:
+`Terminated` once the group is set to none; a lifecycle hook gives the time to commit.
 """
 
 import contextlib
@@ -24,9 +27,9 @@ from wds_train.training.stop_request import StopRequest
 
 POLL_SECONDS = 5.0
 FIRST_SECONDS = 0.4  # for each of the first two answers, where nothing else says that this is EC2
-ANSWER_SECONDS = (
-    5.0  # for each later one, and where it is EC2: a busy machine's service may be slow, and nobody waits for it
-)
+# For each later one, and where it is EC2: a busy machine's service may be slow, and nobody waits
+# for it.
+ANSWER_SECONDS = 5.0
 NOTICE_SECONDS = 120.0
 SILENT_LOOKS = 12  # in a row without an answer, after which it is said: a minute
 TOKEN_TTL = "21600"
@@ -41,12 +44,14 @@ Say = Callable[[str], object]
 
 
 class SpotWatch:
-    """Looks for the notice in a thread, as a context manager; the training loop reads the attributes.
+    """Looks for the notice in a thread, as a context manager; the training loop reads the
+    attributes.
 
-    A notice asks `stop` to end the training by the time at which the instance goes. `rebalance`: whether EC2 has
-    recommended to move. `tell(instance=...)` is told the instance's type. Where this is EC2, the service is asked as
-    long as the training lives, and `say` gets a line when it cannot be reached. Elsewhere the thread ends in under a
-    second. A service that fails means that nothing is known, never that the instance goes.
+    A notice asks `stop` to end the training by the time at which the instance goes. `rebalance`:
+    whether EC2 has recommended to move. `tell(instance=...)` is told the instance's type. Where
+    this is EC2, the service is asked as long as the training lives, and `say` gets a line when it
+    cannot be reached. Elsewhere the thread ends in under a second. A service that fails means that
+    nothing is known, never that the instance goes.
     """
 
     def __init__(
@@ -61,7 +66,9 @@ class SpotWatch:
         self.rebalance = False
         self._stop = stop
         self._ask = ask or self._ask_service
-        self._every, self._tell, self._say = every, tell, say
+        self._every = every
+        self._tell = tell
+        self._say = say
         self._seconds = FIRST_SECONDS
         self._token: str | None = None
         self._evidence = evidence_of_ec2()
@@ -79,9 +86,15 @@ class SpotWatch:
             self._warn("is not asked, since AWS_EC2_METADATA_DISABLED = true", "unset it")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self._stopped.set()
-        if self._evidence and not self._reached:  # the training was over before the thread could tell
+        # the training was over before the thread could tell
+        if self._evidence and not self._reached:
             self._warn(*_remedy(self._problem or "no answer yet"))
 
     def look(self) -> bool:
@@ -106,8 +119,12 @@ class SpotWatch:
                 return
 
     def _is_ec2(self) -> bool:
-        """Whether this is EC2, once it is known; on EC2, whether the service has answered before the training's end."""
-        for seconds in (ANSWER_SECONDS,) if self._evidence else (FIRST_SECONDS, FIRST_SECONDS, ANSWER_SECONDS):
+        """Return True if this is EC2, once it is known; on EC2, whether the service has answered
+        before the training's end.
+        """
+        for seconds in (
+            (ANSWER_SECONDS,) if self._evidence else (FIRST_SECONDS, FIRST_SECONDS, ANSWER_SECONDS)
+        ):
             self._seconds = seconds
             if self._is_reached():
                 return True
@@ -122,20 +139,24 @@ class SpotWatch:
         return True
 
     def _is_reached(self) -> bool:
-        """Whether the service gives a token, without which it says nothing."""
+        """Return True if the service gives a token, without which it says nothing."""
         try:
             self._renew()
         except NO_ANSWER as error:
             self._problem = str(error) or type(error).__name__
         if self._token is None:
             return False
-        self._reached, self._seconds = True, ANSWER_SECONDS
+        self._reached = True
+        self._seconds = ANSWER_SECONDS
         return True
 
     def _judge_silence(self) -> None:
         """Say once when a service that has answered before does so no more."""
         if self._silent >= 3 * SILENT_LOOKS and not self._told:
-            self._warn(f"answers no more ({self._problem})", "it is asked on, but a notice may be missed meanwhile")
+            self._warn(
+                f"answers no more ({self._problem})",
+                "it is asked on, but a notice may be missed meanwhile",
+            )
 
     def _warn(self, what: str, remedy: str) -> None:
         if not self._told:
@@ -151,12 +172,14 @@ class SpotWatch:
             self._tell(instance=kind.decode("latin-1"))
 
     def _renew(self) -> None:
-        status, body = self._ask("PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": TOKEN_TTL})
+        status, body = self._ask(
+            "PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": TOKEN_TTL}
+        )
         self._token = body.decode("latin-1") if status == 200 else None
         self._problem = "" if status == 200 else f"status {status}"
 
     def _learnt(self, path: str) -> bytes | None:
-        """The document, or None where there is none, or no answer."""
+        """Return the document, or None where there is none, or no answer."""
         try:
             found = self._read(path)
         except NO_ANSWER as error:
@@ -167,7 +190,11 @@ class SpotWatch:
         return found
 
     def _read(self, path: str) -> bytes | None:
-        """The document, or None where there is none. Raises one of NO_ANSWER when the service will not say."""
+        """Return the document, or None where there is none.
+
+        Raises:
+            OSError: The service will not say; or another one of NO_ANSWER.
+        """
         for _ in range(2):
             if self._token is None:
                 self._renew()
@@ -184,14 +211,17 @@ class SpotWatch:
         place = urlsplit(address())
         if not place.netloc:
             raise OSError(f"{address()} is no address such as {ADDRESSES['ipv4']}")
-        with contextlib.closing(http.client.HTTPConnection(place.netloc, timeout=self._seconds)) as connection:
+        with contextlib.closing(
+            http.client.HTTPConnection(place.netloc, timeout=self._seconds)
+        ) as connection:
             connection.request(method, path, headers=headers)
             answer = connection.getresponse()
             return answer.status, answer.read(1 << 16)
 
 
 def evidence_of_ec2(system: Path | None = None) -> str:
-    """Return what shows that this machine is one of EC2's, or that its metadata service is wanted; "" where nothing does.
+    """Return what shows that this machine is one of EC2's, or that its metadata service is wanted;
+    "" where nothing does.
 
     https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/identify_ec2_instances.html
     """
@@ -212,7 +242,9 @@ def evidence_of_ec2(system: Path | None = None) -> str:
 def address() -> str:
     """Return where the metadata service is: as the AWS settings say, else at its usual place."""
     mode = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "").lower()
-    return os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or ADDRESSES.get(mode, ADDRESSES["ipv4"])
+    return os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or ADDRESSES.get(
+        mode, ADDRESSES["ipv4"]
+    )
 
 
 def _text(path: Path) -> str:
@@ -223,23 +255,29 @@ def _text(path: Path) -> str:
 
 
 def _remedy(problem: str) -> tuple[str, str]:
-    """What a service that gives no token does, and what helps."""
+    """Return what a service that gives no token does, and what helps."""
     if problem in ("status 403", "status 404"):
         return f"gives no token ({problem})", (
-            "switch it on: aws ec2 modify-instance-metadata-options --instance-id ID --http-endpoint enabled"
+            "switch it on: aws ec2 modify-instance-metadata-options --instance-id ID "
+            "--http-endpoint enabled"
         )
     return f"cannot be reached ({problem})", (
-        "in a container its answers need two hops: aws ec2 modify-instance-metadata-options --instance-id ID "
-        "--http-put-response-hop-limit 2 (HttpPutResponseHopLimit 2), or run the container on the host's network"
+        "in a container its answers need two hops: aws ec2 modify-instance-metadata-options "
+        "--instance-id ID --http-put-response-hop-limit 2 (HttpPutResponseHopLimit 2), or run the "
+        "container on the host's network"
     )
 
 
 def _seconds_left(action: bytes) -> float:
-    """How long it is from now to the time in {"action": "terminate", "time": "2026-01-31T08:22:00Z"}; by default what
-    AWS promises, as where that time is past already: then this machine's clock is wrong.
+    """Return the seconds until the time that a notice names.
+
+    `action` is such as {"action": "terminate", "time": "2026-01-31T08:22:00Z"}. Without a time it
+    is what AWS promises, and also where that time is past: then this machine's clock is wrong.
     """
     try:
-        left = (datetime.fromisoformat(json.loads(action)["time"]) - datetime.now(UTC)).total_seconds()
+        left = (
+            datetime.fromisoformat(json.loads(action)["time"]) - datetime.now(UTC)
+        ).total_seconds()
     except (ValueError, TypeError, KeyError):
         return NOTICE_SECONDS
     return left if 0 < left < NOTICE_SECONDS else NOTICE_SECONDS

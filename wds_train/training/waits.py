@@ -1,4 +1,4 @@
-"""How long a training waits for its batches."""
+"""The seconds that a training waits for its batches."""
 
 import time
 from collections.abc import Iterator
@@ -9,12 +9,19 @@ from wds_train.checkpoint.clock import Clock
 from wds_train.loader.batch import Batch
 
 
-def timed(batches: Iterator[Batch], clock: Clock, device: torch.device) -> Iterator[tuple[Batch, float]]:
-    """Each batch, which is on `device`, with the seconds that this process waited for it.
+def time_waits(
+    batches: Iterator[Batch], clock: Clock, device: torch.device
+) -> Iterator[tuple[Batch, float]]:
+    """Yield each batch with the seconds that this process waited for it.
 
-    The clock counts the wait for the first batch as part of the start. Of the others it counts as data only the time in
-    which the device had nothing to do: the process runs ahead of a GPU, and what it waits for while the GPU is still at
-    the steps before costs nothing.
+    The clock counts the wait for the first batch as part of the start. Of the others it counts as
+    data only the time in which the device had nothing to do: the process runs ahead of a GPU, and
+    a wait costs nothing while the GPU is still at the steps before.
+
+    Args:
+        batches: The batches, on `device`.
+        clock: The clock of this process's activities.
+        device: The device that trains.
     """
     while True:
         begin = time.perf_counter()
@@ -23,13 +30,16 @@ def timed(batches: Iterator[Batch], clock: Clock, device: torch.device) -> Itera
             clock.turn("data")
         batch = next(batches)
         waited = time.perf_counter() - begin
-        busy = waited - min(waited, _idle(queued, device, waited))
+        busy = waited - min(waited, _idle_seconds(queued, device, waited))
         clock.turn("steps", busy if clock.activity == "data" else 0.0)
         yield batch, waited
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """What comes to pass on a GPU when it has done all that it was given so far; None elsewhere."""
+    """Return an event that comes when a GPU has done all that it was given so far.
+
+    None on a CPU, which runs ahead of nothing.
+    """
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -37,8 +47,11 @@ def _mark(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def _idle(queued: torch.cuda.Event | None, device: torch.device, waited: float) -> float:
-    """For how many of the seconds that were waited the device had nothing to do; a CPU for all of them."""
+def _idle_seconds(queued: torch.cuda.Event | None, device: torch.device, waited: float) -> float:
+    """Return for how many of the seconds that were waited the device had nothing to do.
+
+    A CPU has nothing to do in all of them.
+    """
     if queued is None:
         return waited
     if not queued.query():

@@ -1,8 +1,9 @@
 """A rank that hangs: which one it is, where it is, and the end of all of them.
 
-Every rank tells the others by a thread, several times a limit, that it is there, and since when it has not got on. The
-ranks wait for one another in every step, so that one that hangs stops all of them: when a rank itself has not got on
-for the limit, it looks for the one that is to blame. That one is named with its place in the code, and every rank ends.
+Every rank tells the others by a thread, several times a limit, that it is there, and since when it
+has not got on. The ranks wait for one another in every step, so that one that hangs stops all of
+them: when a rank itself has not got on for the limit, it looks for the one that is to blame. That
+one is named with its place in the code, and every rank ends.
 
 Nothing here waits for the main thread, which hangs, nor for anything else without a bound.
 """
@@ -32,7 +33,8 @@ from wds_train.training.ranks import LAST_SECONDS, LEAVING, Ranks
 from wds_train.training.stop_request import StopRequest, leave
 
 LIMIT_SECONDS = 600.0
-DATA_MARGIN = 60.0  # seconds above the patience with the dataset's store, which ends by an error of its own
+# seconds above the patience with the dataset's store, which ends by an error of its own
+DATA_MARGIN = 60.0
 LOOKS = 20  # in a limit
 LOOK_SECONDS = 5.0  # between two of them, at most
 WORD_SECONDS = 2.0  # for a line to stderr, which may be a pipe that nobody reads
@@ -40,15 +42,18 @@ NAMED = 4  # hanging ranks, or workers of one, that a message names
 WAITS = ("/torch/distributed/", "/torch/nn/parallel/distributed.py", "/torch/autograd/graph.py")
 """Files of the functions in which a rank may wait for the others within a step."""
 DATA = "/training/deadline.py"
-"""The file of the function in which the main thread waits for a batch, which other threads and processes make."""
+"""The file of the function in which the main thread waits for a batch, which other threads and
+processes make.
+"""
 
 Place = tuple[str, bool]
-"""Where the main thread is, in words, and whether a rank may wait for others there."""
+"""The place of the main thread, in words, and if a rank may wait for others there."""
 
 
 def limit_of(minutes: float | None) -> float:
-    """The seconds after which a rank that does not get on hangs: those asked for, or as many as what waits by itself
-    may take.
+    """Return the seconds after which a rank that does not get on hangs.
+
+    They are those asked for, or as many as what waits by itself may take.
     """
     if minutes is not None:
         return minutes * 60
@@ -57,10 +62,11 @@ def limit_of(minutes: float | None) -> float:
 
 @dataclass(frozen=True)
 class News:
-    """What a rank says of itself: the `told`th time, that it came to `doing`, which is `at` in the order that all ranks work
-    in, and has been there for `seconds`. `where` is its place in the code, once it has been there for long, and `waits` whether that is one where
-    a rank may wait for others. `idle`: it does wait for others, or has left the training. With `verdict`, it has found
-    those that are `blamed`, and ends.
+    """The news that a rank gives of itself: the `told`th time, that it came to `doing`, which is
+    `at` in the order that all ranks work in, and has been there for `seconds`. `where` is its place
+    in the code, once it has been there for long, and `waits` whether that is one where a rank may
+    wait for others. `idle`: it does wait for others, or has left the training. With `verdict`, it
+    has found those that are `blamed`, and ends.
     """
 
     owner: Owner
@@ -76,13 +82,19 @@ class News:
 
 
 class Watch:
-    """Knows that a rank hangs, this one or another. The main thread says `beat` wherever it gets on.
+    """Knows that a rank hangs, this one or another.
+
+    The main thread says `beat` wherever it gets on.
 
     `last_word` is what the leader does before it ends, for LAST_SECONDS at most.
     """
 
-    def __init__(self, ranks: Ranks, stop: StopRequest, minutes: float | None, last_word: Callable[[], None]) -> None:
-        self._ranks, self._stop, self._last_word = ranks, stop, last_word
+    def __init__(
+        self, ranks: Ranks, stop: StopRequest, minutes: float | None, last_word: Callable[[], None]
+    ) -> None:
+        self._ranks = ranks
+        self._stop = stop
+        self._last_word = last_word
         self._others = [rank for rank in range(ranks.size) if rank != ranks.rank]
         self._limit = limit_of(minutes)
         self._every = min(LOOK_SECONDS, self._limit / LOOKS)
@@ -94,7 +106,10 @@ class Watch:
 
     @property
     def silence(self) -> timedelta:
-        """How long the ranks may wait for one another: until this watch has surely found the one that hangs."""
+        """The time that the ranks may wait for one another.
+
+        It lasts until this watch has found the one that hangs.
+        """
         return timedelta(seconds=self._limit + 2 * LAST_SECONDS)
 
     def start(self) -> None:
@@ -106,7 +121,9 @@ class Watch:
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def beat(self, doing: str, *at: int) -> None:
-        """Say that the main thread got on, and what it does now: `at` which place in the order that all ranks work in."""
+        """Say that the main thread got on, and what it does now: `at` which place in the order that
+        all ranks work in.
+        """
         self._own = replace(self._own, doing=doing, at=at)
         self._beat_at = time.monotonic()
 
@@ -116,7 +133,10 @@ class Watch:
         faulthandler.cancel_dump_traceback_later()
 
     def _talk(self) -> None:
-        """The body of the thread that tells the other ranks, and hears them. It alone may hang with their store."""
+        """The body of the thread that tells the other ranks, and hears them.
+
+        It alone may hang with their store.
+        """
         with contextlib.suppress(RuntimeError):  # the store is gone, with the process that held it
             store = self._ranks.meeting()
             for told in itertools.count(1):
@@ -133,12 +153,15 @@ class Watch:
             self._heard[rank] = (news, time.monotonic())
 
     def _news(self, told: int = 0) -> News:
-        """What to tell of this rank now. Once closed, it is to blame for nothing."""
-        seconds, place = time.monotonic() - self._beat_at, ("", False)
+        """Return what to tell of this rank now. Once closed, it is to blame for nothing."""
+        seconds = time.monotonic() - self._beat_at
+        place = ("", False)
         if seconds > self._limit / 2:
             place = place_of_main_thread()
         idle = self._ranks.waiting or self._closed.is_set()
-        return replace(self._own, told=told, seconds=seconds, where=place[0], waits=place[1], idle=idle)
+        return replace(
+            self._own, told=told, seconds=seconds, where=place[0], waits=place[1], idle=idle
+        )
 
     def _look(self) -> None:
         """The body of the thread that judges."""
@@ -162,7 +185,10 @@ class Watch:
         faulthandler.dump_traceback_later(self._limit + 4 * self._every, file=2)
 
     def _judge(self, late: bool) -> None:
-        """End this process where a rank is to blame. The leader decides that, or, where it is silent, each for itself."""
+        """End this process where a rank is to blame.
+
+        The leader decides that, or, where it is silent, each for itself.
+        """
         leader = self._heard[0][0] if 0 in self._heard else None
         if leader and leader.verdict:
             self._end(leader.verdict, leader.blamed)
@@ -176,17 +202,20 @@ class Watch:
             self._end(f"{named}{more}", tuple(hanging))
 
     def _forget(self, seconds: float) -> None:
-        """Count no time in which this process was stopped as a whole, as a machine that moves is."""
+        """Count no time in which this whole process was stopped, as a machine that moves is."""
         self._beat_at += seconds
         self._talked_at += seconds
         self._began_at += seconds
         self._heard = {rank: (news, at + seconds) for rank, (news, at) in self._heard.items()}
 
     def _hanging(self) -> dict[int, str]:
-        """The ranks that are to blame, a sentence for each; empty where all wait, or go on."""
+        """Return the ranks to blame, with a sentence for each; empty where all wait, or go on."""
         now = time.monotonic()
         # What was heard is some seconds old.
-        known = {rank: replace(news, seconds=news.seconds + now - at) for rank, (news, at) in self._heard.items()}
+        known = {
+            rank: replace(news, seconds=news.seconds + now - at)
+            for rank, (news, at) in self._heard.items()
+        }
         known[self._ranks.rank] = self._news()
         busy = {rank: news for rank, news in known.items() if not news.idle}
         late = {rank: news for rank, news in busy.items() if news.seconds > self._limit}
@@ -199,7 +228,10 @@ class Watch:
         return {rank: _place(rank, news) for rank, news in to_blame.items()}
 
     def _silent(self) -> dict[int, str]:
-        """The ranks that have told nothing for the limit: a process that is stopped, or gone, or whose machine is."""
+        """Return the ranks that have given no news for the limit.
+
+        Their process, or its machine, is stopped or gone.
+        """
         if self._ranks.size == 1:
             return {}
         now = time.monotonic()
@@ -213,7 +245,7 @@ class Watch:
         return sentences
 
     def _store_hangs(self, seconds: float) -> str:
-        """A sentence on the store of the ranks, which rank 0 holds where no launcher does."""
+        """Return a sentence on the ranks' store, which rank 0 holds where no launcher does."""
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         told = f"where the ranks meet, at {place}, nothing has answered for {seconds:.0f} s"
         if known := self._heard.get(0):
@@ -228,21 +260,28 @@ class Watch:
         first = min({rank, *self._heard} - set(blamed), default=rank)
         if rank == first or rank in blamed or self._ranks.local == 0:
             _write(
-                f"wds-train: {verdict}. All ranks end; the same command goes on from the newest checkpoint. If a step "
-                f"may take so long here, give more --hang-minutes (now {self._limit / 60:g})"
+                f"wds-train: {verdict}. All ranks end; the same command goes on from the newest "
+                "checkpoint. If a step may take so long here, give more --hang-minutes (now "
+                f"{self._limit / 60:g})"
             )
         if rank in blamed:
-            _write(f"rank {rank}, the main thread:\n{''.join(traceback.format_stack(_main_frame()))}")
+            _write(
+                f"rank {rank}, the main thread:\n{''.join(traceback.format_stack(_main_frame()))}"
+            )
         if self._ranks.leads:
             _bounded(LAST_SECONDS, self._last_word)
             self._own = replace(self._own, verdict=verdict, blamed=blamed)
             if self._ranks.size > 1:
-                time.sleep(3 * self._every)  # for the others to hear of it: the end of a connection is an error to them
+                time.sleep(
+                    3 * self._every
+                )  # for the others to hear of it: the end of a connection is an error to them
         leave(self._stop.code)
 
 
 @contextlib.contextmanager
-def watching(ranks: Ranks, stop: StopRequest, minutes: float | None, last_word: Callable[[], None]) -> Iterator[Watch]:
+def watching(
+    ranks: Ranks, stop: StopRequest, minutes: float | None, last_word: Callable[[], None]
+) -> Iterator[Watch]:
     """Give a `Watch` that may be started within, and watches no more afterwards."""
     watch = Watch(ranks, stop, minutes, last_word)
     try:
@@ -252,7 +291,7 @@ def watching(ranks: Ranks, stop: StopRequest, minutes: float | None, last_word: 
 
 
 def place_of_main_thread() -> Place:
-    """Where the main thread is: where it waits for a batch, where that is made."""
+    """Return where the main thread is: where it waits for a batch, where that is made."""
     frame = _main_frame()
     if frame.f_code.co_filename.endswith(DATA) or _called_from(frame, DATA):
         readers = [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
@@ -270,7 +309,7 @@ def _main_frame() -> FrameType:
 
 
 def _called_from(frame: FrameType, file: str) -> bool:
-    """Whether the function of `frame` was called by one in `file`, over however many others."""
+    """Return True if the function of `frame` was called, in the end, by one in `file`."""
     back = frame.f_back
     while back is not None:
         if back.f_code.co_filename.endswith(file):
@@ -284,24 +323,38 @@ def _line(frame: FrameType) -> str:
 
 
 def _workers() -> str:
-    """The processes that this one has forked, those that do not sleep first, and what each is at."""
+    """Return the processes that this one has forked, those that do not sleep first, and what each
+    is at.
+    """
     pids: set[int] = set()
     for task in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):
             pids.update(int(pid) for pid in task.read_text().split())
     states = sorted((_state(pid), pid) for pid in pids)
-    awake = [each for each in states if not each[0].startswith("S")] + [each for each in states if each[0][:1] == "S"]
+    awake = [each for each in states if not each[0].startswith("S")] + [
+        each for each in states if each[0][:1] == "S"
+    ]
     named = "; ".join(f"process {pid}: {state}" for state, pid in awake[:NAMED])
     return f"; of its loader workers, {named}" if named else ""
 
 
 def _state(pid: int) -> str:
-    """What the kernel says of a process of this machine: its state, and the function of the kernel that it waits in."""
+    """Return the kernel's account of a process of this machine.
+
+    It has its state, and the function of the kernel that it waits in.
+    """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return "gone"
-    state = next((line.partition(":")[2].strip() for line in status.splitlines() if line.startswith("State:")), "?")
+    state = next(
+        (
+            line.partition(":")[2].strip()
+            for line in status.splitlines()
+            if line.startswith("State:")
+        ),
+        "?",
+    )
     with contextlib.suppress(OSError):
         if (channel := Path(f"/proc/{pid}/wchan").read_text().strip()) not in ("", "0"):
             state += f", in {channel}"
@@ -309,21 +362,38 @@ def _state(pid: int) -> str:
 
 
 def _silence(rank: int, news: News | None, seconds: float) -> str:
-    """A sentence on a rank that has told nothing for so long; `news` is what it told last."""
+    """Return a sentence on a rank that gave no news for so long; `news` is the last of it."""
     if news is None:
-        return f"rank {rank} has not been heard of since the start, {seconds:.0f} s ago; was it started?"
-    said = f"rank {rank} ({news.owner}) has told nothing for {seconds:.0f} s, last at {news.doing}; "
+        return (
+            f"rank {rank} has not been heard of since the start, {seconds:.0f} s ago; was it "
+            "started?"
+        )
+    said = (
+        f"rank {rank} ({news.owner}) has told nothing for {seconds:.0f} s, last at {news.doing}; "
+    )
     if news.owner.machine == "" or news.owner.machine != this_process().machine:
-        return f"{said}its process is stopped or gone, or its machine or the network is: look at {news.owner.host}"
+        return (
+            f"{said}its process is stopped or gone, or its machine or the network is: look at "
+            f"{news.owner.host}"
+        )
     state = _state(news.owner.pid)
     if state.startswith("R"):
-        return f"{said}its process is in state {state}: in C code that lets no other thread of it run"
-    return f"{said}its process is in state {state}" if state != "gone" else f"{said}its process is gone"
+        return (
+            f"{said}its process is in state {state}: in C code that lets no other thread of it run"
+        )
+    return (
+        f"{said}its process is in state {state}"
+        if state != "gone"
+        else f"{said}its process is gone"
+    )
 
 
 def _place(rank: int, news: News) -> str:
-    """A sentence on a rank that can say where it hangs."""
-    return f"rank {rank} ({news.owner}) has not got beyond {news.doing} for {news.seconds:.0f} s; it is in {news.where}"
+    """Return a sentence on a rank that can say where it hangs."""
+    return (
+        f"rank {rank} ({news.owner}) has not got beyond {news.doing} for {news.seconds:.0f} s; it "
+        f"is in {news.where}"
+    )
 
 
 def _write(text: str) -> None:
