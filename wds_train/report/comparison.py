@@ -23,7 +23,11 @@ CURVES = (
 def compare(accounts: Sequence[Account], price: float | None) -> Document:
     names = _names(accounts)
     charts = [
-        line_chart(name, title, [Line(label, a.points(row)) for label, a in zip(names, accounts, strict=True)])
+        line_chart(
+            name,
+            title,
+            [Line(label, a.points(row)) for label, a in zip(names, accounts, strict=True)],
+        )
         for name, title, row in CURVES
     ]
     drawn = [chart for chart in charts if chart]
@@ -32,10 +36,18 @@ def compare(accounts: Sequence[Account], price: float | None) -> Document:
         title=f"{count(len(accounts), 'run')} beside one another",
         subtitle=", ".join(account.url for account in accounts),
         facts=[
-            (name, percent(account.last.get("val/top1")), f"EMA {percent(account.last.get('val/top1_ema'))}")
+            (
+                name,
+                percent(account.last.get("val/top1")),
+                f"EMA {percent(account.last.get('val/top1_ema'))}",
+            )
             for name, account in zip(names, accounts, strict=True)
         ],
-        notes=[f"{name}: {note}" for name, account in zip(names, accounts, strict=True) for note in account.notes],
+        notes=[
+            f"{name}: {note}"
+            for name, account in zip(names, accounts, strict=True)
+            for note in account.notes
+        ],
         sections=[
             Section("Results", [results(accounts, price)]),
             Section(
@@ -44,7 +56,9 @@ def compare(accounts: Sequence[Account], price: float | None) -> Document:
                 if different
                 else [Text("Recipes and datasets are the same.")],
             ),
-            Section("Curves", [Charts(drawn)] if drawn else [Text("No metrics are committed yet.")]),
+            Section(
+                "Curves", [Charts(drawn)] if drawn else [Text("No metrics are committed yet.")]
+            ),
         ],
     )
 
@@ -53,7 +67,9 @@ def results(accounts: Sequence[Account], price: float | None) -> Table:
     """A column for each run."""
     rows: dict[str, Callable[[Account], str]] = {
         "status": lambda a: a.manifest.status,
-        "epochs": lambda a: f"{a.last.get('epoch', 0):g} of {a.recipe.schedule.epochs if a.recipe else '?'}",
+        "epochs": lambda a: (
+            f"{a.last.get('epoch', 0):g} of {a.recipe.schedule.epochs if a.recipe else '?'}"
+        ),
         "top-1": lambda a: percent(a.last.get("val/top1")),
         "top-1, EMA": lambda a: percent(a.last.get("val/top1_ema")),
         "best top-1": _best,
@@ -61,11 +77,15 @@ def results(accounts: Sequence[Account], price: float | None) -> Table:
         "train loss": lambda a: number(a.last.get("epoch/loss")),
         "images a second": lambda a: number(_median([rate for _, rate in a.points("time/img_s")])),
         "hours": lambda a: f"{a.manifest.totals().seconds / 3600:.2f}",
-        "dollars": lambda a: dollars(cost_of(a.manifest, attempts_of(a, price), price, None).dollars),
+        "dollars": lambda a: dollars(
+            cost_of(a.manifest, attempts_of(a, price), price, None).dollars
+        ),
         "attempts": lambda a: str(a.manifest.totals().attempts),
     }
     told = [[name, *map(tell, accounts)] for name, tell in rows.items()]
-    return Table("Results, of the last validation where not said otherwise", ["", *_names(accounts)], told)
+    return Table(
+        "Results, of the last validation where not said otherwise", ["", *_names(accounts)], told
+    )
 
 
 def differences(accounts: Sequence[Account]) -> list[list[str]]:
@@ -75,15 +95,15 @@ def differences(accounts: Sequence[Account]) -> list[list[str]]:
         [f"dataset.{name}", *(str(a.manifest.dataset.get(name, "")) for a in accounts)]
         for name in ("url", "fingerprint", "mix")
     ]
-    rows += [[name, *(setting_of(a.recipe, name) if a.recipe else "?" for a in accounts)] for name in setting_names()]
-    return [[name, *(value or "(empty)" for value in values)] for name, *values in rows if len(set(values)) > 1]
-
-
-def lines_of(table: Table) -> list[str]:
-    """The table for a terminal."""
-    cells = [table.head, *table.rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    rows += [
+        [name, *(setting_of(a.recipe, name) if a.recipe else "?" for a in accounts)]
+        for name in setting_names()
+    ]
+    return [
+        [name, *(value or "(empty)" for value in values)]
+        for name, *values in rows
+        if len(set(values)) > 1
+    ]
 
 
 def _names(accounts: Sequence[Account]) -> list[str]:

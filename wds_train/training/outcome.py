@@ -6,7 +6,7 @@ from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.checkpoint.scores import NAMES, every_of, never_averaged, telling
 from wds_train.checkpoint.weight_choice import best_weights
 from wds_train.console import program
-from wds_train.storage.address import brief
+from wds_train.storage.address import shorten
 
 
 def outcome(run: RunManifest) -> list[str]:
@@ -25,10 +25,10 @@ def outcome(run: RunManifest) -> list[str]:
 
 def next_commands(run: RunManifest, url: str, *, test: bool) -> list[str]:
     """What suits this run, at `url`, whose dataset has a split for a last `test` or not."""
-    wds_train, name = program(), quote(brief(url))
+    wds_train, name = program(), quote(shorten(url))
     found, seed = best_weights(run), run.recipe["seed"] + 1
     weights = " --best raw" if found and found.kind == "raw" else ""
-    another = quote(brief(f"{url.rstrip('/')}-seed-{seed}"))
+    another = quote(shorten(f"{url.rstrip('/')}-seed-{seed}"))
     commands = [f"eval {name} --split test"] if test else []
     commands.append(f"export {name}{weights} --to {run.run}.safetensors")
     commands.append(f"train --like {name} --set seed={seed} --run {another}")
@@ -37,4 +37,4 @@ def next_commands(run: RunManifest, url: str, *, test: bool) -> list[str]:
 
 def going_on(url: str) -> str:
     """The command that goes on with the run at `url`."""
-    return f"{program()} train {quote(brief(url))}"
+    return f"{program()} train {quote(shorten(url))}"
