@@ -37,7 +37,7 @@ from wds_train.checkpoint.writer import Writer
 from wds_train.errors import Conflict, NotFound, RunError, StoreError, Unavailable, UsageError
 from wds_train.storage.base import Store
 from wds_train.storage.proof import PROBES, prove
-from wds_train.storage.timeout import within
+from wds_train.storage.retry import call_within
 
 LAST_WORD_SECONDS = 5.0
 CLAIMS = 30  # of one manifest that nobody else writes, before the server is blamed
@@ -215,7 +215,7 @@ class Run:
         if not self.writer.leads or (self.manifest.status == status and not changes):
             return
         last = partial(self.writer.write, lambda manifest: replace(manifest.ended(status), **changes))
-        within(LAST_WORD_SECONDS, last, self.store.url)
+        call_within(LAST_WORD_SECONDS, last, self.store.url)
 
 
 def _found(store: Store, fresh: RunManifest) -> tuple[RunManifest, str]:

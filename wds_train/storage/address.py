@@ -85,7 +85,7 @@ def announce_embedded(address: str, text: str) -> None:
 
 
 def announce_name(address: str, text: str) -> None:
-    """Print a notice if the name `text` resolved to `address`, though there is a folder of this name.
+    """Print a notice if the name `text` is also the name of a folder here.
 
     Args:
         address: The address that `text` resolved to.
@@ -135,7 +135,8 @@ def check_address(text: str, what: str) -> str:
         for mark in "?#":
             if mark in prefix:
                 raise UsageError(
-                    f"{what} {text!r} holds {mark!r}, with which a URL's path ends; use a prefix without it"
+                    f"{what} {text!r} holds {mark!r}, with which a URL's path ends; use a prefix "
+                    "without it"
                 )
         parts = prefix.rstrip("/").split("/")
         if parts != [""] and {"", ".", ".."} & set(parts):

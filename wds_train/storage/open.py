@@ -13,7 +13,8 @@ def open_store(url: str) -> Store:
     """Return the store at an address.
 
     Args:
-        url: `s3://bucket/prefix`, or a local directory. `s3://embedded/...` is on the embedded server,
+        url: `s3://bucket/prefix`, or a local directory. `s3://embedded/...` is on the embedded
+        server,
             which is started if it does not run.
     """
     if url.startswith("s3://"):
