@@ -18,7 +18,7 @@ from wds_train.checkpoint.weight_choice import best_weights
 from wds_train.commands.flags import add_region, add_run, dollars, resolve_run
 from wds_train.console import align_columns
 from wds_train.errors import NotFound
-from wds_train.report import goodput_words as goodput
+from wds_train.report.formatting import describe_goodput
 from wds_train.storage.address import is_embedded
 
 WATCH_SECONDS = 2.0
@@ -247,7 +247,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
         ["checkpoints", f"{len(status['checkpoints'])}, {megabytes:.1f} MB"],
         ["attempts", f"{status['attempts']}, of which {ended}"],
         ["time", f"{status['hours']:.2f} hours{cost}"],
-        ["goodput", goodput.told(Parts(**status["goodput"]["seconds"]))],
+        ["goodput", describe_goodput(Parts(**status["goodput"]["seconds"]))],
     ]
     # The rest is there only in some runs.
     if status["wandb"]:

@@ -30,7 +30,7 @@ from wds_train.files import home
 from wds_train.loader.cache import make_cache_folder
 from wds_train.loader.mixture import of_same_classes
 from wds_train.loader.workers import limit_threads
-from wds_train.report.goodput_words import told
+from wds_train.report.formatting import describe_goodput
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 from wds_train.storage.retry import call_within
@@ -153,7 +153,7 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool)
         if cause := early_end(options.recipe.schedule, newest.progress):
             say(f"ended    {cause}")
     say("\n".join(outcome(run.manifest)))
-    say(f"goodput  {told(where_time_went(run.manifest, time.time()))}")
+    say(f"goodput  {describe_goodput(where_time_went(run.manifest, time.time()))}")
     say(f"state    {options.run}")
     _write_report(run, options, REPORT_SECONDS)
     if wandb_at:
