@@ -66,7 +66,7 @@ def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
 
 def print_logs(args: argparse.Namespace) -> int:
     """Print the newest lines that the run's instances have written."""
-    from wds_train.aws.account import Aws, told
+    from wds_train.aws.account import Aws, translate_errors
     from wds_train.aws.stacks import existing, name_of
 
     aws = Aws(args.region)
@@ -74,7 +74,7 @@ def print_logs(args: argparse.Namespace) -> int:
     group = f"/wds-train/{name_of(args.run)}"
     client = aws.client("logs")
     lines: list[tuple[int, str]] = []
-    with told(f"the log group {group}"):
+    with translate_errors(f"the log group {group}"):
         found = client.describe_log_streams(
             logGroupName=group, orderBy="LastEventTime", descending=True, limit=LOG_STREAMS
         )
