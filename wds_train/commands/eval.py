@@ -80,9 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tta",
         choices=["none", "flip", "crops"],
         help="average the logits of the image and its mirror image, or of five crops and their "
-        "mirror images "
-        "(default: flip if the recipe has data.eval_flip)",
+        "mirror images (default: flip if the recipe has data.eval_flip)",
     )
+    _add_output(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    """Add --ensemble, and the forms of the result."""
     parser.add_argument(
         "--ensemble",
         nargs="+",

@@ -101,6 +101,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DATASET=SHARE",
         help="take this share of every batch from another dataset of the same classes (0.25, say)",
     )
+    _add_storage(parser)
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    """Add arguments for the cache and for the commits."""
     parser.add_argument(
         "--cache-dir",
         type=Path,
@@ -174,6 +179,11 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile the model: takes minutes at the start, trains faster",
     )
+    _add_safety(parser)
+
+
+def _add_safety(parser: argparse.ArgumentParser) -> None:
+    """Add arguments for runs in use or stopped, unsafe stores, and machines that hang or err."""
     parser.add_argument(
         "--no-wait", action="store_true", help="fail at once when another instance holds the run"
     )

@@ -110,9 +110,29 @@ def find(
     titles = _titles(classes)
     readable = predicted >= 0
     bins, error = calibration(confidence[readable], predicted[readable] == labels[readable])
+    return Findings(
+        len(split),
+        len(whole),
+        describe_member(weights, view, best=True),
+        report_of(scored, split, classes),
+        titles,
+        _confusion(labels[readable], predicted[readable], len(classes)),
+        weights.calibration,
+        bins,
+        error,
+        _surest_mistakes(split, titles, labels, predicted, confidence),
+    )
 
-    # The most confident mistakes.
-    wrong = np.flatnonzero(readable & (predicted != labels))
+
+def _surest_mistakes(
+    split: SplitReader,
+    titles: Sequence[str],
+    labels: NDArray[np.int64],
+    predicted: NDArray[np.int64],
+    confidence: NDArray[Any],
+) -> list[Mistake]:
+    """Return the most confident mistakes, the surest first."""
+    wrong = np.flatnonzero((predicted >= 0) & (predicted != labels))
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     mistakes = []
     for sample in surest.tolist():
@@ -124,18 +144,7 @@ def find(
             key=split.index.key_of(sample),
         )
         mistakes.append(mistake)
-    return Findings(
-        len(split),
-        len(whole),
-        describe_member(weights, view, best=True),
-        report_of(scored, split, classes),
-        titles,
-        _confusion(labels[readable], predicted[readable], len(classes)),
-        weights.calibration,
-        bins,
-        error,
-        mistakes,
-    )
+    return mistakes
 
 
 def _confusion(
