@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from wds_train.cli import parser
-from wds_train.storage.address import located
+from wds_train.storage.address import resolve_address
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -178,8 +178,8 @@ def test_a_tilde_is_the_home_folder_though_no_shell_reads_it(checkout: Path, mon
     assert parser(words[1:]).parse_args(words[1:]).out == checkout / "my report"
     (words,) = make(checkout, "train", "DATASET=~/my photos", "BUCKET=~/my bucket")
     args = parser(words[1:]).parse_args(words[1:])
-    assert located(args.dataset, "datasets", args.bucket) == f"{checkout}/my photos"
-    assert located("digits", "datasets", args.bucket) == f"{checkout}/my bucket/datasets/digits"
+    assert resolve_address(args.dataset, "datasets", args.bucket) == f"{checkout}/my photos"
+    assert resolve_address("digits", "datasets", args.bucket) == f"{checkout}/my bucket/datasets/digits"
 
 
 @pytest.mark.parametrize("target", sorted({target for target, *_ in TYPED}))

@@ -1,4 +1,4 @@
-"""The command line: `wds-train COMMAND`. Errors end as one line on stderr and the exit code of their class."""
+"""The command line: `wds-train COMMAND`. Errors end as one line on stderr and an exit code."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from wds_train.config.numbers import with_range
 from wds_train.console import add_level, set_level
@@ -17,69 +17,159 @@ from wds_train.errors import Interrupted, UsageError, WdsTrainError, did_you_mea
 
 LEAVE_SECONDS = 2.0
 LONG = ("shards", "verify", "train", "eval")  # commands that have --quiet and --verbose
-# Every command is a module with `add_arguments(parser)` and `run(args)`, its exit code.
+
+
+class Command(NamedTuple):
+    """A command, as two functions of a module.
+
+    `add_arguments(parser)` adds its arguments. `run(args)` does the work and returns the exit code.
+    """
+
+    module: str
+    help: str
+    run: str = "run"
+    add_arguments: str = "add_arguments"
+
+
 COMMANDS = {
-    "shards": ("wds_train.conversion.command", "convert images to tar shards, index and manifest"),
-    "datasets": ("wds_train.commands.datasets", "list the datasets of the bucket"),
-    "inspect": ("wds_train.commands.inspect", "what a dataset holds"),
-    "verify": ("wds_train.commands.verify", "re-read every byte of a dataset or a run"),
-    "order": ("wds_train.commands.order", "print the samples of an epoch in training order"),
-    "train": ("wds_train.commands.train", "train, or go on with a run"),
-    "recipes": ("wds_train.commands.recipes", "list the recipes, or print one in full"),
-    "plan": ("wds_train.commands.plan", "what a training takes on which instance: hours, dollars, bottleneck"),
-    "launch": (
+    "shards": Command(
+        "wds_train.conversion.command", "convert images to tar shards, index and manifest"
+    ),
+    "datasets": Command(
+        "wds_train.commands.listings",
+        "list the datasets of the bucket",
+        "list_datasets",
+        "add_list_arguments",
+    ),
+    "inspect": Command("wds_train.commands.inspect", "show the contents of a dataset"),
+    "verify": Command("wds_train.commands.verify", "re-read every byte of a dataset or a run"),
+    "order": Command("wds_train.commands.order", "print the samples of an epoch in training order"),
+    "train": Command("wds_train.commands.train", "train a new run, or resume one"),
+    "recipes": Command("wds_train.commands.recipes", "list the recipes, or print one in full"),
+    "plan": Command(
+        "wds_train.commands.plan",
+        "estimate hours, dollars and the bottleneck of a training, by instance",
+    ),
+    "launch": Command(
         "wds_train.commands.launch",
         "train on AWS spot instances, to the end or to a limit of hours or dollars",
     ),
-    "stop": ("wds_train.commands.stop", "end a run's instance, its state committed"),
-    "destroy": ("wds_train.commands.destroy", "delete a run's stack; the bucket stays"),
-    "leftovers": ("wds_train.commands.leftovers", "what of ours still costs money on AWS"),
-    "rehearse": (
-        "wds_train.commands.rehearse",
-        "a spot instance's end on this machine, timed: notice, commit, replacement",
+    "stop": Command(
+        "wds_train.commands.cloud",
+        "commit a run's state and end its instance",
+        "stop",
+        "add_stop_arguments",
     ),
-    "logs": ("wds_train.commands.logs", "the newest lines of a run's instances"),
-    "eval": ("wds_train.commands.eval", "the accuracy of a run's weights or of an exported file, alone or together"),
-    "runs": ("wds_train.commands.runs", "list the runs of the bucket"),
-    "predict": ("wds_train.commands.predict", "what a run's model, or an exported file's, sees in images"),
-    "status": ("wds_train.commands.status", "how far a run is, who trains it, what it cost"),
-    "report": ("wds_train.commands.report", "a run as a page, as Markdown and as pictures"),
-    "compare": ("wds_train.commands.compare", "runs side by side: recipes, results, curves"),
-    "checkpoints": ("wds_train.commands.checkpoints", "list a run's checkpoints"),
-    "rollback": ("wds_train.commands.rollback", "make an older checkpoint the newest"),
-    "export": ("wds_train.commands.export", "a run's weights for timm, onnxruntime or torch.export"),
-    "demo": ("wds_train.commands.demo", "try a model in the browser"),
-    "publish": ("wds_train.commands.publish", "a run as a model repository and a page for everyone"),
-    "check-store": ("wds_train.commands.check_store", "what an S3 server does of all that is asked of one"),
-    "wandb": ("wds_train.commands.wandb", "complete a run's page in Weights & Biases from what is on S3"),
-    "bench": ("wds_train.commands.bench", "measure what the parts cost"),
+    "destroy": Command(
+        "wds_train.commands.cloud",
+        "delete a run's stack; the bucket stays",
+        "destroy",
+        "add_destroy_arguments",
+    ),
+    "leftovers": Command(
+        "wds_train.commands.cloud",
+        "list our AWS resources that still cost money",
+        "list_leftovers",
+        "add_leftovers_arguments",
+    ),
+    "rehearse": Command(
+        "wds_train.commands.rehearse",
+        "simulate a spot interruption, timed: notice, commit, replacement",
+    ),
+    "logs": Command(
+        "wds_train.commands.cloud",
+        "print the newest log lines of a run's instances",
+        "print_logs",
+        "add_logs_arguments",
+    ),
+    "eval": Command(
+        "wds_train.commands.eval",
+        "measure the accuracy of a run or an exported file, or of several together",
+    ),
+    "runs": Command(
+        "wds_train.commands.listings",
+        "list the runs of the bucket",
+        "list_runs",
+        "add_list_arguments",
+    ),
+    "predict": Command(
+        "wds_train.commands.predict", "classify images with a run or an exported model"
+    ),
+    "status": Command("wds_train.commands.status", "show a run's progress, owner and cost"),
+    "report": Command(
+        "wds_train.commands.report", "write a run's page, as HTML, Markdown and pictures"
+    ),
+    "compare": Command("wds_train.commands.compare", "compare runs: recipes, results, curves"),
+    "checkpoints": Command(
+        "wds_train.commands.checkpoints",
+        "list a run's checkpoints",
+        "list_checkpoints",
+        "add_list_arguments",
+    ),
+    "rollback": Command(
+        "wds_train.commands.checkpoints",
+        "make an older checkpoint the newest",
+        "roll_back",
+        "add_rollback_arguments",
+    ),
+    "export": Command(
+        "wds_train.commands.export", "write a run's weights for timm, onnxruntime or torch.export"
+    ),
+    "demo": Command("wds_train.commands.demo", "try a model in the browser"),
+    "publish": Command(
+        "wds_train.commands.publish", "write a run's model repository and its public demo page"
+    ),
+    "check-store": Command(
+        "wds_train.commands.check_store", "test whether an S3 server does all that is needed"
+    ),
+    "wandb": Command(
+        "wds_train.commands.wandb",
+        "complete a run's page in Weights & Biases from its metrics on S3",
+    ),
+    "bench": Command("wds_train.commands.bench", "measure the speed of the parts"),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser, and those of its commands, whose every complaint is one sentence, and whose help says the range of a number."""
+    """A parser whose every complaint is one sentence, and whose help says the range of each number.
+
+    The parsers of its commands are of this class, too.
+    """
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Add an argument, with the range of its number in the help."""
         return super().add_argument(*names, **with_range(options))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As argparse's, but each command refuses what it does not know itself, and thus can name what it does."""
+        """Parse as argparse does, but let each command itself refuse an unknown argument.
+
+        The command can then name the argument that was probably meant.
+        """
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = re.findall(r"(?<!\S)--[a-z][a-z-]*", self.format_help())
-            self.error(f"there is no argument {unknown[0]!r}{did_you_mean(unknown[0].partition('=')[0], known)}")
+            name = unknown[0].partition("=")[0]
+            self.error(f"there is no argument {unknown[0]!r}{did_you_mean(name, known)}")
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
+        """Raise `UsageError` rather than exit."""
         raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code: 0 done, 75 interrupted (run it again), 1 failed, 2 wrong usage."""
+    """Run one command.
+
+    Args:
+        arguments: The words of the command line. Default: those of this process.
+
+    Returns:
+        The exit code: 0 done, 75 interrupted (run it again), 1 failed, 2 wrong usage.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        read_dotenv()  # before the parsers, whose defaults are of the environment
-        refuse_bad_numbers(SETTINGS)  # before any work, though it may take hours until one is used
+        read_dotenv()  # before the parsers, which take defaults from the environment
+        refuse_bad_numbers(SETTINGS)  # before any work, though hours may pass until one is used
         args = parser(arguments).parse_args(arguments)
         args.arguments = arguments
         set_level(args)
@@ -91,14 +181,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("wds-train: stopped at once; what was committed before stands", file=sys.stderr)
         return Interrupted.exit_code
     except BrokenPipeError:
-        # The reader (`| head`) has gone: not an error, and Python must not complain about it while it exits either.
+        # The reader (`| head`) has gone. That is no error, and Python must not complain at its
+        # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def entry() -> NoReturn:
-    """The process `wds-train`. After a training it is gone within LEAVE_SECONDS: threads that still wait for a store, or for
-    W&B, would hold up Python's own end.
+    """Run the process `wds-train`.
+
+    After a training it ends within LEAVE_SECONDS: Python's own exit would wait for threads that
+    still wait for a store or for W&B.
     """
     _open_closed_streams()
     code = main()
@@ -112,30 +205,41 @@ def entry() -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-    """Where a supervisor started this process without stdin, stdout or stderr, connections and files would get their numbers, and
-    messages would be written into them.
+    """Open stdin, stdout and stderr, if a supervisor started this process without one of them.
+
+    Otherwise connections and files would get their numbers, and messages would be written into
+    them.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115, PTH123 (open as long as the process)
+            mode = "w" if number else "r"
+            # It stays open as long as the process.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123
 
 
 def parser(arguments: Sequence[str]) -> Parser:
-    """The parser of the command that `arguments` name; the others' modules are not imported, some of which take seconds."""
+    """Return the parser of the command that `arguments` name.
+
+    The modules of other commands are not imported: some take seconds.
+
+    Raises:
+        UsageError: There is no such command.
+    """
     whole = Parser(prog="wds-train", description=__doc__)
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
-        whole.error(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}")
+    named = arguments[0] if arguments else None
+    if named is not None and not named.startswith("-") and named not in COMMANDS:
+        whole.error(f"there is no command {named!r}{did_you_mean(named, COMMANDS)}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
-    for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        if name in arguments[:1]:
-            found = import_module(module)
-            found.add_arguments(command)
+    for name, command in COMMANDS.items():
+        one = commands.add_parser(name, help=command.help)
+        if name == named:
+            module = import_module(command.module)
+            getattr(module, command.add_arguments)(one)
             if name in LONG:
-                add_level(command)
-            command.set_defaults(run_command=found.run)
+                add_level(one)
+            one.set_defaults(run_command=getattr(module, command.run))
     return whole
 
 

@@ -1,7 +1,7 @@
-"""What a person sees of a piece of work in a terminal or a log: lines, and bars that move.
+"""The terminal and the log: lines, tables, and progress bars.
 
-The rooms below tell through `logging`, in children of the logger "wds_train": INFO what --quiet hides, DEBUG what only
---verbose shows. It all ends here, as lines on stderr.
+Other packages log to children of the logger "wds_train": --quiet hides INFO, only --verbose shows
+DEBUG. All of it ends here, as lines on stderr.
 """
 
 import argparse
@@ -14,30 +14,36 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Self
+from itertools import zip_longest
+from typing import NamedTuple, Self
 
 from tqdm import tqdm
 
 LOG = logging.getLogger("wds_train")
-FIRST_SECONDS, LOG_SECONDS = 5.0, 30.0  # to the first line where there is no terminal, and between two
+FIRST_SECONDS = 5.0  # to the first line where there is no terminal
+LOG_SECONDS = 30.0  # between two lines where there is no terminal
 SCREEN_SECONDS = 0.1  # between two states of a bar
-RECENT_SECONDS = 30.0  # that a rate is taken over
-KNOWN_SECONDS = 1.0  # of work, until it is said how long the rest will take
+RECENT_SECONDS = 30.0  # the time over which a rate is measured
+KNOWN_SECONDS = 1.0  # of work, before the remaining time is shown
 FRAME = "{percentage:3.0f}%{bar} {desc}"
 FRAME_COLUMNS = 6  # of the percentage, the space, and the shortest bar
-tqdm.monitor_interval = 0  # a thread of its own, for bars that are not drawn anew often enough
+GAP = "  "  # between two columns of a table
+# A unit is used below `most` seconds.
+UNITS = (("s", 1.0, 90.0), ("min", 60.0, 5400.0), ("h", 3600.0, 172_800.0))
+# tqdm would start a thread of its own, for bars that are not drawn often enough.
+tqdm.monitor_interval = 0
 
 
 def say(message: str) -> None:
-    """Print a line for the person, above the progress bar if there is one."""
+    """Print a line on stderr, above the progress bar if there is one."""
     with contextlib.suppress(OSError):  # a terminal that was closed must not end the training
         tqdm.write(message, file=sys.stderr)
 
 
 def note(message: str) -> None:
-    """As `say`, what --quiet leaves out."""
+    """Print a line as `say` does, unless --quiet is given."""
     LOG.info("%s", message)
 
 
@@ -52,25 +58,30 @@ LOG.propagate = False
 
 
 def add_level(parser: argparse.ArgumentParser) -> None:
-    """Add --quiet and --verbose, which `set_level` heeds."""
+    """Add --quiet and --verbose, which `set_level` reads."""
     level = parser.add_mutually_exclusive_group()
-    level.add_argument("--quiet", action="store_true", help="print what went wrong and the last lines, nothing else")
-    level.add_argument("--verbose", action="store_true", help="print retries and uploads, too")
+    level.add_argument("--quiet", action="store_true", help="print only errors and the result")
+    level.add_argument("--verbose", action="store_true", help="also print retries and uploads")
 
 
 def set_level(args: argparse.Namespace) -> None:
-    quiet, verbose = getattr(args, "quiet", False), getattr(args, "verbose", False)
-    LOG.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    """Show as much as --quiet or --verbose say."""
+    if getattr(args, "quiet", False):
+        LOG.setLevel(logging.WARNING)
+    elif getattr(args, "verbose", False):
+        LOG.setLevel(logging.DEBUG)
+    else:
+        LOG.setLevel(logging.INFO)
 
 
 def loading() -> None:
-    """Say what the next seconds are spent on, where PyTorch is yet to be imported."""
+    """Explain the next seconds, if PyTorch is not imported yet."""
     if "torch" not in sys.modules:
         note("loading PyTorch ...")
 
 
 def program() -> str:
-    """What to type for this program: its name, or the path where the shell would not find it."""
+    """Return what to type to start this program: its name, or its path if that is needed."""
     called = sys.argv[0]
     if os.path.basename(called) != "wds-train" or shutil.which("wds-train"):  # noqa: PTH119
         return "wds-train"
@@ -78,23 +89,47 @@ def program() -> str:
 
 
 def readable(name: str) -> str:
-    """The `name`, which may be no UTF-8 or hold control characters, as something that can be printed in a line."""
+    """Return `name` with control characters and bytes that are no UTF-8 escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
 def duration(seconds: float) -> str:
-    for unit, size, most in (("s", 1.0, 90.0), ("min", 60.0, 5400.0), ("h", 3600.0, 172_800.0)):
+    """Return a time in the unit that fits it: "45 s", "12 min", "3.5 h", "2.1 days"."""
+    for unit, size, most in UNITS:
         if seconds < most:
-            return f"{seconds / size:.1f} h" if unit == "h" else f"{seconds / size:.0f} {unit}"
+            digits = 1 if unit == "h" else 0
+            return f"{seconds / size:.{digits}f} {unit}"
     return f"{seconds / 86_400:.1f} days"
 
 
 def dollars(amount: float) -> str:
+    """Return an amount of dollars, to the cent."""
     return "less than $0.01" if 0 < amount < 0.01 else f"${amount:,.2f}"
 
 
+def align_columns(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Return the lines of a table, with its columns aligned.
+
+    Args:
+        rows: The cells of each line. A row may be shorter than the others.
+        right: Indices of the columns to align to the right, as numbers are. The others align to
+        the left.
+    """
+    rows = list(rows)
+    columns = zip_longest(*rows, fillvalue="")
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for row in rows:
+        cells = []
+        for index, cell in enumerate(row):
+            width = widths[index]
+            cells.append(cell.rjust(width) if index in right else cell.ljust(width))
+        lines.append(GAP.join(cells).rstrip())
+    return lines
+
+
 def fitting(parts: Sequence[str], columns: int) -> str:
-    """As many of `parts`, the most important first, as `columns` have room for."""
+    """Return as many of `parts`, the most important first, as fit into `columns`."""
     line = ""
     for part in parts:
         longer = f"{line} {part}" if line else part
@@ -105,7 +140,14 @@ def fitting(parts: Sequence[str], columns: int) -> str:
 
 
 class Bar:
-    """How far something is of `total`: a bar in a terminal, elsewhere a line after FIRST_SECONDS and every LOG_SECONDS."""
+    """Progress towards `total`: a bar in a terminal, elsewhere a line from time to time.
+
+    The first line comes after FIRST_SECONDS, and then one every LOG_SECONDS.
+
+    Args:
+        total: The amount of work, in any unit.
+        shown: False hides it, as --quiet does.
+    """
 
     def __init__(self, total: float, *, shown: bool = True) -> None:
         self._shown = shown and LOG.isEnabledFor(logging.INFO)
@@ -126,7 +168,12 @@ class Bar:
         return self._shown and time.monotonic() >= self._next
 
     def show(self, done: float, *parts: str) -> None:
-        """If it is `due`, draw it, or print the line; of `parts`, the most important first, what the terminal has room for."""
+        """Draw the bar or print the line, if it is `due`.
+
+        Args:
+            done: The amount of work that is done.
+            parts: Texts, the most important first. A bar has those for which the terminal has room.
+        """
         if not self.due:
             return
         self._next = time.monotonic() + self._pause
@@ -135,52 +182,81 @@ class Bar:
             return
         with contextlib.suppress(OSError):  # as `say`
             columns = _columns()
-            self._tqdm.n, self._tqdm.ncols = done, columns
+            self._tqdm.n = done
+            self._tqdm.ncols = columns
             self._tqdm.set_description_str(fitting(parts, columns - FRAME_COLUMNS), refresh=False)
             self._tqdm.refresh()
 
     def print(self, line: str) -> None:
-        """A line of the result, on stdout."""
+        """Print a line of the result, on stdout."""
         self._tqdm.clear()
         print(line, flush=True)
 
     def close(self) -> None:
+        """Remove the bar from the terminal."""
         self._tqdm.close()
 
 
 def _columns() -> int:
-    """The columns to use of the terminal, of which the last stays free; it may be made wider or narrower at any time."""
+    """Return the columns of the terminal that may be used: the last stays free.
+
+    It may be made wider or narrower at any time.
+    """
     return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
 
 
+class _Mark(NamedTuple):
+    """The work that was done at a time."""
+
+    seconds: float
+    size: int
+    images: int
+
+
 class Meter(Bar):
-    """A bar for `size` bytes, and the `images` in them, that are read or made."""
+    """A bar for bytes, and the images in them, that are read or made.
+
+    Args:
+        size: The bytes of all the work; 0 if only images are counted.
+        images: The images of all the work; 0 if only bytes are counted.
+    """
 
     def __init__(self, size: int, images: int = 0) -> None:
         super().__init__(size or images)
-        self._size, self._images, self._lock = size, images, threading.Lock()
-        self._marks = deque([(time.monotonic(), 0, 0)])
+        self._size = size
+        self._images = images
+        self._lock = threading.Lock()
+        self._marks = deque([_Mark(time.monotonic(), 0, 0)])
 
     def add(self, size: int = 0, images: int = 0) -> None:
-        """Count what was done since the last call, by any thread."""
+        """Count what was done since the last call. Any thread may call it."""
         with self._lock:
-            _, done, seen = self._marks[-1]
-            self.reached(done + size, seen + images)
+            last = self._marks[-1]
+            self.reached(last.size + size, last.images + images)
 
     def reached(self, size: int, images: int) -> None:
-        """What is done by now. Work that is done twice, after a lost answer, counts twice: the whole is the most."""
-        now, marks = time.monotonic(), self._marks
-        if marks[-1][1:] == (0, 0):  # what came before the first work says nothing of its pace
-            marks.clear()
-        marks.append((now, min(size, self._size), min(images, self._images)))
-        while len(marks) > 2 and marks[1][0] < now - RECENT_SECONDS:
+        """Set what is done by now.
+
+        Work that is done twice, after a lost answer, counts twice: more than all of it is never
+        shown.
+        """
+        marks = self._marks
+        now = time.monotonic()
+        if marks[-1].size == 0 and marks[-1].images == 0:
+            marks.clear()  # the time before the first work says nothing about its pace
+        marks.append(_Mark(now, min(size, self._size), min(images, self._images)))
+        while len(marks) > 2 and marks[1].seconds < now - RECENT_SECONDS:
             marks.popleft()
         if self.due:
             self._show()
 
     @contextlib.contextmanager
     def following(self, counts: Callable[[], Iterable[int]]) -> Iterator[None]:
-        """Within, a thread looks at what `counts` says is done: bytes and images."""
+        """Let a thread set what is done, while the context lasts.
+
+        Args:
+            counts: Returns the bytes and the images that are done.
+        """
         over = threading.Event()
 
         def follow() -> None:
@@ -199,23 +275,36 @@ class Meter(Bar):
             self.reached(*counts())
 
     def _show(self) -> None:
-        (began, first, unseen), (now, done, seen) = self._marks[0], self._marks[-1]
-        seconds, parts = max(now - began, 1e-3), []
-        rate, images_s = (done - first) / seconds, (seen - unseen) / seconds
-        ahead = (self._size - done) / rate if rate else (self._images - seen) / images_s if images_s else None
+        first = self._marks[0]
+        last = self._marks[-1]
+        seconds = max(last.seconds - first.seconds, 1e-3)
+        rate = (last.size - first.size) / seconds
+        images_s = (last.images - first.images) / seconds
+
+        # Bytes tell the remaining time better than images, which differ in size.
+        remaining = None
+        if rate:
+            remaining = (self._size - last.size) / rate
+        elif images_s:
+            remaining = (self._images - last.images) / images_s
+
+        # The most important first: a narrow terminal shows no more than the beginning.
+        parts = []
         if self._images:
-            parts.append(f"{seen:,}/{self._images:,} images")
+            parts.append(f"{last.images:,}/{self._images:,} images")
         if self._size:
-            parts.append(f"{done / 1e6:,.1f}/{self._size / 1e6:,.1f} MB")
-        if ahead is not None and seconds >= KNOWN_SECONDS:
-            parts.append(f"{duration(ahead)} left")
-        parts += [f"{rate / 1e6:,.1f} MB/s"] if self._size else []
-        parts += [f"{images_s:,.0f} img/s"] if self._images else []
-        self.show(done if self._size else seen, *parts)
+            parts.append(f"{last.size / 1e6:,.1f}/{self._size / 1e6:,.1f} MB")
+        if remaining is not None and seconds >= KNOWN_SECONDS:
+            parts.append(f"{duration(remaining)} left")
+        if self._size:
+            parts.append(f"{rate / 1e6:,.1f} MB/s")
+        if self._images:
+            parts.append(f"{images_s:,.0f} img/s")
+        self.show(last.size if self._size else last.images, *parts)
 
 
 @contextlib.contextmanager
 def counted(images: int) -> Iterator[Callable[[int], None]]:
-    """A bar for so many images; within, tell how many more are done."""
+    """Show a bar for so many images, and yield the function that counts those that are done."""
     with Meter(0, images) as meter:
         yield partial(meter.add, 0)

@@ -22,7 +22,7 @@ from wds_train.checkpoint.goodput import Parts, Spent, parts_of
 from wds_train.checkpoint.lease import this_process
 from wds_train.checkpoint.run_manifest import Attempt, Checkpoint, Object, Progress, RunManifest
 from wds_train.checkpoint.standing import state_of, where_time_went
-from wds_train.report.goodput_words import headline, span, told
+from wds_train.report.formatting import describe_goodput, headline, span
 from wds_train.report.page import write
 from wds_train.report.run_data import Account
 from wds_train.report.run_report import NOT_EVALUATED, Prices, report
@@ -180,7 +180,7 @@ def test_an_older_run_is_not_recorded_and_goes_on(tmp_path: Path) -> None:
     old = replace(old, checkpoints=(checkpoint_of(1, 10, None),))
     run = RunManifest.from_json(as_older(old.to_json()), "here")
     assert where_time_went(run, BEGAN) == Parts(not_recorded=600)
-    assert told(where_time_went(run, BEGAN)) == "not recorded, of 10 min paid"
+    assert describe_goodput(where_time_went(run, BEGAN)) == "not recorded, of 10 min paid"
     went_on = run.claimed(this_process(), 60, BEGAN).with_attempt(spent=AT_COMMIT, committed=AT_COMMIT)
     parts = where_time_went(replace(went_on, status="done"), BEGAN)
     assert (parts.not_recorded, parts.goodput) == (600, pytest.approx(60 / 697))
@@ -202,7 +202,7 @@ def test_an_older_run_is_not_recorded_and_goes_on(tmp_path: Path) -> None:
     ],
 )
 def test_it_is_told_in_a_line(parts: Parts, line: str) -> None:
-    assert told(parts) == line
+    assert describe_goodput(parts) == line
 
 
 def test_spans_are_told_as_people_do() -> None:

@@ -32,7 +32,7 @@ from wds_train.aws.preflight import SIZES, VCPUS, Order, preflight
 from wds_train.aws.resources import leftovers
 from wds_train.checkpoint.run_manifest import Attempt, Checkpoint, Object, Progress, RunManifest
 from wds_train.cli import main
-from wds_train.commands.launch import limited
+from wds_train.commands.launch import limit_hours
 from wds_train.config.presets import preset
 from wds_train.dataset.manifest import ClassInfo, DatasetManifest, Index, Shard, Split
 from wds_train.errors import AccessDenied, Interrupted, NotFound, RunError, Unavailable, UsageError
@@ -284,13 +284,13 @@ def test_another_run_of_a_like_name_is_not_touched(aws: Aws, order: Order, code:
 
 
 def test_the_limit_is_the_least_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert limited(10.2, 0.5, None, None) == 21
-    assert limited(10.2, 0.5, 30.0, None) == 30
-    assert limited(10.2, 0.5, 30.0, 8.0) == 16
+    assert limit_hours(10.2, 0.5, None, None) == 21
+    assert limit_hours(10.2, 0.5, 30.0, None) == 30
+    assert limit_hours(10.2, 0.5, 30.0, 8.0) == 16
     assert capsys.readouterr().out == ""
-    assert limited(10.2, 0.5, 3.0, None) == 3
+    assert limit_hours(10.2, 0.5, 3.0, None) == 3
     assert "the limit comes before" in capsys.readouterr().out
-    assert limited(None, 0.5, None, 8.0) == 16
+    assert limit_hours(None, 0.5, None, 8.0) == 16
 
 
 def test_what_the_plan_does_not_know_is_launched_with_a_limit(

@@ -11,7 +11,7 @@ from fault_proxy import FaultProxy
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import UsageError
-from wds_train.storage.address import located
+from wds_train.storage.address import resolve_address
 from wds_train.storage.embedded import Endpoint
 from wds_train.storage.open import open_store
 
@@ -39,16 +39,16 @@ def no_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_an_address_means(text: str, bucket: str | None, address: str) -> None:
-    assert located(text, "datasets", bucket) == address
+    assert resolve_address(text, "datasets", bucket) == address
 
 
 def test_the_bucket_is_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WDS_BUCKET", "s3://b1/x")
-    assert located("pets", "runs") == "s3://b1/x/runs/pets"
-    assert located("pets", "runs", "s3://b2") == "s3://b2/runs/pets"
+    assert resolve_address("pets", "runs") == "s3://b1/x/runs/pets"
+    assert resolve_address("pets", "runs", "s3://b2") == "s3://b2/runs/pets"
     monkeypatch.setenv("WDS_BUCKET", "b1")
     with pytest.raises(UsageError, match=r"WDS_BUCKET 'b1' names no place; write s3://b1, or ./b1 for a local folder"):
-        located("pets", "runs")
+        resolve_address("pets", "runs")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_bucket_is_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_address(text: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as caught:
-        located(text, "datasets")
+        resolve_address(text, "datasets")
     assert remedy in str(caught.value) and (not text.strip() or repr(text) in str(caught.value))
     for command in (
         ["inspect", text],

@@ -1,4 +1,4 @@
-"""The code that an instance runs: the committed files of this repository and uv, as one object named by its digest."""
+"""The code that an instance runs: one object of the committed files and uv, named by its digest."""
 
 import gzip
 import hashlib
@@ -15,29 +15,37 @@ ROOT = Path(__file__).parents[2]
 
 
 def bundle(root: Path = ROOT) -> tuple[bytes, bool]:
-    """The committed files below `root` and uv's wheel as a gzipped tar, equal for equal commits; and whether there are changes
-    that are not committed, which are not in it.
+    """Pack the committed files and uv's wheel.
+
+    Args:
+        root: The repository.
+
+    Returns:
+        A gzipped tar, equal for equal commits, and whether there are changes that are not committed,
+        and so not in it.
     """
     committed = _git(root, "archive", "--format=tar", "HEAD")
     changed = bool(_git(root, "status", "--porcelain", "--untracked-files=no").strip())
     out = io.BytesIO(committed)
     with tarfile.open(fileobj=out, mode="a") as tar:
-        for wheel in _wheels(root):
-            entry = tarfile.TarInfo(f"wheels/{wheel[0]}")
-            entry.size = len(wheel[1])
-            tar.addfile(entry, io.BytesIO(wheel[1]))
+        for name, wheel in _wheels(root):
+            entry = tarfile.TarInfo(f"wheels/{name}")
+            entry.size = len(wheel)
+            tar.addfile(entry, io.BytesIO(wheel))
     return gzip.compress(out.getvalue(), 6, mtime=0), changed
 
 
 def key_of(data: bytes) -> tuple[str, str]:
-    """The bundle's key below the bucket's prefix, and its sha256."""
+    """Return the bundle's key below the bucket's prefix, and its sha256."""
     digest = hashlib.sha256(data).hexdigest()
     return f"code/{digest[:16]}.tar.gz", digest
 
 
 def _git(root: Path, *arguments: str) -> bytes:
     try:
-        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise UsageError(
             f"the code at {root} cannot be packed: git {arguments[0]} failed; launch from a clone"
@@ -45,12 +53,32 @@ def _git(root: Path, *arguments: str) -> bytes:
 
 
 def _wheels(root: Path) -> list[tuple[str, bytes]]:
-    """uv's wheel for the instance, of the version and digest in requirements-uv.lock, kept below .wds/."""
+    """Return name and bytes of uv's wheel, of the version and digest in requirements-uv.lock.
+
+    It is kept below .wds/.
+    """
     folder = home() / "wheels"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--platform=manylinux2014_x86_64", "--require-hashes", "--dest", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
+    command += [
+        "--only-binary=:all:",
+        "--platform=manylinux2014_x86_64",
+        "--require-hashes",
+        "--dest",
+        str(folder),
+    ]
     done = subprocess.run(
-        [*command, "-r", str(root / "requirements-uv.lock")], capture_output=True, text=True, check=False
+        [*command, "-r", str(root / "requirements-uv.lock")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise UsageError(f"uv's wheel cannot be downloaded: {done.stderr.strip()[-300:]}")

@@ -1,4 +1,4 @@
-"""Plans for many recipes on many instances, with prices: AWS's of this moment where it tells them, the table's elsewhere."""
+"""Plans for many recipes on many instances, with AWS's current prices, or else the table's."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -14,13 +14,14 @@ from wds_train.config.recipe import Recipe
 from wds_train.errors import UsageError
 from wds_train.tracking.schedule_plot import new_figure, save
 
-PAYS = 0.95  # of the dollars, at most, for which a conversion to smaller images is worth its word
-TOP1 = re.compile(r"([\d.]+)(?:-[\d.]+)? % at \d+ px")  # as presets say it of ImageNet; of a span, its lower end
+PAYS = 0.95  # share of the dollars from which on a conversion to smaller images is mentioned
+# As presets give it for ImageNet; of a range, the lower end.
+TOP1 = re.compile(r"([\d.]+)(?:-[\d.]+)? % at \d+ px")
 
 
 @dataclass(frozen=True)
 class Quote:
-    """Dollars an hour, and who says so."""
+    """A price in dollars an hour, with its source."""
 
     usd: float
     source: str
@@ -29,24 +30,49 @@ class Quote:
 
 @dataclass(frozen=True)
 class Row:
+    """A recipe on an instance.
+
+    Attributes:
+        plan: Hours, dollars and bottleneck.
+        quote: The instance's price.
+        on_demand: Dollars on demand; None if the table has no price.
+        top1: Percent, on ImageNet.
+        expected: The expected accuracy, with its source.
+        resize: Pixels and plan after --resize-shorter; None if that does not pay.
+    """
+
     plan: Plan
     quote: Quote
     on_demand: float | None
-    """Dollars on demand, where the table has the price."""
     top1: float | None
-    """Percent, on ImageNet."""
     expected: str
     resize: tuple[int, Plan] | None
-    """The plan for images converted with --resize-shorter, and its pixels, where that pays."""
 
     def to_dict(self) -> dict[str, Any]:
-        resize = self.resize and {"px": self.resize[0], "hours": self.resize[1].hours, "usd": self.resize[1].usd}
-        added = {"price_source": self.quote.source, "usd_on_demand": self.on_demand, "top1": self.top1}
-        return self.plan.to_dict() | added | {"expected": self.expected, "resize_shorter": resize}
+        """Return what `plan --json` prints."""
+        resize = None
+        if self.resize:
+            side, after = self.resize
+            resize = {"px": side, "hours": after.hours, "usd": after.usd}
+        return self.plan.to_dict() | {
+            "price_source": self.quote.source,
+            "usd_on_demand": self.on_demand,
+            "top1": self.top1,
+            "expected": self.expected,
+            "resize_shorter": resize,
+        }
 
 
-def quotes(machines: Iterable[Machine], live: dict[str, float], given: float | None) -> dict[str, Quote]:
-    """What each instance costs: as `given` by a person, else `live`, else as the table has it; who has no price is left out."""
+def quotes(
+    machines: Iterable[Machine], live: dict[str, float], given: float | None
+) -> dict[str, Quote]:
+    """Return the price of each instance that has one.
+
+    Args:
+        machines: The instances.
+        live: AWS's current prices by instance type, dollars an hour.
+        given: A person's price for all of them.
+    """
     found = {}
     for machine in machines:
         if given is not None:
@@ -60,6 +86,7 @@ def quotes(machines: Iterable[Machine], live: dict[str, float], given: float | N
 
 
 def row(found: Preset, recipe: Recipe, machine: Machine, images: Images, quote: Quote) -> Row:
+    """Return the plan of a recipe on an instance."""
     planned = plan(recipe, machine, images, quote.usd, spot=quote.spot)
     side, smaller = shrunk(images, recipe)
     after = plan(recipe, machine, smaller, quote.usd, spot=quote.spot)
@@ -71,13 +98,13 @@ def row(found: Preset, recipe: Recipe, machine: Machine, images: Images, quote: 
 
 
 def top1_of(found: Preset) -> float | None:
-    """The accuracy on ImageNet that the preset expects, percent."""
+    """Return the accuracy on ImageNet that the preset expects, in percent."""
     said = TOP1.match(found.expected)
     return float(said[1]) if said else None
 
 
 def best(rows: Sequence[Row]) -> list[Row]:
-    """Those that no other row beats in dollars and in accuracy."""
+    """Return the rows that no other one beats in both dollars and accuracy."""
     known = [each for each in rows if each.top1 is not None]
     return [known[place] for place in front([(each.plan.usd, each.top1 or 0.0) for each in known])]
 
@@ -85,8 +112,15 @@ def best(rows: Sequence[Row]) -> list[Row]:
 def spot_prices(
     types: Sequence[str], client: Any = None, zone: Callable[[float, float], float] = min
 ) -> dict[str, float]:
-    """The spot price of each type in its cheapest `zone` of the configured region, or, by `max`, its dearest, of Linux, now;
-    `UsageError` where AWS does not tell.
+    """Return AWS's current spot prices in the configured region, for Linux, dollars an hour.
+
+    Args:
+        types: The instance types.
+        client: EC2's client. Default: one of the AWS settings.
+        zone: `min` takes the price of the cheapest zone, `max` that of the dearest.
+
+    Raises:
+        UsageError: AWS does not answer.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -100,7 +134,8 @@ def spot_prices(
         raise UsageError(f"AWS told no prices: {str(error)[:200]}") from error
     prices: dict[str, float] = {}
     for entry in found:
-        name, usd = entry["InstanceType"], float(entry["SpotPrice"])
+        name = entry["InstanceType"]
+        usd = float(entry["SpotPrice"])
         prices[name] = zone(prices.get(name, usd), usd)
     return prices
 
@@ -112,31 +147,55 @@ def _ec2() -> Any:
     session = boto3.session.Session()
     if session.get_credentials() is None:
         raise UsageError("no AWS credentials were found")
-    patience = Config(connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 1, "mode": "standard"})
+    patience = Config(
+        connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 1, "mode": "standard"}
+    )
     return session.client("ec2", region_name=session.region_name or "us-east-1", config=patience)
 
 
-def calibrated(machines: Sequence[Machine], core: float, gpu: str, gpu_rate: float | None) -> list[Machine]:
-    """`machines` with the speed of a core of this machine, and with `gpu_rate` those of its `gpu`, as PyTorch calls it."""
+def calibrated(
+    machines: Sequence[Machine], core: float, gpu: str, gpu_rate: float | None
+) -> list[Machine]:
+    """Return `machines` with measured speeds.
+
+    Args:
+        machines: The instances.
+        core: The speed of a core, as a share of the reference.
+        gpu: This machine's GPU, as PyTorch calls it.
+        gpu_rate: Its speed, for instances with the same GPU.
+    """
     words = re.split(r"[\s-]", gpu)
-    return [
-        replace(each, core=core, gpu_rate=gpu_rate if gpu_rate and each.gpu in words else each.gpu_rate)
-        for each in machines
-    ]
+    found = []
+    for machine in machines:
+        rate = machine.gpu_rate
+        if gpu_rate and machine.gpu in words:
+            rate = gpu_rate
+        found.append(replace(machine, core=core, gpu_rate=rate))
+    return found
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Dollars and accuracy of all rows as a PNG at `path`, the best joined by a line."""
-    figure, kept = new_figure(8, 5), best(rows)
+    """Draw dollars and accuracy of all rows as a PNG at `path`, the best joined by a line."""
+    figure = new_figure(8, 5)
+    kept = best(rows)
     axes = figure.subplots()
     for instance in dict.fromkeys(each.plan.instance for each in rows):
-        of_it = [each for each in rows if each.plan.instance == instance and each.top1 is not None]
-        axes.plot([e.plan.usd for e in of_it], [e.top1 for e in of_it], "o", markersize=4, label=instance)
-    axes.step([e.plan.usd for e in kept], [e.top1 for e in kept], where="post", color="0.5", linewidth=1)
+        own = [each for each in rows if each.plan.instance == instance and each.top1 is not None]
+        usd = [each.plan.usd for each in own]
+        top1 = [each.top1 for each in own]
+        axes.plot(usd, top1, "o", markersize=4, label=instance)
+    best_usd = [each.plan.usd for each in kept]
+    best_top1 = [each.top1 for each in kept]
+    axes.step(best_usd, best_top1, where="post", color="0.5", linewidth=1)
     for each in kept:
         where = {"xytext": (4, -11), "textcoords": "offset points", "fontsize": "small"}
         axes.annotate(each.plan.recipe, (each.plan.usd, each.top1), **where)
-    axes.set(xscale="log", xlabel="dollars", ylabel="top-1, %", title="What an accuracy on ImageNet costs")
+    axes.set(
+        xscale="log",
+        xlabel="dollars",
+        ylabel="top-1, %",
+        title="What an accuracy on ImageNet costs",
+    )
     axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

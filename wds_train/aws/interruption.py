@@ -1,23 +1,32 @@
-"""One real interruption of a run on AWS: its group ends the instance and starts another; what is said is read off the run."""
+"""A real interruption of a run on AWS: its group ends the instance, and starts another.
+
+The times are taken from the run's manifest and metrics.
+"""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from wds_train.aws import stacks
-from wds_train.aws.account import Aws, told
+from wds_train.aws.account import Aws, translate_errors
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.restore import read_records
 from wds_train.checkpoint.run_manifest import RunManifest, Segment
 from wds_train.errors import RunError, UsageError
 
-POLL_SECONDS, PATIENCE = 5.0, 3600.0  # an instance of a type that is short may take long to come
+POLL_SECONDS = 5.0
+PATIENCE = 3600.0  # seconds; an instance of a scarce type may take long to come
 
 
 @dataclass(frozen=True)
 class Interruption:
-    """Seconds from the request to the commit of `step`, to the replacement's claim, and to the end of its first step. Their clocks
-    are ours and the instances'. `commit` is None where the instance went without one.
+    """The times of an interruption: seconds from the request, by our clock and the instances'.
+
+    Attributes:
+        step: The step that was committed.
+        commit: Until the commit; None if the instance ended without one.
+        claim: Until the replacement claimed the run.
+        first_step: Until the end of the replacement's first step.
     """
 
     step: int
@@ -27,7 +36,11 @@ class Interruption:
 
 
 def instance_of(aws: Aws, run: str) -> str:
-    """The instance that trains `run`."""
+    """Return the instance that trains `run`.
+
+    Raises:
+        UsageError: There is none.
+    """
     group = stacks.group(aws, run)
     for each in group["Instances"] if group else ():
         if each["LifecycleState"] == "InService":
@@ -36,12 +49,20 @@ def instance_of(aws: Aws, run: str) -> str:
 
 
 def interrupt(aws: Aws, url: str, instance: str) -> Interruption:
-    """Have the group end `instance`, which trains the run at `url`, as it ends one that it loses; follow the run until steps go on."""
-    before = find_run(url)[0]
+    """Let the group end an instance, as it ends one that it loses, and wait until the run goes on.
+
+    Args:
+        aws: The account and region.
+        url: The run's address.
+        instance: The instance that trains it.
+    """
+    before, store = find_run(url)
     if before.status != "running":
-        raise UsageError(f"run {before.run} is {before.status}; only one that trains can be interrupted")
+        raise UsageError(
+            f"run {before.run} is {before.status}; only one that trains can be interrupted"
+        )
     asked = time.time()
-    with told(f"the end of {instance}"):
+    with translate_errors(f"the end of {instance}"):
         aws.client("autoscaling").terminate_instance_in_auto_scaling_group(
             InstanceId=instance, ShouldDecrementDesiredCapacity=False
         )
@@ -49,19 +70,30 @@ def interrupt(aws: Aws, url: str, instance: str) -> Interruption:
     committed = stopped.written - asked if stopped.fence == before.fence else None
     claimed = _until(url, lambda run: run.fence > before.fence)
     going = _until(url, lambda run: _logged(run, before.fence))
-    store = find_run(url)[1]
-    stepped = min(row["time/unix"] for each in _logged(going, before.fence) for row in read_records(store, each))
-    return Interruption(stopped.step, committed, claimed.attempts[-1].started - asked, stepped - asked)
+
+    times = []
+    for segment in _logged(going, before.fence):
+        times += [row["time/unix"] for row in read_records(store, segment)]
+    return Interruption(
+        step=stopped.step,
+        commit=committed,
+        claim=claimed.attempts[-1].started - asked,
+        first_step=min(times) - asked,
+    )
 
 
 def _logged(run: RunManifest, fence: int) -> list[Segment]:
-    """What attempts after that of `fence` have logged."""
+    """Return what the attempts after that of `fence` have logged."""
     return [each for each in (*run.metrics, *run.replayed) if each.fence > fence]
 
 
 def _until(url: str, wanted: Callable[[RunManifest], object]) -> RunManifest:
+    """Return the run's manifest once it is as `wanted`."""
     deadline = time.monotonic() + PATIENCE
-    while not wanted(run := find_run(url)[0]):
+    while True:
+        run, _ = find_run(url)
+        if wanted(run):
+            return run
         if run.status in ("done", "failed", "stopped"):
             raise RunError(f"run {run.run} is {run.status}: nothing goes on")
         if time.monotonic() > deadline:
@@ -69,4 +101,3 @@ def _until(url: str, wanted: Callable[[RunManifest], object]) -> RunManifest:
                 f"run {run.run} did not go on within {PATIENCE:.0f} s; make status RUN={run.run} has the cause"
             )
         time.sleep(POLL_SECONDS)
-    return run

@@ -8,7 +8,7 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from wds_train.aws import stacks
-from wds_train.aws.account import Aws, told
+from wds_train.aws.account import Aws, translate_errors
 from wds_train.aws.cost import Images, plan
 from wds_train.aws.cost_table import quotes, spot_prices
 from wds_train.aws.prices import MACHINES
@@ -169,7 +169,7 @@ def _store(url: str) -> str:
 def _quota(aws: Aws, size: str) -> str:
     code, name = QUOTAS.get(size, GPU_QUOTA)
     try:
-        with told("the quota"):
+        with translate_errors("the quota"):
             allowed = aws.client("service-quotas").get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"][
                 "Value"
             ]
@@ -197,7 +197,7 @@ def _placement(aws: Aws, size: str) -> str:
 
 
 def _image(aws: Aws, found: Findings) -> str:
-    with told(f"AWS's image {IMAGE}"):
+    with translate_errors(f"AWS's image {IMAGE}"):
         found.image = aws.client("ssm").get_parameter(Name=IMAGE)["Parameter"]["Value"]
     return f"{found.image}, AWS's newest Ubuntu 24.04 with NVIDIA's driver"
 

@@ -41,7 +41,7 @@ from wds_train.checkpoint.writer import Writer
 from wds_train.errors import Conflict, NotFound, RunError, StoreError, Unavailable, UsageError
 from wds_train.storage.base import Store
 from wds_train.storage.proof import PROBES, prove
-from wds_train.storage.timeout import within
+from wds_train.storage.retry import call_within
 
 LAST_WORD_SECONDS = 5.0
 CLAIMS = 30  # of one manifest that nobody else writes, before the server is blamed
@@ -247,7 +247,7 @@ class Run:
         def end(manifest: RunManifest) -> RunManifest:
             return replace(manifest.ended(status), **changes)
 
-        within(LAST_WORD_SECONDS, partial(self.writer.write, end), self.store.url)
+        call_within(LAST_WORD_SECONDS, partial(self.writer.write, end), self.store.url)
 
 
 def _read_segments(store: Store, segments: Iterable[Segment], say: Say) -> list[dict[str, Any]]:

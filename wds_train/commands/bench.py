@@ -1,28 +1,63 @@
-"""`wds-train bench`: what the parts cost."""
+"""`wds-train bench`: measure the speed of the parts.
+
+It needs a clone: benchmarks are not installed.
+"""
 
 import argparse
 from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
 
 from wds_train.console import loading
+from wds_train.errors import UsageError
 
-BENCHES = {
-    "decode": "decode, random resized crop and flip, on one core",
-    "loader": "an epoch from S3 to augmented batches",
-    "train": "training steps on one device, beside a plain loop over timm's parts",
-    "scale": "a dataset of up to 100 M samples: opening it, a first batch's rows, any step's order, memory",
-    "gpu": "all that needs a GPU: speed, memory, resume, accuracy; a table in the end",
+
+class Benchmark(NamedTuple):
+    """A benchmark, as a module with `add_arguments` and `run`."""
+
+    module: str
+    help: str
+
+
+BENCHMARKS = {
+    "decode": Benchmark(
+        "benchmarks.decode_rates", "decode, random resized crop and flip, on one core"
+    ),
+    "loader": Benchmark("benchmarks.loader_rates", "an epoch from S3 to augmented batches"),
+    "train": Benchmark(
+        "benchmarks.train_rates",
+        "training steps on one device, compared with a plain loop over timm's parts",
+    ),
+    "scale": Benchmark(
+        "benchmarks.scale",
+        "a dataset of up to 100 M samples: opening, a first batch's rows, any step's order, memory",
+    ),
+    "gpu": Benchmark(
+        "benchmarks.gpu", "all that needs a GPU: speed, memory, resume, accuracy; ends with a table"
+    ),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(metavar="BENCH", required=True)
     loading()
-    for name, text in BENCHES.items():
-        module = import_module(f"wds_train.bench.{name}")
-        one = benches.add_parser(name, help=text)
+    for name, benchmark in BENCHMARKS.items():
+        module = _import(benchmark.module)
+        one = benches.add_parser(name, help=benchmark.help)
         module.add_arguments(one)
         one.set_defaults(bench=module.run)
 
 
 def run(args: argparse.Namespace) -> int:
     return args.bench(args)
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("benchmarks", name):
+            raise
+        raise UsageError(
+            "bench needs a clone of the repository, in whose folder it is started"
+        ) from error

@@ -1,4 +1,7 @@
-"""`wds-train eval`: the accuracy of a model, or of several together, on a split; by class, and which classes it confuses."""
+"""`wds-train eval`: measure the accuracy of a model, or of several together, on a split.
+
+It also tells the accuracy of each class, and which classes are confused.
+"""
 
 import argparse
 import json
@@ -14,9 +17,9 @@ from wds_train.commands.flags import (
     add_device,
     add_workers,
     count,
-    dataset_url,
     positive,
-    run_or_file,
+    resolve_dataset,
+    resolve_model,
 )
 from wds_train.config.numbers import Number
 from wds_train.console import Meter, loading
@@ -25,24 +28,47 @@ from wds_train.errors import UsageError, unwritable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN_OR_FILE", help="a run as elsewhere, or a file of `wds-train export`")
+    parser.add_argument(
+        "run", metavar="RUN_OR_FILE", help="a run as elsewhere, or a file of `wds-train export`"
+    )
     add_bucket(parser, "datasets/ and runs/ live")
     add_workers(parser)
     add_device(parser)
-    parser.add_argument("--batch", type=positive, metavar="B", help="samples at a time (default: as in the training)")
-    parser.add_argument("--dataset", metavar="DATASET", help="another one than that which the run was trained on")
     parser.add_argument(
-        "--split", default="val", metavar="NAME", help="val (default), or test, which no training or validation reads"
+        "--batch",
+        type=positive,
+        metavar="B",
+        help="samples at a time (default: as in the training)",
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="DATASET",
+        help="another dataset than the one that the run was trained on",
+    )
+    parser.add_argument(
+        "--split",
+        default="val",
+        metavar="NAME",
+        help="val (default), or test, which no training or validation reads",
     )
     parser.add_argument(
         "--weights",
         choices=KINDS,
         default=BEST,
-        help="of a run: the raw or the EMA ones, of their best epoch; by default those of the higher top-1",
+        help="of a run: the raw or the EMA weights, of their best epoch (default: those of the "
+        "higher top-1)",
     )
-    parser.add_argument("--step", type=count, metavar="N", help="of a run: those of the checkpoint of this step")
     parser.add_argument(
-        "--size", type=Number(int, 8), metavar="PX", help="side of the images (default: the recipe's data.eval_size)"
+        "--step",
+        type=count,
+        metavar="N",
+        help="of a run: the weights of the checkpoint of this step",
+    )
+    parser.add_argument(
+        "--size",
+        type=Number(int, 8),
+        metavar="PX",
+        help="side of the images (default: the recipe's data.eval_size)",
     )
     parser.add_argument(
         "--crop",
@@ -53,9 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tta",
         choices=["none", "flip", "crops"],
-        help="average the logits of the image and its mirror image, or of five crops and theirs (default: flip where "
-        "the recipe has data.eval_flip)",
+        help="average the logits of the image and its mirror image, or of five crops and their "
+        "mirror images (default: flip if the recipe has data.eval_flip)",
     )
+    _add_output(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    """Add --ensemble, and the forms of the result."""
     parser.add_argument(
         "--ensemble",
         nargs="+",
@@ -65,16 +96,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="as JSON, with all classes")
     parser.add_argument("--per-class", type=Path, metavar="FILE.csv", help="write a row per class")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and classes.csv there")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write eval.json and classes.csv there"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     bucket = args.bucket
-    models = [run_or_file(each, bucket) for each in (args.run, *args.ensemble)]
-    dataset = _own(models) if args.dataset is None else Dataset.open(dataset_url(args.dataset, bucket))
+    models = [resolve_model(each, bucket) for each in (args.run, *args.ensemble)]
+    if args.dataset is None:
+        dataset = _open_own_dataset(models)
+    else:
+        dataset = Dataset.open(resolve_dataset(args.dataset, bucket))
+    # These imports take seconds: they come after all that can be refused without them.
     loading()
     from wds_train.evaluation.evaluate import View, chosen_weights, refuse_other_classes, score
-    from wds_train.evaluation.per_class import describe_member, report_lines, report_of, write_classes
+    from wds_train.evaluation.per_class import (
+        describe_member,
+        report_lines,
+        report_of,
+        write_classes,
+    )
     from wds_train.models.scoring import EVAL_BATCH
     from wds_train.training.ranks import Ranks, refuse_unusable_gpu
 
@@ -90,17 +132,21 @@ def run(args: argparse.Namespace) -> int:
     with Meter(0, len(split)) as meter:
         seen = partial(meter.add, 0)
         scored = score(chosen, views, split, batch, workers=args.workers, device=device, seen=seen)
+
+    members = []
+    for name, weights, view in zip(models, chosen, views, strict=True):
+        is_best = args.step is None and not name.endswith(FILE)
+        members.append(describe_member(weights, view, best=is_best))
     report = {
         "dataset": dataset.store.url,
         "fingerprint": dataset.fingerprint,
         "split": args.split,
-        "members": [
-            describe_member(weights, view, best=args.step is None and not name.endswith(FILE))
-            for name, weights, view in zip(models, chosen, views, strict=True)
-        ],
-    } | report_of(scored, split, dataset.manifest.classes)
+        "members": members,
+        **report_of(scored, split, dataset.manifest.classes),
+    }
     text = json.dumps(report, indent=1, ensure_ascii=False)
     print(text if args.json else "\n".join(report_lines(report)))
+
     try:
         if args.per_class:
             write_classes(args.per_class, report["classes"])
@@ -113,8 +159,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _own(models: list[str]) -> Dataset:
-    """The dataset that the first run among `models` was trained on."""
-    if not (runs := [each for each in models if not each.endswith(FILE)]):
+def _open_own_dataset(models: list[str]) -> Dataset:
+    """Open the dataset that the first run among `models` was trained on."""
+    runs = [each for each in models if not each.endswith(FILE)]
+    if not runs:
         raise UsageError(f"{models[0]} does not say where a dataset is; give one with --dataset")
-    return own_dataset(find_run(runs[0])[0])
+    manifest, _ = find_run(runs[0])
+    return own_dataset(manifest)

@@ -1,4 +1,4 @@
-"""`wds-train export`: a run's weights in a format of others."""
+"""`wds-train export`: write a run's weights in a format that other programs read."""
 
 import argparse
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.run_manifest import RunManifest, name_of
 from wds_train.checkpoint.weight_choice import BEST, KINDS, Choice, choose
-from wds_train.commands.flags import add_run, count, run_url
+from wds_train.commands.flags import add_run, count, resolve_run
 from wds_train.console import loading
 from wds_train.errors import UsageError
 
-FORMATS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2", "timm-hub": ""}  # and their suffix
+# Formats and their suffixes. A model of timm-hub is a folder.
+FORMATS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2", "timm-hub": ""}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,23 +20,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--best",
         choices=KINDS,
         default=BEST,
-        help="the raw or the EMA weights, of their best epoch; by default those of the higher top-1, as eval",
+        help="the raw or the EMA weights, of their best epoch (default: those of the higher "
+        "top-1, as eval)",
     )
-    parser.add_argument("--step", type=count, metavar="N", help="of the checkpoint of this step instead")
+    parser.add_argument(
+        "--step", type=count, metavar="N", help="of the checkpoint of this step instead"
+    )
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="safetensors",
-        help="safetensors: for timm and for us (default); onnx and torch-export: with the normalisation inside; timm-hub: a "
-        "folder for timm",
+        help="safetensors: for timm and for us (default); onnx and torch-export: with the "
+        "normalisation "
+        "inside; timm-hub: a folder for timm",
     )
     parser.add_argument(
-        "--to", type=Path, metavar="PATH", help="a file, or the folder of timm-hub (default: RUN's name)"
+        "--to",
+        type=Path,
+        metavar="PATH",
+        help="a file, or the folder of timm-hub (default: RUN's name)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    suffix, url = FORMATS[args.format], run_url(args.run, args.bucket)
+    suffix = FORMATS[args.format]
+    url = resolve_run(args.run, args.bucket)
     to = args.to or Path(name_of(url) + suffix)
     if suffix and to.suffix != suffix:
         raise UsageError(f"--to {to} must end in {suffix}")
@@ -43,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--to {to}: there is no folder {to.parent}; make it first")
     manifest, store = find_run(url)
     choose(manifest, args.best, args.step)
-    loading()  # after all that can be refused without it
+    # These imports take seconds: they come after all that can be refused without them.
+    loading()
     import torch
 
     from wds_train.checkpoint.restore import from_newest
@@ -51,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
     from wds_train.serving.calibrated import of_choice
     from wds_train.serving.exporters import WRITERS
 
-    def chosen(newest: RunManifest) -> tuple[Choice, Weights]:
+    def read_weights(newest: RunManifest) -> tuple[Choice, Weights]:
         choice = choose(newest, args.best, args.step)
         return choice, of_choice(store, newest, choice, torch.device("cpu"))
 
-    choice, weights = from_newest(store, manifest, chosen)
+    choice, weights = from_newest(store, manifest, read_weights)
     call = WRITERS[args.format](weights, to)
     print(f"{to}: {choice}")
-    print(f"calibrated: {weights.calibration}" if weights.calibration.used else weights.calibration)
+    calibration = weights.calibration
+    print(f"calibrated: {calibration}" if calibration.used else calibration)
     print(f"load it with {call}")
     return 0

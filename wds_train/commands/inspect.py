@@ -1,4 +1,4 @@
-"""`wds-train inspect`: what a dataset holds."""
+"""`wds-train inspect`: show the contents of a dataset."""
 
 import argparse
 import hashlib
@@ -8,42 +8,50 @@ from typing import Any
 
 import numpy as np
 
-from wds_train.commands.flags import add_dataset, dataset_url
-from wds_train.console import note, readable
+from wds_train.commands.flags import add_dataset, resolve_dataset
+from wds_train.console import align_columns, note, readable
 from wds_train.conversion.repeats import Repeats, repeat_lines
 from wds_train.dataset.reader import Dataset, read_whole
 from wds_train.errors import NotFound
 from wds_train.schema import typed
 from wds_train.tracking.contact_sheet import contact_sheet
 
+CLASSES = 10  # of which the names are shown
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
-    sheet = "also write a contact sheet, a PNG: four images of each of 20 classes"
-    parser.add_argument("--grid", type=Path, metavar="FILE", help=sheet)
+    parser.add_argument(
+        "--grid",
+        type=Path,
+        metavar="FILE",
+        help="also write a contact sheet, a PNG: four images of each of 20 classes",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    dataset = Dataset.open(dataset_url(args.dataset, args.bucket))
+    dataset = Dataset.open(resolve_dataset(args.dataset, args.bucket))
     facts = inspect(dataset)
     if args.json:
         print(json.dumps(facts, indent=1, ensure_ascii=False))
     else:
-        print(_table(facts))
+        print("\n".join(_lines(facts)))
         for line in _repeat_lines(facts["repeats"], dataset):
             print(line)
     if args.grid:
-        contact_sheet(dataset, next(iter(dataset.manifest.splits)), args.grid, _understood(facts))
+        first_split = next(iter(dataset.manifest.splits))
+        contact_sheet(dataset, first_split, args.grid, _understood(facts))
     return 0
 
 
 def inspect(dataset: Dataset) -> dict[str, Any]:
-    """Counts, classes, bytes and quantiles of the images' sizes, from manifest and index. What the
-    conversion understood of its source, and which images are there twice, is from its report, and
-    None where no report says it.
+    """Return what `inspect --json` prints.
+
+    Counts, classes, bytes and quantiles of the images' sizes come from manifest and index. What the
+    conversion understood of its source, and which images are there twice, come from its report;
+    they are None if the dataset has none.
     """
     manifest = dataset.manifest
     report = _report(dataset)
@@ -62,7 +70,7 @@ def inspect(dataset: Dataset) -> dict[str, Any]:
 
 
 def _understood(facts: dict[str, Any]) -> dict[str, str]:
-    """Where the images and their labels came from, a line each, if the conversion said so."""
+    """Return where images and labels came from, a line each, as far as the conversion said so."""
     understood = facts["understood"] or {}
     return {name: readable(understood[name]) for name in ("layout", "labels") if name in understood}
 
@@ -74,8 +82,9 @@ def _repeat_lines(repeats: dict[str, Any] | None, dataset: Dataset) -> list[str]
 
 
 def _report(dataset: Dataset) -> dict[str, Any]:
-    """What can be used of the report beside the manifest. A dataset is as good without: a report that
-    is gone or damaged is told, and no error.
+    """Return the usable fields of the conversion's report.
+
+    A dataset works without its report: one that is gone or damaged is noted, and is no error.
     """
     named = dataset.manifest.report
     if named is None:
@@ -92,10 +101,14 @@ def _report(dataset: Dataset) -> dict[str, Any]:
 
 
 def _checked(report: Any) -> dict[str, Any]:
-    """The fields of a report that `inspect` shows; `ValueError` where one is not as it is written."""
+    """Return the fields of a report that `inspect` shows.
+
+    Raises:
+        ValueError: A field is not of its type.
+    """
     content = typed(dict[str, Any], report, "the report")
     found: dict[str, Any] = {}
-    # `null` says that it is not known: of samples that hold anything, say.
+    # `null` means not known, as for samples that may hold anything.
     if content.get("repeats") is not None:
         typed(Repeats, content["repeats"], "repeats")
         found["repeats"] = content["repeats"]
@@ -107,45 +120,53 @@ def _checked(report: Any) -> dict[str, Any]:
 
 
 def _split(dataset: Dataset, name: str) -> dict[str, Any]:
-    split, index = dataset.manifest.split(name), dataset.split(name).index
-    counts = np.bincount(index.label[:], minlength=len(dataset.manifest.classes))
-    columns: dict[str, np.ndarray] = {
-        "width": index.width[:],
-        "height": index.height[:],
-        "image_bytes": index.data_length[:],
-    }
+    split = dataset.manifest.split(name)
+    index = dataset.split(name).index
+    classes = dataset.manifest.classes
+    counts = np.bincount(index.label[:], minlength=len(classes))
     return {
         "samples": split.samples,
         "shards": len(split.shards),
         "bytes": split.bytes,
-        "per_class": {entry.id: int(n) for entry, n in zip(dataset.manifest.classes, counts, strict=True)},
-        "quantiles": {"of": QUANTILES} | {name: _quantiles(column) for name, column in columns.items()},
+        "per_class": {entry.id: int(n) for entry, n in zip(classes, counts, strict=True)},
+        "quantiles": {
+            "of": QUANTILES,
+            "width": _quantiles(index.width[:]),
+            "height": _quantiles(index.height[:]),
+            "image_bytes": _quantiles(index.data_length[:]),
+        },
     }
 
 
 def _quantiles(column: np.ndarray) -> list[int]:
-    return [int(value) for value in np.quantile(column, QUANTILES)] if len(column) else []
+    if not len(column):
+        return []
+    return [int(value) for value in np.quantile(column, QUANTILES)]
 
 
-def _table(facts: dict[str, Any]) -> str:
-    names = ", ".join(entry["name"].partition(",")[0] for entry in facts["classes"][:10])
-    lines = [
-        f"dataset      {facts['dataset']}",
-        f"fingerprint  {facts['fingerprint']}",
-        f"source       {facts['source']}, seed {facts['seed']}, images {facts['image_policy']}",
-        *(f"{name:12} {text}" for name, text in _understood(facts).items()),
-        f"classes      {len(facts['classes'])}: {names}" + (", ..." if len(facts["classes"]) > 10 else ""),
+def _lines(facts: dict[str, Any]) -> list[str]:
+    """Return the facts as a table for people."""
+    classes = facts["classes"]
+    names = [entry["name"].partition(",")[0] for entry in classes[:CLASSES]]
+    if len(classes) > CLASSES:
+        names.append("...")
+    rows = [
+        ["dataset", facts["dataset"]],
+        ["fingerprint", facts["fingerprint"]],
+        ["source", f"{facts['source']}, seed {facts['seed']}, images {facts['image_policy']}"],
+        *([name, text] for name, text in _understood(facts).items()),
+        ["classes", f"{len(classes)}: {', '.join(names)}"],
     ]
     for name, split in facts["splits"].items():
         counts = split["per_class"].values()
-        lines.append(
-            f"{name:12} {split['samples']:,} samples, {split['shards']} shards, {split['bytes'] / 1e6:,.1f} MB, "
+        text = (
+            f"{split['samples']:,} samples, {split['shards']} shards, {split['bytes'] / 1e6:,.1f} "
+            "MB, "
             f"{min(counts):,}..{max(counts):,} a class"
         )
-        sizes = split["quantiles"]
-        lines += [
-            f"  {column:12}" + " ".join(f"{value:>9,}" for value in sizes[column])
-            for column in ("width", "height", "image_bytes")
-        ]
-    lines.append("  quantile    " + " ".join(f"{share:>9.0%}" for share in QUANTILES))
-    return "\n".join(lines)
+        rows.append([name, text])
+        for column in ("width", "height", "image_bytes"):
+            sizes = [f"{value:>9,}" for value in split["quantiles"][column]]
+            rows.append([f"  {column}", " ".join(sizes)])
+    rows.append(["  quantile", " ".join(f"{share:>9.0%}" for share in QUANTILES)])
+    return align_columns(rows)

@@ -1,4 +1,7 @@
-"""`wds-train launch`: from nothing to a training on spot instances that heals itself, and ends by a set hour at the latest."""
+"""`wds-train launch`: train on AWS spot instances, from nothing.
+
+An interrupted instance is replaced, and the run goes on. All ends by a set hour at the latest.
+"""
 
 import argparse
 import math
@@ -25,32 +28,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bucket", default=bucket, required=bucket is None, metavar="s3://B/P", help=place)
     add("--recipe", required=True, metavar="NAME")
     add("--dataset", metavar="NAME", help="BUCKET/datasets/NAME (default: the recipe's name)")
-    add("--size", choices=SIZES, default="small", help="1 GPU (small, medium), 4 (large), 8 (huge, a100) (%(default)s)")
+    add(
+        "--size",
+        choices=SIZES,
+        default="small",
+        help="1 GPU (small, medium), 4 (large), 8 (huge, a100) (%(default)s)",
+    )
     add(
         "--max-hours",
         type=above_zero,
         metavar="H",
-        help="none after that, whatever happens (default: twice the plan's)",
+        help="hard limit: no instance runs longer than this (default: twice the plan's hours)",
     )
-    add("--max-usd", type=dollars, metavar="USD", help="none after the hours that this buys")
-    add("--arguments", dest="more", default="", metavar="TEXT", help="more arguments of `wds-train train`")
-    add("--wandb-secret", default="", metavar="ARN", help="a secret of Secrets Manager that holds a W&B key")
-    add("--create-bucket", action="store_true", help="make the bucket, which shards go to then; train nothing yet")
-    add("--check", action="store_true", help="only look at what would be needed; make nothing")
+    add(
+        "--max-usd",
+        type=dollars,
+        metavar="USD",
+        help="hard limit on spending, at the current spot price",
+    )
+    add(
+        "--arguments",
+        dest="more",
+        default="",
+        metavar="TEXT",
+        help="more arguments of `wds-train train`",
+    )
+    add(
+        "--wandb-secret",
+        default="",
+        metavar="ARN",
+        help="a secret of Secrets Manager that holds a W&B key",
+    )
+    add(
+        "--create-bucket",
+        action="store_true",
+        help="make the bucket, for the shards; train nothing yet",
+    )
+    add("--check", action="store_true", help="only check what would be needed; make nothing")
     add_region(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    bucket, prefix = _place(args.bucket)
+    bucket, prefix = _split_address(args.bucket)
     recipe = preset(args.recipe)
     dataset = args.dataset or args.recipe
-    for what, name in (("RUN", args.run), ("--dataset", dataset)):
-        if not NAME.fullmatch(name):
-            raise UsageError(
-                f"{what} {name!r} must be a name below the bucket: the instance may read and write nothing else"
-            )
-    if not ARGUMENTS.fullmatch(args.more):
-        raise UsageError(f"--arguments {args.more!r} may hold letters, digits, blanks and ._=,:/@+- alone")
+    _refuse_arguments(args, dataset)
 
     from wds_train.aws import stacks
     from wds_train.aws.account import Aws
@@ -63,31 +85,73 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(found.lines))
     if found.refused:
         raise UsageError("\n".join(["nothing was made, since", *found.refused]))
-    limit = 0.0
+    hours = 0.0
     if found.has_bucket:
-        limit = limited(found.hours, found.price, args.max_hours, args.max_usd)
+        hours = limit_hours(found.hours, found.price, args.max_hours, args.max_usd)
+        cost = f"${hours * found.price:.2f}"
         print(
-            f"{'the end':12}{limit:.1f} hours from now at the latest, ${limit * found.price:.2f} at the dearest price"
+            f"{'the end':12}{hours:.1f} hours from now at the latest, {cost} at the dearest price"
         )
     if args.check:
         print("nothing was made (--check)")
         return 0
-    values = {"Run": args.run, "Recipe": args.recipe, "Bucket": bucket, "Prefix": prefix, "Size": args.size}
-    values |= {"Arguments": f"--dataset {url} {args.more}".strip(), "WandbSecret": args.wandb_secret}
-    values |= {"Image": found.image} | stacks.kept(aws, args.run)
+
+    # What the stack is made with: the parameters of its template.
+    values = {
+        "Run": args.run,
+        "Recipe": args.recipe,
+        "Bucket": bucket,
+        "Prefix": prefix,
+        "Size": args.size,
+        "Arguments": f"--dataset {url} {args.more}".strip(),
+        "WandbSecret": args.wandb_secret,
+        "Image": found.image,
+        **stacks.kept(aws, args.run),
+    }
     if args.create_bucket:
-        stacks.make(aws, args.run, values | {"CreateBucket": "yes", "CodeKey": "code/none", "CodeSha256": "0" * 64})
-        print(f"made; now the images: make shards SOURCE=... DATASET={url}, and then launch without --create-bucket")
+        no_code = {"CodeKey": "code/none", "CodeSha256": "0" * 64}
+        stacks.make(aws, args.run, values | {"CreateBucket": "yes"} | no_code)
+        print(
+            f"made; now the images: make shards SOURCE=... DATASET={url}, "
+            "and then launch without --create-bucket"
+        )
         return 0
-    stacks.make(aws, args.run, values | _upload(bucket, prefix))
-    end = stacks.start(aws, args.run, limit)
-    print(f"launched; watch it: make status RUN={args.run} BUCKET={args.bucket}. It ends by {end:%Y-%m-%d %H:%M} UTC")
+    stacks.make(aws, args.run, values | _upload_code(bucket, prefix))
+    end = stacks.start(aws, args.run, hours)
+    watch = f"make status RUN={args.run} BUCKET={args.bucket}"
+    print(f"launched; watch it: {watch}. It ends by {end:%Y-%m-%d %H:%M} UTC")
     return 0
 
 
-def limited(planned: float | None, price: float, max_hours: float | None, max_usd: float | None) -> float:
-    """The hours after which the group is set to none: the least that was asked for, else twice what the plan says; where it
-    says nothing, they must be asked for.
+def _refuse_arguments(args: argparse.Namespace, dataset: str) -> None:
+    for what, name in (("RUN", args.run), ("--dataset", dataset)):
+        if not NAME.fullmatch(name):
+            raise UsageError(
+                f"{what} {name!r} must be a name below the bucket: "
+                "the instance may read and write nothing else"
+            )
+    if not ARGUMENTS.fullmatch(args.more):
+        raise UsageError(
+            f"--arguments {args.more!r} may hold letters, digits, blanks and ._=,:/@+- alone"
+        )
+
+
+def limit_hours(
+    planned: float | None, price: float, max_hours: float | None, max_usd: float | None
+) -> float:
+    """Return the hours after which no instance may run.
+
+    Args:
+        planned: The hours of the plan; None if it does not know them.
+        price: Dollars an hour, of the dearest instance.
+        max_hours: The value of --max-hours.
+        max_usd: The value of --max-usd.
+
+    Returns:
+        The least that was asked for, or else twice the plan's.
+
+    Raises:
+        UsageError: There is no limit, or one that is none.
     """
     asked = [] if max_hours is None else [max_hours]
     if max_usd is not None:
@@ -95,19 +159,26 @@ def limited(planned: float | None, price: float, max_hours: float | None, max_us
             raise UsageError(f"--max-usd {max_usd:g} buys no hour; give what the run may cost")
         asked.append(max_usd / price)
     if not asked and planned is None:
-        raise UsageError("nothing was made, since the plan does not know the hours; give --max-hours or --max-usd")
+        raise UsageError(
+            "nothing was made, since the plan does not know the hours; give --max-hours or "
+            "--max-usd"
+        )
     limit = min(asked, default=math.ceil(2 * (planned or 0)))
     if limit > LONGEST:
         raise UsageError(
-            f"nothing was made, since {limit:.3g} hours are over a year, which is no limit; give fewer with --max-hours"
+            f"nothing was made, since {limit:.3g} hours are over a year, which is no limit; "
+            "give fewer with --max-hours"
         )
     if limit < (planned or 0):
-        print(f"{'note':12}the plan takes {planned:.1f} hours; the limit comes before, and a later launch goes on")
+        print(
+            f"{'note':12}the plan takes {planned:.1f} hours; the limit comes before, and a later "
+            "launch goes on"
+        )
     return limit
 
 
-def _upload(bucket: str, prefix: str) -> dict[str, str]:
-    """Put the code into the bucket, where it is not yet; what the stack calls it by."""
+def _upload_code(bucket: str, prefix: str) -> dict[str, str]:
+    """Put the code into the bucket, and return the stack's parameters for it."""
     import sys
 
     from wds_train.aws.bundle import bundle, key_of
@@ -121,15 +192,23 @@ def _upload(bucket: str, prefix: str) -> dict[str, str]:
     try:
         open_store(f"s3://{bucket}/{prefix}".rstrip("/")).write(key, code, if_absent=True)
     except Conflict as error:
-        raise UsageError(f"s3://{bucket}/{prefix}{key} holds other bytes than its name says; delete it") from error
+        message = f"s3://{bucket}/{prefix}{key} holds other bytes than its name says; delete it"
+        raise UsageError(message) from error
     return {"CodeKey": f"{prefix}{key}", "CodeSha256": digest}
 
 
-def _place(address: str) -> tuple[str, str]:
+def _split_address(address: str) -> tuple[str, str]:
+    """Return the bucket and the prefix, which ends in a slash unless it is empty."""
     bucket, _, prefix = address.removeprefix("s3://").partition("/")
     if not address.startswith("s3://") or not BUCKET.fullmatch(bucket):
-        raise UsageError(f"--bucket {address!r} is no s3://BUCKET[/PREFIX], which instances of AWS could reach")
-    prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        raise UsageError(
+            f"--bucket {address!r} is no s3://BUCKET[/PREFIX], which instances of AWS could reach"
+        )
+    prefix = prefix.strip("/")
+    if prefix:
+        prefix += "/"
     if not PREFIX.fullmatch(prefix):
-        raise UsageError(f"--bucket {address!r} may hold letters, digits and ._- alone, and slashes between")
+        raise UsageError(
+            f"--bucket {address!r} may hold letters, digits and ._- alone, and slashes between"
+        )
     return bucket, prefix

@@ -1,11 +1,11 @@
-"""`wds-train order`: the samples of an epoch in training order, read through the real loader."""
+"""`wds-train order`: print the samples of an epoch, as the real loader yields them."""
 
 import argparse
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from wds_train.commands.flags import add_dataset, count, dataset_url, positive
+from wds_train.commands.flags import add_dataset, count, positive, resolve_dataset
 from wds_train.config.numbers import whole
 from wds_train.console import loading
 from wds_train.dataset.reader import Dataset
@@ -14,7 +14,7 @@ from wds_train.errors import DataError, UsageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
-    parser.add_argument("--seed", type=whole, default=0, help="of the order (%(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of the order (%(default)s)")
     parser.add_argument("--epoch", type=count, default=0, help="counted from 0 (%(default)s)")
     parser.add_argument(
         "--global-batch",
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from-step", type=count, default=0, metavar="K", help="first step of the epoch to print"
     )
     parser.add_argument(
-        "--steps", type=count, metavar="N", help="how many steps; all that remain by default"
+        "--steps", type=count, metavar="N", help="how many steps (default: all that remain)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    dataset = Dataset.open(dataset_url(args.dataset, args.bucket))
+    dataset = Dataset.open(resolve_dataset(args.dataset, args.bucket))
     loading()
     lines = list_order(
         dataset,

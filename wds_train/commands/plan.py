@@ -1,38 +1,61 @@
-"""`wds-train plan`: hours, dollars and the bottleneck of a training, before it; all recipes on all instances, cheapest first."""
+"""`wds-train plan`: estimate hours, dollars and the bottleneck of a training.
+
+Without arguments it compares all recipes on all instances, cheapest first.
+"""
 
 import argparse
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from wds_train.aws.cost import IMAGENET, MACHINE_BENCH, Images, Machine, model_speed
 from wds_train.aws.cost_table import Row, best, calibrated, draw, quotes, row, spot_prices, top1_of
 from wds_train.aws.prices import DATED, MACHINES
-from wds_train.commands.flags import add_bucket, dataset_url, dollars
+from wds_train.commands.flags import add_bucket, dollars, resolve_dataset
 from wds_train.config.presets import PRESETS, preset
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
+from wds_train.console import align_columns
 from wds_train.errors import UsageError, did_you_mean
 
 NOTE = (
-    "(p) published in the named source, (i) inferred, (m) measured by this project. Inferred are the rates of GPUs and\n"
-    "vCPUs, of which --calibrate measures this machine's, spot interruptions and the start."
+    "(p) published in the named source, (i) inferred, (m) measured by this project. Inferred are "
+    "the\n"
+    "rates of GPUs and vCPUs, of which --calibrate measures this machine's, spot interruptions "
+    "and the start."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", metavar="NAME", help="(default: all with a known accuracy on ImageNet)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="K=V", dest="settings", help="with one field changed"
+        "--recipe", metavar="NAME", help="(default: all with a known accuracy on ImageNet)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="K=V",
+        dest="settings",
+        help="with one field changed",
     )
     parser.add_argument("--instance", metavar="TYPE", help="(default: all whose price is known)")
     parser.add_argument(
-        "--spot-price", type=dollars, metavar="USD", help="an hour (default: AWS's, else a dated table)"
+        "--spot-price",
+        type=dollars,
+        metavar="USD",
+        help="spot price per hour (default: AWS's current price, else the built-in table)",
     )
-    parser.add_argument("--dataset", metavar="DATASET", help="whose images (default: ImageNet's)")
+    parser.add_argument(
+        "--dataset", metavar="DATASET", help="the dataset to train on (default: ImageNet)"
+    )
     add_bucket(parser, "datasets/ lives")
-    parser.add_argument("--calibrate", action="store_true", help="measure this machine's decoding and GPU, in a minute")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure this machine's decoding and GPU, in a minute",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw dollars and accuracy, a PNG")
     parser.add_argument("--json", action="store_true", help="as JSON")
 
@@ -40,43 +63,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.settings and args.recipe is None:
         raise UsageError("--set needs --recipe, whose field it changes")
-    recipes = [with_settings(preset(args.recipe), args.settings)] if args.recipe else _of_imagenet()
-    machines = [_machine(args.instance)] if args.instance else [*MACHINES.values()]
-    images = _images(dataset_url(args.dataset, args.bucket)) if args.dataset else IMAGENET
+    recipes = _imagenet_recipes()
+    if args.recipe:
+        recipes = [with_settings(preset(args.recipe), args.settings)]
+    machines = list(MACHINES.values())
+    if args.instance:
+        machines = [_find_machine(args.instance)]
+    images = IMAGENET
+    if args.dataset:
+        images = _read_images(resolve_dataset(args.dataset, args.bucket))
     if args.calibrate:
         machines = _calibrate(machines, recipes[0])
-    rows = _rows(recipes, machines, images, args.spot_price)
+
+    rows = _plan_all(recipes, machines, images, args.spot_price)
     if args.json:
-        single = args.recipe and args.instance
-        print(json.dumps(rows[0].to_dict() if single else [each.to_dict() for each in rows], indent=1))
+        plans: Any = [each.to_dict() for each in rows]
+        if args.recipe and args.instance:
+            plans = plans[0]
+        print(json.dumps(plans, indent=1))
     else:
-        print("\n".join([*(_one(rows[0]) if len(rows) == 1 else _table(rows)), "", NOTE]))
+        lines = _describe_one(rows[0]) if len(rows) == 1 else _table(rows)
+        print("\n".join([*lines, "", NOTE]))
     if args.out:
         draw(rows, args.out)
     return 0
 
 
-def _of_imagenet() -> list[Recipe]:
+def _imagenet_recipes() -> list[Recipe]:
     return [each.recipe for each in PRESETS.values() if top1_of(each) is not None]
 
 
-def _machine(name: str) -> Machine:
+def _find_machine(name: str) -> Machine:
     if name not in MACHINES:
         hint = did_you_mean(name, MACHINES) or f"; there are {', '.join(MACHINES)}"
         raise UsageError(f"there is no instance {name!r} in the plan's table{hint}")
     return MACHINES[name]
 
 
-def _images(url: str) -> Images:
+def _read_images(url: str) -> Images:
     from wds_train.dataset.reader import Dataset
 
     manifest = Dataset.open(url).manifest
-    train, val = manifest.split("train"), manifest.split("val")
+    train = manifest.split("train")
+    val = manifest.split("val")
     return Images(train.samples, val.samples, train.bytes / train.samples)
 
 
-def _rows(recipes: list[Recipe], machines: list[Machine], images: Images, given: float | None) -> list[Row]:
-    """Every recipe on every machine that has a price, cheapest first."""
+def _plan_all(
+    recipes: list[Recipe], machines: list[Machine], images: Images, given: float | None
+) -> list[Row]:
+    """Return the plan of every recipe on every machine that has a price, cheapest first."""
     live: dict[str, float] = {}
     if given is None:
         try:
@@ -85,18 +121,20 @@ def _rows(recipes: list[Recipe], machines: list[Machine], images: Images, given:
             print(f"prices of {DATED}: {error}", file=sys.stderr)
     priced = quotes(machines, live, given)
     if not priced:
-        raise UsageError(f"there is no price of {machines[0].type}; give --spot-price, dollars an hour")
-    found = [
-        row(PRESETS[recipe.name], recipe, machine, images, priced[machine.type])
-        for recipe in recipes
-        for machine in machines
-        if machine.type in priced
-    ]
+        raise UsageError(
+            f"there is no price of {machines[0].type}; give --spot-price, dollars an hour"
+        )
+    found = []
+    for recipe in recipes:
+        for machine in machines:
+            if machine.type in priced:
+                quote = priced[machine.type]
+                found.append(row(PRESETS[recipe.name], recipe, machine, images, quote))
     return sorted(found, key=lambda each: each.plan.usd)
 
 
 def _calibrate(machines: list[Machine], recipe: Recipe) -> list[Machine]:
-    """`machines` as if their vCPUs were this one's, and GPUs of this one's kind as it is."""
+    """Return `machines` with the measured speed of this machine's cores and GPU."""
     import torch
 
     from benchmarks.decode_rates import OURS, bench_decode, read_images
@@ -107,40 +145,59 @@ def _calibrate(machines: list[Machine], recipe: Recipe) -> list[Machine]:
         print(f"measured: a core is {core:.2f} of the reference; no GPU here", file=sys.stderr)
         return calibrated(machines, core, "", None)
     measured = bench_train(replace(recipe, batch=128), [224], steps=20, repeats=3)
-    rate = next(each["img_s"] for each in measured["rows"] if each["way"] == "wds-train") / model_speed(recipe.model)
-    print(f"measured: a core is {core:.2f} of the reference; {measured['device']} {rate:.0f} img/s", file=sys.stderr)
-    return calibrated(machines, core, measured["device"], rate)
+    ours = next(each for each in measured["rows"] if each["way"] == "wds-train")
+    rate = ours["img_s"] / model_speed(recipe.model)
+    device = measured["device"]
+    print(
+        f"measured: a core is {core:.2f} of the reference; {device} {rate:.0f} img/s",
+        file=sys.stderr,
+    )
+    return calibrated(machines, core, device, rate)
 
 
-def _one(found: Row) -> list[str]:
-    plan, machine = found.plan, MACHINES[found.plan.instance]
-    on_demand = f"; ${found.on_demand:.2f} on demand" if found.on_demand is not None else ""
-    lines = [
-        f"recipe     {plan.recipe} on {plan.instance} ({machine.gpus} x {machine.gpu}, {machine.vcpus} vCPUs)",
-        f"hours      {plan.hours:.1f}",
-        f"dollars    {plan.usd:.2f} at ${plan.price:g} an hour, spot ({found.quote.source}){on_demand}",
-        f"waits for  {plan.bottleneck}",
-        f"expected   {found.expected}",
-        "",
-        f"{'':18}{'px':>4}{'hours':>8}  images a second that each part could give",
+def _describe_one(found: Row) -> list[str]:
+    """Return the lines of one plan, with the phases of its training."""
+    plan = found.plan
+    machine = MACHINES[plan.instance]
+    cost = f"{plan.usd:.2f} at ${plan.price:g} an hour, spot ({found.quote.source})"
+    if found.on_demand is not None:
+        cost += f"; ${found.on_demand:.2f} on demand"
+    parts = f"{machine.gpus} x {machine.gpu}, {machine.vcpus} vCPUs"
+    facts = [
+        ["recipe", f"{plan.recipe} on {plan.instance} ({parts})"],
+        ["hours", f"{plan.hours:.1f}"],
+        ["dollars", cost],
+        ["waits for", plan.bottleneck],
+        ["expected", found.expected],
     ]
+    phases = [["", "px", "hours", "images a second that each part could give"]]
     for phase in plan.phases:
         rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in phase.rates.items())
-        lines.append(f"{phase.what:18}{phase.side:4}{phase.seconds / 3600:8.2f}  {rates}")
+        phases.append([phase.what, str(phase.side), f"{phase.seconds / 3600:.2f}", rates])
+    lines = [*align_columns(facts), "", *align_columns(phases, right=(1, 2))]
     if found.resize:
         side, after = found.resize
-        lines += ["", f"converted with --resize-shorter {side}: {after.hours:.1f} hours, ${after.usd:.2f} (i)"]
+        resized = f"{after.hours:.1f} hours, ${after.usd:.2f} (i)"
+        lines += ["", f"converted with --resize-shorter {side}: {resized}"]
     return lines
 
 
 def _table(rows: list[Row]) -> list[str]:
+    """Return the lines of several plans, a row each."""
     kept = best(rows)
-    lines = [f"  {'recipe':10}{'instance':15}{'hours':>8}{'$':>9}{'top-1':>8}  {'waits for':10} $ an hour"]
+    table = [["", "recipe", "instance", "hours", "$", "top-1", "waits for", "$ an hour"]]
     for each in rows:
-        plan, top1 = each.plan, "" if each.top1 is None else f"{each.top1:g}"
-        mark = "*" if each in kept else " "
-        lines.append(
-            f"{mark} {plan.recipe:10}{plan.instance:15}{plan.hours:8.1f}{plan.usd:9.2f}{top1:>8}  {plan.bottleneck:10} "
-            f"{plan.price:g} ({each.quote.source})"
+        plan = each.plan
+        table.append(
+            [
+                "*" if each in kept else "",
+                plan.recipe,
+                plan.instance,
+                f"{plan.hours:.1f}",
+                f"{plan.usd:.2f}",
+                "" if each.top1 is None else f"{each.top1:g}",
+                plan.bottleneck,
+                f"{plan.price:g} ({each.quote.source})",
+            ]
         )
-    return [*lines, "", "* no other gives more accuracy for less"]
+    return [*align_columns(table, right=(3, 4, 5)), "", "* no other gives more accuracy for less"]

@@ -1,24 +1,29 @@
-"""`wds-train publish`: a run as a model repository and a page on which anyone tries an image."""
+"""`wds-train publish`: write a run's model repository and its demo page."""
 
 import argparse
 from pathlib import Path
 
 from wds_train.checkpoint.find import find_run
-from wds_train.commands.flags import add_run, run_url
+from wds_train.commands.flags import add_run, resolve_run
 from wds_train.console import loading
 from wds_train.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet"
+    )
     parser.add_argument(
         "--licence",
         required=True,
         metavar="ID",
-        help="the model's, which is yours to choose, as the hub calls it: apache-2.0, mit, cc-by-nc-4.0, other, ...",
+        help="licence of the model, which you choose, as the hub calls it: apache-2.0, mit, "
+        "cc-by-nc-4.0, other, ...",
     )
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload both to the Hugging Face hub under this name")
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload both to the Hugging Face hub under this name"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,13 +38,14 @@ def run(args: argparse.Namespace) -> int:
     from wds_train.training.ranks import Ranks
 
     publish.refuse(args.to, args.licence, args.push)
-    manifest, store = find_run(run_url(args.run, args.bucket))
+    manifest, store = find_run(resolve_run(args.run, args.bucket))
     device = Ranks().device
     choices = from_newest(store, manifest, lambda newest: both_kinds(store, newest, device))
     publish.write(args.to, manifest, choices, args.licence, args.push, device=device)
     print(f"{args.to}/model: the {describe_weights(choices[0])}; ONNX file and card")
+    space = f"{args.to}/space"
     print(
-        f"{args.to}/space: the page; try it: pip install -r {args.to}/space/requirements.txt, python {args.to}/space/app.py"
+        f"{space}: the page; try it: pip install -r {space}/requirements.txt, python {space}/app.py"
     )
     if args.push:
         print("\n".join(publish.push(args.to, args.push)))

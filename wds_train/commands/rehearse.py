@@ -1,4 +1,4 @@
-"""`wds-train rehearse`: a spot instance's end with what it costs in seconds, on this machine or of a run on AWS."""
+"""`wds-train rehearse`: time a spot interruption, simulated here or real on AWS."""
 
 import argparse
 import os
@@ -8,13 +8,16 @@ import tempfile
 from pathlib import Path
 
 from wds_train.checkpoint.run_manifest import name_of
-from wds_train.commands.flags import add_bucket, add_region, answered, run_url
+from wds_train.commands.flags import add_bucket, add_region, ask, resolve_run
 from wds_train.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run", nargs="?", metavar="RUN", help="on AWS: end its instance, once (default: a rehearsal here, without AWS)"
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="end the instance of this run on AWS, once (default: a rehearsal here, without AWS)",
     )
     add_bucket(parser, "runs/ lives")
     parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -22,17 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return _here() if args.run is None else _on_aws(args)
+    if args.run is None:
+        return _rehearse_here()
+    return _rehearse_on_aws(args)
 
 
-def _here() -> int:
+def _rehearse_here() -> int:
     from wds_train.aws.local_rehearsal import rehearse
     from wds_train.storage import embedded
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing may stay that was started here
+    # SIGTERM acts like Ctrl-C: no process that was started here may stay.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="wds-rehearsal-") as folder:
-        os.environ["WDS_HOME"] = folder  # the server and the run go with it
-        embedded.ensure_running()  # one for all processes
+        os.environ["WDS_HOME"] = folder  # the server and the run are deleted with it
+        embedded.ensure_running()  # one server for all processes
         try:
             found = rehearse(Path(folder), lambda line: print(line, file=sys.stderr, flush=True))
         finally:
@@ -43,17 +49,19 @@ def _here() -> int:
     return 0
 
 
-def _on_aws(args: argparse.Namespace) -> int:
+def _rehearse_on_aws(args: argparse.Namespace) -> int:
     from wds_train.aws import stacks
     from wds_train.aws.account import Aws
     from wds_train.aws.interruption import instance_of, interrupt
 
-    url = run_url(args.run, args.bucket)
-    aws, name = Aws(args.region), name_of(url)
+    url = resolve_run(args.run, args.bucket)
+    name = name_of(url)
+    aws = Aws(args.region)
     stacks.existing(aws, name)
     instance = instance_of(aws, name)
     print("\n".join(stacks.machines(aws, name)))
-    if not args.yes and answered(f"type the run's name to have {instance} ended; its group starts another: ") != name:
+    question = f"type the run's name to have {instance} ended; its group starts another: "
+    if not args.yes and ask(question) != name:
         raise UsageError("nothing was ended; type the run's name when asked, or give --yes")
     found = interrupt(aws, url, instance)
     commit = "none" if found.commit is None else f"{found.commit:5.1f} s"

@@ -1,4 +1,4 @@
-"""`wds-train report`: a run as a page that can be opened anywhere, as Markdown, and as pictures."""
+"""`wds-train report`: write a run's report as HTML, Markdown and pictures."""
 
 import argparse
 import sys
@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wds_train.checkpoint.find import find_run
-from wds_train.commands.flags import add_device, add_run, add_workers, count, dollars, local_path, run_url
+from wds_train.commands.flags import (
+    add_device,
+    add_run,
+    add_workers,
+    count,
+    dollars,
+    expand_home,
+    resolve_run,
+)
 from wds_train.errors import UsageError, WdsTrainError
 
 if TYPE_CHECKING:
     from wds_train.report.model_checks import Findings
 
-IMAGES = 2000  # of the validation split: an accuracy to about one point, and minutes on a CPU
+IMAGES = 2000  # of the validation split: accuracy to about one point, in minutes on a CPU
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workers(parser)
     add_device(parser)
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="write report.html, report.md and PNGs there"
+        "--out",
+        type=expand_home,
+        required=True,
+        metavar="DIR",
+        help="write report.html, report.md and PNGs there",
     )
     parser.add_argument(
         "--images",
@@ -29,19 +41,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="evaluate the best checkpoint on at most N validation images (default: %(default)s)",
     )
-    parser.add_argument("--no-images", action="store_const", const=0, dest="images", help="do not evaluate: in seconds")
     parser.add_argument(
-        "--price", type=dollars, metavar="USD", help="price of an instance hour (default: what each attempt noted)"
+        "--no-images",
+        action="store_const",
+        const=0,
+        dest="images",
+        help="do not evaluate, which takes seconds then",
     )
-    parser.add_argument("--on-demand-price", type=dollars, metavar="USD", help="the same on demand, to compare with")
+    parser.add_argument(
+        "--price",
+        type=dollars,
+        metavar="USD",
+        help="price of an instance hour (default: what each attempt noted)",
+    )
+    parser.add_argument(
+        "--on-demand-price",
+        type=dollars,
+        metavar="USD",
+        help="on-demand price of an instance hour, to compare with",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    manifest, store = find_run(run_url(args.run, args.bucket))
+    manifest, store = find_run(resolve_run(args.run, args.bucket))
     refuse_file(args.out)
 
+    # These imports take seconds: they come after all that can be refused without them.
     from wds_train.report.page import write
-    from wds_train.report.run_data import Account  # seconds, after what can be said without it
+    from wds_train.report.run_data import Account
     from wds_train.report.run_report import NOT_EVALUATED, Prices, report
 
     findings: Findings | str = NOT_EVALUATED
@@ -56,17 +83,20 @@ def run(args: argparse.Namespace) -> int:
         except WdsTrainError as error:
             findings = f"The model could not be evaluated: {error}."
             warn(findings)
-        manifest = find_run(store.url)[0]  # a run in progress is far beyond what it was, and what was evaluated
+        # A run in progress has gone far on during the evaluation.
+        manifest = find_run(store.url)[0]
     account = Account.of(store, manifest, warn)
-    page = write(report(account, Prices(args.price, args.on_demand_price), findings), args.out, "report")
-    print(page)
+    prices = Prices(args.price, args.on_demand_price)
+    print(write(report(account, prices, findings), args.out, "report"))
     return 0
 
 
 def refuse_file(folder: Path | None) -> None:
+    """Raise `UsageError` if --out names a file."""
     if folder and folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; give a folder")
 
 
 def warn(message: str) -> None:
+    """Print a line on stderr."""
     print(f"wds-train: {message}", file=sys.stderr)

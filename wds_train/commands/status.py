@@ -1,4 +1,4 @@
-"""`wds-train status`: how far a run is, who trains it, what it cost."""
+"""`wds-train status`: show a run's progress, owner and cost."""
 
 import argparse
 import contextlib
@@ -11,13 +11,14 @@ from typing import Any
 
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.goodput import Parts
-from wds_train.checkpoint.run_manifest import Checkpoint, RunManifest, name_of
+from wds_train.checkpoint.run_manifest import Checkpoint, RunManifest, Totals, name_of
 from wds_train.checkpoint.scores import SCORES, every_of, telling, told
 from wds_train.checkpoint.standing import state_of, where_time_went
 from wds_train.checkpoint.weight_choice import best_weights
-from wds_train.commands.flags import add_region, add_run, dollars, run_url
+from wds_train.commands.flags import add_region, add_run, dollars, resolve_run
+from wds_train.console import align_columns
 from wds_train.errors import NotFound
-from wds_train.report import goodput_words as goodput
+from wds_train.report.formatting import describe_goodput
 from wds_train.storage.address import is_embedded
 
 WATCH_SECONDS = 2.0
@@ -27,16 +28,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as JSON")
-    form.add_argument("--watch", action="store_true", help="again every few seconds, until the run ends")
-    parser.add_argument(
-        "--price", type=dollars, metavar="USD", help="price of an instance hour, to sum up the cost so far"
+    form.add_argument(
+        "--watch", action="store_true", help="show it every few seconds, until the run ends"
     )
-    parser.add_argument("--machines", action="store_true", help="and its instances on AWS, if its bucket is there")
+    parser.add_argument(
+        "--price",
+        type=dollars,
+        metavar="USD",
+        help="price of an instance hour, to sum up the cost so far",
+    )
+    parser.add_argument(
+        "--machines",
+        action="store_true",
+        help="also list its instances on AWS, if its bucket is there",
+    )
     add_region(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    url = run_url(args.run, args.bucket)
+    url = resolve_run(args.run, args.bucket)
     machines_wanted = args.machines and url.startswith("s3://") and not is_embedded(url)
     if args.watch:
         with contextlib.suppress(KeyboardInterrupt):
@@ -47,9 +57,10 @@ def run(args: argparse.Namespace) -> int:
         lines = _lines(status)
     except NotFound:
         # An instance takes minutes until it begins the run, and without capacity there is none.
-        if not machines_wanted or not _launched(args.region, name_of(url)):
+        if not machines_wanted or not _is_launched(args.region, name_of(url)):
             raise
-        status, lines = {"run": name_of(url), "status": "not begun"}, [f"run      {url}: not begun yet"]
+        status = {"run": name_of(url), "status": "not begun"}
+        lines = [f"run      {url}: not begun yet"]
     if not args.json:
         print("\n".join(lines))  # before AWS is asked, which may refuse
     if machines_wanted:
@@ -64,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _launched(region: str | None, run: str) -> bool:
+def _is_launched(region: str | None, run: str) -> bool:
     from wds_train.aws.account import Aws
     from wds_train.aws.stacks import group
 
@@ -72,14 +83,21 @@ def _launched(region: str | None, run: str) -> bool:
 
 
 def _watch(url: str, price: float | None) -> None:
-    """Show the run's state until it ends: in a terminal in one place, elsewhere a line whenever it has changed."""
-    above, shown = 0, ""
+    """Show the run's state until it ends.
+
+    In a terminal it is redrawn in one place; elsewhere a line is printed whenever it has changed.
+    """
+    above = 0  # lines of the last state, which the next one replaces
+    shown = ""
     while True:
         status = describe(find_run(url)[0], time.time(), price)
-        lines, line = _lines(status), _line(status)
+        lines = _lines(status)
+        line = _line(status)
         if sys.stdout.isatty():
-            wide = shutil.get_terminal_size().columns - 1  # a line that wraps would take two
-            print(f"\x1b[{above}F" * (above > 0) + "\x1b[J" + "\n".join(each[:wide] for each in lines), flush=True)
+            columns = shutil.get_terminal_size().columns - 1  # a line that wraps would take two
+            go_up = f"\x1b[{above}F" if above else ""
+            text = "\n".join(each[:columns] for each in lines)
+            print(f"{go_up}\x1b[J{text}", flush=True)
             above = len(lines)
         elif line != shown:
             print(line, flush=True)
@@ -90,17 +108,31 @@ def _watch(url: str, price: float | None) -> None:
 
 
 def _line(status: dict[str, Any]) -> str:
-    top1 = "".join(f", {name} {value:.2f}" for name, value in status["metrics"].items() if "top1" in name)
-    return f"{status['run']}: {status['status']}, step {status['step']}, epoch {status['epochs']}/{status['of_epochs']}{top1}"
+    """Return the state in one line."""
+    parts = [
+        status["status"],
+        f"step {status['step']}",
+        f"epoch {status['epochs']}/{status['of_epochs']}",
+    ]
+    for name, value in status["metrics"].items():
+        if "top1" in name:
+            parts.append(f"{name} {value:.2f}")
+    return f"{status['run']}: {', '.join(parts)}"
 
 
 def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str, Any]:
-    """What `status --json` prints, the status as `state_of` has it. Ages compare two machines' clocks and are for people
-    only; hours are those between each attempt's claim and its last sign of life. The paid time begins earlier, with the
-    process.
+    """Return what `status --json` prints.
+
+    Hours are those between each attempt's claim and its last sign of life; the paid time begins
+    earlier, with the process. Ages compare the clocks of two machines, and are for people only.
+
+    Args:
+        manifest: The run's.
+        now: The time, seconds since the epoch.
+        price: Dollars of an instance hour. None: what each attempt noted.
     """
     newest = manifest.checkpoints[-1] if manifest.checkpoints else None
-    totals, silent_s = manifest.totals(), now - manifest.written
+    totals = manifest.totals()
     hours = totals.seconds / 3600
     return {
         "run": manifest.run,
@@ -111,7 +143,7 @@ def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str
         "metrics": _newest_metrics(manifest),
         "owner": str(manifest.owner),
         "lease_s": manifest.lease,
-        "lease_age_s": round(silent_s, 1),
+        "lease_age_s": round(now - manifest.written, 1),
         "fence": manifest.fence,
         "attempts": totals.attempts,
         "interruptions": totals.interruptions,
@@ -121,22 +153,36 @@ def describe(manifest: RunManifest, now: float, price: float | None) -> dict[str
         "differences": [asdict(each) for each in manifest.differences],
         "wandb": manifest.page.url or None,
         "hours": round(hours, 4),
-        "dollars": round(hours * price, 2)
-        if price is not None
-        else round(totals.dollars, 2)
-        if totals.dollars
-        else None,
+        "dollars": _dollars(totals, price),
         "goodput": _goodput(where_time_went(manifest, now)),
         "checkpoints": [_row(checkpoint) for checkpoint in manifest.checkpoints],
-        "best": {kind: found.checkpoint.progress.step for kind in SCORES if (found := best_weights(manifest, [kind]))},
+        "best": _best_steps(manifest),
         "weights": _weights(manifest),
     }
 
 
-def _goodput(parts: Parts) -> dict[str, Any]:
-    """The share of the paid time that became steps that count, and all parts of that time in seconds and as shares.
+def _dollars(totals: Totals, price: float | None) -> float | None:
+    """Return what the run cost so far; None if nobody knows a price."""
+    if price is not None:
+        return round(totals.seconds / 3600 * price, 2)
+    return round(totals.dollars, 2) if totals.dollars else None
 
-    `share` is None where no attempt noted where its time went.
+
+def _best_steps(run: RunManifest) -> dict[str, int]:
+    """Return the step of the best weights of each kind that was validated."""
+    steps = {}
+    for kind in SCORES:
+        best = best_weights(run, [kind])
+        if best:
+            steps[kind] = best.checkpoint.progress.step
+    return steps
+
+
+def _goodput(parts: Parts) -> dict[str, Any]:
+    """Return the share of the paid time that became steps of the run, and all parts of that time.
+
+    `share` is None if no attempt noted where its time went. Parts are given in seconds and as
+    shares.
     """
     return {
         "share": parts.goodput,
@@ -147,18 +193,26 @@ def _goodput(parts: Parts) -> dict[str, Any]:
 
 
 def _newest_metrics(run: RunManifest) -> dict[str, float]:
-    """Those of the last validation, without what says nothing."""
+    """Return the metrics of the last validation, without those that say nothing."""
     scored = [checkpoint for checkpoint in run.checkpoints if checkpoint.metrics]
-    metrics = run.result or (scored[-1].metrics if scored else {})
-    return telling(metrics, scored[-1].progress.step, every_of(run.recipe)) if scored else metrics
+    if not scored:
+        return run.result or {}
+    newest = scored[-1]
+    return telling(run.result or newest.metrics, newest.progress.step, every_of(run.recipe))
 
 
 def _weights(run: RunManifest) -> dict[str, Any] | None:
-    """Those that every command takes, with their own score; None where nothing was validated."""
-    if (found := best_weights(run)) is None:
+    """Return the weights that every command takes; None if nothing was validated."""
+    found = best_weights(run)
+    if found is None:
         return None
     progress = found.checkpoint.progress
-    return {"kind": found.kind, "step": progress.step, "epoch": progress.evaluated, "top1": found.top1}
+    return {
+        "kind": found.kind,
+        "step": progress.step,
+        "epoch": progress.evaluated,
+        "top1": found.top1,
+    }
 
 
 def _row(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -170,31 +224,43 @@ def _row(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _lines(status: dict[str, Any]) -> list[str]:
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in status["metrics"].items()) or "none yet"
-    stored = sum(row["bytes"] for row in status["checkpoints"]) / 1e6
-    dollars = "" if status["dollars"] is None else f", ${status['dollars']:.2f}"
+    """Return the state as a table for people."""
+    scores = [f"{name} {value:.4g}" for name, value in status["metrics"].items()]
+    megabytes = sum(row["bytes"] for row in status["checkpoints"]) / 1e6
+    cost = "" if status["dollars"] is None else f", ${status['dollars']:.2f}"
     best = "none yet"
-    if weights := status["weights"]:
-        own = {SCORES[weights["kind"]]: weights["top1"]}
-        best = told(weights["kind"], weights["step"], weights["epoch"], own)
-    lines = [
-        f"run          {status['run']}: {status['status']}",
-        f"progress     step {status['step']}, {status['epochs']} of {status['of_epochs']} epochs validated",
-        f"metrics      {scores}",
-        f"best         {best}",
-        f"owner        {status['owner']}, last heard of {status['lease_age_s']:.0f} s ago (lease {status['lease_s']:g} s)",
-        f"checkpoints  {len(status['checkpoints'])}, {stored:.1f} MB",
-        f"attempts     {status['attempts']}, of which {status['interruptions']} interrupted, {status['failures']} failed",
-        f"time         {status['hours']:.2f} hours{dollars}",
-        f"goodput      {goodput.told(Parts(**status['goodput']['seconds']))}",
+    weights = status["weights"]
+    if weights:
+        score = {SCORES[weights["kind"]]: weights["top1"]}
+        best = told(weights["kind"], weights["step"], weights["epoch"], score)
+    heard = f"last heard of {status['lease_age_s']:.0f} s ago (lease {status['lease_s']:g} s)"
+    ended = f"{status['interruptions']} interrupted, {status['failures']} failed"
+    rows = [
+        ["run", f"{status['run']}: {status['status']}"],
+        [
+            "progress",
+            f"step {status['step']}, {status['epochs']} of {status['of_epochs']} epochs validated",
+        ],
+        ["metrics", ", ".join(scores) or "none yet"],
+        ["best", best],
+        ["owner", f"{status['owner']}, {heard}"],
+        ["checkpoints", f"{len(status['checkpoints'])}, {megabytes:.1f} MB"],
+        ["attempts", f"{status['attempts']}, of which {ended}"],
+        ["time", f"{status['hours']:.2f} hours{cost}"],
+        ["goodput", describe_goodput(Parts(**status["goodput"]["seconds"]))],
     ]
+    # The rest is there only in some runs.
     if status["wandb"]:
-        lines.append(f"W&B          {status['wandb']}")
+        rows.append(["W&B", status["wandb"]])
     for found in status["differences"]:
         where = f"rank {found['rank']} on {found['host']}"
-        lines.append(
-            f"recheck      step {found['step']} gave another result the second time: {found['tensor']}, {where}"
+        differs = (
+            f"step {found['step']} gave another result the second time: {found['tensor']}, {where}"
         )
+        rows.append(["recheck", differs])
     if status["unsafe_store"]:
-        lines.append("store        ignores conditional writes (--unsafe-store): never train this run twice at a time")
-    return lines
+        warning = (
+            "ignores conditional writes (--unsafe-store): never train this run twice at a time"
+        )
+        rows.append(["store", warning])
+    return align_columns(rows)

@@ -1,4 +1,4 @@
-"""`wds-train verify`: every byte of a dataset or a run is read anew."""
+"""`wds-train verify`: re-read every byte of a dataset or a run."""
 
 import argparse
 
@@ -11,27 +11,42 @@ from wds_train.dataset.integrity import verify
 from wds_train.dataset.manifest import NAME
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import Dropped, NotFound, RunError
-from wds_train.storage.address import announced, located, not_here
+from wds_train.storage.address import announce_embedded, announce_name, resolve_address
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("address", metavar="DATASET_OR_RUN", help="s3://bucket/prefix, a directory, or a name")
+    parser.add_argument(
+        "address", metavar="DATASET_OR_RUN", help="s3://bucket/prefix, a directory, or a name"
+    )
     add_bucket(parser, "datasets/ and runs/ live")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read whatever lies at the address: a name may be a dataset's and a run's."""
-    meant = dict.fromkeys(located(args.address, kind, args.bucket) for kind in ("datasets", "runs"))
-    addresses = [not_here(announced(address, args.address), args.address) for address in meant]
-    found = {url: manifest for url in addresses if (manifest := _manifest_at(url)) is not None}
-    if not found:
-        raise NotFound(f"there is no dataset and no run at {' or '.join(addresses)} (no {NAME}); check the address")
-    return max(_verify_run(url) if _is_run(manifest) else _verify_dataset(url) for url, manifest in found.items())
+    """Verify all that is at the address: a name may be one of a dataset and of a run."""
+    addresses = []
+    for kind in ("datasets", "runs"):
+        address = resolve_address(args.address, kind, args.bucket)
+        if address not in addresses:
+            addresses.append(address)
+    for address in addresses:
+        announce_embedded(address, args.address)
+        announce_name(address, args.address)
+
+    codes = []
+    manifests = {address: _read_manifest(address) for address in addresses}
+    for address, manifest in manifests.items():
+        if manifest is not None:
+            verify_it = _verify_run if _is_run(manifest) else _verify_dataset
+            codes.append(verify_it(address))
+    if not codes:
+        places = " or ".join(addresses)
+        raise NotFound(f"there is no dataset and no run at {places} (no {NAME}); check the address")
+    return max(codes)
 
 
-def _manifest_at(url: str) -> bytes | None:
+def _read_manifest(url: str) -> bytes | None:
     try:
         return open_store(url).read(NAME)
     except NotFound:
@@ -39,27 +54,29 @@ def _manifest_at(url: str) -> bytes | None:
 
 
 def _is_run(manifest: bytes) -> bool:
-    return states.KIND.encode() in manifest  # also of one that is no whole JSON any more
+    # A search rather than a parse: the manifest may be damaged.
+    return states.KIND.encode() in manifest
 
 
 def _verify_dataset(url: str) -> int:
     dataset = Dataset.open(url)
-    found, splits = 0, dataset.manifest.splits.values()
-    size, samples = sum(split.bytes for split in splits), sum(split.samples for split in splits)
+    splits = dataset.manifest.splits.values()
+    size = sum(split.bytes for split in splits)
+    samples = sum(split.samples for split in splits)
+    damaged = 0
     with Meter(size) as meter:
         for damage in verify(dataset, meter.add):
             meter.print(str(damage))
-            found += 1
-    print(
-        f"{dataset.store.url}: {f'{found} damaged' if found else 'whole'}; {samples:,} samples, {size / 1e6:,.1f} MB read"
-    )
-    return 1 if found else 0
+            damaged += 1
+    state = f"{damaged} damaged" if damaged else "whole"
+    print(f"{dataset.store.url}: {state}; {samples:,} samples, {size / 1e6:,.1f} MB read")
+    return 1 if damaged else 0
 
 
 def _verify_run(url: str) -> int:
-    """Read all that a run names; a line for each object that is damaged, and the checkpoint that a resume would use.
+    """Read all that a run names, and print what is damaged and what a resume would use.
 
-    A run in training drops checkpoints meanwhile: then what its newest manifest names is read, too.
+    A run in training drops checkpoints meanwhile. Then what its newest manifest names is read, too.
     """
     manifest, store = find_run(url)
     loading()
@@ -70,20 +87,34 @@ def _verify_run(url: str) -> int:
         for _ in range(ROUNDS):
             if _read_all(store, manifest, flaws, meter):
                 break
-            manifest = find_run(url)[0]
+            manifest, _ = find_run(url)
         else:
             raise too_fast(store)
-    return _tell(store, manifest, flaws)
+    return _print_result(store, manifest, flaws)
 
 
-def _read_all(store: Store, manifest: RunManifest, flaws: dict[str, RunError | None], meter: Meter) -> bool:
-    """Note in `flaws`, by their keys, what is wrong with the objects that were not read before; whether all were there to
-    be read, rather than dropped by a newer commit.
+def _read_all(
+    store: Store, manifest: RunManifest, flaws: dict[str, RunError | None], meter: Meter
+) -> bool:
+    """Read all objects that were not read before.
+
+    Args:
+        store: The run's.
+        manifest: It names the objects.
+        flaws: Gets the flaw of each object by its key, None if it is whole.
+        meter: Counts the bytes.
+
+    Returns:
+        False if a newer commit has dropped some of them.
     """
     from wds_train.checkpoint.restore import flaw_of, read_records
 
     whole = True
-    parts: list[Checkpoint | Segment] = [*manifest.checkpoints, *manifest.metrics, *manifest.replayed]
+    parts: list[Checkpoint | Segment] = [
+        *manifest.checkpoints,
+        *manifest.metrics,
+        *manifest.replayed,
+    ]
     for named in parts:
         key = named.object.key
         if key in flaws:
@@ -103,22 +134,27 @@ def _read_all(store: Store, manifest: RunManifest, flaws: dict[str, RunError | N
     return whole
 
 
-def _tell(store: Store, manifest: RunManifest, flaws: dict[str, RunError | None]) -> int:
-    """Print what is wrong with what `manifest` names; the exit code."""
-    damaged = [flaw for key, flaw in flaws.items() if flaw is not None and key in manifest.keys]
-    for line in damaged:
-        print(line)
+def _print_result(store: Store, manifest: RunManifest, flaws: dict[str, RunError | None]) -> int:
+    """Print the flaws of what `manifest` names, and return the exit code."""
+    keys = manifest.keys
+    damaged = [flaw for key, flaw in flaws.items() if flaw is not None and key in keys]
+    for flaw in damaged:
+        print(flaw)
     state = f"{len(damaged)} damaged" if damaged else "whole"
     size = sum(named.bytes for named in manifest.objects)
+    segments = len(manifest.metrics) + len(manifest.replayed)
     print(
-        f"{store.url}: {state}; {len(manifest.checkpoints)} checkpoints, {len(manifest.metrics + manifest.replayed)} segments "
-        f"of metrics, {size / 1e6:,.1f} MB"
+        f"{store.url}: {state}; {len(manifest.checkpoints)} checkpoints, "
+        f"{segments} segments of metrics, {size / 1e6:,.1f} MB"
     )
+
+    # A resume takes the newest that is whole: a commit that was announced, or else a checkpoint.
     usable = [each for each in manifest.checkpoints if flaws[each.object.key] is None]
     if manifest.pending is not None and _is_whole(store, manifest):
         usable.append(manifest.pending.checkpoint)
     if usable:
-        print(f"a resume uses the checkpoint of step {usable[-1].progress.step}, {usable[-1].object.key}")
+        newest = usable[-1]
+        print(f"a resume uses the checkpoint of step {newest.progress.step}, {newest.object.key}")
     elif damaged:
         print("there is no checkpoint that a resume could use")
     else:
@@ -127,7 +163,7 @@ def _tell(store: Store, manifest: RunManifest, flaws: dict[str, RunError | None]
 
 
 def _is_whole(store: Store, manifest: RunManifest) -> bool:
-    """Return whether the next attempt would adopt the commit that an attempt announced and did not finish."""
+    """Return whether the next attempt would adopt a commit that was announced and not finished."""
     from wds_train.checkpoint.restore import read_pending
 
     if manifest.pending is None:

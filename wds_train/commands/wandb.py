@@ -1,10 +1,12 @@
-"""`wds-train wandb`: a run's page in Weights & Biases, made anew or completed from what is on S3."""
+"""`wds-train wandb`: make or complete a run's page in Weights & Biases from its metrics on S3."""
 
 import argparse
 import os
+from typing import Any
 
 from wds_train.checkpoint.find import find_run
-from wds_train.commands.flags import add_run, run_url
+from wds_train.checkpoint.run_manifest import RunManifest
+from wds_train.commands.flags import add_run, resolve_run
 from wds_train.console import loading, say
 from wds_train.errors import RunError, UsageError
 
@@ -32,8 +34,12 @@ def run(args: argparse.Namespace) -> int:
     mode = usual_mode()
     if mode == "disabled":
         raise UsageError("WANDB_MODE is disabled; unset it")
-    manifest, store = find_run(run_url(args.run, args.bucket))
-    history = from_newest(store, manifest, lambda newest: Run(store, newest, "", leads=False).history())
+    manifest, store = find_run(resolve_run(args.run, args.bucket))
+
+    def read_history(newest: RunManifest) -> list[dict[str, Any]]:
+        return Run(store, newest, "", leads=False).history()
+
+    history = from_newest(store, manifest, read_history)
     page = RunPage(manifest, store.url, lambda change: amend(store, change, say), say)
     page.settle(args.project, args.entity)
     try:
@@ -47,10 +53,16 @@ def run(args: argparse.Namespace) -> int:
         raise RunError(f"W&B failed ({one_line(error)}); nothing is lost: try again") from error
     steps = len({row.get("step") for row in history})
     if mode == "offline":
-        remedy = "unset WANDB_MODE" if os.environ.get("WANDB_MODE") else "log in (`wandb login`, or set WANDB_API_KEY)"
+        remedy = "log in (`wandb login`, or set WANDB_API_KEY)"
+        if os.environ.get("WANDB_MODE"):
+            remedy = "unset WANDB_MODE"
         print(
-            f"{store.url}: nothing was sent, the {steps} steps that have metrics are in {where}; {remedy}, and type this again"
+            f"{store.url}: nothing was sent, the {steps} steps that have metrics are in {where}; "
+            f"{remedy}, and type this again"
         )
-    else:
-        print(f"{store.url}: sent {board.sent} of the {steps} steps that have metrics, the others were there; {where}")
+        return 0
+    print(
+        f"{store.url}: sent {board.sent} of the {steps} steps that have metrics, the others were "
+        f"there; {where}"
+    )
     return 0

@@ -35,7 +35,7 @@ from wds_train.conversion.sources.tars import CLASS_LISTS, tar_classes
 from wds_train.dataset.manifest import DatasetManifest
 from wds_train.errors import DataError, Interrupted, NotFound, UsageError
 from wds_train.files import home
-from wds_train.storage.address import announced, located
+from wds_train.storage.address import announce_embedded, resolve_address
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 from wds_train.storage.proof import prove
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     if args.processes > 1 and not (args.executor or args.dry_run):
         prepare()
     wanted_at = name_of(args.source) if args.dataset is None else args.dataset
-    url = announced(located(wanted_at, "datasets", args.bucket), wanted_at)
+    url = resolve_address(wanted_at, "datasets", args.bucket)
+    announce_embedded(url, wanted_at)
     store = open_store(url)
     root = source_root(args.source)
     refuse_overlap(root, store)
@@ -158,7 +159,9 @@ def _counts(made: DatasetManifest) -> str:
 def _index(args: argparse.Namespace) -> int:
     if args.dataset is None:
         raise UsageError("index needs the address of the tars: wds-train shards index s3://bucket/prefix")
-    store = open_store(announced(located(args.dataset, "datasets", args.bucket), args.dataset))
+    url = resolve_address(args.dataset, "datasets", args.bucket)
+    announce_embedded(url, args.dataset)
+    store = open_store(url)
     wanted = read_wanted(args)
     _refuse_unheeded(args)
     if not args.dry_run:  # before the hours that reading may take

@@ -16,7 +16,12 @@ from wds_train.dataset.manifest import DatasetManifest, Index, Shard, read_manif
 from wds_train.dataset.shared_index import SharedRows, make_shared_index
 from wds_train.errors import DataError, NotFound, UsageError
 from wds_train.files import home
-from wds_train.storage.address import announced, located, name_from, not_here
+from wds_train.storage.address import (
+    announce_embedded,
+    announce_name,
+    make_name,
+    resolve_address,
+)
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 
@@ -138,8 +143,10 @@ class Dataset:
                 "it is s3://BUCKET/PREFIX, a path like /x or ./x, or a name"
             )
         if not url.startswith("file:///"):
-            address = announced(located(url, "datasets"), url)
-            url = not_here(address, url)
+            text = url
+            url = resolve_address(text, "datasets")
+            announce_embedded(url, text)
+            announce_name(url, text)
         store = open_store(url)
         try:
             return cls(store, _read_manifest(store))
@@ -147,7 +154,7 @@ class Dataset:
             remedy = f"check the address, or make one: wds-train shards SOURCE {shlex.quote(url)}"
             if not store.url.startswith("s3://") and any(Path(store.url).glob("*")):
                 # The folder holds something else: photos, most likely.
-                name = name_from(Path(store.url).name)
+                name = make_name(Path(store.url).name)
                 remedy = (
                     f"make one of this folder: wds-train shards {shlex.quote(url)} {name}; "
                     f"it is then called {name}"

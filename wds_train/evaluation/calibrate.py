@@ -1,7 +1,8 @@
-"""A temperature for a model's logits, fitted on one half of some validation samples and judged on the other half.
+"""Calibration: a temperature for a model's logits, fitted on validation samples.
 
-Dividing the logits by it changes no ranking (Guo et al. 2017, arXiv:1706.04599), but what the probabilities say of themselves.
-Whatever shows a probability takes the weights from here, so that all use the same number.
+One half of the samples fits it, and the other half judges it. Dividing the logits by it changes no
+ranking, only how sure the probabilities are (Guo et al. 2017, arXiv:1706.04599). All that shows a
+probability takes the weights from here, so that all use the same number.
 """
 
 import contextlib
@@ -36,11 +37,11 @@ from wds_train.models.calibration import (
 from wds_train.models.weights import SUFFIX, Weights
 from wds_train.storage.base import Store
 
-SAMPLES = 1000  # at most: a temperature is one number, and a model on a CPU takes a minute for them
+SAMPLES = 1000  # at most: enough for one number, and a minute for a model on a CPU
 TEMPERATURES = (0.05, 20.0)
 BATCH = 32  # of images at a time: little memory, wherever a model is used
 BINS = 15  # of confidence
-RULE = 2  # the number of the rule by which what is kept was calibrated: that of another rule is found out anew
+RULE = 2  # the version of the method; kept weights of another version are calibrated again
 UNREADABLE = Calibration(reason="the validation images of the training could not be read")
 LOG = logging.getLogger(__name__)
 
@@ -54,8 +55,10 @@ def uncounted(_: int) -> Iterator[Callable[[int], object]]:
 
 
 def loaded(store: Store, run: RunManifest, choice: Choice) -> Weights:
-    """The weights chosen out of `run`, calibrated if they ever were on this machine: downloading a whole checkpoint and
-    calibrating it takes longer than most of what follows. No thread is started.
+    """Return the chosen weights of a run, calibrated if this machine has calibrated them before.
+
+    Those are kept on its disk: to download and calibrate a checkpoint takes longer than most of
+    what follows. No thread is started.
     """
     with contextlib.suppress(WdsTrainError):
         return replace(Weights.read(_place(run, choice)), run=store.url)
@@ -63,14 +66,23 @@ def loaded(store: Store, run: RunManifest, choice: Choice) -> Weights:
 
 
 def calibrated(
-    weights: Weights, run: RunManifest, choice: Choice, device: torch.device, counted: Counted = uncounted
+    weights: Weights,
+    run: RunManifest,
+    choice: Choice,
+    device: torch.device,
+    counted: Counted = uncounted,
 ) -> Weights:
-    """`weights`, which are those chosen out of `run`, with a calibration by the validation split that the run was trained with,
-    or with the reason why there is none. They are kept below `home()` for the next time, in the place of those that the run
-    had before.
+    """Return weights with their calibration by the run's validation split, or the reason for none.
+
+    They are kept below `home()` for the next time, and replace older ones of the run.
 
     Args:
-        counted: called with the number of images, it is told in its context of those that are done.
+        weights: The chosen weights.
+        run: The run's manifest.
+        choice: The choice that the weights are of.
+        device: Where the model computes.
+        counted: Called with the number of images. Its context yields a function that counts those
+        done.
     """
     if weights.calibration != Calibration():
         return weights
@@ -97,26 +109,36 @@ def _place(run: RunManifest, choice: Choice) -> Path:
 def _scored(
     weights: Weights, run: RunManifest, device: torch.device, counted: Counted
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The logits [samples, classes] of at most SAMPLES samples that can be read, evenly taken from the validation, and their
-    labels.
+    """Score at most SAMPLES validation samples, evenly spaced.
+
+    Returns:
+        float32 logits [samples, classes] and int64 labels [samples] of those that can be read.
     """
     split = spread(own_dataset(run).split("val"), SAMPLES)
     view = View.of(weights.recipe, None)
     with counted(len(split)) as seen:
-        # Without loader workers: a forked one would not survive the threads that PyTorch may have by now.
-        scored = score([weights], [view], split, BATCH, workers=0, device=device, seen=seen, keep_logits=True)
+        # Without loader workers: a forked one would not survive the threads that PyTorch may have
+        # by now.
+        scored = score(
+            [weights], [view], split, BATCH, workers=0, device=device, seen=seen, keep_logits=True
+        )
     readable = scored.predicted >= 0
     return scored.logits[readable], split.index.label[:].astype(np.int64)[readable]
 
 
 def calibrate(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Calibration:
-    """What `logits` [samples, classes] of samples with `labels` tell: every other sample fits a temperature, the rest judges
-    it, by the very figure that is printed. One that makes it no better is not used, and of fewer than NEEDED samples none is
-    fitted.
+    """Fit a temperature on every other sample, and judge it on the rest by the printed figure.
+
+    A temperature that does not help is not used. Fewer than NEEDED samples fit none.
+
+    Args:
+        logits: float32 [samples, classes].
+        labels: int64 [samples].
     """
     if len(labels) < NEEDED:
         return uncalibrated(len(labels))
-    fit, rest = slice(0, None, 2), slice(1, None, 2)
+    fit = slice(0, None, 2)
+    rest = slice(1, None, 2)
 
     def loss(log_temperature: float) -> float:
         scaled = log_softmax(logits[fit] / np.exp(log_temperature), axis=1)
@@ -130,8 +152,10 @@ def calibrate(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Calibra
     return replace(_judged(1.0, fitted, logits[rest], labels[rest]), reason=refused(tried).reason)
 
 
-def _judged(temperature: float, fitted: int, logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Calibration:
-    """The figures of `temperature`, which was fitted on `fitted` samples, on other ones."""
+def _judged(
+    temperature: float, fitted: int, logits: NDArray[np.float32], labels: NDArray[np.int64]
+) -> Calibration:
+    """Judge `temperature`, which was fitted on `fitted` samples, on other samples."""
     right = logits.argmax(axis=1) == labels
     raw = probabilities(logits, 1.0).max(axis=1)
     probability = probabilities(logits, temperature).max(axis=1)
@@ -154,7 +178,7 @@ def _percent(flags: NDArray[np.bool_]) -> float:
 
 @dataclass(frozen=True)
 class Bin:
-    """Predictions of about equal confidence; both figures in percent."""
+    """Predictions of about equal confidence. Confidence and accuracy are in percent."""
 
     samples: int
     confidence: float
@@ -162,14 +186,22 @@ class Bin:
 
 
 def calibration(confidence: NDArray[Any], right: NDArray[np.bool_]) -> tuple[list[Bin], float]:
-    """The bins of equal width that hold samples, and the expected calibration error: the mean distance of accuracy and
-    confidence over the bins, weighted by samples (Guo et al. 2017, arXiv:1706.04599).
+    """Return the bins of equal width that have samples, and the expected calibration error.
+
+    That is the mean distance of accuracy and confidence over the bins, weighted by samples, in
+    percent (Guo et al. 2017, arXiv:1706.04599).
+
+    Args:
+        confidence: Probabilities of the predictions [samples].
+        right: Whether each is right, bool [samples].
     """
     places = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-    bins = [
-        Bin(int(held.sum()), 100 * float(confidence[held].mean()), 100 * float(right[held].mean()))
-        for place in range(BINS)
-        if (held := places == place).any()
-    ]
+    bins = []
+    for place in range(BINS):
+        held = places == place
+        if held.any():
+            mean_confidence = 100 * float(confidence[held].mean())
+            accuracy = 100 * float(right[held].mean())
+            bins.append(Bin(int(held.sum()), mean_confidence, accuracy))
     distance = sum(each.samples * abs(each.accuracy - each.confidence) for each in bins)
     return bins, distance / max(1, len(right))

@@ -1,6 +1,8 @@
-"""A report's charts. Each is an SVG for the page, whose colours the page's style sheet sets, so that it is light or dark with
-it, and a PNG for elsewhere. The colours are those of Okabe and Ito, which the colour-blind can tell; lines differ in their
-dashes as well.
+"""A report's charts, each as an SVG for the page and a PNG for elsewhere.
+
+The page's style sheet sets the colours of the SVG, so that it is light or dark with the page.
+The colours are those of Okabe and Ito, which colour-blind people can tell apart. Lines also differ
+in their dashes.
 """
 
 import io
@@ -14,13 +16,19 @@ from markupsafe import Markup
 
 from wds_train.tracking.schedule_plot import new_figure
 
-INK, GRID = "#1f2328", "#c9d1d9"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")  # blue, vermilion, green, purple, and a darker yellow
+INK = "#1f2328"
+GRID = "#c9d1d9"
+# Blue, vermilion, green, purple, and a darker yellow.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")
 DASHES = ("-", "--", "-.", ":")
 HATCHES = ("", "///")  # of bars
 # In the style sheet these are other colours on a dark page.
-VARIABLES = {INK: "--ink", GRID: "--grid"} | {colour: f"--c{number}" for number, colour in enumerate(COLOURS)}
-WIDTH, HEIGHT, DPI = 4.6, 2.9, 150  # inches: small, so that the text can be read on a phone
+VARIABLES = {INK: "--ink", GRID: "--grid"} | {
+    colour: f"--c{number}" for number, colour in enumerate(COLOURS)
+}
+WIDTH = 4.6  # inches: small, so that the text can be read on a phone
+HEIGHT = 2.9  # inches
+DPI = 150
 POINTS = 600  # of a line
 # Texts stay texts, and class or host names are no formulas.
 STYLE: Any = {
@@ -52,7 +60,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """`text` says what is seen, for those who do not see it."""
+    """A chart. `text` describes it for people who cannot see it."""
 
     name: str
     title: str
@@ -64,7 +72,18 @@ class Chart:
 def line_chart(
     name: str, title: str, lines: Sequence[Line], *, xlabel: str = "epoch", zero: bool = False
 ) -> Chart | None:
-    """The lines that have points; None when none has. With `zero` the axis begins there."""
+    """Draw lines.
+
+    Args:
+        name: The file's name, without its suffix.
+        title: What the vertical axis shows.
+        lines: Those without points are left out.
+        xlabel: What the horizontal axis shows.
+        zero: Begin the vertical axis at 0.
+
+    Returns:
+        The chart; None if no line has points.
+    """
     shown = [(number, line) for number, line in enumerate(lines) if line.points]
     if not shown:
         return None
@@ -86,19 +105,30 @@ def line_chart(
         axes.set_xlabel(xlabel)
         axes.set_xlim(left=0)
         if zero:
-            axes.set_ylim(0, 1.08 * max(value for _, line in shown for _, value in line.points) or 1)
+            highest = max(max(value for _, value in line.points) for _, line in shown)
+            axes.set_ylim(0, 1.08 * highest or 1)
         if len(shown) > 1:
             axes.legend()
 
-    ends = [f"{line.label or 'it'} goes from {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for _, line in shown]
+    ends = [
+        f"{line.label or 'it'} goes from {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}"
+        for _, line in shown
+    ]
     return _chart(name, title, f"{title} by {xlabel}: {'; '.join(ends)}.", draw)
 
 
 def timeline_chart(spans: Sequence[tuple[str, float, float, str]], text: str) -> Chart:
-    """Attempts, as name, seconds at which they began and ended, and how they ended, one below the other."""
+    """Draw attempts as bars, one below the other.
+
+    Args:
+        spans: Name, begin and end in seconds, and how it ended.
+        text: Describes the chart.
+    """
     whole = max(1.0, spans[-1][2] - spans[0][1])  # clocks may disagree
     unit, seconds = ("hours", 3600) if whole > 7200 else ("minutes", 60)
-    colours = dict(zip(("running", "lost", "done", "failed", "interrupted"), COLOURS, strict=True))  # "stopped" is ink
+    colours = dict(
+        zip(("running", "lost", "done", "failed", "interrupted"), COLOURS, strict=True)
+    )  # "stopped" is ink
 
     def draw(axes: Any) -> None:
         seen = []
@@ -114,7 +144,10 @@ def timeline_chart(spans: Sequence[tuple[str, float, float, str]], text: str) ->
                 label=label,
                 height=0.6,
             )
-        axes.set_yticks(range(len(spans)), [name for name, *_ in spans]) if len(spans) <= 12 else axes.set_yticks([])
+        if len(spans) <= 12:
+            axes.set_yticks(range(len(spans)), [name for name, *_ in spans])
+        else:
+            axes.set_yticks([])
         axes.set_ylim(max(len(spans), 4) - 0.5, -0.5)  # a lone attempt would fill the picture
         axes.set_xlabel(f"{unit} since the first of them began")
         axes.grid(axis="y", visible=False)
@@ -124,9 +157,15 @@ def timeline_chart(spans: Sequence[tuple[str, float, float, str]], text: str) ->
 
 
 def stacked_chart(name: str, title: str, parts: Sequence[tuple[str, float]], text: str) -> Chart:
-    """One bar, in percent, of parts that are named in its legend, each with its share of 1; parts of 0 are left out.
+    """Draw one bar of several parts, in percent.
 
-    Neighbours differ in their hatching as well as in their colours. Every name keeps its look, whichever parts there are.
+    Neighbours differ in hatching and colour. A name keeps its look, whichever parts there are.
+
+    Args:
+        name: The file's name, without its suffix.
+        title: The chart's title.
+        parts: Names and shares of 1. Parts of 0 are left out.
+        text: Describes the chart.
     """
     looks = [(colour, hatch) for hatch in HATCHES for colour in COLOURS]
     whole = sum(share for _, share in parts)
@@ -160,11 +199,15 @@ def stacked_chart(name: str, title: str, parts: Sequence[tuple[str, float]], tex
 
 
 def calibration_chart(bins: Sequence[tuple[float, float]], text: str) -> Chart:
-    """Accuracy over confidence, both in percent, beside the line on which they are equal."""
+    """Draw accuracy over confidence, both in percent, with the line on which they are equal."""
 
     def draw(axes: Any) -> None:
-        axes.plot([0, 100], [0, 100], color=INK, linestyle="--", linewidth=1, label="as sure as right")
-        axes.plot(*zip(*bins, strict=True), color=COLOURS[0], marker="o", markersize=4, label="this model")
+        axes.plot(
+            [0, 100], [0, 100], color=INK, linestyle="--", linewidth=1, label="as sure as right"
+        )
+        axes.plot(
+            *zip(*bins, strict=True), color=COLOURS[0], marker="o", markersize=4, label="this model"
+        )
         axes.set(xlim=(0, 100), ylim=(0, 102), xlabel="confidence, %", ylabel="accuracy, %")
         axes.legend()
 
@@ -175,12 +218,12 @@ def _chart(name: str, title: str, text: str, draw: Callable[[Any], None]) -> Cha
     figure = new_figure(WIDTH, HEIGHT)
     from matplotlib import rc_context
 
-    svg, png = io.StringIO(), io.BytesIO()
+    svg = io.StringIO()
+    png = io.BytesIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with rc_context(STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a letter that the font lacks, or a line of a single point, is no news to anybody
+        # A letter that the font lacks, or a line of a single point, needs no warning.
+        warnings.simplefilter("ignore")
         draw(figure.subplots())
         figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
         figure.savefig(png, format="png", dpi=DPI)
@@ -188,9 +231,11 @@ def _chart(name: str, title: str, text: str, draw: Callable[[Any], None]) -> Cha
 
 
 def _inline(svg: str, name: str) -> Markup:
-    """`svg` as a part of a page: without the head of a file, the ids that nothing names, or colours of its own."""
+    """Return `svg` as a part of a page: without a file's head, unused ids, and fixed colours."""
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])
-    svg = re.sub(r"<style type.*?</style>|<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r"<style type.*?</style>|<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL
+    )
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-text" ', 1))

@@ -1,4 +1,4 @@
-"""Runs side by side: where their recipes differ, what they reached, and their curves over one another."""
+"""A comparison of runs: differences of their recipes, results, and curves in one chart."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from wds_train.checkpoint.weight_choice import best_weights
 from wds_train.config.settings import setting_names, setting_of
 from wds_train.report.charts import Line, line_chart
 from wds_train.report.formatting import count, dollars, number, percent
-from wds_train.report.page import Charts, Document, Section, Table, Text
+from wds_train.report.page import Block, Charts, Document, Section, Table, Text
 from wds_train.report.run_data import Account
 from wds_train.report.run_summary import attempts_of, cost_of
 
@@ -21,39 +21,54 @@ CURVES = (
 
 
 def compare(accounts: Sequence[Account], price: float | None) -> Document:
+    """Return the page of a comparison.
+
+    Args:
+        accounts: What is known of the runs.
+        price: Dollars of an instance hour. None: the one that each attempt noted.
+    """
     names = _names(accounts)
-    charts = [
-        line_chart(name, title, [Line(label, a.points(row)) for label, a in zip(names, accounts, strict=True)])
-        for name, title, row in CURVES
-    ]
-    drawn = [chart for chart in charts if chart]
+    charts = []
+    for name, title, row in CURVES:
+        lines = []
+        for label, account in zip(names, accounts, strict=True):
+            lines.append(Line(label, account.points(row)))
+        chart = line_chart(name, title, lines)
+        if chart:
+            charts.append(chart)
+
+    facts = []
+    notes = []
+    for name, account in zip(names, accounts, strict=True):
+        ema = f"EMA {percent(account.last.get('val/top1_ema'))}"
+        facts.append((name, percent(account.last.get("val/top1")), ema))
+        notes += [f"{name}: {note}" for note in account.notes]
+
+    recipes: Block = Text("Recipes and datasets are the same.")
     different = differences(accounts)
+    if different:
+        recipes = Table("Where they differ", ["setting", *names], different)
+    curves: Block = Charts(charts) if charts else Text("No metrics are committed yet.")
     return Document(
         title=f"{count(len(accounts), 'run')} beside one another",
         subtitle=", ".join(account.url for account in accounts),
-        facts=[
-            (name, percent(account.last.get("val/top1")), f"EMA {percent(account.last.get('val/top1_ema'))}")
-            for name, account in zip(names, accounts, strict=True)
-        ],
-        notes=[f"{name}: {note}" for name, account in zip(names, accounts, strict=True) for note in account.notes],
+        facts=facts,
+        notes=notes,
         sections=[
             Section("Results", [results(accounts, price)]),
-            Section(
-                "Recipes",
-                [Table("Where they differ", ["setting", *names], different)]
-                if different
-                else [Text("Recipes and datasets are the same.")],
-            ),
-            Section("Curves", [Charts(drawn)] if drawn else [Text("No metrics are committed yet.")]),
+            Section("Recipes", [recipes]),
+            Section("Curves", [curves]),
         ],
     )
 
 
 def results(accounts: Sequence[Account], price: float | None) -> Table:
-    """A column for each run."""
+    """Return the table of results, with a column for each run."""
     rows: dict[str, Callable[[Account], str]] = {
         "status": lambda a: a.manifest.status,
-        "epochs": lambda a: f"{a.last.get('epoch', 0):g} of {a.recipe.schedule.epochs if a.recipe else '?'}",
+        "epochs": lambda a: (
+            f"{a.last.get('epoch', 0):g} of {a.recipe.schedule.epochs if a.recipe else '?'}"
+        ),
         "top-1": lambda a: percent(a.last.get("val/top1")),
         "top-1, EMA": lambda a: percent(a.last.get("val/top1_ema")),
         "best top-1": _best,
@@ -61,39 +76,49 @@ def results(accounts: Sequence[Account], price: float | None) -> Table:
         "train loss": lambda a: number(a.last.get("epoch/loss")),
         "images a second": lambda a: number(_median([rate for _, rate in a.points("time/img_s")])),
         "hours": lambda a: f"{a.manifest.totals().seconds / 3600:.2f}",
-        "dollars": lambda a: dollars(cost_of(a.manifest, attempts_of(a, price), price, None).dollars),
+        "dollars": lambda a: dollars(
+            cost_of(a.manifest, attempts_of(a, price), price, None).dollars
+        ),
         "attempts": lambda a: str(a.manifest.totals().attempts),
     }
     told = [[name, *map(tell, accounts)] for name, tell in rows.items()]
-    return Table("Results, of the last validation where not said otherwise", ["", *_names(accounts)], told)
+    return Table(
+        "Results, of the last validation where not said otherwise", ["", *_names(accounts)], told
+    )
 
 
 def differences(accounts: Sequence[Account]) -> list[list[str]]:
-    """The settings and datasets that are not the same in all, a row each. A recipe that cannot be read has none."""
+    """Return the settings and datasets that are not the same in all runs, a row each.
+
+    A recipe that cannot be read has "?" for its settings.
+    """
     rows = [["recipe", *(str(a.manifest.recipe.get("name", "?")) for a in accounts)]]
-    rows += [
-        [f"dataset.{name}", *(str(a.manifest.dataset.get(name, "")) for a in accounts)]
-        for name in ("url", "fingerprint", "mix")
-    ]
-    rows += [[name, *(setting_of(a.recipe, name) if a.recipe else "?" for a in accounts)] for name in setting_names()]
-    return [[name, *(value or "(empty)" for value in values)] for name, *values in rows if len(set(values)) > 1]
+    for name in ("url", "fingerprint", "mix"):
+        rows.append([f"dataset.{name}", *(str(a.manifest.dataset.get(name, "")) for a in accounts)])
+    for name in setting_names():
+        rows.append([name, *(_setting(account, name) for account in accounts)])
+
+    different = []
+    for name, *values in rows:
+        if len(set(values)) > 1:
+            different.append([name, *(value or "(empty)" for value in values)])
+    return different
 
 
-def lines_of(table: Table) -> list[str]:
-    """The table for a terminal."""
-    cells = [table.head, *table.rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+def _setting(account: Account, name: str) -> str:
+    return setting_of(account.recipe, name) if account.recipe else "?"
 
 
 def _names(accounts: Sequence[Account]) -> list[str]:
-    """The runs' names, or where two are the same, their addresses."""
+    """Return the runs' names, or their addresses if two names are the same."""
     names = [account.manifest.run for account in accounts]
-    return names if len({*names}) == len(names) else [account.url for account in accounts]
+    if len(set(names)) < len(names):
+        return [account.url for account in accounts]
+    return names
 
 
 def _best(account: Account) -> str:
-    """The score of the weights that every command takes, and which these are."""
+    """Return the score of the weights that every command takes, and say which these are."""
     found = best_weights(account.manifest)
     if found is None:
         return percent(None)

@@ -1,4 +1,4 @@
-"""The report's section on goodput: one bar of the paid time, its parts, and those of every attempt."""
+"""The report's section on goodput: a bar of the paid time, its parts, and those of each attempt."""
 
 from dataclasses import asdict
 
@@ -6,7 +6,7 @@ from wds_train.checkpoint.goodput import Parts
 from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.checkpoint.standing import parts_by_attempt, where_time_went
 from wds_train.report.charts import stacked_chart
-from wds_train.report.goodput_words import NAMES, headline, span
+from wds_train.report.formatting import NAMES, headline, span
 from wds_train.report.page import Block, Charts, Table, Text
 
 MEANINGS = {
@@ -22,13 +22,15 @@ MEANINGS = {
 
 
 def goodput_blocks(manifest: RunManifest, now: float) -> list[Block]:
-    """What the section holds; only a sentence where no attempt noted where its time went."""
+    """Return the section; only a sentence if no attempt noted where its time went."""
     parts = where_time_went(manifest, now)
     if parts.goodput is None:
         return [Text("Where the paid time went was not recorded.")]
     shares = parts.shares()
     sentence = f"Of {span(parts.paid)} that were paid, {headline(parts)} became steps that count."
-    figures = ", ".join(f"{NAMES[name]} {100 * share:.1f} %" for name, share in shares.items() if share)
+    figures = ", ".join(
+        f"{NAMES[name]} {100 * share:.1f} %" for name, share in shares.items() if share
+    )
     chart = stacked_chart(
         "goodput",
         "where the paid time went",
@@ -39,20 +41,22 @@ def goodput_blocks(manifest: RunManifest, now: float) -> list[Block]:
 
 
 def _meanings(parts: Parts) -> Table:
-    """What each part is, those left out that are nothing."""
+    """Return a table that explains each part, without those that are 0."""
     shares = parts.shares()
-    rows = [
-        [NAMES[name], f"{100 * shares[name]:.1f} %", f"{seconds / 60:.2f}", MEANINGS[name]]
-        for name, seconds in asdict(parts).items()
-        if seconds
-    ]
+    rows = []
+    for name, seconds in asdict(parts).items():
+        if seconds:
+            percent = f"{100 * shares[name]:.1f} %"
+            rows.append([NAMES[name], percent, f"{seconds / 60:.2f}", MEANINGS[name]])
     return Table("Parts of the paid time", ["part", "share", "minutes", "what it is"], rows)
 
 
 def _attempts(manifest: RunManifest, now: float) -> Table:
-    """The parts of every attempt, and of all together."""
+    """Return a table of the parts of each attempt, and of all together."""
     earlier = manifest.earlier
-    rows = [_row(f"1 to {earlier.attempts}", earlier.known_parts)] if earlier.attempts else []
+    rows = []
+    if earlier.attempts:
+        rows.append(_row(f"1 to {earlier.attempts}", earlier.known_parts))
     for number, parts in enumerate(parts_by_attempt(manifest, now), start=earlier.attempts + 1):
         rows.append(_row(str(number), parts))
     rows.append(_row("all", where_time_went(manifest, now)))

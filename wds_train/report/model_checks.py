@@ -1,4 +1,4 @@
-"""What the best checkpoint gets right and wrong, found out at the time of the report on a part of the validation split."""
+"""Evaluate the best checkpoint for the report, on a part of the validation split."""
 
 import io
 from collections import Counter
@@ -32,6 +32,8 @@ SIDE = 112  # pixels of each
 
 @dataclass(frozen=True)
 class Mistake:
+    """A validation image that the model takes for another class."""
+
     jpeg: bytes
     truth: str
     taken_for: str
@@ -41,9 +43,19 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Findings:
-    """`report` as `wds-train eval --json` has it, of `samples` out of `total`; `confusion` int64 [classes, classes], a row for
-    each true class, of no more classes than a person can read. Confidences are those that all commands give, by the
-    `calibration` of the weights; `calibration_error` is the expected one (ECE) on these samples, in percent.
+    """The result of the evaluation. Confidences are those of all commands.
+
+    Attributes:
+        samples: Samples that were evaluated.
+        total: Samples of the split.
+        member: The weights and the view, as `wds-train eval --json` has them.
+        report: The accuracy, as `wds-train eval --json` has it.
+        titles: Names of the classes.
+        confusion: int64 [classes, classes], a row for each true class; None for too many classes.
+        calibration: That of the weights.
+        bins: Accuracy by confidence.
+        calibration_error: The expected one (ECE) on these samples, in percent.
+        mistakes: The most confident ones.
     """
 
     samples: int
@@ -58,55 +70,87 @@ class Findings:
     mistakes: list[Mistake]
 
 
-def find(store: Store, manifest: RunManifest, most: int, *, workers: int, device: torch.device) -> Findings:
-    """Evaluate the best weights of the run at `store` on at most `most` images. `WdsTrainError` where that cannot be done."""
+def find(
+    store: Store, manifest: RunManifest, most: int, *, workers: int, device: torch.device
+) -> Findings:
+    """Evaluate the best weights of a run.
+
+    Args:
+        store: The run's.
+        manifest: The run's.
+        most: The most images to evaluate.
+        workers: Loader processes.
+        device: Where the model computes.
+
+    Raises:
+        WdsTrainError: The weights or the dataset cannot be used.
+    """
     choice, weights = from_newest(store, manifest, lambda newest: _best(store, newest))
     dataset = Dataset.open(str(manifest.dataset.get("url", "")))
     if dataset.fingerprint != manifest.dataset.get("fingerprint"):
         raise DataError(
-            f"{dataset.store.url} is another dataset now than the run was trained on; its fingerprint differs"
+            f"{dataset.store.url} is another dataset now than the run was trained on; its fingerprint "
+            "differs"
         )
     refuse_other_classes(weights, dataset)
     whole = dataset.split("val")
     split = spread(whole, most)
     view = View.of(weights.recipe, None)
     batch = min(weights.recipe.batch, EVAL_BATCH)
-    scored = score([weights], [view], split, batch, workers=workers, device=device, keep_logits=True)
-    # Not before the loader's workers are forked: this computes, with threads that they would not survive.
+    scored = score(
+        [weights], [view], split, batch, workers=workers, device=device, keep_logits=True
+    )
+    # Not before the loader's workers are forked: they would not survive this process's threads.
     weights = calibrated(weights, manifest, choice, device)
     confidence = probabilities(scored.logits, weights.calibration.temperature).max(axis=1)
 
-    labels, classes = split.index.label[:].astype(np.int64), dataset.manifest.classes
-    titles, readable = _titles(classes), scored.predicted >= 0
-    bins, error = calibration(confidence[readable], scored.predicted[readable] == labels[readable])
-    wrong = np.flatnonzero(readable & (scored.predicted != labels))
-    surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
-    mistakes = [
-        Mistake(
-            _jpeg(split, sample),
-            titles[labels[sample]],
-            titles[scored.predicted[sample]],
-            float(confidence[sample]),
-            split.index.key_of(sample),
-        )
-        for sample in surest.tolist()
-    ]
+    labels = split.index.label[:].astype(np.int64)
+    predicted = scored.predicted
+    classes = dataset.manifest.classes
+    titles = _titles(classes)
+    readable = predicted >= 0
+    bins, error = calibration(confidence[readable], predicted[readable] == labels[readable])
     return Findings(
         len(split),
         len(whole),
         describe_member(weights, view, best=True),
         report_of(scored, split, classes),
         titles,
-        _confusion(labels[readable], scored.predicted[readable], len(classes)),
+        _confusion(labels[readable], predicted[readable], len(classes)),
         weights.calibration,
         bins,
         error,
-        mistakes,
+        _surest_mistakes(split, titles, labels, predicted, confidence),
     )
 
 
-def _confusion(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> NDArray[np.int64] | None:
-    """How often each class was predicted for each; None where they are more than a person can read."""
+def _surest_mistakes(
+    split: SplitReader,
+    titles: Sequence[str],
+    labels: NDArray[np.int64],
+    predicted: NDArray[np.int64],
+    confidence: NDArray[Any],
+) -> list[Mistake]:
+    """Return the most confident mistakes, the surest first."""
+    wrong = np.flatnonzero((predicted >= 0) & (predicted != labels))
+    surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+    mistakes = []
+    for sample in surest.tolist():
+        mistake = Mistake(
+            jpeg=_jpeg(split, sample),
+            truth=titles[labels[sample]],
+            taken_for=titles[predicted[sample]],
+            confidence=float(confidence[sample]),
+            key=split.index.key_of(sample),
+        )
+        mistakes.append(mistake)
+    return mistakes
+
+
+def _confusion(
+    labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int
+) -> NDArray[np.int64] | None:
+    """Count how often each class was predicted for each; None for too many classes to read."""
     if classes > LARGEST_MATRIX:
         return None
     counts = np.zeros((classes, classes), np.int64)
@@ -120,10 +164,16 @@ def _best(store: Store, manifest: RunManifest) -> tuple[Choice, Weights]:
 
 
 def _titles(classes: Sequence[ClassInfo]) -> list[str]:
-    """The first of each class's names, which ImageNet's have several of, or all, and its id, where two would be the same."""
+    """Return the first name of each class, of which ImageNet's have several.
+
+    If two are the same, it is all names, and the id.
+    """
     first = [entry.name.split(",")[0] for entry in classes]
     times = Counter(first)
-    return [name if times[name] == 1 else title_of(entry) for name, entry in zip(first, classes, strict=True)]
+    titles = []
+    for name, entry in zip(first, classes, strict=True):
+        titles.append(name if times[name] == 1 else title_of(entry))
+    return titles
 
 
 def _jpeg(split: SplitReader, sample: int) -> bytes:

@@ -1,4 +1,7 @@
-"""What a report is made of, and its files: one HTML page that needs no other, the same as Markdown, and the pictures."""
+"""The parts of a report, and its files.
+
+The files are one HTML page that needs no other, the same as Markdown, and the pictures.
+"""
 
 import base64
 import re
@@ -31,8 +34,14 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts, the first of each its heading. `heat`, from 0 to 1, colours the other cells; one that is `folded` is
-    opened by a click.
+    """A table of texts.
+
+    Attributes:
+        caption: The table's title.
+        head: The heads of the columns.
+        rows: The cells; the first of each row is its heading.
+        folded: Whether a click opens it.
+        heat: Values from 0 to 1 that colour the cells after the first of each row.
     """
 
     kind: ClassVar[str] = "table"
@@ -51,7 +60,7 @@ class Charts:
 
 @dataclass(frozen=True)
 class Picture:
-    """A JPEG and what it shows, a line each."""
+    """A JPEG, with the lines of its caption."""
 
     name: str
     data: bytes
@@ -99,13 +108,29 @@ class Document:
 
 
 def write(document: Document, folder: Path, name: str) -> Path:
-    """Write `name`.html, `name`.md and the pictures into `folder`; the page, which comes last. `UsageError` where nothing
-    can be written.
+    """Write `name`.html, `name`.md and the pictures.
+
+    Args:
+        document: The report.
+        folder: Where they go; it is made if needed.
+        name: The name of the page.
+
+    Returns:
+        The page, which is written last.
+
+    Raises:
+        UsageError: Nothing can be written there.
     """
-    blocks = [block for section in document.sections for block in section.blocks]
-    files = {f"{c.name}.png": c.png for block in blocks if isinstance(block, Charts) for c in block.charts}
-    files |= {p.name: p.data for block in blocks if isinstance(block, Pictures) for p in block.pictures}
-    files |= {f"{name}.{kind}": _render(document, f"report.{kind}").encode() for kind in ("md", "html")}
+    files: dict[str, bytes] = {}
+    for section in document.sections:
+        for block in section.blocks:
+            if isinstance(block, Charts):
+                files |= {f"{chart.name}.png": chart.png for chart in block.charts}
+            elif isinstance(block, Pictures):
+                files |= {picture.name: picture.data for picture in block.pictures}
+    for kind in ("md", "html"):
+        files[f"{name}.{kind}"] = _render(document, f"report.{kind}").encode()
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, data in files.items():
@@ -131,5 +156,5 @@ def _render(document: Document, template: str) -> str:
 
 
 def _marked(text: str) -> str:
-    """`text` for Markdown, in which it must neither format nor be HTML."""
+    """Return `text` for Markdown, with all marks escaped that would format it or be HTML."""
     return _MARKS.sub(r"\\\1", " ".join(text.split()))

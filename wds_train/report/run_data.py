@@ -1,4 +1,4 @@
-"""A run as it lies on S3, read to be told: nothing is claimed, and nothing is changed."""
+"""A run as it is on S3, read for a report. Nothing is claimed, and nothing is changed."""
 
 import math
 from collections import Counter
@@ -12,6 +12,7 @@ from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.checkpoint.scores import every_of, telling
 from wds_train.config.recipe import Recipe
 from wds_train.errors import RunError
+from wds_train.report.formatting import count
 from wds_train.storage.base import Store
 
 Row = dict[str, Any]
@@ -20,9 +21,17 @@ LARGEST = 1e300  # beyond it the ends of an axis, or a sum, are not finite
 
 @dataclass(frozen=True)
 class Account:
-    """What is known of a run. `recipe` is None where this version cannot read it; `steps` and `epochs` are the rows of
-    training steps and of validations, without what is not finite or says nothing; `history` and `replayed` are all rows as they are. `notes`
-    says what is missing.
+    """All that is known of a run.
+
+    Attributes:
+        url: The run's address.
+        manifest: Its manifest.
+        recipe: Its recipe; None if this version cannot read it.
+        history: All rows of metrics, as they are.
+        replayed: All rows of steps that were trained again, as they were before.
+        steps: The rows of training steps, without values that are not finite or say nothing.
+        epochs: The rows of validations, likewise.
+        notes: Sentences on what is missing.
     """
 
     url: str
@@ -36,8 +45,12 @@ class Account:
 
     @classmethod
     def of(cls, store: Store, manifest: RunManifest, say: Callable[[str], None]) -> "Account":
-        """The account of the run at `store`; what cannot be read is said, and noted. Where a commit has dropped meanwhile
-        what `manifest` names, it is of the newest one.
+        """Read the run at `store`.
+
+        Args:
+            store: The run's.
+            manifest: The run's. If a commit has dropped objects that it names, the newest is read.
+            say: Prints what cannot be read.
         """
         account = from_newest(store, manifest, lambda newest: cls._read(store, newest))
         for note in account.notes:
@@ -55,25 +68,31 @@ class Account:
         run = Run(store, manifest, "", say=notes.append, leads=False)
         history = run.history()
         replayed = [row for row in run.replayed() if abs(row.get("step", math.inf)) < LARGEST]
+
+        # Rows that a chart can show.
         rows = _telling(_sound(history, notes.append), every_of(manifest.recipe), notes.append)
         if not rows:
             notes.append("no metrics are committed yet")
-        steps, epochs = ([row for row in rows if name in row] for name in ("train/loss", "val/top1"))
+        steps = [row for row in rows if "train/loss" in row]
+        epochs = [row for row in rows if "val/top1" in row]
         return cls(store.url, manifest, recipe, history, replayed, steps, epochs, notes)
 
     @property
     def last(self) -> Row:
-        """The last validation's row; empty when there was none."""
+        """The last validation's row; empty if there was none."""
         return self.epochs[-1] if self.epochs else {}
 
     def points(self, name: str) -> list[tuple[float, float]]:
-        """The epochs at which `name` was logged, and its values."""
+        """Return the epochs at which `name` was logged, each with its value."""
         rows = self.epochs if name.startswith(("val/", "epoch/")) else self.steps
         return [(row["epoch"], row[name]) for row in rows if name in row]
 
 
 def _sound(rows: list[Row], note: Callable[[str], None]) -> Iterator[Row]:
-    """The rows that can be placed, without values that are not finite: both are counted and noted."""
+    """Yield the rows that have a step and an epoch, without values that are not finite.
+
+    What is left out is counted and noted.
+    """
     odd: Counter[str] = Counter()
     for row in rows:
         finite = {name: value for name, value in row.items() if abs(value) < LARGEST}
@@ -82,13 +101,14 @@ def _sound(rows: list[Row], note: Callable[[str], None]) -> Iterator[Row]:
             yield finite
         else:
             odd["a row has no step or epoch"] += 1
-    for what, count in sorted(odd.items()):
-        note(f"{what}, {count} time{'' if count == 1 else 's'}: left out")
+    for what, times in sorted(odd.items()):
+        note(f"{what}, {count(times, 'time')}: left out")
 
 
 def _telling(rows: Iterable[Row], every: int, note: Callable[[str], None]) -> list[Row]:
-    """The rows without scores of EMA weights that were not updated yet, which are noted."""
-    found, last = [], 0
+    """Return the rows without scores of EMA weights that were not updated yet, which are noted."""
+    found = []
+    last = 0  # the last step of which a score is left out
     for row in rows:
         kept = telling(row, row["step"], every)
         if len(kept) < len(row):
@@ -96,6 +116,7 @@ def _telling(rows: Iterable[Row], every: int, note: Callable[[str], None]) -> li
         found.append(kept)
     if last:
         note(
-            f"the EMA weights are updated every {every} steps (ema.every): their scores up to step {last} are left out"
+            f"the EMA weights are updated every {every} steps (ema.every): their scores up to step "
+            f"{last} are left out"
         )
     return found

@@ -15,12 +15,30 @@ from wds_train.checkpoint.weight_choice import Choice, best_weights
 from wds_train.config.presets import PRESETS
 from wds_train.config.recipe import Recipe
 from wds_train.config.schedule import image_side, lr_at
-from wds_train.report import goodput_words as goodput
 from wds_train.report.charts import Chart, Line, calibration_chart, line_chart, timeline_chart
-from wds_train.report.formatting import count, date, dollars, number, percent
+from wds_train.report.formatting import (
+    UNKNOWN,
+    count,
+    date,
+    dollars,
+    headline,
+    number,
+    percent,
+    span,
+)
 from wds_train.report.goodput_section import goodput_blocks
 from wds_train.report.model_checks import Findings
-from wds_train.report.page import Block, Charts, Code, Document, Picture, Pictures, Section, Table, Text
+from wds_train.report.page import (
+    Block,
+    Charts,
+    Code,
+    Document,
+    Picture,
+    Pictures,
+    Section,
+    Table,
+    Text,
+)
 from wds_train.report.run_data import Account, Row
 from wds_train.report.run_summary import (
     FIGURES,
@@ -35,20 +53,36 @@ from wds_train.report.run_summary import (
 )
 
 DISTRIBUTIONS = ("wds-train", "torch", "torchvision", "timm", "numpy")
-NOT_EVALUATED = "The model was not evaluated for this report; `wds-train report` does, unless --no-images is given."
+NOT_EVALUATED = (
+    "The model was not evaluated for this report; `wds-train report` does, unless --no-images "
+    "is given."
+)
 WORST = 10  # classes
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Dollars an instance hour: what was paid, where the attempts did not note it, and what is asked on demand."""
+    """Dollars an instance hour.
+
+    Attributes:
+        paid: The price that was paid. None: the one that each attempt noted.
+        on_demand: The price on demand, to compare with.
+    """
 
     paid: float | None = None
     on_demand: float | None = None
 
 
 def report(account: Account, prices: Prices, findings: Findings | str) -> Document:
-    """The report; `findings` is a sentence where there are none."""
+    """Return the report of a run.
+
+    Args:
+        account: What is known of the run.
+        prices: Prices of an instance hour.
+        findings: What the model gets right and wrong; a sentence if it was not evaluated.
+    """
+    page = account.manifest.page.url
+    evaluated = [Text(findings)] if isinstance(findings, str) else _classes(findings)
     attempts = attempts_of(account, prices.paid)
     cost = cost_of(account.manifest, attempts, prices.paid, prices.on_demand)
     return Document(
@@ -56,42 +90,55 @@ def report(account: Account, prices: Prices, findings: Findings | str) -> Docume
         subtitle=f"{account.url}, {_state(account)}, last written {date(account.manifest.written)}",
         facts=_facts(account, attempts, cost),
         notes=account.notes,
-        link=("The run in Weights & Biases", page) if (page := account.manifest.page.url) else None,
+        link=("The run in Weights & Biases", page) if page else None,
         sections=[
-            Section("Result", [Text(expectation(account)), *_curves(account), *_milestones(account)]),
+            Section(
+                "Result", [Text(expectation(account)), *_curves(account), *_milestones(account)]
+            ),
             Section("Goodput", goodput_blocks(account.manifest, time.time())),
             Section("Attempts", _attempts(account, attempts, cost)),
-            Section("Classes", [Text(findings)] if isinstance(findings, str) else _classes(findings)),
+            Section("Classes", evaluated),
             Section("Again", _again(account)),
         ],
     )
 
 
 def _state(account: Account) -> str:
-    return "still running, or lost" if account.manifest.status == "running" else account.manifest.status
+    return (
+        "still running, or lost"
+        if account.manifest.status == "running"
+        else account.manifest.status
+    )
 
 
 def _facts(account: Account, attempts: list[Attempt], cost: Cost) -> list[tuple[str, str, str]]:
-    totals, epochs = account.manifest.totals(), account.recipe.schedule.epochs if account.recipe else "?"
-    last, best = account.last, best_weights(account.manifest)
+    totals = account.manifest.totals()
+    epochs = account.recipe.schedule.epochs if account.recipe else "?"
+    last = account.last
     parts = where_time_went(account.manifest, time.time())
     preset = PRESETS.get(str(account.manifest.recipe.get("name")))
     figures = FIGURES.match(preset.expected) if preset else None
     expected = figures[0] if figures else "not measured"
     twice = [attempt.twice for attempt in attempts if attempt.twice is not None]
     lost = sum(attempt.lost for attempt in attempts)
-    chosen = [("best top-1", percent(best.top1), f"the {best.kind} weights of epoch {_epoch(best)}")] if best else []
-    return [
-        ("top-1", percent(last.get("val/top1")), f"EMA {percent(last.get('val/top1_ema'))}"),
-        *chosen,
+
+    # Name, value and remark of each figure at the top of the page.
+    facts = [("top-1", percent(last.get("val/top1")), f"EMA {percent(last.get('val/top1_ema'))}")]
+    best = best_weights(account.manifest)
+    if best:
+        facts.append(
+            ("best top-1", percent(best.top1), f"the {best.kind} weights of epoch {_epoch(best)}")
+        )
+    facts += [
         ("expected", expected, f"recipe {account.manifest.recipe.get('name', '?')}"),
         ("epochs", f"{last.get('epoch', 0):g} of {epochs}", f"step {_step(account):,}"),
         ("hours", f"{cost.hours:.2f}", f"in {count(totals.attempts, 'attempt')}"),
-        ("goodput", goodput.headline(parts).replace("at least", "≥"), f"of {goodput.span(parts.paid)} paid"),
+        ("goodput", headline(parts).replace("at least", "≥"), f"of {span(parts.paid)} paid"),
         ("dollars", dollars(cost.dollars), _cost_remark(cost)),
         ("interruptions", str(totals.interruptions + totals.failures), f"{lost / 60:.1f} min lost"),
-        ("trained twice", _at_least(sum(twice)) if twice else "–", "images"),
+        ("trained twice", _at_least(sum(twice)) if twice else UNKNOWN, "images"),
     ]
+    return facts
 
 
 def _epoch(choice: Choice) -> int:
@@ -101,8 +148,12 @@ def _epoch(choice: Choice) -> int:
 def _cost_remark(cost: Cost) -> str:
     if cost.dollars is None:
         return "no price is known: --price"
-    unpriced = f", without {count(cost.unpriced, 'attempt')} of unknown price" if cost.unpriced else ""
-    return (f"on demand {dollars(cost.on_demand)}" if cost.on_demand is not None else "for instances") + unpriced
+    remark = "for instances"
+    if cost.on_demand is not None:
+        remark = f"on demand {dollars(cost.on_demand)}"
+    if cost.unpriced:
+        remark += f", without {count(cost.unpriced, 'attempt')} of unknown price"
+    return remark
 
 
 def _step(account: Account) -> int:
@@ -128,11 +179,18 @@ def _curves(account: Account) -> list[Block]:
             [Line("raw", account.points("val/top1")), Line("EMA", account.points("val/top1_ema"))],
         ),
         line_chart("rate", "learning rate", [Line("", account.points("train/lr"))], zero=True),
-        line_chart("resolution", "side of the training images, px", [Line("", _sides(account))], zero=True),
-        line_chart("throughput", "images a second", [Line("", account.points("time/img_s"))], zero=True),
-        line_chart("waiting", "waiting for data, % of the time", [Line("", _waits(account))], zero=True),
+        line_chart(
+            "resolution", "side of the training images, px", [Line("", _sides(account))], zero=True
+        ),
+        line_chart(
+            "throughput", "images a second", [Line("", account.points("time/img_s"))], zero=True
+        ),
+        line_chart(
+            "waiting", "waiting for data, % of the time", [Line("", _waits(account))], zero=True
+        ),
     ]
-    found: list[Block] = [Charts(drawn)] if (drawn := [chart for chart in charts if chart]) else []
+    drawn = [chart for chart in charts if chart]
+    found: list[Block] = [Charts(drawn)] if drawn else []
     if account.steps and not account.points("time/img_s"):
         found.append(Text("The metrics hold no throughput: an older version wrote them."))
     return found
@@ -143,12 +201,16 @@ def _waits(account: Account) -> list[tuple[float, float]]:
 
 
 def _sides(account: Account) -> list[tuple[float, float]]:
-    """As logged; of an older version's rows, as the recipe has it. Nothing where it never changes."""
+    """Return the side as logged, or as the recipe has it for rows of older versions.
+
+    It is empty if the side never changes.
+    """
     points = account.points("train/resolution")
     if not points and account.recipe:
         data, epochs = account.recipe.data, account.recipe.schedule.epochs
         points = [
-            (row["epoch"], image_side(data, max(0, math.ceil(row["epoch"]) - 1), epochs)) for row in account.steps
+            (row["epoch"], image_side(data, max(0, math.ceil(row["epoch"]) - 1), epochs))
+            for row in account.steps
         ]
     return points if len({side for _, side in points}) > 1 else []
 
@@ -169,7 +231,16 @@ def _milestones(account: Account) -> list[Block]:
         ]
         for row in milestones(account.epochs)
     ]
-    head = ["epoch", "top-1", "top-1, EMA", "top-5", "train loss", "validation loss", "learning rate", "date (UTC)"]
+    head = [
+        "epoch",
+        "top-1",
+        "top-1, EMA",
+        "top-5",
+        "train loss",
+        "validation loss",
+        "learning rate",
+        "date (UTC)",
+    ]
     return [Table("Milestones: the first, the best, the last, and some between", head, rows)]
 
 
@@ -181,7 +252,10 @@ def _attempts(account: Account, attempts: list[Attempt], cost: Cost) -> list[Blo
     shown: list[Block] = []
     if attempts:
         begin = attempts[0].started
-        spans = [(str(a.number), a.started - begin, a.started + a.seconds - begin, a.ended) for a in attempts]
+        spans = [
+            (str(a.number), a.started - begin, a.started + a.seconds - begin, a.ended)
+            for a in attempts
+        ]
         text = f"{count(len(attempts), 'attempt')}, which the table below lists: {_ends(attempts)}."
         shown.append(Charts([timeline_chart(spans, text)]))
     if before := account.manifest.earlier.attempts:
@@ -235,7 +309,9 @@ def _audit(account: Account) -> list[Block]:
     audit = audit_of(account)
     shown: list[Block] = [Text(f"Determinism audit: {audit.verdict}")]
     if audit.waiting:
-        shown.append(Text(f"{count(audit.waiting, 'record')} of dead attempts wait to be trained again."))
+        shown.append(
+            Text(f"{count(audit.waiting, 'record')} of dead attempts wait to be trained again.")
+        )
     if audit.differences:
         rows = [[str(step), *rest] for step, *rest in audit.differences[:20]]
         shown.append(Table("Values that differ", ["step", "name", "first time", "again"], rows))
@@ -254,21 +330,36 @@ def _classes(found: Findings) -> list[Block]:
         Text(_calibrated(found)),
     ]
     if unreadable := report["unreadable"]:
-        shown.append(Text(f"{count(len(unreadable), 'image')} could not be read, and count as wrong."))
-    rows = [[f"{bin.confidence:.1f}", f"{bin.accuracy:.1f}", str(bin.samples)] for bin in found.bins]
+        shown.append(
+            Text(f"{count(len(unreadable), 'image')} could not be read, and count as wrong.")
+        )
+    rows = [
+        [f"{bin.confidence:.1f}", f"{bin.accuracy:.1f}", str(bin.samples)] for bin in found.bins
+    ]
     if found.bins:
         shown.append(Charts([_calibration(found)]))
-        shown.append(Table("Calibration in figures", ["confidence, %", "accuracy, %", "images"], rows, folded=True))
+        shown.append(
+            Table(
+                "Calibration in figures",
+                ["confidence, %", "accuracy, %", "images"],
+                rows,
+                folded=True,
+            )
+        )
     if found.confusion is not None:
         shown.append(_matrix(found.titles, found.confusion))
-    tested = sorted((row for row in report["classes"] if row["samples"]), key=lambda row: row["top1"])
+    tested = sorted(
+        (row for row in report["classes"] if row["samples"]), key=lambda row: row["top1"]
+    )
     worst = [
         [found.titles[row["label"]], percent(row["top1"]), f"{row['correct']} of {row['samples']}"]
         for row in tested[:WORST]
     ]
     shown.append(Table(f"The worst of {len(tested)} classes", ["class", "top-1", "right"], worst))
     if report["confused"]:
-        pairs = [[pair["class"], pair["taken_for"], str(pair["samples"])] for pair in report["confused"]]
+        pairs = [
+            [pair["class"], pair["taken_for"], str(pair["samples"])] for pair in report["confused"]
+        ]
         shown.append(Table("Most confused", ["class", "taken for", "images"], pairs))
     return [*shown, _mistakes(found)]
 
@@ -294,7 +385,12 @@ def _matrix(titles: list[str], confusion: NDArray[np.int64]) -> Table:
         for title, counts in zip(titles, confusion.tolist(), strict=True)
     ]
     heat = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
-    return Table("Confusion: true classes down, predicted ones across", ["", *titles], rows, heat=heat.tolist())
+    return Table(
+        "Confusion: true classes down, predicted ones across",
+        ["", *titles],
+        rows,
+        heat=heat.tolist(),
+    )
 
 
 def _mistakes(found: Findings) -> Block:
@@ -304,7 +400,11 @@ def _mistakes(found: Findings) -> Block:
         Picture(
             f"mistake-{number:02d}.jpg",
             mistake.jpeg,
-            [f"{mistake.truth}, taken for {mistake.taken_for}", f"{100 * mistake.confidence:.0f} % sure", mistake.key],
+            [
+                f"{mistake.truth}, taken for {mistake.taken_for}",
+                f"{100 * mistake.confidence:.0f} % sure",
+                mistake.key,
+            ],
         )
         for number, mistake in enumerate(found.mistakes, start=1)
     ]
@@ -333,14 +433,25 @@ def _again(account: Account) -> list[Block]:
             if dataset.get("mix")
             else []
         ),
-        Table("What it was trained on, and the versions of the machine that wrote this report", ["", ""], rows),
+        Table(
+            "What it was trained on, and the versions of the machine that wrote this report",
+            ["", ""],
+            rows,
+        ),
     ]
 
 
 def command(account: Account) -> str:
     """What to type for this training."""
     manifest, name = account.manifest, str(account.manifest.recipe.get("name", ""))
-    words = ["wds-train", "train", "--dataset", str(manifest.dataset.get("url", "")), "--run", account.url]
+    words = [
+        "wds-train",
+        "train",
+        "--dataset",
+        str(manifest.dataset.get("url", "")),
+        "--run",
+        account.url,
+    ]
     words += ["--recipe", name]
     if account.recipe:
         preset = PRESETS.get(name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from wds_train.errors import DataError, NotFound
 from wds_train.images.plain import plain_bytes
 from wds_train.serving.download import download
-from wds_train.storage.base import Store, contents
+from wds_train.storage.base import Store, read_file
 from wds_train.storage.open import open_store
 
 # Those of a folder or a prefix that are taken for images; a file that is named alone may be called anything.
@@ -77,7 +77,7 @@ def _file(path: Path) -> bytes:
             raise DataError("it is no file")
         if (size := path.stat().st_size) > MOST_BYTES:
             raise DataError(f"it has {size >> 20} MB, at most {MOST_BYTES >> 20} are read")
-        return bytes(contents(path))
+        return bytes(read_file(path))
     except OSError as error:
         raise DataError(f"it cannot be read: {error.strerror}") from error
 

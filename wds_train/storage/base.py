@@ -1,11 +1,12 @@
-"""Where objects live: an S3 prefix or a local directory, behind the same few verbs, with compare-and-swap.
+"""The store: objects at an S3 prefix or in a local directory, with the same few methods.
 
-Keys are '/'-separated and relative to the store's URL. A write is atomic: readers see the old object, the new one, or
-none. A tag names a version of an object (S3: the ETag; local: the sha256) for `write(if_match=)`.
+Keys are '/'-separated and relative to the store's URL. A write is atomic: readers see the old
+object, the new one, or none. A tag names a version of an object, for `write(if_match=)`: on S3 it
+is the ETag, locally the sha256.
 
-A conditional write that finds its own bytes in place has succeeded: the server may have committed a request whose
-answer was lost, and then refuses its repetition. Writers who could write equal bytes and must not both win, such as
-claimants of a run, put something random into them.
+A conditional write that finds its own bytes in place has succeeded: the server may have committed
+a request whose answer was lost, and then refuses its repetition. Writers who could write equal
+bytes and must not both win, such as claimants of a run, put something random into them.
 """
 
 import mmap
@@ -17,12 +18,18 @@ from typing import NamedTuple, Protocol
 from wds_train.errors import StoreError
 
 Body = bytes | bytearray | memoryview
-PART_BYTES = 16 << 20  # a larger body goes up in parts of exactly this size, UPLOAD_THREADS of them at a time
-UPLOAD_THREADS = 4
+PART_BYTES = 16 << 20  # a larger body is uploaded in parts of exactly this size
+UPLOAD_THREADS = 4  # parts of one body that are uploaded at a time
 
 
 class Entry(NamedTuple):
-    """An object; or a folder, whose key ends in '/'. `written` is when, in Unix time by the store's clock."""
+    """An object or a folder of a listing.
+
+    Attributes:
+        key: Its key; a folder's ends in '/'.
+        bytes: Its size; 0 of a folder.
+        written: When it was written: seconds since the epoch, by the store's clock.
+    """
 
     key: str
     bytes: int = 0
@@ -30,66 +37,99 @@ class Entry(NamedTuple):
 
 
 class Store(Protocol):
+    """A place for objects. All methods raise `StoreError` or one of its children."""
+
     url: str
 
     @property
     def fallbacks(self) -> int:
-        """How many ranges took a second request, since the address that was signed for them was not answered with them."""
+        """The number of ranges whose signed address failed, and that took a second request."""
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        """The object's bytes [start, start + length); `NotFound`, or `StoreError` when fewer exist.
+        """Return `length` bytes of an object from `start` on; by default all of them.
 
-        Without `length`, all from `start` on.
+        Raises:
+            NotFound: There is no such object.
+            StoreError: It has fewer bytes.
         """
 
     def read_into(self, key: str, start: int, target: memoryview) -> None:
-        """Fill `target` (bytes) with the object's from `start` on, as `read` would."""
+        """Fill `target`, a view of bytes, with the object's from `start` on.
+
+        Raises as `read` does.
+        """
 
     def read_tagged(self, key: str) -> tuple[bytes, str]:
-        """The whole object and its tag."""
+        """Return the whole object and its tag."""
 
-    def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        """Store `body` and return its tag; `Conflict` when the condition does not hold, nor the object hold `body`."""
+    def write(
+        self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
+        """Store an object, and return its tag.
+
+        Args:
+            key: Its key.
+            body: Its bytes.
+            if_absent: Write only if there is no such object.
+            if_match: Write only if the object has this tag.
+
+        Raises:
+            Conflict: The condition does not hold, and the object does not hold `body` either.
+        """
 
     def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
-        """Store `pieces` as one object and return its tag. The next is asked for while others are on their way, of which
-        there are `UPLOAD_THREADS` at most. Pieces may be of any length. What asking for one raises passes through, and
-        nothing is stored. `NotFound` when an answer was lost and it is unknown what became of it.
+        """Store the bytes of `pieces` as one object, and return its tag.
+
+        The next piece is requested while others are uploaded, `UPLOAD_THREADS` at most. Pieces may
+        have any length. An error of the iterator passes through, and nothing is stored.
+
+        Raises:
+            NotFound: An answer was lost, and nobody knows whether the object was stored.
         """
 
     def upload(self, key: str, path: Path) -> None:
-        """Store a file; the object appears whole or not at all."""
+        """Store a file. The object appears whole or not at all."""
 
     def head(self, key: str) -> tuple[int, str]:
-        """The object's size in bytes and its tag, without its content."""
+        """Return the object's size in bytes and its tag, without reading it."""
 
     def reconnect(self) -> None:
-        """Forget what connections there are: the next request goes over a new one."""
+        """Close the connections: the next request opens a new one."""
 
     def list(self, prefix: str = "", *, flat: bool = False) -> Iterator[Entry]:
-        """The objects under `prefix`, in key order; `flat`: those below the next '/' as one folder."""
+        """Return the objects under `prefix`, in the order of their keys.
+
+        Args:
+            prefix: The keys begin with it.
+            flat: Return all that are below the next '/' as one folder.
+        """
 
     def delete(self, key: str) -> None:
-        """Remove the object; no error if there is none."""
+        """Remove the object. It is no error if there is none."""
 
     def abort_uploads(self, prefix: str) -> None:
-        """Drop what writers of keys under `prefix` that were killed in the middle of an upload left, unseen but stored."""
+        """Remove the unseen parts that killed writers of keys under `prefix` left."""
 
 
 def too_short(name: str, start: int, length: int | None) -> StoreError:
+    """Return the error for an object that has fewer bytes than were asked for."""
     span = f"from {start} on" if length is None else f"{start} up to {start + length}"
     return StoreError(f"{name} is too short: bytes {span} were asked for")
 
 
-def inside(key: str, url: str) -> str:
-    """`key`, which may come from a damaged or hostile manifest, and must not lead out of the store."""
+def check_key(key: str, url: str) -> str:
+    """Return `key`, which may come from a damaged or hostile manifest.
+
+    Raises:
+        StoreError: It leads out of the store.
+    """
     if key.startswith("/") or ".." in key.split("/") or "\0" in key:
         raise StoreError(f"{key!r} is not a key inside {url}")
     return key
 
 
-def contents(path: Path) -> Body:
-    """The bytes of a file; a large one is mapped, not read."""
+def read_file(path: Path) -> Body:
+    """Return the bytes of a file. A large one is mapped, not read."""
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size <= PART_BYTES:

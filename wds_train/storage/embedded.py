@@ -1,12 +1,14 @@
-"""The embedded S3 server: SeaweedFS, from its PyPI package, on loopback ports, its data under `.wds/s3`.
+"""The embedded S3 server: SeaweedFS, from its PyPI package, on loopback ports, its data under
+`.wds/s3`.
 
-Commands that need it share one server. Each holds a shared lock on `users.lock` while it lives, which the kernel drops
-even on SIGKILL; whoever leaves last, alone on that lock, stops the server. A server left behind by a killed command is
-found through `server.json` and used again; one that no longer answers is replaced. The data needs no care: what
-SeaweedFS acknowledged survives kill -9.
+Commands that need it share one server. Each holds a shared lock on `users.lock` while it lives,
+which the kernel drops even on SIGKILL; whoever leaves last, alone on that lock, stops the server.
+A server left behind by a killed command is found through `server.json` and used again; one that
+no longer answers is replaced. The data needs no care: what SeaweedFS acknowledged survives kill
+-9.
 
-Only its S3 port serves, whoever has the keys of `server.json`. Its other ports want keys that the server alone has, made
-anew at each start, and its folder is the user's alone.
+Only its S3 port serves, whoever has the keys of `server.json`. Its other ports want keys that the
+server alone has, made anew at each start, and its folder is the user's alone.
 """
 
 import atexit
@@ -48,16 +50,26 @@ MIN_FREE_BYTES = 512 << 20
 RESERVED_BYTES = 256 << 20
 SOCKETS = Path("/tmp")  # where SeaweedFS makes its Unix sockets, whatever TMPDIR says
 PORT_TAKEN = "address already in use"
-CERTIFICATE, KEY = "tls.crt", "tls.key"
+CERTIFICATE = "tls.crt"
+KEY = "tls.key"
 OPENSSL = (
-    "openssl req -x509 -config /dev/null -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=wds -days 9999"
+    "openssl req -x509 -config /dev/null -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj "
+    "/CN=wds -days 9999"
 )
 GRPC_OFFSET = 10_000  # SeaweedFS adds it to every port for its gRPC twin
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is and how to sign for it; `ports`: its master, volume, filer and S3 ports; `root`: its folder."""
+    """The server's address, and the keys to sign with.
+
+    Attributes:
+        url: Its address.
+        access_key: For signatures.
+        secret_key: For signatures.
+        ports: Those of its master, volume, filer and S3 parts.
+        root: Its folder.
+    """
 
     url: str
     access_key: str
@@ -66,7 +78,10 @@ class Endpoint:
     root: str
 
     def is_full(self) -> bool:
-        """Whether the server's disk has less left than it keeps free; it then answers writes with an internal error."""
+        """Return whether its disk has less space than it keeps free.
+
+        It then refuses writes by an internal error.
+        """
         return Path(self.root).exists() and shutil.disk_usage(self.root).free < RESERVED_BYTES
 
 
@@ -74,13 +89,24 @@ _held: dict[Path, IO[str]] = {}
 
 
 def ensure_running(root: Path | None = None) -> Endpoint:
-    """The endpoint of the server over `root`, started if none answers. It lives at least as long as this process."""
+    """Return the endpoint of the server over `root`, which is started if none answers.
+
+    It lives at least as long as this process.
+
+    Args:
+        root: The server's folder. Default: `s3` in this machine's home of wds-train.
+
+    Raises:
+        WdsTrainError: It cannot be started.
+    """
     root = (root or home() / "s3").absolute()
     try:
         root.mkdir(parents=True, exist_ok=True)
         root.chmod(0o700)  # files of servers before this rule are readable by all
     except OSError as error:
-        raise WdsTrainError(f"cannot create {root} for the embedded S3 server: {error.strerror}") from error
+        raise WdsTrainError(
+            f"cannot create {root} for the embedded S3 server: {error.strerror}"
+        ) from error
     with _starting(root):
         _hold(root)
         endpoint = _read(root)
@@ -91,7 +117,7 @@ def ensure_running(root: Path | None = None) -> Endpoint:
 
 
 def stop(root: Path | None = None) -> bool:
-    """Stop the server over `root` whoever uses it; False if none ran."""
+    """Stop the server over `root`, even if others use it. Return False if none ran."""
     return _kill((root or home() / "s3").absolute())
 
 
@@ -110,10 +136,13 @@ def _hold(root: Path) -> None:
 
 
 def _leave(root: Path, owner: int) -> None:
-    if os.getpid() != owner:  # a forked child inherits the atexit entry, but the server is not its to stop
+    if (
+        os.getpid() != owner
+    ):  # a forked child inherits the atexit entry, but must not stop the server
         return
-    # The folder may be gone by now, and its locks with it: then nobody else can have come to use the server.
-    with contextlib.suppress(BlockingIOError), _starting(root) if root.exists() else contextlib.nullcontext():
+    # The folder may be gone by now, and its locks with it: then nobody else can use the server.
+    starting = _starting(root) if root.exists() else contextlib.nullcontext()
+    with contextlib.suppress(BlockingIOError), starting:
         fcntl.flock(_held.pop(root), fcntl.LOCK_EX | fcntl.LOCK_NB)
         _kill(root)
 
@@ -127,7 +156,10 @@ def _read(root: Path) -> Endpoint | None:
 
 
 def _serves(endpoint: Endpoint, root: Path) -> bool:
-    """Whether the server runs and answers. A busy one is given time: killing it would fail whoever uses it now."""
+    """Return whether the server runs and answers.
+
+    A busy one gets time: to kill it would fail all who use it now.
+    """
     deadline = time.monotonic() + READY_SECONDS
     while pids(root) and time.monotonic() < deadline:
         with contextlib.suppress(OSError, HTTPException):
@@ -138,41 +170,58 @@ def _serves(endpoint: Endpoint, root: Path) -> bool:
 
 
 def _lists_buckets(endpoint: Endpoint) -> bool:
-    """Whether the server lists its buckets to who has its keys; without boto3, whose client takes a tenth of a second to make."""
+    """Return whether the server lists its buckets for its keys.
+
+    boto3 is not used: to make its client takes a tenth of a second.
+    """
     request = AWSRequest("GET", f"{endpoint.url}/")
-    S3SigV4Auth(Credentials(endpoint.access_key, endpoint.secret_key), "s3", "us-east-1").add_auth(request)
+    S3SigV4Auth(Credentials(endpoint.access_key, endpoint.secret_key), "s3", "us-east-1").add_auth(
+        request
+    )
     with contextlib.closing(HTTPConnection(urlsplit(endpoint.url).netloc, timeout=5)) as connection:
         connection.request("GET", "/", headers=dict(request.headers))
         return connection.getresponse().status == 200
 
 
 def _client(endpoint: Endpoint):  # type: ignore[no-untyped-def]
-    return boto3.session.Session(endpoint.access_key, endpoint.secret_key, region_name="us-east-1").client(
+    session = boto3.session.Session(
+        endpoint.access_key, endpoint.secret_key, region_name="us-east-1"
+    )
+    return session.client(
         "s3",
         endpoint_url=endpoint.url,
         # An HTTP proxy named in the environment must not get what is meant for this machine.
-        config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={}),
+        config=Config(
+            connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={}
+        ),
     )
 
 
 def _kill(root: Path) -> bool:
-    """End the servers by SIGKILL: SeaweedFS takes 15-25 s over SIGTERM and loses nothing either way."""
+    """End the servers by SIGKILL: SeaweedFS takes 15-25 s for SIGTERM, and loses nothing."""
     found = pids(root)
     for pid in found:
         with contextlib.suppress(ProcessLookupError):
             process = os.pidfd_open(pid)
             signal.pidfd_send_signal(process, signal.SIGKILL)
-            select.select([process], [], [])  # until its ports and files are free, which takes longer than its name
+            # Wait until its ports and files are free, which takes longer than its name.
+            select.select([process], [], [])
             os.close(process)
     return bool(found)
 
 
 def pids(root: Path) -> list[int]:
-    """The servers over `root`, known by their command line: a file could name a reused pid, or miss a server whose
-    starter was killed before it wrote the file, and two servers over one folder would spoil it.
+    """Return the processes of the servers over `root`, found by their command line.
+
+    A file could name a reused pid, or miss a server whose starter was killed before it wrote the
+    file. Two servers over one folder would spoil it.
     """
     mark = f"-dir={root}/data".encode()
-    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if mark in _arguments(path)]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        if mark in _arguments(path):
+            found.append(int(path.parent.name))
+    return found
 
 
 def _arguments(path: Path) -> list[bytes]:
@@ -183,7 +232,7 @@ def _arguments(path: Path) -> list[bytes]:
 
 
 def _free_ports() -> tuple[int, ...]:
-    """Four free loopback ports whose gRPC twins are free too, below the range the kernel hands out by itself."""
+    """Return four free loopback ports with free gRPC twins, below those that the kernel assigns."""
     ports: list[int] = []
     while len(ports) < 4:
         port = 11_000 + secrets.randbelow(11_000)
@@ -194,7 +243,8 @@ def _free_ports() -> tuple[int, ...]:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last server may linger
+        # Connections of the last server may linger.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
@@ -203,10 +253,11 @@ def _is_free(port: int) -> bool:
 
 
 def _start(root: Path, last: Endpoint | None) -> Endpoint:
-    """Start a server on the ports of the last one, if they are free: its clients then find it again."""
+    """Start a server, on the last one's ports if they are free: its clients then find it again."""
     if shutil.disk_usage(root).free < MIN_FREE_BYTES:
         raise WdsTrainError(
-            f"less than {MIN_FREE_BYTES >> 20} MiB are free on the disk of {root}; the embedded S3 server needs room: "
+            f"less than {MIN_FREE_BYTES >> 20} MiB are free on the disk of {root}; the embedded "
+            "S3 server needs room: "
             "free some, or set WDS_HOME to a folder on another disk"
         )
     _refuse_no_sockets()
@@ -214,12 +265,20 @@ def _start(root: Path, last: Endpoint | None) -> Endpoint:
     (root / "data").mkdir(exist_ok=True)
     if last and all(_is_free(port) and _is_free(port + GRPC_OFFSET) for port in last.ports):
         return _launch(root, last)
-    # Another program may take a port between our look and the server's bind; three draws make that a non-event.
+
+    # Another program may take a port between our look and the server's bind. Three tries are
+    # enough.
     for remaining in (2, 1, 0):
         ports = _free_ports()
+        endpoint = Endpoint(
+            url=f"http://127.0.0.1:{ports[-1]}",
+            access_key=secrets.token_hex(10),
+            secret_key=secrets.token_hex(20),
+            ports=ports,
+            root=str(root),
+        )
         try:
-            url, keys = f"http://127.0.0.1:{ports[-1]}", (secrets.token_hex(10), secrets.token_hex(20))
-            return _launch(root, Endpoint(url, *keys, ports, str(root)))
+            return _launch(root, endpoint)
         except WdsTrainError as error:
             if remaining == 0 or PORT_TAKEN not in str(error):
                 raise
@@ -227,14 +286,17 @@ def _start(root: Path, last: Endpoint | None) -> Endpoint:
 
 
 def _refuse_no_sockets() -> None:
-    """Raise `WdsTrainError` where the server could make no sockets: it would be waited for in vain."""
+    """Raise `WdsTrainError` if the server cannot make sockets: we would wait for it in vain."""
     try:
         with tempfile.TemporaryFile(dir=SOCKETS):
             pass
     except OSError as error:
         raise WdsTrainError(
-            f"nothing can be written in {SOCKETS} ({error.strerror}), where the embedded S3 server makes its sockets; make "
-            "it writable (in a container: --tmpfs /tmp), or give a bucket with --bucket or WDS_BUCKET"
+            f"nothing can be written in {SOCKETS} ({error.strerror}), where the embedded S3 "
+            "server makes "
+            "its sockets; make it writable (in a container: --tmpfs /tmp), or give a bucket with "
+            "--bucket "
+            "or WDS_BUCKET"
         ) from error
 
 
@@ -255,33 +317,52 @@ def _launch(root: Path, endpoint: Endpoint) -> Endpoint:
             # A soft limit: with 400 MiB, collecting garbage took a third of the speed of uploads.
             env=os.environ | {"GOMEMLIMIT": "2GiB"} | _locks(),
             umask=0o077,  # its Unix sockets in /tmp have no other lock
-            start_new_session=True,  # Ctrl-C must reach the trainer alone, which still needs the server to commit
+            # Ctrl-C must reach only the trainer, which still needs the server to commit.
+            start_new_session=True,
         )
     _wait_ready(endpoint, process, root)
     return endpoint
 
 
 def _certify(root: Path) -> None:
-    """A fresh key and its certificate, by which the parts of one server know one another."""
+    """Make a key and its certificate, by which the parts of one server know one another."""
     command = [*OPENSSL.split(), "-keyout", KEY, "-out", CERTIFICATE]
     try:
         subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise WdsTrainError("the embedded S3 server needs the program openssl; install it, or set a bucket") from error
+        raise WdsTrainError(
+            "the embedded S3 server needs the program openssl; install it, or set a bucket"
+        ) from error
     except subprocess.CalledProcessError as error:
-        raise WdsTrainError(f"openssl cannot make a certificate in {root}: {error.stderr.strip()}") from error
+        raise WdsTrainError(
+            f"openssl cannot make a certificate in {root}: {error.stderr.strip()}"
+        ) from error
 
 
 def _locks() -> dict[str, str]:
-    """SeaweedFS's settings for ports that answer its own parts alone. Not flags, which everybody sees in the process list.
+    """Return SeaweedFS's settings for ports that answer only its own parts.
 
-    What the volume server stores goes by tokens. gRPC wants the certificate from its clients, and so does the master's
-    page, which no flag turns off.
+    They are environment variables, not flags, which everybody sees in the process list. The volume
+    server's objects need tokens. gRPC wants the certificate from its clients, and so does the
+    master's page, which no flag turns off.
     """
-    tokens = {f"WEED_JWT_SIGNING_{name}": secrets.token_hex(32) for name in ("KEY", "READ_KEY")}
-    parts = [f"WEED_GRPC_{part}" for part in ("MASTER", "VOLUME", "FILER", "S3", "CLIENT")] + ["WEED_HTTPS_MASTER"]
-    files = {f"{part}_{name}": file for part in parts for name, file in (("CERT", CERTIFICATE), ("KEY", KEY))}
-    return tokens | files | {"WEED_GRPC_CA": CERTIFICATE, "WEED_HTTPS_MASTER_CA": CERTIFICATE}
+    settings = {
+        "WEED_JWT_SIGNING_KEY": secrets.token_hex(32),
+        "WEED_JWT_SIGNING_READ_KEY": secrets.token_hex(32),
+        "WEED_GRPC_CA": CERTIFICATE,
+        "WEED_HTTPS_MASTER_CA": CERTIFICATE,
+    }
+    for part in (
+        "GRPC_MASTER",
+        "GRPC_VOLUME",
+        "GRPC_FILER",
+        "GRPC_S3",
+        "GRPC_CLIENT",
+        "HTTPS_MASTER",
+    ):
+        settings[f"WEED_{part}_CERT"] = CERTIFICATE
+        settings[f"WEED_{part}_KEY"] = KEY
+    return settings
 
 
 def _command(root: Path, ports: tuple[int, ...]) -> list[str]:
@@ -305,13 +386,14 @@ def _command(root: Path, ports: tuple[int, ...]) -> list[str]:
         "volume.minFreeSpace": f"{RESERVED_BYTES >> 20}MiB",
         "volume.preStopSeconds": 0,
         "filer.port": filer,
-        "filer.maxMB": 1,  # the size of its chunks: of a range, it reads every chunk whole that the range touches
+        "filer.maxMB": 1,  # the size of its chunks: it reads every chunk whole that a range touches
         "s3.port": s3,
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
         "s3.config": f"{root}/identities.json",
     }
-    return [program, "-logtostderr", "server", "-s3", *(f"-{name}={value}" for name, value in flags.items())]
+    words = [f"-{name}={value}" for name, value in flags.items()]
+    return [program, "-logtostderr", "server", "-s3", *words]
 
 
 def _wait_ready(endpoint: Endpoint, process: subprocess.Popen[bytes], root: Path) -> None:
@@ -319,18 +401,26 @@ def _wait_ready(endpoint: Endpoint, process: subprocess.Popen[bytes], root: Path
     client = _client(endpoint)
     while True:
         with contextlib.suppress(BotoCoreError, ClientError):
-            if EMBEDDED_BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
+            buckets = client.list_buckets()["Buckets"]
+            if EMBEDDED_BUCKET not in [bucket["Name"] for bucket in buckets]:
                 client.create_bucket(Bucket=EMBEDDED_BUCKET)
-            # Only a byte written proves that the volume server has joined, at times 5 s after all else answers.
+            # Only a byte written proves that the volume server has joined, at times 5 s after all
+            # else answers.
             client.put_object(Bucket=EMBEDDED_BUCKET, Key=".ready", Body=b"1")
             client.delete_object(Bucket=EMBEDDED_BUCKET, Key=".ready")
             return
-        stopped, taken = process.poll() is not None, PORT_TAKEN in _log(root)
+        stopped = process.poll() is not None
+        taken = PORT_TAKEN in _log(root)
         if stopped or taken or time.monotonic() > deadline:
             _kill(root)
-            what = f"stopped with code {process.wait()}" if stopped else f"did not answer in {READY_SECONDS:.0f} s"
-            what = f"met a port in use ({PORT_TAKEN})" if taken else what
-            raise WdsTrainError(f"the embedded S3 server {what}; the end of {root}/server.log:\n{_log_tail(root)}")
+            what = f"did not answer in {READY_SECONDS:.0f} s"
+            if taken:
+                what = f"met a port in use ({PORT_TAKEN})"
+            elif stopped:
+                what = f"stopped with code {process.wait()}"
+            raise WdsTrainError(
+                f"the embedded S3 server {what}; the end of {root}/server.log:\n{_log_tail(root)}"
+            )
         time.sleep(0.1)
 
 
@@ -354,7 +444,9 @@ def main() -> None:
     if sys.argv[1:] != ["stop"]:
         raise SystemExit(f"usage: python -m wds_train.storage.embedded stop, not {sys.argv[1:]}")
     try:
-        print("stopped the embedded S3 server" if stop() else "no embedded S3 server is running here")
+        print(
+            "stopped the embedded S3 server" if stop() else "no embedded S3 server is running here"
+        )
     except UsageError as error:
         raise SystemExit(str(error)) from error
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wds_train.errors import AccessDenied, Conflict, NotFound, StoreError
-from wds_train.storage.base import Body, Entry, contents, inside, too_short
+from wds_train.storage.base import Body, Entry, check_key, read_file, too_short
 
-UNFINISHED = ".tmp-"  # begins the names of local files that are being written
+UNFINISHED = ".tmp-"  # the beginning of the names of files that are being written
 
 
 class LocalStore:
@@ -30,7 +30,11 @@ class LocalStore:
         with self._translated(key), _opened(self._path(key)) as file:
             file.seek(start)
             data = file.read(-1 if length is None else length)
-        if len(data) < (bool(start) if length is None else length):
+        # Without a length, a read from within the object returns one byte at least.
+        least = length
+        if least is None:
+            least = 1 if start else 0
+        if len(data) < least:
             raise too_short(f"{self.url}/{key}", start, length)
         return data
 
@@ -44,19 +48,24 @@ class LocalStore:
         data = self.read(key)
         return data, hashlib.sha256(data).hexdigest()
 
-    def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        tag, path = hashlib.sha256(body).hexdigest(), self._path(key)
+    def write(
+        self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
+        tag = hashlib.sha256(body).hexdigest()
+        path = self._path(key)
         with self._translated(key), _locked(path.with_name(UNFINISHED + path.name)) as file:
             found = self._tag(key) if if_absent or if_match else None
-            if (if_absent and found is not None) or (if_match and found != if_match):
-                if found != tag:
-                    raise Conflict(f"{self.url}/{key} was written by another writer")
-            else:
+            exists = if_absent and found is not None
+            differs = if_match and found != if_match
+            if not exists and not differs:
                 _replace(path, file, [body])
+            elif found != tag:
+                raise Conflict(f"{self.url}/{key} was written by another writer")
         return tag
 
     def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
-        digest, path = hashlib.sha256(), self._path(key)
+        digest = hashlib.sha256()
+        path = self._path(key)
 
         def hashed() -> Iterator[Body]:
             for piece in pieces:
@@ -68,7 +77,7 @@ class LocalStore:
         return digest.hexdigest()
 
     def upload(self, key: str, path: Path) -> None:
-        self.write(key, contents(path))
+        self.write(key, read_file(path))
 
     def head(self, key: str) -> tuple[int, str]:
         with self._translated(key), _opened(self._path(key)) as file:
@@ -79,10 +88,15 @@ class LocalStore:
 
     def list(self, prefix: str = "", *, flat: bool = False) -> Iterator[Entry]:
         folder, _, start = prefix.rpartition("/")
-        tops = [path for path in (self.root / folder).glob("*") if path.name.startswith(start)]
+        entries: list[Entry] = []
         with self._translated(prefix):
-            paths = (path for top in tops for path in ((top,) if flat else (top, *top.rglob("*"))))
-            yield from sorted(entry for path in paths for entry in _entry(self.root, path, folders=flat))
+            for top in (self.root / folder).glob("*"):
+                if not top.name.startswith(start):
+                    continue
+                paths = [top] if flat else [top, *top.rglob("*")]
+                for path in paths:
+                    entries.extend(_entry(self.root, path, folders=flat))
+            yield from sorted(entries)
 
     def delete(self, key: str) -> None:
         with self._translated(key), contextlib.suppress(NotADirectoryError):
@@ -95,7 +109,7 @@ class LocalStore:
                 pass
 
     def _path(self, key: str) -> Path:
-        return self.root / inside(key, self.url)
+        return self.root / check_key(key, self.url)
 
     def _tag(self, key: str) -> str | None:
         try:
@@ -110,54 +124,62 @@ class LocalStore:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise NotFound(f"{self.url}/{key} does not exist") from error
         except PermissionError as error:
-            raise AccessDenied(f"no permission for {error.filename or self.url}; check its owner and mode") from error
+            where = error.filename or self.url
+            raise AccessDenied(f"no permission for {where}; check its owner and mode") from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreError(
-                    f"no space left on the disk of {self.url} while writing {key}; free some and run again"
+                    f"no space left on the disk of {self.url} while writing {key}; free some and "
+                    "run again"
                 ) from error
             raise StoreError(f"{self.url}/{key}: {error}") from error
 
 
 def _opened(path: Path) -> io.BufferedReader:
-    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # opening a FIFO waits for ever
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a FIFO would wait for ever
         raise StoreError(f"{path} is no plain file; remove it")
     return path.open("rb")
 
 
 def _entry(root: Path, path: Path, *, folders: bool) -> Iterator[Entry]:
-    with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+    """Yield the entry of `path`, unless it is no object, or was deleted since it was listed."""
+    key = path.relative_to(root).as_posix()
+    with contextlib.suppress(FileNotFoundError):
         if path.is_file() and not path.name.startswith(UNFINISHED):
-            yield Entry(path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime)
+            yield Entry(key, path.stat().st_size, path.stat().st_mtime)
         elif folders and path.is_dir():
-            yield Entry(f"{path.relative_to(root).as_posix()}/")
+            yield Entry(f"{key}/")
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The empty file `path`, this writer's alone until the block ends, when it is removed if it is still there.
+    """Yield the empty file `path`, locked for this writer, and remove what is left of it.
 
-    A kill releases the lock, and what it leaves behind the next writer of the same key takes over.
+    A kill releases the lock. The next writer of the same key takes over the file that it leaves.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        raise StoreError(f"no folder can be made at {path.parent} ({error.strerror}); choose another place") from error
+        raise StoreError(
+            f"no folder can be made at {path.parent} ({error.strerror}); choose another place"
+        ) from error
     while True:
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not _names(path, file):  # while we waited, the writer before us renamed this very file into place
+            if not _is_at(path, file):  # the writer before us has renamed this very file meanwhile
                 continue
             file.truncate(0)
             try:
                 yield file
             finally:
-                if _names(path, file):  # else it is the next writer's by now
+                if _is_at(path, file):  # else it is the next writer's by now
                     path.unlink()
             return
 
 
-def _names(path: Path, file: BinaryIO) -> bool:
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Return whether `file` is the one at `path`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -165,11 +187,11 @@ def _names(path: Path, file: BinaryIO) -> bool:
 
 
 def _replace(path: Path, file: BinaryIO, pieces: Iterable[Body]) -> None:
-    """Put `pieces` at `path` by way of `file`, a file beside it."""
+    """Write `pieces` into `file`, and rename that to `path`."""
     file.writelines(pieces)
     file.flush()
     os.fsync(file.fileno())  # before the rename, or a power cut leaves `path` empty
     Path(file.name).replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # or a power cut undoes the rename, of which a manifest may already tell
+    os.fsync(folder)  # or a power cut undoes the rename, which a manifest may already rely on
     os.close(folder)

@@ -1,7 +1,8 @@
 """The proof that a store refuses a conditional write whose condition does not hold.
 
-Everything rests on that: a run has one owner, and a manifest one writer, because the server refuses the second one. Some
-servers and gateways take such a write and ignore its condition, and answer as if all were well.
+Everything rests on that: a run has one owner, and a manifest one writer, because the server
+refuses the second one. Some servers and gateways take such a write and ignore its condition, and
+answer as if all were well.
 """
 
 import secrets
@@ -15,7 +16,7 @@ from wds_train.storage.s3_errors import Refused
 from wds_train.storage.s3_write import digest_of
 
 PROBES = "metrics/"  # of a run: where an instance's role may write and delete
-PROBE = "probe-"  # begins the name of the object that is written; no fence of a run sorts after it
+PROBE = "probe-"  # the beginning of the object's name; no fence of a run sorts after it
 LOOKS = 3  # before a server is refused: another process may have removed the probe meanwhile
 TRIES = 5  # at a write that must succeed and that the server refuses for the moment (409)
 BODY = b"wds-train"
@@ -31,17 +32,17 @@ Say = Callable[[str], None]
 
 
 def prove(store: Store, folder: str, say: Say, *, unsafe: bool = False) -> bool:
-    """See that `store` refuses what it must, by a small object in `folder` (ends in "/") that is removed again.
+    """Check that `store` refuses what it must, by a small object that is removed again.
 
-    It takes eight small requests. A local directory needs none: its writes exclude one another by a lock.
+    It takes eight small requests. A local directory needs none: a lock keeps its writers apart.
 
-    One flaw is not the end: another process may have removed the object. All later looks must then be sound,
-    or a server that honours some of the conditions only would pass by luck.
+    One flaw is not the end, since another process may have removed the object. All later looks must
+    then find none, or a server that honours only some of the conditions would pass by luck.
 
     Args:
         store: Where a run or a dataset is to be owned.
-        folder: Where this process may write and delete.
-        say: What is told to a person.
+        folder: Where this process may write and delete; it ends in "/".
+        say: Prints a line.
         unsafe: Say what is wrong, and return False, instead of raising.
 
     Returns:
@@ -65,15 +66,15 @@ def prove(store: Store, folder: str, say: Say, *, unsafe: bool = False) -> bool:
 
 
 def is_probe(key: str) -> bool:
-    """Whether an object is a probe, which a process left that was killed in the middle of its proof.
+    """Return whether an object is a probe, which a killed process left.
 
-    It may be removed at any time: a proof that is at work misses its probe, and looks again with another one.
+    It may be removed at any time: a proof that misses its probe looks again with another one.
     """
     return key.rpartition("/")[2].startswith(PROBE)
 
 
 def _look(s3: S3Connection, folder: str, say: Say) -> str:
-    """Return what is wrong with the server by one probe of its own, which is removed again; "" where nothing is."""
+    """Return the server's flaw, found by one probe that is removed again; "" if it has none."""
     key = f"{folder}{PROBE}{secrets.token_hex(8)}"
     try:
         return _flaw(s3, key)
@@ -82,7 +83,7 @@ def _look(s3: S3Connection, folder: str, say: Say) -> str:
 
 
 def _flaw(s3: S3Connection, key: str) -> str:
-    """Return what is wrong with the server, to be read after its name; "" where nothing is."""
+    """Return the server's flaw as a sentence that begins with its name; "" if it has none."""
     if not _is_written(s3, key):
         return f"{s3.server} refuses every write with If-None-Match, even of a new object"
     if not _is_refused(s3, key, IfNoneMatch="*"):
@@ -93,7 +94,7 @@ def _flaw(s3: S3Connection, key: str) -> str:
 
 
 def _flaw_of_swaps(s3: S3Connection, key: str) -> str:
-    """Return what is wrong with swaps as a run does them: by the right ETag, and by one that was right before."""
+    """Return the server's flaw in swaps as a run does them: by the ETag, and by an older one."""
     tag = _tag_of(s3, key)
     if not tag:
         return f"{s3.server} does not show an object that was written"
@@ -115,7 +116,7 @@ def _ignores_tag(s3: S3Connection) -> str:
 
 
 def _is_written(s3: S3Connection, key: str) -> bool:
-    """Write the probe. It is there, too, when the answer to the first request was lost and its repetition refused."""
+    """Write the probe. A repetition is refused if the answer to the first request was lost."""
     for _ in range(TRIES):
         try:
             _put(s3, key, BODY, IfNoneMatch="*")
@@ -123,14 +124,14 @@ def _is_written(s3: S3Connection, key: str) -> bool:
             if _tag_of(s3, key):
                 return True
         except Refused as error:
-            raise _explained(s3, key, error) from error
+            raise _explain(s3, key, error) from error
         else:
             return True
     return False
 
 
 def _is_swapped(s3: S3Connection, key: str, tag: str) -> bool:
-    """Replace the probe of `tag`. It is done, too, when the answer was lost and the repetition refused."""
+    """Replace the probe of `tag`. A repetition is refused if the first answer was lost."""
     for _ in range(TRIES):
         try:
             _put(s3, key, SWAPPED, IfMatch=tag)
@@ -146,14 +147,17 @@ def _put(s3: S3Connection, key: str, body: bytes, **condition: str) -> None:
     s3.ask("put_object", key, Key=s3.full_key(key), Body=body, **digest_of(s3, body), **condition)
 
 
-def _explained(s3: S3Connection, key: str, error: Refused) -> StoreError:
-    """Which header it is that the server does not take, found out by leaving out one after the other."""
+def _explain(s3: S3Connection, key: str, error: Refused) -> StoreError:
+    """Return which header the server does not take, found by omitting one after the other."""
     plain = S3Connection(s3.bucket, s3.prefix, s3.endpoint, "when_required")
     if s3.checksums and _is_taken(plain, key, IfNoneMatch="*"):
-        return StoreError(f"{s3.server} does not take x-amz-checksum-crc32 ({error}): {CHECKSUM_REMEDY}")
+        return StoreError(
+            f"{s3.server} does not take x-amz-checksum-crc32 ({error}): {CHECKSUM_REMEDY}"
+        )
     if _is_taken(plain, key):
         return StoreError(
-            f"{s3.server} does not take If-None-Match on a write ({error}), by which a run has one owner. {KNOWN}"
+            f"{s3.server} does not take If-None-Match on a write ({error}), by which a run has "
+            f"one owner. {KNOWN}"
         )
     return error
 
@@ -167,7 +171,7 @@ def _is_taken(s3: S3Connection, key: str, **condition: str) -> bool:
 
 
 def _tag_of(s3: S3Connection, key: str) -> str:
-    """Return the ETag of the probe; "" when it is not there."""
+    """Return the ETag of the probe; "" if it is not there."""
     try:
         return s3.head(key)[1]
     except NotFound:
@@ -183,7 +187,7 @@ def _is_refused(s3: S3Connection, key: str, **condition: str) -> bool:
 
 
 def _remove(s3: S3Connection, key: str, say: Say) -> None:
-    """Remove the probe. Whoever may not delete can train all the same."""
+    """Remove the probe. A person who may not delete can still train."""
     try:
         s3.ask("delete_object", key, Key=s3.full_key(key))
     except StoreError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wds_train.errors import NotFound, StoreError
-from wds_train.storage.base import Body, Entry, Store, contents
+from wds_train.storage.base import Body, Entry, Store, read_file
 from wds_train.storage.embedded import Endpoint
 from wds_train.storage.s3_connection import S3Connection
 from wds_train.storage.s3_read import S3Reader
@@ -61,7 +61,7 @@ class S3Store:
         return self._writer.write_pieces(key, pieces)
 
     def upload(self, key: str, path: Path) -> None:
-        self.write(key, contents(path))
+        self.write(key, read_file(path))
 
     def head(self, key: str) -> tuple[int, str]:
         return self.connection.head(key)

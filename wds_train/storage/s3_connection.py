@@ -10,7 +10,7 @@ from urllib3.exceptions import HTTPError
 
 from wds_train.environment import number_of
 from wds_train.errors import AccessDenied, StoreError, Unavailable, UsageError
-from wds_train.storage.base import inside
+from wds_train.storage.base import check_key
 from wds_train.storage.embedded import Endpoint
 from wds_train.storage.ranges import NoAnswer, Ranges
 from wds_train.storage.retry import Retry
@@ -106,7 +106,7 @@ class S3Connection:
         Raises:
             StoreError: The server refuses the request, or did not answer within the patience for it.
         """
-        inside(key, self.url)
+        check_key(key, self.url)
         retry = self.retry()
         while True:
             generation = self.session.generation

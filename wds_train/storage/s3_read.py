@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from wds_train.errors import Conflict, StoreError, Unavailable
-from wds_train.storage.base import inside, too_short
+from wds_train.storage.base import check_key, too_short
 from wds_train.storage.ranges import Answer
 from wds_train.storage.retry import SLOWEST
 from wds_train.storage.s3_connection import S3Connection, tag_in
@@ -96,7 +96,7 @@ class S3Reader:
         it names the error, follows a bucket to its region, and renews credentials. So is all that goes through a proxy.
         """
         connection = self._connection
-        full_key = connection.full_key(inside(key, connection.url))
+        full_key = connection.full_key(check_key(key, connection.url))
         if "Range" in wanted and (ranges := connection.ranges):
             with ranges.get(full_key, wanted) as found:
                 if found is not None:

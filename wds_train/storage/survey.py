@@ -1,4 +1,4 @@
-"""What an S3 server does of all that wds-train asks of one, tried out."""
+"""A survey of a store: try all that wds-train needs, and say what does not work."""
 
 import contextlib
 import secrets
@@ -19,7 +19,9 @@ from wds_train.storage.s3_errors import OutOfRange
 State = Literal["ok", "note", "fail"]
 SMALLEST_PART = 5 << 20
 BODY = bytes(range(256))
-PATIENCE_SECONDS = 5.0  # with what is not answered: some servers fail for ever at what they do not know
+PATIENCE_SECONDS = (
+    5.0  # with what is not answered: some servers fail for ever at what they do not know
+)
 ROUNDS = 8  # of small requests, for the latency
 SKEW_SECONDS = 300.0  # S3 refuses requests at 900
 MANIFESTS_A_DAY = 4320  # a lease is renewed every 20 s
@@ -27,8 +29,13 @@ MANIFESTS_A_DAY = 4320  # a lease is renewed every 20 s
 
 @dataclass(frozen=True)
 class Finding:
-    """What one look at a server gave. "note": it lacks something that can be done without, or that a person should know;
-    "fail": it cannot be used.
+    """The result of one look at a server.
+
+    Attributes:
+        name: What was looked at.
+        state: "note" says that it lacks something that is not needed, or that a person should know
+            something. "fail" says that it cannot be used.
+        text: The result in words.
     """
 
     name: str
@@ -40,42 +47,56 @@ Found = tuple[State, str]
 
 
 def check(store: Store) -> Iterator[Finding]:
-    """Look at `store`, by objects of a random name below its prefix, which are removed at the end."""
+    """Try all that is needed, and yield what was found.
+
+    It writes objects of a random name below the store's prefix, and removes them at the end.
+    """
     if not isinstance(store, S3Store):
-        yield Finding("store", "ok", f"{store.url} is a local directory, whose writers a lock keeps apart")
+        yield Finding(
+            "store", "ok", f"{store.url} is a local directory, whose writers a lock keeps apart"
+        )
         return
     at = _Place(store)
     at.s3.patience = min(at.s3.patience, PATIENCE_SECONDS)
     try:
         for name, look in LOOKS:
             try:
-                state, text = look(at)
+                finding = Finding(name, *look(at))
             except StoreError as error:
-                state, text = "fail", str(error)
-            yield Finding(name, state, text)
-            if state == "fail" and name in ("write", "read"):  # all others would fail of the same
-                return
+                finding = Finding(name, "fail", str(error))
+            yield finding
+            if finding.state == "fail" and name in ("write", "read"):
+                return  # all others would fail for the same reason
     finally:
         at.clean()
 
 
 class _Place:
-    """Where a look may write: a folder of a random name below the store's prefix. `key` is an object in it, of `tag`."""
+    """A folder of a random name below the store's prefix, where a look may write.
+
+    Attributes:
+        key: An object in it.
+        tag: The object's tag, once it is written.
+    """
 
     def __init__(self, store: S3Store) -> None:
-        self.store, self.s3 = store, store.connection
+        self.store = store
+        self.s3 = store.connection
         self.folder = f"probe-{secrets.token_hex(8)}/"
-        self.key, self.tag = f"{self.folder}a", ""
+        self.key = f"{self.folder}a"
+        self.tag = ""
 
     def ask(self, verb: str, key: str, **details: Any) -> dict[str, Any]:
         return self.s3.ask(verb, key, Key=self.s3.full_key(key), **details)
 
-    def begun(self, key: str, sizes: list[int]) -> dict[str, Any]:
-        """An upload of parts of `sizes` that lacks but its end: what completes it."""
+    def begin_upload(self, key: str, sizes: list[int]) -> dict[str, Any]:
+        """Upload parts of `sizes` bytes, and return the arguments that complete the upload."""
         upload = self.ask("create_multipart_upload", key)["UploadId"]
         parts = []
         for number, size in enumerate(sizes, 1):
-            answer = self.ask("upload_part", key, Body=bytes(size), UploadId=upload, PartNumber=number)
+            answer = self.ask(
+                "upload_part", key, Body=bytes(size), UploadId=upload, PartNumber=number
+            )
             kept = {name: answer[name] for name in ("ETag", "ChecksumCRC32") if name in answer}
             parts.append({"PartNumber": number} | kept)
         return {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
@@ -85,7 +106,7 @@ class _Place:
             self.ask("abort_multipart_upload", key, UploadId=upload)
 
     def clean(self) -> None:
-        """Remove what was written. That it cannot be is said before, by a look of its own."""
+        """Remove what was written. `_delete` says before if that is not possible."""
         with contextlib.suppress(StoreError):
             for entry in list(self.store.list(self.folder)):
                 self.store.delete(entry.key)
@@ -132,12 +153,13 @@ def _odd_keys(at: _Place) -> Found:
     key = f"{at.folder}c +é%2B"
     try:
         at.store.write(key, BODY)
-        right = at.store.read(key, 10, 100) == BODY[10:110] and key in [each.key for each in at.store.list(at.folder)]
+        is_read = at.store.read(key, 10, 100) == BODY[10:110]
+        listed = [entry.key for entry in at.store.list(at.folder)]
     except StoreError as error:
         return "note", f"only plain letters in prefixes and the names of tars: {error}"
-    return (
-        ("ok", "a blank, +, an accent and %2B") if right else ("note", "are listed as others; use plain letters alone")
-    )
+    if is_read and key in listed:
+        return "ok", "a blank, +, an accent and %2B"
+    return "note", "are listed as others; use plain letters alone"
 
 
 def _put_refused(at: _Place, **condition: str) -> Found:
@@ -145,7 +167,7 @@ def _put_refused(at: _Place, **condition: str) -> Found:
 
 
 def _refused(at: _Place, verb: str, details: dict[str, Any], **condition: str) -> Found:
-    """A write of the object that is there, under a condition that does not hold."""
+    """Write the object that is there, under a condition that does not hold."""
     try:
         at.ask(verb, at.key, **details, **condition)
     except (Conflict, NotFound):
@@ -158,18 +180,23 @@ def _swap(at: _Place) -> Found:
     try:
         at.tag = at.store.write(at.key, BODY[::-1], if_match=at.tag)
     except Conflict as error:
-        return "fail", f"refused by the right ETag, too, so that no run could be committed to: {error}"
+        return (
+            "fail",
+            f"refused by the right ETag, too, so that no run could be committed to: {error}",
+        )
     return "ok", "done, by the right ETag"
 
 
 def _upload_refused(at: _Place, **condition: str) -> Found:
-    upload = at.begun(at.key, [1])
+    upload = at.begin_upload(at.key, [1])
     try:
         state, text = _refused(at, "complete_multipart_upload", upload, **condition)
     finally:
         at.abort(at.key, upload["UploadId"])
     # The keys of checkpoints carry the fence: no two writers have the same one.
-    return ("note", "ignored; harmless, since manifests go up in one piece") if state == "fail" else (state, text)
+    if state == "fail":
+        return "note", "ignored; harmless, since manifests go up in one piece"
+    return state, text
 
 
 def _ranges(at: _Place) -> Found:
@@ -185,7 +212,11 @@ def _ranges(at: _Place) -> Found:
     else:
         beyond = "past the end other bytes"
     if at.store.fallbacks:
-        return "note", f"right, {beyond}; signed addresses are not answered, so that each range takes two requests"
+        return (
+            "note",
+            f"right, {beyond}; signed addresses are not answered, so that each range takes two "
+            "requests",
+        )
     return "ok", f"right, {beyond}"
 
 
@@ -201,13 +232,14 @@ def _get_if_match(at: _Place) -> Found:
 
 def _parts(at: _Place, *sizes: int) -> Found:
     key = f"{at.folder}parts"
-    upload = at.begun(key, [*sizes, 1])
+    upload = at.begin_upload(key, [*sizes, 1])
     try:
         at.ask("complete_multipart_upload", key, **upload)
     except StoreError:
         at.abort(key, upload["UploadId"])
         raise
-    if (size := at.s3.head(key)[0]) != sum(sizes) + 1:
+    size, _ = at.s3.head(key)
+    if size != sum(sizes) + 1:
         return "fail", f"{sum(sizes) + 1} bytes were sent, and {size} stored"
     return "ok", "taken"
 
@@ -256,22 +288,28 @@ def _versioning(at: _Place) -> Found:
     except NotFound:  # S3's answer where there are no rules
         rules = []
     except StoreError:
-        return "note", "not told; docs/stores.md says what the bucket's versioning and lifecycle should be"
+        return (
+            "note",
+            "not told; docs/stores.md says what the bucket's versioning and lifecycle should be",
+        )
     return versioning(status, rules)
 
 
 def _latency(at: _Place) -> Found:
     writes = [_seconds(lambda: at.store.write(at.key, BODY)) for _ in range(ROUNDS)]
     reads = [_seconds(lambda: at.store.read(at.key)) for _ in range(ROUNDS)]
-    write, read = (statistics.median(each) * 1e3 for each in (writes, reads))
-    return "ok", f"{write:.0f} ms a small write, {read:.0f} ms a small read"
+    write_ms = statistics.median(writes) * 1e3
+    read_ms = statistics.median(reads) * 1e3
+    return "ok", f"{write_ms:.0f} ms a small write, {read_ms:.0f} ms a small read"
 
 
 def _throughput(at: _Place) -> Found:
-    key, body = f"{at.folder}large", secrets.token_bytes(2 * PART_BYTES)
-    up = _seconds(lambda: at.store.write(key, body))
-    down = _seconds(lambda: at.store.read(key, 0, len(body)))
-    return "ok", f"{len(body) / up / 1e6:.0f} MB/s up, {len(body) / down / 1e6:.0f} MB/s down, of one object of 32 MiB"
+    key = f"{at.folder}large"
+    body = secrets.token_bytes(2 * PART_BYTES)
+    megabytes = len(body) / 1e6
+    up = megabytes / _seconds(lambda: at.store.write(key, body))
+    down = megabytes / _seconds(lambda: at.store.read(key, 0, len(body)))
+    return "ok", f"{up:.0f} MB/s up, {down:.0f} MB/s down, of one object of 32 MiB"
 
 
 LOOKS: tuple[tuple[str, Callable[[_Place], Found]], ...] = (
@@ -299,18 +337,30 @@ LOOKS: tuple[tuple[str, Callable[[_Place], Found]], ...] = (
 
 
 def clock(date: str) -> Found:
-    """Whether this machine's clock goes with the server's, of which an answer had the `date`."""
+    """Compare this machine's clock with the server's.
+
+    Args:
+        date: The header Date of an answer.
+    """
     try:
         skew = time.time() - parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError):
         return "note", "the server tells no time"
     if abs(skew) > SKEW_SECONDS:
-        return "fail", f"this machine's clock is {skew:+.0f} s off; S3 refuses requests from 900 s on: set it"
+        return (
+            "fail",
+            f"this machine's clock is {skew:+.0f} s off; S3 refuses requests from 900 s on: set it",
+        )
     return "ok", f"{abs(skew):.0f} s apart"
 
 
 def versioning(status: dict[str, Any], rules: list[dict[str, Any]]) -> Found:
-    """Whether the bucket keeps for ever what is replaced or removed."""
+    """Say whether the bucket keeps for ever what is replaced or removed.
+
+    Args:
+        status: The answer on the bucket's versioning.
+        rules: The rules of its lifecycle.
+    """
     active = [rule for rule in rules if rule.get("Status") == "Enabled"]
     wanted = []
     kept = "off"

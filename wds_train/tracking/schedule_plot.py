@@ -1,4 +1,4 @@
-"""A recipe's schedule as a picture."""
+"""Draw a recipe's schedule."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,23 @@ POINTS = 1000  # of a curve
 
 
 def draw_schedule(recipe: Recipe, path: Path) -> None:
-    """Learning rate, logarithmic where it falls by steps, and, at the right, resolution, where it changes, of a whole
-    training, as a PNG at `path`.
+    """Write a PNG of the learning rate over a whole training, and of the resolution if it changes.
+
+    The learning rate is logarithmic if it falls in steps.
+
+    Args:
+        recipe: The recipe.
+        path: Where the PNG goes.
+
+    Raises:
+        UsageError: matplotlib is missing, or nothing can be written at `path`.
     """
-    figure, epochs = new_figure(7), recipe.schedule.epochs
-    axes, points = figure.subplots(), [epochs * i / POINTS for i in range(POINTS)]
+    figure = new_figure(7)
+    axes = figure.subplots()
+
+    # Learning rate, at the left.
+    epochs = recipe.schedule.epochs
+    points = [epochs * i / POINTS for i in range(POINTS)]
     axes.plot(points, [lr_at(recipe, epoch) for epoch in points], color="C3")
     axes.set(title="learning rate", xlabel="epoch")
     axes.grid(alpha=0.25)
@@ -24,6 +36,8 @@ def draw_schedule(recipe: Recipe, path: Path) -> None:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
+
+    # Resolution, at the right.
     sides = [image_side(recipe.data, epoch, epochs) for epoch in range(epochs)]
     if len(set(sides)) > 1:
         right = axes.twinx()
@@ -38,18 +52,30 @@ def draw_schedule(recipe: Recipe, path: Path) -> None:
 
 
 def new_figure(width: float, height: float = 3.6) -> Any:
-    """An empty matplotlib figure, in inches. `UsageError` without matplotlib, which only pictures need: it takes
-    a second to import, and is not imported before.
+    """Return an empty matplotlib figure.
+
+    Args:
+        width: Inches.
+        height: Inches.
+
+    Raises:
+        UsageError: matplotlib is missing. Only pictures need it, and its import takes a second.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UsageError(f"matplotlib, which draws the pictures, cannot be imported: {error}; install it") from error
+        raise UsageError(
+            f"matplotlib, which draws the pictures, cannot be imported: {error}; install it"
+        ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write `figure` as a PNG; `UsageError` where `path` lets nothing be written."""
+    """Write `figure` as a PNG.
+
+    Raises:
+        UsageError: Nothing can be written at `path`.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")

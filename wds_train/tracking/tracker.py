@@ -1,4 +1,4 @@
-"""Rows of a training: collected for the run's metrics, and passed on to Weights & Biases."""
+"""Tracking of a training: collect its rows, and send them to Weights & Biases."""
 
 import os
 import shlex
@@ -31,35 +31,52 @@ Pass = Callable[[Board], object]
 
 @dataclass
 class Tracker:
-    """Collects rows for the next commit, and passes them on to W&B, whose troubles never reach the training: a thread
-    makes every call of it, and what is to be told waits in a queue until W&B is there. `stop` is called when a person presses
-    W&B's Stop button.
+    """Collect rows for the next commit, and send them to W&B.
+
+    W&B's errors never reach the training: a thread makes all calls, and rows wait in a queue until
+    W&B is there.
+
+    Args:
+        run: The run.
+        stop: Called when a person presses W&B's Stop button.
+        pending: Rows for the next commit.
+        where: The run's page, or the folder of an offline run; None without W&B.
     """
 
     run: Run
     stop: Callable[[], None]
     pending: list[Row] = field(default_factory=list)
     where: str | None = None
-    """The run's page, or the folder of an offline run; None without W&B."""
     _queue: SimpleQueue[Pass | None] = field(default_factory=SimpleQueue)
     _thread: threading.Thread | None = None
     _over: bool = False
-    """Whether the last line about W&B has been said: after it, what the process's end breaks is no news."""
+    """Whether the last line about W&B was printed.
+
+    Later errors only come from the process's end.
+    """
     _saying: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> Self:
         return self
 
     def start(self, history: list[Row], **details: Any) -> None:
-        """Begin to pass on, from the rows that are on S3; `details` go into the configuration. To be called once this process
-        forks no more.
+        """Begin to send. Call it when this process forks no more.
+
+        Args:
+            history: The rows that are on S3 already.
+            details: More fields of the configuration that W&B shows.
         """
         if os.environ.get("WANDB_MODE") != "disabled":
-            self._thread = threading.Thread(target=self._pass_on, args=(history, details), name="W&B", daemon=True)
+            self._thread = threading.Thread(
+                target=self._pass_on, args=(history, details), name="W&B", daemon=True
+            )
             self._thread.start()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._thread is not None and kind is not KeyboardInterrupt:
             self._tell(partial(_alert, error=error))
@@ -67,19 +84,28 @@ class Tracker:
             seconds = FINISH_SECONDS if kind is None else HASTY_SECONDS
             self._thread.join(seconds)
             if self._thread.is_alive():
-                self._warn(f"W&B did not end within {seconds:g} s and is left behind; {_remedy(self.run)}", last=True)
+                self._warn(
+                    f"W&B did not end within {seconds:g} s and is left behind; {_remedy(self.run)}",
+                    last=True,
+                )
 
     @property
     def watching(self) -> bool:
-        """Whether anybody would see pictures."""
-        return self._thread is not None and self._thread.is_alive() and self._queue.qsize() < BACKLOG
+        """Whether W&B shows pictures at present."""
+        return self._is_alive() and self._queue.qsize() < BACKLOG
+
+    def _is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def log(self, row: Row) -> None:
+        """Add a row to the next commit, and send it to W&B."""
         self.pending.append(row)
         self._tell(lambda board: board.log(row))
 
     def drain(self) -> list[Row]:
-        rows, self.pending = self.pending, []
+        """Return the rows for the next commit, and forget them."""
+        rows = self.pending
+        self.pending = []
         return rows
 
     def show_batch(self, images: Any) -> None:
@@ -89,23 +115,24 @@ class Tracker:
             self._tell(lambda board: board.show(first_batch(sheet)))
 
     def show_findings(self, findings: Findings, classes: tuple[ClassInfo, ...]) -> None:
-        """Show, with the next row, what a validation got wrong."""
+        """Show the mistakes of a validation, with the next row."""
         self._tell(lambda board: board.show(tables(findings, classes)))
 
     def _tell(self, what: Pass) -> None:
-        if self._thread is not None and self._thread.is_alive():
+        if self._is_alive():
             self._queue.put(what)
 
     def _pass_on(self, history: list[Row], details: dict[str, Any]) -> None:
-        """The body of the thread. None is the last that comes."""
+        """Send all that is queued, until None comes. This is the body of the thread."""
         try:
             board = self._open(details)
             self.where = board.where
             send(board, history)
-            if step := self.run.manifest.attempts[-1].step:
+            step = self.run.manifest.attempts[-1].step
+            if step:
                 board.alert("resumed", f"{self.run.manifest.run} goes on at step {step}")
-            while (what := self._queue.get()) is not None:
-                what(board)
+            for call in iter(self._queue.get, None):
+                call(board)
             board.finish(self.run.manifest, self.run.store.url)
         except TimeoutError:
             self._warn(f"W&B has not taken all; {_remedy(self.run)}", last=True)
@@ -113,7 +140,10 @@ class Tracker:
             self._warn(f"{error}; the run does not need it; {_remedy(self.run)}", last=True)
         except Exception as error:
             self.where = None
-            self._warn(f"W&B failed ({one_line(error)}); the run does not need it; {_remedy(self.run)}", last=True)
+            self._warn(
+                f"W&B failed ({one_line(error)}); the run does not need it; {_remedy(self.run)}",
+                last=True,
+            )
 
     def _open(self, details: dict[str, Any]) -> Board:
         """Open the run's page: online with a login, offline without one or where W&B refuses."""
@@ -131,7 +161,10 @@ class Tracker:
             return opened("offline")
 
     def _amend(self, change: Change) -> RunManifest:
-        """Write the manifest as the run's owner, which refuses where another one has come."""
+        """Write the manifest as the run's owner.
+
+        That fails if another process owns the run by now.
+        """
         writer = self.run.writer
         if writer.closed.is_set() and writer.manifest.unsafe_store:
             raise RunError("the training has ended, and the store could not refuse a late write")
@@ -139,7 +172,7 @@ class Tracker:
         return writer.manifest
 
     def _warn(self, message: str, *, last: bool = False) -> None:
-        """Say a line, unless the `last` one has been said. Two threads may be at it at one moment."""
+        """Print a line, unless the `last` one was printed. Two threads may call it at a time."""
         with self._saying:
             if not self._over:
                 say(message)
@@ -155,8 +188,11 @@ def _alert(board: Board, error: BaseException | None) -> None:
     elif isinstance(error, Interrupted):
         board.alert("interrupted", str(error), "WARN")
     else:
-        board.alert("stopped" if isinstance(error, StoppedByPerson) else "failed", str(error), "ERROR")
+        board.alert(
+            "stopped" if isinstance(error, StoppedByPerson) else "failed", str(error), "ERROR"
+        )
 
 
 def _remedy(run: Run) -> str:
-    return f"the metrics are with the run, and `wds-train wandb {shlex.quote(run.store.url)}` sends what is missing"
+    command = f"wds-train wandb {shlex.quote(run.store.url)}"
+    return f"the metrics are with the run, and `{command}` sends what is missing"

@@ -1,4 +1,4 @@
-"""What a training runs by: the code's revision and the libraries' versions."""
+"""Versions of the code and of the libraries that a training uses."""
 
 import importlib.metadata
 import platform
@@ -9,6 +9,7 @@ LIBRARIES = ("wds-train", "torch", "torchvision", "timm", "webdataset", "numpy",
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that are installed."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -19,9 +20,12 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str:
-    """The commit that this code is of, with -dirty where it was changed since; empty where it is of no Git repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """Return the commit of this code, with -dirty if it was changed; "" outside Git."""
+    folder = str(Path(__file__).parent)
+    describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = ["git", "-C", folder, *describe]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -1,4 +1,4 @@
-"""A run's page in Weights & Biases, made of the rows that are on S3."""
+"""A run's page in Weights & Biases, made from the rows that are on S3."""
 
 import contextlib
 import logging
@@ -19,22 +19,35 @@ from wds_train.tracking.metrics import Row
 
 INIT_SECONDS = 30.0  # for W&B's server to answer
 GROUPS = ("train", "epoch", "val", "time", "commit", "s3", "gpu")
-BEST = {"val/top1": "max", "val/top1_ema": "max", "val/top5": "max", "val/top5_ema": "max", "val/loss": "min"}
+BEST = {
+    "val/top1": "max",
+    "val/top1_ema": "max",
+    "val/top5": "max",
+    "val/top5_ema": "max",
+    "val/loss": "min",
+}
 
 
 class Board:
-    """W&B's run, in which the optimizer's step is W&B's own. Rows that it has are left out, so that the same ones may be
-    logged again.
+    """A run of W&B, whose steps are those of the optimizer.
+
+    Rows that W&B has already are skipped, so that the same ones may be logged again.
+
+    Args:
+        run: The run, as `wandb.init` returns it.
     """
 
     def __init__(self, run: Any) -> None:
         self.sent = 0
-        self._run, self._next = run, run.starting_step
+        self._run = run
+        self._next = run.starting_step
         self._row: Row = {}
         self._pictures: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, manifest: RunManifest, mode: Any, config: dict[str, Any], **settings: Any) -> Self:
+    def open(
+        cls, manifest: RunManifest, mode: Any, config: dict[str, Any], **settings: Any
+    ) -> Self:
         """Open the page whose id, project and entity the manifest holds, be it new or not.
 
         Args:
@@ -46,9 +59,10 @@ class Board:
             Exception: Whatever W&B raises; `tracking.page` makes a sentence of it.
         """
         os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or it reports to its maker even when offline
+        # Otherwise it reports to its maker even when offline.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         logging.getLogger("wandb").setLevel(logging.ERROR)
-        import wandb  # seconds, and only here: who disabled it does not wait
+        import wandb  # takes seconds, and only if W&B is not disabled
 
         home().mkdir(parents=True, exist_ok=True)
         run = wandb.init(
@@ -60,7 +74,9 @@ class Board:
             dir=str(home()),
             config=manifest.recipe | {"dataset": manifest.dataset} | config,
             mode=mode,
-            settings=wandb.Settings(console="off", init_timeout=INIT_SECONDS, finish_timeout_raises=True, **settings),
+            settings=wandb.Settings(
+                console="off", init_timeout=INIT_SECONDS, finish_timeout_raises=True, **settings
+            ),
         )
         for group in GROUPS:
             run.define_metric(f"{group}/*", step_metric="train/step")
@@ -70,7 +86,7 @@ class Board:
 
     @staticmethod
     def forget() -> None:
-        """End W&B's service, for which a run that could not be opened is in use for ever."""
+        """End W&B's service, which would hold a run that could not be opened for ever."""
         import wandb
 
         wandb.teardown()
@@ -86,7 +102,10 @@ class Board:
         return self._run.url or os.path.relpath(Path(self._run.dir).parent)
 
     def log(self, row: Row) -> None:
-        """Send a row. The one of an epoch's last step waits for the validation's, which is of the same step."""
+        """Send a row.
+
+        That of an epoch's last step waits for the validation's, which has the same step.
+        """
         if self._row and self._row["step"] != row["step"]:
             self._send()
         self._row = self._row | row
@@ -98,25 +117,44 @@ class Board:
         self._pictures |= pictures
 
     def _send(self) -> None:
-        row, self._row, pictures, self._pictures = self._row, {}, self._pictures, {}
-        step, logged = int(row["step"]), row.get("time/unix")
-        if step >= self._next:
-            row = {name: value for name, value in row.items() if name not in ("step", "time/unix")}
-            at = {} if logged is None else {"_timestamp": logged}
-            self._run.log({"train/step": step} | row | pictures | at, step=step, commit=True)
-            self._next, self.sent = step + 1, self.sent + 1
+        row = dict(self._row)
+        pictures = self._pictures
+        self._row = {}
+        self._pictures = {}
+        step = int(row.pop("step"))
+        logged = row.pop("time/unix", None)
+        if step < self._next:  # W&B has it already
+            return
+        values = {"train/step": step} | row | pictures
+        if logged is not None:
+            values["_timestamp"] = logged
+        self._run.log(values, step=step, commit=True)
+        self._next = step + 1
+        self.sent += 1
 
     def alert(self, title: str, text: str, level: str = "INFO") -> None:
-        """Have W&B tell its user, as they asked it to."""
+        """Let W&B notify its user, in the way that they chose there."""
         self._run.alert(title, text, level=level, wait_duration=0)
 
     def finish(self, manifest: RunManifest, url: str) -> None:
-        """Say what the run, which is at `url`, has come to, and let W&B send what it has not yet. `TimeoutError` when that takes
-        longer than it may.
+        """Write the run's sums, and let W&B send the rest.
+
+        Args:
+            manifest: The run's.
+            url: The run's address.
+
+        Raises:
+            TimeoutError: It takes too long.
         """
         totals = manifest.totals()
-        sums = {"attempts": totals.attempts, "interruptions": totals.interruptions, "hours": totals.seconds / 3600}
-        self._run.summary.update(sums | ({"dollars": totals.dollars} if totals.dollars else {}))
+        sums = {
+            "attempts": totals.attempts,
+            "interruptions": totals.interruptions,
+            "hours": totals.seconds / 3600,
+        }
+        if totals.dollars:
+            sums["dollars"] = totals.dollars
+        self._run.summary.update(sums)
         self._run.summary.update(_goodput(where_time_went(manifest, time.time())))
         if manifest.status == "done":
             self._refer(manifest, url)
@@ -125,41 +163,50 @@ class Board:
         self._run.finish(exit_code=0 if manifest.status == "done" else 1)
 
     def _refer(self, manifest: RunManifest, url: str) -> None:
-        """Name the checkpoint of the best weights where it lies; nothing is read or copied."""
+        """Add the address of the checkpoint with the best weights. Nothing is read or copied."""
         chosen = best_weights(manifest)
         if chosen is None or not url.startswith("s3://"):
             return
         import wandb
 
-        artifact = wandb.Artifact(f"{manifest.run}-best", "model", metadata={"weights": chosen.kind} | chosen.metrics)
+        metadata = {"weights": chosen.kind} | chosen.metrics
+        artifact = wandb.Artifact(f"{manifest.run}-best", "model", metadata=metadata)
         artifact.add_reference(f"{url}/{chosen.checkpoint.object.key}", checksum=False)
         self._run.log_artifact(artifact)
 
 
 def _goodput(parts: Parts) -> dict[str, float]:
-    """The goodput and the other parts of the paid time, as shares; nothing where no attempt noted them."""
+    """Return the parts of the paid time as shares; nothing if no attempt noted them."""
     if parts.goodput is None:
         return {}
-    rest = {f"goodput/{name}": part for name, part in parts.shares().items() if name != "steps"}
-    return {"goodput": parts.goodput, "paid_hours": parts.paid / 3600} | rest
+    summary = {"goodput": parts.goodput, "paid_hours": parts.paid / 3600}
+    for name, share in parts.shares().items():
+        if name != "steps":  # that is the goodput
+            summary[f"goodput/{name}"] = share
+    return summary
 
 
 def usual_mode() -> str:
-    """What $WANDB_MODE says; else online with a login, and offline without one."""
-    return os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    """Return $WANDB_MODE; without it "online" with a login, and "offline" without one."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return mode
+    return "online" if _is_logged_in() else "offline"
 
 
 def send(board: Board, rows: Iterable[Row]) -> None:
+    """Log all rows that have a step and an epoch."""
     for row in rows:
-        if {"step", "epoch"} <= row.keys():
+        if "step" in row and "epoch" in row:
             board.log(row)
 
 
 def one_line(error: Exception) -> str:
+    """Return the text of an error on one line."""
     return " ".join(str(error).split())
 
 
-def _logged_in() -> bool:
+def _is_logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     with contextlib.suppress(OSError, netrc.NetrcParseError):

@@ -9,37 +9,48 @@ from wds_train.dataset.manifest import ClassInfo
 from wds_train.evaluation.per_class import by_class, most_confused, title_of
 from wds_train.models.mistakes import Findings
 
-COLUMNS, ROWS = 8, 8  # of a batch
+COLUMNS = 8  # of the images of a batch
+ROWS = 8
 SIDE = 128  # of a mistaken image at most, in pixels: a hundred of them come with every epoch
 WORST = 100  # classes shown
 
 
 def tiles(images: Any) -> Image.Image:
-    """Images, a uint8 tensor [n, height, width, 3], as one; of a large batch the first."""
+    """Return one picture of many.
+
+    Args:
+        images: A uint8 tensor [n, height, width, 3], of which the first COLUMNS * ROWS are shown.
+    """
     shown = images[: COLUMNS * ROWS].cpu().numpy()
     height, width = shown.shape[1:3]
-    sheet = Image.new("RGB", (COLUMNS * width, -(-len(shown) // COLUMNS) * height))
+    rows = -(-len(shown) // COLUMNS)  # rounded up
+    sheet = Image.new("RGB", (COLUMNS * width, rows * height))
     for number, image in enumerate(shown):
-        sheet.paste(Image.fromarray(image), (number % COLUMNS * width, number // COLUMNS * height))
+        row, column = divmod(number, COLUMNS)
+        sheet.paste(Image.fromarray(image), (column * width, row * height))
     return sheet
 
 
 def first_batch(sheet: Image.Image) -> dict[str, Any]:
+    """Return the first batch, to be logged."""
     import wandb
 
     return {"train/first_batch": wandb.Image(sheet, file_type="jpg")}
 
 
 def tables(findings: Findings, classes: tuple[ClassInfo, ...]) -> dict[str, Any]:
-    """The mistakes, the most confused pairs and the worst classes, bounded."""
+    """Return tables of mistakes, confused pairs and the worst classes, to be logged."""
     import wandb
 
     mistakes = wandb.Table(["sample", "image", "class", "taken for", "confidence, not calibrated"])
     for each in findings.mistakes:
         picture = wandb.Image(_small(each.image), file_type="jpg")
-        names = title_of(classes[each.label]), title_of(classes[each.taken_for])
-        mistakes.add_data(each.sample, picture, *names, each.confidence)
-    labels, predicted = findings.labels, findings.predicted
+        label = title_of(classes[each.label])
+        taken_for = title_of(classes[each.taken_for])
+        mistakes.add_data(each.sample, picture, label, taken_for, each.confidence)
+
+    labels = findings.labels
+    predicted = findings.predicted
     confused = wandb.Table(["class", "taken for", "samples"])
     for pair in most_confused(labels, predicted, classes):
         confused.add_data(*pair.values())

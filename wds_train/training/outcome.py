@@ -6,7 +6,7 @@ from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.checkpoint.scores import NAMES, every_of, never_averaged, telling
 from wds_train.checkpoint.weight_choice import best_weights
 from wds_train.console import program
-from wds_train.storage.address import brief
+from wds_train.storage.address import shorten
 
 
 def outcome(run: RunManifest) -> list[str]:
@@ -27,11 +27,11 @@ def outcome(run: RunManifest) -> list[str]:
 def next_commands(run: RunManifest, url: str, *, test: bool) -> list[str]:
     """Return what suits this run, at `url`, whose dataset has a split for a last `test` or not."""
     wds_train = program()
-    name = quote(brief(url))
+    name = quote(shorten(url))
     found = best_weights(run)
     seed = run.recipe["seed"] + 1
     weights = " --best raw" if found and found.kind == "raw" else ""
-    another = quote(brief(f"{url.rstrip('/')}-seed-{seed}"))
+    another = quote(shorten(f"{url.rstrip('/')}-seed-{seed}"))
     commands = [f"eval {name} --split test"] if test else []
     commands.append(f"export {name}{weights} --to {run.run}.safetensors")
     commands.append(f"train --like {name} --set seed={seed} --run {another}")
@@ -43,4 +43,4 @@ def next_commands(run: RunManifest, url: str, *, test: bool) -> list[str]:
 
 def resume_command(url: str) -> str:
     """Return the command that goes on with the run at `url`."""
-    return f"{program()} train {quote(brief(url))}"
+    return f"{program()} train {quote(shorten(url))}"

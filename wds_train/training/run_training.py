@@ -31,10 +31,10 @@ from wds_train.files import home
 from wds_train.loader.cache import make_cache_folder
 from wds_train.loader.mixture import check_same_classes
 from wds_train.loader.workers import limit_threads
-from wds_train.report.goodput_words import told
+from wds_train.report.formatting import describe_goodput
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
-from wds_train.storage.timeout import within
+from wds_train.storage.retry import call_within
 from wds_train.tracking.tracker import Tracker
 from wds_train.training.ending import early_end, ending, last_word
 from wds_train.training.local_ranks import die_with_launcher
@@ -180,7 +180,7 @@ def _close(run: Run, options: TrainOptions, wandb_at: str | None, *, test: bool)
         if cause := early_end(options.recipe.schedule, newest.progress):
             say(f"ended    {cause}")
     say("\n".join(outcome(run.manifest)))
-    say(f"goodput  {told(where_time_went(run.manifest, time.time()))}")
+    say(f"goodput  {describe_goodput(where_time_went(run.manifest, time.time()))}")
     say(f"state    {options.run}")
     _write_report(run, options, REPORT_SECONDS)
     if wandb_at:
@@ -230,6 +230,6 @@ def _report(run: Run, options: TrainOptions, seconds: float) -> Path:
     from wds_train.report.run_report import NOT_EVALUATED, Prices, report
 
     place = f"{run.manifest.run}-{hashlib.sha256(options.run.encode()).hexdigest()[:6]}"
-    account = within(seconds, lambda: Account.of(run.store, run.manifest, say), run.store.url)
+    account = call_within(seconds, lambda: Account.of(run.store, run.manifest, say), run.store.url)
     page = write(report(account, Prices(), NOT_EVALUATED), home() / "runs" / place, "report")
     return Path(os.path.relpath(page))

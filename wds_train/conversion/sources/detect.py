@@ -21,7 +21,7 @@ from wds_train.conversion.sources.tables import holds_bytes
 from wds_train.conversion.sources.tars import is_tar, refuse_archives, webdataset
 from wds_train.conversion.sources.tree import is_folder, read_tree
 from wds_train.errors import DataError, UsageError
-from wds_train.storage.address import name_from
+from wds_train.storage.address import make_name
 
 DIGITS = "digits"
 DEPTH = 3  # levels of folders in a source that are looked into for data files
@@ -202,7 +202,7 @@ def _holds_data(name: str) -> bool:
 
 def name_of(address: str) -> str:
     """What a dataset made from `address` is called: the last part of it, as far as a name can hold it."""
-    return name_from(_last_part(address))
+    return make_name(_last_part(address))
 
 
 def _last_part(address: str) -> str:
