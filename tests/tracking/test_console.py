@@ -21,7 +21,7 @@ from wds_train import console
 from wds_train.cli import COMMANDS, main
 from wds_train.console import Bar, Meter, duration, fitting
 from wds_train.conversion import pack
-from wds_train.conversion.executors import counted
+from wds_train.conversion.executors import make_counts
 from wds_train.conversion.image_policy import ImagePolicy
 from wds_train.conversion.pack import Counts, Packing, ShardTask
 from wds_train.dataset.reader import Dataset
@@ -215,14 +215,14 @@ def test_a_shard_is_counted_while_it_is_packed(
 ) -> None:
     source = layouts.image_folder(tmp_path / "folder", layouts.small_tree())
     monkeypatch.setattr(pack, "COUNT_SECONDS", -1.0)
-    counts, told = counted(1), []
+    counts, told = make_counts(1), []
 
     class Told(Counts):
         def add(self, size: int, images: int) -> None:
             super().add(size, images)
             told.append(tuple(self.values))
 
-    monkeypatch.setattr(pack, "made", Told(counts.lock, counts.values))
+    monkeypatch.setattr(pack, "process_counts", Told(counts.lock, counts.values))
     rows = rows_of(sorted(Path(source).rglob("*.*g")))
     for _ in Packing(ShardTask(open_store(str(tmp_path)), "", "train", 0, rows, ImagePolicy())).pieces():
         pass

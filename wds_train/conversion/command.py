@@ -17,7 +17,7 @@ from wds_train.console import LOG, Meter, note
 from wds_train.conversion.conversion_report import Note, judge, print_notes, report_json, say
 from wds_train.conversion.convert import Conversion
 from wds_train.conversion.estimate import print_plan
-from wds_train.conversion.executors import counted, opened, prepare, run_tasks
+from wds_train.conversion.executors import make_counts, open_executor, run_tasks, start_fork_server
 from wds_train.conversion.image_policy import ImagePolicy
 from wds_train.conversion.index_in_place import ANY, ANY_TOO, Indexed, index_in_place, repeats_in_place, write_dataset
 from wds_train.conversion.overlap import refuse_overlap
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         return _index(args)
     wanted = read_wanted(args)
     if args.processes > 1 and not (args.executor or args.dry_run):
-        prepare()
+        start_fork_server()
     wanted_at = name_of(args.source) if args.dataset is None else args.dataset
     url = announced(located(wanted_at, "datasets", args.bucket), wanted_at)
     store = open_store(url)
@@ -120,10 +120,10 @@ def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Names
         note(f"{len(finished)} of {len(finished) + missing} shards are finished already")
     plan, processes = conversion.plan, min(args.processes, missing)
     size = sum(plan.size(split, number) for split, parts in plan.parts.items() for number in range(len(parts)))
-    counts = counted(0 if args.executor else processes)
+    counts = make_counts(0 if args.executor else processes)
     try:
         with (
-            opened(args.executor, processes, counts) as (executor, at_once),
+            open_executor(args.executor, processes, counts) as (executor, at_once),
             Meter(size, plan.source.samples) as meter,
             meter.following(lambda: counts.values),
         ):

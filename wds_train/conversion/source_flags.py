@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wds_train.config.numbers import Number, above_zero, positive, whole, with_range
-from wds_train.conversion.executors import dask_address
+from wds_train.conversion.executors import parse_dask_address
 from wds_train.conversion.sources.detect import DIGITS, FORMATS
 from wds_train.conversion.sources.labels import LabelRules, read_class_list
 from wds_train.conversion.sources.names import NO_SPLIT, SPLITS, SaidSplits
@@ -149,7 +149,7 @@ def _add_writing(group: "argparse._ArgumentGroup") -> None:
     )
     add(
         "--executor",
-        type=dask_address,
+        type=parse_dask_address,
         metavar="dask://HOST:PORT",
         help="make the shards on a Dask cluster that sees SOURCE",
     )
