@@ -209,13 +209,13 @@ def test_torchvision_images_in_memory_become_png(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(datasets, "CIFAR10", Cifar)
     with Spool(tmp_path / "spool", "x") as spool:
-        source = torchvision_source.torchvision("CIFAR10", tmp_path, spool)
+        source = torchvision_source.open_torchvision("CIFAR10", tmp_path, spool)
         assert {split: table.num_rows for split, table in source.splits.items()} == {"train": 16, "test": 8}
         row = source.splits["train"].to_pylist()[3]
         data = read_bytes(row["path"], row["offset"], row["length"])
         assert Image.open(io.BytesIO(data)).tobytes() == images[3].tobytes()
         with pytest.raises(UsageError, match="'Nothing'"):
-            torchvision_source.torchvision("Nothing", tmp_path, spool)
+            torchvision_source.open_torchvision("Nothing", tmp_path, spool)
 
 
 def test_recognise_and_name() -> None:

@@ -32,7 +32,7 @@ from wds_train.conversion.sources.names import (
     unknown_split,
 )
 from wds_train.conversion.sources.scan import SplitScan
-from wds_train.conversion.sources.sequential import Item, spooled
+from wds_train.conversion.sources.sequential import Item, spool_items
 from wds_train.conversion.sources.source import ANYTHING, Grouping, Source, Understood, Wanted
 from wds_train.conversion.sources.splits import from_scans
 from wds_train.conversion.sources.spool import Spool
@@ -124,7 +124,7 @@ def find_columns(features: dict[str, Any], where: str, wanted: Wanted) -> Column
     return Columns(images[0], labels[0], names, doubtful=tuple(doubtful))
 
 
-def local(root: Path, spool: Spool, wanted: Wanted) -> Source:
+def open_files(root: Path, spool: Spool, wanted: Wanted) -> Source:
     """Read the arrow or Parquet files below the folder `root`, or the one file."""
     files, unused = _files(root, wanted)
     columns = _columns(root, files, wanted)
@@ -146,7 +146,7 @@ def local(root: Path, spool: Spool, wanted: Wanted) -> Source:
             _scan_arrow(scans, split, path, columns, classes)
         source = from_scans(description, classes.infos, [*scans.values()], understood)
     else:
-        source = spooled(description, classes.infos, lambda: _parquet_items(files, columns, classes), spool)
+        source = spool_items(description, classes.infos, lambda: _parquet_items(files, columns, classes), spool)
     notes = [Note("", str(path), "ignored", cause) for path, cause in unused]
     source = replace(source, understood=understood, notes=[*source.notes, *notes])
     return _grouped(source, columns, files, wanted)
@@ -441,7 +441,7 @@ def _places(column: pa.Array, whole: pa.Buffer, path: Path) -> list[tuple[int, i
     return [(start + int(low), int(high - low)) for low, high in itertools.pairwise(bounds)]
 
 
-def hub(name: str, spool: Spool, wanted: Wanted) -> Source:
+def open_hub(name: str, spool: Spool, wanted: Wanted) -> Source:
     """A dataset of the Hugging Face hub, read as a stream. `name` is ID or ID:CONFIG; $HF_TOKEN opens gated ones."""
     try:
         import datasets
@@ -496,4 +496,4 @@ def from_iterable(name: str, splits: Any, spool: Spool, wanted: Wanted = ANYTHIN
                     split, f"{number:08d}", _label(row[columns.label], classes), _image_bytes(row[columns.image])
                 )
 
-    return replace(spooled(f"huggingface {name}", classes.infos, read, spool), understood=understood)
+    return replace(spool_items(f"huggingface {name}", classes.infos, read, spool), understood=understood)

@@ -29,7 +29,7 @@ KAGGLE_TRAIN = Path("ILSVRC/Data/CLS-LOC/train")
 MAX_DEVKIT_FILE = 64 << 20
 
 
-def ilsvrc_tars(root: Path) -> Source:
+def open_ilsvrc(root: Path) -> Source:
     """The folder that holds the train tar and, for a val split, the val tar and the devkit or a ground-truth file."""
     train, names, classes = SplitScan("train"), dict[str, str](), list[str]()
     outer = root / TRAIN_TAR
@@ -130,7 +130,7 @@ def _synsets(meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
     return {number: wnid for number, wnid, _ in rows}, {wnid: words for _, wnid, words in rows}
 
 
-def kaggle(root: Path) -> Source:
+def open_kaggle(root: Path) -> Source:
     """Kaggle's unpacked archive: `ILSVRC/`, `LOC_val_solution.csv` and `LOC_synset_mapping.txt` in `root`."""
     train_folder = root / KAGGLE_TRAIN
     names = _mapping(root / "LOC_synset_mapping.txt")

@@ -31,7 +31,7 @@ from wds_train.conversion.sources.litter import is_litter
 from wds_train.conversion.sources.names import SPLIT_FOLDER, SPLIT_OF, file_splits
 from wds_train.conversion.sources.scan import SplitScan, Stamp, read_bytes
 from wds_train.conversion.sources.source import Source, Understood, Wanted
-from wds_train.conversion.sources.splits import from_scans, label_counts, relabelled
+from wds_train.conversion.sources.splits import from_scans, label_counts, relabel
 from wds_train.conversion.sources.spool import Spool
 from wds_train.conversion.sources.tar_keys import Keys
 from wds_train.conversion.sources.tar_lists import refuse_lists
@@ -205,7 +205,7 @@ def _samples(
         first.note(root, "kept", sentence)
     understood = Understood("WebDataset tars", scan.origin, [*classes.said, *told])
     source = from_scans(f"webdataset {root.name}", classes.infos, [*scans.values()], understood)
-    return relabelled(source, np.array([classes.numbers[text] for text in scan.labels], np.int32))
+    return relabel(source, np.array([classes.numbers[text] for text in scan.labels], np.int32))
 
 
 def _class_folders(
