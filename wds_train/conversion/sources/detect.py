@@ -18,7 +18,7 @@ from wds_train.conversion.sources.source import ANYTHING, Source, Wanted
 from wds_train.conversion.sources.splits import check_source
 from wds_train.conversion.sources.spool import Spool
 from wds_train.conversion.sources.tables import holds_bytes
-from wds_train.conversion.sources.tars import is_tar, refuse_archives, webdataset
+from wds_train.conversion.sources.tars import is_tar, open_tars, refuse_archives
 from wds_train.conversion.sources.tree import is_folder, read_tree
 from wds_train.errors import DataError, UsageError
 from wds_train.storage.address import name_from
@@ -53,7 +53,7 @@ FORMATS: dict[str, Opener] = {
     "ilsvrc": lambda root, spool, wanted: imagenet.open_ilsvrc(root),
     "kaggle": lambda root, spool, wanted: imagenet.open_kaggle(root),
     "huggingface": huggingface.open_files,
-    "wds": webdataset,
+    "wds": open_tars,
 }
 
 
