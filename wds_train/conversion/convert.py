@@ -14,7 +14,7 @@ removed that the old one named.
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -129,7 +129,7 @@ class Conversion:
                 continue  # another one may have finished meanwhile: look again
 
             # A conversion that was interrupted is continued, or is in the way.
-            record, tag = self._read_record()
+            record, tag = _read_record(self.store)
             if record is not None:
                 if record.plan == self.plan.settings:
                     self.mark = record.mark
@@ -177,9 +177,12 @@ class Conversion:
         Raises:
             Conflict: Another conversion has finished here meanwhile.
         """
-        splits = {split: self._finish_split(split, done) for split in self.plan.parts}
-        self.repeats = self._find_repeats(done)
-        report = put(self.store, f"report{self.mark}.json", self._report(done))
+        splits = {}
+        for split in self.plan.parts:
+            splits[split] = _write_split(self.store, self.plan, self.mark, split, done)
+        self.repeats = _find_repeats(self.plan, done)
+        content = _report(self.plan, self.repeats, done)
+        report = put(self.store, f"report{self.mark}.json", content)
         made = DatasetManifest(
             self.plan.source.classes, splits, report=report, **self.plan.settings
         )
@@ -199,35 +202,6 @@ class Conversion:
         self.remove_leftovers(made)
         return made
 
-    def _finish_split(self, split: str, done: list[ShardDone]) -> Split:
-        """Return the manifest's entry of `split`, and write its index if that is one object."""
-        mine = [part for part in done if part.split == split]
-        mine.sort(key=lambda part: part.number)
-        index: Index | tuple[Index, ...] = tuple(part.index for part in mine if part.index)
-        if not self.plan.by_shard(split):
-            batches = []
-            for part in mine:
-                if part.rows is not None:
-                    batches += part.rows.to_batches()
-            content = write_index(pa.Table.from_batches(batches, SCHEMA))
-            index = put(self.store, f"{split}/index{self.mark}.parquet", content)
-        return Split(tuple(part.shard for part in mine), index)
-
-    def _find_repeats(self, done: list[ShardDone]) -> Repeats:
-        packed = []
-        for part in done:
-            rows = self.plan.parts[part.split][part.number]
-            packed.append(Packed(part.split, rows, part.digests))
-        return find_repeats(self.plan.source.splits, packed, self.plan.source.classes)
-
-    def _report(self, done: list[ShardDone]) -> bytes:
-        notes = list(self.plan.source.notes)
-        for part in done:
-            notes += part.notes
-        altered = sum(part.altered for part in done)
-        extra = {"understood": describe(self.plan), "repeats": asdict(self.repeats)}
-        return report_json(notes, altered, extra)
-
     def remove_leftovers(self, made: DatasetManifest) -> None:
         """Remove objects of conversions that `made` does not name; then the plan and its records.
 
@@ -237,23 +211,14 @@ class Conversion:
         Args:
             made: The manifest that stands: ours, or that of another conversion that was faster.
         """
-        steps: list[Callable[[], None]] = [self._abort_uploads, partial(self._remove_stale, made)]
-        for step in steps:
-            try:
-                step()
-            except StoreError as error:
-                say(
-                    f"what interrupted or older conversions left stays there ({error}); "
-                    "see docs/stores.md",
-                    2,
-                )
-
-    def _abort_uploads(self) -> None:
-        for split in self.plan.parts:
-            self.store.abort_uploads(f"{split}/shard-")
+        with _reported():
+            for split in self.plan.parts:
+                self.store.abort_uploads(f"{split}/shard-")
+        with _reported():
+            self._remove_stale(made)
 
     def _remove_stale(self, made: DatasetManifest) -> None:
-        record, _ = self._read_record()
+        record, _ = _read_record(self.store)
         if record is not None and record.plan != self.plan.settings:
             return  # another conversion has begun since
         # Without a plan, one like ours has ended before us and removed all but the records that we
@@ -303,17 +268,30 @@ class Conversion:
             return made
         return None
 
-    def _read_record(self) -> tuple[PlanRecord | None, str]:
-        with contextlib.suppress(NotFound):
-            data, tag = self.store.read_tagged(PLAN)
-            return PlanRecord.from_json(data, f"{self.store.url}/{PLAN}"), tag
-        return None, ""
-
     def _read_finished(self) -> list[ShardDone]:
         records = [entry.key for entry in self.store.list(WIP) if entry.key.endswith(".parquet")]
         confirm = partial(_confirm_record, self.store, self.plan.digest, self.mark)
         with ThreadPoolExecutor(16) as pool:
             return [done for done in pool.map(confirm, records) if done]
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Print an error of the store, and go on."""
+    try:
+        yield
+    except StoreError as error:
+        say(
+            f"what interrupted or older conversions left stays there ({error}); see docs/stores.md",
+            2,
+        )
+
+
+def _read_record(store: Store) -> tuple[PlanRecord | None, str]:
+    with contextlib.suppress(NotFound):
+        data, tag = store.read_tagged(PLAN)
+        return PlanRecord.from_json(data, f"{store.url}/{PLAN}"), tag
+    return None, ""
 
 
 def _confirm_record(store: Store, plan: str, mark: str, record: str) -> ShardDone | None:
@@ -333,6 +311,38 @@ def _confirm_record(store: Store, plan: str, mark: str, record: str) -> ShardDon
         return done
     except NotFound:
         return None
+
+
+def _write_split(store: Store, plan: Plan, mark: str, split: str, done: list[ShardDone]) -> Split:
+    """Return the manifest's entry of `split`, and write its index if that is one object."""
+    mine = [part for part in done if part.split == split]
+    mine.sort(key=lambda part: part.number)
+    index: Index | tuple[Index, ...] = tuple(part.index for part in mine if part.index)
+    if not plan.by_shard(split):
+        batches = []
+        for part in mine:
+            if part.rows is not None:
+                batches += part.rows.to_batches()
+        content = write_index(pa.Table.from_batches(batches, SCHEMA))
+        index = put(store, f"{split}/index{mark}.parquet", content)
+    return Split(tuple(part.shard for part in mine), index)
+
+
+def _find_repeats(plan: Plan, done: list[ShardDone]) -> Repeats:
+    packed = []
+    for part in done:
+        rows = plan.parts[part.split][part.number]
+        packed.append(Packed(part.split, rows, part.digests))
+    return find_repeats(plan.source.splits, packed, plan.source.classes)
+
+
+def _report(plan: Plan, repeats: Repeats, done: list[ShardDone]) -> bytes:
+    notes = list(plan.source.notes)
+    for part in done:
+        notes += part.notes
+    altered = sum(part.altered for part in done)
+    extra = {"understood": describe(plan), "repeats": asdict(repeats)}
+    return report_json(notes, altered, extra)
 
 
 def _refuse_foreign(store: Store, names: list[str]) -> None:
