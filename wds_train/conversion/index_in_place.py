@@ -174,7 +174,7 @@ def index_in_place(
     indexer.labels.refuse(store.url, len(used))
 
     notes = [Note("", key, "ignored", cause) for key, cause in unused.items()]
-    for sentence in (indexer.keys.told(), indexer.labels.told()):
+    for sentence in (indexer.keys.remark(), indexer.labels.remark()):
         if sentence:
             notes.append(Note("", store.url, "kept", sentence))
     for found in splits.values():

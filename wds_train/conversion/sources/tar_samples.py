@@ -198,8 +198,8 @@ class Labels:
                 "train.tar, val.tar and test.tar, or take the field out"
             )
 
-    def told(self) -> str:
-        """What there is to say of the labels of all samples, or nothing."""
+    def remark(self) -> str:
+        """Return a sentence about the labels of all samples; empty for nothing unusual."""
         return "; ".join(sentence for sentence in (self._two, self._unread) if sentence)
 
     def refuse(self, where: str, tars: int) -> None:

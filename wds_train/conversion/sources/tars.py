@@ -422,7 +422,7 @@ class _TarScan:
 
     def remarks(self) -> list[str]:
         """Return remarks on how keys and labels were read, a sentence each."""
-        return [sentence for sentence in (self._keys.told(), self._asked.told()) if sentence]
+        return [sentence for sentence in (self._keys.remark(), self._asked.remark()) if sentence]
 
     def check_labels(self) -> None:
         """Raise `DataError` if there are no labels, or the .txt members hold captions."""
