@@ -46,9 +46,14 @@ def main() -> None:
         decode_crop(images[number], box, batch[number])
 
     def policy(data: DataRecipe) -> Callable[[int, int], None]:
-        return lambda number, repeat: apply(policies(data, SIZE), batch[number].copy(), "bench", repeat, number)
+        return lambda number, repeat: apply(
+            policies(data, SIZE), batch[number].copy(), "bench", repeat, number
+        )
 
-    ways = {"decode, crop, resize": decoding, "key the generators, Pillow and back": policy_of_nothing(batch)}
+    ways = {
+        "decode, crop, resize": decoding,
+        "key the generators, Pillow and back": policy_of_nothing(batch),
+    }
     ways |= {f"{data.auto_augment or data.color_jitter}": policy(data) for data in POLICIES}
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(-1, REPEATS):  # the pass numbered -1 warms up
@@ -58,13 +63,17 @@ def main() -> None:
                 way(number, repeat)
             if repeat >= 0:
                 spent[name].append(1000 * (time.process_time() - began) / len(images))
-    print(f"{len(images)} images, {REPEATS} passes in turns; {machine()}; ms of CPU an image, median (range)")
+    print(
+        f"{len(images)} images, {REPEATS} passes in turns; {machine()}; ms of CPU an image, median (range)"
+    )
     for name, times in spent.items():
         print(f"{name:40}{statistics.median(times):6.2f}  ({min(times):.2f}-{max(times):.2f})")
 
 
 def policy_of_nothing(batch: np.ndarray) -> Callable[[int, int], None]:
-    return lambda number, repeat: apply((lambda image: image,), batch[number].copy(), "bench", repeat, number)
+    return lambda number, repeat: apply(
+        (lambda image: image,), batch[number].copy(), "bench", repeat, number
+    )
 
 
 if __name__ == "__main__":

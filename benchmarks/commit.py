@@ -50,10 +50,14 @@ def bench_commit(trainer: Trainer, store: Store) -> dict[str, Any]:
 
 
 def main() -> None:
-    trainer = Trainer(preset("imagenette"), classes=1000, steps_per_epoch=100, device=torch.device("cpu"))
+    trainer = Trainer(
+        preset("imagenette"), classes=1000, steps_per_epoch=100, device=torch.device("cpu")
+    )
     trainer.step(random_batch(8, 64, trainer.device))
     with tempfile.TemporaryDirectory() as folder:
-        figures = bench_commit(trainer, S3Store("embedded", "bench", embedded.ensure_running(Path(folder))))
+        figures = bench_commit(
+            trainer, S3Store("embedded", "bench", embedded.ensure_running(Path(folder)))
+        )
         embedded.stop(Path(folder))
     print(f"{COMMITS} commits, medians: {figures}")
 

@@ -71,7 +71,9 @@ class Run(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="images, anywhere below it")
-    parser.add_argument("--litdata", metavar="PYTHON", help="the Python of an environment with litdata and boto3")
+    parser.add_argument(
+        "--litdata", metavar="PYTHON", help="the Python of an environment with litdata and boto3"
+    )
     parser.add_argument("--images", type=positive, default=3000, help="(%(default)s)")
     parser.add_argument("--processes", type=positive, default=2, help="(%(default)s)")
     parser.add_argument("--repeats", type=positive, default=3, help="(%(default)s)")
@@ -80,7 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as work:
-        source, few = (_link(args.folder, Path(work) / name, n) for name, n in (("images", args.images), ("few", 40)))
+        source, few = (
+            _link(args.folder, Path(work) / name, n)
+            for name, n in (("images", args.images), ("few", 40))
+        )
         endpoint = ensure_running(Path(work) / "s3")
         environment = os.environ | {
             "AWS_ENDPOINT_URL": endpoint.url,
@@ -93,16 +98,26 @@ def run(args: argparse.Namespace) -> int:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         # The real bucket's name, but not the one that always means the embedded server of this folder.
         subprocess.run(
-            [sys.executable, "-c", "import boto3; boto3.client('s3').create_bucket(Bucket='bench')"],
+            [
+                sys.executable,
+                "-c",
+                "import boto3; boto3.client('s3').create_bucket(Bucket='bench')",
+            ],
             env=environment,
             check=True,
         )
-        tools = {"wds-train": (sys.executable, OURS)} | ({"litdata": (args.litdata, LITDATA)} if args.litdata else {})
+        tools = {"wds-train": (sys.executable, OURS)} | (
+            {"litdata": (args.litdata, LITDATA)} if args.litdata else {}
+        )
         results: dict[str, list[Run]] = {name: [] for name in tools}
         try:
             for repeat in range(-1, args.repeats):
                 for name, (python, script) in tools.items():
-                    arguments = [str(few if repeat < 0 else source), f"s3://bench/{name}{repeat}", str(args.processes)]
+                    arguments = [
+                        str(few if repeat < 0 else source),
+                        f"s3://bench/{name}{repeat}",
+                        str(args.processes),
+                    ]
                     measured = _measure(python, script, arguments, environment, Path(work))
                     results[name] += [measured] * (repeat >= 0)
         finally:
@@ -113,7 +128,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _link(folder: Path, root: Path, images: int) -> Path:
     """Make `images` hard links to the images of `folder`, in class folders."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    paths = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png")
+    )
     if not paths:
         raise UsageError(f"{folder} holds no images; give a folder of JPEG or PNG files")
     for number in range(images):
@@ -128,14 +145,20 @@ def _link(folder: Path, root: Path, images: int) -> Path:
     return root
 
 
-def _measure(python: str, script: str, arguments: list[str], environment: dict[str, str], work: Path) -> Run:
+def _measure(
+    python: str, script: str, arguments: list[str], environment: dict[str, str], work: Path
+) -> Run:
     """Run the script; the work's seconds as it prints them, the rest as seen from outside."""
     path = work / "bench_script.py"
     path.write_text(script)
     command, before = [python, str(path), *arguments], _server_seconds()
     with (work / "log").open("w+") as log:
         process = subprocess.Popen(
-            command, env=environment | {"PYTHONPATH": str(Path.cwd())}, stdout=log, stderr=log, cwd=work
+            command,
+            env=environment | {"PYTHONPATH": str(Path.cwd())},
+            stdout=log,
+            stderr=log,
+            cwd=work,
         )
         most = [0.0, 0.0]
         watcher = threading.Thread(target=_watch, args=(process, most))
@@ -171,7 +194,9 @@ def _tree(pid: int) -> tuple[float, float]:
     """Proportional set size (shared pages count once) and CPU seconds of a process and all below it, ended ones too."""
     try:
         children = _children(pid)
-        pss = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+        pss = re.search(
+            r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE
+        )
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
     except OSError:
         return 0.0, 0.0
@@ -186,8 +211,12 @@ def _print(results: dict[str, list[Run]], args: argparse.Namespace) -> None:
         name: {
             "images_per_second": [round(args.images / run.seconds, 1) for run in runs],
             "median": round(statistics.median(args.images / run.seconds for run in runs), 1),
-            "cpu_ms_per_image": round(statistics.median(run.cpu_seconds for run in runs) / args.images * 1000, 2),
-            "server_ms_per_image": round(statistics.median(run.server_seconds for run in runs) / args.images * 1000, 2),
+            "cpu_ms_per_image": round(
+                statistics.median(run.cpu_seconds for run in runs) / args.images * 1000, 2
+            ),
+            "server_ms_per_image": round(
+                statistics.median(run.server_seconds for run in runs) / args.images * 1000, 2
+            ),
             "peak_mib": round(max(run.peak_mib for run in runs)),
         }
         for name, runs in results.items()
@@ -202,11 +231,17 @@ def _print(results: dict[str, list[Run]], args: argparse.Namespace) -> None:
             f"and the server's {fact['server_ms_per_image']}, peak {fact['peak_mib']} MiB"
         )
     if len(facts) == 2:
-        ratios = [theirs.seconds / ours.seconds for ours, theirs in zip(*results.values(), strict=True)]
-        print(f"ratio      {statistics.median(ratios):.2f} (of {[round(ratio, 2) for ratio in ratios]})")
+        ratios = [
+            theirs.seconds / ours.seconds for ours, theirs in zip(*results.values(), strict=True)
+        ]
+        print(
+            f"ratio      {statistics.median(ratios):.2f} (of {[round(ratio, 2) for ratio in ratios]})"
+        )
 
 
 if __name__ == "__main__":
-    own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(own)
     sys.exit(run(own.parse_args()))

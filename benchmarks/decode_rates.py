@@ -34,7 +34,9 @@ Pixels = NDArray[np.uint8]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--images", type=Path, help="a tar or a directory of images (default: scikit-learn's two photos)"
+        "--images",
+        type=Path,
+        help="a tar or a directory of images (default: scikit-learn's two photos)",
     )
     parser.add_argument("--json", action="store_true")
 
@@ -55,7 +57,9 @@ def read_images(path: Path | None) -> list[bytes]:
     except (OSError, tarfile.TarError) as error:
         raise UsageError(f"--images {path} cannot be read: {error}") from error
     if not images:
-        raise UsageError(f"--images {path} holds no file named {', '.join('.' + e for e in IMAGE_EXTENSIONS)}")
+        raise UsageError(
+            f"--images {path} holds no file named {', '.join('.' + e for e in IMAGE_EXTENSIONS)}"
+        )
     return images
 
 
@@ -81,16 +85,31 @@ def bench_decode(images: list[bytes]) -> dict[str, Any]:
         "images": len(images),
         "repeats": REPEATS,
         "machine": machine(),
-        "versions": {name: version(name) for name in ("pillow", "torchvision", "torch", "simplejpeg")},
-        "img_per_s_per_core": {name: round(len(images) / statistics.median(s)) for name, s in seconds.items()},
-        "ratio": round(statistics.median(r / o for r, o in zip(seconds[REFERENCE], seconds[OURS], strict=True)), 3),
+        "versions": {
+            name: version(name) for name in ("pillow", "torchvision", "torch", "simplejpeg")
+        },
+        "img_per_s_per_core": {
+            name: round(len(images) / statistics.median(s)) for name, s in seconds.items()
+        },
+        "ratio": round(
+            statistics.median(
+                r / o for r, o in zip(seconds[REFERENCE], seconds[OURS], strict=True)
+            ),
+            3,
+        ),
         "psnr_db": {"mean": round(float(np.mean(psnr)), 2), "min": round(float(np.min(psnr)), 2)},
     }
 
 
 def _reference_pass(images: list[bytes], batch: Pixels, repeat: int) -> None:
     torch.manual_seed(repeat)
-    transform = Compose([RandomResizedCrop(SIZE, SCALE, RATIO, antialias=True), RandomHorizontalFlip(), PILToTensor()])
+    transform = Compose(
+        [
+            RandomResizedCrop(SIZE, SCALE, RATIO, antialias=True),
+            RandomHorizontalFlip(),
+            PILToTensor(),
+        ]
+    )
     for data, out in zip(images, batch, strict=True):
         out[...] = transform(Image.open(io.BytesIO(data)).convert("RGB")).permute(1, 2, 0).numpy()
 
@@ -98,7 +117,9 @@ def _reference_pass(images: list[bytes], batch: Pixels, repeat: int) -> None:
 def _our_pass(images: list[bytes], sizes: list[ImageInfo], batch: Pixels, repeat: int) -> None:
     for number, (data, size, out) in enumerate(zip(images, sizes, batch, strict=True)):
         rng = rekeyed("bench", repeat, number)  # as the loader does
-        decode_crop(data, random_resized_crop(rng, *size, SCALE, RATIO), out, flip=rng.random() < 0.5)
+        decode_crop(
+            data, random_resized_crop(rng, *size, SCALE, RATIO), out, flip=rng.random() < 0.5
+        )
 
 
 def _psnr(images: list[bytes]) -> list[float]:
@@ -132,7 +153,11 @@ def _read_directory(path: Path) -> list[bytes]:
 
 def _read_tar(path: Path) -> list[bytes]:
     with tarfile.open(path, "r:") as tar:
-        return [tar.extractfile(member).read() for member in tar if member.isfile() and _is_image(member.name)]  # type: ignore[union-attr]
+        return [
+            tar.extractfile(member).read()
+            for member in tar
+            if member.isfile() and _is_image(member.name)
+        ]  # type: ignore[union-attr]
 
 
 def _is_image(name: str) -> bool:
@@ -141,7 +166,11 @@ def _is_image(name: str) -> bool:
 
 def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(": ")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(": ")[2]
+        for line in cpuinfo.read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return f"{names[0]}, {len(names)} CPUs" if names else platform.processor()
 
 

@@ -48,23 +48,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a dataset, or a folder of train/ and val/ with a folder a class",
     )
-    add("--out", type=Path, required=True, metavar="DIR", help="for the results; again: goes on behind those there")
-    add("--minutes", type=above_zero, default=20.0, metavar="M", help="for all parts together (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for the results; again: goes on behind those there",
+    )
+    add(
+        "--minutes",
+        type=above_zero,
+        default=20.0,
+        metavar="M",
+        help="for all parts together (default: %(default)s)",
+    )
     add("--parts", default=",".join(TITLES), metavar="a,b,...", help="which (default: %(default)s)")
     add(
-        "--smoke", action="store_true", help="at a tiny scale, on the CPU: whether everything works, no figures to keep"
+        "--smoke",
+        action="store_true",
+        help="at a tiny scale, on the CPU: whether everything works, no figures to keep",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     parts = args.parts.split(",")
     if unknown := sorted(set(parts) - set(TITLES)):
-        raise UsageError(f"--parts {args.parts}: there is no part {', '.join(unknown)}; there are {', '.join(TITLES)}")
+        raise UsageError(
+            f"--parts {args.parts}: there is no part {', '.join(unknown)}; there are {', '.join(TITLES)}"
+        )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {args.out} cannot be made: {error.strerror}; name another folder") from error
-    _refuse_another(args.out / "bench.json", {"data": str(args.data.resolve()), "smoke": args.smoke})
+        raise UsageError(
+            f"--out {args.out} cannot be made: {error.strerror}; name another folder"
+        ) from error
+    _refuse_another(
+        args.out / "bench.json", {"data": str(args.data.resolve()), "smoke": args.smoke}
+    )
     out, end = args.out.resolve(), time.monotonic() + 60 * args.minutes
     # Read by PyTorch's import, which is in the server that all processes are forked from.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -75,7 +95,9 @@ def run(args: argparse.Namespace) -> int:
         left = sum(SHARES[each] for each in parts[number:])
         seconds = (end - time.monotonic()) * SHARES[part] / left
         scale = SMOKE if args.smoke else FULL
-        said = _run(part, Work(dataset, no_dataset, out, scale, time.monotonic() + seconds, args.smoke))
+        said = _run(
+            part, Work(dataset, no_dataset, out, scale, time.monotonic() + seconds, args.smoke)
+        )
         failed |= said.startswith("failed")
         print(f"part {part}, {TITLES[part]}: {said}", flush=True)
         table = render(out)
@@ -124,7 +146,11 @@ def _run(part: str, work: Work) -> str:
     if process.exitcode:
         return f"failed with code {process.exitcode}; its last words are above"
     found = _read(path)
-    wrong = [f"{row}: {figures['failed']}" for row, figures in found["rows"].items() if "failed" in figures]
+    wrong = [
+        f"{row}: {figures['failed']}"
+        for row, figures in found["rows"].items()
+        if "failed" in figures
+    ]
     return "; ".join(["done" if found["complete"] else found["note"] or "done in part", *wrong])
 
 
@@ -143,7 +169,9 @@ def render(out: Path) -> str:
             lines.append(
                 f"| ({part}) {title} | {'the rest' if rows else ''} | {NOT_MEASURED}{f': {note}' if note else ''} |"
             )
-        lines += [f"| ({part}) {title} | {row} | {_figures(figures)} |" for row, figures in rows.items()]
+        lines += [
+            f"| ({part}) {title} | {row} | {_figures(figures)} |" for row, figures in rows.items()
+        ]
     lines += _goals(found["g"].get("rows", {}))
     text = "\n".join(lines)
     (out / "benchmarks.md").write_text(text + "\n")
@@ -156,13 +184,16 @@ def _about(found: dict[str, dict[str, Any]]) -> str:
     if not known:
         return f"Nothing: {NOT_MEASURED}"
     device = next((each["device"] for each in known if each["device"]), "no GPU was used")
-    versions = ", ".join(f"{name} {number}" for name, number in known[0]["versions"].items() if number)
+    versions = ", ".join(
+        f"{name} {number}" for name, number in known[0]["versions"].items() if number
+    )
     return f"{device}; {known[0]['machine']}; Python {known[0]['python']}, {versions}"
 
 
 def _figures(figures: dict[str, Any]) -> str:
     return ", ".join(
-        f"{name} {format(value, '.4g') if isinstance(value, float) else value}" for name, value in figures.items()
+        f"{name} {format(value, '.4g') if isinstance(value, float) else value}"
+        for name, value in figures.items()
     )
 
 
@@ -199,11 +230,18 @@ def _draw(out: Path, found: dict[str, dict[str, Any]]) -> None:
         ),
         "b": (
             "img/s",
-            {row: each["img_per_s"] for row, each in found["b"].get("rows", {}).items() if "img_per_s" in each},
+            {
+                row: each["img_per_s"]
+                for row, each in found["b"].get("rows", {}).items()
+                if "img_per_s" in each
+            },
         ),
         "g": (
             "mean top-1, %",
-            {f"{epochs} epochs": sum(s) / len(s) for epochs, s in _means(found["g"].get("rows", {})).items()},
+            {
+                f"{epochs} epochs": sum(s) / len(s)
+                for epochs, s in _means(found["g"].get("rows", {})).items()
+            },
         ),
     }
     for part, (unit, values) in bars.items():

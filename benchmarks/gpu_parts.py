@@ -86,7 +86,13 @@ class Scale:
 
 FULL = Scale()
 SMOKE = Scale(
-    settings=("model.name=test_resnet", "data.size=64", "data.eval_size=64", "schedule.warmup_epochs=0", "batch=16"),
+    settings=(
+        "model.name=test_resnet",
+        "data.size=64",
+        "data.eval_size=64",
+        "schedule.warmup_epochs=0",
+        "batch=16",
+    ),
     sizes=(64,),
     precisions=("bf16",),
     compiled=(False,),
@@ -124,7 +130,9 @@ class Work:
     @property
     def device(self) -> torch.device:
         if not self.cpu and not torch.cuda.is_available():
-            raise CannotRun("PyTorch finds no GPU here; --smoke tries the part on the CPU, at a tiny scale")
+            raise CannotRun(
+                "PyTorch finds no GPU here; --smoke tries the part on the CPU, at a tiny scale"
+            )
         return torch.device("cpu") if self.cpu else torch.device("cuda", 0)
 
     @property
@@ -143,19 +151,34 @@ class Rows:
     def __init__(self, name: str, work: Work) -> None:
         self._path, self._until = work.out / f"{name}.json", work.until
         found = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self.rows: dict[str, Any] = {key: row for key, row in found.get("rows", {}).items() if "failed" not in row}
-        self._about = {"part": name, "device": "", "machine": machine(), "python": sys.version.split()[0]} | {
-            "versions": {each: version(each) for each in ("wds-train", "torch", "timm")} | {"cuda": torch.version.cuda}
+        self.rows: dict[str, Any] = {
+            key: row for key, row in found.get("rows", {}).items() if "failed" not in row
+        }
+        self._about = {
+            "part": name,
+            "device": "",
+            "machine": machine(),
+            "python": sys.version.split()[0],
+        } | {
+            "versions": {each: version(each) for each in ("wds-train", "torch", "timm")}
+            | {"cuda": torch.version.cuda}
         }
 
-    def measure(self, row: str, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    def measure(
+        self, row: str, function: Callable[..., dict[str, Any]], *arguments: Any
+    ) -> dict[str, Any]:
         """What `function` gives for `arguments`, unless it is there already; where it fails, why, and the other rows go on."""
         if row not in self.rows:
             if time.monotonic() > self._until:
-                raise CannotRun(f"no time is left for {row}; more --minutes, and the same command goes on there")
+                raise CannotRun(
+                    f"no time is left for {row}; more --minutes, and the same command goes on there"
+                )
             try:
                 self.rows[row] = function(*arguments)
-            except (RuntimeError, WdsTrainError) as error:  # too little memory, and what a compiler says
+            except (
+                RuntimeError,
+                WdsTrainError,
+            ) as error:  # too little memory, and what a compiler says
                 self.rows[row] = {"failed": str(error).strip().splitlines()[0][:300]}
             self.write()
         return self.rows[row]
@@ -184,7 +207,9 @@ def run_part(name: str, work: Work) -> None:
 def training_steps(work: Work, rows: Rows) -> None:
     """(a) Training steps beside timm's loop, the same model in the same run."""
     scale, _ = work.scale, work.device
-    recipe = work.recipe("standard", f"batch={scale.batch}", "model.blur_pool=false", "data.start_size=0")
+    recipe = work.recipe(
+        "standard", f"batch={scale.batch}", "model.blur_pool=false", "data.start_size=0"
+    )
     for compiled in scale.compiled:
         for side in scale.sizes:
             for precision in scale.precisions:
@@ -192,11 +217,16 @@ def training_steps(work: Work, rows: Rows) -> None:
                 rows.measure(row, _step_rates, work, recipe, side, precision, compiled)
 
 
-def _step_rates(work: Work, recipe: Recipe, side: int, precision: Precision, compiled: bool) -> dict[str, Any]:
+def _step_rates(
+    work: Work, recipe: Recipe, side: int, precision: Precision, compiled: bool
+) -> dict[str, Any]:
     torch.compiler.reset()  # or the eighth model of the same code would run uncompiled, in silence
     scale, device = work.scale, work.device
     ways = ways_of(recipe, side, device, compiled=compiled, precision=precision)
-    return {way: round(rate, 1) for way, rate in rates(ways, scale.batch, scale.steps, scale.repeats, device).items()}
+    return {
+        way: round(rate, 1)
+        for way, rate in rates(ways, scale.batch, scale.steps, scale.repeats, device).items()
+    }
 
 
 def real_loader(work: Work, rows: Rows) -> None:
@@ -208,22 +238,32 @@ def real_loader(work: Work, rows: Rows) -> None:
         wanted = Pass(dataset, "", str(work.out), workers, recipe.batch, recipe.data.size)
         row, environment = f"loader, {workers} workers", dict(os.environ)
         rows.measure(row, in_child, "measure", OURS, wanted, cores, environment)
-    alone = {row: figures["img_per_s"] for row, figures in rows.rows.items() if "img_per_s" in figures}
+    alone = {
+        row: figures["img_per_s"] for row, figures in rows.rows.items() if "img_per_s" in figures
+    }
     if not alone:
         raise CannotRun("the loader could not be measured")
     best = max(alone, key=lambda row: alone[row])
-    figures = rows.measure("trainer", _fed, dataset, recipe, int(best.split()[1]), scale.loader_steps, device)
-    figures["loader_alone_img_per_s"] = alone[best]  # the limit, where the wait for data is more than 2 %
+    figures = rows.measure(
+        "trainer", _fed, dataset, recipe, int(best.split()[1]), scale.loader_steps, device
+    )
+    figures["loader_alone_img_per_s"] = alone[
+        best
+    ]  # the limit, where the wait for data is more than 2 %
 
 
-def _fed(dataset: str, recipe: Recipe, workers: int, steps: int, device: torch.device) -> dict[str, Any]:
+def _fed(
+    dataset: str, recipe: Recipe, workers: int, steps: int, device: torch.device
+) -> dict[str, Any]:
     opened = Dataset.open(dataset)
     split = opened.split("train")
     per_epoch = max(1, len(split) // recipe.batch)
     epochs = -(-2 * steps // per_epoch) + 1
     on_gpu = device.type == "cuda"
     schedule = replace(recipe.schedule, epochs=max(epochs, recipe.schedule.epochs))
-    options = TrainOptions(dataset, "file:///unused/bench", replace(recipe, schedule=schedule), workers)
+    options = TrainOptions(
+        dataset, "file:///unused/bench", replace(recipe, schedule=schedule), workers
+    )
     loader = make_train_loader(options, [opened], Ranks(cpu=not on_gpu))
     loader.start()
     trainer = Trainer(recipe, len(opened.manifest.classes), per_epoch, device)
@@ -258,10 +298,21 @@ def _watched_gpu() -> Iterator[dict[str, Any]]:
     done, seen = threading.Event(), list[float]()
 
     def look() -> None:
-        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=utilization.gpu",
+            "--format=csv,noheader,nounits",
+            "--id=0",
+        ]
         while not done.wait(0.5):
             with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-                seen.append(float(subprocess.run(query, capture_output=True, text=True, check=True, timeout=5).stdout))
+                seen.append(
+                    float(
+                        subprocess.run(
+                            query, capture_output=True, text=True, check=True, timeout=5
+                        ).stdout
+                    )
+                )
 
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
@@ -284,7 +335,9 @@ def commits(work: Work, rows: Rows) -> None:
     def on_s3() -> dict[str, Any]:
         root = _fresh(work.out / "s3")
         try:
-            return bench_commit(trainer, S3Store("embedded", "bench", embedded.ensure_running(root)))
+            return bench_commit(
+                trainer, S3Store("embedded", "bench", embedded.ensure_running(root))
+            )
         finally:
             embedded.stop(root)
 
@@ -339,7 +392,9 @@ def accumulation(work: Work, rows: Rows) -> None:
     scale, device = work.scale, work.device
 
     def measured() -> dict[str, Any]:
-        recipe = work.recipe("imagenette", f"batch={scale.large_batch}", f"data.size={scale.sizes[0]}")
+        recipe = work.recipe(
+            "imagenette", f"batch={scale.large_batch}", f"data.size={scale.sizes[0]}"
+        )
         trainer = Trainer(recipe, CLASSES, STEPS_PER_EPOCH, device)
         trainer.accumulate = fit_accumulation(trainer)
         given = random_batch(scale.large_batch, scale.sizes[0], device)
@@ -371,11 +426,20 @@ def _together(work: Work, backend: str) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    folder, settings = _fresh(work.out / "ranks") / backend, ("schedule.epochs=1", "schedule.warmup_epochs=0")
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+    }
+    folder, settings = (
+        _fresh(work.out / "ranks") / backend,
+        ("schedule.epochs=1", "schedule.warmup_epochs=0"),
+    )
     began = time.monotonic()
     ranks = [
-        _Training(work, folder, settings, (), place | {"RANK": str(rank), "WDS_BACKEND": backend}) for rank in (0, 1)
+        _Training(work, folder, settings, (), place | {"RANK": str(rank), "WDS_BACKEND": backend})
+        for rank in (0, 1)
     ]
     try:
         for rank in ranks:
@@ -384,7 +448,11 @@ def _together(work: Work, backend: str) -> dict[str, Any]:
         for rank in ranks:
             rank.end()
     result = read_run(open_store(str(folder)))[0].result
-    return {"loss": result["epoch/loss"], "top1": result["val/top1"], "seconds": round(time.monotonic() - began, 1)}
+    return {
+        "loss": result["epoch/loss"],
+        "top1": result["val/top1"],
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
 def imagenette(work: Work, rows: Rows) -> None:
@@ -398,7 +466,9 @@ def imagenette(work: Work, rows: Rows) -> None:
     best = halved(SEARCHED[: work.scale.searched], score)
     for epochs in work.scale.epochs:
         for seed in work.scale.seeds:
-            rows.measure(f"{epochs} epochs, seed {seed}: {_named(best)}", _trained, work, epochs, seed, best)
+            rows.measure(
+                f"{epochs} epochs, seed {seed}: {_named(best)}", _trained, work, epochs, seed, best
+            )
 
 
 def halved(candidates: Sequence[Settings], score: Callable[[Settings, int], float]) -> Settings:
@@ -422,12 +492,21 @@ def _trained(work: Work, epochs: int, seed: int, settings: tuple[str, ...]) -> d
     """The better of raw and EMA top-1 after the last epoch. A run that an earlier start left unfinished goes on."""
     mixes = ("mix.mixup=0.2", "mix.cutmix=1.0", "mix.prob=0.5") if epochs >= MIXED_FROM else ()
     chosen = (*mixes, *settings, f"schedule.epochs={epochs}", f"seed={seed}")
-    run = work.out / "runs" / f"e{epochs}-s{seed}-{'-'.join(settings).replace('=', '-').replace(',', '-') or 'recipe'}"
+    run = (
+        work.out
+        / "runs"
+        / f"e{epochs}-s{seed}-{'-'.join(settings).replace('=', '-').replace(',', '-') or 'recipe'}"
+    )
     began = time.monotonic()
     _Training(work, run, chosen, ()).finish()
     result = read_run(open_store(str(run)))[0].result
     raw, ema = result["val/top1"], result["val/top1_ema"]
-    return {"raw": raw, "ema": ema, "top1": max(raw, ema), "seconds": round(time.monotonic() - began, 1)}
+    return {
+        "raw": raw,
+        "ema": ema,
+        "top1": max(raw, ema),
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
 class _Training:
@@ -445,9 +524,21 @@ class _Training:
         run.parent.mkdir(parents=True, exist_ok=True)
         rank = (environment or {}).get("RANK", "0")
         self._log = run.with_name(f"{run.name}-{rank}.log")
-        chosen = [part for setting in (*work.scale.settings, *settings) for part in ("--set", setting)]
+        chosen = [
+            part for setting in (*work.scale.settings, *settings) for part in ("--set", setting)
+        ]
         workers = str(min(8, max(1, len(os.sched_getaffinity(0)) - 1)))
-        command = ["train", "--recipe", "imagenette", "--dataset", work.images, "--run", str(run), "--workers", workers]
+        command = [
+            "train",
+            "--recipe",
+            "imagenette",
+            "--dataset",
+            work.images,
+            "--run",
+            str(run),
+            "--workers",
+            workers,
+        ]
         command += ["--device", "cpu"] if work.device.type == "cpu" else []
         home = {"WDS_HOME": str(work.out / "home"), "WANDB_MODE": "disabled"} | (environment or {})
         self._process = PROCESSES.Process(
@@ -460,10 +551,17 @@ class _Training:
         try:
             self._process.join(max(0.0, self._until - time.monotonic()))
             if self._process.exitcode is None:
-                raise CannotRun(f"no time is left for {self._run}; more --minutes, and the same command goes on there")
+                raise CannotRun(
+                    f"no time is left for {self._run}; more --minutes, and the same command goes on there"
+                )
             if self._process.exitcode:
-                last = ([line for line in self._log.read_text().splitlines() if line.strip()] or ["no word"])[-1]
-                raise WdsTrainError(f"the training ended with code {self._process.exitcode}: {last}")
+                last = (
+                    [line for line in self._log.read_text().splitlines() if line.strip()]
+                    or ["no word"]
+                )[-1]
+                raise WdsTrainError(
+                    f"the training ended with code {self._process.exitcode}: {last}"
+                )
         finally:
             self.end()
 
@@ -476,7 +574,9 @@ class _Training:
                     if read_run(store)[0].checkpoints:
                         return
                 time.sleep(0.02)
-            raise WdsTrainError(f"{self._run} was over before it could be killed; {self._log} says more")
+            raise WdsTrainError(
+                f"{self._run} was over before it could be killed; {self._log} says more"
+            )
         finally:
             self._process.kill()
             self._process.join()

@@ -59,15 +59,37 @@ COMPARED = ("img_per_s", "first_batch_s", "cpu_ms_per_img", "workers_pss_mb")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--dataset", metavar="D", help="an existing dataset (default: one made of --images, in a server of its own)")
-    add("--images", type=Path, help="a tar or a directory of images (default: scikit-learn's two photos)")
-    add("--samples", type=positive, default=3000, help="the images repeat under new keys up to so many (%(default)s)")
+    add(
+        "--dataset",
+        metavar="D",
+        help="an existing dataset (default: one made of --images, in a server of its own)",
+    )
+    add(
+        "--images",
+        type=Path,
+        help="a tar or a directory of images (default: scikit-learn's two photos)",
+    )
+    add(
+        "--samples",
+        type=positive,
+        default=3000,
+        help="the images repeat under new keys up to so many (%(default)s)",
+    )
     add("--workers", type=count, default=2, help="loader processes (%(default)s)")
-    add("--cores", type=positive, default=2, help="CPU cores of a loader and its workers (%(default)s)")
+    add(
+        "--cores",
+        type=positive,
+        default=2,
+        help="CPU cores of a loader and its workers (%(default)s)",
+    )
     add("--batch", type=positive, default=64, help="images per batch (%(default)s)")
     add("--size", type=positive, default=224, help="side of the crops in pixels (%(default)s)")
     add("--repeats", type=positive, default=3, help="passes of every loader (%(default)s)")
-    add("--peers", action="store_true", help=f"also {', '.join(name for name in CONTENDERS if name != OURS)}")
+    add(
+        "--peers",
+        action="store_true",
+        help=f"also {', '.join(name for name in CONTENDERS if name != OURS)}",
+    )
     add("--json", action="store_true")
 
 
@@ -76,10 +98,15 @@ def run(args: argparse.Namespace) -> int:
     if args.cores > len(allowed):
         raise UsageError(f"--cores {args.cores}: this process may use {len(allowed)}; give fewer")
     if args.dataset and args.images:
-        raise UsageError(f"--dataset {args.dataset} and --images {args.images} exclude each other; give one")
+        raise UsageError(
+            f"--dataset {args.dataset} and --images {args.images} exclude each other; give one"
+        )
     home = embedded.home()
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=home) as work, contextlib.ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", dir=home) as work,
+        contextlib.ExitStack() as stack,
+    ):
         dataset = args.dataset or stack.enter_context(
             _own_dataset(read_images(args.images), args.samples, max(1, args.workers), Path(work))
         )
@@ -107,11 +134,17 @@ def bench_loader(wanted: Pass, cores: list[int], repeats: int, *, peers: bool) -
             if repeat >= 0:
                 _say(f"bound: pass {repeat + 1} of {repeats}")
                 floors += _floors(wanted, cores, environment)
-                steady.append(in_child("measure", OURS, replace(wanted, epochs=STEADY_EPOCHS), cores, environment))
+                steady.append(
+                    in_child(
+                        "measure", OURS, replace(wanted, epochs=STEADY_EPOCHS), cores, environment
+                    )
+                )
             for name in [name for name in passes if name not in skipped]:
                 _say(f"{name}: " + ("copy" if repeat < 0 else f"pass {repeat + 1} of {repeats}"))
                 try:
-                    figures = one_pass("copy" if repeat < 0 else "measure", name, wanted, cores, environment)
+                    figures = one_pass(
+                        "copy" if repeat < 0 else "measure", name, wanted, cores, environment
+                    )
                 except WdsTrainError as error:
                     if name == OURS:
                         raise
@@ -122,16 +155,22 @@ def bench_loader(wanted: Pass, cores: list[int], repeats: int, *, peers: bool) -
         _remove(wanted.copies)
     done = {name: figures for name, figures in passes.items() if name not in skipped}
     bound = _bound(floors, steady, len(cores))
-    return _description(wanted, cores, repeats) | _summary(done) | {"bound": bound, "skipped": skipped}
+    return (
+        _description(wanted, cores, repeats) | _summary(done) | {"bound": bound, "skipped": skipped}
+    )
 
 
 def _floors(wanted: Pass, cores: list[int], environment: dict[str, str]) -> list[dict[str, float]]:
     """One of every core, at the same time: cores share caches, and one alone decodes faster."""
     with ThreadPoolExecutor(len(cores)) as pool:
-        return list(pool.map(lambda core: in_child("floor", OURS, wanted, [core], environment), cores))
+        return list(
+            pool.map(lambda core: in_child("floor", OURS, wanted, [core], environment), cores)
+        )
 
 
-def one_pass(task: str, name: str, wanted: Pass, cores: list[int], environment: dict[str, str]) -> dict[str, float]:
+def one_pass(
+    task: str, name: str, wanted: Pass, cores: list[int], environment: dict[str, str]
+) -> dict[str, float]:
     """The figures of `in_child`, which is tried up to three times for a peer: mosaicml-streaming reads a shard before
     it is whole now and then.
     """
@@ -145,11 +184,22 @@ def one_pass(task: str, name: str, wanted: Pass, cores: list[int], environment: 
 
 def _description(wanted: Pass, cores: list[int], repeats: int) -> dict[str, Any]:
     split = Dataset.open(wanted.dataset).split("train")
-    names = [*CONTENDERS, "torch", "torchvision", "pillow", "simplejpeg", "opencv-python-headless", "numpy", "boto3"]
+    names = [
+        *CONTENDERS,
+        "torch",
+        "torchvision",
+        "pillow",
+        "simplejpeg",
+        "opencv-python-headless",
+        "numpy",
+        "boto3",
+    ]
     return {
         "machine": machine(),
         "python": ".".join(map(str, sys.version_info[:3])),
-        "versions": {name: version(name) for name in names if not (name in CONTENDERS and missing(name))},
+        "versions": {
+            name: version(name) for name in names if not (name in CONTENDERS and missing(name))
+        },
         "dataset": wanted.dataset,
         "samples": len(split),
         "shards": len(split.shard_names),
@@ -167,13 +217,20 @@ def _summary(passes: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         return round(statistics.median(values), digits or None)
 
     loaders = {
-        name: {key: median((one[key] for one in figures), digits) for key, digits in FIGURES.items()}
-        | {"img_per_s_range": [round(pick(one["img_per_s"] for one in figures)) for pick in (min, max)]}
+        name: {
+            key: median((one[key] for one in figures), digits) for key, digits in FIGURES.items()
+        }
+        | {
+            "img_per_s_range": [
+                round(pick(one["img_per_s"] for one in figures)) for pick in (min, max)
+            ]
+        }
         for name, figures in passes.items()
     }
     ratios = {
         name: {
-            key: median((o[key] / t[key] for o, t in zip(passes[OURS], figures, strict=True)), 3) for key in COMPARED
+            key: median((o[key] / t[key] for o, t in zip(passes[OURS], figures, strict=True)), 3)
+            for key in COMPARED
         }
         for name, figures in passes.items()
         if name != OURS
@@ -181,11 +238,16 @@ def _summary(passes: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     return {"loaders": loaders, "ours_to_peer": ratios}
 
 
-def _bound(floors: list[dict[str, float]], steady: list[dict[str, float]], cores: int) -> dict[str, float]:
+def _bound(
+    floors: list[dict[str, float]], steady: list[dict[str, float]], cores: int
+) -> dict[str, float]:
     """What decoding, checksums and the server, if it is on the same cores, take of a CPU, in ms an image; the rate that this
     allows, and what ours makes of it while it runs steadily; medians.
     """
-    columns = {name: statistics.median(one[name] for one in floors) for name in ("decode_ms", "checksum_ms")}
+    columns = {
+        name: statistics.median(one[name] for one in floors)
+        for name in ("decode_ms", "checksum_ms")
+    }
     columns |= {name: statistics.median(one[name] for one in steady) for name in STEADY}
     decode, checksum, img_per_s, cpu, server = columns.values()
     bound = 1e3 * cores / (decode + checksum + server)
@@ -226,7 +288,9 @@ def _table(result: dict[str, Any]) -> str:
         )
     lines += ["", _bound_line(result["bound"], result["cores"])]
     if fallen := result["loaders"][OURS]["fallbacks"]:
-        lines.append(f"{fallen} ranges of {OURS} a pass took a second request: S3 did not answer their signed address")
+        lines.append(
+            f"{fallen} ranges of {OURS} a pass took a second request: S3 did not answer their signed address"
+        )
     return "\n".join(lines + [f"skipped {name}: {why}" for name, why in result["skipped"].items()])
 
 
@@ -238,7 +302,9 @@ def _say(text: str) -> None:
 def _own_dataset(images: list[bytes], samples: int, workers: int, folder: Path) -> Iterator[str]:
     """The URL of a dataset of `samples` samples on an S3 server of its own, both of which live in `folder`."""
     before = os.environ.get("WDS_HOME")
-    os.environ["WDS_HOME"] = str(folder)  # where the embedded server's data go, for the children too
+    os.environ["WDS_HOME"] = str(
+        folder
+    )  # where the embedded server's data go, for the children too
     try:
         embedded.ensure_running()
         _make_dataset(images, samples, workers, folder / "images", f"s3://{EMBEDDED_BUCKET}/bench")
@@ -256,7 +322,11 @@ def _make_dataset(images: list[bytes], samples: int, workers: int, folder: Path,
     folder.mkdir()
     paths: list[Path] = []
     for number in range(samples):
-        path = folder / f"class{number % CLASSES}" / f"{number:06d}.{_format(images[number % len(images)])}"
+        path = (
+            folder
+            / f"class{number % CLASSES}"
+            / f"{number:06d}.{_format(images[number % len(images)])}"
+        )
         path.parent.mkdir(exist_ok=True)
         paths.append(path)
         if number < len(images):
@@ -265,8 +335,18 @@ def _make_dataset(images: list[bytes], samples: int, workers: int, folder: Path,
             path.hardlink_to(paths[number % len(images)])
     sizes = [len(images[number % len(images)]) + TAR_OVERHEAD for number in range(samples)]
     shards = workers * -(-sum(sizes) // (workers * SHARD_BYTES))
-    largest = sum(sizes) / shards + max(sizes)  # a shard ends before the sample that would exceed it
-    command = [sys.executable, "-m", "wds_train.conversion.command", str(folder), url, "--source", "imagefolder"]
+    largest = sum(sizes) / shards + max(
+        sizes
+    )  # a shard ends before the sample that would exceed it
+    command = [
+        sys.executable,
+        "-m",
+        "wds_train.conversion.command",
+        str(folder),
+        url,
+        "--source",
+        "imagefolder",
+    ]
     command += ["--hold-out", "0", "--shard-mb", str(largest / (1 << 20))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

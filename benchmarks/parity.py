@@ -41,11 +41,15 @@ SHARED = Path(os.environ.get("WDS_SHARED", Path(__file__).parents[3] / "shared")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--images", type=Path, default=SHARED / "data" / "imagenette128.tar", metavar="TAR")
     add("--model", default="resnet18")
-    add("--size", type=positive, default=64, help="pixels, in training and validation (%(default)s)")
+    add(
+        "--size", type=positive, default=64, help="pixels, in training and validation (%(default)s)"
+    )
     add("--epochs", type=positive, default=5)
     add("--warmup-epochs", type=Number(float, 0), default=1.0)
     add("--seeds", type=positive, default=3, help="how many (%(default)s)")
@@ -79,7 +83,9 @@ def main() -> None:
             theirs = train_timm(recipe, folder / "images", args.workers)
             rows.append([*ours, *theirs])
             seconds = f"{between - began:12.0f} {time.perf_counter() - between:8.0f}"
-            print(f"{seed:4d}  " + "  ".join(f"{top:8.2f}" for top in rows[-1]) + seconds, flush=True)
+            print(
+                f"{seed:4d}  " + "  ".join(f"{top:8.2f}" for top in rows[-1]) + seconds, flush=True
+            )
     print("\n".join(summary(rows)))
 
 
@@ -109,11 +115,23 @@ def wds_train(folder: Path, threads: int, *arguments: object) -> None:
         sys.exit(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
 
 
-def train_ours(recipe: Recipe, settings: list[str], folder: Path, args: argparse.Namespace) -> tuple[float, float]:
+def train_ours(
+    recipe: Recipe, settings: list[str], folder: Path, args: argparse.Namespace
+) -> tuple[float, float]:
     """Top-1 of the raw and the EMA weights, percent, after the last epoch."""
     run = folder / f"run{recipe.seed}"
     flags = [part for setting in (*settings, f"seed={recipe.seed}") for part in ("--set", setting)]
-    command = ["train", "--recipe", "imagenette", "--dataset", folder / "data", "--run", run, "--workers", args.workers]
+    command = [
+        "train",
+        "--recipe",
+        "imagenette",
+        "--dataset",
+        folder / "data",
+        "--run",
+        run,
+        "--workers",
+        args.workers,
+    ]
     wds_train(folder, args.threads, *command, *flags)
     result = json.loads((run / "manifest.json").read_text())["result"]
     return result["val/top1"], result["val/top1_ema"]
@@ -128,12 +146,17 @@ def train_timm(recipe: Recipe, images: Path, workers: int) -> tuple[float, float
     model = timm.create_model(recipe.model.name, num_classes=classes)
     ema = ModelEmaV2(model)
     optimizer = create_optimizer_v2(
-        model, opt=wanted.name, lr=recipe.peak_lr, weight_decay=wanted.weight_decay, momentum=wanted.momentum
+        model,
+        opt=wanted.name,
+        lr=recipe.peak_lr,
+        weight_decay=wanted.weight_decay,
+        momentum=wanted.momentum,
     )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=schedule.kind,
-        num_epochs=schedule.epochs - int(schedule.warmup_epochs),  # timm counts them from the warm-up's end
+        num_epochs=schedule.epochs
+        - int(schedule.warmup_epochs),  # timm counts them from the warm-up's end
         warmup_epochs=int(schedule.warmup_epochs),
         warmup_lr=schedule.warmup_start * recipe.peak_lr,
         warmup_prefix=True,
@@ -159,7 +182,9 @@ def train_timm(recipe: Recipe, images: Path, workers: int) -> tuple[float, float
             optimizer.step()
             step += 1
             scheduler.step_update(step)
-            ema.decay = min(recipe.ema.decay, step / (9 + step))  # the warm-up that ModelEmaV2 lacks
+            ema.decay = min(
+                recipe.ema.decay, step / (9 + step)
+            )  # the warm-up that ModelEmaV2 lacks
             ema.update(model)
     return top1(model, val), top1(ema.module, val)
 
@@ -196,7 +221,9 @@ def timm_loaders(recipe: Recipe, images: Path, workers: int) -> tuple[Any, Any, 
 @torch.inference_mode()
 def top1(model: nn.Module, val: Any) -> float:
     model.eval()
-    hits: list[float] = [(model(pixels).argmax(dim=1) == labels).sum().item() for pixels, labels in val]
+    hits: list[float] = [
+        (model(pixels).argmax(dim=1) == labels).sum().item() for pixels, labels in val
+    ]
     return 100 * sum(hits) / len(val.dataset)
 
 
@@ -206,11 +233,14 @@ def summary(rows: list[list[float]]) -> list[str]:
     means = [statistics.fmean(column) for column in columns]
     spreads = [statistics.stdev(column) if n > 1 else math.nan for column in columns]
     lines = [
-        f"{name:4s}  " + "  ".join(f"{each:8.2f}" for each in row) for name, row in (("mean", means), ("sd", spreads))
+        f"{name:4s}  " + "  ".join(f"{each:8.2f}" for each in row)
+        for name, row in (("mean", means), ("sd", spreads))
     ]
     for kind, ours, theirs in (("raw", 0, 2), ("EMA", 1, 3)):
         error = math.sqrt((spreads[ours] ** 2 + spreads[theirs] ** 2) / n)
-        lines.append(f"{kind}: ours - timm = {means[ours] - means[theirs]:+.2f} points, standard error {error:.2f}")
+        lines.append(
+            f"{kind}: ours - timm = {means[ours] - means[theirs]:+.2f} points, standard error {error:.2f}"
+        )
     return lines
 
 

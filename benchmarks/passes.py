@@ -33,10 +33,14 @@ from wds_train.storage.address import EMBEDDED_BUCKET
 FLOOR_IMAGES = 600
 PASS_SECONDS = 1800  # a pass that takes longer hangs
 MARK_SECONDS = 0.05  # between looks at the CPU time, which takes as long as several small images
-LOOK_SECONDS = 0.2  # between looks at the memory: each stops the process that is looked at for a moment
+LOOK_SECONDS = (
+    0.2  # between looks at the memory: each stops the process that is looked at for a moment
+)
 
 
-def in_child(task: str, name: str, wanted: Pass, cores: list[int], environment: dict[str, str]) -> dict[str, float]:
+def in_child(
+    task: str, name: str, wanted: Pass, cores: list[int], environment: dict[str, str]
+) -> dict[str, float]:
     """The figures of `task` (`copy`, `measure` or `floor`), done by a fresh process on `cores`, with its workers' memory."""
     with tempfile.TemporaryDirectory(dir=wanted.cache) as folder:
         what = json.dumps(asdict(replace(wanted, cache=folder)))
@@ -44,7 +48,11 @@ def in_child(task: str, name: str, wanted: Pass, cores: list[int], environment: 
         with (Path(folder) / "out").open("w+") as out, (Path(folder) / "err").open("w+") as err:
             with _pinned(None if task == "copy" else cores):
                 child = subprocess.Popen(
-                    command, stdout=out, stderr=err, env=environment | {"HF_HOME": folder}, start_new_session=True
+                    command,
+                    stdout=out,
+                    stderr=err,
+                    env=environment | {"HF_HOME": folder},
+                    start_new_session=True,
                 )
             try:
                 memory = _watch(child)
@@ -57,7 +65,9 @@ def in_child(task: str, name: str, wanted: Pass, cores: list[int], environment: 
                 raise WdsTrainError(f"{name} failed with code {code}: {cause(err.read())}")
             out.seek(0)
             figures = json.loads(out.read().splitlines()[-1])
-            return figures | {column: max(most, figures.get(column, 0.0)) for column, most in memory.items()}
+            return figures | {
+                column: max(most, figures.get(column, 0.0)) for column, most in memory.items()
+            }
 
 
 @contextlib.contextmanager
@@ -87,7 +97,9 @@ def _watch(child: subprocess.Popen[bytes]) -> dict[str, float]:
 
 def _memory_below(pid: int) -> dict[str, float]:
     """Return the memory of all descendants of a process, in MB."""
-    pss, rss = (sum(column) for column in zip((0, 0), *map(_memory, _descendants(pid)), strict=True))
+    pss, rss = (
+        sum(column) for column in zip((0, 0), *map(_memory, _descendants(pid)), strict=True)
+    )
     return {"workers_pss_mb": pss, "workers_rss_mb": rss}
 
 
@@ -102,7 +114,10 @@ def _descendants(pid: int) -> list[int]:
 def _memory(pid: int) -> tuple[float, float]:
     """PSS and RSS in MB; nothing for a process that has ended."""
     with contextlib.suppress(OSError):
-        fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+        fields = dict(
+            line.split(":")
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        )
         return tuple(int(fields[name].split()[0]) * 1024 / 1e6 for name in ("Pss", "Rss"))  # type: ignore[return-value]
     return 0.0, 0.0
 
@@ -110,7 +125,10 @@ def _memory(pid: int) -> tuple[float, float]:
 def cause(stderr: str) -> str:
     """The line that says what went wrong: a traceback's exception, or else the last one."""
     lines = [line for line in stderr.splitlines() if line.strip()] or ["nothing was printed"]
-    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception): ", line)), lines[-1])
+    return next(
+        (line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception): ", line)),
+        lines[-1],
+    )
 
 
 class _Mark(NamedTuple):
@@ -135,7 +153,9 @@ def measure(name: str, wanted: Pass) -> dict[str, float]:
     for batch in loader:
         if not images:
             first = time.perf_counter()
-            memory = _memory_below(os.getpid())  # a short pass may end between two looks from outside
+            memory = _memory_below(
+                os.getpid()
+            )  # a short pass may end between two looks from outside
         images += image_count(batch)
         if time.perf_counter() - marks[-1].at > MARK_SECONDS:
             marks.append(_mark(images, servers))
@@ -143,7 +163,9 @@ def measure(name: str, wanted: Pass) -> dict[str, float]:
     marks.append(_mark(images, servers))
     if not images:
         raise WdsTrainError(f"{name} yielded no images")
-    fallbacks = getattr(loader, "fallbacks", 0)  # of ours alone: no other loader has signed addresses to fall back from
+    fallbacks = getattr(
+        loader, "fallbacks", 0
+    )  # of ours alone: no other loader has signed addresses to fall back from
     del loader
     gc.collect()  # ends the workers: the kernel counts a child's CPU time only when it has ended
     for worker in multiprocessing.active_children():
@@ -160,7 +182,9 @@ def measure(name: str, wanted: Pass) -> dict[str, float]:
 
 def _mark(images: int, servers: list[int]) -> _Mark:
     workers = [worker.pid for worker in multiprocessing.active_children() if worker.pid]
-    return _Mark(time.perf_counter(), images, time.process_time() + _cpu_of(workers), _cpu_of(servers))
+    return _Mark(
+        time.perf_counter(), images, time.process_time() + _cpu_of(workers), _cpu_of(servers)
+    )
 
 
 def _steady(marks: list[_Mark], epochs: int) -> dict[str, float]:
@@ -169,7 +193,9 @@ def _steady(marks: list[_Mark], epochs: int) -> dict[str, float]:
     """
     epoch = marks[-1].images / epochs
     within = [mark for mark in marks if epoch <= mark.images <= (epochs - 1) * epoch]
-    begin, end = (within[0], within[-1]) if len(within) > 1 else (marks[0], marks[-1])  # of a pass of a moment, all
+    begin, end = (
+        (within[0], within[-1]) if len(within) > 1 else (marks[0], marks[-1])
+    )  # of a pass of a moment, all
     images = end.images - begin.images
     return {
         "steady_img_per_s": images / (end.at - begin.at),
@@ -184,7 +210,11 @@ def floor(wanted: Pass) -> dict[str, float]:
     from wds_train.loader.transform import Place
 
     split, plan, transform = our_parts(wanted)
-    index, out, order = split.index, np.empty((wanted.side, wanted.side, 3), np.uint8), plan.order(0)
+    index, out, order = (
+        split.index,
+        np.empty((wanted.side, wanted.side, 3), np.uint8),
+        plan.order(0),
+    )
     steps = range(min(order.steps, -(-FLOOR_IMAGES // wanted.batch)))
     ids = np.concatenate([order.batch(step) for step in steps]).tolist()
     records = [split.record(i) for i in ids]
@@ -193,19 +223,31 @@ def floor(wanted: Pass) -> dict[str, float]:
         crc32(record)
     checked = time.process_time()
     # In memory that can be written, as the loader has them: of others, decoding makes a copy.
-    images = [memoryview(bytearray(image_of(index, i, each))) for i, each in zip(ids, records, strict=True)]
-    places = [Place(i, (int(index.width[i]), int(index.height[i])), 0, n) for n, i in enumerate(ids)]
+    images = [
+        memoryview(bytearray(image_of(index, i, each)))
+        for i, each in zip(ids, records, strict=True)
+    ]
+    places = [
+        Place(i, (int(index.width[i]), int(index.height[i])), 0, n) for n, i in enumerate(ids)
+    ]
     crops = [transform.draw(place) for place in places]
     prepared = time.process_time()
     for image, (box, flip) in zip(images, crops, strict=True):
         decode_crop(image, box, out, flip=flip)
     decoding = time.process_time() - prepared
-    return {"decode_ms": 1e3 * decoding / len(ids), "checksum_ms": 1e3 * (checked - began) / len(ids)}
+    return {
+        "decode_ms": 1e3 * decoding / len(ids),
+        "checksum_ms": 1e3 * (checked - began) / len(ids),
+    }
 
 
 def _servers(wanted: Pass) -> list[int]:
     """The embedded server that a pass reads from, if it has no cores but those of the pass."""
-    found = embedded.pids(home() / "s3") if wanted.dataset.startswith(f"s3://{EMBEDDED_BUCKET}/") else []
+    found = (
+        embedded.pids(home() / "s3")
+        if wanted.dataset.startswith(f"s3://{EMBEDDED_BUCKET}/")
+        else []
+    )
     return [pid for pid in found if os.sched_getaffinity(pid) <= os.sched_getaffinity(0)]
 
 
@@ -214,7 +256,9 @@ def _cpu_of(pids: list[int]) -> float:
     ticks = 0
     for pid in pids:
         with contextlib.suppress(OSError):
-            ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+            ticks += sum(
+                map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
+            )
     return ticks / os.sysconf("SC_CLK_TCK")
 
 

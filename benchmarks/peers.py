@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 OURS = "wds-train"
 SCALE, RATIO, FLIP = (0.08, 1.0), (3 / 4, 4 / 3), 0.5
-SHARD_BYTES = 64 << 20  # what mosaicml-streaming and litdata recommend; ours and the others get the same
+SHARD_BYTES = (
+    64 << 20
+)  # what mosaicml-streaming and litdata recommend; ours and the others get the same
 SHUFFLE_BUFFER = 1000
 
 
@@ -62,7 +64,9 @@ class Contender(NamedTuple):
 
 def missing(name: str) -> list[str]:
     """The modules of a contender that are not installed."""
-    return [module for module in CONTENDERS[name].modules if find_spec(module.partition(".")[0]) is None]
+    return [
+        module for module in CONTENDERS[name].modules if find_spec(module.partition(".")[0]) is None
+    ]
 
 
 def write_copy(name: str, wanted: Pass) -> None:
@@ -79,7 +83,11 @@ def write_copy(name: str, wanted: Pass) -> None:
 
 def image_count(batch: Any) -> int:
     images = (
-        batch["image"] if isinstance(batch, dict) else batch[0] if isinstance(batch, (list, tuple)) else batch.images
+        batch["image"]
+        if isinstance(batch, dict)
+        else batch[0]
+        if isinstance(batch, (list, tuple))
+        else batch.images
     )
     return len(images)
 
@@ -104,7 +112,9 @@ class _Augment:
         from torchvision import transforms
 
         crop = transforms.RandomResizedCrop(side, SCALE, RATIO, antialias=True)
-        self._transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(FLIP), transforms.PILToTensor()])
+        self._transform = transforms.Compose(
+            [crop, transforms.RandomHorizontalFlip(FLIP), transforms.PILToTensor()]
+        )
 
     def __call__(self, image: Image.Image | bytes) -> "torch.Tensor":
         """The augmented image, uint8 [3, side, side]."""
@@ -126,7 +136,9 @@ def our_parts(wanted: Pass) -> "tuple[SplitReader, TrainPlan, TrainTransform]":
     dataset = Dataset.open(wanted.dataset)
     split = dataset.split("train")
     epochs = range(wanted.epochs)
-    plan = TrainPlan(split.shard_samples, dataset.fingerprint, seed=0, global_batch=wanted.batch, epochs=epochs)
+    plan = TrainPlan(
+        split.shard_samples, dataset.fingerprint, seed=0, global_batch=wanted.batch, epochs=epochs
+    )
     data = DataRecipe(size=wanted.side, scale=SCALE, ratio=RATIO, flip=FLIP)
     return split, plan, TrainTransform(data, 0, wanted.epochs, plan.steps_per_epoch)
 
@@ -167,7 +179,9 @@ def _curl(dataset: Dataset, shard: str) -> str:
 def _mosaic_copy(dataset: Dataset, folder: Path) -> None:
     from streaming import MDSWriter
 
-    with MDSWriter(out=str(folder), columns={"image": "bytes", "label": "int"}, size_limit=SHARD_BYTES) as writer:
+    with MDSWriter(
+        out=str(folder), columns={"image": "bytes", "label": "int"}, size_limit=SHARD_BYTES
+    ) as writer:
         for shard in _shards(dataset):
             for sample in _samples(dataset, shard):
                 writer.write(sample)
@@ -208,14 +222,22 @@ class _Records:
 def _litdata_copy(dataset: Dataset, folder: Path) -> None:
     from litdata import optimize
 
-    optimize(_Records(dataset.store.url), _shards(dataset), str(folder), chunk_bytes=SHARD_BYTES, num_workers=1)
+    optimize(
+        _Records(dataset.store.url),
+        _shards(dataset),
+        str(folder),
+        chunk_bytes=SHARD_BYTES,
+        num_workers=1,
+    )
 
 
 def _litdata(wanted: Pass) -> Iterable[Any]:
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming import downloader
 
-    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"  # it has no setting for an S3 server without TLS
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = (
+        "true"  # it has no setting for an S3 server without TLS
+    )
     images = StreamingDataset(
         f"{wanted.copies}/litdata",
         cache_dir=f"{wanted.cache}/litdata",
@@ -231,7 +253,10 @@ def _datasets_copy(dataset: Dataset, folder: Path) -> None:
 
     features = Features({"image": Image(), "label": Value("int64")})
     for shard in _shards(dataset):
-        rows = [sample | {"image": {"bytes": sample["image"], "path": None}} for sample in _samples(dataset, shard)]
+        rows = [
+            sample | {"image": {"bytes": sample["image"], "path": None}}
+            for sample in _samples(dataset, shard)
+        ]
         Table.from_list(rows, features).to_parquet(folder / f"{shard:05d}.parquet")
 
 
@@ -241,8 +266,18 @@ def _datasets(wanted: Pass) -> Iterable[Any]:
 
     copy = open_store(f"{wanted.copies}/datasets")
     urls = [f"{copy.url}/{entry.key}" for entry in copy.list()]
-    rows = load_dataset("parquet", data_files=urls, split="train", streaming=True, cache_dir=f"{wanted.cache}/datasets")
-    rows = rows.shuffle(seed=0, buffer_size=SHUFFLE_BUFFER).map(_Augment(wanted.side).of_row).with_format("torch")
+    rows = load_dataset(
+        "parquet",
+        data_files=urls,
+        split="train",
+        streaming=True,
+        cache_dir=f"{wanted.cache}/datasets",
+    )
+    rows = (
+        rows.shuffle(seed=0, buffer_size=SHUFFLE_BUFFER)
+        .map(_Augment(wanted.side).of_row)
+        .with_format("torch")
+    )
     return DataLoader(rows, batch_size=wanted.batch, num_workers=wanted.workers)
 
 

@@ -39,7 +39,9 @@ def ours(endpoint: Endpoint) -> Read:
 
 
 def boto3_client(endpoint: Endpoint) -> Any:
-    session = boto3.session.Session(endpoint.access_key, endpoint.secret_key, region_name="us-east-1")
+    session = boto3.session.Session(
+        endpoint.access_key, endpoint.secret_key, region_name="us-east-1"
+    )
     return session.client("s3", endpoint_url=endpoint.url, config=Config(max_pool_connections=32))
 
 
@@ -76,7 +78,10 @@ def obstore(endpoint: Endpoint) -> Read:
 def s3torchconnector(endpoint: Endpoint) -> Read:
     from s3torchconnectorclient._mountpoint_s3_client import MountpointS3Client
 
-    os.environ |= {"AWS_ACCESS_KEY_ID": endpoint.access_key, "AWS_SECRET_ACCESS_KEY": endpoint.secret_key}
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": endpoint.access_key,
+        "AWS_SECRET_ACCESS_KEY": endpoint.secret_key,
+    }
     client = MountpointS3Client("us-east-1", "bench", endpoint=endpoint.url, force_path_style=True)
     return lambda start: b"".join(client.get_object(BUCKET, KEY, start=start, end=start + BLOCK))
 
@@ -128,7 +133,9 @@ def main() -> None:
             for name, figures in results.items():
                 speed, cpu = (statistics.median(column) for column in zip(*figures, strict=True))
                 low, high = min(s for s, _ in figures), max(s for s, _ in figures)
-                print(f"{threads} threads  {name:16} {speed:6.0f} MB/s ({low:.0f}-{high:.0f})  {cpu:5.2f} CPU ms/MB")
+                print(
+                    f"{threads} threads  {name:16} {speed:6.0f} MB/s ({low:.0f}-{high:.0f})  {cpu:5.2f} CPU ms/MB"
+                )
         embedded.stop(Path(root))
 
 

@@ -57,12 +57,16 @@ FIGURES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = Number(float, SHARD, 1e10)
-    parser.add_argument("--samples", type=size, nargs="+", default=[1e6, 1e7], help="sizes of datasets (1e6 1e7)")
+    parser.add_argument(
+        "--samples", type=size, nargs="+", default=[1e6, 1e7], help="sizes of datasets (1e6 1e7)"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    from benchmarks.decode_rates import machine  # with PyTorch, whose memory no process that is measured shall have
+    from benchmarks.decode_rates import (
+        machine,
+    )  # with PyTorch, whose memory no process that is measured shall have
 
     sizes = [_one_size(int(samples) // SHARD) for samples in args.samples]
     result = {"machine": machine(), "workers": WORKERS, "batch": BATCH, "sizes": sizes}
@@ -92,13 +96,28 @@ def _write_dataset(folder: Path, shards: int) -> None:
     length = 1536 + data_length + -data_length % 512
     offset = np.cumsum(length) - length
     sides = rng.integers(200, 600, (2, SHARD))
-    keys = [f"n{label:08d}/{label:08d}_{n:06d}" for n, label in enumerate(rng.integers(0, CLASSES, SHARD).tolist())]
+    keys = [
+        f"n{label:08d}/{label:08d}_{n:06d}"
+        for n, label in enumerate(rng.integers(0, CLASSES, SHARD).tolist())
+    ]
     labels, sums = rng.integers(0, CLASSES, SHARD), rng.integers(0, 1 << 32, SHARD)
-    columns = [np.zeros(SHARD), offset, length, offset + 1536, data_length, labels, keys, *sides, sums]
+    columns = [
+        np.zeros(SHARD),
+        offset,
+        length,
+        offset + 1536,
+        data_length,
+        labels,
+        keys,
+        *sides,
+        sums,
+    ]
     template = pa.Table.from_batches([to_batch(columns, SCHEMA)])
     (folder / "train").mkdir()
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("forkserver")) as pool:
-        indexes = list(pool.map(partial(_write_index, folder, template), range(shards), chunksize=100))
+        indexes = list(
+            pool.map(partial(_write_index, folder, template), range(shards), chunksize=100)
+        )
     size = int(length.sum()) + END_BYTES
     named = [Shard(f"train/shard-{n:06d}.tar", size, SHARD, f"{n:064x}") for n in range(shards)]
     classes = tuple(ClassInfo(f"n{label:08d}", f"class {label}") for label in range(CLASSES))
@@ -107,7 +126,9 @@ def _write_dataset(folder: Path, shards: int) -> None:
 
 
 def _write_index(folder: Path, template: pa.Table, shard: int) -> Index:
-    data = write_index(template.set_column(0, SCHEMA.field("shard"), to_array(np.full(SHARD, shard), pa.int32())))
+    data = write_index(
+        template.set_column(0, SCHEMA.field("shard"), to_array(np.full(SHARD, shard), pa.int32()))
+    )
     name = f"train/index-{shard:06d}.parquet"
     (folder / name).write_bytes(data)
     return Index(name, len(data), hashlib.sha256(data).hexdigest())
@@ -122,7 +143,10 @@ def _measure(folder: str) -> dict[str, Any]:
     plan = TrainPlan(split.shard_samples, dataset.fingerprint, 0, BATCH, range(1))
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in range(WORKERS)]
-    workers = [context.Process(target=_work, args=(split, plan, n, pipe[1])) for n, pipe in enumerate(pipes)]
+    workers = [
+        context.Process(target=_work, args=(split, plan, n, pipe[1]))
+        for n, pipe in enumerate(pipes)
+    ]
     pids = [os.getpid()]
     for worker in workers:
         worker.start()
@@ -144,12 +168,17 @@ def _measure(folder: str) -> dict[str, Any]:
         "open_s": opened,
         "first_batch_s": found[0][0],
         "order_s": ordered,
-        "step_ms": statistics.median(_step_ms(order, n * order.steps // STEPS) for n in range(STEPS)),
+        "step_ms": statistics.median(
+            _step_ms(order, n * order.steps // STEPS) for n in range(STEPS)
+        ),
         "first_mb": found[0][1],
         "full_mb": found[1][1],
         "bytes_per_sample": 1e6 * found[1][1] / len(split),
     }
-    return {name: round(figure, 2) if isinstance(figure, float) else figure for name, figure in figures.items()}
+    return {
+        name: round(figure, 2) if isinstance(figure, float) else figure
+        for name, figure in figures.items()
+    }
 
 
 def _said(pipe: tuple[Connection, Connection], worker: ForkProcess) -> float:
@@ -181,7 +210,9 @@ def _work(split: SplitReader, plan: TrainPlan, worker: int, pipe: Connection) ->
 
 def _megabytes(pid: int) -> float:
     """The process's memory, a page that n processes share as 1/n of a page."""
-    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    fields = dict(
+        line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    )
     return int(fields["Pss"].split()[0]) * 1024 / 1e6
 
 
@@ -190,9 +221,12 @@ def _table(result: dict[str, Any]) -> str:
     names = [name.replace("_", " ").replace("mb", "MB") for name in FIGURES]
     lines = [result["machine"], "".join(f"{name:>{len(name) + 6}}" for name in names)]
     lines += [
-        "".join(f"{row[key]:>{len(name) + 6},}" for key, name in zip(FIGURES, names, strict=True)) for row in rows
+        "".join(f"{row[key]:>{len(name) + 6},}" for key, name in zip(FIGURES, names, strict=True))
+        for row in rows
     ]
     if len(rows) > 1:
-        slope, start = np.polyfit([row["samples"] for row in rows], [row["full_mb"] for row in rows], 1)
+        slope, start = np.polyfit(
+            [row["samples"] for row in rows], [row["full_mb"] for row in rows], 1
+        )
         lines.append(f"a straight line: {1e6 * slope:.1f} bytes a sample, and {start:.0f} MB")
     return "\n".join(lines)

@@ -35,8 +35,12 @@ def webdataset_buffer(workers: int = 8, size: int = 1000) -> Ids:
     random.Random(0).shuffle(shards)
     streams = []
     for worker in range(workers):
-        samples = (shard * PER_SHARD + i for shard in shards[worker::workers] for i in range(PER_SHARD))
-        streams.append(wds.filters.shuffle(bufsize=size, initial=size, rng=random.Random(worker))(samples))
+        samples = (
+            shard * PER_SHARD + i for shard in shards[worker::workers] for i in range(PER_SHARD)
+        )
+        streams.append(
+            wds.filters.shuffle(bufsize=size, initial=size, rng=random.Random(worker))(samples)
+        )
     batches: list[list[int]] = []
     while streams:
         for stream in list(streams):

@@ -39,14 +39,28 @@ Step = Callable[[], object]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="standard", metavar="NAME")
-    parser.add_argument("--set", action="append", default=[], metavar="K=V", dest="settings", help="as for `train`")
-    parser.add_argument("--batch", type=positive, default=256, help="samples per step (default: %(default)s)")
     parser.add_argument(
-        "--sizes", type=positive, nargs="+", default=[224, 160], help="sides of the images, px (default: 224 160)"
+        "--set", action="append", default=[], metavar="K=V", dest="settings", help="as for `train`"
     )
-    parser.add_argument("--steps", type=positive, default=20, help="steps a repeat (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, default=256, help="samples per step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=positive,
+        nargs="+",
+        default=[224, 160],
+        help="sides of the images, px (default: 224 160)",
+    )
+    parser.add_argument(
+        "--steps", type=positive, default=20, help="steps a repeat (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=positive, default=3, help="(default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile, which takes minutes to begin")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also with torch.compile, which takes minutes to begin",
+    )
     parser.add_argument("--json", action="store_true")
 
 
@@ -79,10 +93,16 @@ def bench_train(
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
 
 
-def rates(ways: dict[str, Step], batch: int, steps: int, repeats: int, device: torch.device) -> dict[str, float]:
+def rates(
+    ways: dict[str, Step], batch: int, steps: int, repeats: int, device: torch.device
+) -> dict[str, float]:
     """Images per second of every way, each step being `batch` of them: medians over `repeats`, in which all take turns."""
     for step in ways.values():
         _seconds(step, WARM_UP, device)
@@ -94,10 +114,17 @@ def rates(ways: dict[str, Step], batch: int, steps: int, repeats: int, device: t
 
 
 def ways_of(
-    recipe: Recipe, side: int, device: torch.device, *, compiled: bool, precision: Precision = "auto"
+    recipe: Recipe,
+    side: int,
+    device: torch.device,
+    *,
+    compiled: bool,
+    precision: Precision = "auto",
 ) -> dict[str, Step]:
     suffix = ", compiled" if compiled else ""
-    ways = {f"wds-train{suffix}": _ours(recipe, side, device, compiled=compiled, precision=precision)}
+    ways = {
+        f"wds-train{suffix}": _ours(recipe, side, device, compiled=compiled, precision=precision)
+    }
     for layout, order in (("NHWC", torch.channels_last), ("NCHW", torch.contiguous_format)):
         step = _timms(recipe, side, device, order, compiled=compiled, precision=precision)
         ways[f"timm's parts, {layout}{suffix}"] = step
@@ -114,10 +141,17 @@ def random_batch(batch: int, side: int, device: torch.device) -> Batch:
     return Batch(0, ids, ids, images, labels)
 
 
-def _ours(recipe: Recipe, side: int, device: torch.device, *, compiled: bool, precision: Precision) -> Step:
+def _ours(
+    recipe: Recipe, side: int, device: torch.device, *, compiled: bool, precision: Precision
+) -> Step:
     data = replace(recipe.data, size=side, start_size=0)
     trainer = Trainer(
-        replace(recipe, data=data), CLASSES, STEPS_PER_EPOCH, device, compile=compiled, precision=precision
+        replace(recipe, data=data),
+        CLASSES,
+        STEPS_PER_EPOCH,
+        device,
+        compile=compiled,
+        precision=precision,
     )
     given = random_batch(recipe.batch, side, device)
     # As a training gets them: every batch copied anew from the host, beside the step before.
@@ -136,7 +170,9 @@ def _timms(
 ) -> Step:
     # The same layers as ours: blur-pool and the like are options of the model, not of the loop.
     model = Trainer(recipe, CLASSES, STEPS_PER_EPOCH, device).model.to(memory_format=layout).train()
-    optimizer = create_optimizer_v2(model, opt=recipe.optimizer.name, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    optimizer = create_optimizer_v2(
+        model, opt=recipe.optimizer.name, lr=0.1, momentum=0.9, weight_decay=1e-4
+    )
     images = torch.randn(recipe.batch, 3, side, side, device=device).to(memory_format=layout)
     labels = torch.randint(0, CLASSES, (recipe.batch,), device=device)
     loss_of = torch.nn.CrossEntropyLoss()

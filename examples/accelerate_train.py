@@ -20,13 +20,17 @@ from wds_train import Dataset, TrainLoader
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset")
     parser.add_argument("--model", default="resnet10t")
     parser.add_argument("--batch", type=int, default=64, help="images of all processes together")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--every", type=int, default=20, help="steps from one checkpoint to the next")
+    parser.add_argument(
+        "--every", type=int, default=20, help="steps from one checkpoint to the next"
+    )
     parser.add_argument("--out", type=Path, default=Path("accelerate"))
     args = parser.parse_args()
     accelerator = Accelerator()
@@ -34,7 +38,12 @@ def main() -> None:
     dataset = Dataset.open(args.dataset)
     # The rank and the number of processes are those of torch.distributed, which Accelerate has started: no prepare().
     loader = TrainLoader(
-        dataset, args.batch, epochs=args.epochs, size=args.size, device=accelerator.device, normalize=True
+        dataset,
+        args.batch,
+        epochs=args.epochs,
+        size=args.size,
+        device=accelerator.device,
+        normalize=True,
     )
     model = timm.create_model(args.model, num_classes=len(dataset.manifest.classes))
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))

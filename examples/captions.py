@@ -23,7 +23,9 @@ SIDE, VOCABULARY, WORDS = 64, 4096, 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset")
     parser.add_argument("--model", default="resnet10t")
     parser.add_argument("--batch", type=int, default=64)
@@ -33,9 +35,13 @@ def main() -> None:
     images = timm.create_model(args.model, num_classes=128)
     words = nn.EmbeddingBag(VOCABULARY, 128)
     optimizer = torch.optim.AdamW([*images.parameters(), *words.parameters()])
-    loader = SampleLoader(args.dataset, args.batch, epochs=args.epochs, fields=("jpg", "txt"), transform=pair)
+    loader = SampleLoader(
+        args.dataset, args.batch, epochs=args.epochs, fields=("jpg", "txt"), transform=pair
+    )
     for samples in loader:
-        pairs = [each for each in samples.fields if each is not None]  # without what could not be read
+        pairs = [
+            each for each in samples.fields if each is not None
+        ]  # without what could not be read
         pixels, tokens = (torch.from_numpy(np.stack(each)) for each in zip(*pairs, strict=True))
         seen = normalize(images(pixels.permute(0, 3, 1, 2) / 127.5 - 1))
         read = normalize(words(tokens))
@@ -45,10 +51,15 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         if loader.step % loader.steps_per_epoch == 0:
-            print(f"step {loader.step}: loss {loss.item():.3f}; the last: {samples.keys[-1]}", flush=True)
+            print(
+                f"step {loader.step}: loss {loss.item():.3f}; the last: {samples.keys[-1]}",
+                flush=True,
+            )
 
 
-def pair(fields: dict[str, bytes], key: str, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def pair(
+    fields: dict[str, bytes], key: str, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """A sample's pixels, flipped or not, and the numbers of its caption's words. It runs in the loader's workers."""
     pixels = np.asarray(Image.open(io.BytesIO(fields["jpg"])).convert("RGB").resize((SIDE, SIDE)))
     words = fields["txt"].decode().lower().split()[:WORDS]

@@ -19,16 +19,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wds_train import Dataset, EvalLoader, TrainLoader
 
-LEADS = os.environ.get("RANK", "0") == "0"  # the process that speaks and saves, of those that torchrun starts
+LEADS = (
+    os.environ.get("RANK", "0") == "0"
+)  # the process that speaks and saves, of those that torchrun starts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset")
     parser.add_argument("--batch", type=int, default=64, help="images of all processes together")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--every", type=int, default=20, help="steps from one checkpoint to the next")
+    parser.add_argument(
+        "--every", type=int, default=20, help="steps from one checkpoint to the next"
+    )
     parser.add_argument("--out", type=Path, default=Path("plain.pt"))
     args = parser.parse_args()
     if "RANK" in os.environ:  # torchrun's
@@ -53,7 +59,9 @@ def main() -> None:
     parallel = DistributedDataParallel(model) if distributed.is_initialized() else model
 
     for batch in loader:
-        for group in optimizer.param_groups:  # a function of the step, so that there is no scheduler to save
+        for group in (
+            optimizer.param_groups
+        ):  # a function of the step, so that there is no scheduler to save
             group["lr"] = 0.05 * (1 + math.cos(math.pi * batch.step / loader.steps))
         loss = cross_entropy(parallel(batch.images), batch.labels)
         optimizer.zero_grad()
@@ -70,7 +78,11 @@ def main() -> None:
 def small_model(classes: int) -> nn.Module:
     layers: list[nn.Module] = []
     for before, channels in ((3, 16), (16, 32), (32, 64)):
-        layers += [nn.Conv2d(before, channels, 3, stride=2, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+        layers += [
+            nn.Conv2d(before, channels, 3, stride=2, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
 

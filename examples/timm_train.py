@@ -46,7 +46,9 @@ class Data:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", nargs="?", default="digits")
     parser.add_argument("--timm", metavar="FOLDER")
     parser.add_argument("--model", default="resnet10t")
@@ -62,7 +64,11 @@ def main() -> None:
     model = timm.create_model(args.model, num_classes=data.classes).to(DEVICE)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
     scheduler, _ = create_scheduler_v2(
-        optimizer, num_epochs=args.epochs, warmup_lr=args.lr / 10, step_on_epochs=False, updates_per_epoch=data.updates
+        optimizer,
+        num_epochs=args.epochs,
+        warmup_lr=args.lr / 10,
+        step_on_epochs=False,
+        updates_per_epoch=data.updates,
     )
     mixup = Mixup(mixup_alpha=0.2, num_classes=data.classes)
     for epoch in range(args.epochs):
@@ -78,21 +84,36 @@ def main() -> None:
 
 def ours(args: argparse.Namespace) -> Data:
     dataset = Dataset.open(args.dataset)
-    images: dict[str, Any] = {"size": args.size, "workers": args.workers, "device": DEVICE, "normalize": True}
-    train = TrainLoader(dataset, args.batch, epochs=args.epochs, seed=args.seed, per_epoch=True, **images)
+    images: dict[str, Any] = {
+        "size": args.size,
+        "workers": args.workers,
+        "device": DEVICE,
+        "normalize": True,
+    }
+    train = TrainLoader(
+        dataset, args.batch, epochs=args.epochs, seed=args.seed, per_epoch=True, **images
+    )
     val = EvalLoader(dataset, args.batch, **images)
     return Data(Pairs(train), Pairs(val), len(dataset.manifest.classes), train.steps_per_epoch)
 
 
 def theirs(args: argparse.Namespace) -> Data:
-    images: dict[str, Any] = {"input_size": (3, args.size, args.size), "num_workers": args.workers, "device": DEVICE}
+    images: dict[str, Any] = {
+        "input_size": (3, args.size, args.size),
+        "num_workers": args.workers,
+        "device": DEVICE,
+    }
     folders = {split: create_dataset("", root=args.timm, split=split) for split in ("train", "val")}
-    train = create_loader(folders["train"], batch_size=args.batch, is_training=True, color_jitter=None, **images)  # type: ignore[arg-type]
+    train = create_loader(
+        folders["train"], batch_size=args.batch, is_training=True, color_jitter=None, **images
+    )  # type: ignore[arg-type]
     val = create_loader(folders["val"], batch_size=args.batch, crop_pct=0.875, **images)
     return Data(train, val, len(folders["train"].reader.class_to_idx), len(train))
 
 
-def train_one_epoch(model: nn.Module, numbered: Iterable, optimizer: Any, scheduler: Any, mixup: Mixup) -> float:
+def train_one_epoch(
+    model: nn.Module, numbered: Iterable, optimizer: Any, scheduler: Any, mixup: Mixup
+) -> float:
     """As train.py's, over numbered pairs; the mean loss."""
     losses, criterion = AverageMeter(), SoftTargetCrossEntropy()
     model.train()

@@ -25,9 +25,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """One thread for PyTorch: the models are tiny, and threads that wait for one another on busy cores take minutes. And the
     fork server, with PyTorch imported: a conversion would start it without, for every training to import anew.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch reads it when it is imported, which is later
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # PyTorch reads it when it is imported, which is later
     os.environ["WDS_BUCKET"] = ""  # no bucket of a developer's, not of a file .env either
-    if hasattr(session.config, "workerinput") or not getattr(session.config.option, "numprocesses", None):
+    if hasattr(session.config, "workerinput") or not getattr(
+        session.config.option, "numprocesses", None
+    ):
         forkserver.ensure_running()  # not where xdist only hands out the tests
 
 
@@ -65,7 +69,9 @@ def s3_url(s3_server: Endpoint, aws_env: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.fixture
-def fault_proxy(s3_server: Endpoint, s3_url: str, aws_env: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+def fault_proxy(
+    s3_server: Endpoint, s3_url: str, aws_env: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
     """A proxy before the session's server, to which the AWS environment variables point from now on."""
     keys = s3_server.access_key, s3_server.secret_key
     with FaultProxy(int(s3_server.url.rpartition(":")[2]), keys=keys) as proxy:
@@ -85,7 +91,15 @@ def embedded_home(tmp_path: Path, aws_env: pytest.MonkeyPatch) -> Iterator[Path]
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The handwritten digits as a dataset in a local directory, in several small shards. Not to be written to."""
     folder = tmp_path_factory.mktemp("digits")
-    arguments = ["shards", "digits", str(folder / "data"), "--shard-mb", "1", "--spool", str(folder / "spool")]
+    arguments = [
+        "shards",
+        "digits",
+        str(folder / "data"),
+        "--shard-mb",
+        "1",
+        "--spool",
+        str(folder / "spool"),
+    ]
     assert main(arguments) == 0
     return Dataset.open(str(folder / "data"))
 

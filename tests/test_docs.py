@@ -19,13 +19,15 @@ from wds_train.cli import main, parser
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
-COMMAND = re.compile(r"(\$ )?([A-Z_]+=\S+ )*(\.venv/bin/)?(make|wds-train|python3?|torchrun|accelerate) .*")
+COMMAND = re.compile(
+    r"(\$ )?([A-Z_]+=\S+ )*(\.venv/bin/)?(make|wds-train|python3?|torchrun|accelerate) .*"
+)
 OURS = ("wds_train.cli", "wds_train.conversion.command")  # modules that are run as the command line
 # What makes a documented training one of a second.
-SMALL = (
-    "--workers 0 --init '' --set model.name=test_resnet --set model.init= --set schedule.epochs=1 --set batch=16 --set "
+SMALL = "--workers 0 --init '' --set model.name=test_resnet --set model.init= --set schedule.epochs=1 --set batch=16 --set "
+SMALL += (
+    "schedule.warmup_epochs=0 --set data.size=32 --set data.eval_size=32 --set data.start_size=0"
 )
-SMALL += "schedule.warmup_epochs=0 --set data.size=32 --set data.eval_size=32 --set data.start_size=0"
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,36 @@ class Block:
                 lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="|&;<>")
                 lexer.whitespace_split = True
                 words = [*lexer]
-                end = next((i for i, word in enumerate(words) if re.fullmatch(r"[|&;<>]+", word)), len(words))
-                words = words[next(i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)) : end]
+                end = next(
+                    (i for i, word in enumerate(words) if re.fullmatch(r"[|&;<>]+", word)),
+                    len(words),
+                )
+                words = words[
+                    next(i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)) : end
+                ]
                 yield [words[0].removeprefix(".venv/bin/"), *words[1:]]
 
 
 def blocks(page: Path) -> list[Block]:
-    return [Block(page, *found) for found in re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text(), re.M | re.S)]
+    return [
+        Block(page, *found)
+        for found in re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    ]
 
 
 def made(words: list[str]) -> list[list[str]]:
     """The commands of ours that `make` would run; it refuses a target that is none, and we a variable that it does not use."""
     for name in (word.partition("=")[0] for word in words[1:] if "=" in word):
-        assert re.search(rf"\$\({name}\)|,{name}[,)]", MAKEFILE), f"the Makefile does not use {name}"
+        assert re.search(rf"\$\({name}\)|,{name}[,)]", MAKEFILE), (
+            f"the Makefile does not use {name}"
+        )
     plan = subprocess.run(
-        [*words, "-n"], cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
+        [*words, "-n"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert plan.returncode == 0, plan.stderr
     lines = [line for line in plan.stdout.splitlines() if line.startswith(".venv/bin/wds-train ")]
@@ -101,7 +118,12 @@ def test_every_command_is_one(page: Path) -> None:
 
 def test_what_make_help_says() -> None:
     said = subprocess.run(
-        ["make", "help"], cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+        ["make", "help"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     examples = re.findall(r"make [a-z]+(?: [A-Z]+=[^\s;]+)+", said.stdout)
     assert len(examples) >= 2
@@ -165,7 +187,11 @@ def said_by_the_code() -> str:
     """Every text of the code, a line each."""
     files = [*(ROOT / "wds_train").rglob("*.py"), *(ROOT / "shards").rglob("*.py")]
     nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
-    return "\n".join(text_of(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant))
+    return "\n".join(
+        text_of(node)
+        for node in nodes
+        if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant)
+    )
 
 
 def test_the_messages_are_the_code_s() -> None:
@@ -173,5 +199,7 @@ def test_the_messages_are_the_code_s() -> None:
     messages = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
     texts = said_by_the_code()
     assert len(messages) >= 25
-    patterns = {message: "[^\n]*".join(map(re.escape, message.split("..."))) for message in messages}
+    patterns = {
+        message: "[^\n]*".join(map(re.escape, message.split("..."))) for message in messages
+    }
     assert not [message for message, pattern in patterns.items() if not re.search(pattern, texts)]

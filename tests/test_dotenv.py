@@ -14,7 +14,10 @@ from wds_train.errors import UsageError
 READ = {
     "a comment behind a value": ("A=s3://b # mine", {"A": "s3://b"}),
     "a comment behind a tab": ("A=1\t# mine", {"A": "1"}),
-    "a comment behind a quoted value": ("A='x # y' # mine\nB=\"x # y\"# mine", {"A": "x # y", "B": "x # y"}),
+    "a comment behind a quoted value": (
+        "A='x # y' # mine\nB=\"x # y\"# mine",
+        {"A": "x # y", "B": "x # y"},
+    ),
     "a hash without a blank": ("A=a#b\nB=#b", {"A": "a#b", "B": "#b"}),
     "a comment for a value": ("A= # mine\nB=\t#mine", {"A": "", "B": ""}),
     "lines of comments": ("# one\n  # two\n\nA=1\n#A=2", {"A": "1"}),
@@ -27,14 +30,23 @@ READ = {
     "escapes in single quotes": (r"A='it\'s a\nb \\'", {"A": r"it's a\nb" + " \\"}),
     "no escapes without quotes": (r"A=a\nb\t\\", {"A": r"a\nb\t\\"}),
     "quotes within": ("A=it's \"so\"\nB=x'y'", {"A": 'it\'s "so"', "B": "x'y'"}),
-    "lines within double quotes": ('A="one\ntwo # no\n\nthree"\nB=4', {"A": "one\ntwo # no\n\nthree", "B": "4"}),
+    "lines within double quotes": (
+        'A="one\ntwo # no\n\nthree"\nB=4',
+        {"A": "one\ntwo # no\n\nthree", "B": "4"},
+    ),
     "lines within single quotes": ("A='one\nB=two'\nC=3", {"A": "one\nB=two", "C": "3"}),
     "equal signs": ("A=b=c==\nB==", {"A": "b=c==", "B": "="}),
     "the last of two": ("A=1\nA=2", {"A": "2"}),
-    "other variables": ("A=1\nB=${A}/x\nC=${NONE}y\nD=${NONE:-z}", {"A": "1", "B": "1/x", "C": "y", "D": "z"}),
+    "other variables": (
+        "A=1\nB=${A}/x\nC=${NONE}y\nD=${NONE:-z}",
+        {"A": "1", "B": "1/x", "C": "y", "D": "z"},
+    ),
     "dollars that are none": ("A=pa$$w$A\nB='$B'", {"A": "pa$$w$A", "B": "$B"}),
     "a mark of the file's order": ("\ufeffA=1\nB=2", {"A": "1", "B": "2"}),
-    "lines of Windows": ("A=1 # x\r\nB='2'\r\n\r\nC=\"3\r\n4\"\r\n", {"A": "1", "B": "2", "C": "3\n4"}),
+    "lines of Windows": (
+        "A=1 # x\r\nB='2'\r\n\r\nC=\"3\r\n4\"\r\n",
+        {"A": "1", "B": "2", "C": "3\n4"},
+    ),
     "lines of an old Mac": ("A=1\rB=2", {"A": "1", "B": "2"}),
     "other letters": ("A=Füße 犬 # x", {"A": "Füße 犬"}),
     "a name alone": ("A\nB=1", {"B": "1"}),
@@ -89,7 +101,9 @@ def test_a_file_is_read_as_python_dotenv_does(here: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_would_be_skipped_is_refused(here: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_would_be_skipped_is_refused(
+    here: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     text, line = REFUSED[what]
     (here / ".env").write_bytes(text.encode())
     assert main(["recipes"]) == 2

@@ -48,13 +48,19 @@ def test_every_variable_is_looked_at() -> None:
 
 @pytest.mark.parametrize(("name", "text"), CASES)
 def test_no_number_is_one_line_and_no_work(
-    here: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+    here: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
 ) -> None:
     here.setenv(name, text)
     assert main(["train", "--dataset", "./photos", "--shard", "--dry-run"]) == 2
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)
-    assert err.startswith(f"wds-train: error: {name} = {text!r} in the environment is not {RANGES[name]}; ")
+    assert err.startswith(
+        f"wds-train: error: {name} = {text!r} in the environment is not {RANGES[name]}; "
+    )
     assert err.endswith(" unset it\n")
     assert not [*tmp_path.iterdir()]
     with pytest.raises(UsageError, match=f"{name} = "):
@@ -81,13 +87,19 @@ def test_a_number_is_taken(here: pytest.MonkeyPatch, name: str, text: str, value
 @pytest.mark.parametrize("text", ["abc", "-1", "nan", ""])
 @pytest.mark.parametrize("command", ["recipes", "runs", "shards digits"])
 def test_a_setting_is_looked_at_before_any_command(
-    here: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, text: str
+    here: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    text: str,
 ) -> None:
     (tmp_path / ".env").write_text(f"WDS_S3_PATIENCE='{text}' # from the file\n")
     here.setenv("WDS_S3_PATIENCE", "x")  # for monkeypatch to take away what the file sets
     here.delenv("WDS_S3_PATIENCE")
     assert main(command.split()) == 2
-    assert capsys.readouterr().err.startswith(f"wds-train: error: WDS_S3_PATIENCE = {text!r} in the environment is not")
+    assert capsys.readouterr().err.startswith(
+        f"wds-train: error: WDS_S3_PATIENCE = {text!r} in the environment is not"
+    )
     assert [path.name for path in tmp_path.iterdir()] == [".env"]
 
 
@@ -111,7 +123,11 @@ def test_numbers_reach_what_uses_them(here: pytest.MonkeyPatch, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("given", "lacks"),
-    [((), "MASTER_ADDR and MASTER_PORT"), (("MASTER_ADDR",), "MASTER_PORT"), (("MASTER_PORT",), "MASTER_ADDR")],
+    [
+        ((), "MASTER_ADDR and MASTER_PORT"),
+        (("MASTER_ADDR",), "MASTER_PORT"),
+        (("MASTER_PORT",), "MASTER_ADDR"),
+    ],
 )
 def test_ranks_without_a_place_to_meet_are_refused(
     here: pytest.MonkeyPatch, given: tuple[str, ...], lacks: str
@@ -120,5 +136,7 @@ def test_ranks_without_a_place_to_meet_are_refused(
     here.setenv("WORLD_SIZE", "2")
     for name in given:
         here.setenv(name, "1")
-    with pytest.raises(UsageError, match=f"WORLD_SIZE = 2, but the environment lacks {lacks}; start with torchrun"):
+    with pytest.raises(
+        UsageError, match=f"WORLD_SIZE = 2, but the environment lacks {lacks}; start with torchrun"
+    ):
         Ranks.of_environment(cpu=True)

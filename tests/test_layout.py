@@ -48,10 +48,14 @@ FORBIDDEN = {"pickle", "cPickle", "dill", "shelve", "marshal"}
 def trees() -> dict[str, ast.Module]:
     """Every module of the project by its dotted name."""
     files = [
-        path for top in ("wds_train", "shards") for path in (ROOT / top).rglob("*.py") if path.name != "__init__.py"
+        path
+        for top in ("wds_train", "shards")
+        for path in (ROOT / top).rglob("*.py")
+        if path.name != "__init__.py"
     ]
     return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in sorted(files)
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text())
+        for path in sorted(files)
     }
 
 
@@ -76,7 +80,9 @@ def points_upwards(module: str, imports: set[str]) -> set[str]:
     assert room_of(module) in ROOMS, f"{module} is in no room: add it to ROOMS"
     below = [*ROOMS][: [*ROOMS].index(room_of(module))]
     ours = {name for name in imports if name.startswith("wds_train.")}
-    return {name for name in ours if room_of(name) not in below and room_of(name) != room_of(module)}
+    return {
+        name for name in ours if room_of(name) not in below and room_of(name) != room_of(module)
+    }
 
 
 @pytest.mark.parametrize("module", [name for name in trees() if name.startswith("wds_train.")])
@@ -88,7 +94,9 @@ def test_imports_point_downwards(module: str) -> None:
 def test_an_import_that_points_upwards_is_found(room: str) -> None:
     above = [*ROOMS][[*ROOMS].index(room) + 1 :]
     tree = ast.parse("".join(f"from wds_train.{each} import x\n" for each in above))
-    assert points_upwards(f"wds_train.{room}.new", imported(tree, set())) == {f"wds_train.{each}" for each in above}
+    assert points_upwards(f"wds_train.{room}.new", imported(tree, set())) == {
+        f"wds_train.{each}" for each in above
+    }
     with pytest.raises(AssertionError, match=r"wds_train\.attic\.new is in no room"):
         points_upwards("wds_train.attic.new", set())
 
@@ -110,14 +118,21 @@ def test_no_module_imports_itself_through_others() -> None:
 
 def test_pure_rooms_touch_no_world() -> None:
     for module, tree in trees().items():
-        if module.startswith("wds_train.") and {room_of(module), module.removeprefix("wds_train.")} & PURE:
+        if (
+            module.startswith("wds_train.")
+            and {room_of(module), module.removeprefix("wds_train.")} & PURE
+        ):
             assert not {name.split(".")[0] for name in imported(tree, set())} & WORLD, module
 
 
 def test_sharding_never_imports_torch() -> None:
     for module, tree in trees().items():
         if module.startswith("shards."):
-            assert not {name.split(".")[0] for name in imported(tree, set())} & {"torch", "timm", "torchvision"}, module
+            assert not {name.split(".")[0] for name in imported(tree, set())} & {
+                "torch",
+                "timm",
+                "torchvision",
+            }, module
 
 
 def test_functions_and_classes_are_small() -> None:
@@ -126,9 +141,13 @@ def test_functions_and_classes_are_small() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.end_lineno:
                 size = node.end_lineno - node.lineno + 1
-                (functions if isinstance(node, ast.FunctionDef) else classes)[f"{module}:{node.name}"] = size
+                (functions if isinstance(node, ast.FunctionDef) else classes)[
+                    f"{module}:{node.name}"
+                ] = size
             if isinstance(node, ast.ClassDef):
-                methods[f"{module}:{node.name}"] = sum(isinstance(each, ast.FunctionDef) for each in node.body)
+                methods[f"{module}:{node.name}"] = sum(
+                    isinstance(each, ast.FunctionDef) for each in node.body
+                )
     lengths = sorted(functions.values())
     assert statistics.median(lengths) <= 10
     assert lengths[int(0.9 * len(lengths))] <= 40
@@ -141,7 +160,8 @@ def test_the_readme_draws_the_house() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     for room, what in ROOMS.items():
         assert any(
-            line.split() == [f"{room}{'' if (ROOT / 'wds_train' / room).is_dir() else '.py'}", *what.split()]
+            line.split()
+            == [f"{room}{'' if (ROOT / 'wds_train' / room).is_dir() else '.py'}", *what.split()]
             for line in lines
         ), f"README.md lacks the line: {room}  {what}"
 
@@ -150,7 +170,9 @@ def test_nothing_is_unpickled() -> None:
     for module, tree in trees().items():
         assert not imported(tree, set()) & FORBIDDEN, module
         for node in ast.walk(tree):
-            modules = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            modules = (
+                {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            )
             modules |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
             assert not modules & FORBIDDEN, module
     for path in [*(ROOT / "wds_train").rglob("*.py"), *(ROOT / "shards").rglob("*.py")]:

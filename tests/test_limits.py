@@ -29,7 +29,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPat
 
 
 def write(root: Path, groups: str, files: dict[str, str]) -> None:
-    for name, text in ({"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{name}": files[name] for name in files}).items():
+    for name, text in (
+        {"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{name}": files[name] for name in files}
+    ).items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -49,13 +51,32 @@ def write(root: Path, groups: str, files: dict[str, str]) -> None:
         (V2, {"cpu.max": ""}, 16),
         (V2, {"cpu.max": "100000 0"}, 16),
         # The smallest of the group's and of those above it.
-        (DEEP, {"kubepods/pod1/box/cpu.max": "max 100000", "kubepods/pod1/cpu.max": "300000 100000"}, 3),
-        (DEEP, {"kubepods/pod1/box/cpu.max": "500000 100000", "kubepods/cpu.max": "800000 100000"}, 5),
+        (
+            DEEP,
+            {"kubepods/pod1/box/cpu.max": "max 100000", "kubepods/pod1/cpu.max": "300000 100000"},
+            3,
+        ),
+        (
+            DEEP,
+            {"kubepods/pod1/box/cpu.max": "500000 100000", "kubepods/cpu.max": "800000 100000"},
+            5,
+        ),
         # The path is the host's, and the container sees its own group at the top.
         (DEEP, {"cpu.max": "400000 100000"}, 4),
         ("0::/../../other\n", {"cpu.max": "400000 100000"}, 4),
-        (V1, {"cpu/docker/box/cpu.cfs_quota_us": "300000", "cpu/docker/box/cpu.cfs_period_us": "100000"}, 3),
-        (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "150000", "cpu,cpuacct/cpu.cfs_period_us": "50000"}, 3),
+        (
+            V1,
+            {
+                "cpu/docker/box/cpu.cfs_quota_us": "300000",
+                "cpu/docker/box/cpu.cfs_period_us": "100000",
+            },
+            3,
+        ),
+        (
+            V1,
+            {"cpu,cpuacct/cpu.cfs_quota_us": "150000", "cpu,cpuacct/cpu.cfs_period_us": "50000"},
+            3,
+        ),
         (V1, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
         (V1, {"cpu/cpu.cfs_quota_us": "200000"}, 16),
         # Both at a time: the unified hierarchy beside the older one.
@@ -79,7 +100,11 @@ def test_the_quota_of_a_group_counts(
         (V2, {"memory.max": f"{2 * GIB}\n"}, 2 * GIB),
         (V2, {"memory.max": f"{100 * GIB}"}, 64 * GIB),
         (V2, {"memory.max": "lots"}, 64 * GIB),
-        (DEEP, {"kubepods/pod1/box/memory.max": "max", "kubepods/pod1/memory.max": f"{8 * GIB}"}, 8 * GIB),
+        (
+            DEEP,
+            {"kubepods/pod1/box/memory.max": "max", "kubepods/pod1/memory.max": f"{8 * GIB}"},
+            8 * GIB,
+        ),
         (V1, {"memory/docker/box/memory.limit_in_bytes": f"{3 * GIB}"}, 3 * GIB),
         (V1, {"memory/memory.limit_in_bytes": "9223372036854771712"}, 64 * GIB),
         (V1, {"memory/memory.limit_in_bytes": f"{5 * GIB}", "memory.max": f"{1 * GIB}"}, 5 * GIB),
@@ -88,12 +113,16 @@ def test_the_quota_of_a_group_counts(
 def test_the_memory_of_a_group_counts(
     machine: pytest.MonkeyPatch, tmp_path: Path, groups: str, files: dict[str, str], expected: int
 ) -> None:
-    machine.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 64 * GIB // 4096}.__getitem__)
+    machine.setattr(
+        os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 64 * GIB // 4096}.__getitem__
+    )
     write(tmp_path, groups, files)
     assert memory() == expected
 
 
-def test_processes_of_a_conversion_follow_the_quota(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_processes_of_a_conversion_follow_the_quota(
+    machine: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     write(tmp_path, V2, {"cpu.max": "300000 100000"})
     parser = argparse.ArgumentParser()
     make_shards.add_arguments(parser)
@@ -111,7 +140,11 @@ def test_processes_of_a_conversion_follow_the_quota(machine: pytest.MonkeyPatch,
     ],
 )
 def test_pytorch_takes_no_more_threads_than_cores(
-    machine: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], quota: str, expected: int
+    machine: pytest.MonkeyPatch,
+    tmp_path: Path,
+    variables: dict[str, str],
+    quota: str,
+    expected: int,
 ) -> None:
     threads = [8]
     machine.setattr("torch.get_num_threads", lambda: threads[-1])
@@ -124,5 +157,7 @@ def test_pytorch_takes_no_more_threads_than_cores(
     limit_threads()
     assert threads == ([8] if expected == 8 else [8, expected])
     assert own_cores() == (
-        16 if quota == "max" else int(quota) // 100000 // int(variables.get("LOCAL_WORLD_SIZE", "1"))
+        16
+        if quota == "max"
+        else int(quota) // 100000 // int(variables.get("LOCAL_WORLD_SIZE", "1"))
     )

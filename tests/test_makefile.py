@@ -24,7 +24,10 @@ with open({NOTED!r}, "a") as file:
 """
 LOCKS = (
     "requirements",
-    *(f"requirements-{name}" for name in ("uv", "demo", "infra", "sky", "notebook", "peers", "chaos")),
+    *(
+        f"requirements-{name}"
+        for name in ("uv", "demo", "infra", "sky", "notebook", "peers", "chaos")
+    ),
 )
 
 # Target, setting, and what the program is to get for the VALUE of it; the rest of its words is the target's own.
@@ -61,7 +64,11 @@ TYPED = [
     ("destroy", "REGION", ["destroy", "--region=VALUE"]),
     ("leftovers", "REGION", ["leftovers", "--region=VALUE"]),
     ("demo", "RUN", ["demo", "--python", ".venv-demo/bin/python", "--", "VALUE"]),
-    ("demo", "BUCKET", ["demo", "--python", ".venv-demo/bin/python", "--bucket=VALUE", "--", "digits"]),
+    (
+        "demo",
+        "BUCKET",
+        ["demo", "--python", ".venv-demo/bin/python", "--bucket=VALUE", "--", "digits"],
+    ),
     ("rehearse", "RUN", ["rehearse", "--", "VALUE"]),
     ("rehearse", "BUCKET", ["rehearse", "--bucket=VALUE"]),
     ("rehearse", "REGION", ["rehearse", "--region=VALUE"]),
@@ -136,8 +143,12 @@ def filled(words: list[str], value: str) -> list[str]:
     return [".venv/bin/wds-train", *(word.replace("VALUE", value) for word in words)]
 
 
-@pytest.mark.parametrize(("target", "name", "words"), TYPED, ids=[f"{row[0]}-{row[1]}" for row in TYPED])
-def test_every_setting_of_every_target_is_one_word(checkout: Path, target: str, name: str, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("target", "name", "words"), TYPED, ids=[f"{row[0]}-{row[1]}" for row in TYPED]
+)
+def test_every_setting_of_every_target_is_one_word(
+    checkout: Path, target: str, name: str, words: list[str]
+) -> None:
     value = "a blank, a 'quote', a \"quote\" and $b"
     assert make(checkout, target, f"{name}={value}") == [filled(words, value)]
     assert make(checkout, target, **{name: value}) == [filled(words, value)]
@@ -172,14 +183,19 @@ def test_the_program_reads_what_it_got(checkout: Path, value: str) -> None:
     assert (args.run, str(args.out)) == (value, f"x{value}")
 
 
-def test_a_tilde_is_the_home_folder_though_no_shell_reads_it(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder_though_no_shell_reads_it(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(checkout))
     (words,) = make(checkout, "report", "OUT=~/my report")
     assert parser(words[1:]).parse_args(words[1:]).out == checkout / "my report"
     (words,) = make(checkout, "train", "DATASET=~/my photos", "BUCKET=~/my bucket")
     args = parser(words[1:]).parse_args(words[1:])
     assert resolve_address(args.dataset, "datasets", args.bucket) == f"{checkout}/my photos"
-    assert resolve_address("digits", "datasets", args.bucket) == f"{checkout}/my bucket/datasets/digits"
+    assert (
+        resolve_address("digits", "datasets", args.bucket)
+        == f"{checkout}/my bucket/datasets/digits"
+    )
 
 
 @pytest.mark.parametrize("target", sorted({target for target, *_ in TYPED}))
@@ -199,7 +215,9 @@ def test_without_settings_a_command_has_its_defaults(checkout: Path, target: str
         ("", []),
     ],
 )
-def test_more_arguments_are_words_of_the_shell(checkout: Path, typed: str, words: list[str]) -> None:
+def test_more_arguments_are_words_of_the_shell(
+    checkout: Path, typed: str, words: list[str]
+) -> None:
     words = [word.replace("HOME", str(checkout)) for word in words]
     assert make(checkout, "train", "RUN=a b", f"ARGS={typed}") == [
         [".venv/bin/wds-train", "train", "--run=a b", *words]
@@ -212,7 +230,12 @@ def test_more_arguments_are_words_of_the_shell(checkout: Path, typed: str, words
 def test_a_line_break_is_refused(checkout: Path, value: str) -> None:
     for words, more in (["train", f"RUN={value}"], {}), (["train"], {"RUN": value}):
         done = subprocess.run(
-            ["make", *words], cwd=checkout, env=os.environ | more, capture_output=True, text=True, check=False
+            ["make", *words],
+            cwd=checkout,
+            env=os.environ | more,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert (done.returncode, "RUN holds a line break" in done.stderr) == (2, True)
     assert not {"pwned", NOTED} & {path.name for path in checkout.iterdir()}

@@ -16,7 +16,13 @@ from wds_train.slurm import LAUNCHED, OTHERS, PORTS, first_host, take_place
 from wds_train.storage.open import open_store
 
 PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+SRUN = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
 ONE_NODE = {"SLURM_NNODES": "1"}
 
 
@@ -48,11 +54,15 @@ def taken() -> dict[str, str]:
         (SRUN | {"SLURM_NODELIST": "localhost"}, ("3", "4", "1", "localhost")),
         (SRUN | {"SLURM_LAUNCH_NODE_IPADDR": "127.0.0.9"}, ("3", "4", "1", "127.0.0.9")),
         (
-            SRUN | {"SLURM_JOB_NODELIST": "no-such.invalid", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.9"},
+            SRUN
+            | {"SLURM_JOB_NODELIST": "no-such.invalid", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.9"},
             ("3", "4", "1", "127.0.0.9"),
         ),
         (SRUN | ONE_NODE | {"MASTER_ADDR": "10.1.2.3"}, ("3", "4", "1", "10.1.2.3")),
-        (SRUN | ONE_NODE | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "7"}, ("7", "8", "1", "127.0.0.1")),
+        (
+            SRUN | ONE_NODE | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "7"},
+            ("7", "8", "1", "127.0.0.1"),
+        ),
         (SRUN | ONE_NODE | {"SLURM_GPUS_PER_TASK": "1"}, ("3", "4", "0", "127.0.0.1")),
         (SRUN | ONE_NODE | {"SLURM_GPUS_PER_TASK": "a100:1"}, ("3", "4", "0", "127.0.0.1")),
         (SRUN | ONE_NODE | {"SLURM_GPUS_PER_TASK": "2"}, ("3", "4", "1", "127.0.0.1")),
@@ -77,7 +87,10 @@ def test_rank_0_says_so_and_all_meet_at_one_port(job: pytest.MonkeyPatch) -> Non
         said = take_place()
         ports.add(os.environ["MASTER_PORT"])
     (port,) = ports
-    assert said == f"slurm    4 tasks of job 7 are the ranks of this training; they meet at 127.0.0.1:{port}"
+    assert (
+        said
+        == f"slurm    4 tasks of job 7 are the ranks of this training; they meet at 127.0.0.1:{port}"
+    )
     job.delenv("WORLD_SIZE")
     job.delenv("RANK")
     job.delenv("MASTER_PORT")
@@ -93,7 +106,11 @@ def test_rank_0_says_so_and_all_meet_at_one_port(job: pytest.MonkeyPatch) -> Non
         {"SLURM_JOB_ID": "7"},
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
         SRUN | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
-        {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"},  # the shell of salloc
+        {
+            "SLURM_NTASKS": "4",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_STEP_ID": "4294967290",
+        },  # the shell of salloc
         SRUN | {"WORLD_SIZE": "1"},
         SRUN | {"RANK": "0", "WORLD_SIZE": "2"},
         {"OMPI_COMM_WORLD_SIZE": "1"},
@@ -108,23 +125,44 @@ def test_one_task_and_what_torchrun_started_stay_as_they_are(
     assert dict(os.environ) == before
 
 
-BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NNODES": "1"}
+BATCH = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NNODES": "1",
+}
 
 
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        (BATCH, "SLURM_NTASKS = 4, but srun has not started this process; write `srun wds-train train"),
+        (
+            BATCH,
+            "SLURM_NTASKS = 4, but srun has not started this process; write `srun wds-train train",
+        ),
         (BATCH | {"SLURM_STEP_ID": "4294967291"}, "srun has not started this process"),
         ({"SLURM_NTASKS": "2"}, "or give --processes N for N ranks on this node"),
-        (SRUN | ONE_NODE | {"SLURM_PROCID": "4"}, "SLURM_PROCID = 4 cannot work with SLURM_NTASKS = 4"),
+        (
+            SRUN | ONE_NODE | {"SLURM_PROCID": "4"},
+            "SLURM_PROCID = 4 cannot work with SLURM_NTASKS = 4",
+        ),
         (
             SRUN,
             "SLURM_JOB_NODELIST = None nor SLURM_LAUNCH_NODE_IPADDR says where task 0 can be reached; set MASTER_ADDR",
         ),
-        (SRUN | {"SLURM_JOB_NODELIST": "no-such.invalid"}, "SLURM_JOB_NODELIST = 'no-such.invalid' nor"),
-        (SRUN | {"SLURM_NTASKS": "x"}, "SLURM_NTASKS = 'x' in the environment is not a whole number of at least 1"),
-        (SRUN | ONE_NODE | {"SLURM_LOCALID": ""}, "SLURM_LOCALID = '' in the environment is not a whole number"),
+        (
+            SRUN | {"SLURM_JOB_NODELIST": "no-such.invalid"},
+            "SLURM_JOB_NODELIST = 'no-such.invalid' nor",
+        ),
+        (
+            SRUN | {"SLURM_NTASKS": "x"},
+            "SLURM_NTASKS = 'x' in the environment is not a whole number of at least 1",
+        ),
+        (
+            SRUN | ONE_NODE | {"SLURM_LOCALID": ""},
+            "SLURM_LOCALID = '' in the environment is not a whole number",
+        ),
         *(({name: "2"}, f"{name} = 2, but WORLD_SIZE is not set") for name in OTHERS),
     ],
 )
@@ -146,9 +184,13 @@ def test_what_cannot_be_told_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("missing", ["SLURM_PROCID", "SLURM_LOCALID"])
-def test_a_task_that_is_not_told_its_place_is_refused(job: pytest.MonkeyPatch, missing: str) -> None:
+def test_a_task_that_is_not_told_its_place_is_refused(
+    job: pytest.MonkeyPatch, missing: str
+) -> None:
     given(job, **{name: value for name, value in (SRUN | ONE_NODE).items() if name != missing})
-    with pytest.raises(UsageError, match=f"SLURM_NTASKS = 4, but the environment lacks {missing}; start with srun"):
+    with pytest.raises(
+        UsageError, match=f"SLURM_NTASKS = 4, but the environment lacks {missing}; start with srun"
+    ):
         take_place()
 
 
@@ -165,7 +207,8 @@ def test_processes_settle_what_a_batch_script_means(job: pytest.MonkeyPatch) -> 
     assert taken() == {}
     given(job, **SRUN)
     with pytest.raises(
-        UsageError, match="--processes 2 starts processes, but srun has started 4 already; leave it out"
+        UsageError,
+        match="--processes 2 starts processes, but srun has started 4 already; leave it out",
     ):
         take_place(2)
 
@@ -195,7 +238,11 @@ def test_the_first_of_a_list_of_nodes(nodes: str, first: str) -> None:
         (SRUN | {"SLURM_TASKS_PER_NODE": "2(x2),4", "SLURM_NODEID": "2"}, 3),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_TASKS_PER_NODE": "16"}, 7),
         (SRUN | {"SLURM_TASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "8"}, 7),
-        (SRUN | {"SLURM_TASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "8", "LOCAL_WORLD_SIZE": "8"}, 1),
+        (
+            SRUN
+            | {"SLURM_TASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "8", "LOCAL_WORLD_SIZE": "8"},
+            1,
+        ),
         (SRUN | {"SLURM_TASKS_PER_NODE": "four"}, 15),
         (BATCH | {"SLURM_TASKS_PER_NODE": "4"}, 15),
     ],
@@ -212,7 +259,10 @@ def test_workers_share_the_cores_of_a_node(
 @pytest.mark.parametrize(
     ("variables", "seen"),
     [
-        (SRUN, "SLURM_NTASKS = 4, but torch.distributed is not initialised; make the loader after init_process_group"),
+        (
+            SRUN,
+            "SLURM_NTASKS = 4, but torch.distributed is not initialised; make the loader after init_process_group",
+        ),
         (SRUN | {"WORLD_SIZE": "2"}, "WORLD_SIZE = 2, but torch.distributed is not initialised"),
         (SRUN | {"WORLD_SIZE": "1"}, ""),
         (BATCH, ""),
@@ -237,13 +287,20 @@ def test_every_variable_has_a_range() -> None:
 def test_two_tasks_train_one_run(job: pytest.MonkeyPatch, small: str, tmp_path: Path) -> None:
     """The processes are as srun would start them."""
     run = str(tmp_path / "run")
-    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
+    slurm = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_NNODES": "1",
+    }
     trainings = []
     with all_ended(trainings):
         for rank in ("0", "1"):
             task = slurm | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
             settings = (*SETTINGS, "schedule.epochs=2")
-            trainings.append(Training(Job(small, run, str(tmp_path), settings=settings, environment=task)))
+            trainings.append(
+                Training(Job(small, run, str(tmp_path), settings=settings, environment=task))
+            )
         for training in trainings:
             assert training.end() == 0, training.output
     assert "2 tasks of job" in trainings[0].output and "slurm" not in trainings[1].output

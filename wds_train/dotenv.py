@@ -23,13 +23,18 @@ def read_dotenv() -> None:
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path.absolute()} cannot be read as text; repair it or remove it") from error
+        raise UsageError(
+            f"{path.absolute()} cannot be read as text; repair it or remove it"
+        ) from error
 
-    from dotenv import load_dotenv  # it takes a fifth of the time of `--help`: only for those who have a file
+    # Imported here since it takes a fifth of the time of `--help`: only for those who have a file.
+    from dotenv import load_dotenv
 
     bad_line = _first_bad_line(text)
     if bad_line is not None:
-        raise UsageError(f"{path.absolute()}, line {bad_line}, does not read KEY=VALUE; repair it or remove it")
+        raise UsageError(
+            f"{path.absolute()}, line {bad_line}, does not read KEY=VALUE; repair it or remove it"
+        )
     load_dotenv(stream=StringIO(text))
 
 
@@ -39,7 +44,9 @@ def _first_bad_line(text: str) -> int | None:
 
     for binding in parse_stream(StringIO(text)):
         named = binding.key is None or NAME.fullmatch(binding.key)
-        if binding.error or not named or "\0" in (binding.value or ""):  # no variable can hold a NUL
+        if (
+            binding.error or not named or "\0" in (binding.value or "")
+        ):  # no variable can hold a NUL
             read = binding.original.string
             blank_lines = read[: len(read) - len(read.lstrip())].count("\n")
             return binding.original.line + blank_lines

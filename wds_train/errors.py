@@ -110,11 +110,17 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
 def unwritable(path: object, error: OSError, remedy: str = "") -> UsageError:
     """What to raise where a file that a person asked for, at `path`, cannot be written."""
     cause = error.strerror or error
-    return UsageError(f"{path} cannot be written" + (f" ({cause}); {remedy}" if remedy else f": {cause}"))
+    return UsageError(
+        f"{path} cannot be written" + (f" ({cause}); {remedy}" if remedy else f": {cause}")
+    )
 
 
 def tell(error: WdsTrainError) -> None:
     """Print what `error` says, unless that was done before."""
     if not error.told:
         error.told = True
-        print(f"wds-train: {'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr, flush=True)
+        print(
+            f"wds-train: {'' if isinstance(error, Interrupted) else 'error: '}{error}",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -33,7 +33,9 @@ def _quota(folder: Path) -> float:
     """The cores that a group's quota is worth; infinite where it has none."""
     numbers = _numbers(folder / "cpu.max")  # quota and period; "max" for no quota
     if not numbers:
-        numbers = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")  # -1 for no quota
+        numbers = _numbers(folder / "cpu.cfs_quota_us") + _numbers(
+            folder / "cpu.cfs_period_us"
+        )  # -1 for no quota
     if len(numbers) != 2 or min(numbers) <= 0:
         return math.inf
     return numbers[0] / numbers[1]

@@ -14,7 +14,9 @@ _kept = threading.local()
 
 def key(*parts: str | int) -> int:
     """A 128-bit key of `parts`. Hashed together, never added: seed 7 epoch 1 must not equal seed 8 epoch 0."""
-    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest(), "little"
+    )
 
 
 def generator(*parts: str | int) -> np.random.Generator:

@@ -19,7 +19,9 @@ NOUNS = {
     list: "a list",
     dict: "an object",
 }
-_SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, no file, terminal or request can
+_SURROGATES = re.compile(
+    "[\ud800-\udfff]"
+)  # JSON can hold them alone, no file, terminal or request can
 _hints = cache(typing.get_type_hints)
 
 
@@ -36,12 +38,20 @@ def typed(hint: Any, value: Any, name: str = "") -> Any:
     if kind is tuple and isinstance(value, list):
         each = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
         if len(each) == len(value):
-            return tuple(typed(h, v, f"{name}[{i}]") for i, (h, v) in enumerate(zip(each, value, strict=True)))
+            return tuple(
+                typed(h, v, f"{name}[{i}]")
+                for i, (h, v) in enumerate(zip(each, value, strict=True))
+            )
     if kind is dict and isinstance(value, dict):
-        return {typed(str, key, f"a name in {name}"): typed(inner[1], v, f"{name}.{key}") for key, v in value.items()}
+        return {
+            typed(str, key, f"a name in {name}"): typed(inner[1], v, f"{name}.{key}")
+            for key, v in value.items()
+        }
     if kind is Any or (kind is Literal and value in inner) or _is(kind, value):
         return value
-    wanted = f"one of {', '.join(map(str, inner))}" if kind is Literal else NOUNS.get(kind, "an object")
+    wanted = (
+        f"one of {', '.join(map(str, inner))}" if kind is Literal else NOUNS.get(kind, "an object")
+    )
     raise ValueError(f"{name or 'it'} is {reprlib.repr(value)}, not {wanted}")
 
 
@@ -55,10 +65,15 @@ def _dataclass(kind: Any, tree: dict[str, Any], name: str) -> Any:
     within = f"{name}." if name else ""
     hints = _hints(kind)
     for unknown in tree.keys() - hints.keys():
-        raise ValueError(f"{within}{unknown!r:.60} is nothing that this wds-train knows; use the one that wrote it")
+        raise ValueError(
+            f"{within}{unknown!r:.60} is nothing that this wds-train knows; use the one that wrote it"
+        )
     values = {field: typed(hints[field], value, within + field) for field, value in tree.items()}
     for field in dataclasses.fields(kind):
-        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+        if (
+            field.name not in values
+            and field.default is field.default_factory is dataclasses.MISSING
+        ):
             raise ValueError(f"{within}{field.name} is missing")
     return kind(**values)
 

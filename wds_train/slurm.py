@@ -103,7 +103,9 @@ def _place_by_slurm(tasks: int) -> dict[str, str]:
         )
     rank, local = int(number_of("SLURM_PROCID", 0)), int(number_of("SLURM_LOCALID", 0))
     if rank >= tasks:
-        raise UsageError(f"SLURM_PROCID = {rank} cannot work with SLURM_NTASKS = {tasks}; start with srun")
+        raise UsageError(
+            f"SLURM_PROCID = {rank} cannot work with SLURM_NTASKS = {tasks}; start with srun"
+        )
     # With a GPU bound to each task, each sees its own as the only one.
     own_gpu = os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1"
     return {
@@ -154,7 +156,9 @@ def _port() -> int:
 
 def _listed_here() -> int:
     """Return the number of tasks on this node, from a list such as "4(x2),1"; 0 where nothing says it."""
-    listed = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or ""
+    listed = (
+        os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or ""
+    )
     counts: list[int] = []
     for part in listed.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())

@@ -26,7 +26,12 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> str:
     for shard in range(2):
         with webdataset.TarWriter(str(folder / f"part-{shard}.tar")) as tar:
             for number in range(shard * CAPTIONED // 2, (shard + 1) * CAPTIONED // 2):
-                members = {"png": png(number), "cls": number % 4, "txt": f"number {number}", "npy": np.arange(number)}
+                members = {
+                    "png": png(number),
+                    "cls": number % 4,
+                    "txt": f"number {number}",
+                    "npy": np.arange(number),
+                }
                 tar.write({"__key__": f"{number:04d}", **members})
     assert main(["shards", "index", str(folder)]) == 0
     return str(folder)
@@ -38,5 +43,11 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sounds")
     with webdataset.TarWriter(str(folder / "sounds.tar")) as tar:
         for number in range(20):
-            tar.write({"__key__": f"{number:04d}", "flac": bytes([number]) * 100, "txt": f"sound {number}"})
+            tar.write(
+                {
+                    "__key__": f"{number:04d}",
+                    "flac": bytes([number]) * 100,
+                    "txt": f"sound {number}",
+                }
+            )
     return folder

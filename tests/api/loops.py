@@ -19,7 +19,11 @@ def loop(dataset: str, folder: Path, rank: int, world: int, dies_at: int | None)
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+            "gloo",
+            init_method=f"file://{folder}/meet",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=120),
         )
     loader = TrainLoader(dataset, BATCH, epochs=EPOCHS, size=SIZE, seed=SEED, workers=1, flip=0)
     state = folder / "state.json"
@@ -27,7 +31,9 @@ def loop(dataset: str, folder: Path, rank: int, world: int, dies_at: int | None)
         loader.load_state_dict(json.loads(state.read_text()))
     with (folder / f"samples-{world}-{rank}.txt").open("a") as notes:
         for batch in loader:
-            notes.write(f"{json.dumps([batch.step, batch.epoch, batch.ids.tolist(), int(batch.images.sum())])}\n")
+            notes.write(
+                f"{json.dumps([batch.step, batch.epoch, batch.ids.tolist(), int(batch.images.sum())])}\n"
+            )
             notes.flush()
             if world > 1:
                 dist.all_reduce(torch.zeros(1))  # a step's gradients

@@ -18,8 +18,12 @@ from wds_train.loader.workers import Workers
 
 LOADERS: dict[str, Callable[[Dataset, str], Any]] = {
     "TrainLoader": lambda digits, _: TrainLoader(digits, 64, epochs=9, size=16, workers=2),
-    "a mixture": lambda digits, _: TrainLoader(digits, 64, epochs=9, size=16, workers=2, mix=[(digits, 0.25)]),
-    "SampleLoader": lambda _, captioned: SampleLoader(captioned, 4, epochs=99, fields=("txt",), workers=2),
+    "a mixture": lambda digits, _: TrainLoader(
+        digits, 64, epochs=9, size=16, workers=2, mix=[(digits, 0.25)]
+    ),
+    "SampleLoader": lambda _, captioned: SampleLoader(
+        captioned, 4, epochs=99, fields=("txt",), workers=2
+    ),
     "EvalLoader": lambda digits, _: EvalLoader(digits, 10, size=16, workers=2),
 }
 
@@ -45,7 +49,9 @@ def no_others() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM], ids=lambda number: number.name
+)
 def test_a_death_between_two_batches_is_one_error_at_the_next(
     digits: Dataset, captioned: str, name: str, number: signal.Signals
 ) -> None:
@@ -127,7 +133,9 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("order", [("theirs", "ours"), ("ours", "theirs")])
-def test_the_workers_of_other_loaders_are_told_as_before(digits: Dataset, order: tuple[str, str]) -> None:
+def test_the_workers_of_other_loaders_are_told_as_before(
+    digits: Dataset, order: tuple[str, str]
+) -> None:
     command = [sys.executable, "-c", OTHERS, digits.store.url, *order]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split("\n") == ["told True", "goes on", ""], done.stderr
@@ -152,9 +160,7 @@ def test_the_cause_is_told(code: int, how: str) -> None:
 
 
 def test_what_no_process_tells_is_told_as_pytorch_does() -> None:
-    said = (
-        "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's workers are out of"
-    )
+    said = "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's workers are out of"
     assert Workers(1).death(said).how == "DataLoader worker (pid 12) is killed by signal: Bus error"
     with pytest.raises(ValueError, match="else"), Workers(1).awaited():
         raise ValueError("something else")

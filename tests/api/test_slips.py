@@ -26,7 +26,9 @@ def test_a_path_is_a_folder(digits: Dataset, monkeypatch: pytest.MonkeyPatch) ->
     for path in (Path("./", folder.name), folder):
         assert loader(path).state_dict() == loader(digits).state_dict()
         assert Dataset.open(path).fingerprint == digits.fingerprint
-    with pytest.raises(UsageError, match="the dataset None is no address; it is s3://BUCKET/PREFIX, a path"):
+    with pytest.raises(
+        UsageError, match="the dataset None is no address; it is s3://BUCKET/PREFIX, a path"
+    ):
         loader(None)
 
 
@@ -71,14 +73,18 @@ def test_what_is_no_state_is_refused(digits: Dataset, state: Any) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_an_argument_of_another_type_is_named(digits: Dataset, change: dict[str, Any], message: str) -> None:
+def test_an_argument_of_another_type_is_named(
+    digits: Dataset, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         loader(digits, **change)
 
 
 def test_numbers_may_be_of_numpy(digits: Dataset) -> None:
     plain = loader(digits, from_step=43, scale=(0.5, 1))
-    other = loader(digits, from_step=43, scale=np.array([0.5, 1]), size=np.int64(16), flip=np.float64(0.5))
+    other = loader(
+        digits, from_step=43, scale=np.array([0.5, 1]), size=np.int64(16), flip=np.float64(0.5)
+    )
     assert torch.equal(next(iter(plain)).images, next(iter(other)).images)
 
 
@@ -86,13 +92,17 @@ def test_an_evaluation_has_one_iteration_at_a_time(digits: Dataset) -> None:
     validation = EvalLoader(digits, 90, size=16, workers=1)
     with pytest.raises(UsageError, match=r"data\.eval_size is \[16, 16\], not a whole number"):
         EvalLoader(digits, 90, size=(16, 16), workers=0)  # type: ignore[arg-type]
-    with pytest.raises(RunError, match="samples came, 360 are this rank's: the loader was iterated anew"):
+    with pytest.raises(
+        RunError, match="samples came, 360 are this rank's: the loader was iterated anew"
+    ):
         list(zip(validation, validation, strict=False))
 
 
 @pytest.mark.parametrize("size", [10**6, 10**9])
 def test_memory_that_cannot_be_had_is_a_sentence(digits: Dataset, size: int) -> None:
-    with pytest.raises(UsageError, match=r"cannot have the [0-9,.]+ GB of memory that its batches take \("):
+    with pytest.raises(
+        UsageError, match=r"cannot have the [0-9,.]+ GB of memory that its batches take \("
+    ):
         next(iter(loader(digits, size=size)))
 
 
@@ -104,5 +114,7 @@ def dies(image: np.ndarray, key: str, rng: np.random.Generator) -> np.ndarray:
 
 def test_a_worker_that_dies_before_the_first_batch_is_an_error(digits: Dataset) -> None:
     """As of memory, where it runs out at once."""
-    with pytest.raises(RunError, match=r"a loader worker died .*; if the machine ran out of memory"):
+    with pytest.raises(
+        RunError, match=r"a loader worker died .*; if the machine ran out of memory"
+    ):
         next(iter(loader(digits, workers=2, transform=dies)))

@@ -52,16 +52,28 @@ def test_batches_are_those_of_the_trainer(digits: Dataset, whole: list[Batch]) -
         whole,
         list(
             Pipeline(
-                split, plan, TrainTransform(recipe.data, recipe.seed, recipe.schedule.epochs, plan.steps_per_epoch), 0
+                split,
+                plan,
+                TrainTransform(
+                    recipe.data, recipe.seed, recipe.schedule.epochs, plan.steps_per_epoch
+                ),
+                0,
             )
         ),
     )
-    assert [batch.epoch for batch in whole] == [0] * plan.steps_per_epoch + [1] * plan.steps_per_epoch
+    assert [batch.epoch for batch in whole] == [0] * plan.steps_per_epoch + [
+        1
+    ] * plan.steps_per_epoch
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (4, 2)])
-def test_ranks_and_workers_change_nothing(digits: Dataset, whole: list[Batch], world: int, workers: int) -> None:
-    ranks = [list(loader(digits, rank=rank, world=world, workers=workers, from_step=30)) for rank in range(world)]
+def test_ranks_and_workers_change_nothing(
+    digits: Dataset, whole: list[Batch], world: int, workers: int
+) -> None:
+    ranks = [
+        list(loader(digits, rank=rank, world=world, workers=workers, from_step=30))
+        for rank in range(world)
+    ]
     for parts, batch in zip(zip(*ranks, strict=True), whole[30:], strict=True):
         assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
         assert np.concatenate([part.ids for part in parts]).tolist() == batch.ids.tolist()
@@ -103,7 +115,9 @@ def test_killed_on_two_ranks_and_resumed_on_one(digits: Dataset, tmp_path: Path)
     def run(folder: Path, world: int, dies_at: int | None = None) -> list[int | None]:
         folder.mkdir(exist_ok=True)
         ranks = [
-            trainers.CONTEXT.Process(target=loops.loop, args=(digits.store.url, folder, rank, world, dies_at))
+            trainers.CONTEXT.Process(
+                target=loops.loop, args=(digits.store.url, folder, rank, world, dies_at)
+            )
             for rank in range(world)
         ]
         for process in ranks:
@@ -115,11 +129,18 @@ def test_killed_on_two_ranks_and_resumed_on_one(digits: Dataset, tmp_path: Path)
     def noted(folder: Path, world: int) -> dict[int, list[Any]]:
         """Epoch, samples and the sum of the pixels of each step, over all ranks."""
         ranks = [
-            [json.loads(line) for line in (folder / f"samples-{world}-{rank}.txt").read_text().splitlines()]
+            [
+                json.loads(line)
+                for line in (folder / f"samples-{world}-{rank}.txt").read_text().splitlines()
+            ]
             for rank in range(world)
         ]
         return {
-            parts[0][0]: [parts[0][1], [sample for part in parts for sample in part[2]], sum(part[3] for part in parts)]
+            parts[0][0]: [
+                parts[0][1],
+                [sample for part in parts for sample in part[2]],
+                sum(part[3] for part in parts),
+            ]
             for parts in zip(*ranks, strict=True)
         }
 
@@ -164,11 +185,16 @@ def torchvision_crop(image: np.ndarray, key: str, rng: np.random.Generator) -> t
         return torch.from_numpy(image.copy()) * torch.rand(()) + random.random()
 
 
-@pytest.mark.parametrize(("transform", "shape"), [(crop, (8, 8, 1)), (torchvision_crop, (32, 32, 3))])
+@pytest.mark.parametrize(
+    ("transform", "shape"), [(crop, (8, 8, 1)), (torchvision_crop, (32, 32, 3))]
+)
 def test_a_function_of_one_s_own_gives_the_same_by_any_workers(
     digits: Dataset, transform: Any, shape: tuple[int, ...]
 ) -> None:
-    one, two = (list(loader(digits, transform=transform, workers=workers, from_step=36)) for workers in (0, 2))
+    one, two = (
+        list(loader(digits, transform=transform, workers=workers, from_step=36))
+        for workers in (0, 2)
+    )
     assert equal(one, two)
     assert (one[0].images.shape, one[0].images.dtype) == ((BATCH, *shape), torch.float32)
     late = list(loader(digits, transform=transform, workers=1, from_step=41, rank=1, world=2))
@@ -184,7 +210,9 @@ def test_a_function_has_the_image_or_its_bytes(digits: Dataset) -> None:
     assert batch.images.tolist() == digits.split("train").index.data_length[batch.ids].tolist()
     shown = EvalLoader(digits, 200, workers=0, transform=lambda image, key, rng: image)
     plain = EvalLoader(digits, 200, workers=0, size=32, crop_ratio=1)
-    assert all(torch.equal(one.images, other.images) for one, other in zip(shown, plain, strict=True))
+    assert all(
+        torch.equal(one.images, other.images) for one, other in zip(shown, plain, strict=True)
+    )
 
 
 def fails(image: np.ndarray, key: str, rng: np.random.Generator) -> np.ndarray:
@@ -224,10 +252,19 @@ FIFTH = r"train/shard-00000\d\.tar, key 5/1517"
     ("transform", "message"),
     [
         (fails, f"the transform failed on {FIFTH}: IndexError: index 1 is out of bounds"),
-        (changes_shape, rf"returned uint8 \[31, 32, 3\] for {FIFTH}, and uint8 \[32, 32, 3\] for the first sample"),
+        (
+            changes_shape,
+            rf"returned uint8 \[31, 32, 3\] for {FIFTH}, and uint8 \[32, 32, 3\] for the first sample",
+        ),
         (changes_dtype, rf"returned float64 \[32, 32, 3\] for {FIFTH}, and uint8 \[32, 32, 3\]"),
-        (returns_none, f"returned a NoneType for {NAMED}, which is no array of numbers; return one of NumPy"),
-        (draws_numpy, rf"draws from the global generator of numpy\.random \({NAMED}\).* draw from the rng"),
+        (
+            returns_none,
+            f"returned a NoneType for {NAMED}, which is no array of numbers; return one of NumPy",
+        ),
+        (
+            draws_numpy,
+            rf"draws from the global generator of numpy\.random \({NAMED}\).* draw from the rng",
+        ),
         (draws_python, rf"draws from the global generator of random \({NAMED}\)"),
         (draws_torch, rf"draws from the global generator of torch \({NAMED}\)"),
     ],
@@ -240,7 +277,11 @@ def test_a_function_that_cannot_work_is_refused_with_the_key(
         list(loader(digits, transform=transform, workers=workers))
     if transform is fails:  # where it failed is told
         cause = caught.value.__cause__
-        assert isinstance(cause, IndexError) if workers == 0 else "return image if key" in caught.value.__notes__[0]
+        assert (
+            isinstance(cause, IndexError)
+            if workers == 0
+            else "return image if key" in caught.value.__notes__[0]
+        )
     del caught  # it holds this frame, and the loader with its workers, which would go with the garbage collector
 
 
@@ -249,7 +290,9 @@ def test_one_who_draws_late_is_found(digits: Dataset) -> None:
 
     def late(image: np.ndarray, key: str, rng: np.random.Generator) -> np.ndarray:
         calls.append(key)
-        return image + (np.uint8(np.random.randint(2)) if len(calls) > 40 and get_worker_info() else 0)
+        return image + (
+            np.uint8(np.random.randint(2)) if len(calls) > 40 and get_worker_info() else 0
+        )
 
     calls: list[str] = []
     with pytest.raises(UsageError, match="draws from the global generator"):
@@ -261,7 +304,9 @@ def test_a_draw_of_somebody_else_is_no_fault_of_the_function(digits: Dataset) ->
 
     def disturbed(image: np.ndarray, key: str, rng: np.random.Generator) -> np.ndarray:
         calls.append(key)
-        return image + (0 * np.uint8(random.getrandbits(1)) if len(calls) in (1, 3) else np.uint8(0))
+        return image + (
+            0 * np.uint8(random.getrandbits(1)) if len(calls) in (1, 3) else np.uint8(0)
+        )
 
     calls: list[str] = []
     assert len(list(loader(digits, transform=disturbed, from_step=43))) == 1
@@ -280,7 +325,9 @@ def refuses_five(image: np.ndarray, key: str, rng: np.random.Generator) -> np.nd
     return image
 
 
-def test_unreadable_samples_are_named_and_bounded(digits: Dataset, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_samples_are_named_and_bounded(
+    digits: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
     batches = list(loader(digits, transform=refuses_five, workers=1, epochs=2))
     named = [entry for batch in batches for entry in batch.unreadable]
     assert {(entry.key, entry.cause) for entry in named} == {("5/1517", "it is a five")}
@@ -288,14 +335,18 @@ def test_unreadable_samples_are_named_and_bounded(digits: Dataset, caplog: pytes
     assert (first.images[np.flatnonzero(first.ids == first.unreadable[0].sample)] == 128).all()
     assert f"unreadable sample: {named[0].shard}, key 5/1517: it is a five" in caplog.text
     with pytest.raises(
-        DataError, match=r"1 of the 1408 samples of epoch \d .* max_bad = 0; the last: .*key 5/1517: it is a"
+        DataError,
+        match=r"1 of the 1408 samples of epoch \d .* max_bad = 0; the last: .*key 5/1517: it is a",
     ):
         list(loader(digits, transform=refuses_five, max_bad=0))
 
     def refuses_all(image: np.ndarray, key: str, rng: np.random.Generator) -> np.ndarray:
         raise DataError("it is of no use")
 
-    with pytest.raises(DataError, match=r"none of the first 100 samples of .* can be read; the last: it is of no use"):
+    with pytest.raises(
+        DataError,
+        match=r"none of the first 100 samples of .* can be read; the last: it is of no use",
+    ):
         list(loader(digits, transform=refuses_all))
 
 
@@ -305,17 +356,26 @@ def test_unreadable_samples_are_named_and_bounded(digits: Dataset, caplog: pytes
         ({"seed": 1}, "the state is of seed 1, this loader is of 0"),
         ({"batch": 32}, "the state is of batch 32, this loader is of 64"),
         ({"split": "val"}, "the state is of split 'val', this loader is of 'train'"),
-        ({"epochs": 3, "from_step": 66}, "the state's step = 66 lies beyond the last of 44 steps; raise epochs"),
+        (
+            {"epochs": 3, "from_step": 66},
+            "the state's step = 66 lies beyond the last of 44 steps; raise epochs",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_state_of_another_loader_is_refused(digits: Dataset, change: dict[str, Any], message: str) -> None:
+def test_a_state_of_another_loader_is_refused(
+    digits: Dataset, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         loader(digits).load_state_dict(loader(digits, **change).state_dict())
 
 
-def test_a_state_of_another_dataset_or_of_nothing_is_refused(digits: Dataset, captioned: str) -> None:
-    with pytest.raises(UsageError, match=f"the state is of dataset '.*', this loader is of '{digits.fingerprint}'"):
+def test_a_state_of_another_dataset_or_of_nothing_is_refused(
+    digits: Dataset, captioned: str
+) -> None:
+    with pytest.raises(
+        UsageError, match=f"the state is of dataset '.*', this loader is of '{digits.fingerprint}'"
+    ):
         loader(digits).load_state_dict(loader(captioned, batch=16).state_dict())
     with pytest.raises(UsageError, match="the state has no 'dataset'"):
         loader(digits).load_state_dict({"step": 3})
@@ -344,7 +404,10 @@ def test_a_state_of_another_dataset_or_of_nothing_is_refused(digits: Dataset, ca
         ({"device": "mps"}, "device = 'mps' cannot work"),
         ({"normalize": (0.5, 0.5)}, r"normalize = \(0\.5, 0\.5\) cannot work"),
         ({"normalize": True, "transform": draws_torch}, "draws from"),
-        ({"normalize": True, "transform": crop}, r"normalize is for images, .* returns float32 \[8, 8, 1\]"),
+        (
+            {"normalize": True, "transform": crop},
+            r"normalize is for images, .* returns float32 \[8, 8, 1\]",
+        ),
         ({"decode": False}, "decode = False gives the bytes to a transform"),
         ({"mix": [("./nowhere", 0.5)]}, "there is no dataset at .*/nowhere"),
         ({"max_bad": 2}, r"max_bad = 2 cannot work"),
@@ -360,12 +423,16 @@ def test_a_rank_of_many_that_does_not_know_its_place_is_refused(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match=r"WORLD_SIZE = 2, but torch\.distributed is not initialised"):
+    with pytest.raises(
+        UsageError, match=r"WORLD_SIZE = 2, but torch\.distributed is not initialised"
+    ):
         loader(digits)
     assert len(loader(digits, rank=0, world=1)) == 44
 
 
-def test_names_are_those_of_the_commands(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_those_of_the_commands(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "numbers").symlink_to(digits.store.url)
     monkeypatch.setenv("WDS_BUCKET", str(tmp_path))
@@ -379,7 +446,9 @@ def test_evaluation_sees_each_sample_once(digits: Dataset) -> None:
     for world, workers in ((1, 2), (3, 0)):
         ids: list[int] = []
         for rank in range(world):
-            validation = EvalLoader(digits, 50, size=16, rank=rank, world=world, workers=workers, normalize=True)
+            validation = EvalLoader(
+                digits, 50, size=16, rank=rank, world=world, workers=workers, normalize=True
+            )
             next(iter(validation))
             batches = list(validation)
             assert (len(batches), validation.samples) == (len(validation), 360)

@@ -37,10 +37,16 @@ def out(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_part_is_measured_and_drawn(out: Path) -> None:
     assert set(read(out, "a")) == {"64 px, bf16"}
-    assert {"wds-train", "timm's parts, NHWC", "timm's parts, NCHW"} == set(read(out, "a")["64 px, bf16"])
+    assert {"wds-train", "timm's parts, NHWC", "timm's parts, NCHW"} == set(
+        read(out, "a")["64 px, bf16"]
+    )
     fed = read(out, "b")["trainer"]
     assert fed["img_per_s"] > 0 <= fed["data_wait_percent"] <= 100
-    assert read(out, "c")["embedded S3 server"]["upload_s"] > 0 < read(out, "c")["local directory"]["stall_ms"]
+    assert (
+        read(out, "c")["embedded S3 server"]["upload_s"]
+        > 0
+        < read(out, "c")["local directory"]["stall_ms"]
+    )
     resumed = read(out, "d")["--deterministic"]
     assert (resumed["bit_equal"], resumed["largest_difference"]) == (True, 0.0)
     assert read(out, "e")["64 px"]["micro_batches"] == 1
@@ -57,7 +63,9 @@ def test_the_table_has_every_part_and_says_what_was_not_measured(out: Path) -> N
     assert "| 80 | 93.5 | not measured | 0 |" in table
 
 
-def test_what_is_measured_is_not_repeated(small: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_measured_is_not_repeated(
+    small: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("?.json")}
     assert bench(small, out, "--smoke") == 0
     assert capsys.readouterr().out.count("measured already") == len(TITLES)
@@ -75,7 +83,9 @@ def test_a_row_that_is_there_is_not_repeated(small: str, out: Path) -> None:
     assert read(out, "c")["embedded S3 server"]["upload_s"] > 0
 
 
-def test_figures_of_another_scale_are_not_mixed_in(small: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_of_another_scale_are_not_mixed_in(
+    small: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert bench(small, out) == 2
     assert "holds figures of other --data or --smoke" in capsys.readouterr().err
 
@@ -90,15 +100,22 @@ def test_without_a_gpu_every_part_says_so_in_a_line(
     assert "| (b) the trainer fed by the real loader |  | not measured |" in said
 
 
-def test_without_images_the_parts_that_need_none_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_images_the_parts_that_need_none_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "data").mkdir()
     assert bench(tmp_path / "data", tmp_path / "out", "--smoke", "--parts", "b,e") == 0
     said = capsys.readouterr().out
-    assert f"part b, {TITLES['b']}: --data {tmp_path / 'data'} holds neither a dataset nor images" in said
+    assert (
+        f"part b, {TITLES['b']}: --data {tmp_path / 'data'} holds neither a dataset nor images"
+        in said
+    )
     assert read(tmp_path / "out", "e")
 
 
-def test_without_time_the_rest_is_named(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_time_the_rest_is_named(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert bench(small, tmp_path, "--smoke", "--parts", "c", "--minutes", "0.000001") == 0
     assert "no time is left for local directory; more --minutes" in capsys.readouterr().out
 
@@ -110,7 +127,9 @@ def test_without_time_the_rest_is_named(small: str, tmp_path: Path, capsys: pyte
         (["--minutes", "0"], "--minutes: '0' is not a number of more than 0"),
     ],
 )
-def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_bad_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert bench(tmp_path, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -129,4 +148,6 @@ def test_halving_keeps_the_best_and_asks_the_better_more_often() -> None:
 
 @pytest.mark.parametrize("settings", SEARCHED)
 def test_what_is_searched_is_a_recipe(settings: tuple[str, ...]) -> None:
-    assert with_settings(preset("imagenette"), [*settings, "schedule.epochs=5"]).schedule.epochs == 5
+    assert (
+        with_settings(preset("imagenette"), [*settings, "schedule.epochs=5"]).schedule.epochs == 5
+    )

@@ -16,11 +16,16 @@ def test_the_figures_of_two_sizes(
     monkeypatch.setenv("WDS_HOME", str(tmp_path))
     assert main(["bench", "scale", "--samples", "1e4", "25e3", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert [(size["samples"], size["shards"]) for size in result["sizes"]] == [(10_000, 8), (25_000, 20)]
+    assert [(size["samples"], size["shards"]) for size in result["sizes"]] == [
+        (10_000, 8),
+        (25_000, 20),
+    ]
     for size in result["sizes"]:
         assert {*FIGURES} == {*size}
         assert size["full_mb"] > size["samples"] * ROW.itemsize / 1e6
-        assert size["bytes_per_sample"] == pytest.approx(1e6 * size["full_mb"] / size["samples"], rel=0.01)
+        assert size["bytes_per_sample"] == pytest.approx(
+            1e6 * size["full_mb"] / size["samples"], rel=0.01
+        )
         assert size["step_ms"] > 0 and size["open_s"] < size["first_batch_s"]
     assert list(tmp_path.iterdir()) == []
 

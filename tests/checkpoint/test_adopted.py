@@ -22,7 +22,9 @@ from wds_train.storage.open import open_store
 
 @pytest.fixture(params=["local", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("s3_url"))
+    return open_store(
+        str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("s3_url")
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +69,9 @@ def steps_logged(run: Run) -> list[float]:
     return [record["step"] for record in run.history()]
 
 
-@pytest.mark.parametrize("before", [[], [1], [1, 2, 3]], ids=["the first", "the second", "a later one"])
+@pytest.mark.parametrize(
+    "before", [[], [1], [1, 2, 3]], ids=["the first", "the second", "a later one"]
+)
 def test_a_commit_that_was_uploaded_as_a_whole_is_adopted(
     store: Store, said: list[str], capsys: pytest.CaptureFixture[str], before: list[int]
 ) -> None:
@@ -76,10 +80,14 @@ def test_a_commit_that_was_uploaded_as_a_whole_is_adopted(
         commit(run, step)
     upload(run, 4)
     assert main(["verify", store.url]) == 0
-    assert "a resume uses the checkpoint of step 4, ckpt/000001-000000004" in capsys.readouterr().out
+    assert (
+        "a resume uses the checkpoint of step 4, ckpt/000001-000000004" in capsys.readouterr().out
+    )
     later = Run.claim(store, FRESH, said.append)
     assert resumed_at(later, said) == 4
-    assert said == ["the commit of step 4 was uploaded by the attempt before, which ended before it was named: adopted"]
+    assert said == [
+        "the commit of step 4 was uploaded by the attempt before, which ended before it was named: adopted"
+    ]
     assert steps_logged(later) == [*before, 4]
     assert later.manifest.checkpoints[-1].metrics == {"val/top1": 4.0, "val/top1_ema": 4.0}
     assert later.manifest.attempts[-1].step == 4
@@ -89,7 +97,9 @@ def test_a_commit_that_was_uploaded_as_a_whole_is_adopted(
 
 
 @pytest.mark.parametrize("owners", [1, 2, 3])
-def test_it_waits_for_an_owner_that_lives_long_enough(store: Store, said: list[str], owners: int) -> None:
+def test_it_waits_for_an_owner_that_lives_long_enough(
+    store: Store, said: list[str], owners: int
+) -> None:
     """Those before were killed between their claim and their restore."""
     run = Run.claim(store, FRESH, said.append)
     commit(run, 1)
@@ -108,7 +118,9 @@ def spoil(store: Store, key: str, damage: Callable[[bytes], bytes] | None) -> No
 
 @pytest.mark.parametrize("part", ["checkpoint", "metrics"])
 @pytest.mark.parametrize(
-    "damage", [flipped, lambda data: data[:-3], lambda data: b"", None], ids=["flip", "cut", "empty", "gone"]
+    "damage",
+    [flipped, lambda data: data[:-3], lambda data: b"", None],
+    ids=["flip", "cut", "empty", "gone"],
 )
 def test_one_that_is_not_whole_is_left_out_as_a_whole(
     store: Store,
@@ -121,9 +133,15 @@ def test_one_that_is_not_whole_is_left_out_as_a_whole(
     commit(run, 1)
     pending = upload(run, 2)
     assert pending.segment is not None
-    spoil(store, pending.checkpoint.object.key if part == "checkpoint" else pending.segment.object.key, damage)
+    spoil(
+        store,
+        pending.checkpoint.object.key if part == "checkpoint" else pending.segment.object.key,
+        damage,
+    )
     assert main(["verify", store.url]) == 0
-    assert "a resume uses the checkpoint of step 1, ckpt/000001-000000001" in capsys.readouterr().out
+    assert (
+        "a resume uses the checkpoint of step 1, ckpt/000001-000000001" in capsys.readouterr().out
+    )
     later = Run.claim(store, FRESH, said.append)
     assert (resumed_at(later, said), steps_logged(later)) == (1, [1])
     assert len(said) == 1
@@ -198,7 +216,11 @@ def test_of_a_run_that_kept_nothing_it_is_adopted_for_the_same_settings_alone(
     run = Run.claim(store, FRESH, said.append)
     upload(run, 1)
     run.end("failed")
-    now = FRESH if same else replace(FRESH, recipe=with_settings(RECIPE, ["optimizer.lr=0.3"]).to_dict())
+    now = (
+        FRESH
+        if same
+        else replace(FRESH, recipe=with_settings(RECIPE, ["optimizer.lr=0.3"]).to_dict())
+    )
     assert resumed_at(Run.claim(store, now, said.append), said) == (1 if same else 0)
 
 
@@ -234,7 +256,13 @@ def test_every_nth_epoch_is_kept_by_an_adoption_too(store: Store, said: list[str
     upload(run, 5)
     later = Run.claim(store, FRESH, said.append, keep_every=1)
     assert resumed_at(later, said) == 5
-    assert [checkpoint.progress.step for checkpoint in later.manifest.checkpoints] == [1, 2, 3, 4, 5]
+    assert [checkpoint.progress.step for checkpoint in later.manifest.checkpoints] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
 def test_a_commit_that_replaces_one_that_failed_deletes_what_that_uploaded(

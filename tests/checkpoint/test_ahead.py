@@ -66,7 +66,10 @@ def test_rows_beyond_the_last_commit_of_a_killed_attempt_are_replayed(store: Sto
     log(second, 3)
     wait_until(lambda: len(second.manifest.replayed) == 3)
     commit(second, 4)
-    assert steps(second.replayed()) == [(1, 3), (1, 4)]  # nothing of the second's, which is committed
+    assert steps(second.replayed()) == [
+        (1, 3),
+        (1, 4),
+    ]  # nothing of the second's, which is committed
     assert {entry.key for entry in store.list()} == second.manifest.keys | {states.NAME}
 
 
@@ -118,4 +121,6 @@ def test_their_number_is_bounded(store: Store) -> None:
         wait_until(lambda at=step: at in [segment.step for segment in run.manifest.replayed])
     assert [segment.step for segment in run.manifest.replayed] == list(range(3, REPLAYED + 3))
     again = begun(store)
-    assert {entry.key for entry in store.list("metrics/")} == {s.object.key for s in again.manifest.replayed}
+    assert {entry.key for entry in store.list("metrics/")} == {
+        s.object.key for s in again.manifest.replayed
+    }

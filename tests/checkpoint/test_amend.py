@@ -26,7 +26,11 @@ def with_page(manifest: RunManifest) -> RunManifest:
 
 @pytest.fixture(params=["directory", "S3"])
 def store(request: pytest.FixtureRequest, tmp_path: Any) -> Store:
-    where = tmp_path / "run" if request.param == "directory" else f"{request.getfixturevalue('s3_url')}/run"
+    where = (
+        tmp_path / "run"
+        if request.param == "directory"
+        else f"{request.getfixturevalue('s3_url')}/run"
+    )
     return open_store(str(where))
 
 
@@ -47,7 +51,9 @@ def test_a_run_that_nobody_owns_keeps_its_state(store: Store, status: str) -> No
     owner = Run.claim(store, FRESH, print)
     owner.committer.commit(snapshot(1), {}, [])
     owner.committer.wait()
-    owner.end(status, **({"result": {"val/top1": 1.0, "val/top1_ema": 1.0}} if status == "done" else {}))
+    owner.end(
+        status, **({"result": {"val/top1": 1.0, "val/top1_ema": 1.0}} if status == "done" else {})
+    )
     before = read_run(store)[0]
     after = amend(store, with_page, print)
     assert replace(after, wandb_id=before.wandb_id, page=before.page, nonce=before.nonce) == before
@@ -76,7 +82,9 @@ def test_nothing_is_written_where_nothing_changes(store: Store) -> None:
     assert store.read_tagged(states.NAME) == before
 
 
-def test_a_store_that_ignores_conditions_is_left_alone(fault_proxy: FaultProxy, s3_url: str) -> None:
+def test_a_store_that_ignores_conditions_is_left_alone(
+    fault_proxy: FaultProxy, s3_url: str
+) -> None:
     """A commit of the owner could be overwritten."""
     store = S3Store(*s3_url.removeprefix("s3://").split("/", 1))
     Run.claim(store, FRESH, print)

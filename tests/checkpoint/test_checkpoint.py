@@ -25,7 +25,9 @@ from wds_train.models.model import create_model
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 
-RECIPE = with_settings(preset("digits"), ["model.name=test_resnet", "optimizer.name=sgd", "optimizer.lr=0.1"])
+RECIPE = with_settings(
+    preset("digits"), ["model.name=test_resnet", "optimizer.name=sgd", "optimizer.lr=0.1"]
+)
 DATASET = {"url": "d", "fingerprint": "f", "classes": 10}
 FRESH = RunManifest(run="r", recipe=RECIPE.to_dict(), dataset=DATASET, wandb_id="w")
 WEIGHTS = create_model(RECIPE.model, 10, 0, torch.device("cpu")).state_dict()
@@ -33,14 +35,18 @@ WEIGHTS = create_model(RECIPE.model, 10, 0, torch.device("cpu")).state_dict()
 
 def snapshot(step: int) -> Snapshot:
     filled = {
-        f"{part}/{name}": torch.full_like(value, step) for part in ("model", "ema") for name, value in WEIGHTS.items()
+        f"{part}/{name}": torch.full_like(value, step)
+        for part in ("model", "ema")
+        for name, value in WEIGHTS.items()
     }
     return Snapshot(filled, {"scalars": {}, "scaler": {}}, Progress(step, evaluated=step))
 
 
 @pytest.fixture(params=["local", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("s3_url"))
+    return open_store(
+        str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("s3_url")
+    )
 
 
 @pytest.fixture
@@ -92,7 +98,10 @@ def test_a_commit_names_its_own_records_and_no_later_ones(
     for step in (3, 4):
         passed.release()
         run.committer.commit(snapshot(step), {}, [{"step": step}])
-        while len(run.manifest.checkpoints) < 1 or run.manifest.checkpoints[-1].progress.step < step - 2:
+        while (
+            len(run.manifest.checkpoints) < 1
+            or run.manifest.checkpoints[-1].progress.step < step - 2
+        ):
             time.sleep(0.01)
         assert [record["step"] for record in run.history()] == list(range(1, step - 1))
     for _ in range(2):
@@ -135,7 +144,9 @@ def test_an_owner_that_lives_is_waited_for_however_long(
     with pytest.raises(TimeoutError):
         Run.claim(store, FRESH, said.append, pause=pause)
     owner.end("interrupted")
-    assert Run.claim(store, FRESH, said.append, pause=pause).manifest.fence == 2  # given up: at once
+    assert (
+        Run.claim(store, FRESH, said.append, pause=pause).manifest.fence == 2
+    )  # given up: at once
 
 
 def test_a_run_that_kept_nothing_takes_other_settings(store: Store, said: list[str]) -> None:
@@ -146,7 +157,9 @@ def test_a_run_that_kept_nothing_takes_other_settings(store: Store, said: list[s
     assert run.manifest.recipe == other.recipe
     commit(run, 1)
     run.end("interrupted")
-    with pytest.raises(UsageError, match=r"begun with optimizer.lr 0.3, not 0.1; leave out what differs"):
+    with pytest.raises(
+        UsageError, match=r"begun with optimizer.lr 0.3, not 0.1; leave out what differs"
+    ):
         Run.claim(store, FRESH, said.append)
 
 
@@ -173,7 +186,9 @@ def test_a_kill_after_the_last_commit_leaves_nothing_for_ever(
     run = Run.claim(store, FRESH, said.append)
     for step in (1, 2):
         commit(run, step, 90.0 - step)
-    monkeypatch.setattr("wds_train.checkpoint.committer.collect", lambda *_: None)  # as if killed before it
+    monkeypatch.setattr(
+        "wds_train.checkpoint.committer.collect", lambda *_: None
+    )  # as if killed before it
     for step in (3, 4):
         commit(run, step, 90.0 - step)
     run.end("done")
@@ -185,7 +200,9 @@ def test_a_kill_after_the_last_commit_leaves_nothing_for_ever(
     assert {entry.key for entry in store.list("ckpt/")} == named | {newer}
 
 
-@pytest.mark.parametrize(("announces", "kept"), [(False, [1, 2]), (True, [2])], ids=["commit", "announcement"])
+@pytest.mark.parametrize(
+    ("announces", "kept"), [(False, [1, 2]), (True, [2])], ids=["commit", "announcement"]
+)
 def test_a_swap_whose_answer_is_lost_is_settled_before_the_next_commit(
     store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch, announces: bool, kept: list[int]
 ) -> None:
@@ -194,7 +211,11 @@ def test_a_swap_whose_answer_is_lost_is_settled_before_the_next_commit(
 
     def loses(key: str, body: bytes, **condition: Any) -> str:
         tag = write(key, body, **condition)
-        if key == states.NAME and not lost and (json.loads(body)["pending"] is not None) == announces:
+        if (
+            key == states.NAME
+            and not lost
+            and (json.loads(body)["pending"] is not None) == announces
+        ):
             lost.append(key)
             run.committer.commit(snapshot(2), {}, [{"step": 2}])  # meanwhile
             raise Unavailable("no answer")
@@ -219,7 +240,9 @@ def test_every_nth_epoch_is_kept_if_asked(store: Store, said: list[str]) -> None
         )  # within the next epoch
         run.committer.wait()
     assert [checkpoint.progress.step for checkpoint in run.manifest.checkpoints] == [1, 3, 6, 8, 80]
-    assert [entry.key[12:21] for entry in store.list("ckpt/")] == [f"{step:09d}" for step in (1, 3, 6, 8, 80)]
+    assert [entry.key[12:21] for entry in store.list("ckpt/")] == [
+        f"{step:09d}" for step in (1, 3, 6, 8, 80)
+    ]
 
 
 class Killed(BaseException):
@@ -235,7 +258,9 @@ def flipped(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "damage", [flipped, lambda data: data[:-3], lambda data: b"", None], ids=["flip", "cut", "empty", "gone"]
+    "damage",
+    [flipped, lambda data: data[:-3], lambda data: b"", None],
+    ids=["flip", "cut", "empty", "gone"],
 )
 def test_a_damaged_newest_checkpoint_is_passed_over(
     store: Store, said: list[str], damage: Callable[[bytes], bytes] | None
@@ -255,7 +280,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert len(said) == 1
     assert f"checkpoint {key} cannot be used" in said[0]
     commit(later, 2)
-    assert [record["step"] for record in later.history()] == [1, 2]  # what is trained again is logged once
+    assert [record["step"] for record in later.history()] == [
+        1,
+        2,
+    ]  # what is trained again is logged once
     assert [checkpoint.progress.step for checkpoint in later.manifest.checkpoints] == [1, 2]
 
 
@@ -273,7 +301,9 @@ def test_a_rollback_to_what_is_damaged_changes_nothing(
     if damage is not None:
         store.write(key, damage(data))
     before = {entry.key: store.read(entry.key) for entry in store.list()}
-    with pytest.raises(RunError, match=rf"{key} is .*; the usable checkpoints are those of step 1, 3$"):
+    with pytest.raises(
+        RunError, match=rf"{key} is .*; the usable checkpoints are those of step 1, 3$"
+    ):
         Run.roll_back(store, 2, said.append)
     assert {entry.key: store.read(entry.key) for entry in store.list()} == before
 
@@ -300,7 +330,9 @@ def test_a_rollback_deletes_what_is_newer_once_the_manifest_is_safe(
     assert ([len(m.checkpoints) for m in (before, after)], said) == ([2, 1], [])
     later = Run.claim(store, FRESH, said.append)
     assert later.restore(said.append).progress.step == 1  # type: ignore[union-attr]
-    assert [line for line in said if "-000000002-" in line] == []  # what the rollback dropped, it has removed itself
+    assert [
+        line for line in said if "-000000002-" in line
+    ] == []  # what the rollback dropped, it has removed itself
     assert {entry.key for entry in store.list()} == later.manifest.keys | {states.NAME}
 
 
@@ -325,13 +357,17 @@ def test_all_damaged_is_an_error_and_never_a_fresh_run(store: Store, said: list[
         Run.claim(store, FRESH, said.append).restore(said.append)
 
 
-def test_another_recipe_or_dataset_is_refused_with_both_values(store: Store, said: list[str]) -> None:
+def test_another_recipe_or_dataset_is_refused_with_both_values(
+    store: Store, said: list[str]
+) -> None:
     Run.claim(store, FRESH, said.append)
     before = store.read(states.NAME)
     other = replace(FRESH, recipe=with_settings(RECIPE, ["optimizer.lr=0.3"]).to_dict())
     with pytest.raises(UsageError, match=r"begun with optimizer.lr 0.1, not 0.3;"):
         Run.claim(store, other, said.append)
-    with pytest.raises(UsageError, match=r"begun with dataset d \(fingerprint f\), not d \(fingerprint g\);"):
+    with pytest.raises(
+        UsageError, match=r"begun with dataset d \(fingerprint f\), not d \(fingerprint g\);"
+    ):
         Run.claim(store, replace(FRESH, dataset=DATASET | {"fingerprint": "g"}), said.append)
     assert store.read(states.NAME) == before
 
@@ -356,7 +392,9 @@ def test_a_foreign_manifest_is_refused_and_left_alone(
 
 def test_the_best_are_kept_though_they_are_old() -> None:
     def checkpoint(step: int, raw: float, ema: float) -> Checkpoint:
-        return Checkpoint(Object(str(step), 0, ""), Progress(step), {"val/top1": raw, "val/top1_ema": ema})
+        return Checkpoint(
+            Object(str(step), 0, ""), Progress(step), {"val/top1": raw, "val/top1_ema": ema}
+        )
 
     scores = [(5, 1), (9, 2), (3, 8), (4, 4), (5, 5), (6, 6)]
     kept = keep(tuple(checkpoint(step, raw, ema) for step, (raw, ema) in enumerate(scores)))

@@ -36,7 +36,15 @@ SECONDS = st.floats(0, 1e6)
 def test_a_clock_gives_every_second_to_one_activity() -> None:
     now = [100.0]
     clock = Clock(lambda: now[0])
-    spans = [("start", 7), ("steps", 2), ("data", 3), ("steps", 5), ("commit", 1), ("validation", 11), ("commit", 4)]
+    spans = [
+        ("start", 7),
+        ("steps", 2),
+        ("data", 3),
+        ("steps", 5),
+        ("commit", 1),
+        ("validation", 11),
+        ("commit", 4),
+    ]
     for activity, seconds in spans:
         if activity != "start":
             clock.turn(activity)  # type: ignore[arg-type]
@@ -73,7 +81,12 @@ def spent_of(values: list[float], under_way: float = 0.0) -> Spent:
     return Spent(*values, under_way=under_way)
 
 
-@given(st.lists(SECONDS, min_size=5, max_size=5), st.lists(SECONDS, min_size=5, max_size=5), SECONDS, st.booleans())
+@given(
+    st.lists(SECONDS, min_size=5, max_size=5),
+    st.lists(SECONDS, min_size=5, max_size=5),
+    SECONDS,
+    st.booleans(),
+)
 def test_the_parts_of_any_attempt_are_its_whole_time(
     until_commit: list[float], after: list[float], under_way: float, over: bool
 ) -> None:
@@ -104,7 +117,17 @@ KILLED = Spent(start=10, steps=100, data=9, commit=3, validation=21, under_way=6
         (None, None, True, Parts(not_recorded=50)),
         (None, None, False, Parts(not_recorded=50)),
     ],
-    ids=["ended", "killed", "still-running", "never-committed", "no-step", "no-data", "hung", "old", "old-running"],
+    ids=[
+        "ended",
+        "killed",
+        "still-running",
+        "never-committed",
+        "no-step",
+        "no-data",
+        "hung",
+        "old",
+        "old-running",
+    ],
 )
 def test_what_becomes_of_an_attempts_time(
     spent: Spent | None, committed: Spent | None, over: bool, expected: Parts
@@ -118,19 +141,27 @@ def checkpoint_of(fence: int, step: int, spent: Spent | None) -> Checkpoint:
 
 
 def run_of(attempts: tuple[Attempt, ...], **changes: Any) -> RunManifest:
-    manifest = RunManifest("c1", {}, {}, "", fence=len(attempts), status="interrupted", attempts=attempts)
+    manifest = RunManifest(
+        "c1", {}, {}, "", fence=len(attempts), status="interrupted", attempts=attempts
+    )
     return replace(manifest, **changes)
 
 
 def test_a_commit_notes_what_counts_and_a_rollback_takes_it_back() -> None:
     later = replace(AT_COMMIT, steps=90, data=8)
     run = run_of((Attempt("a", BEGAN, ended="interrupted", spent=later),))
-    run = run.with_commit(checkpoint_of(1, 10, AT_COMMIT), None).with_commit(checkpoint_of(1, 20, later), None)
-    run = replace(run, attempts=(*run.attempts, Attempt("b", BEGAN, step=20, spent=KILLED)), fence=2)
+    run = run.with_commit(checkpoint_of(1, 10, AT_COMMIT), None).with_commit(
+        checkpoint_of(1, 20, later), None
+    )
+    run = replace(
+        run, attempts=(*run.attempts, Attempt("b", BEGAN, step=20, spent=KILLED)), fence=2
+    )
     run = run.with_commit(checkpoint_of(2, 30, AT_COMMIT), None)
     before = where_time_went(run, BEGAN)
     assert (before.steps, before.trained_twice, before.lost) == (90 + 60, 35, 6)
-    after = where_time_went(replace(run, checkpoints=run.checkpoints).up_to(run.checkpoints[0]), BEGAN)
+    after = where_time_went(
+        replace(run, checkpoints=run.checkpoints).up_to(run.checkpoints[0]), BEGAN
+    )
     assert run.checkpoints[0].progress.step == 20
     assert (after.steps, after.trained_twice, after.lost) == (90, 35 + 60 + 20, 6)
     assert after.paid == before.paid
@@ -143,7 +174,9 @@ def test_a_rollback_within_an_attempt_counts_up_to_its_checkpoint() -> None:
     parts = where_time_went(run.back_to(10), BEGAN)
     assert (parts.steps, parts.trained_twice) == (60, 30)
     old = replace(run, checkpoints=(checkpoint_of(1, 10, None), checkpoint_of(1, 20, later)))
-    assert where_time_went(old.back_to(10), BEGAN).steps == 90  # what is not known is not taken back
+    assert (
+        where_time_went(old.back_to(10), BEGAN).steps == 90
+    )  # what is not known is not taken back
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -176,12 +209,16 @@ def as_older(data: bytes) -> bytes:
 
 def test_an_older_run_is_not_recorded_and_goes_on(tmp_path: Path) -> None:
     attempts = (Attempt("a", BEGAN, 100.0, "interrupted"),)
-    old = make_run(tmp_path / "run", history_of(2), attempts=attempts, earlier=states.Totals(3, seconds=500.0))
+    old = make_run(
+        tmp_path / "run", history_of(2), attempts=attempts, earlier=states.Totals(3, seconds=500.0)
+    )
     old = replace(old, checkpoints=(checkpoint_of(1, 10, None),))
     run = RunManifest.from_json(as_older(old.to_json()), "here")
     assert where_time_went(run, BEGAN) == Parts(not_recorded=600)
     assert describe_goodput(where_time_went(run, BEGAN)) == "not recorded, of 10 min paid"
-    went_on = run.claimed(this_process(), 60, BEGAN).with_attempt(spent=AT_COMMIT, committed=AT_COMMIT)
+    went_on = run.claimed(this_process(), 60, BEGAN).with_attempt(
+        spent=AT_COMMIT, committed=AT_COMMIT
+    )
     parts = where_time_went(replace(went_on, status="done"), BEGAN)
     assert (parts.not_recorded, parts.goodput) == (600, pytest.approx(60 / 697))
     assert headline(parts) == "at least 9 %"
@@ -218,7 +255,11 @@ def test_spans_are_told_as_people_do() -> None:
 
 
 def test_the_newest_attempt_counts_while_it_may_commit() -> None:
-    run = run_of((Attempt("a", BEGAN, 50.0, spent=KILLED, committed=AT_COMMIT),), status="running", lease=60.0)
+    run = run_of(
+        (Attempt("a", BEGAN, 50.0, spent=KILLED, committed=AT_COMMIT),),
+        status="running",
+        lease=60.0,
+    )
     run = replace(run, written=BEGAN)
     assert state_of(run, BEGAN + 59) == "running"
     assert where_time_went(run, BEGAN + 59).steps == 100
@@ -254,7 +295,10 @@ def test_wandb_gets_the_goodput_and_its_parts(known: bool) -> None:
     if not known:
         assert not found
         return
-    assert {*found} == {"goodput", *(f"goodput/{field.name}" for field in fields(Parts) if field.name != "steps")}
+    assert {*found} == {
+        "goodput",
+        *(f"goodput/{field.name}" for field in fields(Parts) if field.name != "steps"),
+    }
     assert found["goodput"] == pytest.approx(60 / 143)
     assert found["goodput/lost"] == pytest.approx(6 / 143)
     assert sum(found.values()) == pytest.approx(1)
@@ -285,7 +329,9 @@ PLANTED = {
 }
 
 
-def test_each_planted_second_is_in_its_own_part(killed_twice: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_planted_second_is_in_its_own_part(
+    killed_twice: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, _ = answer(capsys, "status", killed_twice / "run", "--json")
     assert code == 0
     goodput = json.loads(out)["goodput"]
@@ -316,11 +362,23 @@ def test_the_report_draws_them(killed_twice: Path, tmp_path: Path) -> None:
         "lost",
         "trained twice",
     ]
-    assert [float(row[2]) for row in rows] == pytest.approx([each / 60 for each in PLANTED.values() if each], abs=0.006)
+    assert [float(row[2]) for row in rows] == pytest.approx(
+        [each / 60 for each in PLANTED.values() if each], abs=0.006
+    )
     assert [row[0] for row in page.tables["Paid minutes by attempt"][1:]] == ["1", "2", "3", "all"]
-    svg = re.search(r"<svg[^>]*goodput-text.*?</svg>", (tmp_path / "report.html").read_text(), re.DOTALL)
+    svg = re.search(
+        r"<svg[^>]*goodput-text.*?</svg>", (tmp_path / "report.html").read_text(), re.DOTALL
+    )
     assert svg
-    for name in ("steps that count", "start", "data", "commit", "validation", "lost", "trained twice"):
+    for name in (
+        "steps that count",
+        "start",
+        "data",
+        "commit",
+        "validation",
+        "lost",
+        "trained twice",
+    ):
         assert f">{name} " in svg[0]
     assert "not recorded" not in svg[0]
     assert (tmp_path / "goodput.png").read_bytes().startswith(b"\x89PNG")
@@ -331,11 +389,15 @@ def test_what_is_interrupted_in_order_loses_nothing_until_a_rollback(
     small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     job = Job(small, str(tmp_path / "run"), str(tmp_path))
-    assert train_planted(job, Kill(step=18, sent=number)) == 75, (tmp_path / "planted.log").read_text()
+    assert train_planted(job, Kill(step=18, sent=number)) == 75, (
+        tmp_path / "planted.log"
+    ).read_text()
     _, out, _ = answer(capsys, "status", job.run, "--json")
     seconds = json.loads(out)["goodput"]["seconds"]
     assert (seconds["lost"], seconds["trained_twice"]) == (0, 0)
-    assert seconds["steps"] == pytest.approx(18 + 4)  # the step's own second, and those before its signal
+    assert seconds["steps"] == pytest.approx(
+        18 + 4
+    )  # the step's own second, and those before its signal
     paid = sum(seconds.values())
     code, _, said = answer(capsys, "rollback", job.run, "--to", 11)
     assert code == 0, said

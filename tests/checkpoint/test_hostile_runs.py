@@ -88,7 +88,9 @@ def manifest_of(run: Path) -> Tree:
 
 
 def write_manifest(run: Path, content: Tree) -> None:
-    (run / states.NAME).write_text(json.dumps(content).replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000))
+    (run / states.NAME).write_text(
+        json.dumps(content).replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000)
+    )
 
 
 def steps_of(run: Path) -> list[int]:
@@ -115,7 +117,9 @@ def alter(run: Path, change: Callable[[Tensors, Tree], object]) -> None:
     tensors, header = parts_of(run / manifest_of(run)["checkpoints"][-1]["object"]["key"])
     extra = json.loads(header["extra"])
     change(tensors, extra)
-    text = json.dumps(extra.get("instead", extra)).replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000)
+    text = json.dumps(extra.get("instead", extra)).replace(
+        f'"{DEEP}"', "[" * 100_000 + "]" * 100_000
+    )
     put(run, save(tensors, header | {"extra": text}))
 
 
@@ -133,7 +137,9 @@ def trainer_of_the_run() -> Trainer:
 def resumed_at(run: Path, said: list[str]) -> int:
     """As `wds-train train` begins: the claim, the restore, and the first step of the optimizer."""
     store = open_store(str(run))
-    claimed = Run.claim(store, replace(read_run(store)[0], status="running"), said.append, wait=False)
+    claimed = Run.claim(
+        store, replace(read_run(store)[0], status="running"), said.append, wait=False
+    )
     snapshot = claimed.restore(said.append)
     if snapshot is None:
         return 0
@@ -155,11 +161,20 @@ CONTENTS: dict[str, tuple[Callable[[Tensors, Tree], object], str]] = {
     "extra deep": (lambda t, e: e.update(instead={"scalars": DEEP}), "RecursionError"),
     "no scalars": (lambda t, e: e.pop("scalars"), "extra.scalars is missing"),
     "scalars list": (lambda t, e: e.update(scalars=[]), "extra.scalars is [], not an object"),
-    "scaler text": (lambda t, e: e.update(scaler={"scale": "x"}), "extra.scaler.scale is 'x', not a number"),
+    "scaler text": (
+        lambda t, e: e.update(scaler={"scale": "x"}),
+        "extra.scaler.scale is 'x', not a number",
+    ),
     "classes": (lambda t, e: e.update(classes=[["0"]]), "extra.classes[0] is ['0'], not a list"),
-    "fewer classes": (lambda t, e: e["classes"].pop(), "extra.classes names 1 classes, the run's dataset has 2"),
+    "fewer classes": (
+        lambda t, e: e["classes"].pop(),
+        "extra.classes names 1 classes, the run's dataset has 2",
+    ),
     "group": (lambda t, e: e["scalars"].update({"group/0/lr": "x"}), "group/0/lr is a text"),
-    "momentum": (lambda t, e: e["scalars"].update({"group/1/momentum": None}), "group/1/momentum is absent"),
+    "momentum": (
+        lambda t, e: e["scalars"].update({"group/1/momentum": None}),
+        "group/1/momentum is absent",
+    ),
     "parameter": (
         lambda t, e: t.update({"optimizer/999999/x": torch.ones(1)}),
         "optimizer/999999/x is of no parameter",
@@ -170,10 +185,16 @@ CONTENTS: dict[str, tuple[Callable[[Tensors, Tree], object], str]] = {
     ),
     "weights gone": (lambda t, e: t.pop("model/fc.weight"), "model/fc.weight is absent"),
     "average gone": (lambda t, e: t.pop("ema/fc.weight"), "ema/fc.weight is absent"),
-    "both gone": (lambda t, e: [t.pop(f"{part}/fc.bias") for part in ("model", "ema")], "model/fc.bias is absent"),
+    "both gone": (
+        lambda t, e: [t.pop(f"{part}/fc.bias") for part in ("model", "ema")],
+        "model/fc.bias is absent",
+    ),
     "one more": (lambda t, e: t.update({"model/x": torch.ones(1)}), "model/x is float32 [1]"),
     "shape": (lambda t, e: transposed(t, "model/fc.weight"), "model/fc.weight is float32 ["),
-    "type": (lambda t, e: t.update({"model/fc.bias": t["model/fc.bias"].long()}), "model/fc.bias is int64 [2]"),
+    "type": (
+        lambda t, e: t.update({"model/fc.bias": t["model/fc.bias"].long()}),
+        "model/fc.bias is int64 [2]",
+    ),
     "slot": (
         lambda t, e: t.update({"optimizer/0/momentum_buffer": torch.ones(3)}),
         "optimizer/0/momentum_buffer is float32 [3]",
@@ -194,11 +215,18 @@ def test_a_checkpoint_of_right_hash_and_wrong_content_is_passed_over(
     alter(run, change)
     before = (run / states.NAME).read_bytes()
     usable = f"the usable checkpoints are those of step {', '.join(map(str, steps[:-1]))}"
-    for command in (["rollback", run, "--to"], ["export", run, "--to", tmp_path / "x.safetensors", "--step"]):
+    for command in (
+        ["rollback", run, "--to"],
+        ["export", run, "--to", tmp_path / "x.safetensors", "--step"],
+    ):
         code, out = answer(capsys, *command, steps[-1])
         assert (code, message in out, usable in out) == (1, True, True), out
     code, out = answer(capsys, "verify", run)
-    assert (code, message in out, f"a resume uses the checkpoint of step {steps[-2]}," in out) == (1, True, True), out
+    assert (code, message in out, f"a resume uses the checkpoint of step {steps[-2]}," in out) == (
+        1,
+        True,
+        True,
+    ), out
     assert (run / states.NAME).read_bytes() == before
     said: list[str] = []
     assert resumed_at(run, said) == steps[-2]
@@ -217,7 +245,10 @@ MANIFESTS: dict[str, tuple[Callable[[Tree], object], str]] = {
     "no checkpoints": (lambda m: m.pop("checkpoints"), "checkpoints is missing"),
     "recipe": (lambda m: m.update(recipe=None), "recipe is None, not an object"),
     "dataset": (lambda m: m.update(dataset=7), "dataset is 7, not an object"),
-    "fingerprint": (lambda m: m["dataset"].pop("fingerprint"), "dataset.fingerprint is None, not a text"),
+    "fingerprint": (
+        lambda m: m["dataset"].pop("fingerprint"),
+        "dataset.fingerprint is None, not a text",
+    ),
     "lease": (lambda m: m.update(lease="long"), "lease is 'long', not a number"),
     "endless": (lambda m: m.update(lease=float("inf")), "lease is inf, not 0 to 3600 seconds"),
     "written": (lambda m: m.update(written=[]), "written is [], not a number"),
@@ -230,7 +261,10 @@ MANIFESTS: dict[str, tuple[Callable[[Tree], object], str]] = {
         "checkpoints[0].metrics.a is 'b', not a number",
     ),
     "deep": (lambda m: m["recipe"].update(model=DEEP), "is not JSON: maximum recursion"),
-    "nested": (lambda m: m["recipe"].update(model=json.loads("[" * 60 + "]" * 60)), "nested deeper than 6 levels"),
+    "nested": (
+        lambda m: m["recipe"].update(model=json.loads("[" * 60 + "]" * 60)),
+        "nested deeper than 6 levels",
+    ),
     "unknown": (lambda m: m.update(colour="red"), "'colour' is nothing that this wds-train knows"),
     "our manifest": (
         lambda m: m["checkpoints"][0]["object"].update(key="manifest.json"),
@@ -298,7 +332,10 @@ def mutate(tree: Any, rng: random.Random) -> Any:
 def _somewhere(tree: list[Any], rng: random.Random) -> tuple[Any, Any]:
     holder, place = tree, 0
     while isinstance(inner := holder[place], dict | list) and inner and rng.random() < 0.85:
-        holder, place = inner, rng.choice([*inner] if isinstance(inner, dict) else range(len(inner)))
+        holder, place = (
+            inner,
+            rng.choice([*inner] if isinstance(inner, dict) else range(len(inner))),
+        )
     return holder, place
 
 
@@ -315,9 +352,20 @@ def mutate_checkpoint(data: bytes, rng: random.Random) -> bytes:
         name = rng.choice([name for name in header if name != "__metadata__"])
         entry = header.pop(name)
         entry["shape"] = rng.choice([entry["shape"][::-1], [*entry["shape"], 1], entry["shape"]])
-        entry["dtype"] = {"F32": rng.choice(["F32", "I32", "U32"]), "I64": rng.choice(["I64", "F64"])}[entry["dtype"]]
+        entry["dtype"] = {
+            "F32": rng.choice(["F32", "I32", "U32"]),
+            "I64": rng.choice(["I64", "F64"]),
+        }[entry["dtype"]]
         header[
-            rng.choice([name, name, f"{name}x", f"optimizer/{rng.randrange(99)}/x", f"group/{rng.randrange(3)}/lr"])
+            rng.choice(
+                [
+                    name,
+                    name,
+                    f"{name}x",
+                    f"optimizer/{rng.randrange(99)}/x",
+                    f"group/{rng.randrange(3)}/lr",
+                ]
+            )
         ] = entry
     text = _text(header).encode()
     return len(text).to_bytes(8, "little") + text + body
@@ -336,12 +384,17 @@ def test_mutated_runs_meet_every_command(
     newest = (run / sound["checkpoints"][-1]["object"]["key"]).read_bytes()
     commands = [["status"], ["status", "--json"], ["checkpoints"], ["verify"], ["train"], ["train"]]
     commands += [["rollback", "--to", str(steps[-1])], ["rollback", "--to", str(steps[0])]]
-    commands += [["export", "--to", str(file)], ["export", "--to", str(file), "--step", str(steps[-1])]]
+    commands += [
+        ["export", "--to", str(file)],
+        ["export", "--to", str(file), "--step", str(steps[-1])],
+    ]
     eval_command = ["eval", "--dataset", small, "--workers", "0", "--step", str(steps[-1])]
     sound["dataset"]["url"] = "/nowhere"  # or hundreds of exports would each be calibrated
     shutil.copytree(run, tmp_path / "sound")
     for number in range(MUTANTS):
-        if {path.name for path in run.rglob("*.*")} != {path.name for path in (tmp_path / "sound").rglob("*.*")}:
+        if {path.name for path in run.rglob("*.*")} != {
+            path.name for path in (tmp_path / "sound").rglob("*.*")
+        }:
             shutil.rmtree(run)
             shutil.copytree(tmp_path / "sound", run)
         content = sound | {"status": rng.choice(["interrupted", "done"])}

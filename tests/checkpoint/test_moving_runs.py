@@ -40,7 +40,10 @@ Commit = Callable[[Path, str], None]
 
 def replaced(run: Path, key: str) -> None:
     """As a commit does it that has the same state under a key of its own."""
-    manifest, new = run / "manifest.json", re.sub(r"\d{6}", lambda fence: f"{int(fence[0]) + 1:06d}", key, count=1)
+    manifest, new = (
+        run / "manifest.json",
+        re.sub(r"\d{6}", lambda fence: f"{int(fence[0]) + 1:06d}", key, count=1),
+    )
     shutil.copy(run / key, run / new)
     changed = run / "changed.json"
     changed.write_text(manifest.read_text().replace(f'"{key}"', f'"{new}"'))
@@ -53,7 +56,9 @@ def removed(run: Path, key: str) -> None:
     (run / key).unlink(missing_ok=True)
 
 
-def commits(patch: pytest.MonkeyPatch, run: Path, *, part: str, times: int, commit: Commit = replaced) -> None:
+def commits(
+    patch: pytest.MonkeyPatch, run: Path, *, part: str, times: int, commit: Commit = replaced
+) -> None:
     """Let a commit come right before an object of `part` is read, so many times."""
     left, before, one_at_a_time = [times], LocalStore.read, threading.Lock()
 
@@ -70,14 +75,20 @@ def commits(patch: pytest.MonkeyPatch, run: Path, *, part: str, times: int, comm
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("times", [1, 3, 6])
 def test_verify_calls_nothing_missing_that_a_commit_has_dropped(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, part: str, times: int
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    times: int,
 ) -> None:
     commits(monkeypatch, run, part=part, times=times)
     assert main(["verify", str(run)]) == 0
     out = capsys.readouterr().out
     newest = read_run(open_store(str(run)))[0].checkpoints[-1]
     assert out.startswith(f"{run}: whole; ")
-    assert out.endswith(f"a resume uses the checkpoint of step {newest.progress.step}, {newest.object.key}\n")
+    assert out.endswith(
+        f"a resume uses the checkpoint of step {newest.progress.step}, {newest.object.key}\n"
+    )
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -112,7 +123,18 @@ COMMANDS = {
     "export of another kind": ["export", "RUN", "--best", "raw", "--to", "TMP/out.safetensors"],
     "export of a step": ["export", "RUN", "--step", "44", "--to", "TMP/out.safetensors"],
     "eval": ["eval", "RUN", "--workers", "0", "--device", "cpu"],
-    "report": ["report", "RUN", "--out", "TMP/report", "--images", "8", "--workers", "0", "--device", "cpu"],
+    "report": [
+        "report",
+        "RUN",
+        "--out",
+        "TMP/report",
+        "--images",
+        "8",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ],
     "predict": ["predict", "RUN", "IMAGE"],
 }
 
@@ -125,7 +147,11 @@ def typed(name: str, run: Path, small: str) -> list[str]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_reads_weights_takes_those_of_the_newest_state(
-    run: Path, small: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    run: Path,
+    small: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     commits(monkeypatch, run, part="ckpt/", times=3)
     assert main(typed(name, run, small)) == 0
@@ -135,10 +161,16 @@ def test_what_reads_weights_takes_those_of_the_newest_state(
 
 @pytest.mark.parametrize("name", ["report", "compare"])
 def test_what_reads_metrics_takes_those_of_the_newest_state(
-    run: Path, small: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    run: Path,
+    small: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     commits(monkeypatch, run, part="metrics/", times=3)
-    arguments = ["compare", str(run), str(run)] if name == "compare" else typed("report", run, small)
+    arguments = (
+        ["compare", str(run), str(run)] if name == "compare" else typed("report", run, small)
+    )
     assert main(arguments) == 0
     said = capsys.readouterr()
     assert "cannot be used" not in said.out + said.err
@@ -146,12 +178,19 @@ def test_what_reads_metrics_takes_those_of_the_newest_state(
 
 @pytest.mark.parametrize("name", ["export", "eval", "predict", "verify"])
 def test_a_run_that_is_never_the_same_is_told(
-    run: Path, small: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    run: Path,
+    small: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     commits(monkeypatch, run, part="ckpt/", times=ALWAYS)
     assert main(["verify", str(run)] if name == "verify" else typed(name, run, small)) == 1
     err = capsys.readouterr().err
-    assert re.search(rf"wds-train: error: {run} commits faster than it can be read: {read.ROUNDS} times a newer", err)
+    assert re.search(
+        rf"wds-train: error: {run} commits faster than it can be read: {read.ROUNDS} times a newer",
+        err,
+    )
 
 
 @pytest.mark.parametrize("commit", [replaced, removed])

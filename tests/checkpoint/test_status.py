@@ -38,7 +38,9 @@ SETTINGS = (
 def trained(small: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A dataset and a finished run, not to be written to."""
     folder = tmp_path_factory.mktemp("trained")
-    job = Job(small, str(folder / "run"), str(folder), settings=SETTINGS, arguments=("--price", "36"))
+    job = Job(
+        small, str(folder / "run"), str(folder), settings=SETTINGS, arguments=("--price", "36")
+    )
     training = Training(replace(job, point="before a step", nth=13, sent=HOLD))
     with all_ended([training]):
         wait_for_commit(job.run)  # so that rows after it can say what it cost
@@ -58,10 +60,18 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
     return code, captured.out + captured.err
 
 
-def test_status_says_how_far_a_run_is_and_what_it_cost(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_says_how_far_a_run_is_and_what_it_cost(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out = answer(capsys, "status", run, "--json", "--price", 36)
     status = json.loads(out)
-    assert (code, status["status"], status["step"], status["epochs"], status["of_epochs"]) == (0, "done", 44, 4, 4)
+    assert (code, status["status"], status["step"], status["epochs"], status["of_epochs"]) == (
+        0,
+        "done",
+        44,
+        4,
+        4,
+    )
     assert (status["attempts"], status["interruptions"], status["failures"]) == (1, 0, 0)
     seconds = json.loads((run / "manifest.json").read_text())["attempts"][0]["seconds"]
     assert seconds > 0
@@ -71,7 +81,9 @@ def test_status_says_how_far_a_run_is_and_what_it_cost(run: Path, capsys: pytest
     assert code == 0
     assert "step 44, 4 of 4 epochs validated" in out
     code, out = answer(capsys, "checkpoints", run)
-    assert [line.split("\t")[0] for line in out.splitlines()[1:]] == [str(c["step"]) for c in status["checkpoints"]]
+    assert [line.split("\t")[0] for line in out.splitlines()[1:]] == [
+        str(c["step"]) for c in status["checkpoints"]
+    ]
 
 
 def test_no_machines_of_aws_are_asked_for_where_the_run_is_not_there(
@@ -106,7 +118,9 @@ def test_rows_say_what_is_repeatable_and_how_it_went_this_time(run: Path) -> Non
     assert (attempt.step, attempt.price, attempt.hardware) == (0, 36.0, "CPU, 1 threads")
 
 
-def test_the_price_that_attempts_began_with_is_summed_up(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_price_that_attempts_began_with_is_summed_up(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status = json.loads(answer(capsys, "status", run, "--json")[1])
     assert status["dollars"] == pytest.approx(manifest_of(run).attempts[0].seconds / 100, abs=0.006)
 
@@ -115,7 +129,9 @@ def manifest_of(run: Path) -> RunManifest:
     return RunManifest.from_json((run / states.NAME).read_bytes(), "here")
 
 
-def test_steps_that_came_out_otherwise_are_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_that_came_out_otherwise_are_told(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out = answer(capsys, "status", run)
     assert code == 0
     assert "recheck" not in out
@@ -130,11 +146,16 @@ def test_steps_that_came_out_otherwise_are_told(run: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("age", "here", "expected"), [(59, False, "running"), (61, False, "silent"), (1, True, "lost"), (61, True, "lost")]
+    ("age", "here", "expected"),
+    [(59, False, "running"), (61, False, "silent"), (1, True, "lost"), (61, True, "lost")],
 )
-def test_a_run_whose_owner_fell_silent_is_not_called_running(run: Path, age: float, here: bool, expected: str) -> None:
+def test_a_run_whose_owner_fell_silent_is_not_called_running(
+    run: Path, age: float, here: bool, expected: str
+) -> None:
     manifest = manifest_of(run)
-    owner = manifest.owner if here else replace(manifest.owner, machine="another")  # the one here has ended
+    owner = (
+        manifest.owner if here else replace(manifest.owner, machine="another")
+    )  # the one here has ended
     manifest = replace(manifest, status="running", owner=owner)
     assert describe(manifest, manifest.written + age, None)["status"] == expected
 
@@ -142,8 +163,12 @@ def test_a_run_whose_owner_fell_silent_is_not_called_running(run: Path, age: flo
 def test_however_often_a_run_is_interrupted_its_manifest_stays_small(run: Path) -> None:
     manifest = manifest_of(run)
     for number in range(2000):
-        ended = ("interrupted", "failed", "running")[number % 3]  # the last kind is found to be lost by the next claim
-        manifest = replace(manifest.claimed(manifest.owner, 60.0, float(number)), status=ended).stamped("n", 0.0, 36.0)
+        ended = ("interrupted", "failed", "running")[
+            number % 3
+        ]  # the last kind is found to be lost by the next claim
+        manifest = replace(
+            manifest.claimed(manifest.owner, 60.0, float(number)), status=ended
+        ).stamped("n", 0.0, 36.0)
     first = manifest_of(run).attempts[0]
     assert len(manifest.to_json()) < 30_000
     assert [attempt.started for attempt in manifest.attempts] == list(range(1900, 2000))
@@ -162,10 +187,17 @@ def test_a_rollback_forgets_what_came_after(
     )
     assert (run / "manifest.json").read_bytes() == end
     assert answer(capsys, "rollback", run, "--to", 33)[0] == 0
-    assert answer(capsys, "rollback", run, "--to", 33) == (0, f"{run} is at step 33, its last; nothing is changed\n")
+    assert answer(capsys, "rollback", run, "--to", 33) == (
+        0,
+        f"{run} is at step 33, its last; nothing is changed\n",
+    )
     assert len(list(run.glob("ckpt/*"))) == 2
     manifest = RunManifest.from_json((run / "manifest.json").read_bytes(), "here")
-    assert (manifest.status, manifest.checkpoints[-1].progress.step, manifest.result) == ("interrupted", 33, {})
+    assert (manifest.status, manifest.checkpoints[-1].progress.step, manifest.result) == (
+        "interrupted",
+        33,
+        {},
+    )
     assert [segment.step for segment in manifest.metrics] == [11, 22, 33]
     again = Training(Job(trained[0], str(run), str(tmp_path), settings=SETTINGS))
     assert again.end() == 0, again.output
@@ -228,7 +260,10 @@ def test_verify_finds_a_name_where_runs_and_where_datasets_lie(
         code, out = answer(capsys, "verify", name, "--bucket", bucket)
         assert (code, f"{name}: whole; " in out) == (0, True), out
     code, out = answer(capsys, "verify", "three", "--bucket", bucket)
-    assert (code, f"there is no dataset and no run at {bucket}/datasets/three or {bucket}/runs/three" in out) == (
+    assert (
+        code,
+        f"there is no dataset and no run at {bucket}/datasets/three or {bucket}/runs/three" in out,
+    ) == (
         1,
         True,
     )
@@ -242,7 +277,10 @@ def test_an_export_is_readable_as_other_files_are(
 ) -> None:
     file = tmp_path / "out" / "x.safetensors"
     code, out = answer(capsys, "export", run, "--to", file)
-    assert (code, f"--to {file}: there is no folder {file.parent}; make it first" in out) == (2, True), out
+    assert (code, f"--to {file}: there is no folder {file.parent}; make it first" in out) == (
+        2,
+        True,
+    ), out
     file.parent.mkdir()
     before = os.umask(0o022)
     try:
@@ -266,7 +304,11 @@ def test_an_export_of_a_missing_checkpoint_names_the_usable_ones(
 
 @pytest.mark.parametrize("kind", ["raw", "ema"])
 def test_timm_loads_an_export_and_it_scores_the_same(
-    run: Path, trained: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+    run: Path,
+    trained: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
 ) -> None:
     file = tmp_path / "weights.safetensors"
     code, out = answer(capsys, "export", run, "--step", 44, "--best", kind, "--to", file)
@@ -281,7 +323,9 @@ def test_timm_loads_an_export_and_it_scores_the_same(
     with torch.inference_mode():
         for batch in Pipeline(split, EvalPlan(len(split), 16), EvalTransform(32, 1.0), 0):
             pixels = ((batch.images / 255 - mean) / std).permute(0, 3, 1, 2)
-            loss += torch.nn.functional.cross_entropy(model(pixels), batch.labels, reduction="sum").item() / len(split)
+            loss += torch.nn.functional.cross_entropy(
+                model(pixels), batch.labels, reduction="sum"
+            ).item() / len(split)
     result = json.loads((run / "manifest.json").read_text())["result"]
     assert loss == pytest.approx(result["val/loss" + ("_ema" if kind == "ema" else "")], rel=1e-4)
 
@@ -296,7 +340,10 @@ def changed(manifest: Path, change: Callable[[dict[str, Any]], object]) -> bytes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(kind="mlflow"), "is not a wds-train run manifest; choose another run name"),
+        (
+            lambda m: m.update(kind="mlflow"),
+            "is not a wds-train run manifest; choose another run name",
+        ),
         (lambda m: m.update(format=2), "has format 2, this wds-train reads format 1; upgrade it"),
         (
             lambda m: m.update(status="happy"),
@@ -308,7 +355,10 @@ def changed(manifest: Path, change: Callable[[dict[str, Any]], object]) -> bytes
             lambda m: m["recipe"]["model"].update(name="resnet18"),
             "was begun with model.name resnet18, not test_resnet;",
         ),
-        (lambda m: m["dataset"].update(url="/d", fingerprint="f" * 64), "dataset /d (fingerprint ffffffff), not "),
+        (
+            lambda m: m["dataset"].update(url="/d", fingerprint="f" * 64),
+            "dataset /d (fingerprint ffffffff), not ",
+        ),
         (
             lambda m: [c["object"].update(key="../../etc/passwd") for c in m["checkpoints"]],
             "object.key is '../../etc/passwd', not of the form ckpt/",
@@ -316,7 +366,11 @@ def changed(manifest: Path, change: Callable[[dict[str, Any]], object]) -> bytes
     ],
 )
 def test_a_run_that_is_not_ours_is_refused_and_left_alone(
-    run: Path, trained: tuple[str, str], tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+    run: Path,
+    trained: tuple[str, str],
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], object],
+    message: str,
 ) -> None:
     changed(run / "manifest.json", lambda m: m.update(status="interrupted"))
     before = changed(run / "manifest.json", change)
@@ -328,7 +382,9 @@ def test_a_run_that_is_not_ours_is_refused_and_left_alone(
 
 
 @pytest.mark.parametrize("name", ["a b", "-run", "run?", "a*", "r\u00fcn", ".hidden", "x" * 101])
-def test_odd_run_names_are_refused_with_the_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_odd_run_names_are_refused_with_the_rule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     code, out = answer(capsys, "status", tmp_path / name)
     assert (code, out) == (
         2,
@@ -351,6 +407,8 @@ def test_a_manifest_is_its_own_round_trip(run: Path) -> None:
 
 
 @pytest.mark.parametrize("price", ["nan", "inf", "-1", "much"])
-def test_a_price_that_is_none_is_refused(run: Path, capsys: pytest.CaptureFixture[str], price: str) -> None:
+def test_a_price_that_is_none_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], price: str
+) -> None:
     assert main(["status", str(run), f"--price={price}"]) == 2
     assert f"--price: '{price}' is not a number of at least 0" in capsys.readouterr().err

@@ -20,7 +20,9 @@ from wds_train.checkpoint.find import find_run
 from wds_train.storage.embedded import Endpoint
 from wds_train.storage.open import open_store
 
-pytestmark = pytest.mark.skipif("WDS_BOOTSTRAP" not in os.environ, reason="`make bootstrap-test` asks for it")
+pytestmark = pytest.mark.skipif(
+    "WDS_BOOTSTRAP" not in os.environ, reason="`make bootstrap-test` asks for it"
+)
 MORE = " ".join(f"--set {setting}" for setting in [*SETTINGS, "schedule.epochs=60"])
 
 
@@ -36,16 +38,26 @@ def booted(folder: Path, imds: FakeImds, bucket: str) -> tuple[Instance, "subpro
     )
     began = time.monotonic()
     here = {
-        name: value for name, value in os.environ.items() if name != "PATH" and not name.startswith(("AWS_", "WDS_"))
+        name: value
+        for name, value in os.environ.items()
+        if name != "PATH" and not name.startswith(("AWS_", "WDS_"))
     }
-    code, out = instance.bootstrap(WDS_ROOM_GB="1", **here)  # certificates and uv's cache are this machine's
+    code, out = instance.bootstrap(
+        WDS_ROOM_GB="1", **here
+    )  # certificates and uv's cache are this machine's
     assert code == 0, out
     print(f"bootstrap {time.monotonic() - began:.1f} s: {out.strip().splitlines()[-1]}")
     assert instance.calls[-1] == "systemctl enable --now wds-train.service"
     environment = instance.environment(HOME=str(folder), WANDB_MODE="disabled", OMP_NUM_THREADS="1")
     environment["AWS_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]
     # Of AWS, the role alone: no key is in the environment.
-    command = ["bash", "-c", 'set -a; . "$0"; exec "$1"', str(settings), str(instance.code / "infra/run.sh")]
+    command = [
+        "bash",
+        "-c",
+        'set -a; . "$0"; exec "$1"',
+        str(settings),
+        str(instance.code / "infra/run.sh"),
+    ]
     return instance, subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -67,7 +79,10 @@ def test_from_the_bundle_to_a_resumed_training(
                 if line.startswith("epoch   1/") and imds.notice is None:
                     imds.give_notice()
         print(out)
-        assert (service.returncode, [call for call in first.calls if "terminate" in call]) == (0, []), out
+        assert (service.returncode, [call for call in first.calls if "terminate" in call]) == (
+            0,
+            [],
+        ), out
         assert "stopped by the spot notice" in out and "its successor goes on" in out
         stopped = find_run(f"{s3_url}/runs/first")[0].step
         imds.notice = None

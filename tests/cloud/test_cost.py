@@ -48,13 +48,22 @@ def test_the_earlier_project_paid_what_it_said() -> None:
     ],
 )
 def test_the_bottleneck_is_named(change: dict[str, float], bottleneck: str) -> None:
-    assert plan(of_epochs("step", 20), replace(G5, **change), IMAGENET, 1.0, spot=True).bottleneck == bottleneck
+    assert (
+        plan(of_epochs("step", 20), replace(G5, **change), IMAGENET, 1.0, spot=True).bottleneck
+        == bottleneck
+    )
 
 
 def test_phases_are_the_epochs_of_each_size_and_the_validations() -> None:
     planned = plan(preset("quick"), G5, IMAGENET, 1.0, spot=True)
-    sides = [(phase.what, phase.side, phase.images / IMAGENET.train) for phase in planned.phases[:-1]]
-    assert sides == [("training, network", 160, 1), ("training, disk", 160, 12), ("training, disk", 192, 3)]
+    sides = [
+        (phase.what, phase.side, phase.images / IMAGENET.train) for phase in planned.phases[:-1]
+    ]
+    assert sides == [
+        ("training, network", 160, 1),
+        ("training, disk", 160, 12),
+        ("training, disk", 192, 3),
+    ]
     assert planned.phases[-1].images == 16 * IMAGENET.val
 
 
@@ -68,7 +77,9 @@ def test_phases_are_the_epochs_of_each_size_and_the_validations() -> None:
 )
 def test_layers_cost_what_they_cost(setting: ModelRecipe, slower: float) -> None:
     plain = plan(preset("step"), MACHINES["g6.12xlarge"], IMAGENET, 0, spot=True)
-    with_layers = plan(replace(preset("step"), model=setting), MACHINES["g6.12xlarge"], IMAGENET, 0, spot=True)
+    with_layers = plan(
+        replace(preset("step"), model=setting), MACHINES["g6.12xlarge"], IMAGENET, 0, spot=True
+    )
     assert with_layers.phases[0].seconds == pytest.approx(slower * plain.phases[0].seconds)
 
 
@@ -77,20 +88,31 @@ def test_what_costs_besides_the_hours() -> None:
     requests = 90 * IMAGENET.val / 20 + IMAGENET.train / 20  # every validation, and the first epoch
     storage = 1_331_167 * 115_400 / 1e9 * 0.023 / 720 * free.hours
     assert free.usd == pytest.approx(requests * 4e-7 + storage, rel=1e-6)
-    assert plan(preset("step"), G5, IMAGENET, 2.0, spot=True).usd == pytest.approx(free.usd + 2 * free.hours)
-    assert plan(preset("step"), G5, IMAGENET, 0.0, spot=False).hours < free.hours  # no interruptions
+    assert plan(preset("step"), G5, IMAGENET, 2.0, spot=True).usd == pytest.approx(
+        free.usd + 2 * free.hours
+    )
+    assert (
+        plan(preset("step"), G5, IMAGENET, 0.0, spot=False).hours < free.hours
+    )  # no interruptions
 
 
 def test_a_policy_takes_time_of_the_vcpus() -> None:
     def decode(name: str) -> float:
         data = replace(preset("step").data, auto_augment=name)
-        return plan(replace(preset("step"), data=data), G5, IMAGENET, 1, spot=True).phases[0].rates["decode"]
+        return (
+            plan(replace(preset("step"), data=data), G5, IMAGENET, 1, spot=True)
+            .phases[0]
+            .rates["decode"]
+        )
 
     assert decode("") > decode("original") > decode("rand-m6-mstd0.5-inc1") == decode("rand-m9")
 
 
 def test_smaller_images_are_as_small_as_the_recipe_allows_and_never_larger() -> None:
-    assert shrunk(IMAGENET, preset("strong")) == (256, replace(IMAGENET, bytes=pytest.approx(0.28 * 115_400)))
+    assert shrunk(IMAGENET, preset("strong")) == (
+        256,
+        replace(IMAGENET, bytes=pytest.approx(0.28 * 115_400)),
+    )
     side, images = shrunk(IMAGENET, preset("standard"))  # 256 px of the central .875
     assert side == 293
     assert images.bytes == pytest.approx(0.28 * 115_400 * (293 / 256) ** 2)
@@ -104,7 +126,9 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 def test_a_model_whose_speed_is_not_known_is_refused() -> None:
     other = replace(preset("step"), model=ModelRecipe(name="vit_base_patch16_224"))
-    with pytest.raises(UsageError, match=r"resnet50 and resnet50d alone, not that of model\.name = vit_base"):
+    with pytest.raises(
+        UsageError, match=r"resnet50 and resnet50d alone, not that of model\.name = vit_base"
+    ):
         plan(other, G5, IMAGENET, 1, spot=True)
 
 

@@ -15,7 +15,9 @@ from waiting import wait_until
 
 INFRA = Path(__file__).parents[2] / "infra"
 SETTINGS = "WDS_RUN=first\nWDS_RECIPE=quick\nWDS_BUCKET=s3://b/p\nAWS_REGION=us-east-1\nWDS_LOG=/wds-train/x\n"
-ENDS = "terminate-instance-in-auto-scaling-group --should-decrement-desired-capacity --instance-id i-1"
+ENDS = (
+    "terminate-instance-in-auto-scaling-group --should-decrement-desired-capacity --instance-id i-1"
+)
 
 
 class Instance:
@@ -25,11 +27,18 @@ class Instance:
         self.folder, self.bin, self.code = folder, folder / "bin", folder / "opt/wds-train"
         self.imds = imds
         imds.more |= {"instance-id": "i-1", "tags/instance/aws:autoscaling:groupName": "the-group"}
-        for path in (self.bin, folder / "etc/systemd/system", self.code / "wheels", self.code / ".venv/bin"):
+        for path in (
+            self.bin,
+            folder / "etc/systemd/system",
+            self.code / "wheels",
+            self.code / ".venv/bin",
+        ):
             path.mkdir(parents=True)
         shutil.copytree(INFRA, self.code / "infra")
         (folder / "etc/wds-train.env").write_text(SETTINGS)
-        (folder / "etc/os-release").write_text('PRETTY_NAME="Ubuntu 24.04.1 LTS"\nVERSION_ID="24.04"\n')
+        (folder / "etc/os-release").write_text(
+            'PRETTY_NAME="Ubuntu 24.04.1 LTS"\nVERSION_ID="24.04"\n'
+        )
         self.uv()
         self.stub("nvidia-smi", 'echo "GPU 0: NVIDIA A10G (UUID: x)"')
         self.stub("lsblk", 'echo "/dev/nvme1n1 Amazon EC2 NVMe Instance Storage"')
@@ -45,7 +54,10 @@ class Instance:
     def uv(self, script: str = "") -> None:
         """What the bundle has of uv."""
         with zipfile.ZipFile(self.code / "wheels/uv-1-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("uv-1.data/scripts/uv", f'#!/bin/bash\necho "uv $*" >> {self.folder}/calls\n{script}')
+            wheel.writestr(
+                "uv-1.data/scripts/uv",
+                f'#!/bin/bash\necho "uv $*" >> {self.folder}/calls\n{script}',
+            )
 
     def record(self, name: str, script: str = "") -> None:
         self.stub(name, f'echo "{name} $*" >> {self.folder}/calls\n{script}')
@@ -62,7 +74,9 @@ class Instance:
 
     def bootstrap(self, **more: str) -> tuple[int, str]:
         command = ["bash", str(self.code / "infra/bootstrap.sh"), str(self.folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=self.environment(**more))
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=self.environment(**more)
+        )
         return done.returncode, done.stdout + done.stderr
 
     def start(self, training: str, **more: str) -> "subprocess.Popen[str]":
@@ -71,7 +85,9 @@ class Instance:
             WDS_TRAIN="training", WDS_RUN="first", WDS_RECIPE="quick", WDS_BUCKET="s3://b/p", **more
         )
         command = ["bash", str(self.code / "infra/run.sh")]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def run(self, training: str, **more: str) -> tuple[int, str]:
         with self.start(training, **more) as process:
@@ -101,7 +117,10 @@ def test_a_stock_image_becomes_a_running_service(instance: Instance) -> None:
         ["pip", "install"],
     ]
     assert any("--require-hashes -r requirements.lock" in call for call in instance.calls)
-    assert f"WDS_CACHE={instance.folder}/mnt/nvme\n" in (instance.folder / "etc/wds-train.env").read_text()
+    assert (
+        f"WDS_CACHE={instance.folder}/mnt/nvme\n"
+        in (instance.folder / "etc/wds-train.env").read_text()
+    )
     assert {path.name for path in (instance.folder / "etc/systemd/system").iterdir()} == {
         "wds-train.service",
         "wds-train-give-up.service",
@@ -119,7 +138,10 @@ def test_the_disk_that_the_image_has_mounted_is_used_as_it_is(instance: Instance
     instance.stub("mountpoint", '[[ "$*" == *opt/dlami/nvme ]]')
     assert instance.bootstrap()[0] == 0
     assert not [call for call in instance.calls if call.startswith(("mkfs", "mount"))]
-    assert f"WDS_CACHE={instance.folder}/opt/dlami/nvme\n" in (instance.folder / "etc/wds-train.env").read_text()
+    assert (
+        f"WDS_CACHE={instance.folder}/opt/dlami/nvme\n"
+        in (instance.folder / "etc/wds-train.env").read_text()
+    )
 
 
 def test_without_a_local_disk_s3_is_read_every_time(instance: Instance) -> None:
@@ -131,7 +153,9 @@ def test_without_a_local_disk_s3_is_read_every_time(instance: Instance) -> None:
 
 
 @pytest.mark.parametrize("failures", [2, 99])
-def test_packages_that_do_not_come_are_asked_for_again_for_a_while(instance: Instance, failures: int) -> None:
+def test_packages_that_do_not_come_are_asked_for_again_for_a_while(
+    instance: Instance, failures: int
+) -> None:
     asked = f"grep -c 'pip install.*requirements.lock' {instance.folder}/calls"
     instance.uv(f'[[ "$*" != *requirements.lock ]] || [ "$({asked})" -gt {failures} ] || exit 1\n')
     code, out = instance.bootstrap(WDS_TRY_SECONDS="0")
@@ -139,13 +163,17 @@ def test_packages_that_do_not_come_are_asked_for_again_for_a_while(instance: Ins
         assert code == 0, out
     else:
         assert "the packages cannot be installed, for the reason above; five tries were made" in out
-        assert instance.calls[-1].startswith("aws autoscaling terminate-instance-in-auto-scaling-group")
+        assert instance.calls[-1].startswith(
+            "aws autoscaling terminate-instance-in-auto-scaling-group"
+        )
     assert sum("requirements.lock" in call for call in instance.calls) == min(failures + 1, 5)
 
 
 BROKEN = {
     "wds-train.env is missing": lambda machine: (machine.folder / "etc/wds-train.env").unlink(),
-    "does not set WDS_RUN": lambda machine: (machine.folder / "etc/wds-train.env").write_text("WDS_RECIPE=x\n"),
+    "does not set WDS_RUN": lambda machine: (machine.folder / "etc/wds-train.env").write_text(
+        "WDS_RECIPE=x\n"
+    ),
     "does not set AWS_REGION": lambda machine: (machine.folder / "etc/wds-train.env").write_text(
         SETTINGS.replace("AWS_REGION=us-east-1\n", "")
     ),
@@ -155,7 +183,9 @@ BROKEN = {
     "no x86_64 but aarch64": lambda machine: machine.stub("uname", "echo aarch64"),
     "python3 is older than 3.11": lambda machine: machine.stub("python3", "exit 1"),
     "nvidia-smi finds no GPU": lambda machine: machine.stub("nvidia-smi", "echo failed; exit 9"),
-    "the metadata service tells no instance id": lambda machine: machine.imds.more.pop("instance-id"),
+    "the metadata service tells no instance id": lambda machine: machine.imds.more.pop(
+        "instance-id"
+    ),
     "less than 1000000 GB are free": lambda machine: None,
     "holds no wheel of uv": lambda machine: shutil.rmtree(machine.code / "wheels"),
     "the bootstrap failed at line": lambda machine: machine.stub("mkfs.ext4", "exit 1"),
@@ -163,14 +193,18 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("sentence", BROKEN)
-def test_an_assumption_that_does_not_hold_is_a_sentence_and_the_end(instance: Instance, sentence: str) -> None:
+def test_an_assumption_that_does_not_hold_is_a_sentence_and_the_end(
+    instance: Instance, sentence: str
+) -> None:
     BROKEN[sentence](instance)
     code, out = instance.bootstrap(**({"WDS_ROOM_GB": "1000000"} if "1000000" in sentence else {}))
     assert code != 0
     assert sentence in out
     assert "and no other follows" in out
     assert not [call for call in instance.calls if "systemctl" in call]
-    assert instance.calls[-1].startswith("aws autoscaling terminate-instance-in-auto-scaling-group --should-decrement")
+    assert instance.calls[-1].startswith(
+        "aws autoscaling terminate-instance-in-auto-scaling-group --should-decrement"
+    )
 
 
 @pytest.mark.parametrize("name", ["WDS_ROOM_GB", "WDS_TRY_SECONDS"])
@@ -178,7 +212,9 @@ def test_an_assumption_that_does_not_hold_is_a_sentence_and_the_end(instance: In
 def test_a_number_that_is_none_is_named(instance: Instance, name: str, text: str) -> None:
     code, out = instance.bootstrap(**{name: text})
     assert code != 0
-    assert f"{name} = '{text}' in the environment is not a whole number of at least 0; unset it" in out
+    assert (
+        f"{name} = '{text}' in the environment is not a whole number of at least 0; unset it" in out
+    )
     assert not [call for call in instance.calls if "pip install" in call]
 
 
@@ -193,15 +229,27 @@ def test_a_group_that_cannot_be_told_leaves_the_shutdown(instance: Instance) -> 
 
 @pytest.mark.parametrize(
     ("training", "code", "ends"),
-    [("exit 0", 0, True), ("exit 1", 0, True), ("exit 2", 0, True), ("exit 75", 75, False), ("kill -9 $$", 75, False)],
+    [
+        ("exit 0", 0, True),
+        ("exit 1", 0, True),
+        ("exit 2", 0, True),
+        ("exit 75", 75, False),
+        ("kill -9 $$", 75, False),
+    ],
 )
-def test_what_the_end_of_a_training_means(instance: Instance, training: str, code: int, ends: bool) -> None:
+def test_what_the_end_of_a_training_means(
+    instance: Instance, training: str, code: int, ends: bool
+) -> None:
     assert instance.run(training)[0] == code
-    assert [call for call in instance.calls if call.startswith("aws")] == [f"aws autoscaling {ENDS}"] * ends
+    assert [call for call in instance.calls if call.startswith("aws")] == [
+        f"aws autoscaling {ENDS}"
+    ] * ends
 
 
 @pytest.mark.parametrize("code", [75, 0, 1])
-def test_after_a_notice_the_instance_stays_down_and_a_successor_is_wished_for(instance: Instance, code: int) -> None:
+def test_after_a_notice_the_instance_stays_down_and_a_successor_is_wished_for(
+    instance: Instance, code: int
+) -> None:
     instance.imds.give_notice()
     assert instance.run(f"exit {code}")[0] == 0
     assert not [call for call in instance.calls if "terminate" in call]
@@ -211,7 +259,10 @@ def test_a_group_that_ends_the_instance_is_told_when_it_may(instance: Instance) 
     instance.imds.more["autoscaling/target-lifecycle-state"] = "Terminated"
     assert instance.run("exit 75")[0] == 0
     (call,) = [call for call in instance.calls if call.startswith("aws")]
-    assert "complete-lifecycle-action --lifecycle-hook-name commit --lifecycle-action-result CONTINUE" in call
+    assert (
+        "complete-lifecycle-action --lifecycle-hook-name commit --lifecycle-action-result CONTINUE"
+        in call
+    )
     assert call.endswith("--auto-scaling-group-name the-group --instance-id i-1")
 
 
@@ -247,7 +298,9 @@ def test_sigterm_reaches_the_training_and_its_exit_code_counts(instance: Instanc
 
 def test_the_wandb_key_goes_into_the_environment_alone(instance: Instance) -> None:
     instance.record("aws", '[ "$1" != secretsmanager ] || echo the-key')
-    code, out = instance.run('[ "$WANDB_API_KEY" = the-key ] || exit 75', WDS_WANDB_SECRET="arn:aws:x")
+    code, out = instance.run(
+        '[ "$WANDB_API_KEY" = the-key ] || exit 75', WDS_WANDB_SECRET="arn:aws:x"
+    )
     assert (code, "the-key" in out) == (0, False)
     instance.record("aws", "exit 1")
     code, out = instance.run('[ -z "${WANDB_API_KEY:-}" ] && exit 75', WDS_WANDB_SECRET="arn:aws:x")

@@ -49,12 +49,25 @@ class Cloud:
         self._folder, self._imds, self._count = folder, imds, 0
 
     def launch(self) -> None:
-        arguments = ["--recipe", "digits", "--dataset", "small", "--max-hours", "5", "--region", "us-east-1"]
-        assert main(["launch", "first", "--bucket", self.bucket, *arguments, "--arguments", MORE]) == 0
+        arguments = [
+            "--recipe",
+            "digits",
+            "--dataset",
+            "small",
+            "--max-hours",
+            "5",
+            "--region",
+            "us-east-1",
+        ]
+        assert (
+            main(["launch", "first", "--bucket", self.bucket, *arguments, "--arguments", MORE]) == 0
+        )
 
     def group(self) -> tuple[int, list[str]]:
         """How many instances it wishes for, and those that it has."""
-        (found,) = self.aws.client("autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"]
+        (found,) = self.aws.client("autoscaling").describe_auto_scaling_groups()[
+            "AutoScalingGroups"
+        ]
         return found["DesiredCapacity"], [each["InstanceId"] for each in found["Instances"]]
 
     def boot(self) -> Instance:
@@ -63,7 +76,10 @@ class Cloud:
         self._count += 1
         self._imds.notice = None
         instance = Instance(self._folder / f"{self._count}", self._imds)
-        self._imds.more |= {"instance-id": name, "tags/instance/aws:autoscaling:groupName": stacks.name_of("first")}
+        self._imds.more |= {
+            "instance-id": name,
+            "tags/instance/aws:autoscaling:groupName": stacks.name_of("first"),
+        }
         return instance
 
     def start(self, instance: Instance, training: str = "") -> "subprocess.Popen[str]":
@@ -71,14 +87,31 @@ class Cloud:
         values = stacks.parameters(stacks.existing(self.aws, "first"))
         (instance.folder / "train.py").write_text(TRAIN)
         real = f'exec {sys.executable} {instance.folder}/train.py "$@"'
-        environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "WDS_", "OMP_"))}
-        environment |= {"WDS_RUN": values["Run"], "WDS_RECIPE": values["Recipe"], "WDS_ARGUMENTS": values["Arguments"]}
-        environment |= {"WDS_BUCKET": f"s3://{values['Bucket']}/{values['Prefix']}", "WANDB_MODE": "disabled"}
-        environment |= {"WDS_HOME": str(instance.folder), "PYTHONPATH": str(INFRA.parent), "WDS_TRAIN": "training"}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("AWS_", "WDS_", "OMP_"))
+        }
+        environment |= {
+            "WDS_RUN": values["Run"],
+            "WDS_RECIPE": values["Recipe"],
+            "WDS_ARGUMENTS": values["Arguments"],
+        }
+        environment |= {
+            "WDS_BUCKET": f"s3://{values['Bucket']}/{values['Prefix']}",
+            "WANDB_MODE": "disabled",
+        }
+        environment |= {
+            "WDS_HOME": str(instance.folder),
+            "PYTHONPATH": str(INFRA.parent),
+            "WDS_TRAIN": "training",
+        }
         instance.stub("training", training or real)
         command = ["bash", str(instance.code / "infra/run.sh")]
         environment |= instance.environment()
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def attempt(self, instance: Instance, training: str = "") -> tuple[int, str]:
         with self.start(instance, training) as service:
@@ -89,11 +122,15 @@ class Cloud:
     def heed(self, instance: Instance) -> None:
         """Do what the instance asked of its group."""
         for call in instance.calls:
-            found = re.fullmatch(r"aws autoscaling terminate-instance-in-auto-scaling-group (.*)", call)
+            found = re.fullmatch(
+                r"aws autoscaling terminate-instance-in-auto-scaling-group (.*)", call
+            )
             if found:
                 decrements, _, name = shlex.split(found[1])
                 self.aws.client("autoscaling").terminate_instance_in_auto_scaling_group(
-                    InstanceId=name, ShouldDecrementDesiredCapacity=decrements == "--should-decrement-desired-capacity"
+                    InstanceId=name,
+                    ShouldDecrementDesiredCapacity=decrements
+                    == "--should-decrement-desired-capacity",
                 )
 
     def take(self) -> None:
@@ -105,12 +142,18 @@ class Cloud:
         """Carry out what the group has scheduled."""
         scaling = self.aws.client("autoscaling")
         for each in scaling.describe_scheduled_actions()["ScheduledUpdateGroupActions"]:
-            sizes: dict[str, Any] = {name: each[name] for name in ("MinSize", "MaxSize", "DesiredCapacity")}
-            scaling.update_auto_scaling_group(AutoScalingGroupName=each["AutoScalingGroupName"], **sizes)
+            sizes: dict[str, Any] = {
+                name: each[name] for name in ("MinSize", "MaxSize", "DesiredCapacity")
+            }
+            scaling.update_auto_scaling_group(
+                AutoScalingGroupName=each["AutoScalingGroupName"], **sizes
+            )
 
 
 @pytest.fixture
-def cloud(imds: FakeImds, s3_url: str, small: str, tmp_path: Path, aws_env: pytest.MonkeyPatch) -> Iterator[Cloud]:
+def cloud(
+    imds: FakeImds, s3_url: str, small: str, tmp_path: Path, aws_env: pytest.MonkeyPatch
+) -> Iterator[Cloud]:
     aws_env.setenv("AWS_ENDPOINT_URL_S3", os.environ["AWS_ENDPOINT_URL"])
     aws_env.delenv("AWS_ENDPOINT_URL")
     aws_env.setattr(looks, "IMAGE", "/image")
@@ -128,7 +171,9 @@ def cloud(imds: FakeImds, s3_url: str, small: str, tmp_path: Path, aws_env: pyte
         yield cloud
 
 
-def test_from_the_launch_over_an_interruption_to_a_group_of_none(cloud: Cloud, imds: FakeImds, tmp_path: Path) -> None:
+def test_from_the_launch_over_an_interruption_to_a_group_of_none(
+    cloud: Cloud, imds: FakeImds, tmp_path: Path
+) -> None:
     cloud.launch()
     first = cloud.boot()
     with cloud.start(first) as service:
@@ -137,11 +182,16 @@ def test_from_the_launch_over_an_interruption_to_a_group_of_none(cloud: Cloud, i
             out += line
             if line.startswith("epoch   1/"):
                 imds.give_notice()
-    assert (service.returncode, [call for call in first.calls if "terminate" in call]) == (0, []), out
+    assert (service.returncode, [call for call in first.calls if "terminate" in call]) == (0, []), (
+        out
+    )
     assert "stopped by the spot notice" in out
     assert "its successor goes on" in out
     stopped = find_run(cloud.run)[0]
-    assert (stopped.status, 0 < stopped.step < stopped.settings.schedule.epochs * 11) == ("interrupted", True)
+    assert (stopped.status, 0 < stopped.step < stopped.settings.schedule.epochs * 11) == (
+        "interrupted",
+        True,
+    )
 
     gone = cloud.group()[1]
     cloud.take()
@@ -161,7 +211,9 @@ def test_from_the_launch_over_an_interruption_to_a_group_of_none(cloud: Cloud, i
 def test_what_cannot_succeed_ends_with_a_group_of_none(cloud: Cloud) -> None:
     cloud.launch()
     # A fatal error, of a real training: the stack names a recipe that there is not.
-    code, out = cloud.attempt(cloud.boot(), f'exec {sys.executable} -m wds_train.cli "$@" --set nothing=1')
+    code, out = cloud.attempt(
+        cloud.boot(), f'exec {sys.executable} -m wds_train.cli "$@" --set nothing=1'
+    )
     assert (code, cloud.group()) == (0, (0, [])), out
     assert f"exit code {UsageError.exit_code}" in out
 
@@ -171,7 +223,9 @@ def test_what_cannot_succeed_ends_with_a_group_of_none(cloud: Cloud) -> None:
     for _ in range(int(starts)):
         assert cloud.attempt(looping, "kill -9 $$")[0] == Interrupted.exit_code
         assert cloud.group()[0] == 1
-    give_up = unit(unit("wds-train.service", "OnFailure"), "ExecStart").replace("/opt/wds-train", str(looping.code))
+    give_up = unit(unit("wds-train.service", "OnFailure"), "ExecStart").replace(
+        "/opt/wds-train", str(looping.code)
+    )
     subprocess.run(shlex.split(give_up), env=looping.environment(), check=True)
     cloud.heed(looping)
     assert cloud.group() == (0, [])

@@ -41,14 +41,21 @@ def test_one_plan_as_json_and_in_words(capsys: pytest.CaptureFixture[str]) -> No
     assert found["resize_shorter"]["px"] == 256
     assert found["resize_shorter"]["usd"] < 0.95 * found["usd"] < found["usd_on_demand"]
     _, words, _ = told(capsys, *chosen)
-    for each in (f"hours      {found['hours']:.1f}", "waits for  decode", "arXiv:2110.00476", "--resize-shorter 256: "):
+    for each in (
+        f"hours      {found['hours']:.1f}",
+        "waits for  decode",
+        "arXiv:2110.00476",
+        "--resize-shorter 256: ",
+    ):
         assert each in words
     assert (
         "--resize-shorter" not in told(capsys, "--recipe", "step", "--instance", "g5.2xlarge")[1]
     )  # waits for the GPU
 
 
-def test_the_table_is_sorted_and_marks_the_best(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_table_is_sorted_and_marks_the_best(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     code, out, err = told(capsys, "--out", str(tmp_path / "front.png"))
     assert code == 0
     assert "prices of late 2025, us-east-1: no AWS credentials were found" in err
@@ -67,7 +74,9 @@ def test_the_dataset_that_is_given_is_the_one_that_is_planned_for(
     capsys: pytest.CaptureFixture[str], digits: Dataset
 ) -> None:
     url = digits.store.url
-    _, out, _ = told(capsys, "--recipe", "digits", "--instance", "g5.2xlarge", "--dataset", url, "--json")
+    _, out, _ = told(
+        capsys, "--recipe", "digits", "--instance", "g5.2xlarge", "--dataset", url, "--json"
+    )
     *_, validation = json.loads(out)["phases"]
     assert validation["images"] == preset("digits").schedule.epochs * len(digits.split("val"))
 
@@ -75,7 +84,10 @@ def test_the_dataset_that_is_given_is_the_one_that_is_planned_for(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--instance", "g5.2xlrge"], "there is no instance 'g5.2xlrge' in the plan's table; did you mean g5.2xlarge"),
+        (
+            ["--instance", "g5.2xlrge"],
+            "there is no instance 'g5.2xlrge' in the plan's table; did you mean g5.2xlarge",
+        ),
         (["--recipe", "imagnet"], "there is no recipe 'imagnet'"),
         (["--set", "batch=4"], "--set needs --recipe"),
         (["--instance", "g5.xlarge"], "there is no price of g5.xlarge; give --spot-price"),
@@ -83,7 +95,9 @@ def test_the_dataset_that_is_given_is_the_one_that_is_planned_for(
         (["--recipe", "step", "--set", "model.name=resnet18"], "not that of model.name = resnet18"),
     ],
 )
-def test_what_cannot_be_planned_is_said(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_what_cannot_be_planned_is_said(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     code, out, err = told(capsys, *arguments)
     assert (code, out) == (2, "")
     assert message in err
@@ -110,15 +124,29 @@ def test_the_spot_price_is_that_of_the_cheapest_or_dearest_zone(
 
     client = boto3.client("ec2", "us-east-1", aws_access_key_id="x", aws_secret_access_key="x")
     entries = [
-        {"InstanceType": name, "SpotPrice": price, "AvailabilityZone": place, "Timestamp": datetime.now(UTC)}
-        for name, price, place in (("g5.xlarge", "0.3", "a"), ("g5.xlarge", "0.2", "b"), ("g6.xlarge", "0.4", "a"))
+        {
+            "InstanceType": name,
+            "SpotPrice": price,
+            "AvailabilityZone": place,
+            "Timestamp": datetime.now(UTC),
+        }
+        for name, price, place in (
+            ("g5.xlarge", "0.3", "a"),
+            ("g5.xlarge", "0.2", "b"),
+            ("g6.xlarge", "0.4", "a"),
+        )
     ]
     with Stubber(client) as stub:
         stub.add_response("describe_spot_price_history", {"SpotPriceHistory": entries})
-        assert spot_prices(["g5.xlarge", "g6.xlarge"], client, zone) == {"g5.xlarge": usd, "g6.xlarge": 0.4}
+        assert spot_prices(["g5.xlarge", "g6.xlarge"], client, zone) == {
+            "g5.xlarge": usd,
+            "g6.xlarge": 0.4,
+        }
 
 
-def test_an_aws_that_refuses_leaves_the_table(capsys: pytest.CaptureFixture[str], aws_env: pytest.MonkeyPatch) -> None:
+def test_an_aws_that_refuses_leaves_the_table(
+    capsys: pytest.CaptureFixture[str], aws_env: pytest.MonkeyPatch
+) -> None:
     aws_env.setenv("AWS_ACCESS_KEY_ID", "x")
     aws_env.setenv("AWS_SECRET_ACCESS_KEY", "x")
     aws_env.setenv("AWS_ENDPOINT_URL_EC2", "http://127.0.0.1:9")
@@ -132,12 +160,20 @@ def test_what_was_measured_here_counts_for_like_machines() -> None:
     machines = [MACHINES[name] for name in ("g6.2xlarge", "g6e.2xlarge", "p4d.24xlarge")]
     l4, l40s, a100 = calibrated(machines, 0.5, "NVIDIA L40S", 1234.0)
     assert [each.core for each in (l4, l40s, a100)] == [0.5] * 3
-    assert [each.gpu_rate for each in (l4, l40s, a100)] == [GPU_RATES["L4"], 1234.0, GPU_RATES["A100"]]
+    assert [each.gpu_rate for each in (l4, l40s, a100)] == [
+        GPU_RATES["L4"],
+        1234.0,
+        GPU_RATES["A100"],
+    ]
     assert calibrated(machines, 0.5, "NVIDIA A100-SXM4-40GB", 2000.0)[2].gpu_rate == 2000.0
-    assert [each.gpu_rate for each in calibrated(machines, 0.5, "", None)] == [each.gpu_rate for each in machines]
+    assert [each.gpu_rate for each in calibrated(machines, 0.5, "", None)] == [
+        each.gpu_rate for each in machines
+    ]
 
 
-def test_calibration_measures_this_machine(capsys: pytest.CaptureFixture[str], aws_env: pytest.MonkeyPatch) -> None:
+def test_calibration_measures_this_machine(
+    capsys: pytest.CaptureFixture[str], aws_env: pytest.MonkeyPatch
+) -> None:
     aws_env.setattr("benchmarks.decode_rates.REPEATS", 1)
     aws_env.setattr("benchmarks.decode_rates.PASS_SAMPLES", 10)
     chosen = ("--recipe", "strong", "--instance", "g5.2xlarge", "--json")
@@ -146,11 +182,16 @@ def test_calibration_measures_this_machine(capsys: pytest.CaptureFixture[str], a
     share = float(err.split("a core is ")[1].split()[0])
     after = json.loads(out)["phases"][0]["rates"]
     assert code == 0
-    assert after["decode"] / before["decode"] == pytest.approx(share / MACHINES["g5.2xlarge"].core, rel=0.02)
+    assert after["decode"] / before["decode"] == pytest.approx(
+        share / MACHINES["g5.2xlarge"].core, rel=0.02
+    )
 
 
 def test_the_best_have_an_accuracy() -> None:
     machine, images = MACHINES["g5.2xlarge"], Images(1000, 100, 1e5)
     price = quotes([machine], {}, 0.5)[machine.type]
-    rows = [row(PRESETS[name], PRESETS[name].recipe, machine, images, price) for name in ("digits", "quick", "strong")]
+    rows = [
+        row(PRESETS[name], PRESETS[name].recipe, machine, images, price)
+        for name in ("digits", "quick", "strong")
+    ]
     assert [each.plan.recipe for each in best(rows)] == ["quick", "strong"]

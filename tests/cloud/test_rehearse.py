@@ -14,9 +14,15 @@ def test_a_notice_a_commit_and_a_replacement_that_goes_on(aws_env: pytest.Monkey
     command = [sys.executable, "-m", "wds_train.cli", "rehearse"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    order = re.findall(r"^notice|stopped by the spot notice at step \d+|^resuming at step \d+", done.stderr, re.M)
+    order = re.findall(
+        r"^notice|stopped by the spot notice at step \d+|^resuming at step \d+", done.stderr, re.M
+    )
     step = int(order[1].rpartition(" ")[2])
-    assert order == ["notice", f"stopped by the spot notice at step {step}", f"resuming at step {step}"]
+    assert order == [
+        "notice",
+        f"stopped by the spot notice at step {step}",
+        f"resuming at step {step}",
+    ]
     commit, gone, first = re.findall(r"([\d.]+) s", done.stdout)
     assert f"at step {step}" in done.stdout
     assert f"start to step {step + 1}" in re.sub(" +", " ", done.stdout)
@@ -24,7 +30,9 @@ def test_a_notice_a_commit_and_a_replacement_that_goes_on(aws_env: pytest.Monkey
     assert float(first) > 0
 
 
-def test_nothing_stays_of_a_rehearsal_that_is_ended(aws_env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_stays_of_a_rehearsal_that_is_ended(
+    aws_env: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "wds_train.cli", "rehearse"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as rehearsal:

@@ -24,14 +24,20 @@ def shipped(logs: Any) -> list[str]:
     return [each["message"] for each in logs.filter_log_events(logGroupName="group")["events"]]
 
 
-def test_all_lines_arrive_in_order_and_pass_on(logs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_lines_arrive_in_order_and_pass_on(
+    logs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [f"line {number}" for number in range(450)]
-    ship(io.StringIO("\n".join([*lines, "", "x" * 2000])), Shipper(logs, "group", "i-1"), every=0.01)
+    ship(
+        io.StringIO("\n".join([*lines, "", "x" * 2000])), Shipper(logs, "group", "i-1"), every=0.01
+    )
     assert shipped(logs) == [*lines, " ", "x" * LONGEST]  # CloudWatch takes no empty one
     assert capsys.readouterr().out.splitlines() == [*lines, "", "x" * 2000]
 
 
-def test_what_fails_is_sent_again_and_too_much_is_left_out(logs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fails_is_sent_again_and_too_much_is_left_out(
+    logs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     shipper = Shipper(logs, "group", "i-1")
     for number in range(KEPT + 3):
         shipper.add(f"{number}")
@@ -44,5 +50,7 @@ def test_what_fails_is_sent_again_and_too_much_is_left_out(logs: Any, capsys: py
     logs.create_log_stream(logGroupName="group", logStreamName="i-1")
     shipper.flush()
     assert shipper.lost == 3
-    found = logs.get_log_events(logGroupName="group", logStreamName="i-1", startFromHead=True)["events"]
+    found = logs.get_log_events(logGroupName="group", logStreamName="i-1", startFromHead=True)[
+        "events"
+    ]
     assert found[0]["message"] == "3"

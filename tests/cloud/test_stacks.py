@@ -80,12 +80,15 @@ def order(aws: Aws, tmp_path: Path, aws_env: pytest.MonkeyPatch) -> Order:
     aws.client("s3").create_bucket(Bucket=bucket)
     splits = {
         name: Split(
-            (Shard(f"{name}/shard-000000.tar", 10**9, 10_000, "0" * 64),), Index(f"{name}/i.parquet", 1, "0" * 64)
+            (Shard(f"{name}/shard-000000.tar", 10**9, 10_000, "0" * 64),),
+            Index(f"{name}/i.parquet", 1, "0" * 64),
         )
         for name in ("train", "val")
     }
     manifest = DatasetManifest((ClassInfo("a", "a"), ClassInfo("b", "b")), splits, "made", 0, {})
-    aws.client("s3").put_object(Bucket=bucket, Key="p/datasets/quick/manifest.json", Body=manifest.to_json())
+    aws.client("s3").put_object(
+        Bucket=bucket, Key="p/datasets/quick/manifest.json", Body=manifest.to_json()
+    )
     (tmp_path / "stack.json").write_text(for_moto())
     aws_env.setattr(stacks, "TEMPLATE", tmp_path / "stack.json")
     return Order(bucket, "p/", "first", preset("quick"), f"s3://{bucket}/p/datasets/quick", "small")
@@ -93,7 +96,19 @@ def order(aws: Aws, tmp_path: Path, aws_env: pytest.MonkeyPatch) -> Order:
 
 def launch(order: Order, *more: str) -> int:
     place = f"s3://{order.bucket}/{order.prefix}"
-    return main(["launch", order.run, "--bucket", place, "--recipe", "quick", "--region", "us-east-1", *more])
+    return main(
+        [
+            "launch",
+            order.run,
+            "--bucket",
+            place,
+            "--recipe",
+            "quick",
+            "--region",
+            "us-east-1",
+            *more,
+        ]
+    )
 
 
 @pytest.fixture
@@ -110,7 +125,9 @@ def group(aws: Aws) -> dict[str, Any]:
     return found
 
 
-def test_a_launch_makes_the_stack_sets_its_end_and_then_wishes_for_one(aws: Aws, order: Order, code: None) -> None:
+def test_a_launch_makes_the_stack_sets_its_end_and_then_wishes_for_one(
+    aws: Aws, order: Order, code: None
+) -> None:
     assert launch(order, "--max-hours", "5", "--arguments", "--price 0.4") == 0
     assert (group(aws)["DesiredCapacity"], len(group(aws)["Instances"])) == (1, 1)
     (end,) = aws.client("autoscaling").describe_scheduled_actions()["ScheduledUpdateGroupActions"]
@@ -142,17 +159,22 @@ def test_a_check_makes_nothing(
     ):
         assert f"\n{word}" in f"\n{out}"
     assert aws.client("cloudformation").list_stacks()["StackSummaries"] == []
-    assert [each["Key"] for each in aws.client("s3").list_objects_v2(Bucket=order.bucket)["Contents"]] == [
-        "p/datasets/quick/manifest.json"
-    ]
+    assert [
+        each["Key"] for each in aws.client("s3").list_objects_v2(Bucket=order.bucket)["Contents"]
+    ] == ["p/datasets/quick/manifest.json"]
 
 
 def test_a_bucket_that_is_not_there_yet_is_made_and_nothing_started(
     aws: Aws, order: Order, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fresh = Order(f"{order.bucket}-new", *(order.prefix, order.run, order.recipe, order.dataset, order.size))
+    fresh = Order(
+        f"{order.bucket}-new", *(order.prefix, order.run, order.recipe, order.dataset, order.size)
+    )
     assert launch(fresh) == 2
-    assert "does not exist; correct the name, or make it with --create-bucket" in capsys.readouterr().err
+    assert (
+        "does not exist; correct the name, or make it with --create-bucket"
+        in capsys.readouterr().err
+    )
     assert launch(fresh, "--create-bucket") == 0
     assert "now the images: make shards" in capsys.readouterr().out
     assert group(aws)["DesiredCapacity"] == 0
@@ -165,14 +187,20 @@ def test_a_bucket_that_is_not_there_yet_is_made_and_nothing_started(
 
 
 def test_stop_launch_again_and_destroy(
-    aws: Aws, order: Order, code: None, capsys: pytest.CaptureFixture[str], aws_env: pytest.MonkeyPatch
+    aws: Aws,
+    order: Order,
+    code: None,
+    capsys: pytest.CaptureFixture[str],
+    aws_env: pytest.MonkeyPatch,
 ) -> None:
     aws_env.setattr("sys.stdin", io.StringIO("another\n"))
     assert launch(order) == 0
     assert main(["stop", "first", "--region", "us-east-1"]) == 0
     assert (group(aws)["DesiredCapacity"], group(aws)["Instances"]) == (0, [])
     # As the scheduled end leaves it:
-    aws.client("autoscaling").update_auto_scaling_group(AutoScalingGroupName="wds-train-first", MaxSize=0)
+    aws.client("autoscaling").update_auto_scaling_group(
+        AutoScalingGroupName="wds-train-first", MaxSize=0
+    )
     assert launch(order) == 0
     assert (group(aws)["MaxSize"], group(aws)["DesiredCapacity"]) == (1, 1)
     assert main(["destroy", "first", "--region", "us-east-1"]) == 2  # the answer is another name
@@ -186,11 +214,17 @@ def test_stop_launch_again_and_destroy(
 
 
 def test_a_half_made_stack_without_its_group_is_destroyed(aws: Aws) -> None:
-    stack = {"StackName": "wds-train-first", "StackStatus": "DELETE_FAILED", "CreationTime": datetime.now(UTC)}
+    stack = {
+        "StackName": "wds-train-first",
+        "StackStatus": "DELETE_FAILED",
+        "CreationTime": datetime.now(UTC),
+    }
     with Stubber(aws.client("cloudformation")) as stub:
         stub.add_response("describe_stacks", {"Stacks": [stack]})
         stub.add_response("delete_stack", {}, {"StackName": "wds-train-first"})
-        stub.add_client_error("describe_stacks", "ValidationError", "Stack with id x does not exist")
+        stub.add_client_error(
+            "describe_stacks", "ValidationError", "Stack with id x does not exist"
+        )
         stacks.destroy(aws, "first")
         stub.assert_no_pending_responses()
 
@@ -207,7 +241,10 @@ def test_a_half_made_stack_without_its_group_is_destroyed(aws: Aws) -> None:
         (["--bucket", "s3://bucket/a b"], "may hold letters, digits and ._- alone"),
         (["--bucket", "/local"], "is no s3://BUCKET[/PREFIX]"),
         (["--dataset", "absent"], "there is no dataset at s3://"),
-        (["--region", "eu-west-1"], "and every epoch would be paid for as transfer; launch there: --region us-east-1"),
+        (
+            ["--region", "eu-west-1"],
+            "and every epoch would be paid for as transfer; launch there: --region us-east-1",
+        ),
     ],
 )
 def test_what_cannot_be_launched_is_a_sentence_and_makes_nothing(
@@ -240,7 +277,11 @@ def test_a_quota_of_nothing_is_told_with_what_to_ask_for(aws: Aws, order: Order)
 
 
 def test_a_placement_score_is_told(aws: Aws, order: Order) -> None:
-    assert [line for line in preflight(aws, order).lines if line.startswith("placement   2 of 10; expect to wait")]
+    assert [
+        line
+        for line in preflight(aws, order).lines
+        if line.startswith("placement   2 of 10; expect to wait")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -252,8 +293,14 @@ def test_a_placement_score_is_told(aws: Aws, order: Order) -> None:
         ("UPDATE_IN_PROGRESS", "is being changed"),
     ],
 )
-def test_a_stack_that_is_not_whole_is_refused(aws: Aws, order: Order, status: str, message: str) -> None:
-    stack = {"StackName": "wds-train-first", "StackStatus": status, "CreationTime": datetime.now(UTC)}
+def test_a_stack_that_is_not_whole_is_refused(
+    aws: Aws, order: Order, status: str, message: str
+) -> None:
+    stack = {
+        "StackName": "wds-train-first",
+        "StackStatus": status,
+        "CreationTime": datetime.now(UTC),
+    }
     with Stubber(aws.client("cloudformation")) as stub:
         stub.add_response("describe_stacks", {"Stacks": [stack]})
         (refused,) = preflight(aws, order).refused
@@ -261,21 +308,35 @@ def test_a_stack_that_is_not_whole_is_refused(aws: Aws, order: Order, status: st
 
 
 def test_a_stack_that_fails_is_taken_away_and_its_cause_told(aws: Aws, order: Order) -> None:
-    event = {"ResourceStatus": "CREATE_FAILED", "LogicalResourceId": "Group", "ResourceStatusReason": "no such zone"}
+    event = {
+        "ResourceStatus": "CREATE_FAILED",
+        "LogicalResourceId": "Group",
+        "ResourceStatusReason": "no such zone",
+    }
     event |= {"StackId": "x", "EventId": "x", "StackName": "x", "Timestamp": datetime.now(UTC)}
-    stack = {"StackName": "x", "StackStatus": "ROLLBACK_COMPLETE", "CreationTime": datetime.now(UTC)}
+    stack = {
+        "StackName": "x",
+        "StackStatus": "ROLLBACK_COMPLETE",
+        "CreationTime": datetime.now(UTC),
+    }
     with Stubber(aws.client("cloudformation")) as stub:
-        stub.add_client_error("describe_stacks", "ValidationError", "Stack with id x does not exist")
+        stub.add_client_error(
+            "describe_stacks", "ValidationError", "Stack with id x does not exist"
+        )
         stub.add_response("create_stack", {})
         stub.add_response("describe_stacks", {"Stacks": [stack]})
         stub.add_response("describe_stack_events", {"StackEvents": [event]})
-        with pytest.raises(RunError, match="Group: no such zone; what was made of it is taken away"):
+        with pytest.raises(
+            RunError, match="Group: no such zone; what was made of it is taken away"
+        ):
             stacks.make(aws, "first", {})
 
 
 def test_another_run_of_a_like_name_is_not_touched(aws: Aws, order: Order, code: None) -> None:
     assert launch(order) == 0
-    stack = stacks.existing(aws, "first") | {"Parameters": [{"ParameterKey": "Run", "ParameterValue": "fi.rst"}]}
+    stack = stacks.existing(aws, "first") | {
+        "Parameters": [{"ParameterKey": "Run", "ParameterValue": "fi.rst"}]
+    }
     with Stubber(aws.client("cloudformation")) as stub:
         stub.add_response("describe_stacks", {"Stacks": [stack]})
         with pytest.raises(UsageError, match="choose a run whose name differs"):
@@ -298,15 +359,26 @@ def test_what_the_plan_does_not_know_is_launched_with_a_limit(
 ) -> None:
     unknown = ("--recipe", "small", "--dataset", "quick", "--check")
     assert launch(order, *unknown) == 2
-    assert "the plan does not know the hours; give --max-hours or --max-usd" in capsys.readouterr().err
+    assert (
+        "the plan does not know the hours; give --max-hours or --max-usd" in capsys.readouterr().err
+    )
     assert launch(order, *unknown, "--max-hours", "3") == 0
     assert "the end     3.0 hours from now at the latest" in capsys.readouterr().out
 
 
 def test_what_it_costs_is_reckoned_at_the_dearest_type_and_zone(aws: Aws, order: Order) -> None:
     entries = [
-        {"InstanceType": name, "SpotPrice": usd, "AvailabilityZone": zone, "Timestamp": datetime.now(UTC)}
-        for name, usd, zone in (("p4d.24xlarge", "6", "a"), ("p4d.24xlarge", "9", "b"), ("p4de.24xlarge", "14", "a"))
+        {
+            "InstanceType": name,
+            "SpotPrice": usd,
+            "AvailabilityZone": zone,
+            "Timestamp": datetime.now(UTC),
+        }
+        for name, usd, zone in (
+            ("p4d.24xlarge", "6", "a"),
+            ("p4d.24xlarge", "9", "b"),
+            ("p4de.24xlarge", "14", "a"),
+        )
     ]
     scores = {"SpotPlacementScores": [{"Region": "us-east-1", "Score": 9}]}
     with Stubber(aws.client("ec2")) as stub:
@@ -315,10 +387,14 @@ def test_what_it_costs_is_reckoned_at_the_dearest_type_and_zone(aws: Aws, order:
         assert preflight(aws, replace(order, size="a100")).price == 14
 
 
-def test_without_credentials_one_sentence(aws_env: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_credentials_one_sentence(
+    aws_env: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         aws_env.delenv(name, raising=False)
-    order = Order("some-bucket", "", "first", preset("quick"), "s3://some-bucket/datasets/quick", "small")
+    order = Order(
+        "some-bucket", "", "first", preset("quick"), "s3://some-bucket/datasets/quick", "small"
+    )
     assert launch(order) == 2
     err = capsys.readouterr().err
     assert "account     no AWS credentials were found" in err
@@ -333,26 +409,43 @@ def test_without_credentials_one_sentence(aws_env: pytest.MonkeyPatch, capsys: p
 def test_a_right_that_lacks_is_named(aws: Aws) -> None:
     with Stubber(aws.client("cloudformation")) as stub:
         stub.add_client_error(
-            "describe_stacks", "AccessDenied", "not authorized to perform: cloudformation:DescribeStacks"
+            "describe_stacks",
+            "AccessDenied",
+            "not authorized to perform: cloudformation:DescribeStacks",
         )
-        with pytest.raises(AccessDenied, match=r"DescribeStacks was denied .+docs/aws\.md lists the rights"):
+        with pytest.raises(
+            AccessDenied, match=r"DescribeStacks was denied .+docs/aws\.md lists the rights"
+        ):
             stacks.find(aws, "first")
 
 
-def test_what_still_costs_money_is_told(aws: Aws, order: Order, code: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_still_costs_money_is_told(
+    aws: Aws, order: Order, code: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert leftovers(aws) == []
     ec2 = aws.client("ec2")
     tags = [{"Key": "wds-train", "Value": "first"}]
     ec2.run_instances(
-        ImageId=IMAGE, MinCount=1, MaxCount=1, TagSpecifications=[{"ResourceType": "instance", "Tags": tags}]
+        ImageId=IMAGE,
+        MinCount=1,
+        MaxCount=1,
+        TagSpecifications=[{"ResourceType": "instance", "Tags": tags}],
     )
     ec2.create_volume(
-        AvailabilityZone="us-east-1a", Size=7, TagSpecifications=[{"ResourceType": "volume", "Tags": tags}]
+        AvailabilityZone="us-east-1a",
+        Size=7,
+        TagSpecifications=[{"ResourceType": "volume", "Tags": tags}],
     )
     aws.client("s3").put_bucket_tagging(Bucket=order.bucket, Tagging={"TagSet": tags})
     assert launch(order) == 0
     found = leftovers(aws)
-    assert [line.split()[0] for line in found] == ["group", "instance", "instance", "volume", "bucket"]
+    assert [line.split()[0] for line in found] == [
+        "group",
+        "instance",
+        "instance",
+        "volume",
+        "bucket",
+    ]
     assert "make stop RUN=first" in found[0]
     assert re.search(r"\(7 GiB, available\): aws ec2 delete-volume --volume-id vol-", found[3])
 
@@ -383,18 +476,28 @@ def test_a_run_that_waits_for_its_first_instance_has_a_status(
     assert launch(order) == 0
     capsys.readouterr()
     status, out, _ = answer(capsys, *asked)
-    assert (status, out.splitlines()[0]) == (0, f"run      s3://{order.bucket}/p/runs/first: not begun yet")
+    assert (status, out.splitlines()[0]) == (
+        0,
+        f"run      s3://{order.bucket}/p/runs/first: not begun yet",
+    )
     found = json.loads(answer(capsys, *asked, "--json")[1])
     assert (found["status"], found["machines"]) == ("not begun", out.splitlines()[1:])
 
 
-def test_who_does_not_wait_for_the_stack_hears_that_it_goes_on(aws: Aws, order: Order, code: None) -> None:
+def test_who_does_not_wait_for_the_stack_hears_that_it_goes_on(
+    aws: Aws, order: Order, code: None
+) -> None:
     def leave(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     aws.client("cloudformation").get_waiter = lambda _: SimpleNamespace(wait=leave)
     with pytest.raises(Interrupted, match="AWS goes on with the stack wds-train-first by itself"):
-        stacks.make(aws, "first", {"Run": "first"}, '{"Resources": {}, "Parameters": {"Run": {"Type": "String"}}}')
+        stacks.make(
+            aws,
+            "first",
+            {"Run": "first"},
+            '{"Resources": {}, "Parameters": {"Run": {"Type": "String"}}}',
+        )
 
 
 def test_the_machines_are_told_with_what_keeps_them(aws: Aws, order: Order, code: None) -> None:
@@ -402,12 +505,22 @@ def test_the_machines_are_told_with_what_keeps_them(aws: Aws, order: Order, code
         stacks.existing(aws, "first")
     assert stacks.machines(aws, "first") == ["group wds-train-first: there is none in us-east-1"]
     assert launch(order) == 0
-    aws.client("autoscaling").suspend_processes(AutoScalingGroupName="wds-train-first", ScalingProcesses=["Launch"])
-    activity = {"Description": "Launching", "StatusCode": "Failed", "StatusMessage": "no capacity", "ActivityId": "x"}
+    aws.client("autoscaling").suspend_processes(
+        AutoScalingGroupName="wds-train-first", ScalingProcesses=["Launch"]
+    )
+    activity = {
+        "Description": "Launching",
+        "StatusCode": "Failed",
+        "StatusMessage": "no capacity",
+        "ActivityId": "x",
+    }
     activity |= {"AutoScalingGroupName": "x", "Cause": "x", "StartTime": datetime.now(UTC)}
     aws.client("autoscaling").describe_scaling_activities = lambda **_: {"Activities": [activity]}
     state, machine, suspended, failed = stacks.machines(aws, "first")
-    assert re.fullmatch(r"group wds-train-first: 1 wanted, 1 there, none from \d{4}-\d\d-\d\d \d\d:\d\d UTC on", state)
+    assert re.fullmatch(
+        r"group wds-train-first: 1 wanted, 1 there, none from \d{4}-\d\d-\d\d \d\d:\d\d UTC on",
+        state,
+    )
     assert machine.startswith("instance i-")
     assert suspended.startswith("suspended: Launch")
     assert failed == "failed: Launching: no capacity"
@@ -426,11 +539,16 @@ def test_logs_are_those_of_the_newest_instances(
         event = {"timestamp": now + number, "message": f"of {stream}"}
         logs.put_log_events(logGroupName=name, logStreamName=stream, logEvents=[event])
     assert main(["logs", "first", "--region", "us-east-1"]) == 0
-    assert [line.split("  ", 1)[1] for line in capsys.readouterr().out.splitlines()] == ["i-1  of i-1", "i-2  of i-2"]
+    assert [line.split("  ", 1)[1] for line in capsys.readouterr().out.splitlines()] == [
+        "i-1  of i-1",
+        "i-2  of i-2",
+    ]
 
 
 def test_sizes_are_those_of_the_template() -> None:
-    assert {size: set(types) for size, types in SIZES.items()} == {size: instance_types(size) for size in SIZES}
+    assert {size: set(types) for size, types in SIZES.items()} == {
+        size: instance_types(size) for size in SIZES
+    }
     assert set(VCPUS) == set(SIZES)
 
 
@@ -439,13 +557,17 @@ def ends(aws: Aws, folder: Path, running: RunManifest) -> None:
     (gone,) = [each["InstanceId"] for each in group(aws)["Instances"]]
     while [each["InstanceId"] for each in group(aws)["Instances"]] == [gone]:
         time.sleep(0.02)
-    state = Checkpoint(Object("ckpt/000001-000000043-000002.safetensors", 1, "0" * 64), Progress(43), {})
+    state = Checkpoint(
+        Object("ckpt/000001-000000043-000002.safetensors", 1, "0" * 64), Progress(43), {}
+    )
     stopped = replace(running, status="interrupted", checkpoints=(state,), written=time.time())
     claimed = replace(stopped, status="running", fence=2, attempts=(Attempt("two", time.time()),))
     row = (folder / (first := running.metrics[0].object.key)).read_bytes().splitlines()[0]
     row = row.replace(b"1700000060.0", str(time.time() + 5).encode()) + b"\n"
     (folder / (key := first.replace("000001-", "000002-", 1))).write_bytes(row)
-    segment = replace(running.metrics[0], object=Object(key, len(row), hashlib.sha256(row).hexdigest()))
+    segment = replace(
+        running.metrics[0], object=Object(key, len(row), hashlib.sha256(row).hexdigest())
+    )
     for each in (stopped, claimed, replace(claimed, replayed=(segment,))):
         (folder / "new").write_bytes(each.to_json())
         (folder / "new").replace(folder / "manifest.json")
@@ -454,7 +576,11 @@ def ends(aws: Aws, folder: Path, running: RunManifest) -> None:
 
 @pytest.mark.usefixtures("code")
 def test_a_run_on_aws_is_interrupted_once_and_followed_until_steps_go_on(
-    aws: Aws, order: Order, tmp_path: Path, capsys: pytest.CaptureFixture[str], aws_env: pytest.MonkeyPatch
+    aws: Aws,
+    order: Order,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    aws_env: pytest.MonkeyPatch,
 ) -> None:
     aws_env.setattr(interrupt, "POLL_SECONDS", 0.02)
     run, asked = tmp_path / "first", ["rehearse", str(tmp_path / "first"), "--region", "us-east-1"]
@@ -480,5 +606,7 @@ def test_a_run_on_aws_is_interrupted_once_and_followed_until_steps_go_on(
     # Nothing that trains is ended when the run, or the group, says that there is none.
     make_run(run, history_of(2))
     assert "run first is interrupted; only one that trains" in answer(capsys, *asked, "--yes")[2]
-    aws.client("autoscaling").update_auto_scaling_group(AutoScalingGroupName="wds-train-first", DesiredCapacity=0)
+    aws.client("autoscaling").update_auto_scaling_group(
+        AutoScalingGroupName="wds-train-first", DesiredCapacity=0
+    )
     assert "no instance trains first; make status RUN=first" in answer(capsys, *asked, "--yes")[2]

@@ -65,7 +65,12 @@ def instance_types(size: str | None = None) -> set[str]:
 
 def test_the_bucket_is_private_encrypted_versioned_and_kept() -> None:
     bucket, policy = TEMPLATE["Resources"]["Store"], TEMPLATE["Resources"]["StorePolicy"]
-    assert bucket["DeletionPolicy"] == bucket["UpdateReplacePolicy"] == policy["DeletionPolicy"] == "Retain"
+    assert (
+        bucket["DeletionPolicy"]
+        == bucket["UpdateReplacePolicy"]
+        == policy["DeletionPolicy"]
+        == "Retain"
+    )
     assert set(properties("Store")["PublicAccessBlockConfiguration"].values()) == {True}
     assert len(properties("Store")["PublicAccessBlockConfiguration"]) == 4
     assert properties("Store")["VersioningConfiguration"] == {"Status": "Enabled"}
@@ -91,7 +96,11 @@ def test_nothing_comes_in_and_s3_costs_no_gateway() -> None:
     assert endpoint["Properties"]["ServiceName"]["Fn::Sub"].endswith(".s3")
     assert not of_type("AWS::EC2::NatGateway")
     assert not of_type("AWS::EC2::SecurityGroupIngress")
-    assert len(of_type("AWS::EC2::Subnet")) == len(of_type("AWS::EC2::SubnetRouteTableAssociation")) == 6
+    assert (
+        len(of_type("AWS::EC2::Subnet"))
+        == len(of_type("AWS::EC2::SubnetRouteTableAssociation"))
+        == 6
+    )
 
 
 def test_an_instance_tells_its_keys_to_itself_alone_and_leaves_nothing_behind() -> None:
@@ -108,7 +117,9 @@ def test_an_instance_tells_its_keys_to_itself_alone_and_leaves_nothing_behind() 
     assert data["NetworkInterfaces"][0]["DeleteOnTermination"] is True
     assert not {"KeyName", "InstanceMarketOptions"} & set(data)
     for name in ("instance", "volume"):
-        (tags,) = [each["Tags"] for each in data["TagSpecifications"] if each["ResourceType"] == name]
+        (tags,) = [
+            each["Tags"] for each in data["TagSpecifications"] if each["ResourceType"] == name
+        ]
         assert {"Key": "wds-train", "Value": {"Ref": "Run"}} in tags
 
 
@@ -149,7 +160,9 @@ def test_every_type_is_offered_as_spot_with_an_nvidia_gpu_and_a_local_disk(
 def test_the_role_writes_below_its_run_alone_and_only_under_a_condition() -> None:
     found = statements()
     assert {each["Effect"] for each in found.values()} == {"Allow"}
-    writes = {sid: each for sid, each in found.items() if "s3:PutObject" in json.dumps(each["Action"])}
+    writes = {
+        sid: each for sid, each in found.items() if "s3:PutObject" in json.dumps(each["Action"])
+    }
     assert {sid: each["Condition"] for sid, each in writes.items()} == {
         "WriteOnce": {"Null": {"s3:if-none-match": "false"}},
         "Swap": {"Null": {"s3:if-match": "false"}},
@@ -161,7 +174,10 @@ def test_the_role_writes_below_its_run_alone_and_only_under_a_condition() -> Non
         run = "${Prefix}runs/${Run}/"
         assert ends <= {f"{run}ckpt/*", f"{run}metrics/*", f"{run}manifest.json"}
     assert "manifest" not in json.dumps([found["Parts"], found["Remove"]])
-    assert found["List"]["Condition"]["StringLikeIfExists"]["s3:prefix"][1]["Fn::Sub"] == "${Prefix}runs/${Run}/*"
+    assert (
+        found["List"]["Condition"]["StringLikeIfExists"]["s3:prefix"][1]["Fn::Sub"]
+        == "${Prefix}runs/${Run}/*"
+    )
 
 
 def test_the_role_may_do_nothing_to_others() -> None:
@@ -192,28 +208,44 @@ def test_parameters_say_what_they_are_and_what_they_take(name: str) -> None:
         assert "Default" in parameter
 
 
-@pytest.mark.parametrize("text", ["$(reboot)", "`x`", "a'b", 'a"b', "a;b", "a\nb", "a&b", "a|b", "a>b", "~", "*"])
+@pytest.mark.parametrize(
+    "text", ["$(reboot)", "`x`", "a'b", 'a"b', "a;b", "a\nb", "a&b", "a|b", "a>b", "~", "*"]
+)
 def test_no_parameter_of_the_user_data_can_hold_what_a_shell_reads(text: str) -> None:
     script = properties("Template")["LaunchTemplateData"]["UserData"]["Fn::Base64"]["Fn::Sub"]
-    used = {name for name in re.findall(r"\$\{([A-Za-z]\w*)\}", script) if name in TEMPLATE["Parameters"]}
+    used = {
+        name
+        for name in re.findall(r"\$\{([A-Za-z]\w*)\}", script)
+        if name in TEMPLATE["Parameters"]
+    }
     assert {"Run", "Arguments", "CodeSha256"} <= used
     for name in used:
         assert not re.fullmatch(TEMPLATE["Parameters"][name]["AllowedPattern"], text), name
 
 
-def test_the_user_data_is_a_clean_script_that_runs_no_other_code_than_the_stack_names(tmp_path: Path) -> None:
+def test_the_user_data_is_a_clean_script_that_runs_no_other_code_than_the_stack_names(
+    tmp_path: Path,
+) -> None:
     script = properties("Template")["LaunchTemplateData"]["UserData"]["Fn::Base64"]["Fn::Sub"]
     filled = re.sub(r"\$\{[\w:]+\}", "filled", script)
     assert "${" not in filled  # what CloudFormation would fill in, or refuse
     (tmp_path / "user-data.sh").write_text(filled)
-    done = subprocess.run([shellcheck(), str(tmp_path / "user-data.sh")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [shellcheck(), str(tmp_path / "user-data.sh")], capture_output=True, text=True, check=False
+    )
     assert done.stdout == ""
-    assert script.index("sha256sum --check") < script.index("tar --extract") < script.index("exec bash")
+    assert (
+        script.index("sha256sum --check")
+        < script.index("tar --extract")
+        < script.index("exec bash")
+    )
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in INFRA.glob("*.sh")))
 def test_shellcheck_finds_nothing(name: str) -> None:
-    done = subprocess.run([shellcheck(), str(INFRA / name)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [shellcheck(), str(INFRA / name)], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -230,16 +262,25 @@ def test_systemd_finds_nothing(tmp_path: Path) -> None:
         units.append(tmp_path / unit.name)
         units[-1].write_text(unit.read_text().replace("/opt/wds-train", str(INFRA.parent)))
     assert len(units) == 2
-    done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_service_leaves_the_training_its_time_and_ends_a_crash_loop() -> None:
     lines = (INFRA / "wds-train.service").read_text().splitlines()
-    for line in ("KillMode=mixed", "TimeoutStopSec=110", "Restart=on-failure", "OnFailure=wds-train-give-up.service"):
+    for line in (
+        "KillMode=mixed",
+        "TimeoutStopSec=110",
+        "Restart=on-failure",
+        "OnFailure=wds-train-give-up.service",
+    ):
         assert line in lines
     assert "StartLimitBurst=5" in lines
-    assert not [line for line in lines if line.startswith("RuntimeMaxSec")]  # which every start would begin anew
+    assert not [
+        line for line in lines if line.startswith("RuntimeMaxSec")
+    ]  # which every start would begin anew
 
 
 def test_skypilot_goes_on_after_an_interruption_and_uses_no_image_of_its_own() -> None:
@@ -247,10 +288,17 @@ def test_skypilot_goes_on_after_an_interruption_and_uses_no_image_of_its_own() -
     task = yaml.safe_load((INFRA / "sky.yaml").read_text())
     recovery = task["resources"]["job_recovery"]
     assert recovery["strategy"] in ("EAGER_NEXT_REGION", "FAILOVER")
-    assert (recovery["recover_on_exit_codes"], task["resources"]["use_spot"]) == ([Interrupted.exit_code], True)
+    assert (recovery["recover_on_exit_codes"], task["resources"]["use_spot"]) == (
+        [Interrupted.exit_code],
+        True,
+    )
     assert task["resources"]["image_id"].startswith("ami-")
     done = subprocess.run(
-        [shellcheck(), "--shell=bash", "-"], input=task["run"], capture_output=True, text=True, check=False
+        [shellcheck(), "--shell=bash", "-"],
+        input=task["run"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (0, "")
 

@@ -59,8 +59,12 @@ def test_shards_that_one_process_makes_first(
     assert len(found) == 4
 
 
-def test_weights_that_are_not_there(folder: Path, small: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = command(capsys, "eval", f"./{folder.name}/x.safetensors", "--dataset", small, ends="` makes one")
+def test_weights_that_are_not_there(
+    folder: Path, small: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = command(
+        capsys, "eval", f"./{folder.name}/x.safetensors", "--dataset", small, ends="` makes one"
+    )
     assert found == ["wds-train", "export", "RUN", "--to", f"{folder.name}/x.safetensors"]
 
 
@@ -69,7 +73,9 @@ def test_tars_on_s3(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found == ["wds-train", "shards", "index", f"s3://bucket/{folder.name}"]
 
 
-def test_a_run_like_another_without_a_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_like_another_without_a_name(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = command(capsys, "train", "--like", f"./{folder.name}", "--dataset", "x")
     assert found == ["wds-train", "train", "NAME", "--like", f"./{folder.name}"]
 

@@ -28,19 +28,39 @@ MISTAKES = [
     ("train --dataset", 2, "--dataset: expected one argument; see wds-train train --help"),
     ("order", 2, "required: DATASET; see wds-train order --help"),
     ("inspect small medium", 2, "no argument 'medium'; see wds-train inspect --help"),
-    ("eval first --dataset small --tta flop", 2, "--tta: invalid choice: 'flop' (choose from|flip|see wds-train eval"),
+    (
+        "eval first --dataset small --tta flop",
+        2,
+        "--tta: invalid choice: 'flop' (choose from|flip|see wds-train eval",
+    ),
     ("bench decod", 2, "invalid choice: 'decod' (choose from|decode"),
     # Numbers out of their range
-    ("shards photos --hold-out 2", 2, "--hold-out: '2' is not a number of at least 0 and less than 1; see"),
+    (
+        "shards photos --hold-out 2",
+        2,
+        "--hold-out: '2' is not a number of at least 0 and less than 1; see",
+    ),
     ("shards photos --quality 500", 2, "--quality: '500' is not a whole number from 1 to 100; see"),
     ("shards photos --processes 0", 2, "--processes: '0' is not a whole number of at least 1; see"),
     ("shards photos --shard-mb -1", 2, "--shard-mb: '-1' is not a number of more than 0; see"),
-    ("shards photos --max-bad all", 2, "--max-bad: 'all' is not a number of at least 0 and less than 1; see"),
+    (
+        "shards photos --max-bad all",
+        2,
+        "--max-bad: 'all' is not a number of at least 0 and less than 1; see",
+    ),
     ("order small --workers two", 2, "--workers: 'two' is not a whole number of at least 0; see"),
     ("order small --epoch -1", 2, "--epoch: '-1' is not a whole number of at least 0; see"),
-    ("train --commit-minutes nan", 2, "--commit-minutes: 'nan' is not a number of more than 0; see"),
+    (
+        "train --commit-minutes nan",
+        2,
+        "--commit-minutes: 'nan' is not a number of more than 0; see",
+    ),
     ("train --cache-gb inf", 2, "--cache-gb: 'inf' is not a number of more than 0; see"),
-    ("eval first --dataset small --crop 1.5", 2, "--crop: '1.5' is not a number of more than 0 and at most 1; see"),
+    (
+        "eval first --dataset small --crop 1.5",
+        2,
+        "--crop: '1.5' is not a number of more than 0 and at most 1; see",
+    ),
     ("status first --price free", 2, "--price: 'free' is not a number of at least 0; see"),
     ("rollback first --to last", 2, "--to: 'last' is not a whole number of at least 0; see"),
     # Recipes
@@ -48,10 +68,26 @@ MISTAKES = [
     (f"{TRAIN} --set lr=0.1", 2, "--set knows no 'lr'; did you mean optimizer.lr?"),
     (f"{TRAIN} --set optimizer.lr", 2, "--set 'optimizer.lr' must read NAME=VALUE"),
     (f"{TRAIN} --set optimizer.lr=fast", 2, "--set optimizer.lr='fast' is not a number"),
-    (f"{TRAIN} --set optimizer.lr=-1", 2, "optimizer.lr = -1.0 cannot work: it must be a positive number"),
-    (f"{TRAIN} --set schedule.warmup_epochs=3", 2, "schedule.warmup_epochs = 3.0|less than schedule.epochs (1)"),
-    (f"{TRAIN} --set schedule.kind=cosinus", 2, "schedule.kind='cosinus' is none of cosine, linear, step, onecycle"),
-    (f"{TRAIN} --set model.name=resnet5O", 2, "timm has no model 'resnet5O'; did you mean resnet50"),
+    (
+        f"{TRAIN} --set optimizer.lr=-1",
+        2,
+        "optimizer.lr = -1.0 cannot work: it must be a positive number",
+    ),
+    (
+        f"{TRAIN} --set schedule.warmup_epochs=3",
+        2,
+        "schedule.warmup_epochs = 3.0|less than schedule.epochs (1)",
+    ),
+    (
+        f"{TRAIN} --set schedule.kind=cosinus",
+        2,
+        "schedule.kind='cosinus' is none of cosine, linear, step, onecycle",
+    ),
+    (
+        f"{TRAIN} --set model.name=resnet5O",
+        2,
+        "timm has no model 'resnet5O'; did you mean resnet50",
+    ),
     (f"{TRAIN} --set optimizer.name=adamm", 2, "'adamm'|did you mean adam"),
     (f"{TRAIN} --set data.auto_augment=random", 2, "data.auto_augment|'random'|rand-m"),
     (
@@ -64,8 +100,16 @@ MISTAKES = [
         2,
         "16 samples of a batch cannot be cut into 999 micro-batches; give --accumulate a divisor of 16",
     ),
-    (f"{TRAIN} --init best.pt", 1, "no file best.pt; `wds-train export RUN --to best.pt` makes one"),
-    (f"{TRAIN} --init none.safetensors", 1, "no file none.safetensors; `wds-train export RUN --to none.safetensors`"),
+    (
+        f"{TRAIN} --init best.pt",
+        1,
+        "no file best.pt; `wds-train export RUN --to best.pt` makes one",
+    ),
+    (
+        f"{TRAIN} --init none.safetensors",
+        1,
+        "no file none.safetensors; `wds-train export RUN --to none.safetensors`",
+    ),
     (
         f"{TRAIN} --init ./notes.safetensors",
         1,
@@ -74,15 +118,43 @@ MISTAKES = [
     (f"{TRAIN} --mix other", 2, "'other' is not DATASET=SHARE with a share between 0 and 1"),
     (f"{TRAIN} --mix other=0.25", 1, "no dataset at|datasets/other"),
     # Names and addresses
-    (f"train --dataset smal --run new {TINY}", 1, "no dataset at|datasets/smal (|check the address"),
-    (f"train --dataset photos/small --run new {TINY}", 2, "'photos/small'|write ./photos/small, or s3://photos/small"),
-    (f"train --dataset small --run '' {TINY}", 2, "'' cannot be a run's name: use at most 100 letters"),
+    (
+        f"train --dataset smal --run new {TINY}",
+        1,
+        "no dataset at|datasets/smal (|check the address",
+    ),
+    (
+        f"train --dataset photos/small --run new {TINY}",
+        2,
+        "'photos/small'|write ./photos/small, or s3://photos/small",
+    ),
+    (
+        f"train --dataset small --run '' {TINY}",
+        2,
+        "'' cannot be a run's name: use at most 100 letters",
+    ),
     (f"train --dataset small --run my/run {TINY}", 2, "'my/run'|write ./my/run, or s3://my/run"),
     (f"train --dataset small --run 'my run' {TINY}", 2, "'my run' cannot be a run's name: use"),
-    ("train --bucket my-bucket", 2, "--bucket 'my-bucket' names no place; write s3://my-bucket, or ./my-bucket"),
-    ("inspect s3:/bucket/x", 2, "'s3:/bucket/x' is neither an address nor a name; write s3://bucket/x"),
-    ("inspect https://b.s3.eu-west-1.amazonaws.com/x", 2, "is neither an address nor a name; write s3://b/x"),
-    ("inspect gs://bucket/x", 2, "'gs://bucket/x' is neither an address nor a name; it is s3://BUCKET/PREFIX"),
+    (
+        "train --bucket my-bucket",
+        2,
+        "--bucket 'my-bucket' names no place; write s3://my-bucket, or ./my-bucket",
+    ),
+    (
+        "inspect s3:/bucket/x",
+        2,
+        "'s3:/bucket/x' is neither an address nor a name; write s3://bucket/x",
+    ),
+    (
+        "inspect https://b.s3.eu-west-1.amazonaws.com/x",
+        2,
+        "is neither an address nor a name; write s3://b/x",
+    ),
+    (
+        "inspect gs://bucket/x",
+        2,
+        "'gs://bucket/x' is neither an address nor a name; it is s3://BUCKET/PREFIX",
+    ),
     (
         "inspect ./photos",
         1,
@@ -97,8 +169,16 @@ MISTAKES = [
         "small/manifest.json is not a wds-train run manifest; choose another run name",
     ),
     ("export first --to weights.pt", 2, "--to weights.pt must end in .safetensors"),
-    ("export first --to missing/weights.safetensors", 2, "there is no folder missing; make it first"),
-    ("export first --step 5 --to weights.safetensors", 2, "first has no checkpoint of step 5; it has those of 11"),
+    (
+        "export first --to missing/weights.safetensors",
+        2,
+        "there is no folder missing; make it first",
+    ),
+    (
+        "export first --step 5 --to weights.safetensors",
+        2,
+        "first has no checkpoint of step 5; it has those of 11",
+    ),
     ("rollback first --to 5", 2, "first has no checkpoint of step 5; it has those of 11"),
     ("eval ./notes.safetensors --dataset small", 1, "notes.safetensors"),
     ("eval ./none.safetensors --dataset small", 1, "none.safetensors"),
@@ -109,8 +189,16 @@ MISTAKES = [
         "it knows 2 classes, the dataset has 3; use a dataset of the classes",
     ),
     # Sources
-    ("shards fotos", 2, "'fotos' does not exist; SOURCE is 'digits', a path, hf:ID, torchvision:CLASS or wds:PATH"),
-    ("shards s3://bucket/tars", 2, "'s3://bucket/tars' does not exist|wds-train shards index s3://bucket/tars"),
+    (
+        "shards fotos",
+        2,
+        "'fotos' does not exist; SOURCE is 'digits', a path, hf:ID, torchvision:CLASS or wds:PATH",
+    ),
+    (
+        "shards s3://bucket/tars",
+        2,
+        "'s3://bucket/tars' does not exist|wds-train shards index s3://bucket/tars",
+    ),
     ("shards notes.txt", 2, "notes.txt|give the folder of the images"),
     ("shards empty", 1, "empty"),
     ("shards photos", 1, "photos|class"),
@@ -126,7 +214,11 @@ MISTAKES = [
         2,
         "--executor: 'localhost:8786' is not of the form dask://HOST:PORT",
     ),
-    ("shards index ./photos", 2, "photos holds no .tar files; check the address; .tar.gz must be unpacked"),
+    (
+        "shards index ./photos",
+        2,
+        "photos holds no .tar files; check the address; .tar.gz must be unpacked",
+    ),
 ]
 
 
@@ -172,7 +264,9 @@ def listed(folder: Path) -> dict[str, float]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize(("typed", "code", "message"), MISTAKES, ids=[typed[:60] for typed, *_ in MISTAKES])
+@pytest.mark.parametrize(
+    ("typed", "code", "message"), MISTAKES, ids=[typed[:60] for typed, *_ in MISTAKES]
+)
 def test_a_mistake_is_one_line(
     at_desk: Path, capsys: pytest.CaptureFixture[str], typed: str, code: int, message: str
 ) -> None:
@@ -202,6 +296,8 @@ def actions(one: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_number_says_its_range(command: str) -> None:
     for action in actions(parser([command])):
-        assert action.type not in (int, float), f"{action.option_strings}: what may it be? Use a Number"
+        assert action.type not in (int, float), (
+            f"{action.option_strings}: what may it be? Use a Number"
+        )
         if isinstance(action.type, Number):
             assert action.help and action.help.endswith(f"[{action.type}]")

@@ -30,9 +30,25 @@ def begun(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bucket = tmp_path_factory.mktemp("bucket")
     shutil.copytree(small, bucket / "datasets/noise")
     shutil.copytree(Path(small).parent / "images", bucket / "images")
-    command = ("train", "c1", "--dataset", "noise", "--bucket", str(bucket), "--workers", "0", *SETS)
+    command = (
+        "train",
+        "c1",
+        "--dataset",
+        "noise",
+        "--bucket",
+        str(bucket),
+        "--workers",
+        "0",
+        *SETS,
+    )
     stopped = Job(
-        "", "", str(bucket), command=command, point="after a step", nth=STEPS_PER_EPOCH + 4, sent=signal.SIGTERM
+        "",
+        "",
+        str(bucket),
+        command=command,
+        point="after a step",
+        nth=STEPS_PER_EPOCH + 4,
+        sent=signal.SIGTERM,
     )
     training = Training(stopped)
     with all_ended([training]):
@@ -64,7 +80,9 @@ def manifest_of(bucket: Path, run: str) -> RunManifest:
 
 def attempt(folder: Path, *command: str, **changes: Any) -> Training:
     """A training that has ended; with point="claimed" right after it claimed its run."""
-    training = Training(Job("", "", str(folder), command=("train", *command, "--workers", "0"), **changes))
+    training = Training(
+        Job("", "", str(folder), command=("train", *command, "--workers", "0"), **changes)
+    )
     with all_ended([training]):
         training.end()
     return training
@@ -78,7 +96,16 @@ def change(bucket: Path, run: str, **changes: Any) -> None:
 def test_a_run_goes_on_by_its_name_alone(bucket: Path, begun: Path, tmp_path: Path) -> None:
     """And from then on it knows where its dataset has moved to."""
     before = manifest_of(bucket, "c1")
-    moved = attempt(tmp_path, "c1", "--dataset", "noise", "--set", "seed=0", point="after a step", sent=signal.SIGTERM)
+    moved = attempt(
+        tmp_path,
+        "c1",
+        "--dataset",
+        "noise",
+        "--set",
+        "seed=0",
+        point="after a step",
+        sent=signal.SIGTERM,
+    )
     assert f"resuming at step {before.checkpoints[-1].progress.step} of 44" in moved.output
     after = manifest_of(bucket, "c1")
     assert (after.status, after.recipe) == ("interrupted", before.recipe)
@@ -86,7 +113,11 @@ def test_a_run_goes_on_by_its_name_alone(bucket: Path, begun: Path, tmp_path: Pa
     alone = attempt(tmp_path, "c1")
     assert f"dataset  {bucket}/datasets/noise" in alone.output
     done = manifest_of(bucket, "c1")
-    assert (done.status, done.recipe, done.checkpoints[-1].progress.step) == ("done", before.recipe, 44), alone.output
+    assert (done.status, done.recipe, done.checkpoints[-1].progress.step) == (
+        "done",
+        before.recipe,
+        44,
+    ), alone.output
 
 
 @pytest.mark.parametrize(
@@ -96,7 +127,10 @@ def test_a_run_goes_on_by_its_name_alone(bucket: Path, begun: Path, tmp_path: Pa
             "c1 --set seed=3 --set model.name=resnet18",
             "c1 was begun with seed 0, not 3; model.name test_resnet, not resnet18; leave",
         ),
-        ("c1 --recipe imagenette --set seed=3", "c1 was begun with recipe digits, not imagenette; leave"),
+        (
+            "c1 --recipe imagenette --set seed=3",
+            "c1 was begun with recipe digits, not imagenette; leave",
+        ),
         ("c1 --init timm:resnet18", "c1 was begun with model.init empty, not timm:resnet18; leave"),
         ("c1 --dataset DIGITS", "datasets/noise (fingerprint "),
         ("c1 --mix DIGITS=0.25", "c1 was begun with mixture none, not "),
@@ -110,12 +144,18 @@ def test_a_run_goes_on_by_its_name_alone(bucket: Path, begun: Path, tmp_path: Pa
         ("c3 --shard", "--shard needs the folder of the images: --dataset FOLDER"),
         ("c3 --recipe imagenette", "no --dataset is given, and none is called like the recipe"),
         ("noise", "/datasets/noise; to train on that: wds-train train --dataset noise ("),
-        ("noise --recipe finetune", "/datasets/noise; to train on that: wds-train train --dataset noise ("),
+        (
+            "noise --recipe finetune",
+            "/datasets/noise; to train on that: wds-train train --dataset noise (",
+        ),
         (
             "./bucket/images",
             "but a folder bucket/images; to train on that: wds-train train --dataset ./bucket/images --shard (",
         ),
-        ("--run bucket", "but a folder bucket; to train on that: wds-train train --dataset bucket --shard ("),
+        (
+            "--run bucket",
+            "but a folder bucket; to train on that: wds-train train --dataset bucket --shard (",
+        ),
         ("c3 --bucket mybucket", "write s3://mybucket, or ./mybucket for a local folder"),
     ],
 )
@@ -127,7 +167,9 @@ def test_what_cannot_go_on_is_said_in_a_line(
     shutil.copytree(bucket / "runs/c1", bucket / "runs/broken")
     (bucket / "runs/broken/manifest.json").write_text("{")
     before = {path: path.read_bytes() for path in bucket.rglob("*") if path.is_file()}
-    words = [word.replace("DIGITS", digits.store.url).replace("EMPTY", "") for word in arguments.split()]
+    words = [
+        word.replace("DIGITS", digits.store.url).replace("EMPTY", "") for word in arguments.split()
+    ]
     code, said = answer("train", *words)
     assert code in (1, 2), said
     assert message in said and said.count("\n") == 1 and len(said) < 500
@@ -136,8 +178,12 @@ def test_what_cannot_go_on_is_said_in_a_line(
 
 def test_many_differences_are_counted(bucket: Path) -> None:
     found = manifest_of(bucket, "c1")
-    fresh = RunManifest("c1", preset("imagenette").to_dict() | {"name": "digits"}, found.dataset, "w")
-    with pytest.raises(Exception, match=r"(; .*){4} and \d+ more; leave out what differs") as caught:
+    fresh = RunManifest(
+        "c1", preset("imagenette").to_dict() | {"name": "digits"}, found.dataset, "w"
+    )
+    with pytest.raises(
+        Exception, match=r"(; .*){4} and \d+ more; leave out what differs"
+    ) as caught:
         check_resume(found, fresh, "here")
     assert "{" not in str(caught.value)
 
@@ -150,7 +196,10 @@ def make_anew(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: path.rename(path.with_name("old")), "the dataset of run c1 is gone: there is none at "),
+        (
+            lambda path: path.rename(path.with_name("old")),
+            "the dataset of run c1 is gone: there is none at ",
+        ),
         (make_anew, "the dataset of run c1 was made anew: "),
     ],
 )
@@ -161,9 +210,15 @@ def test_a_dataset_that_is_not_the_runs_any_more(
     path = bucket / "runs/c1/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset": saved}))
     change(bucket / "datasets/noise")
-    for command in (["train", "c1"], ["train", "c2", "--like", "c1"], ["eval", "c1", "--device", "cpu"]):
+    for command in (
+        ["train", "c1"],
+        ["train", "c2", "--like", "c1"],
+        ["eval", "c1", "--device", "cpu"],
+    ):
         code, said = answer(*command)
-        assert code == 1 and message in said and "give --dataset with the address of the one" in said
+        assert (
+            code == 1 and message in said and "give --dataset with the address of the one" in said
+        )
     assert not (bucket / "runs/c2").exists()
 
 
@@ -171,7 +226,9 @@ def test_a_run_like_another(bucket: Path, tmp_path: Path) -> None:
     attempt(tmp_path, "c2", "--like", "c1", "--set", "seed=5", point="claimed")
     first, second = manifest_of(bucket, "c1"), manifest_of(bucket, "c2")
     assert (second.recipe, second.dataset) == (first.recipe | {"seed": 5}, first.dataset)
-    again = attempt(tmp_path, "c2", "--like", "c1", "--set", "seed=5", point="claimed")  # the same command goes on
+    again = attempt(
+        tmp_path, "c2", "--like", "c1", "--set", "seed=5", point="claimed"
+    )  # the same command goes on
     assert manifest_of(bucket, "c2").fence == 2, again.output
 
 
@@ -192,7 +249,9 @@ def test_eval_takes_the_dataset_from_the_run(bucket: Path, answer: Answer) -> No
     )
 
 
-def test_a_folder_of_images_is_sharded_if_asked(bucket: Path, small: str, tmp_path: Path, answer: Answer) -> None:
+def test_a_folder_of_images_is_sharded_if_asked(
+    bucket: Path, small: str, tmp_path: Path, answer: Answer
+) -> None:
     photos = shutil.copytree(Path(small).parent / "images", tmp_path / "my photos")
     before = sorted(photos.rglob("*"))
     code, said = answer("train", "--dataset", "./my photos")
@@ -200,7 +259,9 @@ def test_a_folder_of_images_is_sharded_if_asked(bucket: Path, small: str, tmp_pa
     for _ in range(2):
         made = attempt(tmp_path, "--dataset", "./my photos", "--shard", *SETS, point="claimed")
     assert "is complete already" in made.output
-    assert manifest_of(bucket, "my-photos-digits").dataset["url"] == str(bucket / "datasets/my-photos")
+    assert manifest_of(bucket, "my-photos-digits").dataset["url"] == str(
+        bucket / "datasets/my-photos"
+    )
     assert sorted(photos.rglob("*")) == before
 
 
@@ -209,7 +270,10 @@ def test_a_name_that_is_a_folder_here_too(bucket: Path, tmp_path: Path, answer: 
     for command in ("inspect", "verify"):
         code, said = answer(command, "noise")
         assert code == 0, said
-        assert f"noise is the one at {bucket}/datasets/noise, not the folder ./noise (for that, write ./noise)" in said
+        assert (
+            f"noise is the one at {bucket}/datasets/noise, not the folder ./noise (for that, write ./noise)"
+            in said
+        )
 
 
 def test_all_runs_and_datasets_are_listed(bucket: Path, answer: Answer) -> None:
@@ -218,14 +282,20 @@ def test_all_runs_and_datasets_are_listed(bucket: Path, answer: Answer) -> None:
     (bucket / "datasets/half/train").mkdir(parents=True)
     code, said = answer("runs")
     assert code == 0
-    assert re.search(r"^broken +unusable$", said, re.M) and "broken/manifest.json is not JSON" in said
+    assert (
+        re.search(r"^broken +unusable$", said, re.M) and "broken/manifest.json is not JSON" in said
+    )
     assert re.search(
-        r"^c1 +interrupted +1/4 epochs +\d+\.\d\d % +test_resnet on noise, digits +\d\.\d MB +\d+ \w+ ago$", said, re.M
+        r"^c1 +interrupted +1/4 epochs +\d+\.\d\d % +test_resnet on noise, digits +\d\.\d MB +\d+ \w+ ago$",
+        said,
+        re.M,
     )
     code, said = answer("datasets")
     assert code == 0
     assert re.search(r"^half +unfinished$", said, re.M)
-    assert re.search(r"^noise +complete +train 181, val 40 +2 classes +0\.\d MB +\d+ \w+ ago$", said, re.M)
+    assert re.search(
+        r"^noise +complete +train 181, val 40 +2 classes +0\.\d MB +\d+ \w+ ago$", said, re.M
+    )
     scored = next(c.metrics for c in manifest_of(bucket, "c1").checkpoints if c.metrics)
     _, said = answer("runs", "--json")
     rows = {row["name"]: row for row in json.loads(said[: said.rindex("]") + 1])}
@@ -259,7 +329,15 @@ def test_settings_come_from_a_file(
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("KEPT", "of the environment")
-    lines = ["# a comment", "", f"WDS_BUCKET={bucket}", "export OTHER = a=b#c ", "QUOTED='x y'", "EMPTY=", "KEPT=no"]
+    lines = [
+        "# a comment",
+        "",
+        f"WDS_BUCKET={bucket}",
+        "export OTHER = a=b#c ",
+        "QUOTED='x y'",
+        "EMPTY=",
+        "KEPT=no",
+    ]
     (tmp_path / ".env").write_text("\ufeff" + "\r\n".join(lines))
     assert answer("inspect", "noise")[0] == 0
     assert [os.environ[name] for name in ("OTHER", "QUOTED", "EMPTY", "KEPT")] == [
@@ -270,7 +348,9 @@ def test_settings_come_from_a_file(
     ]
 
 
-@pytest.mark.parametrize("line", ["just words s3cret", "=s3cret", "1A=s3cret", "A='s3cret", "A=s3cret\0", "A-B=s3cret"])
+@pytest.mark.parametrize(
+    "line", ["just words s3cret", "=s3cret", "1A=s3cret", "A='s3cret", "A=s3cret\0", "A-B=s3cret"]
+)
 def test_nonsense_in_the_file_is_named_by_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer, line: str
 ) -> None:

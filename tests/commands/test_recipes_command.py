@@ -33,13 +33,20 @@ def test_the_list_is_a_table_of_all(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_field_is_printed_as_set_takes_it(capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_every_field_is_printed_as_set_takes_it(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     printed = [line for line in lines(capsys, name) if line[:2] in ("  ", "* ") and "=" in line[2:]]
     settings = {line[2:].split("=")[0]: line[2:].split()[0] for line in printed}
     assert list(settings) == list(setting_names())
     assert with_settings(Recipe(name=name), [*settings.values()]) == preset(name)
-    default, changed = Recipe(name=name), [line[2:].split()[0] for line in printed if line[0] == "*"]
-    all_named = [f"{field}={setting_of(default, field)}" for field in setting_names()]  # so that nothing follows
+    default, changed = (
+        Recipe(name=name),
+        [line[2:].split()[0] for line in printed if line[0] == "*"],
+    )
+    all_named = [
+        f"{field}={setting_of(default, field)}" for field in setting_names()
+    ]  # so that nothing follows
     assert with_settings(default, [*all_named, *changed]) == preset(name)  # none is missing
     for each in changed:
         assert with_settings(default, [each]) != default, each  # none is too many
@@ -60,7 +67,9 @@ def test_the_chart_is_the_schedule(capsys: pytest.CaptureFixture[str], name: str
     rows = [line.partition("|")[2].ljust(64) for line in shown[first : first + 9]]
     assert float(shown[first].split("|")[0]) == pytest.approx(recipe.peak_lr, rel=1e-2)
     for column in range(64):
-        share = lr_share(recipe.schedule, int((column + 0.5) / 64 * recipe.schedule.epochs * 1000), 1000)
+        share = lr_share(
+            recipe.schedule, int((column + 0.5) / 64 * recipe.schedule.epochs * 1000), 1000
+        )
         marked = [8 - row for row in range(9) if rows[row][column] == "*"]
         assert min(abs(row - 8 * share) for row in marked) <= 0.51, (column, share, marked)
     assert shown[first + 10].split()[-2:] == [str(recipe.schedule.epochs), "epochs"]
@@ -69,8 +78,14 @@ def test_the_chart_is_the_schedule(capsys: pytest.CaptureFixture[str], name: str
 
 def test_the_chart_of_the_resolution(capsys: pytest.CaptureFixture[str]) -> None:
     shown = lines(capsys, "quick", "--set", "data.start_size=128")
-    first, recipe = shown.index("resolution, px") + 1, with_settings(preset("quick"), ["data.start_size=128"])
-    rows = {int(line.split("|")[0]): line.partition("|")[2].ljust(64) for line in shown[first : first + 3]}
+    first, recipe = (
+        shown.index("resolution, px") + 1,
+        with_settings(preset("quick"), ["data.start_size=128"]),
+    )
+    rows = {
+        int(line.split("|")[0]): line.partition("|")[2].ljust(64)
+        for line in shown[first : first + 3]
+    }
     assert list(rows) == [192, 160, 128]
     for column in range(64):
         side = image_side(recipe.data, column // 4, 16)  # 16 epochs in 64 columns
@@ -80,12 +95,20 @@ def test_the_chart_of_the_resolution(capsys: pytest.CaptureFixture[str]) -> None
 def test_steps_are_drawn_on_a_logarithmic_axis(capsys: pytest.CaptureFixture[str]) -> None:
     shown = lines(capsys, "step")
     first = shown.index("learning rate, logarithmic") + 1
-    assert [shown[first + row].split("|")[0].strip() for row in (0, 4, 8)] == ["0.1", "0.01", "0.001"]
-    assert [shown[first + row].count("*") > 20 for row in range(9)] == [row % 4 == 0 for row in range(9)]
+    assert [shown[first + row].split("|")[0].strip() for row in (0, 4, 8)] == [
+        "0.1",
+        "0.01",
+        "0.001",
+    ]
+    assert [shown[first + row].count("*") > 20 for row in range(9)] == [
+        row % 4 == 0 for row in range(9)
+    ]
 
 
 def test_as_json_and_png(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    full = json.loads("\n".join(lines(capsys, "standard", "--json", "--png", str(tmp_path / "new" / "s.png"))))
+    full = json.loads(
+        "\n".join(lines(capsys, "standard", "--json", "--png", str(tmp_path / "new" / "s.png")))
+    )
     recipe = preset("standard")
     assert full["recipe"] == recipe.to_dict()
     assert full["source"] == PRESETS["standard"].source
@@ -106,19 +129,35 @@ def test_as_json_and_png(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     [
         (["imagnette"], "there is no recipe 'imagnette'; did you mean imagenette?"),
         (["quick", "--set", "data.sise=1"], "--set knows no 'data.sise'; did you mean data.size"),
-        (["quick", "--set", "data.size=0"], "data.size = 0 cannot work: it must be at least 8 pixels"),
-        (["--png", "x.png"], "--set and --png need the NAME of a recipe; there are quick, standard"),
-        (["quick", "--png", "/proc/x/y.png"], "/proc/x/y.png cannot be written: No such file or directory"),
+        (
+            ["quick", "--set", "data.size=0"],
+            "data.size = 0 cannot work: it must be at least 8 pixels",
+        ),
+        (
+            ["--png", "x.png"],
+            "--set and --png need the NAME of a recipe; there are quick, standard",
+        ),
+        (
+            ["quick", "--png", "/proc/x/y.png"],
+            "/proc/x/y.png cannot be written: No such file or directory",
+        ),
     ],
 )
-def test_bad_input_is_named(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_bad_input_is_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert main(["recipes", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_it_answers_without_pytorch() -> None:
     code = "import sys; from wds_train.cli import main; main(['recipes', 'quick']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False
+        ).returncode
+        == 0
+    )
 
 
 def test_a_recipe_is_its_own_round_trip() -> None:

@@ -32,11 +32,22 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_fifty_steps(dataset: str, tmp_path: Path, name: str) -> None:
-    settings = [*TINY, "model.init=", *(["data.start_size=32"] if preset(name).data.start_size else [])]
+    settings = [
+        *TINY,
+        "model.init=",
+        *(["data.start_size=32"] if preset(name).data.start_size else []),
+    ]
     recipe = with_settings(preset(name), settings)
     chosen = tuple(part for setting in settings for part in ("--set", setting))
     training = Training(
-        Job(dataset, str(tmp_path / "run"), str(tmp_path), 1, arguments=("--recipe", name, *chosen), defaults=())
+        Job(
+            dataset,
+            str(tmp_path / "run"),
+            str(tmp_path),
+            1,
+            arguments=("--recipe", name, *chosen),
+            defaults=(),
+        )
     )
     with all_ended([training]):
         assert training.end() == 0, training.output

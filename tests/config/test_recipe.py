@@ -16,7 +16,12 @@ def test_settings_change_one_field_each_with_its_type() -> None:
     changed = with_settings(
         preset("digits"), ["optimizer.lr=0.02", "schedule.epochs=3", "data.scale=0.5,0.9", "seed=7"]
     )
-    assert (changed.optimizer.lr, changed.schedule.epochs, changed.data.scale, changed.seed) == (0.02, 3, (0.5, 0.9), 7)
+    assert (changed.optimizer.lr, changed.schedule.epochs, changed.data.scale, changed.seed) == (
+        0.02,
+        3,
+        (0.5, 0.9),
+        7,
+    )
     assert changed.model == preset("digits").model
 
 
@@ -31,11 +36,15 @@ def test_settings_change_one_field_each_with_its_type() -> None:
         ("quick", ["data.size=96", "data.eval_size=96"], {"data.start_size": 80}),
     ],
 )
-def test_what_is_set_takes_along_what_is_not(recipe: str, settings: list[str], changed: dict[str, object]) -> None:
+def test_what_is_set_takes_along_what_is_not(
+    recipe: str, settings: list[str], changed: dict[str, object]
+) -> None:
     before = preset(recipe)
     after = with_settings(before, settings)
     named = {setting.partition("=")[0] for setting in settings}
-    others = {name for name in setting_names() if attrgetter(name)(after) != attrgetter(name)(before)} - named
+    others = {
+        name for name in setting_names() if attrgetter(name)(after) != attrgetter(name)(before)
+    } - named
     assert {name: attrgetter(name)(after) for name in others} == changed
     lines = following(before, settings)
     assert len(lines) == len(changed)
@@ -61,14 +70,26 @@ def test_what_is_set_takes_along_what_is_not(recipe: str, settings: list[str], c
         ("data.scale=0.5", r"--set data.scale='0.5' must hold 2 values"),
         ("optimizer.lr=nan", r"--set optimizer.lr='nan' is not a number"),
         ("batch=0", r"batch = 0 cannot work: it must be a positive number"),
-        ("schedule.kind=cos", r"--set schedule.kind='cos' is none of cosine, linear, step, onecycle"),
-        ("schedule.step_epochs=3,2", r"schedule.step_epochs = \(3.0, 2.0\) cannot work: it must be ascending"),
+        (
+            "schedule.kind=cos",
+            r"--set schedule.kind='cos' is none of cosine, linear, step, onecycle",
+        ),
+        (
+            "schedule.step_epochs=3,2",
+            r"schedule.step_epochs = \(3.0, 2.0\) cannot work: it must be ascending",
+        ),
         ("data.start_size=64", r"data.start_size = 64 cannot work: it must be 0, or 8 to 32"),
         ("data.repeats=3", r"batch = 64 cannot work: it must be divisible by data.repeats \(3\)"),
         ("data.eval_flip=yes", r"--set data.eval_flip='yes' must be true or false"),
         ("loss.smoothing=1", r"loss.smoothing = 1.0 cannot work"),
-        ("schedule.patience=-1", r"schedule.patience = -1 cannot work: it must be a number of epochs, or 0"),
-        ("optimizer.layer_decay=0", r"optimizer.layer_decay = 0.0 cannot work: it must be in \(0, 1\]"),
+        (
+            "schedule.patience=-1",
+            r"schedule.patience = -1 cannot work: it must be a number of epochs, or 0",
+        ),
+        (
+            "optimizer.layer_decay=0",
+            r"optimizer.layer_decay = 0.0 cannot work: it must be in \(0, 1\]",
+        ),
         ("data.size=0", r"data.size = 0 cannot work: it must be at least 8 pixels"),
         (
             "schedule.warmup_epochs=10",
@@ -82,14 +103,18 @@ def test_a_setting_that_cannot_work_is_refused(setting: str, message: str) -> No
 
 
 def test_an_odd_batch_with_mixup_is_refused() -> None:
-    with pytest.raises(UsageError, match="batch = 63 cannot work: it must be even, because mixup pairs samples"):
+    with pytest.raises(
+        UsageError, match="batch = 63 cannot work: it must be even, because mixup pairs samples"
+    ):
         with_settings(preset("digits"), ["mix.mixup=0.2", "batch=63"])
 
 
 def test_an_unknown_recipe_names_those_that_exist() -> None:
     with pytest.raises(UsageError, match=r"there is no recipe 'digit'; did you mean digits\?"):
         preset("digit")
-    with pytest.raises(UsageError, match="there is no recipe 'a'; there are quick, standard, strong, max, seed,"):
+    with pytest.raises(
+        UsageError, match="there is no recipe 'a'; there are quick, standard, strong, max, seed,"
+    ):
         preset("a")
 
 

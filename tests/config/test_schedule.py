@@ -10,7 +10,13 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    SequentialLR,
+)
 
 from wds_train.config.presets import preset
 from wds_train.config.recipe import DataRecipe, EmaRecipe, Recipe, ScheduleRecipe
@@ -31,7 +37,9 @@ def optimizer(lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
 
 
-def torch_rates(lr: float, steps: int, make: Callable[[torch.optim.Optimizer], LRScheduler]) -> list[float]:
+def torch_rates(
+    lr: float, steps: int, make: Callable[[torch.optim.Optimizer], LRScheduler]
+) -> list[float]:
     moved = optimizer(lr)
     scheduler, seen = make(moved), []
     for _ in range(steps):
@@ -44,7 +52,9 @@ def torch_rates(lr: float, steps: int, make: Callable[[torch.optim.Optimizer], L
 def test_cosine_against_the_closed_form() -> None:
     got = shares(ScheduleRecipe(epochs=10, warmup_epochs=2, final_lr=0.1))
     assert got[:11] == pytest.approx([step / 10 for step in range(11)])
-    assert got[10:] == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * step / 40)) / 2 for step in range(40)])
+    assert got[10:] == pytest.approx(
+        [0.1 + 0.9 * (1 + math.cos(math.pi * step / 40)) / 2 for step in range(40)]
+    )
     assert max(got) == got[10] == 1.0
 
 
@@ -53,13 +63,20 @@ def test_ffcvs_line() -> None:
     recipe = preset("quick")
     assert recipe.peak_lr == pytest.approx(0.425)
     epochs = np.arange(16 * STEPS) / STEPS
-    assert rates(recipe) == pytest.approx(np.interp(epochs, [0, 2, 16], [1e-4 * 0.425, 0.425, 0]).tolist())
+    assert rates(recipe) == pytest.approx(
+        np.interp(epochs, [0, 2, 16], [1e-4 * 0.425, 0.425, 0]).tolist()
+    )
 
 
 def test_a3s_cosine_is_timms() -> None:
     recipe = preset("strong")
     theirs = CosineLRScheduler(
-        optimizer(8e-3), t_initial=100 * STEPS, lr_min=1e-6, warmup_t=5 * STEPS, warmup_lr_init=1e-4, t_in_epochs=False
+        optimizer(8e-3),
+        t_initial=100 * STEPS,
+        lr_min=1e-6,
+        warmup_t=5 * STEPS,
+        warmup_lr_init=1e-4,
+        t_in_epochs=False,
     )
     assert rates(recipe) == pytest.approx([theirs._get_lr(step)[0] for step in range(100 * STEPS)])
 
@@ -78,7 +95,11 @@ def test_onecycle_is_torchs() -> None:
     """PyTorch ends each phase one step early, so that its last step is at the bottom: a step's difference at most."""
     total = 30 * STEPS
     theirs = torch_rates(
-        0.002, total, lambda moved: OneCycleLR(moved, 0.002, total, pct_start=0.3, div_factor=25, final_div_factor=1e4)
+        0.002,
+        total,
+        lambda moved: OneCycleLR(
+            moved, 0.002, total, pct_start=0.3, div_factor=25, final_div_factor=1e4
+        ),
     )
     ours = rates(preset("onecycle"))
     assert ours[0] == pytest.approx(theirs[0]) == pytest.approx(0.002 / 25)
@@ -102,7 +123,12 @@ def test_sizes_grow_as_ffcvs_do() -> None:
 
 def test_ema_decay_warms_up_and_skips_steps() -> None:
     ema = EmaRecipe(decay=0.9)
-    assert [average_decay(ema, step, 10_001) for step in (0, 10, 100, 10_000)] == [0.1, 0.55, 0.9, 0.9]
+    assert [average_decay(ema, step, 10_001) for step in (0, 10, 100, 10_000)] == [
+        0.1,
+        0.55,
+        0.9,
+        0.9,
+    ]
     every = [average_decay(EmaRecipe(decay=0.9, every=3), step, 9) for step in range(9)]
     assert every == [None, None, 1 / 10, None, None, 2 / 11, None, None, 3 / 12]
 
@@ -123,7 +149,9 @@ def test_a_flat_rate_before_the_way_down(kind: str) -> None:
     schedule = ScheduleRecipe(kind=kind, epochs=10, warmup_epochs=1, flat=0.5)  # type: ignore[arg-type]
     assert [lr_share(schedule, step, 1) for step in range(6)] == [0, 1, 1, 1, 1, 1]
     plain = ScheduleRecipe(kind=kind, epochs=5, warmup_epochs=0)  # type: ignore[arg-type]
-    assert [lr_share(schedule, 5 + step, 1) for step in range(5)] == [lr_share(plain, step, 1) for step in range(5)]
+    assert [lr_share(schedule, 5 + step, 1) for step in range(5)] == [
+        lr_share(plain, step, 1) for step in range(5)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["ema", "swa"])

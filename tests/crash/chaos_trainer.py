@@ -91,7 +91,11 @@ def _work(request: dict[str, Any], work: dict[str, str], home: str) -> None:
     os.environ.update(request["environment"] | {"WANDB_MODE": "disabled", "WDS_HOME": home})
     sys.path += os.environ.get("PYTHONPATH", "").split(os.pathsep)
     verb, place, out = request["arguments"]
-    run = f"{out}/run" if place == "directory" else f"{work['bucket']}/{Path(out).parent.name}-{_digest(out)[:8]}"
+    run = (
+        f"{out}/run"
+        if place == "directory"
+        else f"{work['bucket']}/{Path(out).parent.name}-{_digest(out)[:8]}"
+    )
     if verb == "result":
         print(_result(run))
         return
@@ -129,8 +133,13 @@ def _train(run: str, dataset: str) -> None:
     except NotFound:
         manifest = None
     if manifest is not None and manifest.status == "done":
-        print(f"resuming at step {manifest.step} of {manifest.step} (epoch {EPOCHS}.00): the run is done", flush=True)
-    settings = [part for setting in (*SETTINGS, f"schedule.epochs={EPOCHS}") for part in ("--set", setting)]
+        print(
+            f"resuming at step {manifest.step} of {manifest.step} (epoch {EPOCHS}.00): the run is done",
+            flush=True,
+        )
+    settings = [
+        part for setting in (*SETTINGS, f"schedule.epochs={EPOCHS}") for part in ("--set", setting)
+    ]
     options = ["--workers", "0", "--keep-every", "1"]
     sys.argv[1:] = ["train", "--dataset", dataset, "--run", run, *options, *settings]
     entry()
@@ -152,7 +161,11 @@ def _result(run: str) -> str:
     for name in sorted(snapshot.tensors):
         digest.update(name.encode())
         digest.update(snapshot.tensors[name].numpy().tobytes())
-    digest.update(json.dumps([snapshot.extra, str(snapshot.progress), history, result], sort_keys=True).encode())
+    digest.update(
+        json.dumps(
+            [snapshot.extra, str(snapshot.progress), history, result], sort_keys=True
+        ).encode()
+    )
     return digest.hexdigest()
 
 

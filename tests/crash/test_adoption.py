@@ -73,7 +73,9 @@ def test_killed_before_the_swap_it_goes_on_from_what_was_uploaded(
     assert f"the commit of step {epoch * STEPS_PER_EPOCH} {ADOPTED}" in output
     assert steps == list(range(epoch * STEPS_PER_EPOCH, 4 * STEPS_PER_EPOCH))
     assert_same_end(unbroken, job.run)
-    assert {entry.key for entry in store.list("ckpt/")} == {c.object.key for c in read_run(store)[0].checkpoints}
+    assert {entry.key for entry in store.list("ckpt/")} == {
+        c.object.key for c in read_run(store)[0].checkpoints
+    }
 
 
 def test_killed_so_again_and_again(job: Job, unbroken: str, ranks: int) -> None:
@@ -88,7 +90,9 @@ def test_killed_so_again_and_again(job: Job, unbroken: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("part", ["checkpoint", "metrics"])
-def test_damaged_it_is_left_out_and_trained_again(job: Job, unbroken: str, ranks: int, part: str) -> None:
+def test_damaged_it_is_left_out_and_trained_again(
+    job: Job, unbroken: str, ranks: int, part: str
+) -> None:
     store, pending = killed(replace(job, point=UPLOADED, nth=2), ranks)
     assert pending.segment is not None
     key = pending.checkpoint.object.key if part == "checkpoint" else pending.segment.object.key

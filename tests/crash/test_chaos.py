@@ -23,13 +23,17 @@ ALL_POINTS = 1000  # more than there are
 JOBS = 2
 
 pytestmark = [
-    pytest.mark.skipif(not os.environ.get(WANTED), reason=f"half an hour: make chaos-test, which sets {WANTED}"),
+    pytest.mark.skipif(
+        not os.environ.get(WANTED), reason=f"half an hour: make chaos-test, which sets {WANTED}"
+    ),
     pytest.mark.timeout(7200),
 ]
 
 
 @pytest.fixture
-def server(small: str, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(
+    small: str, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
     with Server(tmp_path, small, s3_url) as server:
         monkeypatch.setenv("CHAOS_SOCKET", server.address)
         yield server
@@ -41,12 +45,21 @@ def server(small: str, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [("directory", 1, 0), ("directory", 2, 0), ("s3", 1, 0), ("s3", 2, 0), ("s3", 2, 1)],
     ids=["directory", "directory-2-ranks", "s3", "s3-2-ranks", "s3-2-ranks-the-second-killed"],
 )
-def test_every_point_of_ckpt_chaos_passes(tmp_path: Path, place: str, ranks: int, killed: int) -> None:
+def test_every_point_of_ckpt_chaos_passes(
+    tmp_path: Path, place: str, ranks: int, killed: int
+) -> None:
     assert TOOL.exists(), "ckpt-chaos is not installed: make chaos-test"
-    checkpoints = "{out}/run/ckpt/*.safetensors" if place == "directory" else "{out}/ckpt/*.safetensors"
+    checkpoints = (
+        "{out}/run/ckpt/*.safetensors" if place == "directory" else "{out}/ckpt/*.safetensors"
+    )
     client = [sys.executable, str(CLIENT)]
     command = [str(TOOL), "run", "--work", str(tmp_path / "work"), "--step-regex", EPOCH]
-    command += ["--checkpoint-glob", checkpoints, "--result-cmd", shlex.join([*client, "result", place, "{out}"])]
+    command += [
+        "--checkpoint-glob",
+        checkpoints,
+        "--result-cmd",
+        shlex.join([*client, "result", place, "{out}"]),
+    ]
     command += ["--max-points", str(ALL_POINTS), "--jobs", str(JOBS), "--timeout", "300"]
     command += ["--ranks", str(ranks), "--crash-rank", str(killed)]
     command += ["--fail-on", "HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK"]

@@ -48,7 +48,11 @@ def committed_steps(attempts: list[Training]) -> dict[int, list[int]]:
 def assert_each_sample_once(steps: dict[int, list[int]]) -> None:
     assert sorted(steps) == list(range(EPOCHS * STEPS_PER_EPOCH))
     for epoch in range(EPOCHS):
-        ids = [i for step in range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH) for i in steps[step]]
+        ids = [
+            i
+            for step in range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH)
+            for i in steps[step]
+        ]
         assert len(ids) == len(set(ids)) == STEPS_PER_EPOCH * BATCH
         assert set(ids) <= set(range(SAMPLES))
 
@@ -69,7 +73,9 @@ def seconds() -> dict[str, float]:
 
 
 @pytest.fixture
-def unbroken(small: str, s3_url: str, tmp_path: Path, seconds: dict[str, float]) -> tuple[str, dict[int, list[int]]]:
+def unbroken(
+    small: str, s3_url: str, tmp_path: Path, seconds: dict[str, float]
+) -> tuple[str, dict[int, list[int]]]:
     """A run that nothing happened to, and its steps."""
     url = f"{s3_url}/unbroken"
     training = Training(job(small, url, tmp_path))
@@ -96,7 +102,11 @@ def moments() -> Iterator[tuple[str, int, float]]:
 
 @pytest.mark.timeout(3000)
 def test_killed_anywhere_it_ends_as_the_unbroken_run(
-    small: str, s3_url: str, tmp_path: Path, unbroken: tuple[str, dict[int, list[int]]], seconds: dict[str, float]
+    small: str,
+    s3_url: str,
+    tmp_path: Path,
+    unbroken: tuple[str, dict[int, list[int]]],
+    seconds: dict[str, float],
 ) -> None:
     kills, moment, number, replayed = 0, moments(), 0, 0
     while kills < KILLS:
@@ -108,7 +118,9 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(
                 point, nth, share = next(moment) if kills < KILLS else ("", 0, 100)
                 often = OFTEN if number % 2 else ()
                 details = {"workers": len(attempts) % 2, "arguments": often, "constants": AHEAD}
-                attempts.append(Training(job(small, run, tmp_path, point=point, nth=nth, **details)))
+                attempts.append(
+                    Training(job(small, run, tmp_path, point=point, nth=nth, **details))
+                )
                 if not point:
                     attempts[-1].process.join(share * seconds["run"])
                     attempts[-1].send(signal.SIGKILL)
@@ -122,7 +134,9 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(
         assert_each_sample_once(steps)
         assert steps == unbroken[1]
         store = open_store(run)
-        assert {e.key for e in store.list("ckpt/")} == {c.object.key for c in read_run(store)[0].checkpoints}
+        assert {e.key for e in store.list("ckpt/")} == {
+            c.object.key for c in read_run(store)[0].checkpoints
+        }
     assert replayed
     print(
         f"{kills} kills of {number} runs, {replayed} rows replayed, of which an unbroken one takes {seconds['run']:.1f} s"
@@ -145,7 +159,11 @@ def ended_by(job: Job, seconds: float, trainings: list[Training]) -> int:
 
 @pytest.mark.timeout(3000)
 def test_killed_in_its_last_seconds(
-    small: str, s3_url: str, tmp_path: Path, unbroken: tuple[str, dict[int, list[int]]], seconds: dict[str, float]
+    small: str,
+    s3_url: str,
+    tmp_path: Path,
+    unbroken: tuple[str, dict[int, list[int]]],
+    seconds: dict[str, float],
 ) -> None:
     """What was done when it was killed is done, with its result; what was not goes on to the same end."""
     rng, kills, number, trainings = random.Random(1), 0, 0, list[Training]()
@@ -156,7 +174,9 @@ def test_killed_in_its_last_seconds(
             code, store = -1, open_store(run)
             while code != 0:
                 late = rng.uniform(0, min(2.0, seconds["run"] * 0.6)) if kills < APART else -100.0
-                code = ended_by(job(small, run, tmp_path, arguments=OFTEN), seconds["run"] - late, trainings)
+                code = ended_by(
+                    job(small, run, tmp_path, arguments=OFTEN), seconds["run"] - late, trainings
+                )
                 assert code in (0, -signal.SIGKILL), trainings[-1].output
                 kills += code != 0
                 assert_nothing_named_is_missing(store)
@@ -171,7 +191,11 @@ def test_killed_in_its_last_seconds(
 
 @pytest.mark.timeout(3000)
 def test_killed_in_its_first_claim(
-    small: str, s3_url: str, tmp_path: Path, unbroken: tuple[str, dict[int, list[int]]], seconds: dict[str, float]
+    small: str,
+    s3_url: str,
+    tmp_path: Path,
+    unbroken: tuple[str, dict[int, list[int]]],
+    seconds: dict[str, float],
 ) -> None:
     rng, kills, number, trainings = random.Random(2), 0, 0, list[Training]()
     with all_ended(trainings):
@@ -179,9 +203,13 @@ def test_killed_in_its_first_claim(
             number += 1
             run = f"{s3_url}/early{number}"
             for _ in range(min(6, APART - kills)):
-                point = rng.choice(["claimed", "uploading", "", ""])  # the manifest is the first that goes up
+                point = rng.choice(
+                    ["claimed", "uploading", "", ""]
+                )  # the manifest is the first that goes up
                 first = Job(small, run, str(tmp_path), point=point)
-                code = ended_by(first, 100 if point else rng.uniform(0, seconds["run"] * 0.4), trainings)
+                code = ended_by(
+                    first, 100 if point else rng.uniform(0, seconds["run"] * 0.4), trainings
+                )
                 assert code in (0, -signal.SIGKILL), trainings[-1].output
                 kills += code != 0
                 assert_nothing_named_is_missing(open_store(run))
@@ -195,7 +223,11 @@ def test_killed_in_its_first_claim(
 
 @pytest.mark.timeout(3000)
 def test_killed_during_rollback_and_export(
-    small: str, s3_url: str, tmp_path: Path, unbroken: tuple[str, dict[int, list[int]]], seconds: dict[str, float]
+    small: str,
+    s3_url: str,
+    tmp_path: Path,
+    unbroken: tuple[str, dict[int, list[int]]],
+    seconds: dict[str, float],
 ) -> None:
     """A killed rollback has happened or not; a file is whole or not there; and the run goes on to the same end."""
     rng, kills, number, trainings = random.Random(3), 0, 0, list[Training]()
@@ -203,17 +235,29 @@ def test_killed_during_rollback_and_export(
         while kills < APART:
             number += 1
             run, file = f"{s3_url}/back{number}", tmp_path / f"{number}.safetensors"
-            trainings.append(first := Training(job(small, run, tmp_path, arguments=("--keep-every", "1"))))
+            trainings.append(
+                first := Training(job(small, run, tmp_path, arguments=("--keep-every", "1")))
+            )
             assert first.end() == 0, first.output
             store = open_store(run)
             for _ in range(min(6, APART - kills)):
                 older = rng.choice(read_run(store)[0].checkpoints).progress.step
                 export = rng.random() < 0.5
-                command = ("export", run, "--to", str(file)) if export else ("rollback", run, "--to", str(older))
-                points = ["", ""] if export else ["before the manifest", "after the manifest", "in the garbage", ""]
+                command = (
+                    ("export", run, "--to", str(file))
+                    if export
+                    else ("rollback", run, "--to", str(older))
+                )
+                points = (
+                    ["", ""]
+                    if export
+                    else ["before the manifest", "after the manifest", "in the garbage", ""]
+                )
                 point = rng.choice(points)
                 late = 100 if point else rng.uniform(0, 0.5)
-                code = ended_by(job(small, run, tmp_path, command=command, point=point), late, trainings)
+                code = ended_by(
+                    job(small, run, tmp_path, command=command, point=point), late, trainings
+                )
                 assert code in (0, -signal.SIGKILL), trainings[-1].output
                 kills += code != 0
                 assert_nothing_named_is_missing(store)
@@ -221,8 +265,13 @@ def test_killed_during_rollback_and_export(
             trainings.append(last := Training(job(small, run, tmp_path)))
             assert last.end() == 0, last.output
             assert_same_end(unbroken[0], run)
-            assert {e.key for e in store.list("ckpt/")} == {c.object.key for c in read_run(store)[0].checkpoints}
-            assert [path.name for path in tmp_path.glob(f"{number}.safetensors*")] in ([], [file.name])
+            assert {e.key for e in store.list("ckpt/")} == {
+                c.object.key for c in read_run(store)[0].checkpoints
+            }
+            assert [path.name for path in tmp_path.glob(f"{number}.safetensors*")] in (
+                [],
+                [file.name],
+            )
     print(f"{kills} kills of rollback and export of {number} runs")
 
 
@@ -235,7 +284,9 @@ def test_two_and_three_begin_at_once(
         run, racers = f"{s3_url}/race{number}", list[Training]()
         with all_ended(racers):
             racers += [Training(job(small, run, tmp_path)) for _ in range(2 + number % 2)]
-            assert [racer.end() for racer in racers] == [0] * len(racers), [racer.output for racer in racers]
+            assert [racer.end() for racer in racers] == [0] * len(racers), [
+                racer.output for racer in racers
+            ]
             assert sum(bool(racer.steps()) for racer in racers) == 1
         assert_same_end(unbroken[0], run)
     print(f"{RACES} races of two and three")

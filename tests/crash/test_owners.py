@@ -26,11 +26,18 @@ from wds_train.storage.open import open_store
 ROUNDS = int(os.environ.get("WDS_CRASH_ROUNDS", "2"))
 TRIED = [name for name, server in SERVERS.items() if ROUNDS > 2 or not server.rare]
 EPOCHS = 2
-SLEEP_AT = STEPS_PER_EPOCH + 2  # after the first epoch's commit has begun; no successor takes so many steps
+SLEEP_AT = (
+    STEPS_PER_EPOCH + 2
+)  # after the first epoch's commit has begun; no successor takes so many steps
 # Nobody waits a minute for a sleeper, and parts are of the least length that S3 takes.
 CONSTANTS = {"checkpoint.lease.LEASE_SECONDS": 3.0, "storage.s3_write.PART_BYTES": 5 << 20}
 SMALL = (f"schedule.epochs={EPOCHS}",)
-LARGE = (*SMALL, "model.name=mobilenetv3_small_050", "data.size=32", "data.eval_size=32")  # 6.5 MB, two parts
+LARGE = (
+    *SMALL,
+    "model.name=mobilenetv3_small_050",
+    "data.size=32",
+    "data.eval_size=32",
+)  # 6.5 MB, two parts
 TROUBLE_SECONDS = 1.0
 
 
@@ -43,7 +50,10 @@ def job(dataset: str, run: str, folder: Path, in_parts: bool, **details: Any) ->
 def unbroken(small: str, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
     """Runs that nothing happened to, in a local directory, by whether their checkpoints need parts."""
     folder = tmp_path_factory.mktemp("unbroken")
-    trainings = {in_parts: Training(job(small, str(folder / f"{in_parts}"), folder, in_parts)) for in_parts in (0, 1)}
+    trainings = {
+        in_parts: Training(job(small, str(folder / f"{in_parts}"), folder, in_parts))
+        for in_parts in (0, 1)
+    }
     for training in trainings.values():
         assert training.end() == 0, training.output
     return {bool(in_parts): str(folder / f"{in_parts}") for in_parts in trainings}
@@ -62,7 +72,9 @@ def test_a_run_has_one_owner_and_a_sleeper_changes_nothing(  # noqa: PLR0917
 ) -> None:
     server, run = SERVERS[name], f"{s3_url}/run"
     trouble = begin(server, fault_proxy, aws_env, tmp_path)
-    asleep = job(small, run, tmp_path, server.in_parts, point="after a step", nth=SLEEP_AT, sent=HOLD)
+    asleep = job(
+        small, run, tmp_path, server.in_parts, point="after a step", nth=SLEEP_AT, sent=HOLD
+    )
     with all_ended(trainings := [Training(asleep), Training(asleep)]):
         if server.refused:
             assert_refused(server, trainings)
@@ -74,7 +86,9 @@ def test_a_run_has_one_owner_and_a_sleeper_changes_nothing(  # noqa: PLR0917
         wait_for_commit(run)
         first.send(signal.SIGSTOP)
         assert second.steps() == {}
-        if second.process.exitcode is not None:  # it had claimed the run first, and was too slow to begin
+        if (
+            second.process.exitcode is not None
+        ):  # it had claimed the run first, and was too slow to begin
             trainings.append(second := Training(asleep))
         second.until("waiting until it ends")
         if trouble:
@@ -83,7 +97,9 @@ def test_a_run_has_one_owner_and_a_sleeper_changes_nothing(  # noqa: PLR0917
         assert min(second.steps()) == STEPS_PER_EPOCH
         before = open_store(run).read_tagged("manifest.json")
         assert first.end(signal.SIGCONT) == 75, first.output
-        assert re.search(rf"another instance \(.*, process {second.pid}\) has claimed", first.output), first.output
+        assert re.search(
+            rf"another instance \(.*, process {second.pid}\) has claimed", first.output
+        ), first.output
     assert open_store(run).read_tagged("manifest.json") == before
     assert not server.told or second.output.count(server.told) == 1
     assert read_run(open_store(run))[0].status == "done"

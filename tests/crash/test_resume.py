@@ -49,22 +49,34 @@ def end(job: Job) -> tuple[int, str]:
 
 def snapshots(store: Store) -> list[Snapshot]:
     run = Run(store, *read_run(store))
-    return [Snapshot.decode(read_object(run.store, c.object), c.progress) for c in run.manifest.checkpoints]
+    return [
+        Snapshot.decode(read_object(run.store, c.object), c.progress)
+        for c in run.manifest.checkpoints
+    ]
 
 
 @pytest.mark.parametrize(
     ("point", "nth", "newest"),
     [
         ("before a step", 25, 22),  # the loss shows it within the epoch
-        ("after a step", 22, 11),  # the weights broke after the loss of the epoch's last step was computed
+        (
+            "after a step",
+            22,
+            11,
+        ),  # the weights broke after the loss of the epoch's last step was computed
         ("after a step", EPOCHS * STEPS_PER_EPOCH, 33),  # ... and of the run's last
     ],
 )
-def test_what_is_not_finite_is_never_committed(small: str, tmp_path: Path, point: str, nth: int, newest: int) -> None:
-    code, output = end(Job(small, str(tmp_path / "run"), str(tmp_path), point=point, nth=nth, sent=POISON))
+def test_what_is_not_finite_is_never_committed(
+    small: str, tmp_path: Path, point: str, nth: int, newest: int
+) -> None:
+    code, output = end(
+        Job(small, str(tmp_path / "run"), str(tmp_path), point=point, nth=nth, sent=POISON)
+    )
     assert code == 1, output
     assert re.search(
-        r"error: (the training loss is nan by step \d+; lower optimizer.lr|model/.* is not finite)", output
+        r"error: (the training loss is nan by step \d+; lower optimizer.lr|model/.* is not finite)",
+        output,
     )
     store = open_store(str(tmp_path / "run"))
     assert read_run(store)[0].status == "failed"
@@ -72,7 +84,9 @@ def test_what_is_not_finite_is_never_committed(small: str, tmp_path: Path, point
     assert_finite(store)
 
 
-def test_commits_within_an_epoch_look_too_and_the_run_can_go_on(small: str, unbroken: str, tmp_path: Path) -> None:
+def test_commits_within_an_epoch_look_too_and_the_run_can_go_on(
+    small: str, unbroken: str, tmp_path: Path
+) -> None:
     url = str(tmp_path / "run")
     job = Job(small, url, str(tmp_path), point="after a step", nth=20, sent=POISON, arguments=OFTEN)
     code, output = end(job)
@@ -93,7 +107,15 @@ def assert_finite(store: Store) -> None:
 
 
 def test_an_interruption_commits_no_broken_weights(small: str, tmp_path: Path) -> None:
-    job = Job(small, str(tmp_path / "run"), str(tmp_path), point="after a step", nth=13, sent=POISON, settings=LONG)
+    job = Job(
+        small,
+        str(tmp_path / "run"),
+        str(tmp_path),
+        point="after a step",
+        nth=13,
+        sent=POISON,
+        settings=LONG,
+    )
     training = Training(job)
     with all_ended([training]):
         training.until("held at")
@@ -110,7 +132,9 @@ def ended_by_a_loss_of_nan(run: Run, *, repeats: bool) -> WdsTrainError:
     return caught.value
 
 
-def test_on_a_gpu_the_run_goes_back_twice_and_then_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_run_goes_back_twice_and_then_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("wds_train.checkpoint.lease.is_gone", lambda owner: True)
     store = open_store(str(tmp_path / "run"))
     fresh = RunManifest("r", {}, {"url": "d", "fingerprint": "f"}, "w")
@@ -120,7 +144,10 @@ def test_on_a_gpu_the_run_goes_back_twice_and_then_fails(tmp_path: Path, monkeyp
     for number in (1, 2):
         error = ended_by_a_loss_of_nan(Run.claim(store, fresh, print), repeats=False)
         assert isinstance(error, Interrupted)
-        assert str(error) == f"the loss is nan; the next start goes back to step 7 (return {number} of 2)"
+        assert (
+            str(error)
+            == f"the loss is nan; the next start goes back to step 7 (return {number} of 2)"
+        )
         assert read_run(store)[0].status == "interrupted"
     error = ended_by_a_loss_of_nan(Run.claim(store, fresh, print), repeats=False)
     assert isinstance(error, RunError)
@@ -128,9 +155,14 @@ def test_on_a_gpu_the_run_goes_back_twice_and_then_fails(tmp_path: Path, monkeyp
     assert read_run(store)[0].status == "failed"
 
 
-def test_a_failure_does_not_throw_away_the_commit_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_does_not_throw_away_the_commit_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = open_store(str(tmp_path / "run"))
-    run, write = Run.claim(store, RunManifest("r", {}, {"url": "d", "fingerprint": "f"}, "w"), print), store.write
+    run, write = (
+        Run.claim(store, RunManifest("r", {}, {"url": "d", "fingerprint": "f"}, "w"), print),
+        store.write,
+    )
 
     def slowly(key: str, *arguments: Any, **named: Any) -> str:
         time.sleep(0.3)
@@ -173,7 +205,9 @@ def test_a_damaged_newest_checkpoint_costs_an_epoch_and_not_the_run(
     assert_nothing_named_is_missing(open_store(url))
 
 
-def test_when_all_checkpoints_are_damaged_nothing_starts_afresh(small: str, s3_url: str, tmp_path: Path) -> None:
+def test_when_all_checkpoints_are_damaged_nothing_starts_afresh(
+    small: str, s3_url: str, tmp_path: Path
+) -> None:
     url = f"{s3_url}/run"
     before = killed_after_epoch_2(small, url, tmp_path)
     store = open_store(url)
@@ -183,24 +217,39 @@ def test_when_all_checkpoints_are_damaged_nothing_starts_afresh(small: str, s3_u
     for _ in range(2):  # refused for good, not only once
         training = Training(Job(small, url, str(tmp_path)))
         assert training.end() == 1, training.output
-        assert f"error: every checkpoint of {url} is damaged; restore one from a backup" in training.output
+        assert (
+            f"error: every checkpoint of {url} is damaged; restore one from a backup"
+            in training.output
+        )
         assert training.steps() == {}
     after = read_run(store)[0]
-    assert (after.status, after.checkpoints, after.metrics) == ("failed", before.checkpoints, before.metrics)
+    assert (after.status, after.checkpoints, after.metrics) == (
+        "failed",
+        before.checkpoints,
+        before.metrics,
+    )
     assert {entry[:2] for entry in store.list() if entry.key != "manifest.json"} == objects
 
 
 @pytest.mark.parametrize(
     "refusal",
-    [(key, *answer) for key in ("manifest.json", "ckpt/") for answer in ((403, "AccessDenied"), (503, "SlowDown"))],
+    [
+        (key, *answer)
+        for key in ("manifest.json", "ckpt/")
+        for answer in ((403, "AccessDenied"), (503, "SlowDown"))
+    ],
 )
 def test_a_store_that_refuses_to_read_is_no_fresh_run(
     small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path, refusal: tuple[str, int, str]
 ) -> None:
     url, (key, status, code) = f"{s3_url}/run", refusal
     before = killed_after_epoch_2(small, url, tmp_path)
-    fault = fault_proxy.fail("status", method="GET", key=key, status=status, code=code, times=float("inf"))
-    training = Training(Job(small, url, str(tmp_path), constants={"storage.s3_connection.PATIENCE_SECONDS": 0.5}))
+    fault = fault_proxy.fail(
+        "status", method="GET", key=key, status=status, code=code, times=float("inf")
+    )
+    training = Training(
+        Job(small, url, str(tmp_path), constants={"storage.s3_connection.PATIENCE_SECONDS": 0.5})
+    )
     assert training.end() == 1, training.output
     assert re.search(rf"error: .*{key}.*{code}", training.output)
     assert training.steps() == {}
@@ -208,7 +257,9 @@ def test_a_store_that_refuses_to_read_is_no_fresh_run(
     manifest, _ = read_run(open_store(url))
     assert manifest.checkpoints == before.checkpoints
     # Who may not read may say that it failed; to a store that does not answer, nothing can be said.
-    assert describe(manifest, 0.0, None)["status"] == ("failed" if (key, status) == ("ckpt/", 403) else "lost")
+    assert describe(manifest, 0.0, None)["status"] == (
+        "failed" if (key, status) == ("ckpt/", 403) else "lost"
+    )
 
 
 def test_right_after_a_resume_all_weights_score_what_they_scored_before(
@@ -225,7 +276,9 @@ def test_right_after_a_resume_all_weights_score_what_they_scored_before(
     assert json.loads(scored[1]) == before
 
 
-def test_a_kill_in_the_middle_of_an_upload_in_parts_leaves_nothing(small: str, s3_url: str, tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_of_an_upload_in_parts_leaves_nothing(
+    small: str, s3_url: str, tmp_path: Path
+) -> None:
     """A checkpoint of 19 MB in parts of 5 MiB, S3's least. A run sends its claim, the announcement and the metrics first;
     the second attempt sends one manifest more, which forgets what the first one announced.
     """
@@ -235,7 +288,9 @@ def test_a_kill_in_the_middle_of_an_upload_in_parts_leaves_nothing(small: str, s
     settings = ("model.name=mobilenetv3_small_100", "model.drop_path=0", "schedule.epochs=2")
     details = {"settings": settings, "constants": {"storage.s3_write.PART_BYTES": 5 << 20}}
     for attempt in range(2):
-        code, output = end(Job(small, url, str(tmp_path), point="uploading", nth=6 + attempt, **details))
+        code, output = end(
+            Job(small, url, str(tmp_path), point="uploading", nth=6 + attempt, **details)
+        )
         assert code == -signal.SIGKILL, output
         uploads = store.client.list_multipart_uploads(Bucket=store.bucket).get("Uploads", [])
         assert len(uploads) == 1, f"attempt {attempt}"  # that of the attempt before is gone
@@ -248,7 +303,9 @@ def test_a_kill_in_the_middle_of_an_upload_in_parts_leaves_nothing(small: str, s
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_early_end_is_the_same_after_kills(small: str, s3_url: str, tmp_path: Path, workers: int) -> None:
+def test_an_early_end_is_the_same_after_kills(
+    small: str, s3_url: str, tmp_path: Path, workers: int
+) -> None:
     """Of 40 epochs: light and dark noise is soon told apart, and nothing is better than 100 %."""
     settings = ("schedule.epochs=40", "schedule.patience=2", "optimizer.lr=0.05", "mix.mixup=0")
     one, other = f"{s3_url}/unbroken", f"{s3_url}/run"
@@ -263,7 +320,9 @@ def test_an_early_end_is_the_same_after_kills(small: str, s3_url: str, tmp_path:
     )
     assert re.search(rf"{why}last ", output)
     for nth in (last.evaluated - 1, 1):  # after the last commit but one, and after the last
-        code, output = end(Job(small, other, str(tmp_path), point="after the manifest", nth=nth, **details))
+        code, output = end(
+            Job(small, other, str(tmp_path), point="after the manifest", nth=nth, **details)
+        )
         assert code == -signal.SIGKILL, output
     code, output = end(Job(small, other, str(tmp_path), **details))
     assert code == 0, output
@@ -283,4 +342,6 @@ def test_an_early_end_is_found_out_from_the_last_checkpoint(small: str, tmp_path
         assert training.end() == 0, training.output
     after, _ = read_run(store)
     assert (after.status, training.steps()) == ("done", {})
-    assert after.result == {name: value for name, value in whole.result.items() if name != "epoch/loss"}
+    assert after.result == {
+        name: value for name, value in whole.result.items() if name != "epoch/loss"
+    }

@@ -32,7 +32,9 @@ def assert_named_objects_are_there(store: Store) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_the_one_that_slept_past_its_lease_changes_nothing(small: str, s3_url: str, tmp_path: Path) -> None:
+def test_the_one_that_slept_past_its_lease_changes_nothing(
+    small: str, s3_url: str, tmp_path: Path
+) -> None:
     store, trainings = open_store(f"{s3_url}/run"), []
     with all_ended(trainings):
         details = {"settings": LONG, "constants": SHORT_LEASE}
@@ -42,7 +44,9 @@ def test_the_one_that_slept_past_its_lease_changes_nothing(small: str, s3_url: s
             first.until("epoch ")
             wait_for_commit(store.url)
             trainings.append(second := Training(Job(small, store.url, str(tmp_path), **details)))
-            second.until(r"is being trained by .*, process \d+; waiting until it ends or is silent for 1.5 s")
+            second.until(
+                r"is being trained by .*, process \d+; waiting until it ends or is silent for 1.5 s"
+            )
             first.send(signal.SIGSTOP)
             second.until("resuming at step")
             second.send(signal.SIGSTOP)
@@ -60,15 +64,26 @@ def test_the_one_that_slept_past_its_lease_changes_nothing(small: str, s3_url: s
         assert read_run(store)[0].fence == ROUNDS + 1
 
 
-def test_a_run_that_is_held_is_refused_without_waiting(small: str, s3_url: str, tmp_path: Path) -> None:
+def test_a_run_that_is_held_is_refused_without_waiting(
+    small: str, s3_url: str, tmp_path: Path
+) -> None:
     lease = {"checkpoint.lease.LEASE_SECONDS": 3000.0}
-    trainings = [Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, constants=lease))]
+    trainings = [
+        Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, constants=lease))
+    ]
     with all_ended(trainings):
         trainings[0].until("epoch ")
         wait_for_commit(f"{s3_url}/run")
-        trainings.append(Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, arguments=("--no-wait",))))
+        trainings.append(
+            Training(
+                Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, arguments=("--no-wait",))
+            )
+        )
         assert trainings[1].end() == 1
-        assert f"is being trained by {os.uname().nodename}, process {trainings[0].pid}" in trainings[1].output
+        assert (
+            f"is being trained by {os.uname().nodename}, process {trainings[0].pid}"
+            in trainings[1].output
+        )
         trainings.append(Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG)))
         trainings[2].until("waiting until it ends")
         assert trainings[2].end(signal.SIGTERM) == 75
@@ -85,15 +100,27 @@ def test_a_spot_notice_is_answered_by_a_commit(
     """The notice comes while the thread that passes the point is held there."""
     run, trainings = f"{s3_url}/run", []
     details = {"settings": LONG}
-    job = Job(small, run, str(tmp_path), point=point, nth=15 if point == "after a step" else 5, sent=HOLD, **details)
+    job = Job(
+        small,
+        run,
+        str(tmp_path),
+        point=point,
+        nth=15 if point == "after a step" else 5,
+        sent=HOLD,
+        **details,
+    )
     with all_ended(trainings):
         trainings.append(training := Training(job))
         training.until("held at")
         imds.give_notice(110)
-        wait_until(lambda: imds.asked["GET", "/latest/meta-data/spot/instance-action", 200], "a look at the notice")
+        wait_until(
+            lambda: imds.asked["GET", "/latest/meta-data/spot/instance-action", 200],
+            "a look at the notice",
+        )
         assert training.end() == 75, training.output
         stopped = re.search(
-            r"stopped by the spot notice at step (\d+) of \d+, state committed to s3://", training.output
+            r"stopped by the spot notice at step (\d+) of \d+, state committed to s3://",
+            training.output,
         )
         assert stopped, training.output
         manifest, _ = read_run(open_store(run))
@@ -104,11 +131,17 @@ def test_a_spot_notice_is_answered_by_a_commit(
         trainings[-1].until(f"resuming at step {stopped[1]} ")
 
 
-@pytest.mark.parametrize("seconds", [0.7, 4.0], ids=["shorter than the lease", "longer, and nobody else comes"])
+@pytest.mark.parametrize(
+    "seconds", [0.7, 4.0], ids=["shorter than the lease", "longer, and nobody else comes"]
+)
 def test_a_run_outlives_an_outage_of_the_store(
     small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path, seconds: float
 ) -> None:
-    trainings = [Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, constants=HASTY | SHORT_LEASE))]
+    trainings = [
+        Training(
+            Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, constants=HASTY | SHORT_LEASE)
+        )
+    ]
     with all_ended(trainings):
         trainings[0].until("epoch   2/400")
         wait_for_commit(f"{s3_url}/run")
@@ -127,7 +160,11 @@ def test_a_run_outlives_an_outage_of_the_store(
 
 
 def test_who_was_cut_off_while_another_claimed_changes_nothing(
-    small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: str,
+    s3_url: str,
+    fault_proxy: FaultProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A partition: the first reaches no store, the second does. Both stay alive, and the first comes back."""
     direct = f"http://127.0.0.1:{fault_proxy.port}"
@@ -151,7 +188,9 @@ def test_who_was_cut_off_while_another_claimed_changes_nothing(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_same_signal_twice_stops_at_once(small: str, s3_url: str, tmp_path: Path, number: signal.Signals) -> None:
+def test_the_same_signal_twice_stops_at_once(
+    small: str, s3_url: str, tmp_path: Path, number: signal.Signals
+) -> None:
     run = f"{s3_url}/run"
     job = Job(small, run, str(tmp_path), point="before a step", nth=15, sent=HOLD, settings=LONG)
     trainings = [Training(job)]
@@ -163,14 +202,29 @@ def test_the_same_signal_twice_stops_at_once(small: str, s3_url: str, tmp_path: 
         assert "stopped at once; what was committed before stands" in trainings[0].output
         assert max(trainings[0].steps()) == 13  # not even the step that it was asked to finish
         assert_named_objects_are_there(open_store(run))
-        committed = read_run(open_store(run))[0].checkpoints  # none, if the epoch's was still on its way
+        committed = read_run(open_store(run))[
+            0
+        ].checkpoints  # none, if the epoch's was still on its way
         trainings.append(Training(Job(small, run, str(tmp_path), settings=LONG)))
-        trainings[1].until(f"resuming at step {committed[-1].progress.step} of" if committed else "epoch   1/400")
+        trainings[1].until(
+            f"resuming at step {committed[-1].progress.step} of" if committed else "epoch   1/400"
+        )
 
 
 @pytest.mark.parametrize("seconds", [0.02, 1.0])
-def test_a_signal_while_the_imports_run_damages_nothing(small: str, tmp_path: Path, seconds: float) -> None:
-    command = [sys.executable, "-m", "wds_train.cli", "train", "--dataset", small, "--run", str(tmp_path / "run")]
+def test_a_signal_while_the_imports_run_damages_nothing(
+    small: str, tmp_path: Path, seconds: float
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "wds_train.cli",
+        "train",
+        "--dataset",
+        small,
+        "--run",
+        str(tmp_path / "run"),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
@@ -184,7 +238,11 @@ def test_a_signal_while_the_imports_run_damages_nothing(small: str, tmp_path: Pa
 
 def test_every_nth_epoch_is_kept_if_asked(small: str, tmp_path: Path) -> None:
     job = Job(
-        small, str(tmp_path / "run"), str(tmp_path), settings=("schedule.epochs=7",), arguments=("--keep-every", "3")
+        small,
+        str(tmp_path / "run"),
+        str(tmp_path),
+        settings=("schedule.epochs=7",),
+        arguments=("--keep-every", "3"),
     )
     trainings = [Training(job)]
     with all_ended(trainings):
@@ -200,8 +258,20 @@ def test_a_commit_that_fails_is_tried_again_while_the_training_goes_on(
 ) -> None:
     kinds = {
         "503": {"kind": "status", "key": "ckpt/", "times": 30},
-        "403": {"kind": "status", "key": "ckpt/", "times": 30, "status": 403, "code": "AccessDenied"},
-        "expired": {"kind": "status", "key": "ckpt/", "times": 30, "status": 403, "code": "ExpiredToken"},
+        "403": {
+            "kind": "status",
+            "key": "ckpt/",
+            "times": 30,
+            "status": 403,
+            "code": "AccessDenied",
+        },
+        "expired": {
+            "kind": "status",
+            "key": "ckpt/",
+            "times": 30,
+            "status": 403,
+            "code": "ExpiredToken",
+        },
         "lost_ack": {"kind": "lost_ack", "key": "manifest.json", "times": 20, "share": 0.5},
     }
     fault_proxy.fail(method="PUT", **kinds[fault])
@@ -209,10 +279,16 @@ def test_a_commit_that_fails_is_tried_again_while_the_training_goes_on(
     with all_ended(trainings):
         assert trainings[0].end() == 0, trainings[0].output
     if fault != "lost_ack":
-        assert re.search(r"commit of step \d+ failed \(.*ckpt/.*\); it is tried again", trainings[0].output)
+        assert re.search(
+            r"commit of step \d+ failed \(.*ckpt/.*\); it is tried again", trainings[0].output
+        )
     assert fault_proxy.faults[0].times <= 19
     manifest, _ = read_run(open_store(f"{s3_url}/run"))
-    assert (manifest.status, manifest.fence, manifest.checkpoints[-1].progress.evaluated) == ("done", 1, 4)
+    assert (manifest.status, manifest.fence, manifest.checkpoints[-1].progress.evaluated) == (
+        "done",
+        1,
+        4,
+    )
     _, history, _ = end_state(f"{s3_url}/run")
     assert [record["epoch"] for record in history if "val/top1" in record] == [1, 2, 3, 4]
     assert [record["step"] for record in history] == sorted(record["step"] for record in history)
@@ -223,7 +299,16 @@ def test_no_more_than_the_allowed_minutes_are_put_at_risk(
 ) -> None:
     minutes = ("--max-uncommitted-minutes", "0.1", "--commit-minutes", "0.01")
     trainings = [
-        Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, arguments=minutes, constants=HASTY))
+        Training(
+            Job(
+                small,
+                f"{s3_url}/run",
+                str(tmp_path),
+                settings=LONG,
+                arguments=minutes,
+                constants=HASTY,
+            )
+        )
     ]
     with all_ended(trainings):
         trainings[0].until("epoch   2/400")
@@ -251,7 +336,8 @@ def test_a_full_disk_is_survived_once_there_is_room(small: str, tmp_path: Path) 
         with all_ended(trainings):
             assert trainings[0].end() == 1, trainings[0].output
         assert re.search(
-            r"commit of step \d+ failed \(no space left on the disk of .*; it is tried again", trainings[0].output
+            r"commit of step \d+ failed \(no space left on the disk of .*; it is tried again",
+            trainings[0].output,
         )
         store = open_store(str(disk / "run"))
         assert_named_objects_are_there(store)

@@ -51,7 +51,14 @@ def expected_of(name: str) -> dict[str, Any]:
 def go_on(name: str, run: Path, *, stop_at: int = 0) -> tuple[int | None, str]:
     """Go on with a copy of the fixture's run; return how the process ended, and what it said."""
     expected = expected_of(name)
-    arguments = ["--run", str(run), "--dataset", str(FIXTURES / expected["dataset"]), "--workers", "0"]
+    arguments = [
+        "--run",
+        str(run),
+        "--dataset",
+        str(FIXTURES / expected["dataset"]),
+        "--workers",
+        "0",
+    ]
     if expected["second"]:
         arguments += ["--mix", f"{FIXTURES / expected['second']}=0.5"]
     process = CONTEXT.Process(target=tiny.attempt, args=(arguments, run.parent, run.name, stop_at))
@@ -83,13 +90,20 @@ def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_it_takes_the_steps_that_were_left_with_the_same_pixels(ended: Ended) -> None:
-    left = {int(step): digest for step, digest in ended.expected["steps"].items() if int(step) >= tiny.STOPPED_AT}
+    left = {
+        int(step): digest
+        for step, digest in ended.expected["steps"].items()
+        if int(step) >= tiny.STOPPED_AT
+    }
     for run in (ended.once, ended.twice):
         assert tiny.steps_of(run.parent / f"{run.name}.steps") == left
 
 
 def test_another_interruption_changes_no_bit(ended: Ended) -> None:
-    (once, beside_once, _), (twice, beside_twice, _) = tiny.state_of(ended.once), tiny.state_of(ended.twice)
+    (once, beside_once, _), (twice, beside_twice, _) = (
+        tiny.state_of(ended.once),
+        tiny.state_of(ended.twice),
+    )
     assert tiny.digests_of(once) == tiny.digests_of(twice)
     assert beside_once == beside_twice
 
@@ -100,7 +114,9 @@ def test_it_ends_near_the_weights_of_its_time(ended: Ended) -> None:
     tensors, _, manifest = tiny.state_of(ended.once)
     for name, wanted in load_file(FIXTURES / ended.name / "final.safetensors").items():
         np.testing.assert_allclose(tensors[name], wanted, rtol=1e-3, atol=1e-4, err_msg=name)
-    assert manifest["result"]["epoch/loss"] == pytest.approx(ended.expected["result"]["epoch/loss"], rel=1e-3)
+    assert manifest["result"]["epoch/loss"] == pytest.approx(
+        ended.expected["result"]["epoch/loss"], rel=1e-3
+    )
 
 
 def test_it_ends_with_the_weights_of_its_time(ended: Ended) -> None:
@@ -123,11 +139,22 @@ def test_the_curves_are_whole(ended: Ended) -> None:
 
 
 @pytest.mark.parametrize("name", [*READ, *REFUSED])
-def test_a_dataset_is_read_in_the_order_of_its_time(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_is_read_in_the_order_of_its_time(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = expected_of(name)
     dataset = str(FIXTURES / expected["dataset"])
     for epoch, digest in enumerate(expected["order"]):
-        order = ["order", dataset, "--seed", "0", "--epoch", str(epoch), "--global-batch", str(tiny.BATCH)]
+        order = [
+            "order",
+            dataset,
+            "--seed",
+            "0",
+            "--epoch",
+            str(epoch),
+            "--global-batch",
+            str(tiny.BATCH),
+        ]
         assert main(order) == 0
         assert hashlib.sha256(capsys.readouterr().out.encode()).hexdigest() == digest
     for each in filter(None, (expected["dataset"], expected["second"])):
@@ -136,7 +163,9 @@ def test_a_dataset_is_read_in_the_order_of_its_time(name: str, capsys: pytest.Ca
 
 @pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize("command", ["verify", "status", "checkpoints"])
-def test_a_run_is_told_of(name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_told_of(
+    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(FIXTURES / name / "run", tmp_path / "run")
     assert main([command, str(run)]) == 0
     assert str(tiny.STOPPED_AT) in capsys.readouterr().out

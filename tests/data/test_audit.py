@@ -75,20 +75,31 @@ def test_a_flipped_byte_is_named(place: str, out: Path, capsys: pytest.CaptureFi
     key, offset, data, shard = row(out, 7)
     flip(
         shard,
-        {"data": data + 50, "header": offset + 3, "size": offset + 130, "label": offset + 512, "padding": offset + 520}[
-            place
-        ],
+        {
+            "data": data + 50,
+            "header": offset + 3,
+            "size": offset + 130,
+            "label": offset + 512,
+            "padding": offset + 520,
+        }[place],
     )
     damage = verify(out, capsys)
-    assert damage[0] == f"train/{shard.name} {key}: its bytes do not match the checksum in the index"
-    assert len(damage) == 2 and "its sha256 differs from the manifest's; 1 samples are named" in damage[1]
+    assert (
+        damage[0] == f"train/{shard.name} {key}: its bytes do not match the checksum in the index"
+    )
+    assert (
+        len(damage) == 2
+        and "its sha256 differs from the manifest's; 1 samples are named" in damage[1]
+    )
 
 
 def test_a_flipped_byte_after_the_samples(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard = out / "train" / "shard-000000.tar"
     flip(shard, shard.stat().st_size - 1)
     (damage,) = verify(out, capsys)
-    assert "train/shard-000000.tar: its sha256 differs" in damage and "outside the samples" in damage
+    assert (
+        "train/shard-000000.tar: its sha256 differs" in damage and "outside the samples" in damage
+    )
 
 
 def test_a_cut_shard_names_what_is_lost(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +108,9 @@ def test_a_cut_shard_names_what_is_lost(out: Path, capsys: pytest.CaptureFixture
     damage = verify(out, capsys)
     reader = Dataset.open(str(out)).split("train")
     lost = [reader.index.key_of(n) for n in range(1, int(np.sum(reader.index.shard == 0)))]
-    assert [line.split(":")[0] for line in damage[:-1]] == [f"train/{shard.name} {name}" for name in lost]
+    assert [line.split(":")[0] for line in damage[:-1]] == [
+        f"train/{shard.name} {name}" for name in lost
+    ]
     assert key in lost and f"it has {offset + 700} bytes" in damage[-1]
 
 
@@ -119,7 +132,9 @@ def test_swapped_shards(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("forged", [False, True])
-def test_a_wrong_label_in_the_index(forged: bool, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_label_in_the_index(
+    forged: bool, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also when the manifest was made to fit the changed index."""
     key, _, _, shard = row(out, 3)
     path = out / "train" / "index.parquet"
@@ -136,7 +151,9 @@ def test_a_wrong_label_in_the_index(forged: bool, out: Path, capsys: pytest.Capt
     damage = verify(out, capsys)
     line = f"train/{shard.name} {key}: its label is '{right}' in the shard and {labels[3]} in the index"
     assert line in damage
-    assert any("train/index.parquet: it is not what the manifest names" in d for d in damage) == (not forged)
+    assert any("train/index.parquet: it is not what the manifest names" in d for d in damage) == (
+        not forged
+    )
 
 
 def test_a_damaged_index(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +169,10 @@ def test_inspect(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     capsys.readouterr()
     assert wds_train(["inspect", str(out), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert {name: split["samples"] for name, split in facts["splits"].items()} == {"train": 15, "val": 9}
+    assert {name: split["samples"] for name, split in facts["splits"].items()} == {
+        "train": 15,
+        "val": 9,
+    }
     assert facts["splits"]["train"]["per_class"] == dict.fromkeys(layouts.WNIDS, 5)
     sizes = [Image.open(path).size for path in (tmp_path / "folder" / "train").rglob("*.JPEG")]
     widths = facts["splits"]["train"]["quantiles"]["width"]
@@ -164,7 +184,9 @@ def test_inspect(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "15 samples" in text and "English springer" in text
     sheet = Image.open(tmp_path / "grid.png")
     assert sheet.width == 1280
-    assert len(set(Image.open(tmp_path / "grid.png").convert("L").tobytes())) > 200, "no photographs on it"
+    assert len(set(Image.open(tmp_path / "grid.png").convert("L").tobytes())) > 200, (
+        "no photographs on it"
+    )
 
 
 # Tars that stay where they lie.
@@ -176,7 +198,9 @@ def put(url: str, folder: Path) -> None:
         store.write(f"tars/{path.name}", path.read_bytes())
 
 
-def test_index_makes_a_dataset_of_tars_on_s3(tmp_path: Path, s3_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_makes_a_dataset_of_tars_on_s3(
+    tmp_path: Path, s3_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     tree = layouts.small_tree()
     put(s3_url, layouts.webdataset(tmp_path / "wds", tree))
     store = open_store(s3_url)
@@ -184,7 +208,12 @@ def test_index_makes_a_dataset_of_tars_on_s3(tmp_path: Path, s3_url: str, capsys
     assert shards("index", s3_url) == 0
     after = {entry.key: store.read(entry.key) for entry in store.list()}
     assert {key: after[key] for key in before} == before, "the tars were touched"
-    assert after.keys() - before.keys() == {"manifest.json", "report.json", "train/index.parquet", "val/index.parquet"}
+    assert after.keys() - before.keys() == {
+        "manifest.json",
+        "report.json",
+        "train/index.parquet",
+        "val/index.parquet",
+    }
     dataset = Dataset.open(s3_url)
     for split in ("train", "val"):
         reader, found = dataset.split(split), Counter[tuple[str, str]]()
@@ -194,7 +223,9 @@ def test_index_makes_a_dataset_of_tars_on_s3(tmp_path: Path, s3_url: str, capsys
             image = image_of(reader.index, n, memoryview(record))
             found[layouts.WNIDS[reader.index.label[n]], hashlib.sha256(image).hexdigest()] += 1
         wanted = Counter(
-            (wnid, hashlib.sha256(data).hexdigest()) for wnid, images in tree[split].items() for _, data in images
+            (wnid, hashlib.sha256(data).hexdigest())
+            for wnid, images in tree[split].items()
+            for _, data in images
         )
         assert found == wanted
     assert not list(audit.verify(dataset))

@@ -36,13 +36,24 @@ TRANSFORM = TrainTransform(
 
 def plan_of(dataset: Dataset, **changes: object) -> TrainPlan:
     split = dataset.split("train")
-    return replace(TrainPlan(split.shard_samples, dataset.fingerprint, 0, BATCH, range(1)), **changes)  # type: ignore[arg-type]
+    return replace(
+        TrainPlan(split.shard_samples, dataset.fingerprint, 0, BATCH, range(1)), **changes
+    )  # type: ignore[arg-type]
 
 
-def lines(dataset: Dataset, world: int = 1, workers: int = 0, from_step: int = 0) -> list[tuple[int, int, str, int]]:
+def lines(
+    dataset: Dataset, world: int = 1, workers: int = 0, from_step: int = 0
+) -> list[tuple[int, int, str, int]]:
     return list(
         list_order(
-            dataset, seed=0, epoch=0, global_batch=BATCH, world=world, workers=workers, from_step=from_step, steps=None
+            dataset,
+            seed=0,
+            epoch=0,
+            global_batch=BATCH,
+            world=world,
+            workers=workers,
+            from_step=from_step,
+            steps=None,
         )
     )
 
@@ -61,19 +72,29 @@ def copy(dataset: Dataset, url: str) -> None:
 
 
 def shard_bytes(proxy: FaultProxy) -> int:
-    return sum(count for (method, key), count in proxy.sent.items() if method == "GET" and key.endswith(".tar"))
+    return sum(
+        count
+        for (method, key), count in proxy.sent.items()
+        if method == "GET" and key.endswith(".tar")
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_under_random_faults_gives_the_same_samples(
-    digits: Dataset, on_s3: str, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, workers: int
+    digits: Dataset,
+    on_s3: str,
+    fault_proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
 ) -> None:
     """5 % of the requests for shards fail, in every way that S3 fails in."""
     for module in ("s3_session", "s3_read"):
         monkeypatch.setattr(
             f"wds_train.storage.{module}.SOCKET_SECONDS", 1.0
         )  # a stalled body is given up after so long
-    clean = [batch.images for batch in Pipeline(digits.split("train"), plan_of(digits), TRANSFORM, 0)]
+    clean = [
+        batch.images for batch in Pipeline(digits.split("train"), plan_of(digits), TRANSFORM, 0)
+    ]
     dataset = Dataset.open(on_s3)
     forever = float("inf")
     fault_proxy.faults += [
@@ -85,10 +106,14 @@ def test_an_epoch_under_random_faults_gives_the_same_samples(
     ]
     faulty = list(Pipeline(dataset.split("train"), plan_of(dataset), TRANSFORM, workers))
     assert [batch.unreadable for batch in faulty] == [[] for _ in clean]
-    assert all(torch.equal(batch.images, images) for batch, images in zip(faulty, clean, strict=True))
+    assert all(
+        torch.equal(batch.images, images) for batch, images in zip(faulty, clean, strict=True)
+    )
 
 
-def test_a_byte_flipped_on_the_way_is_fetched_again(digits: Dataset, on_s3: str, fault_proxy: FaultProxy) -> None:
+def test_a_byte_flipped_on_the_way_is_fetched_again(
+    digits: Dataset, on_s3: str, fault_proxy: FaultProxy
+) -> None:
     dataset = Dataset.open(on_s3)
     fault_proxy.faults.append(Fault("flip", "GET", ".tar", after=700))
     batches = list(Pipeline(dataset.split("train"), plan_of(dataset), TRANSFORM, 0))
@@ -107,13 +132,17 @@ def test_a_network_that_flips_bytes_changes_nothing(
 ) -> None:
     """In a tenth of all that is read, be it manifest, index or shard."""
     one_thread(monkeypatch)
-    clean = [batch.images for batch in Pipeline(digits.split("train"), plan_of(digits), TRANSFORM, 0)]
+    clean = [
+        batch.images for batch in Pipeline(digits.split("train"), plan_of(digits), TRANSFORM, 0)
+    ]
     flips = fault_proxy.fail("flip", method="GET", after=700, times=float("inf"), share=0.1)
     for _ in range(3):  # a few dozen requests each
         dataset = Dataset.open(on_s3)
         batches = list(Pipeline(dataset.split("train"), plan_of(dataset), TRANSFORM, 0))
         assert [batch.unreadable for batch in batches if batch.unreadable] == []
-        assert all(torch.equal(batch.images, images) for batch, images in zip(batches, clean, strict=True))
+        assert all(
+            torch.equal(batch.images, images) for batch, images in zip(batches, clean, strict=True)
+        )
         assert lines(dataset) == lines(digits)
         assert [str(damage) for damage in verify(dataset)] == []
     assert flips.times == float("inf") and fault_proxy.count("GET") > 100
@@ -160,20 +189,28 @@ def test_what_is_final_is_not_tried_again(
     on_s3: str, fault_proxy: FaultProxy, status: int, code: str, error: type[Exception]
 ) -> None:
     never_open = open_store(on_s3)  # one that was open waits for new credentials
-    fault_proxy.faults.append(Fault("status", "GET", "shard-000000.tar", status=status, code=code, times=float("inf")))
+    fault_proxy.faults.append(
+        Fault("status", "GET", "shard-000000.tar", status=status, code=code, times=float("inf"))
+    )
     before = fault_proxy.requests.total()
     with pytest.raises(error):
         list(never_open.read("train/shard-000000.tar", 0, 100))
-    assert fault_proxy.requests.total() - before == 2  # the presigned range, and boto3 to say what is wrong
+    assert (
+        fault_proxy.requests.total() - before == 2
+    )  # the presigned range, and boto3 to say what is wrong
 
 
-def test_from_a_step_on_little_more_than_the_rest_is_fetched(on_s3: str, fault_proxy: FaultProxy) -> None:
+def test_from_a_step_on_little_more_than_the_rest_is_fetched(
+    on_s3: str, fault_proxy: FaultProxy
+) -> None:
     dataset = Dataset.open(on_s3)
     split = dataset.split("train")
     sizes = {split.index.key_of(i): int(split.index.length[i]) for i in range(len(split))}
     tail = lines(dataset, from_step=12)
     needed = sum(sizes[key] for _, _, key, _ in tail)
-    window = sum(sizes.values()) - needed  # of 22 steps, none lies over a window back: all lanes' windows hold them
+    window = (
+        sum(sizes.values()) - needed
+    )  # of 22 steps, none lies over a window back: all lanes' windows hold them
     assert needed <= shard_bytes(fault_proxy) <= needed + window / 2
 
 
@@ -204,7 +241,9 @@ class Cached:
 
 def assert_epoch(images: Iterator[torch.Tensor], digits: Dataset, epoch: int) -> None:
     plan = plan_of(digits, epochs=range(epoch, epoch + 1))
-    clean = Pipeline(digits.split("train"), replace(plan, from_step=epoch * plan.steps_per_epoch), TRANSFORM, 0)
+    clean = Pipeline(
+        digits.split("train"), replace(plan, from_step=epoch * plan.steps_per_epoch), TRANSFORM, 0
+    )
     assert all(torch.equal(one, batch.images) for one, batch in zip(images, clean, strict=True))
 
 
@@ -214,7 +253,9 @@ def test_with_a_cache_later_epochs_read_no_s3(
 ) -> None:
     first = Cached(on_s3, tmp_path)
     list(first.epoch(0, workers))
-    list(first.epoch(1, workers))  # an epoch drops a tail, so that the blocks of one may lack a few of another's
+    list(
+        first.epoch(1, workers)
+    )  # an epoch drops a tail, so that the blocks of one may lack a few of another's
     before = shard_bytes(fault_proxy)
     assert_epoch(Cached(on_s3, tmp_path).epoch(2, workers), digits, 2)
     missing = len(blocks(digits.split("train").shard_samples)[0]) - len(list(tmp_path.rglob("0*")))
@@ -248,7 +289,9 @@ def test_a_full_disk_only_ends_the_caching(
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)],
+        capture_output=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip("mounting a small tmpfs needs root")
@@ -259,7 +302,9 @@ def test_a_full_disk_only_ends_the_caching(
     assert capfd.readouterr().err.count("No space left on device; nothing more is added to it") == 1
 
 
-@pytest.mark.parametrize("trouble", ["a file in its place", "taken away", "read-only", "no file can be read"])
+@pytest.mark.parametrize(
+    "trouble", ["a file in its place", "taken away", "read-only", "no file can be read"]
+)
 def test_a_cache_that_fails_is_switched_off(
     trouble: str, digits: Dataset, on_s3: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,7 +312,10 @@ def test_a_cache_that_fails_is_switched_off(
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk)]
-    if trouble == "read-only" and subprocess.run(mount, capture_output=True, check=False).returncode:
+    if (
+        trouble == "read-only"
+        and subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
         pytest.skip("mounting a tmpfs needs root")
     try:
         list(Cached(on_s3, disk, max_bytes=1_000_000).epoch(0))
@@ -292,10 +340,14 @@ def test_a_cache_that_fails_is_switched_off(
     assert line.startswith(f"cache: {disk}") and line.endswith("the store is read instead")
 
 
-def test_two_processes_share_a_cache_and_a_kill_leaves_it_whole(digits: Dataset, on_s3: str, tmp_path: Path) -> None:
+def test_two_processes_share_a_cache_and_a_kill_leaves_it_whole(
+    digits: Dataset, on_s3: str, tmp_path: Path
+) -> None:
     script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_faults import *\n"
     script += f"while True: list(Cached({on_s3!r}, Path({str(tmp_path)!r})).epoch(0)); print('epoch', flush=True)"
-    both = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(2)
+    ]
     for process in both:
         assert process.stdout is not None
         process.stdout.readline()
@@ -327,7 +379,9 @@ def test_the_server_killed_in_the_middle_of_an_epoch(digits: Dataset, embedded_h
     """SIGKILL to the real server: the loader waits, the server comes back, the epoch is whole."""
     copy(digits, "s3://embedded/digits")
     dataset = Dataset.open("s3://embedded/digits")
-    batches = iter(Pipeline(dataset.split("train"), plan_of(dataset, epochs=range(6)), TRANSFORM, 0))
+    batches = iter(
+        Pipeline(dataset.split("train"), plan_of(dataset, epochs=range(6)), TRANSFORM, 0)
+    )
     images = [next(batches).images for _ in range(3)]
     embedded.stop()
     embedded.ensure_running()

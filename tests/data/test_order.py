@@ -17,19 +17,30 @@ epochs = st.integers(0, 3)
 
 
 def epoch_order(
-    shard_samples: list[int], global_batch: int, *, seed: int = 0, epoch: int = 0, fingerprint: str = "f"
+    shard_samples: list[int],
+    global_batch: int,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    fingerprint: str = "f",
 ) -> EpochOrder:
-    return EpochOrder(shard_samples, fingerprint=fingerprint, seed=seed, epoch=epoch, global_batch=global_batch)
+    return EpochOrder(
+        shard_samples, fingerprint=fingerprint, seed=seed, epoch=epoch, global_batch=global_batch
+    )
 
 
-def brute_force(shard_samples: list[int], global_batch: int, seed: int, epoch: int) -> list[list[int]]:
+def brute_force(
+    shard_samples: list[int], global_batch: int, seed: int, epoch: int
+) -> list[list[int]]:
     """The whole epoch, list by list, as the module's text says it."""
     sample, runs = 0, []
     for count in shard_samples:
         ids = list(range(sample, sample + count))
         runs += [ids[i : i + BLOCK] for i in range(0, count, BLOCK)]
         sample += count
-    sequence = [i for place in permutation(len(runs), "f", seed, epoch, "blocks") for i in runs[place]]
+    sequence = [
+        i for place in permutation(len(runs), "f", seed, epoch, "blocks") for i in runs[place]
+    ]
     lanes, steps = lane_count(global_batch), sample // global_batch
     per_lane, columns = global_batch // lanes, []
     for lane in range(lanes):
@@ -38,15 +49,23 @@ def brute_force(shard_samples: list[int], global_batch: int, seed: int, epoch: i
         while rest:
             cut = cuts[number] if number < len(cuts) else WINDOW
             window, rest = rest[:cut], rest[cut:]
-            column += [window[place] for place in permutation(len(window), "f", seed, epoch, "window", lane, number)]
+            column += [
+                window[place]
+                for place in permutation(len(window), "f", seed, epoch, "window", lane, number)
+            ]
             number += 1
         columns.append(column)
-    return [[i for column in columns for i in column[s * per_lane : (s + 1) * per_lane]] for s in range(steps)]
+    return [
+        [i for column in columns for i in column[s * per_lane : (s + 1) * per_lane]]
+        for s in range(steps)
+    ]
 
 
 @given(shards, batches, st.integers(0, 3), epochs)
 @settings(max_examples=60, deadline=None)
-def test_equals_brute_force(shard_samples: list[int], global_batch: int, seed: int, epoch: int) -> None:
+def test_equals_brute_force(
+    shard_samples: list[int], global_batch: int, seed: int, epoch: int
+) -> None:
     order = epoch_order(shard_samples, global_batch, seed=seed, epoch=epoch)
     assert [order.batch(step).tolist() for step in range(order.steps)] == brute_force(
         shard_samples, global_batch, seed, epoch
@@ -94,7 +113,10 @@ def test_every_input_changes_the_order() -> None:
     ):
         assert np.mean(base.batch(0) == other.batch(0)) < 0.1
     # Hashed, not added: with sums, seed 0 epoch 1 would be seed 1 epoch 0.
-    assert epoch_order([1000], 64, epoch=1).batch(0).tolist() != epoch_order([1000], 64, seed=1).batch(0).tolist()
+    assert (
+        epoch_order([1000], 64, epoch=1).batch(0).tolist()
+        != epoch_order([1000], 64, seed=1).batch(0).tolist()
+    )
 
 
 def test_the_dropped_tail_differs_per_epoch() -> None:
@@ -102,12 +124,16 @@ def test_the_dropped_tail_differs_per_epoch() -> None:
     dropped = []
     for epoch in range(3):
         order = epoch_order([1000], 300, epoch=epoch)
-        dropped.append(everything - {i for step in range(order.steps) for i in order.batch(step).tolist()})
+        dropped.append(
+            everything - {i for step in range(order.steps) for i in order.batch(step).tolist()}
+        )
     assert all(len(tail) == 100 for tail in dropped)
     assert dropped[0] != dropped[1] != dropped[2]
 
 
-@pytest.mark.parametrize(("global_batch", "lanes"), [(1, 1), (48, 16), (64, 64), (96, 32), (256, 64), (1000, 8)])
+@pytest.mark.parametrize(
+    ("global_batch", "lanes"), [(1, 1), (48, 16), (64, 64), (96, 32), (256, 64), (1000, 8)]
+)
 def test_lane_count(global_batch: int, lanes: int) -> None:
     assert lane_count(global_batch) == lanes <= MAX_LANES
 
@@ -116,7 +142,16 @@ def test_the_order_is_pinned() -> None:
     """These numbers are part of the format: a release that changed them would break every run under way."""
     assert key("a", 1) == 0xFF3AC877DA0EADFBAD7B3D3D41C06887
     assert permutation(8, "pinned", 0).tolist() == [4, 6, 3, 2, 5, 1, 0, 7]
-    assert epoch_order([100, 100], 8, seed=3, epoch=2).batch(5).tolist() == [109, 36, 57, 79, 10, 169, 194, 153]
+    assert epoch_order([100, 100], 8, seed=3, epoch=2).batch(5).tolist() == [
+        109,
+        36,
+        57,
+        79,
+        10,
+        169,
+        194,
+        153,
+    ]
 
 
 def test_class_sorted_shards_still_give_mixed_batches() -> None:
@@ -126,13 +161,21 @@ def test_class_sorted_shards_still_give_mixed_batches() -> None:
     assert np.mean(distinct) > 150, np.mean(distinct)
 
 
-@given(st.lists(st.tuples(st.integers(), st.text(max_size=3), st.integers(0, 9)), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.integers(), st.text(max_size=3), st.integers(0, 9)), min_size=1, max_size=5
+    )
+)
 @settings(deadline=None)
-def test_a_generator_that_is_keyed_anew_draws_as_a_new_one(keys: list[tuple[int, str, int]]) -> None:
+def test_a_generator_that_is_keyed_anew_draws_as_a_new_one(
+    keys: list[tuple[int, str, int]],
+) -> None:
     for number, name, draws in keys:
         again, new = rekeyed(number, name), generator(number, name)
         assert again.random(draws).tolist() == new.random(draws).tolist()
-        assert again.integers(9, dtype=np.int32) == new.integers(9, dtype=np.int32)  # leaves half a word behind
+        assert again.integers(9, dtype=np.int32) == new.integers(
+            9, dtype=np.int32
+        )  # leaves half a word behind
 
 
 def test_threads_key_generators_of_their_own() -> None:
@@ -144,7 +187,9 @@ def test_threads_key_generators_of_their_own() -> None:
 
 @given(shards, st.sampled_from([8, 48, 64]), st.data())
 @settings(max_examples=30, deadline=None)
-def test_a_lane_needs_nothing_of_the_others(shard_samples: list[int], global_batch: int, data: st.DataObject) -> None:
+def test_a_lane_needs_nothing_of_the_others(
+    shard_samples: list[int], global_batch: int, data: st.DataObject
+) -> None:
     order = epoch_order(shard_samples, global_batch)
     if order.steps == 0:
         return
@@ -152,7 +197,9 @@ def test_a_lane_needs_nothing_of_the_others(shard_samples: list[int], global_bat
     lanes = range(first, data.draw(st.integers(first + 1, order.lanes)))
     kept = epoch_order(shard_samples, global_batch).keep(lanes)
     for lane in lanes:
-        assert [w.ids.tolist() for w in kept.windows(lane)] == [w.ids.tolist() for w in order.windows(lane)]
+        assert [w.ids.tolist() for w in kept.windows(lane)] == [
+            w.ids.tolist() for w in order.windows(lane)
+        ]
 
 
 def test_blocks_of_uneven_shards() -> None:

@@ -39,7 +39,9 @@ TRANSFORM = TrainTransform(
 
 def plan_of(dataset: Dataset, **changes: object) -> TrainPlan:
     split = dataset.split("train")
-    return replace(TrainPlan(split.shard_samples, dataset.fingerprint, 0, BATCH, range(1)), **changes)  # type: ignore[arg-type]
+    return replace(
+        TrainPlan(split.shard_samples, dataset.fingerprint, 0, BATCH, range(1)), **changes
+    )  # type: ignore[arg-type]
 
 
 def order_lines(dataset: Dataset, **changes: int) -> list[tuple[int, int, str, int]]:
@@ -128,7 +130,9 @@ class Counted(LocalStore):
         return sum(slab.nbytes for ref in self._slabs.valuerefs() if (slab := ref()) is not None)
 
 
-def test_what_a_worker_holds_does_not_grow_with_the_dataset(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_worker_holds_does_not_grow_with_the_dataset(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two windows and the slab of the last sample, besides what is fetched ahead: of one shard as of five."""
     monkeypatch.setattr("wds_train.loader.fetch.AHEAD_BYTES", 100_000)
     monkeypatch.setattr("wds_train.loader.fetch.SLAB_BYTES", 50_000)
@@ -137,9 +141,9 @@ def test_what_a_worker_holds_does_not_grow_with_the_dataset(digits: Dataset, mon
         store = Counted(Path(digits.store.url))
         split = replace(digits.split("train"), store=store)
         plan = TrainPlan(split.shard_samples[:shards], digits.fingerprint, 0, 1, range(1))
-        assert sum(len(part.ids) for part in plan.parts(Fetcher(split)(plan.requests(0, 1)), 0, 1)) == sum(
-            split.shard_samples[:shards]
-        )
+        assert sum(
+            len(part.ids) for part in plan.parts(Fetcher(split)(plan.requests(0, 1)), 0, 1)
+        ) == sum(split.shard_samples[:shards])
         assert store.held == 0
         peaks.append(store.peak)
     window = WINDOW * split.index.length.mean()
@@ -159,15 +163,21 @@ def test_small_requests_of_a_lane_are_joined_and_stay_in_order(digits: Dataset, 
 
     for lane, windows in by_lane(0).items():
         requests = by_lane(small)[lane]
-        assert [i for each in requests for i in each.ids] == [i for each in windows for i in each.ids]
+        assert [i for each in requests for i in each.ids] == [
+            i for each in windows for i in each.ids
+        ]
         assert {each.epoch for each in requests} == {0, 1}
         alone = {(each.step, len(each.ids)) for each in windows}
-        assert all(len(each.ids) <= small or (each.step, len(each.ids)) in alone for each in requests)
+        assert all(
+            len(each.ids) <= small or (each.step, len(each.ids)) in alone for each in requests
+        )
         for one, other in itertools.pairwise(requests):  # as much as fits
             assert len(one.ids) + len(other.ids) > small or one.epoch != other.epoch
 
 
-def test_memory_is_read_into_again_once_nothing_of_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_read_into_again_once_nothing_of_it_is_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("wds_train.loader.fetch.SLAB_BYTES", 1000)
     memory = Memory()
 
@@ -187,7 +197,10 @@ def test_memory_is_read_into_again_once_nothing_of_it_is_in_use(monkeypatch: pyt
 
 def test_pixels_do_not_come_through_shared_memory_files(digits: Dataset) -> None:
     """A container's /dev/shm has 64 MB: fewer than a few batches take."""
-    maps, before = Path("/proc/self/maps"), Path("/proc/self/maps").read_text().count("/dev/shm/torch")
+    maps, before = (
+        Path("/proc/self/maps"),
+        Path("/proc/self/maps").read_text().count("/dev/shm/torch"),
+    )
     for _ in Pipeline(digits.split("train"), plan_of(digits), TRANSFORM, 2):
         assert maps.read_text().count("/dev/shm/torch") == before
 
@@ -198,7 +211,9 @@ def test_validation_counts_every_sample_once(digits: Dataset, world: int, worker
     batches: dict[int, Batch] = {}
     for rank in range(world):
         plan = EvalPlan(len(split), 50, rank, world)
-        batches |= {batch.step: batch for batch in Pipeline(split, plan, EvalTransform(32, 1.0), workers)}
+        batches |= {
+            batch.step: batch for batch in Pipeline(split, plan, EvalTransform(32, 1.0), workers)
+        }
     assert [int(i) for step in sorted(batches) for i in batches[step].ids] == list(range(360))
     assert len(batches[7].labels) == 10
 
@@ -226,7 +241,9 @@ def damaged(dataset: Dataset, folder: Path, samples: list[int], at: str) -> Data
 
 
 @pytest.mark.parametrize("at", ["header", "data"])
-def test_a_flipped_byte_is_named_and_the_rest_unchanged(digits: Dataset, tmp_path: Path, at: str) -> None:
+def test_a_flipped_byte_is_named_and_the_rest_unchanged(
+    digits: Dataset, tmp_path: Path, at: str
+) -> None:
     bad = damaged(digits, tmp_path, [5], at)
     clean = list(Pipeline(digits.split("train"), plan_of(digits, epochs=range(2)), TRANSFORM, 0))
     split = bad.split("train")
@@ -241,7 +258,9 @@ def test_a_flipped_byte_is_named_and_the_rest_unchanged(digits: Dataset, tmp_pat
         assert (one.images[~good] == 128).all()
 
 
-def test_order_stops_at_damage(digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_order_stops_at_damage(
+    digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = damaged(digits, tmp_path, list(range(40)), "data")
     assert main(["order", bad.store.url, "--global-batch", "64"]) == 1
     assert "train/shard-000000.tar, key" in capsys.readouterr().err
@@ -264,14 +283,17 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(digits: Dataset) -> None:
     workers = [pid for pid in children if b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(workers[-1]), signal.SIGKILL)
     with pytest.raises(
-        RunError, match=r"a loader worker died .*; if the machine ran out of memory, use fewer --workers"
+        RunError,
+        match=r"a loader worker died .*; if the machine ran out of memory, use fewer --workers",
     ):
         for _ in batches:
             pass
 
 
 def test_refusals(digits: Dataset) -> None:
-    with pytest.raises(UsageError, match="global batch of 48 is read in 16 lanes, which 3 ranks cannot share"):
+    with pytest.raises(
+        UsageError, match="global batch of 48 is read in 16 lanes, which 3 ranks cannot share"
+    ):
         plan_of(digits, world=3)
     with pytest.raises(
         UsageError,
@@ -292,25 +314,37 @@ def test_a_mixture_takes_fixed_shares_of_exact_orders(digits: Dataset) -> None:
     other_plan = TrainPlan(val.shard_samples, "other", 0, 16, range(99))
 
     def batches(from_step: int, workers: int) -> list[Batch]:
-        plans = [(train, replace(main_plan, from_step=from_step)), (val, replace(other_plan, from_step=from_step))]
-        return list(Mixture([Pipeline(split, plan, TRANSFORM, workers) for split, plan in plans], seed=0))
+        plans = [
+            (train, replace(main_plan, from_step=from_step)),
+            (val, replace(other_plan, from_step=from_step)),
+        ]
+        return list(
+            Mixture([Pipeline(split, plan, TRANSFORM, workers) for split, plan in plans], seed=0)
+        )
 
     every = batches(0, 0)
     assert len(every) == 2 * main_plan.steps_per_epoch
     tail = batches(31, 2)
-    assert all(torch.equal(one.images, other.images) for one, other in zip(tail, every[31:], strict=True))
+    assert all(
+        torch.equal(one.images, other.images) for one, other in zip(tail, every[31:], strict=True)
+    )
     alone = list(Pipeline(train, main_plan, TRANSFORM, 0))
     for mixed, part in zip(every, alone, strict=True):
         assert set(part.ids.tolist()) <= set(mixed.ids.tolist())
         assert len(mixed.labels) == 64
     first_epoch = [
-        int(i) for batch in list(Pipeline(val, other_plan, None, 0))[: other_plan.steps_per_epoch] for i in batch.ids
+        int(i)
+        for batch in list(Pipeline(val, other_plan, None, 0))[: other_plan.steps_per_epoch]
+        for i in batch.ids
     ]
     assert len(first_epoch) == len(set(first_epoch)) == 352
 
 
 def test_a_mixture_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"mixing \[0.6, 0.5\] into a batch of 64 leaves none for the first dataset"):
+    with pytest.raises(
+        UsageError,
+        match=r"mixing \[0.6, 0.5\] into a batch of 64 leaves none for the first dataset",
+    ):
         split_batch(64, [0.6, 0.5])
 
 
@@ -326,7 +360,9 @@ def test_an_index_that_is_none_is_refused_by_name(digits: Dataset) -> None:
         read_index(b"PAR1 not really", "here")
 
 
-def test_what_is_read_ahead_grows_with_what_was_needed(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_ahead_grows_with_what_was_needed(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     split, drawn = digits.split("train"), [0]
     requests = [Request(n, 0, 0, np.arange(10 * n, 10 * n + 10)) for n in range(120)]
     sizes = [int(split.index.length[request.ids].sum()) for request in requests]

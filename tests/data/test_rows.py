@@ -41,7 +41,15 @@ TRANSFORM = TrainTransform(
 def twin_at(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `digits`, whose 1,437 samples of train have an index for each shard. Not to be written to."""
     folder = tmp_path_factory.mktemp("twin")
-    arguments = ["shards", "digits", str(folder / "data"), "--shard-mb", "1", "--spool", str(folder / "spool")]
+    arguments = [
+        "shards",
+        "digits",
+        str(folder / "data"),
+        "--shard-mb",
+        "1",
+        "--spool",
+        str(folder / "spool"),
+    ]
     assert main([*arguments, "--whole-index", "1000"]) == 0
     return folder / "data"
 
@@ -65,7 +73,9 @@ def copy(twin_at: Path, tmp_path: Path) -> Path:
 def test_it_is_the_same_dataset(digits: Dataset, twin: Dataset) -> None:
     assert (digits.manifest.format, twin.manifest.format) == (1, 2)
     assert twin.fingerprint == digits.fingerprint and not [*verify(twin)]
-    assert isinstance(twin.split("train").index, SharedIndex) and not isinstance(twin.split("val").index, SharedIndex)
+    assert isinstance(twin.split("train").index, SharedIndex) and not isinstance(
+        twin.split("val").index, SharedIndex
+    )
     facts = [inspect(dataset) | {"dataset": ""} for dataset in (digits, twin)]
     assert facts[0] == facts[1]
     one, two = digits.split("train").index, twin.split("train").index
@@ -84,13 +94,17 @@ def test_it_is_the_same_dataset(digits: Dataset, twin: Dataset) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["train", "eval", "cached"])
-def test_batches_are_the_same(digits: Dataset, twin: Dataset, tmp_path: Path, kind: str, workers: int) -> None:
+def test_batches_are_the_same(
+    digits: Dataset, twin: Dataset, tmp_path: Path, kind: str, workers: int
+) -> None:
     found = []
     for dataset in (digits, twin):
         split, cache = dataset.split("train"), None
         plan: Plan = EvalPlan(len(split), 300)
         if kind != "eval":
-            plan = TrainPlan(split.shard_samples, dataset.fingerprint, 3, 96, range(2), from_step=25)
+            plan = TrainPlan(
+                split.shard_samples, dataset.fingerprint, 3, 96, range(2), from_step=25
+            )
         if kind == "cached":
             folder = tmp_path / f"cache-{len(found)}"
             cache = BlockCache(folder, 1 << 20, split, dataset)
@@ -98,8 +112,12 @@ def test_batches_are_the_same(digits: Dataset, twin: Dataset, tmp_path: Path, ki
         if kind == "cached":  # blocks as they lie in the shards, of no more than was allowed
             shards = [dataset.store.read(name) for name in split.shard_names]
             blocks = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
-            assert len(blocks) > len(shards) and sum(map(len, blocks)) <= 1 << 20  # one that is wrong is dropped
-            assert all(any(block in shard for shard in shards) for block in blocks) and len({*blocks}) == len(blocks)
+            assert (
+                len(blocks) > len(shards) and sum(map(len, blocks)) <= 1 << 20
+            )  # one that is wrong is dropped
+            assert all(any(block in shard for shard in shards) for block in blocks) and len(
+                {*blocks}
+            ) == len(blocks)
     assert len(found[0]) == len(found[1]) == (5 if kind == "eval" else 3)
     for one, two in zip(*found, strict=True):
         assert one.step == two.step and (one.ids == two.ids).all() and not two.unreadable
@@ -126,7 +144,9 @@ def test_a_machine_reads_a_row_once(copy: Path, own_home: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 40, -4], ids=["a row", "another", "a checksum"])
-def test_rows_half_written_are_read_again(digits: Dataset, twin: Dataset, own_home: Path, place: int) -> None:
+def test_rows_half_written_are_read_again(
+    digits: Dataset, twin: Dataset, own_home: Path, place: int
+) -> None:
     assert twin.split("train").index.length[:].all()
     (path,) = (own_home / "index").iterdir()
     data = bytearray(path.read_bytes())
@@ -155,7 +175,9 @@ def cells(column: str, value: int) -> Callable[[bytes], bytes]:
         table = pq.ParquetFile(pa.BufferReader(data)).read()
         place, field = table.schema.get_field_index(column), table.schema.field(column)
         sink = pa.BufferOutputStream()
-        pq.write_table(table.set_column(place, field, pa.array([value] * table.num_rows, field.type)), sink)
+        pq.write_table(
+            table.set_column(place, field, pa.array([value] * table.num_rows, field.type)), sink
+        )
         return sink.getvalue().to_pybytes()
 
     return change
@@ -167,12 +189,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut": (lambda root: os.truncate(root / NAME, 100), "is not the index that the manifest names"),
     "no Parquet": (replace(NAME, lambda data: b"nothing"), "is not an index that can be read"),
     "of another shard": (replace(NAME, cells("shard", 0)), "it is not that of shard 1 alone"),
-    "labels without a class": (replace(NAME, cells("label", 10)), "it holds labels 10..10, the dataset has 10 classes"),
+    "labels without a class": (
+        replace(NAME, cells("label", 10)),
+        "it holds labels 10..10, the dataset has 10 classes",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_index_is_named(name: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_index_is_named(
+    name: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damage, sentence = DAMAGE[name]
     damage(copy)
     assert main(["order", str(copy), "--global-batch", "96"]) == 1
@@ -180,15 +207,21 @@ def test_a_damaged_index_is_named(name: str, copy: Path, capsys: pytest.CaptureF
     assert sentence in error and NAME in error and "Traceback" not in error
     assert main(["verify", str(copy)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert any(NAME in line and (sentence in line or "what the manifest names" in line) for line in lines)
+    assert any(
+        NAME in line and (sentence in line or "what the manifest names" in line) for line in lines
+    )
     assert len(lines) <= 3  # all else is whole
 
 
 def test_a_manifest_with_too_few_indexes(copy: Path) -> None:
     made = Dataset.open(str(copy)).manifest
     split = dataclasses.replace(made.split("train"), index=made.split("train").indexes[1:])
-    (copy / "manifest.json").write_bytes(dataclasses.replace(made, splits=made.splits | {"train": split}).to_json())
-    with pytest.raises(WdsTrainError, match=r"is damaged: splits.train has \d shards and \d indexes"):
+    (copy / "manifest.json").write_bytes(
+        dataclasses.replace(made, splits=made.splits | {"train": split}).to_json()
+    )
+    with pytest.raises(
+        WdsTrainError, match=r"is damaged: splits.train has \d shards and \d indexes"
+    ):
         Dataset.open(str(copy))
 
 

@@ -39,7 +39,10 @@ SETTINGS = (
 def runs(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Two short trainings: `flip` validated at 16 px with mirror images, `plain` at 24 px without. Not to be written to."""
     folder = tmp_path_factory.mktemp("runs")
-    own = {"flip": ("data.eval_flip=true",), "plain": ("data.eval_size=24", "data.eval_crop=0.8", "seed=1")}
+    own = {
+        "flip": ("data.eval_flip=true",),
+        "plain": ("data.eval_size=24", "data.eval_crop=0.8", "seed=1"),
+    }
     jobs = [
         Job(digits.store.url, str(folder / name), str(folder), settings=SETTINGS + settings)
         for name, settings in own.items()
@@ -67,14 +70,20 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
     return code, captured.out, captured.err.strip()
 
 
-def evaluated(capsys: pytest.CaptureFixture[str], dataset: Dataset | str, run: str, *arguments: object) -> Any:
+def evaluated(
+    capsys: pytest.CaptureFixture[str], dataset: Dataset | str, run: str, *arguments: object
+) -> Any:
     url = dataset if isinstance(dataset, str) else dataset.store.url
-    code, out, err = answer(capsys, "eval", run, "--dataset", url, "--workers", 0, "--json", *arguments)
+    code, out, err = answer(
+        capsys, "eval", run, "--dataset", url, "--workers", 0, "--json", *arguments
+    )
     assert code == 0, err
     return json.loads(out)
 
 
-def logits(weights: Weights, dataset: Dataset, side: int, crop: float, flip: bool = False) -> torch.Tensor:
+def logits(
+    weights: Weights, dataset: Dataset, side: int, crop: float, flip: bool = False
+) -> torch.Tensor:
     """float64 [samples, classes] of the validation split, the plain way."""
     model = create_model(weights.recipe.model, 10, 0, torch.device("cpu"))
     model.load_state_dict(weights.tensors)
@@ -93,7 +102,9 @@ def logits(weights: Weights, dataset: Dataset, side: int, crop: float, flip: boo
 
 
 def weights_of(run: str, kind: str, tmp_path: Path) -> Weights:
-    step = json.loads((Path(run) / "manifest.json").read_text())["checkpoints"][-1]["progress"]["step"]
+    step = json.loads((Path(run) / "manifest.json").read_text())["checkpoints"][-1]["progress"][
+        "step"
+    ]
     file = tmp_path / f"{kind}.safetensors"
     assert main(["export", run, "--step", str(step), "--best", kind, "--to", str(file)]) == 0
     return Weights.read(file)
@@ -113,11 +124,20 @@ def test_it_repeats_what_the_training_logged(
     for checkpoint in checkpoints:
         for kind, suffix in (("raw", ""), ("ema", "_ema")):
             step = checkpoint["progress"]["step"]
-            report = evaluated(capsys, digits, runs[name], "--weights", kind, "--step", step, "--workers", step % 4)
-            logged = {each: checkpoint["metrics"][f"val/{each}{suffix}"] for each in ("loss", "top1", "top5")}
+            report = evaluated(
+                capsys, digits, runs[name], "--weights", kind, "--step", step, "--workers", step % 4
+            )
+            logged = {
+                each: checkpoint["metrics"][f"val/{each}{suffix}"]
+                for each in ("loss", "top1", "top5")
+            }
             assert {each: report[each] for each in logged} == logged
             member = report["members"][0]
-            assert (member["weights"], member["step"], member["validated"]) == (kind, step, logged["top1"])
+            assert (member["weights"], member["step"], member["validated"]) == (
+                kind,
+                step,
+                logged["top1"],
+            )
             assert member["views"] == (2 if name == "flip" else 1)
     assert (
         evaluated(capsys, digits, runs["flip"], "--tta", "none")["loss"]
@@ -143,7 +163,10 @@ def test_an_exported_file_scores_as_its_run(
 
 
 def test_percentages_of_equal_counts_are_equal_wherever_they_are_computed() -> None:
-    found = [metrics(torch.tensor([0.0, hits, hits, 360], dtype=torch.float64), 360) for hits in range(361)]
+    found = [
+        metrics(torch.tensor([0.0, hits, hits, 360], dtype=torch.float64), 360)
+        for hits in range(361)
+    ]
     expected = [percent(hits, 360) for hits in range(361)]
     assert [each["top1"] for each in found] == [each["top5"] for each in found] == expected
     assert expected == [100 * hits / 360 for hits in range(361)]
@@ -152,24 +175,42 @@ def test_percentages_of_equal_counts_are_equal_wherever_they_are_computed() -> N
 def test_counts_by_class_and_confused_pairs(
     runs: dict[str, str], digits: Dataset, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    predicted = logits(weights_of(runs["plain"], "raw", tmp_path), digits, 20, 0.9).argmax(dim=1).tolist()
+    predicted = (
+        logits(weights_of(runs["plain"], "raw", tmp_path), digits, 20, 0.9).argmax(dim=1).tolist()
+    )
     labels = labels_of(digits).tolist()
     flags = ("--weights", "raw", "--size", 20, "--crop", 0.9, "--out", tmp_path / "out")
-    report = evaluated(capsys, digits, runs["plain"], "--step", 44, *flags, "--per-class", tmp_path / "c.csv")
-    assert (report["samples"], report["members"][0]["size"], report["members"][0]["crop"]) == (360, 20, 0.9)
+    report = evaluated(
+        capsys, digits, runs["plain"], "--step", 44, *flags, "--per-class", tmp_path / "c.csv"
+    )
+    assert (report["samples"], report["members"][0]["size"], report["members"][0]["crop"]) == (
+        360,
+        20,
+        0.9,
+    )
     pairs: dict[tuple[str, str], int] = {}
     for label, taken in zip(labels, predicted, strict=True):
         if label != taken:
             pairs[str(label), str(taken)] = pairs.get((str(label), str(taken)), 0) + 1
     assert len(pairs) > 10
-    assert [pair["samples"] for pair in report["confused"]] == sorted(pairs.values(), reverse=True)[:10]
-    assert all(pairs[pair["class"], pair["taken_for"]] == pair["samples"] for pair in report["confused"])
-    hits = [sum(a == b == label for a, b in zip(labels, predicted, strict=True)) for label in range(10)]
+    assert [pair["samples"] for pair in report["confused"]] == sorted(pairs.values(), reverse=True)[
+        :10
+    ]
+    assert all(
+        pairs[pair["class"], pair["taken_for"]] == pair["samples"] for pair in report["confused"]
+    )
+    hits = [
+        sum(a == b == label for a, b in zip(labels, predicted, strict=True)) for label in range(10)
+    ]
     assert [row["correct"] for row in report["classes"]] == hits
-    assert [row["samples"] for row in report["classes"]] == [labels.count(label) for label in range(10)]
+    assert [row["samples"] for row in report["classes"]] == [
+        labels.count(label) for label in range(10)
+    ]
     assert report["top1"] == 100 * sum(hits) / 360
     rows = list(csv.DictReader((tmp_path / "c.csv").open()))
-    assert [(row["id"], int(row["correct"])) for row in rows] == [(str(i), hit) for i, hit in enumerate(hits)]
+    assert [(row["id"], int(row["correct"])) for row in rows] == [
+        (str(i), hit) for i, hit in enumerate(hits)
+    ]
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == report
     assert (tmp_path / "out" / "classes.csv").read_text() == (tmp_path / "c.csv").read_text()
 
@@ -186,7 +227,9 @@ def test_an_ensemble_is_the_mean_of_the_probabilities(
     report = evaluated(capsys, digits, runs["flip"], *flags)
     assert [(member["size"], member["views"]) for member in report["members"]] == [(16, 2), (24, 1)]
     assert report["loss"] == pytest.approx(-mean[range(360), labels].log().mean().item(), rel=1e-5)
-    assert report["top1"] == pytest.approx(100 * (mean.argmax(dim=1) == labels).double().mean().item())
+    assert report["top1"] == pytest.approx(
+        100 * (mean.argmax(dim=1) == labels).double().mean().item()
+    )
     alone = [float(torch.nn.functional.cross_entropy(each, labels)) for each in (one, other)]
     assert min(abs(report["loss"] - each) for each in alone) > 1e-3
 
@@ -202,11 +245,16 @@ def test_multi_crop_is_the_mean_of_ten_views(
     with torch.inference_mode():
         for batch in Pipeline(split, EvalPlan(len(split), 60), EvalTransform(30, 1.0), 0):
             pixels = ((batch.images / 255 - 0.3) / 0.35).permute(0, 3, 1, 2)
-            squares = [pixels[:, :, y : y + 24, x : x + 24] for y, x in ((0, 0), (0, 6), (6, 0), (6, 6), (3, 3))]
+            squares = [
+                pixels[:, :, y : y + 24, x : x + 24]
+                for y, x in ((0, 0), (0, 6), (6, 0), (6, 6), (3, 3))
+            ]
             views = [model.eval()(view) for square in squares for view in (square, square.flip(3))]
             mean = torch.stack(views).double().mean(dim=0)
             total += torch.nn.functional.cross_entropy(mean, batch.labels, reduction="sum").item()
-    report = evaluated(capsys, digits, runs["plain"], "--weights", "raw", "--step", 44, "--tta", "crops")
+    report = evaluated(
+        capsys, digits, runs["plain"], "--weights", "raw", "--step", 44, "--tta", "crops"
+    )
     assert report["members"][0]["views"] == 10
     assert report["loss"] == pytest.approx(total / 360, rel=1e-5)
 
@@ -233,7 +281,9 @@ def test_an_unreadable_sample_is_named_and_counts_as_wrong(
     assert [entry["key"] for entry in report["unreadable"]] == [split.index.key_of(sample)]
     assert report["top1"] == pytest.approx(whole["top1"] - 100 / 360)
     assert report["classes"][right]["correct"] == whole["classes"][right]["correct"] - 1
-    assert sum(pair["samples"] for pair in report["confused"]) == sum(pair["samples"] for pair in whole["confused"])
+    assert sum(pair["samples"] for pair in report["confused"]) == sum(
+        pair["samples"] for pair in whole["confused"]
+    )
     code, out, _ = answer(capsys, "eval", runs["flip"], "--dataset", broken, "--workers", 0, *flags)
     assert code == 0
     assert "unreadable  1, counted as wrong" in out
@@ -245,7 +295,11 @@ def test_an_unreadable_sample_is_named_and_counts_as_wrong(
     ("arguments", "code", "message"),
     [
         (["{run}", "--size", "0"], 2, "--size: '0' is not a whole number of at least 8"),
-        (["{run}", "--crop", "1.5"], 2, "--crop: '1.5' is not a number of more than 0 and at most 1"),
+        (
+            ["{run}", "--crop", "1.5"],
+            2,
+            "--crop: '1.5' is not a number of more than 0 and at most 1",
+        ),
         (["{run}", "--split", "test"], 1, "the dataset has no split 'test'; it has train, val"),
         (["{run}", "--batch", "0"], 2, "'0' is not a whole number of at least 1"),
         (["{run}", "--step", "7"], 2, "has no checkpoint of step 7; it has those of 22, 44"),
@@ -253,8 +307,16 @@ def test_an_unreadable_sample_is_named_and_counts_as_wrong(
         (["/nowhere/x.safetensors"], 1, "there is no file /nowhere/x.safetensors"),
         (["{run}/manifest.json"], 1, "there is no run at"),
         (["{folder}/text.safetensors"], 1, "text.safetensors is no safetensors file"),
-        (["{folder}/other.safetensors"], 1, "other.safetensors was not written by this version of `wds-train export`"),
-        (["{folder}/raw.safetensors", "--weights", "ema"], 2, "holds the raw weights of step 44 alone"),
+        (
+            ["{folder}/other.safetensors"],
+            1,
+            "other.safetensors was not written by this version of `wds-train export`",
+        ),
+        (
+            ["{folder}/raw.safetensors", "--weights", "ema"],
+            2,
+            "holds the raw weights of step 44 alone",
+        ),
         (["{run}", "--dataset", "{two}"], 2, "it knows 10 classes, the dataset has 2"),
         (["{run}", "--dataset", "{renamed}"], 2, "it has '7' as class 7, the dataset '8'"),
         (
@@ -262,12 +324,24 @@ def test_an_unreadable_sample_is_named_and_counts_as_wrong(
             2,
             "--size = 16 cannot work: vit_tiny_patch16_224 takes no images of that size (Input height",
         ),
-        (["{folder}/misfit.safetensors"], 1, "do not fit the model test_resnet: bn1.bias is absent"),
-        (["{run}", "--per-class", "/nowhere/c.csv"], 2, "/nowhere/c.csv cannot be written: No such file or directory"),
+        (
+            ["{folder}/misfit.safetensors"],
+            1,
+            "do not fit the model test_resnet: bn1.bias is absent",
+        ),
+        (
+            ["{run}", "--per-class", "/nowhere/c.csv"],
+            2,
+            "/nowhere/c.csv cannot be written: No such file or directory",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(
-    places: dict[str, str], capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+    places: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
 ) -> None:
     given = [part.format(**places) for part in arguments]
     got, _, err = answer(capsys, "eval", "--dataset", places["digits"], "--workers", 0, *given)
@@ -276,7 +350,9 @@ def test_what_cannot_be_evaluated_is_refused(
 
 
 @pytest.fixture(scope="module")
-def places(runs: dict[str, str], digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def places(
+    runs: dict[str, str], digits: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """What is no model of the digits, or no dataset of theirs."""
     folder = tmp_path_factory.mktemp("places")
     (folder / "text.safetensors").write_text("hello")
@@ -285,7 +361,9 @@ def places(runs: dict[str, str], digits: Dataset, tmp_path_factory: pytest.TempP
     replace(weights, tensors={}).save(folder / "misfit.safetensors")
     vit = replace(weights.recipe.model, name="vit_tiny_patch16_224")
     tensors = create_model(vit, 10, 0, torch.device("cpu")).state_dict()
-    replace(weights, tensors=tensors, recipe=replace(weights.recipe, model=vit)).save(folder / "vit.safetensors")
+    replace(weights, tensors=tensors, recipe=replace(weights.recipe, model=vit)).save(
+        folder / "vit.safetensors"
+    )
     images = folder / "images"
     for split in ("train", "val"):
         for name in ("0", "1", "2", "3", "4", "5", "6", "8", "9", "seven"):

@@ -13,7 +13,9 @@ CLASSES = tuple(ClassInfo(f"id{i}", f"name{i}") for i in range(3))
 
 def batch(labels: list[int], first: int = 0, unreadable: tuple[int, ...] = ()) -> Batch:
     ids = np.arange(first, first + len(labels))
-    images = torch.arange(first, first + len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 4, 4, 3)
+    images = torch.arange(first, first + len(labels), dtype=torch.uint8)[
+        :, None, None, None
+    ].expand(-1, 4, 4, 3)
     named = [Unreadable(sample, "shard", "key", "cause") for sample in unreadable]
     return Batch(0, ids, ids, images, torch.tensor(labels), named)
 

@@ -38,7 +38,9 @@ def _run(name: str, arguments: tuple[str, ...], log: str, kill_at: int) -> None:
 def run(folder: Path, name: str, *arguments: object, kill_at: int = 0) -> str:
     """What the example prints; with `kill_at` it is killed after as many of the process's steps."""
     log = folder / "log"
-    process = CONTEXT.Process(target=_run, args=(name, tuple(map(str, arguments)), str(log), kill_at))
+    process = CONTEXT.Process(
+        target=_run, args=(name, tuple(map(str, arguments)), str(log), kill_at)
+    )
     process.start()
     process.join(120)
     assert process.exitcode == (-signal.SIGKILL if kill_at else 0), log.read_text()
@@ -86,12 +88,18 @@ def test_captions_of_plain_tars(tmp_path: Path) -> None:
     files = []
     for number, photo in enumerate(photos()):
         label = number % len(WNIDS)
-        parts = {"jpg": photo, "cls": str(label).encode(), "txt": f"A photo of {WNIDS[label]}".encode()}
+        parts = {
+            "jpg": photo,
+            "cls": str(label).encode(),
+            "txt": f"A photo of {WNIDS[label]}".encode(),
+        }
         files += [(f"photo{number:02d}.{kind}", data) for kind, data in parts.items()]
     folder = tmp_path / "captions"
     folder.mkdir()
     for split in ("train", "val"):
         (folder / f"{split}-000000.tar").write_bytes(tar_of(files))
     assert main(["shards", "index", str(folder)]) == 0
-    told = run(tmp_path, "captions.py", folder, "--batch", 8, "--epochs", 2, "--model", "test_resnet")
+    told = run(
+        tmp_path, "captions.py", folder, "--batch", 8, "--epochs", 2, "--model", "test_resnet"
+    )
     assert [int(step) for step in re.findall(r"step (\d+): loss", told)] == [3, 6], told

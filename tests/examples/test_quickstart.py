@@ -10,7 +10,9 @@ import pytest
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "quickstart.ipynb"
 
 
-def test_every_cell_runs(aws_env: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_cell_runs(
+    aws_env: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     aws_env.chdir(tmp_path)  # the notebook goes to a folder of its own, from which we come back
     aws_env.setenv("TMPDIR", str(tmp_path))
     aws_env.setattr("tempfile.tempdir", None)
@@ -23,7 +25,9 @@ def test_every_cell_runs(aws_env: pytest.MonkeyPatch, tmp_path: Path, capsys: py
             continue
         if written := re.fullmatch(r"%%writefile (\S+)\n(.*)", source, re.S):
             assert "epochs=6" in written[2]
-            Path(written[1]).write_text(written[2].replace("epochs=6", "epochs=2"))  # 50 steps will do
+            Path(written[1]).write_text(
+                written[2].replace("epochs=6", "epochs=2")
+            )  # 50 steps will do
         else:
             exec(compile(source, cell["id"], "exec"), names)
     plt.close("all")

@@ -9,12 +9,20 @@ from pages import Page
 from told_runs import history_of, make_long_run, make_newer, make_run, recipe_of
 
 
-def test_what_differs_and_what_was_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_differs_and_what_was_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     long, other = make_long_run(tmp_path / "long"), tmp_path / "other"
     make_run(other, history_of(3), recipe=recipe_of(seed=1, optimizer__lr=2.0, mix__mixup=0.2))
-    code, out, said = answer(capsys, "compare", long, other, "--price", 2, "--out", tmp_path / "out")
+    code, out, said = answer(
+        capsys, "compare", long, other, "--price", 2, "--out", tmp_path / "out"
+    )
     assert (code, said) == (0, "")
-    lines = {line.split("  ")[0]: line.split("  ", 1)[1].split() for line in out.splitlines() if "  " in line}
+    lines = {
+        line.split("  ")[0]: line.split("  ", 1)[1].split()
+        for line in out.splitlines()
+        if "  " in line
+    }
     reached = {row["epoch"]: row["val/top1"] for row in history_of(37) if "val/top1" in row}
     top = {epoch: f"{value:.2f}" for epoch, value in reached.items()}
     assert lines["top-1"] == [top[37.0], "%", top[3.0], "%"]
@@ -33,7 +41,9 @@ def test_what_differs_and_what_was_reached(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "out" / "accuracy.png").exists()
 
 
-def test_compare_of_runs_that_are_hard_to_tell_or_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_of_runs_that_are_hard_to_tell_or_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     long, twin = make_long_run(tmp_path / "one" / "long"), tmp_path / "long"
     make_run(twin, [], recipe=recipe_of())
     make_newer(twin)
@@ -44,7 +54,10 @@ def test_compare_of_runs_that_are_hard_to_tell_or_none(tmp_path: Path, capsys: p
     assert re.search(r"optimizer\.lr +1\.7 +\?", out)
     assert answer(capsys, "compare", long, long)[1].endswith("recipes and datasets are the same")
     code, _, said = answer(capsys, "compare", long)
-    assert (code, f"compare needs two runs or more, {long} is one; `wds-train report` tells of one" in said) == (
+    assert (
+        code,
+        f"compare needs two runs or more, {long} is one; `wds-train report` tells of one" in said,
+    ) == (
         2,
         True,
     )

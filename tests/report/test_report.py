@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from answers import answer
 from pages import Page, page_of
-from told_runs import BEGAN, Paid, history_of, make_long_run, make_newer, make_run, recipe_of, row_of
+from told_runs import (
+    BEGAN,
+    Paid,
+    history_of,
+    make_long_run,
+    make_newer,
+    make_run,
+    recipe_of,
+    row_of,
+)
 
 from wds_train.checkpoint.run_manifest import STATUSES, RunManifest
 from wds_train.config.presets import PRESETS, preset
@@ -22,7 +31,9 @@ from wds_train.report.run_summary import attempts_of, audit_of, cost_of, expecta
 from wds_train.storage.open import open_store
 
 
-def account_of(folder: Path, manifest: RunManifest, replayed: list[dict[str, Any]] | None = None) -> Account:
+def account_of(
+    folder: Path, manifest: RunManifest, replayed: list[dict[str, Any]] | None = None
+) -> Account:
     """The account of a run whose attempts noted more than `make_run` writes."""
     return replace(Account.of(open_store(str(folder)), manifest, print), replayed=replayed or [])
 
@@ -33,17 +44,27 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_long_run(tmp_path_factory.mktemp("told") / "long")
 
 
-def test_its_figures_are_those_of_the_metrics(long: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page, said = page_of(capsys, long, tmp_path, "--no-images", "--price", 0.6, "--on-demand-price", 1.2)
+def test_its_figures_are_those_of_the_metrics(
+    long: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, said = page_of(
+        capsys, long, tmp_path, "--no-images", "--price", 0.6, "--on-demand-price", 1.2
+    )
     rows = history_of(37)
     validated = {f"{row['epoch']:g}": row for row in rows if "val/top1" in row}
-    table = next(table for caption, table in page.tables.items() if caption.startswith("Milestones"))
+    table = next(
+        table for caption, table in page.tables.items() if caption.startswith("Milestones")
+    )
     assert len(table) == 14
     assert {"1", "37"} <= {line[0] for line in table[1:]}
     for epoch, top1, ema, top5, trained, loss, _, date in table[1:]:
         row = validated[epoch]
-        assert (top1, ema, top5) == tuple(f"{row[f'val/{name}']:.2f} %" for name in ("top1", "top1_ema", "top5"))
-        assert (float(trained), float(loss)) == pytest.approx((row["epoch/loss"], row["val/loss"]), rel=1e-3)
+        assert (top1, ema, top5) == tuple(
+            f"{row[f'val/{name}']:.2f} %" for name in ("top1", "top1_ema", "top5")
+        )
+        assert (float(trained), float(loss)) == pytest.approx(
+            (row["epoch/loss"], row["val/loss"]), rel=1e-3
+        )
         assert date.startswith("2023-11-1")
     last = validated["37"]
     assert page.facts["top-1"] == (f"{last['val/top1']:.2f} %", f"EMA {last['val/top1_ema']:.2f} %")
@@ -77,11 +98,17 @@ def test_the_page_needs_nothing_else_and_names_all_that_is_seen(
             assert str(attributes.get(where, "#")).startswith(("#", "data:")), (name, attributes)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len({*ids})
-    named = [attributes.get("aria-labelledby") for name, attributes in page.tags if name in ("svg", "section")]
+    named = [
+        attributes.get("aria-labelledby")
+        for name, attributes in page.tags
+        if name in ("svg", "section")
+    ]
     assert {*named} <= {*ids}
     assert {str(attributes["href"])[1:] for name, attributes in page.tags if name == "a"} <= {*ids}
     regions = [attributes for _, attributes in page.tags if attributes.get("role") == "region"]
-    assert all(attributes.get("tabindex") == "0" for attributes in regions)  # or no key scrolls them
+    assert all(
+        attributes.get("tabindex") == "0" for attributes in regions
+    )  # or no key scrolls them
 
 
 def test_the_command_trains_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +130,10 @@ def test_every_recipe_s_expectation_is_told_with_its_source(tmp_path: Path, name
     found = re.search(r"At epoch 3 it is ([\d.]+) points below it", text)
     assert bool(found) == (name in ("quick", "standard", "strong", "max", "seed"))
     if found:
-        ours, theirs = account.last["val/top1_ema"], float(re.findall(r"[\d.]+", PRESETS[name].expected)[0])
+        ours, theirs = (
+            account.last["val/top1_ema"],
+            float(re.findall(r"[\d.]+", PRESETS[name].expected)[0]),
+        )
         assert float(found[1]) == pytest.approx(theirs - ours, abs=0.006)
 
 
@@ -118,7 +148,9 @@ def test_what_interruptions_cost(tmp_path: Path) -> None:
     rows += [row_of(step, 2, BEGAN + 6000 + 2 * (step - 250)) for step in range(265, 521, 5)]
     folder = tmp_path / "run"
     manifest = make_run(folder, rows, attempts=attempts)
-    account = account_of(folder, manifest, [row_of(step, 1, BEGAN + step) for step in range(265, 301, 5)])
+    account = account_of(
+        folder, manifest, [row_of(step, 1, BEGAN + step) for step in range(265, 301, 5)]
+    )
     first, second, third = attempts_of(account, None)
     assert first.place == "a g5.2xlarge NVIDIA A10G"
     assert (first.down, first.again, first.twice) == (1200.0, 100.0, 40 * 1024)
@@ -128,11 +160,19 @@ def test_what_interruptions_cost(tmp_path: Path) -> None:
     assert (cost.dollars, cost.unpriced) == (pytest.approx(0.5 * 4800 / 3600 + 0.4), 1)
     assert cost.on_demand == pytest.approx((4800 + 3600 + 1800 - 100) / 3600)
     cost = cost_of(manifest, attempts_of(account, 2.0), 2.0, None)
-    assert (cost.dollars, cost.unpriced, cost.on_demand) == (pytest.approx(2 * 10200 / 3600), 0, None)
+    assert (cost.dollars, cost.unpriced, cost.on_demand) == (
+        pytest.approx(2 * 10200 / 3600),
+        0,
+        None,
+    )
     page = Page(write(report(account, Prices(), NOT_EVALUATED), tmp_path / "out", "report"))
     assert page.facts["trained twice"] == ("≥ 40,960", "images")
     assert page.facts["dollars"] == ("$1.07", "for instances, without 1 attempt of unknown price")
-    assert [line[-2:] for line in page.tables["Attempts"][1:]] == [["21.7", "≥ 40,960"], ["16.7", "0"], ["–", "–"]]
+    assert [line[-2:] for line in page.tables["Attempts"][1:]] == [
+        ["21.7", "≥ 40,960"],
+        ["16.7", "0"],
+        ["–", "–"],
+    ]
 
 
 def test_what_a_crash_loop_costs_is_counted_once(tmp_path: Path) -> None:
@@ -142,12 +182,24 @@ def test_what_a_crash_loop_costs_is_counted_once(tmp_path: Path) -> None:
     ends = ("lost", "lost", "interrupted", "done")
     begins = [BEGAN, BEGAN + 1000, BEGAN + 38_000, BEGAN + 39_000]
     steps = (0, 66, 66, 70)
-    attempts = [Paid("a", *each, step=step) for *each, step in zip(begins, [800.0] * 4, ends, steps, strict=True)]
-    rows = [row_of(66, 1, BEGAN + 700), row_of(70, 3, BEGAN + 38_700), row_of(80, 4, BEGAN + 39_060)]
+    attempts = [
+        Paid("a", *each, step=step)
+        for *each, step in zip(begins, [800.0] * 4, ends, steps, strict=True)
+    ]
+    rows = [
+        row_of(66, 1, BEGAN + 700),
+        row_of(70, 3, BEGAN + 38_700),
+        row_of(80, 4, BEGAN + 39_060),
+    ]
     manifest = make_run(tmp_path / "run", rows, attempts=attempts)
     replayed = [row_of(80, 1, BEGAN + 790), row_of(75, 2, BEGAN + 1700)]
     told = attempts_of(account_of(tmp_path / "run", manifest, replayed), None)
-    assert [(each.down, each.again) for each in told] == [(200.0, 800.0), (36_200.0, 800.0), (200.0, 60.0), (0.0, None)]
+    assert [(each.down, each.again) for each in told] == [
+        (200.0, 800.0),
+        (36_200.0, 800.0),
+        (200.0, 60.0),
+        (0.0, None),
+    ]
     assert [each.twice for each in told] == [14 * 1024, 9 * 1024, 0, None]
     assert cost_of(manifest, told, None, 1.0).on_demand == pytest.approx((4 * 800 - 1660) / 3600)
 
@@ -166,7 +218,13 @@ def test_the_determinism_audit(tmp_path: Path) -> None:
     replayed = [row | {"time/unix": 1.0, "time/attempt": 1} for row in history[5:13]]
     account = account_of(tmp_path / "run", manifest, replayed)
     audit = audit_of(account)
-    assert (audit.compared, audit.first, audit.last, audit.waiting, audit.differences) == (8, 25, 55, 0, [])
+    assert (audit.compared, audit.first, audit.last, audit.waiting, audit.differences) == (
+        8,
+        25,
+        55,
+        0,
+        [],
+    )
     assert audit.verdict == "8 replayed records, of steps 25 to 55: equal to the last bit."
     changed = math.nextafter(replayed[3]["train/loss"], 9)
     replayed[3] = replayed[3] | {"train/loss": changed}
@@ -177,13 +235,24 @@ def test_the_determinism_audit(tmp_path: Path) -> None:
     step, value = replayed[3]["step"], history[8]["train/loss"]
     assert audit.differences == [(step, "train/loss", repr(changed), repr(value))]
     page = Page(write(report(account, Prices(), NOT_EVALUATED), tmp_path / "out", "report"))
-    assert f"8 replayed records, of steps 25 to 55: not equal; 1 value of them, first at step {step}." in page.text
-    assert page.tables["Values that differ"][1] == [str(step), "train/loss", repr(changed), repr(value)]
+    assert (
+        f"8 replayed records, of steps 25 to 55: not equal; 1 value of them, first at step {step}."
+        in page.text
+    )
+    assert page.tables["Values that differ"][1] == [
+        str(step),
+        "train/loss",
+        repr(changed),
+        repr(value),
+    ]
     assert "1 record of dead attempts wait" in page.text
 
 
 def test_milestones_hold_the_first_the_best_and_the_last() -> None:
-    rows = [{"step": i, "epoch": float(i), "val/top1": float(i), "val/top1_ema": 1.0 + i} for i in range(1, 601)]
+    rows = [
+        {"step": i, "epoch": float(i), "val/top1": float(i), "val/top1_ema": 1.0 + i}
+        for i in range(1, 601)
+    ]
     rows[416]["val/top1"], rows[222]["val/top1_ema"] = 999.0, 999.0
     chosen = milestones(rows)
     assert len(chosen) <= 17
@@ -216,7 +285,10 @@ def odd_rows(run: Path) -> None:
             make_newer,
             r"'newer' is nothing that this wds-train knows; use the one that wrote it; what needs the recipe is left out",
         ),
-        (odd_rows, r"a row has no step or epoch, 1 time: left out(?s:.*)train/loss is not finite, 1 time: left out"),
+        (
+            odd_rows,
+            r"a row has no step or epoch, 1 time: left out(?s:.*)train/loss is not finite, 1 time: left out",
+        ),
     ],
 )
 def test_what_is_damaged_is_said_and_the_rest_is_drawn(
@@ -232,7 +304,9 @@ def test_what_is_damaged_is_said_and_the_rest_is_drawn(
     assert "attempts-text" in [attributes.get("id") for _, attributes in page.tags]
 
 
-def test_a_run_without_metrics_and_without_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_metrics_and_without_a_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_run(tmp_path / "run", [], attempts=[])
     page, said = page_of(capsys, tmp_path / "run", tmp_path / "out")
     assert "no metrics are committed yet" in said
@@ -262,7 +336,10 @@ def test_a_place_that_cannot_be_written_is_said(
     code, _, said = answer(capsys, *arguments, tmp_path / "file")
     assert (code, said) == (2, f"wds-train: error: --out {tmp_path}/file is a file; give a folder")
     code, _, said = answer(capsys, *arguments, "/proc/nope")
-    assert (code, "/proc/nope cannot be written (No such file or directory); give another --out DIR" in said) == (
+    assert (
+        code,
+        "/proc/nope cannot be written (No such file or directory); give another --out DIR" in said,
+    ) == (
         2,
         True,
     )

@@ -31,20 +31,34 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, lines = np.random.default_rng(0), ["image,label"]
     (folder / "images").mkdir()
     for i in range(120):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / "images" / f"{i:03d}.png")
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+            folder / "images" / f"{i:03d}.png"
+        )
         lines.append(f"{i:03d}.png,{(SCRIPT, 'b|c `d` [e](f)')[i % 2]}")
     (folder / "images" / "labels.csv").write_text("\n".join(lines) + "\n")
     assert main(["shards", str(folder / "images"), str(folder / "data"), "--hold-out", "0.3"]) == 0
-    settings = ("schedule.epochs=1", "schedule.warmup_epochs=0", "mix.mixup=0", "batch=8", "optimizer.lr=0.01")
-    training = Training(Job(str(folder / "data"), str(folder / "run"), str(folder), settings=settings))
+    settings = (
+        "schedule.epochs=1",
+        "schedule.warmup_epochs=0",
+        "mix.mixup=0",
+        "batch=8",
+        "optimizer.lr=0.01",
+    )
+    training = Training(
+        Job(str(folder / "data"), str(folder / "run"), str(folder), settings=settings)
+    )
     assert training.end() == 0, training.output
     assert re.search(r"report   \S+/runs/run-\w{6}/report.html", training.output)
     return folder
 
 
-def test_its_findings_are_those_of_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_findings_are_those_of_eval(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, run = trained / "data", trained / "run"
-    code, out, err = answer(capsys, "eval", run, "--dataset", data, "--workers", 0, "--device", "cpu", "--json")
+    code, out, err = answer(
+        capsys, "eval", run, "--dataset", data, "--workers", 0, "--device", "cpu", "--json"
+    )
     assert code == 0, err
     found = json.loads(out)
     page, _ = page_of(capsys, run, tmp_path)
@@ -58,7 +72,9 @@ def test_its_findings_are_those_of_eval(trained: Path, tmp_path: Path, capsys: p
     assert wrong > 0
     pictures = [attributes for name, attributes in page.tags if name == "img"]
     assert len(pictures) == min(wrong, 24)
-    assert {picture["alt"] for picture in pictures} <= {f"{a}, taken for {b}" for a in matrix[0] for b in matrix[0]}
+    assert {picture["alt"] for picture in pictures} <= {
+        f"{a}, taken for {b}" for a in matrix[0] for b in matrix[0]
+    }
     assert len(list(tmp_path.glob("mistake-*.jpg"))) == len(pictures)
     assert Image.open(tmp_path / "mistake-01.jpg").size == (112, 112)
     bins = page.tables["Calibration in figures"][1:]
@@ -94,9 +110,18 @@ def test_few_images_are_taken_evenly(
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (lambda m: m["dataset"].update(url="/nowhere"), "could not be evaluated: there is no dataset at /nowhere"),
-        (lambda m: m["dataset"].update(fingerprint="0" * 64), "is another dataset now than the run was trained on"),
-        (lambda m: m["checkpoints"][-1]["object"].update(sha256="0" * 64), "could not be evaluated: .* is damaged"),
+        (
+            lambda m: m["dataset"].update(url="/nowhere"),
+            "could not be evaluated: there is no dataset at /nowhere",
+        ),
+        (
+            lambda m: m["dataset"].update(fingerprint="0" * 64),
+            "is another dataset now than the run was trained on",
+        ),
+        (
+            lambda m: m["checkpoints"][-1]["object"].update(sha256="0" * 64),
+            "could not be evaluated: .* is damaged",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_evaluated(
@@ -120,7 +145,10 @@ def test_a_model_that_cannot_be_evaluated(
 
 
 def test_a_run_that_goes_on_meanwhile_is_told_as_it_is_after_the_evaluation(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Minutes pass, and the page would name weights of epochs that it has not reached."""
     run = tmp_path / "run"
@@ -163,7 +191,11 @@ def test_in_chromium_a_page_fits_and_asks_for_nothing(
     browser: Browser, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     run, page, colours = trained / "run", tmp_path / f"{name}.html", set()
-    arguments = ["report", run, "--workers", 0, "--device", "cpu"] if name == "report" else ["compare", run, run]
+    arguments = (
+        ["report", run, "--workers", 0, "--device", "cpu"]
+        if name == "report"
+        else ["compare", run, run]
+    )
     assert answer(capsys, *arguments, "--out", tmp_path)[0] == 0
     browser.events.clear()
     for width in (1280, 390):
@@ -178,7 +210,15 @@ def test_in_chromium_a_page_fits_and_asks_for_nothing(
                 colours.add(browser.evaluate(f"getComputedStyle({what}"))
     assert len(colours) == 4, colours  # of the page and of a line, light and dark
     methods = {event.get("method") for event in browser.events}
-    assert not methods & {"Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"}, browser.events
-    sent = [event["params"] for event in browser.events if event.get("method") == "Network.requestWillBeSent"]
+    assert not methods & {
+        "Log.entryAdded",
+        "Runtime.exceptionThrown",
+        "Runtime.consoleAPICalled",
+    }, browser.events
+    sent = [
+        event["params"]
+        for event in browser.events
+        if event.get("method") == "Network.requestWillBeSent"
+    ]
     assert {each["request"]["url"].partition(":")[0] for each in sent} <= {"file", "data"}
     assert page.stat().st_size < 3e6

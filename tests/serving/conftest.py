@@ -7,14 +7,23 @@ from trainers import Job, Training, all_ended
 
 from wds_train.dataset.reader import Dataset
 
-SETTINGS = ("model.drop_path=0", "mix.mixup=0", "batch=64", "schedule.epochs=2", "optimizer.lr=0.3", "ema.decay=0.9")
+SETTINGS = (
+    "model.drop_path=0",
+    "mix.mixup=0",
+    "batch=64",
+    "schedule.epochs=2",
+    "optimizer.lr=0.3",
+    "ema.decay=0.9",
+)
 
 
 @pytest.fixture(scope="session")
 def served(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A short training on the digits. Not to be written to."""
     folder = tmp_path_factory.mktemp("served")
-    training = Training(Job(digits.store.url, str(folder / "digits-run"), str(folder), settings=SETTINGS))
+    training = Training(
+        Job(digits.store.url, str(folder / "digits-run"), str(folder), settings=SETTINGS)
+    )
     with all_ended([training]):
         assert training.end() == 0, training.output
     return str(folder / "digits-run")

@@ -21,7 +21,9 @@ from wds_train.dataset.reader import Dataset
 from wds_train.serving.classify import sample
 from wds_train.serving.demo_page import interpreter
 
-WITH_GRADIO = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is not there: make demo installs it")
+WITH_GRADIO = pytest.mark.skipif(
+    not PYTHON.exists(), reason=f"{PYTHON} is not there: make demo installs it"
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,9 @@ def test_it_begins_with_the_weights_that_eval_judged(
     assert main(["eval", served, "--workers", "0", "--device", "cpu", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     kind, top1 = report["members"][0]["weights"], report["top1"]
-    assert page.choice == f"{'EMA' if kind == 'ema' else kind}, epoch 2 (step 44), top-1 {top1:.2f} %"
+    assert (
+        page.choice == f"{'EMA' if kind == 'ema' else kind}, epoch 2 (step 44), top-1 {top1:.2f} %"
+    )
 
 
 @WITH_GRADIO
@@ -72,7 +76,9 @@ def test_every_kept_checkpoint_answers(page: Page, digits: Dataset) -> None:
     image = {"path": path, "meta": {"_type": "gradio.FileData"}}
     assert page.learned is not None
     table = page.call(page.learned, [image])["output"]["data"][0]
-    assert table.count("<tr>") == 1 + 3  # EMA and raw of the second epoch, and one of them of the first
+    assert (
+        table.count("<tr>") == 1 + 3
+    )  # EMA and raw of the second epoch, and one of them of the first
     assert table.count("%, not calibrated") == 1  # which was not looked at before, of the first
 
 
@@ -90,8 +96,14 @@ def test_a_phone_and_a_keyboard_are_enough(page: Page, tmp_path: Path) -> None:
         browser.press("Enter", 13)
         until(browser, "document.body.innerText.includes('ms in the model')")
         assert browser.evaluate("document.documentElement.scrollWidth") == 390
-        sent = [event["params"]["request"]["url"] for event in browser.events if "request" in event.get("params", {})]
-        assert {url.split("/")[2] for url in sent if url.startswith("http")} == {page.url.split("/")[2]}
+        sent = [
+            event["params"]["request"]["url"]
+            for event in browser.events
+            if "request" in event.get("params", {})
+        ]
+        assert {url.split("/")[2] for url in sent if url.startswith("http")} == {
+            page.url.split("/")[2]
+        }
 
 
 def until(browser: Browser, condition: str) -> None:
@@ -104,7 +116,9 @@ def until(browser: Browser, condition: str) -> None:
 def encoded(form: str, image: Image.Image | None = None, **options: object) -> bytes:
     out = io.BytesIO()
     rng = np.random.default_rng(0)
-    (image or Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))).save(out, form, **options)
+    (image or Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))).save(
+        out, form, **options
+    )
     return out.getvalue()
 
 
@@ -195,15 +209,22 @@ def test_without_gradio_it_says_what_to_do(
     assert message in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_refused_before_anything_is_made(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["demo", "nowhere.safetensors", "--port", str(port)]) == 2
-    assert f"--port {port} cannot be had (Address already in use); choose another" in capsys.readouterr().err
+    assert (
+        f"--port {port} cannot be had (Address already in use); choose another"
+        in capsys.readouterr().err
+    )
     assert main(["demo", "nowhere.safetensors", "--port", "65536"]) == 2
 
 
-def test_an_interpreter_is_found_from_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interpreter_is_found_from_where_it_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As `make demo` names its own: by a relative path. The page runs in another folder."""
     (tmp_path / "python").write_text("#!/bin/sh\n")
     (tmp_path / "python").chmod(0o755)

@@ -22,7 +22,13 @@ from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.models.model import create_model
 from wds_train.models.weights import Weights
-from wds_train.serving.exporters import METADATA, new_folder, write_onnx, write_timm_folder, write_torch_export
+from wds_train.serving.exporters import (
+    METADATA,
+    new_folder,
+    write_onnx,
+    write_timm_folder,
+    write_torch_export,
+)
 from wds_train.serving.graph import Graph
 
 CPU = torch.device("cpu")
@@ -31,7 +37,10 @@ Logits = Callable[[torch.Tensor], NDArray[np.float32]]  # of uint8 [n, side, sid
 
 def by_timm(path: Path) -> Logits:
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
-    mean, std = torch.tensor(model.pretrained_cfg["mean"]), torch.tensor(model.pretrained_cfg["std"])
+    mean, std = (
+        torch.tensor(model.pretrained_cfg["mean"]),
+        torch.tensor(model.pretrained_cfg["std"]),
+    )
     return lambda pixels: model(((pixels / 255 - mean) / std).permute(0, 3, 1, 2)).numpy()
 
 
@@ -53,7 +62,9 @@ FORMATS: dict[str, tuple[str, Callable[[Path], Logits], float]] = {
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_others_find_the_logits_of_the_evaluation(served: str, digits: Dataset, tmp_path: Path, form: str) -> None:
+def test_others_find_the_logits_of_the_evaluation(
+    served: str, digits: Dataset, tmp_path: Path, form: str
+) -> None:
     name, loaded, tolerance = FORMATS[form]
     assert main(["export", served, "--format", form, "--to", str(tmp_path / name)]) == 0
     weights = chosen_weights(served, "best", None)
@@ -125,7 +136,9 @@ def test_a_timm_folder_tells_of_no_other_training(served: str, tmp_path: Path) -
 
 
 def test_what_timm_cannot_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"the model test_resnet cannot be put into timm's config\.json"):
+    with pytest.raises(
+        RunError, match=r"the model test_resnet cannot be put into timm's config\.json"
+    ):
         write_timm_folder(untrained("test_resnet", blur_pool=True), tmp_path / "folder")
     assert not [*tmp_path.glob("*folder*")]
 
@@ -161,12 +174,18 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="is there and not empty"), new_folder(path):
             pytest.fail("it was begun")
     for path in (Path(), Path("/")):
-        with pytest.raises(UsageError, match="cannot be made anew; name a folder"), new_folder(path):
+        with (
+            pytest.raises(UsageError, match="cannot be made anew; name a folder"),
+            new_folder(path),
+        ):
             pytest.fail("it was begun")
     with pytest.raises(KeyError), new_folder(tmp_path / "new") as folder:
         (folder / "half").write_text("half")
         raise KeyError
-    assert [path.name for path in tmp_path.rglob("*") if path.name != "home"] == ["full", "mine.txt"]
+    assert [path.name for path in tmp_path.rglob("*") if path.name != "home"] == [
+        "full",
+        "mine.txt",
+    ]
     (tmp_path / "empty").mkdir()
     with new_folder(tmp_path / "empty") as folder:
         (folder / "whole").write_text("whole")
@@ -176,6 +195,8 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "name"), [("onnx", "x.safetensors"), ("torch-export", "x"), ("safetensors", "x.onnx")]
 )
-def test_a_name_of_another_format_is_refused(served: str, tmp_path: Path, form: str, name: str) -> None:
+def test_a_name_of_another_format_is_refused(
+    served: str, tmp_path: Path, form: str, name: str
+) -> None:
     assert main(["export", served, "--format", form, "--to", str(tmp_path / name)]) == 2
     assert not [*tmp_path.iterdir()]

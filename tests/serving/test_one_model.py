@@ -40,7 +40,12 @@ from wds_train.training.outcome import next_commands, outcome
 
 pytest.importorskip("onnxruntime")
 CPU = torch.device("cpu")
-KINDS = {"raw": "raw", "ema": "ema", "never": "raw", "tied": "raw"}  # whose weights are the best, by the run's name
+KINDS = {
+    "raw": "raw",
+    "ema": "ema",
+    "never": "raw",
+    "tied": "raw",
+}  # whose weights are the best, by the run's name
 OTHER = {"raw": "ema", "ema": "raw"}
 Tensors = dict[str, torch.Tensor]
 
@@ -57,13 +62,18 @@ def _other(name: str) -> str:
 
 
 def equal(tensors: Tensors) -> Tensors:
-    raw = {name.replace("model/", "ema/", 1): value for name, value in tensors.items() if name.startswith("model/")}
+    raw = {
+        name.replace("model/", "ema/", 1): value
+        for name, value in tensors.items()
+        if name.startswith("model/")
+    }
     return tensors | {name: value.clone() for name, value in raw.items()}
 
 
 def swapped_scores(metrics: dict[str, float]) -> dict[str, float]:
     return {
-        name.removesuffix("_ema") if name.endswith("_ema") else f"{name}_ema": value for name, value in metrics.items()
+        name.removesuffix("_ema") if name.endswith("_ema") else f"{name}_ema": value
+        for name, value in metrics.items()
     }
 
 
@@ -73,7 +83,11 @@ def equal_scores(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def changed(
-    run: str, folder: Path, tensors: Callable[[Tensors], Tensors], scores: Callable[..., Any], every: int
+    run: str,
+    folder: Path,
+    tensors: Callable[[Tensors], Tensors],
+    scores: Callable[..., Any],
+    every: int,
 ) -> str:
     """A copy of a run whose weights, and with them their scores, are others."""
     shutil.copytree(run, folder)
@@ -101,7 +115,9 @@ def runs(served: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     found = {
         "raw": changed(served, folder / "raw", lambda t: t, lambda m: m, 1),
         "ema": changed(served, folder / "ema", swapped, swapped_scores, 1),
-        "never": changed(served, folder / "never", lambda t: t, lambda m: m | {"val/top1_ema": 99.0}, 1000),
+        "never": changed(
+            served, folder / "never", lambda t: t, lambda m: m | {"val/top1_ema": 99.0}, 1000
+        ),
         "tied": changed(served, folder / "tied", equal, equal_scores, 1),
     }
     for name, run in found.items():
@@ -170,11 +186,15 @@ def predicted(
     return 100 * hits / len(labels), rows
 
 
-def top1_of(logits: Callable[[torch.Tensor], torch.Tensor], weights: Weights, digits: Dataset) -> float:
+def top1_of(
+    logits: Callable[[torch.Tensor], torch.Tensor], weights: Weights, digits: Dataset
+) -> float:
     """Of uint8 images [n, side, side, 3] to logits."""
     split, hits = digits.split("val"), 0
     with torch.inference_mode():
-        for batch in Pipeline(split, EvalPlan(len(split), 64), View.of(weights.recipe, None).transform, 0):
+        for batch in Pipeline(
+            split, EvalPlan(len(split), 64), View.of(weights.recipe, None).transform, 0
+        ):
             hits += int((logits(batch.images).argmax(dim=1) == batch.labels).sum())
     return 100 * hits / len(split)
 
@@ -194,7 +214,10 @@ def test_every_command_uses_the_weights_that_eval_judged(
     report = judged(capsys, run)
     best, member = report["top1"], report["members"][0]
     newest = find_run(run)[0].checkpoints[-1].metrics
-    assert (best, member["weights"]) == (newest[{"raw": "val/top1", "ema": "val/top1_ema"}[kind]], kind)
+    assert (best, member["weights"]) == (
+        newest[{"raw": "val/top1", "ema": "val/top1_ema"}[kind]],
+        kind,
+    )
     step, epoch = member["step"], member["epoch"]
     said = f"{kind} weights of step {step} (epoch {epoch}), top-1 {best:.2f} % on val"
 
@@ -206,7 +229,9 @@ def test_every_command_uses_the_weights_that_eval_judged(
     assert predicted(capsys, file, photos, labels)[0] == best
     assert judged(capsys, str(file), "--dataset", digits.store.url)["top1"] == best
 
-    code, _, err = answer(capsys, "report", run, "--out", tmp_path / "report", "--workers", 0, "--device", "cpu")
+    code, _, err = answer(
+        capsys, "report", run, "--out", tmp_path / "report", "--workers", 0, "--device", "cpu"
+    )
     assert code == 0, err
     told = Page(tmp_path / "report" / "report.html")
     assert f"The {kind} weights of step {step} (epoch {epoch}), on all 360" in told.text
@@ -216,7 +241,9 @@ def test_every_command_uses_the_weights_that_eval_judged(
     page = demo._of_run(run, CPU)
     weights = page.choices[0]
     assert (weights.kind, weights.step) == (kind, step)
-    assert top1_of(Member(weights, View.of(weights.recipe, None), CPU).logits, weights, digits) == best
+    assert (
+        top1_of(Member(weights, View.of(weights.recipe, None), CPU).logits, weights, digits) == best
+    )
     assert f"the page begins with the {said}" in capsys.readouterr().err
 
 
@@ -239,9 +266,15 @@ def test_what_only_names_the_best_names_the_same(
     named = f"{best.top1:.2f} % {'EMA' if kind == 'ema' else 'raw'}"
     compared = answer(capsys, "compare", run, run)[1]
     assert compared.count(f"{named}, epoch 2") == 2
-    assert outcome(manifest)[1] == f"best     top-1 {named}, of epoch 2: the weights that eval takes"
+    assert (
+        outcome(manifest)[1] == f"best     top-1 {named}, of epoch 2: the weights that eval takes"
+    )
     assert (" --best raw" in next_commands(manifest, run, test=False)[0]) == (kind == "raw")
-    assert [row["weights"] for row in results(manifest)] == [kind] if name == "never" else [kind, OTHER[kind]]
+    assert (
+        [row["weights"] for row in results(manifest)] == [kind]
+        if name == "never"
+        else [kind, OTHER[kind]]
+    )
     listed = json.loads(answer(capsys, "runs", "--bucket", Path(run).parent.parent, "--json")[1])
     assert {row["name"]: row["top1"] for row in listed}[name] == best.top1
 
@@ -267,18 +300,27 @@ def test_the_published_folder_holds_them(
     assert top1_of(lambda images: model(normalise(images)), held, digits) == report["top1"]
 
     about = json.loads((folder / "space" / "app.json").read_text())
-    for file in (folder / "model" / "model.onnx", folder / "space" / "models" / about["models"][about["choices"][0]]):
+    for file in (
+        folder / "model" / "model.onnx",
+        folder / "space" / "models" / about["models"][about["choices"][0]],
+    ):
         classifier = page.Classifier(file)
         images = [page.opened(path.read_bytes()) for path in sorted(photos.iterdir())]
-        answers = [classifier.facts["classes"][classifier.answer(image).top(1)[0]]["id"] for image in images]
+        answers = [
+            classifier.facts["classes"][classifier.answer(image).top(1)[0]]["id"]
+            for image in images
+        ]
         assert 100 * sum(map(str.__eq__, answers, labels)) / len(labels) == report["top1"]
-        assert {metric.endswith("_ema") for metric in classifier.facts["metrics"]} == {kind == "ema"}
+        assert {metric.endswith("_ema") for metric in classifier.facts["metrics"]} == {
+            kind == "ema"
+        }
     kinds = [title.partition(",")[0].lower() for title in about["choices"]]
     assert kinds == ([kind] if name == "never" else [kind, OTHER[kind]])
 
     card = (folder / "model" / "README.md").read_text()
     assert (
-        f"**top-1 {report['top1']:.2f} %**, top-5 {report['top5']:.2f} %, of these {kind} weights on the test" in card
+        f"**top-1 {report['top1']:.2f} %**, top-5 {report['top5']:.2f} %, of these {kind} weights on the test"
+        in card
     )
     assert f"| {kind}, these | 2 | {report['top1']:.2f} % |" in card
     assert ("| ema" in card) == (name != "never")
@@ -353,10 +395,15 @@ def test_ema_weights_that_were_never_updated_are_refused(
     arguments: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = answer(capsys, *[runs["never"] if each == "RUN" else each for each in arguments])
+    code, out, err = answer(
+        capsys, *[runs["never"] if each == "RUN" else each for each in arguments]
+    )
     step = 22 if "22" in arguments else 44
     assert (code, out) == (2, "")
-    assert f"were never updated: ema.every is 1000, and these are of step {step}; they still are those" in err
+    assert (
+        f"were never updated: ema.every is 1000, and these are of step {step}; they still are those"
+        in err
+    )
     assert not [*tmp_path.glob("*.safetensors")]
 
 
@@ -387,30 +434,52 @@ def test_a_training_says_that_its_ema_weights_say_nothing(
     assert answer(capsys, "report", run, "--out", tmp_path, "--no-images")[0] == 0
     told = Page(tmp_path / "report.html")
     assert told.facts["top-1"] == (f"{raw:.2f} %", "EMA –")
-    assert "updated every 1000 steps (ema.every): their scores up to step 44 are left out" in told.text
+    assert (
+        "updated every 1000 steps (ema.every): their scores up to step 44 are left out" in told.text
+    )
 
 
 def test_they_are_not_kept_for_their_score() -> None:
     def checkpoint(step: int, raw: float, ema: float) -> Checkpoint:
-        return Checkpoint(Object(str(step), 0, ""), Progress(step), {"val/top1": raw, "val/top1_ema": ema})
+        return Checkpoint(
+            Object(str(step), 0, ""), Progress(step), {"val/top1": raw, "val/top1_ema": ema}
+        )
 
-    checkpoints = [checkpoint(1, 5, 90), checkpoint(2, 9, 8), checkpoint(3, 3, 50), checkpoint(4, 4, 7)]
+    checkpoints = [
+        checkpoint(1, 5, 90),
+        checkpoint(2, 9, 8),
+        checkpoint(3, 3, 50),
+        checkpoint(4, 4, 7),
+    ]
     checkpoints += [checkpoint(5, 5, 6), checkpoint(6, 6, 6)]
-    kept = {every: [c.progress.step for c in keep(tuple(checkpoints), ema_every=every)] for every in (1, 3, 4, 9)}
+    kept = {
+        every: [c.progress.step for c in keep(tuple(checkpoints), ema_every=every)]
+        for every in (1, 3, 4, 9)
+    }
     assert kept == {1: [1, 2, 5, 6], 3: [2, 3, 5, 6], 4: [2, 4, 5, 6], 9: [2, 5, 6]}
     assert Progress(1).validated({"val/top1": 5.0}).best == 5.0
 
 
 def test_an_old_file_of_such_weights_is_read_and_said(
-    runs: dict[str, str], photos: Path, digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, str],
+    photos: Path,
+    digits: Dataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     weights = chosen_weights(runs["raw"], "ema", None)
     recipe = replace(weights.recipe, ema=replace(weights.recipe.ema, every=1000))
     replace(weights, recipe=recipe).save(tmp_path / "old.safetensors")
-    for arguments in (["predict", photos / "000.png"], ["eval", "--dataset", digits.store.url, "--workers", 0]):
+    for arguments in (
+        ["predict", photos / "000.png"],
+        ["eval", "--dataset", digits.store.url, "--workers", 0],
+    ):
         code, _, err = answer(capsys, arguments[0], tmp_path / "old.safetensors", *arguments[1:])
         assert code == 0
-        assert "holds EMA weights that were never updated (ema.every is 1000, and these are of step 44)" in err
+        assert (
+            "holds EMA weights that were never updated (ema.every is 1000, and these are of step 44)"
+            in err
+        )
 
 
 @pytest.fixture
@@ -420,7 +489,9 @@ def interrupted(served: str, tmp_path: Path) -> Path:
     shutil.copytree(served, run)
     manifest = find_run(str(run))[0]
     bare = tuple(replace(each, metrics={}) for each in manifest.checkpoints)
-    (run / "manifest.json").write_bytes(replace(manifest, checkpoints=bare, result={}, status="interrupted").to_json())
+    (run / "manifest.json").write_bytes(
+        replace(manifest, checkpoints=bare, result={}, status="interrupted").to_json()
+    )
     return run
 
 
@@ -449,7 +520,11 @@ def test_a_run_without_a_validation_is_a_sentence(
     if bare:
         manifest = find_run(str(interrupted))[0]
         (interrupted / "manifest.json").write_bytes(replace(manifest, checkpoints=()).to_json())
-    places = {"RUN": str(interrupted), "PHOTO": str(photos / "000.png"), "OUT": str(tmp_path / "out")}
+    places = {
+        "RUN": str(interrupted),
+        "PHOTO": str(photos / "000.png"),
+        "OUT": str(tmp_path / "out"),
+    }
     code, out, err = answer(capsys, *[places.get(each, each) for each in command])
     assert (code, out, "Traceback" in err) == (2, "", False)
     assert "has no validated checkpoint yet" in err
@@ -465,8 +540,13 @@ def test_a_step_that_was_not_validated_needs_a_word(
     file = tmp_path / "x.safetensors"
     code, _, err = answer(capsys, "export", interrupted, "--step", 22, "--to", file)
     assert code == 2
-    assert "nothing says whether its raw or its EMA weights are better; say which: export takes --best raw" in err
-    code, out, _ = answer(capsys, "export", interrupted, "--step", 22, "--best", "ema", "--to", file)
+    assert (
+        "nothing says whether its raw or its EMA weights are better; say which: export takes --best raw"
+        in err
+    )
+    code, out, _ = answer(
+        capsys, "export", interrupted, "--step", 22, "--best", "ema", "--to", file
+    )
     assert (code, out.splitlines()[0]) == (0, f"{file}: ema weights of step 22, not validated")
     manifest = find_run(str(interrupted))[0]
     recipe = manifest.recipe | {"ema": manifest.recipe["ema"] | {"every": 1000}}
@@ -476,7 +556,9 @@ def test_a_step_that_was_not_validated_needs_a_word(
 @pytest.mark.parametrize("images", [0, 1, 9, 99])
 def test_of_few_images_no_temperature_is_fitted(images: int) -> None:
     rng = np.random.default_rng(0)
-    found = calibrate(5 * rng.normal(size=(images, 3)).astype(np.float32), rng.integers(0, 3, images))
+    found = calibrate(
+        5 * rng.normal(size=(images, 3)).astype(np.float32), rng.integers(0, 3, images)
+    )
     what = "1 image" if images == 1 else f"{images} images"
     assert (found.temperature, found.fitted, found.used) == (1.0, 0, False)
     assert str(found) == f"not calibrated: {what}, at least 100 are needed"
@@ -489,7 +571,9 @@ def test_of_a_hundred_one_is_fitted() -> None:
     assert found.temperature > 2
 
 
-def pairs(right_of: tuple[int, int], fitted_right_of: tuple[int, int], times: int = 1) -> tuple[Any, Any]:
+def pairs(
+    right_of: tuple[int, int], fitted_right_of: tuple[int, int], times: int = 1
+) -> tuple[Any, Any]:
     """Answers of two classes that are 75 % sure, of which so many are right: in the half that judges, and in that which fits."""
     logits = np.tile(np.array([[np.log(3), 0]], np.float32), (2 * right_of[1] * times, 1))
     labels = np.zeros(len(logits), np.int64)
@@ -521,18 +605,32 @@ def test_a_temperature_is_judged_by_the_figure_that_is_printed(name: str) -> Non
 @pytest.mark.parametrize(
     ("old", "temperature", "text"),
     [
-        (Calibration(2.3, 5, 4, 13.3, 9.0), 1.0, "not calibrated: 9 images, at least 100 are needed"),
-        (Calibration(2.3, 50, 49, 13.3, 9.0), 1.0, "not calibrated: 99 images, at least 100 are needed"),
+        (
+            Calibration(2.3, 5, 4, 13.3, 9.0),
+            1.0,
+            "not calibrated: 9 images, at least 100 are needed",
+        ),
+        (
+            Calibration(2.3, 50, 49, 13.3, 9.0),
+            1.0,
+            "not calibrated: 99 images, at least 100 are needed",
+        ),
         (Calibration(2.3, 90, 90, 13.3, 17.4), 1.0, "off by 17.4 points with it, 13.3 without"),
         (Calibration(2.3, 90, 90, 13.34, 13.32), 1.0, "off by 13.3 points with it, 13.3 without"),
-        (Calibration(2.3, 90, 90, 17.4, 13.3), 2.3, "temperature 2.30 of 90 validation samples; on 90 others"),
+        (
+            Calibration(2.3, 90, 90, 17.4, 13.3),
+            2.3,
+            "temperature 2.30 of 90 validation samples; on 90 others",
+        ),
         (Calibration(), 1.0, "not calibrated"),
     ],
 )
 def test_what_an_earlier_version_fitted_is_judged_by_the_same_rule(
     runs: dict[str, str], tmp_path: Path, old: Calibration, temperature: float, text: str
 ) -> None:
-    replace(chosen_weights(runs["raw"], "best", None), calibration=old).save(tmp_path / "old.safetensors")
+    replace(chosen_weights(runs["raw"], "best", None), calibration=old).save(
+        tmp_path / "old.safetensors"
+    )
     found = Weights.read(tmp_path / "old.safetensors").calibration
     assert found.temperature == temperature
     assert text in str(found)
@@ -566,12 +664,21 @@ def test_few_images_are_said_everywhere(
 ) -> None:
     """As of a validation of nine images: by predict, also the next time, by export, by the file, and in the report."""
     monkeypatch.setattr(calibrating, "SAMPLES", 9)
-    text, run, file = "not calibrated: 9 images, at least 100 are needed", runs["raw"], tmp_path / "x.safetensors"
+    text, run, file = (
+        "not calibrated: 9 images, at least 100 are needed",
+        runs["raw"],
+        tmp_path / "x.safetensors",
+    )
     for _ in range(2):
         assert text in answer(capsys, "predict", run, photos / "000.png", "--json")[2]
     assert text in answer(capsys, "export", run, "--to", file)[1]
     assert text in answer(capsys, "predict", file, photos / "000.png")[2]
-    assert answer(capsys, "report", run, "--out", tmp_path / "out", "--workers", 0, "--device", "cpu")[0] == 0
+    assert (
+        answer(capsys, "report", run, "--out", tmp_path / "out", "--workers", 0, "--device", "cpu")[
+            0
+        ]
+        == 0
+    )
     assert f"The confidences are {text}." in Page(tmp_path / "out" / "report.html").text
     shares = [row["top"][0]["probability"] for row in predicted(capsys, file, photos, labels)[1]]
     manifest, store = find_run(run)

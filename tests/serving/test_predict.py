@@ -49,7 +49,9 @@ def images(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "z" / "deep").mkdir(parents=True)
     for number in range(40):
         photo = sample(digits.split("val"), number)
-        (folder / ("z/deep" if number >= 36 else ".") / f"{number:02d}.png").write_bytes(photo.read())
+        (folder / ("z/deep" if number >= 36 else ".") / f"{number:02d}.png").write_bytes(
+            photo.read()
+        )
     (folder / "notes.txt").write_text("no image")
     return folder
 
@@ -58,16 +60,26 @@ def images(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_is_answered_as_the_evaluation_would(
     served: str, digits: Dataset, images: Path, capsys: pytest.CaptureFixture[str], tta: str | None
 ) -> None:
-    code, out, err = answer(capsys, "predict", served, images, "--json", *(("--tta", tta) if tta else ()))
+    code, out, err = answer(
+        capsys, "predict", served, images, "--json", *(("--tta", tta) if tta else ())
+    )
     assert (code, err) == (0, "")
     rows = [json.loads(line) for line in out.splitlines()]
-    assert [Path(row["image"]).name for row in rows] == [f"{number:02d}.png" for number in range(40)]
+    assert [Path(row["image"]).name for row in rows] == [
+        f"{number:02d}.png" for number in range(40)
+    ]
     logits = logits_of(served, digits)
-    expected = probabilities(logits_of(served, digits, tta), calibrate(logits, labels(digits)).temperature)
+    expected = probabilities(
+        logits_of(served, digits, tta), calibrate(logits, labels(digits)).temperature
+    )
     for row, shares in zip(rows, expected, strict=False):
         best = np.argsort(-shares, kind="stable")[:5]
-        assert [entry["id"] for entry in row["top"]] == [digits.manifest.classes[label].id for label in best]
-        assert [entry["probability"] for entry in row["top"]] == pytest.approx(shares[best].tolist(), abs=1e-5)
+        assert [entry["id"] for entry in row["top"]] == [
+            digits.manifest.classes[label].id for label in best
+        ]
+        assert [entry["probability"] for entry in row["top"]] == pytest.approx(
+            shares[best].tolist(), abs=1e-5
+        )
         assert row["sure"] == (shares.max() >= 0.5)
 
 
@@ -76,13 +88,20 @@ def labels(dataset: Dataset) -> NDArray[np.int64]:
 
 
 def test_an_exported_file_answers_as_its_run(
-    served: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    served: str,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also once the run's dataset is out of reach: the calibration is in the file, and in what is kept for the next time."""
     monkeypatch.chdir(tmp_path)
     file = "digits-run.safetensors"
     kept = [answer(capsys, "predict", served, images, "--csv") for _ in range(2)]
-    assert answer(capsys, "export", served, "--best", chosen_weights(served, "best", None).kind)[0] == 0
+    assert (
+        answer(capsys, "export", served, "--best", chosen_weights(served, "best", None).kind)[0]
+        == 0
+    )
     exported = answer(capsys, "predict", file, images, "--csv")
     assert kept[0] == kept[1] == exported
     rows = list(csv.DictReader(io.StringIO(exported[1])))
@@ -110,9 +129,14 @@ def test_bad_images_are_named_and_the_others_answered(
         (tmp_path / name).write_bytes(data)
     Image.new("CMYK", (30, 20)).save(tmp_path / "cmyk.jpg")
     (tmp_path / "good.gif").write_bytes(gif())
-    code, out, err = answer(capsys, "predict", served, tmp_path, images / "00.png", tmp_path / "nowhere.jpg", "--json")
+    code, out, err = answer(
+        capsys, "predict", served, tmp_path, images / "00.png", tmp_path / "nowhere.jpg", "--json"
+    )
     rows = {Path(row["image"]).name: row for row in map(json.loads, out.splitlines())}
-    assert (code, err) == (1, f"wds-train: {len(hostile) + 1} of {len(rows)} images could not be used")
+    assert (code, err) == (
+        1,
+        f"wds-train: {len(hostile) + 1} of {len(rows)} images could not be used",
+    )
     assert {name for name, row in rows.items() if "error" in row} == {*hostile, "nowhere.jpg"}
     assert rows["nowhere.jpg"]["error"] == "there is no such file"
     assert "pixels" in rows["bomb.png"]["error"]
@@ -126,7 +150,9 @@ def test_bad_images_are_named_and_the_others_answered(
     assert out.startswith(f"{tmp_path}/empty.png: it is empty (0 bytes)\n{images}/00.png")
 
 
-@pytest.mark.parametrize("found", [{"error": "it is empty"}, {"top": ((ClassInfo("é", "é"), 0.9),)}])
+@pytest.mark.parametrize(
+    "found", [{"error": "it is empty"}, {"top": ((ClassInfo("é", "é"), 0.9),)}]
+)
 def test_a_name_that_cannot_be_printed_is_printed_all_the_same(found: dict[str, Any]) -> None:
     answered = Prediction("a\n\x1b[31m\udcff.jpg", **found)
     for text in (answered.to_lines({"é": "é"}).partition("\n")[0], answered.to_csv()):
@@ -162,7 +188,10 @@ def gif() -> bytes:
     ],
 )
 def test_what_cannot_work_is_one_sentence(
-    served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: tuple[list[str], int, str]
+    served: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    case: tuple[list[str], int, str],
 ) -> None:
     arguments, code, message = case
     named = {"SERVED": served, "EMPTY": str(tmp_path)}
@@ -172,14 +201,21 @@ def test_what_cannot_work_is_one_sentence(
     assert "Traceback" not in err
 
 
-def test_objects_and_prefixes_on_s3(served: str, images: Path, s3_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_objects_and_prefixes_on_s3(
+    served: str, images: Path, s3_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = open_store(s3_url)
     for key in ("photos/00.png", "photos/b/01.png", "photos-2/02.png"):
         store.write(key, (images / Path(key).name).read_bytes())
-    for named, found in (("photos", ["photos/00.png", "photos/b/01.png"]), ("photos/00.png", ["photos/00.png"])):
+    for named, found in (
+        ("photos", ["photos/00.png", "photos/b/01.png"]),
+        ("photos/00.png", ["photos/00.png"]),
+    ):
         code, out, err = answer(capsys, "predict", served, f"{s3_url}/{named}", "--json")
         assert (code, err) == (0, "")
-        assert [json.loads(line)["image"] for line in out.splitlines()] == [f"{s3_url}/{key}" for key in found]
+        assert [json.loads(line)["image"] for line in out.splitlines()] == [
+            f"{s3_url}/{key}" for key in found
+        ]
     code, _, err = answer(capsys, "predict", served, f"{s3_url}/none")
     assert (code, f"there is no object {s3_url}/none" in err) == (1, True)
 
@@ -286,7 +322,11 @@ def test_an_address_may_be_written_as_people_see_it(site: str) -> None:
     ("path", "limits", "message"),
     [
         ("image", {}, "127.0.0.1 is at 127.0.0.1, which is no public address"),
-        ("to/http://169.254.169.254/latest", {"allowed": lambda a: a != "169.254.169.254"}, "no public address"),
+        (
+            "to/http://169.254.169.254/latest",
+            {"allowed": lambda a: a != "169.254.169.254"},
+            "no public address",
+        ),
         ("to/file:///etc/passwd", {"allowed": lambda _: True}, "none of the form http://HOST"),
         ("to/to/to/to/to/to/to/image", {"allowed": lambda _: True}, "redirects more than 5 times"),
         ("drip", {"allowed": lambda _: True, "seconds": 0.4}, "did not come within 0.4 s"),
@@ -300,7 +340,9 @@ def test_a_download_has_limits(site: str, path: str, limits: dict[str, Any], mes
         download(f"{site}/{path}", **limits)
 
 
-def test_an_address_is_an_image_like_others(served: str, site: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_is_an_image_like_others(
+    served: str, site: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, _ = answer(capsys, "predict", served, f"{site}/image")
     assert code == 1
     assert out.startswith(f"{site}/image: 127.0.0.1 is at 127.0.0.1, which is no public address")

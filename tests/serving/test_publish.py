@@ -40,8 +40,14 @@ def head_of(path: Path) -> dict[str, object]:
 def test_both_folders_are_complete(published: Path) -> None:
     found = {str(path.relative_to(published)) for path in published.rglob("*") if path.is_file()}
     assert found == {
-        *(f"model/{name}" for name in ("README.md", "config.json", "model.onnx", "model.safetensors")),
-        *(f"space/{name}" for name in ("README.md", "app.json", "app.py", "classifier.py", "requirements.txt")),
+        *(
+            f"model/{name}"
+            for name in ("README.md", "config.json", "model.onnx", "model.safetensors")
+        ),
+        *(
+            f"space/{name}"
+            for name in ("README.md", "app.json", "app.py", "classifier.py", "requirements.txt")
+        ),
         *(f"space/models/{kind}-00000044.onnx" for kind in ("raw", "ema")),
     }
     assert "torch" not in (published / "space" / "requirements.txt").read_text()
@@ -49,10 +55,15 @@ def test_both_folders_are_complete(published: Path) -> None:
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
 
 
-def test_the_card_says_what_the_manifest_knows(published: Path, served: str, digits: Dataset) -> None:
+def test_the_card_says_what_the_manifest_knows(
+    published: Path, served: str, digits: Dataset
+) -> None:
     manifest = json.loads((Path(served) / "manifest.json").read_text())
     metrics = manifest["checkpoints"][-1]["metrics"]
-    head, text = head_of(published / "model" / "README.md"), (published / "model" / "README.md").read_text()
+    head, text = (
+        head_of(published / "model" / "README.md"),
+        (published / "model" / "README.md").read_text(),
+    )
     assert (head["license"], head["library_name"]) == ("cc-by-4.0", "timm")
     scores = {
         entry["name"]: (entry["value"], entry["args"])
@@ -69,7 +80,9 @@ def test_the_card_says_what_the_manifest_knows(published: Path, served: str, dig
     ]  # which timm's own card of a model says
 
 
-def test_nothing_tells_where_the_owner_keeps_things(published: Path, served: str, digits: Dataset) -> None:
+def test_nothing_tells_where_the_owner_keeps_things(
+    published: Path, served: str, digits: Dataset
+) -> None:
     places = [str(Path(served).parent).encode(), digits.store.url.encode()]
     for path in published.rglob("*"):
         assert path.is_dir() or not [place for place in places if place in path.read_bytes()], path
@@ -84,7 +97,9 @@ def test_a_path_in_the_recipe_becomes_a_name(served: str) -> None:
 
 def test_the_page_is_described(published: Path) -> None:
     head = head_of(published / "space" / "README.md")
-    pins = dict(line.split("==") for line in (published / "space" / "requirements.txt").read_text().split())
+    pins = dict(
+        line.split("==") for line in (published / "space" / "requirements.txt").read_text().split()
+    )
     assert {name: head[name] for name in ("sdk", "sdk_version", "app_file", "license")} == {
         "sdk": "gradio",
         "sdk_version": pins["gradio"],
@@ -100,7 +115,11 @@ def test_the_page_is_described(published: Path) -> None:
     "case",
     [
         (["--to", "new"], 2, "the following arguments are required: --licence"),
-        (["--to", "new", "--licence", "My Own!"], 2, "--licence 'My Own!' is no identifier of the hub"),
+        (
+            ["--to", "new", "--licence", "My Own!"],
+            2,
+            "--licence 'My Own!' is no identifier of the hub",
+        ),
         (
             ["--to", "new", "--licence", "mit", "--push", "name"],
             2,
@@ -128,9 +147,13 @@ def test_what_cannot_work_leaves_nothing(
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "home"] == before
 
 
-def test_a_folder_that_is_taken_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_taken_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine.txt").touch()
-    code, _, err = answer(capsys, "publish", tmp_path / "no-run", "--to", tmp_path, "--licence", "mit")
+    code, _, err = answer(
+        capsys, "publish", tmp_path / "no-run", "--to", tmp_path, "--licence", "mit"
+    )
     assert (code, f"{tmp_path} is there and not empty" in err) == (2, True), err
 
 
@@ -165,10 +188,14 @@ def test_a_hub_that_cannot_be_used_is_told_with_what_to_type(
     monkeypatch.setenv("HF_TOKEN", "" if case == "no token" else "hf_secret_of_a_test")
     monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub if case == "no right" else "http://127.0.0.1:9")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.ENDPOINT", hub if case == "no right" else "http://127.0.0.1:9"
+    )
     with pytest.raises(WdsTrainError) as error:
         push(published, "me/digits")
-    assert {"no token": "there is no token", "no right": "403", "no network": "Connect"}[case] in str(error.value)
+    assert {"no token": "there is no token", "no right": "403", "no network": "Connect"}[
+        case
+    ] in str(error.value)
     assert f"hf upload me/digits {published}/model\n" in str(error.value)
     assert "hf_secret" not in str(error.value)
 

@@ -62,7 +62,9 @@ def test_it_answers_as_we_do(page: ModuleType, file: Path, served: str, digits: 
 
 
 @pytest.mark.parametrize("side", [48, 200])
-def test_it_sees_a_photograph_as_the_validation_does(page: ModuleType, file: Path, side: int) -> None:
+def test_it_sees_a_photograph_as_the_validation_does(
+    page: ModuleType, file: Path, side: int
+) -> None:
     theirs = page.Classifier(file)
     theirs.facts["view"] = {"side": side, "crop": 0.875, "flip": False}
     for data in [*layouts.photos(), encoded(PHOTO.resize((4000, 2)), "PNG")]:
@@ -71,12 +73,16 @@ def test_it_sees_a_photograph_as_the_validation_does(page: ModuleType, file: Pat
         assert (theirs.pixels(page.opened(data)) == ours).all()
 
 
-def test_mirror_images_are_averaged_where_the_validation_did(page: ModuleType, file: Path, served: str) -> None:
+def test_mirror_images_are_averaged_where_the_validation_did(
+    page: ModuleType, file: Path, served: str
+) -> None:
     theirs, weights = page.Classifier(file), chosen_weights(served, "best", None)
     theirs.facts["view"]["flip"] = True
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     member = Member(weights, View.of(weights.recipe, "flip"), CPU)
-    assert theirs.run(pixels)["logits"] == pytest.approx(member.logits(torch.from_numpy(pixels)).numpy(), abs=1e-4)
+    assert theirs.run(pixels)["logits"] == pytest.approx(
+        member.logits(torch.from_numpy(pixels)).numpy(), abs=1e-4
+    )
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -95,7 +101,10 @@ TURNED[0x0112] = 6
     [
         (encoded(PHOTO.convert("CMYK"), "JPEG"), (60, 40)),
         (encoded(PHOTO, "JPEG", exif=TURNED), (40, 60)),
-        (encoded(Image.fromarray(np.asarray(PHOTO.convert("L")) * np.uint16(257)), "PNG"), (60, 40)),
+        (
+            encoded(Image.fromarray(np.asarray(PHOTO.convert("L")) * np.uint16(257)), "PNG"),
+            (60, 40),
+        ),
         (encoded(PHOTO.convert("P"), "PNG"), (60, 40)),
         (encoded(PHOTO.convert("LA"), "PNG"), (60, 40)),
         (encoded(PHOTO, "WEBP"), (60, 40)),
@@ -121,11 +130,18 @@ SEEN_ALIKE = {
     "RGBA": odd.png(SAMPLES),
     "LA": odd.png(SAMPLES[..., :2]),
     "a transparent colour": odd.png(
-        SAMPLES[..., :3], odd.chunk(b"tRNS", bytes([0, SAMPLES[0, 0, 0], 0, SAMPLES[0, 0, 1], 0, SAMPLES[0, 0, 2]]))
+        SAMPLES[..., :3],
+        odd.chunk(b"tRNS", bytes([0, SAMPLES[0, 0, 0], 0, SAMPLES[0, 0, 1], 0, SAMPLES[0, 0, 2]])),
     ),
-    "a transparent grey": odd.png(SAMPLES[..., :1], odd.chunk(b"tRNS", bytes([0, SAMPLES[0, 0, 0]]))),
-    "a transparent grey of 2 bits": odd.few_bits_png(SAMPLES[..., 0] >> 6, 2, odd.chunk(b"tRNS", b"\0\1")),
-    "a transparent grey of 4 bits": odd.few_bits_png(SAMPLES[..., 0] >> 4, 4, odd.chunk(b"tRNS", b"\0\7")),
+    "a transparent grey": odd.png(
+        SAMPLES[..., :1], odd.chunk(b"tRNS", bytes([0, SAMPLES[0, 0, 0]]))
+    ),
+    "a transparent grey of 2 bits": odd.few_bits_png(
+        SAMPLES[..., 0] >> 6, 2, odd.chunk(b"tRNS", b"\0\1")
+    ),
+    "a transparent grey of 4 bits": odd.few_bits_png(
+        SAMPLES[..., 0] >> 4, 4, odd.chunk(b"tRNS", b"\0\7")
+    ),
     "a palette": encoded(PHOTO.quantize(8), "PNG", transparency=bytes([0, 100, 255])),
     "a transparent index": encoded(PHOTO.quantize(8), "PNG", transparency=3),
     "WebP": encoded(Image.fromarray(SAMPLES), "WEBP", lossless=True, exact=True),
@@ -144,12 +160,19 @@ SEEN_ALIKE = {
     "14 bits": deep(1, 16383, 14),
     "8 bits in 16": deep(1, 255, 8),
     "black": deep(1, 0),
-    "raw profile": odd.png(SAMPLES[..., :3], odd.text_chunk("zTXt", b"Raw profile type exif", odd.raw_profile(6))),
-    "raw profile behind": odd.png(SAMPLES, b"", odd.text_chunk("tEXt", b"Raw profile type exif", odd.raw_profile(8))),
-    "raw profile without sense": odd.png(SAMPLES, odd.text_chunk("tEXt", b"Raw profile type exif", b"\n\n\nxy")),
+    "raw profile": odd.png(
+        SAMPLES[..., :3], odd.text_chunk("zTXt", b"Raw profile type exif", odd.raw_profile(6))
+    ),
+    "raw profile behind": odd.png(
+        SAMPLES, b"", odd.text_chunk("tEXt", b"Raw profile type exif", odd.raw_profile(8))
+    ),
+    "raw profile without sense": odd.png(
+        SAMPLES, odd.text_chunk("tEXt", b"Raw profile type exif", b"\n\n\nxy")
+    ),
     "EXIF and transparency": odd.png(SAMPLES, odd.chunk(b"eXIf", odd.tiff_exif(5))),
     "EXIF and 12 bits": odd.png(
-        SAMPLES * np.uint16(16), odd.chunk(b"eXIf", odd.tiff_exif(5)) + odd.chunk(b"sBIT", b"\x0c\x0c\x0c\x0c")
+        SAMPLES * np.uint16(16),
+        odd.chunk(b"eXIf", odd.tiff_exif(5)) + odd.chunk(b"sBIT", b"\x0c\x0c\x0c\x0c"),
     ),
     "XMP alone, JPEG": encoded(PHOTO, "JPEG", xmp=XMP),
     "XMP alone, WebP": encoded(PHOTO, "WEBP", xmp=XMP, lossless=True),
@@ -173,7 +196,8 @@ def test_it_sees_odd_images_as_a_conversion_makes_them(page: ModuleType, name: s
 @pytest.mark.parametrize(("channels", "top"), [(1, 4095), (3, 4095), (4, 1000), (2, 255)])
 def test_numbers_without_a_range_are_a_sentence(page: ModuleType, channels: int, top: int) -> None:
     with pytest.raises(
-        page.Refused, match=rf"has 16 bits a sample, of 0 to {top}, and does not say which number is white"
+        page.Refused,
+        match=rf"has 16 bits a sample, of 0 to {top}, and does not say which number is white",
     ):
         page.opened(deep(channels, top))
 

@@ -27,10 +27,18 @@ class Page:
         self.url = url
         self.http = httpx.Client(base_url=url, timeout=120, trust_env=False)
         config = self.http.get("/config").json()
-        ids = {entry["type"]: entry["id"] for entry in config["components"] if entry["type"] in ("radio", "button")}
-        self.choice = next(e for e in config["components"] if e["type"] == "radio")["props"]["value"]
+        ids = {
+            entry["type"]: entry["id"]
+            for entry in config["components"]
+            if entry["type"] in ("radio", "button")
+        }
+        self.choice = next(e for e in config["components"] if e["type"] == "radio")["props"][
+            "value"
+        ]
         self.answers = next(e["id"] for e in config["dependencies"] if ids["radio"] in e["inputs"])
-        pressed = [e["id"] for e in config["dependencies"] if [ids.get("button"), "click"] in e["targets"]]
+        pressed = [
+            e["id"] for e in config["dependencies"] if [ids.get("button"), "click"] in e["targets"]
+        ]
         self.learned = pressed[0] if pressed else None
 
     def upload(self, name: str, data: bytes, kind: str = "image/jpeg") -> httpx.Response:
@@ -39,7 +47,9 @@ class Page:
     def ask(self, path: Any, name: str = "photo.jpg") -> dict[str, Any]:
         """The answer about an uploaded file: the event that ends the call."""
         image = (
-            path if isinstance(path, dict) else {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+            path
+            if isinstance(path, dict)
+            else {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
         )
         return self.call(self.answers, [image, self.choice])
 
@@ -49,7 +59,9 @@ class Page:
         joined = self.http.post("/gradio_api/queue/join", json=body)
         if joined.status_code != 200:
             return {"success": False, "output": {"error": joined.text}}
-        with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as events:
+        with self.http.stream(
+            "GET", "/gradio_api/queue/data", params={"session_hash": session}
+        ) as events:
             for line in events.iter_lines():
                 event = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {}
                 if event.get("msg") in ("process_completed", "unexpected_error"):
@@ -67,18 +79,25 @@ class Page:
 def served_page(command: list[str], folder: Path, port: int) -> Iterator[tuple[Page, int]]:
     """The page that `command` serves at `port`, and the process; what it prints goes to `folder`/log."""
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=os.environ, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, env=os.environ, start_new_session=True
+        )
         try:
             url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
             while True:
-                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+                assert process.poll() is None and time.monotonic() < deadline, (
+                    folder / "log"
+                ).read_text()
                 with contextlib.suppress(httpx.TransportError):
                     if httpx.get(f"{url}/config", trust_env=False).status_code == 200:
                         break
                 time.sleep(0.1)
             yield Page(url), process.pid
         finally:
-            for number in (signal.SIGINT, *[signal.SIGTERM] * 100):  # Ctrl-C, and somebody who cannot wait
+            for number in (
+                signal.SIGINT,
+                *[signal.SIGTERM] * 100,
+            ):  # Ctrl-C, and somebody who cannot wait
                 os.killpg(process.pid, number)
                 time.sleep(0.01)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -95,7 +114,17 @@ def free_port() -> int:
 
 
 def demo_command(run: str, port: int) -> list[str]:
-    return [sys.executable, "-m", "wds_train.cli", "demo", run, "--python", str(PYTHON), "--port", str(port)]
+    return [
+        sys.executable,
+        "-m",
+        "wds_train.cli",
+        "demo",
+        run,
+        "--python",
+        str(PYTHON),
+        "--port",
+        str(port),
+    ]
 
 
 def leaks(text: str) -> list[str]:

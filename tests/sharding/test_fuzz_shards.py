@@ -75,9 +75,9 @@ def test_the_loader_meets_mutated_shards(copy: SplitReader, tmp_path: Path) -> N
 
 def test_the_tar_reader_meets_mutated_tars(digits: Dataset) -> None:
     """Members inside the file's bounds, or a `DataError`; as many steps as there are blocks at most."""
-    data = digits.store.read("train/shard-000000.tar", 0, int(digits.split("train").index.offset[SAMPLES])) + bytes(
-        1024
-    )
+    data = digits.store.read(
+        "train/shard-000000.tar", 0, int(digits.split("train").index.offset[SAMPLES])
+    ) + bytes(1024)
     rng, refused = random.Random(1), 0
     for _ in range(MUTANTS):
         mutant = mutate(data, rng)

@@ -74,7 +74,11 @@ Part = bytes | tuple[str, bytes]
 
 
 def header(
-    name: bytes, size: int, kind: bytes = tarfile.REGTYPE, link: str = "", raw_size: bytes | None = None
+    name: bytes,
+    size: int,
+    kind: bytes = tarfile.REGTYPE,
+    link: str = "",
+    raw_size: bytes | None = None,
 ) -> bytes:
     """A tar header with a right checksum, whatever else it says."""
     info = tarfile.TarInfo("x")
@@ -103,7 +107,9 @@ def pax(record: bytes) -> bytes:
 
 def pair(number: int, label: bytes = b"", extension: str = "cls") -> bytes:
     photo = PHOTOS[number % len(PHOTOS)]
-    return member(f"{number:03d}.{extension}", label or b"%d" % (number % 2)) + member(f"{number:03d}.jpg", photo)
+    return member(f"{number:03d}.{extension}", label or b"%d" % (number % 2)) + member(
+        f"{number:03d}.jpg", photo
+    )
 
 
 NEGATIVE = b"\xff" * 11 + b"\x00"  # -256, in GNU's base 256
@@ -139,9 +145,21 @@ TARS: dict[str, tuple[bytes, str, str]] = {
         "in the middle of '9.jpg'",
         "in the middle of '9.jpg'",
     ),
-    "pax size that is no number": (GOOD + pax(b"size=abc") + pair(4) + END, "the size 'abc'", "the size 'abc'"),
-    "pax size of 5,000 digits": (GOOD + pax(b"size=" + b"9" * 5000) + pair(4) + END, "the size '999", "the size '999"),
-    "pax size below zero": (GOOD + pax(b"size=-512") + pair(4) + END, "the size '-512'", "the size '-512'"),
+    "pax size that is no number": (
+        GOOD + pax(b"size=abc") + pair(4) + END,
+        "the size 'abc'",
+        "the size 'abc'",
+    ),
+    "pax size of 5,000 digits": (
+        GOOD + pax(b"size=" + b"9" * 5000) + pair(4) + END,
+        "the size '999",
+        "the size '999",
+    ),
+    "pax size below zero": (
+        GOOD + pax(b"size=-512") + pair(4) + END,
+        "the size '-512'",
+        "the size '-512'",
+    ),
     "pax size beyond the end": (
         GOOD + pax(b"size=99999999") + pair(4) + END,
         "in the middle of '004.cls'",
@@ -157,7 +175,11 @@ TARS: dict[str, tuple[bytes, str, str]] = {
         "its name points outside the archive",
         "its name points outside the archive",
     ),
-    "pax header and nothing": (GOOD + pax(b"path=x.jpg"), "without the blocks that end a tar", "without the blocks"),
+    "pax header and nothing": (
+        GOOD + pax(b"path=x.jpg"),
+        "without the blocks that end a tar",
+        "without the blocks",
+    ),
     "names upwards": (
         GOOD + member("../../up.cls", b"0") + member("../../up.jpg", PHOTOS[4]) + END,
         "its name points outside the archive",
@@ -184,7 +206,11 @@ TARS: dict[str, tuple[bytes, str, str]] = {
     ),
     "an empty name": (GOOD + member("", b"0") + END, KEPT, KEPT),
     "names of dots": (GOOD + member(".cls", b"0") + member(".jpg", PHOTOS[4]) + END, KEPT, KEPT),
-    "a Mac's litter": (GOOD + member("._000.jpg", b"x") + member("._000.cls", b"y") + END, KEPT, KEPT),
+    "a Mac's litter": (
+        GOOD + member("._000.jpg", b"x") + member("._000.cls", b"y") + END,
+        KEPT,
+        KEPT,
+    ),
     "a name with a line feed": (
         GOOD + member("a\nb.cls", b"0") + member("a\nb.jpg", PHOTOS[4]) + END,
         "a\\nb: its name is empty, not UTF-8, or cannot be printed",
@@ -216,7 +242,11 @@ TARS: dict[str, tuple[bytes, str, str]] = {
         "9.jpg: a sparse file, not a file",
     ),
     "pax sparse file": (
-        GOOD + pax(b"GNU.sparse.major=1") + member("9.jpg", PHOTOS[4]) + member("9.cls", b"0") + END,
+        GOOD
+        + pax(b"GNU.sparse.major=1")
+        + member("9.jpg", PHOTOS[4])
+        + member("9.cls", b"0")
+        + END,
         "'9.jpg' is a sparse file; only plain files can be used",
         "9.jpg: a sparse file, not a file",
     ),
@@ -227,34 +257,89 @@ TARS: dict[str, tuple[bytes, str, str]] = {
     ),
     "cut in a header": (GOOD[:-1000], "it ends at byte", "it ends at byte"),
     "cut in an image": ((GOOD + END)[: len(GOOD) - 600], "it ends at byte", "it ends at byte"),
-    "cut before its end": (GOOD, "without the blocks that end a tar", "without the blocks that end a tar"),
+    "cut before its end": (
+        GOOD,
+        "without the blocks that end a tar",
+        "without the blocks that end a tar",
+    ),
     "empty file": (b"", "without the blocks that end a tar", "without the blocks that end a tar"),
-    "zeros alone": (bytes(10240), "no samples with an image and a label", "holds no images that can be used"),
-    "two tars in one": (GOOD + END + GOOD + END, "more follows the end of the archive", "more follows the end"),
-    "a wrong checksum": (b"y" + GOOD[1:] + END, "the tar header at byte 0 is damaged", "the tar header at byte 0"),
-    "text": (b"this is no tar" * 1000, "the tar header at byte 0 is damaged", "the tar header at byte 0"),
-    "a ZIP": (b"PK\3\4" + bytes(5000), "the tar header at byte 0 is damaged", "the tar header at byte 0"),
-    "deep JSON in .json": (GOOD + pair(4, NESTED, "json") + END, "its label member .json has 80000", "has 80000 bytes"),
+    "zeros alone": (
+        bytes(10240),
+        "no samples with an image and a label",
+        "holds no images that can be used",
+    ),
+    "two tars in one": (
+        GOOD + END + GOOD + END,
+        "more follows the end of the archive",
+        "more follows the end",
+    ),
+    "a wrong checksum": (
+        b"y" + GOOD[1:] + END,
+        "the tar header at byte 0 is damaged",
+        "the tar header at byte 0",
+    ),
+    "text": (
+        b"this is no tar" * 1000,
+        "the tar header at byte 0 is damaged",
+        "the tar header at byte 0",
+    ),
+    "a ZIP": (
+        b"PK\3\4" + bytes(5000),
+        "the tar header at byte 0 is damaged",
+        "the tar header at byte 0",
+    ),
+    "deep JSON in .json": (
+        GOOD + pair(4, NESTED, "json") + END,
+        "its label member .json has 80000",
+        "has 80000 bytes",
+    ),
     "deep JSON in .json, a little less": (
         GOOD + pair(4, b"[" * 30_000 + b"]" * 30_000, "json") + END,
         "its label is",
         "its label is",
     ),
     "a file beside the samples": (GOOD + member("README.md", b"read me") + END, KEPT, KEPT),
-    "deep JSON in .cls": (GOOD + pair(4, b"[" * 30_000 + b"]" * 30_000) + END, "its label is", "its label is"),
-    "an enormous label": (GOOD + pair(4, b"7" * 70_000) + END, "has 70000 bytes", "has 70000 bytes"),
+    "deep JSON in .cls": (
+        GOOD + pair(4, b"[" * 30_000 + b"]" * 30_000) + END,
+        "its label is",
+        "its label is",
+    ),
+    "an enormous label": (
+        GOOD + pair(4, b"7" * 70_000) + END,
+        "has 70000 bytes",
+        "has 70000 bytes",
+    ),
     "a label of 5,000 digits": (GOOD + pair(4, b"7" * 5000) + END, "its label is", "its label is"),
     "a label of 2e9": (GOOD + pair(4, b"2000000000") + END, KEPT, KEPT),
     "a label below zero": (GOOD + pair(4, b"-1") + END, KEPT, KEPT),
     "a label of bytes": (GOOD + pair(4, b"\xff\xfe\x00") + END, "its label is", "its label is"),
-    "a label that is a list": (GOOD + pair(4, b"[1, 0]") + END, "its label is [1, 0]", "its label is [1, 0]"),
+    "a label that is a list": (
+        GOOD + pair(4, b"[1, 0]") + END,
+        "its label is [1, 0]",
+        "its label is [1, 0]",
+    ),
     "a label that is null": (GOOD + pair(4, b"null") + END, KEPT, KEPT),
-    "a pickled label": (GOOD + pair(4, b"cos\nsystem\n(S'x'\ntR.") + END, "its label is", "its label is"),
+    "a pickled label": (
+        GOOD + pair(4, b"cos\nsystem\n(S'x'\ntR.") + END,
+        "its label is",
+        "its label is",
+    ),
     "an empty label": (GOOD + member("9.cls", b"") + member("9.jpg", PHOTOS[4]) + END, KEPT, KEPT),
-    "an empty image": (GOOD + member("9.cls", b"0") + member("9.jpg", b"") + END, "zero bytes", "zero bytes"),
-    "text as an image": (GOOD + member("9.cls", b"0") + member("9.jpg", b"text") + END, "cannot be", "cannot be"),
+    "an empty image": (
+        GOOD + member("9.cls", b"0") + member("9.jpg", b"") + END,
+        "zero bytes",
+        "zero bytes",
+    ),
+    "text as an image": (
+        GOOD + member("9.cls", b"0") + member("9.jpg", b"text") + END,
+        "cannot be",
+        "cannot be",
+    ),
     "every sample bad": (
-        b"".join(member(f"{n}.cls", b"%d" % (n % 2)) + member(f"{n}.jpg", b"text") for n in range(3)) + END,
+        b"".join(
+            member(f"{n}.cls", b"%d" % (n % 2)) + member(f"{n}.jpg", b"text") for n in range(3)
+        )
+        + END,
         "none of 3 samples can be used",
         "none of 3 samples can be used",
     ),
@@ -264,14 +349,24 @@ TARS: dict[str, tuple[bytes, str, str]] = {
         "do not lie side by side",
         "009: no .cls or .json member",
     ),
-    "labels alone": (member("0.cls", b"0") + member("1.cls", b"1") + END, "none of 2 samples", "no image member"),
-    "images alone": (member("0.jpg", PHOTOS[0]) + member("1.jpg", PHOTOS[1]) + END, "none of 2 samples", "no .cls"),
+    "labels alone": (
+        member("0.cls", b"0") + member("1.cls", b"1") + END,
+        "none of 2 samples",
+        "no image member",
+    ),
+    "images alone": (
+        member("0.jpg", PHOTOS[0]) + member("1.jpg", PHOTOS[1]) + END,
+        "none of 2 samples",
+        "no .cls",
+    ),
 }
 
 
 def listed(root: Path) -> dict[str, str]:
     return {
-        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in root.rglob("*")
+        if p.is_file()
     }
 
 
@@ -334,7 +429,9 @@ def rehashed(content: Any) -> bytes:
             "classes": content["classes"],
             "shards": {name: split["shards"] for name, split in content["splits"].items()},
         }
-        content["fingerprint"] = sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode())
+        content["fingerprint"] = sha256(
+            json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()
+        )
     return json.dumps(content).encode()
 
 
@@ -376,7 +473,9 @@ def loaded(root: Path) -> Samples | str:
             (window,) = Fetcher(reader)([Request(0, 0, 0, np.arange(len(reader)))])
             if broken := [record for record in window.records if isinstance(record, DataError)]:
                 raise broken[0]
-            found[split] = list(zip(reader.index.label[:].tolist(), map(bytes, window.records), strict=True))  # type: ignore[arg-type]
+            found[split] = list(
+                zip(reader.index.label[:].tolist(), map(bytes, window.records), strict=True)
+            )  # type: ignore[arg-type]
         return found
     except WdsTrainError as error:
         return str(error)
@@ -439,7 +538,10 @@ SHARD = ("splits", "train", "shards", 0)
 INDEX = ("splits", "train", "index")
 MANIFESTS: dict[str, tuple[Callable[[Any], None], str]] = {
     "no classes": (put([], "classes"), "classes is empty"),
-    "too few classes": (put([{"id": "cat", "name": "cat"}], "classes"), "labels 0..1, the dataset has 1 classes"),
+    "too few classes": (
+        put([{"id": "cat", "name": "cat"}], "classes"),
+        "labels 0..1, the dataset has 1 classes",
+    ),
     "classes of no texts": (
         put([{"id": 1, "name": None}], "classes"),
         "classes[0] is 1, None, which are no texts that",
@@ -452,14 +554,25 @@ MANIFESTS: dict[str, tuple[Callable[[Any], None], str]] = {
     "no splits": (put({}, "splits"), "splits is empty"),
     "splits that are a list": (put([], "splits"), "is damaged"),
     "splits that are missing": (without("splits"), "is damaged: KeyError('splits')"),
-    "a split called ../x": (lambda c: c["splits"].update({"../x": c["splits"].pop("val")}), "a split is called '../x'"),
-    "a split without a name": (lambda c: c["splits"].update({"": c["splits"].pop("val")}), "a split is called ''"),
+    "a split called ../x": (
+        lambda c: c["splits"].update({"../x": c["splits"].pop("val")}),
+        "a split is called '../x'",
+    ),
+    "a split without a name": (
+        lambda c: c["splits"].update({"": c["splits"].pop("val")}),
+        "a split is called ''",
+    ),
     "a split that is null": (put(None, "splits", "val"), "is damaged"),
     "no shards": (put([], "splits", "train", "shards"), "splits.train.shards is empty"),
-    "shards that are missing": (without("splits", "train", "shards"), "is damaged: KeyError('shards')"),
+    "shards that are missing": (
+        without("splits", "train", "shards"),
+        "is damaged: KeyError('shards')",
+    ),
     "a shard too few": (lambda c: c["splits"]["train"]["shards"].pop(), "the manifest has"),
     "a shard too many": (
-        lambda c: c["splits"]["train"]["shards"].append(c["splits"]["train"]["shards"][0] | {"name": "x.tar"}),
+        lambda c: c["splits"]["train"]["shards"].append(
+            c["splits"]["train"]["shards"][0] | {"name": "x.tar"}
+        ),
         "disagree on the samples per shard",
     ),
     "a shard twice": (
@@ -474,38 +587,85 @@ MANIFESTS: dict[str, tuple[Callable[[Any], None], str]] = {
         lambda c: c["splits"]["val"].update(index=c["splits"]["train"]["index"]),
         "the object 'train/index.parquet' is named twice",
     ),
-    "a shard that is the manifest": (put("manifest.json", *SHARD, "name"), "which is no key inside the dataset"),
-    "a shard that is a number": (put(7, *SHARD, "name"), "names the object 7, which is no key inside the dataset"),
+    "a shard that is the manifest": (
+        put("manifest.json", *SHARD, "name"),
+        "which is no key inside the dataset",
+    ),
+    "a shard that is a number": (
+        put(7, *SHARD, "name"),
+        "names the object 7, which is no key inside the dataset",
+    ),
     "a shard without a name": (put("", *SHARD, "name"), "names the object ''"),
-    "a shard of two lines": (put("train/a\nb.tar", *SHARD, "name"), "which is no key inside the dataset"),
-    "a shard above": (put("../../../../etc/passwd", *SHARD, "name"), "which is no key inside the dataset"),
-    "a shard in the middle above": (put("train/../../x", *SHARD, "name"), "which is no key inside the dataset"),
-    "a shard from the root": (put("/etc/passwd", *SHARD, "name"), "which is no key inside the dataset"),
-    "a shard with a zero byte": (put("train\0x", *SHARD, "name"), "which is no key inside the dataset"),
-    "a shard of half a letter": (put("\udcff", *SHARD, "name"), "which is no key inside the dataset"),
+    "a shard of two lines": (
+        put("train/a\nb.tar", *SHARD, "name"),
+        "which is no key inside the dataset",
+    ),
+    "a shard above": (
+        put("../../../../etc/passwd", *SHARD, "name"),
+        "which is no key inside the dataset",
+    ),
+    "a shard in the middle above": (
+        put("train/../../x", *SHARD, "name"),
+        "which is no key inside the dataset",
+    ),
+    "a shard from the root": (
+        put("/etc/passwd", *SHARD, "name"),
+        "which is no key inside the dataset",
+    ),
+    "a shard with a zero byte": (
+        put("train\0x", *SHARD, "name"),
+        "which is no key inside the dataset",
+    ),
+    "a shard of half a letter": (
+        put("\udcff", *SHARD, "name"),
+        "which is no key inside the dataset",
+    ),
     "an index above": (put("../x", *INDEX, "name"), "which is no key inside the dataset"),
     "a report above": (put("../x", "report", "name"), "which is no key inside the dataset"),
     "a report that is a text": (put("x", "report"), "is damaged"),
     "negative bytes": (put(-1, *SHARD, "bytes"), "bytes of 'train/shard-000000.tar' is -1"),
-    "bytes that are a text": (put("12", *SHARD, "bytes"), "bytes of 'train/shard-000000.tar' is '12'"),
-    "bytes with a fraction": (put(1.5, *SHARD, "bytes"), "bytes of 'train/shard-000000.tar' is 1.5"),
-    "bytes that are true": (put(True, *SHARD, "bytes"), "bytes of 'train/shard-000000.tar' is True"),
-    "bytes beyond number": (put(10**400, *SHARD, "bytes"), "bytes of 'train/shard-000000.tar' is 1000"),
+    "bytes that are a text": (
+        put("12", *SHARD, "bytes"),
+        "bytes of 'train/shard-000000.tar' is '12'",
+    ),
+    "bytes with a fraction": (
+        put(1.5, *SHARD, "bytes"),
+        "bytes of 'train/shard-000000.tar' is 1.5",
+    ),
+    "bytes that are true": (
+        put(True, *SHARD, "bytes"),
+        "bytes of 'train/shard-000000.tar' is True",
+    ),
+    "bytes beyond number": (
+        put(10**400, *SHARD, "bytes"),
+        "bytes of 'train/shard-000000.tar' is 1000",
+    ),
     "bytes of 2**63": (put(2**63, *SHARD, "bytes"), "bytes of 'train/shard-000000.tar' is 9223"),
     "too few bytes": (put(512, *SHARD, "bytes"), "is not in the shard"),
     "negative samples": (put(-1, *SHARD, "samples"), "samples of 'train/shard-000000.tar' is -1"),
     "samples of 2**61": (put(2**61, *SHARD, "samples"), "disagree on the samples per shard"),
-    "samples beyond number": (put(10**400, *SHARD, "samples"), "samples of 'train/shard-000000.tar' is 1000"),
+    "samples beyond number": (
+        put(10**400, *SHARD, "samples"),
+        "samples of 'train/shard-000000.tar' is 1000",
+    ),
     "an odd sha256": (put("x" * 64, *SHARD, "sha256"), "sha256 of 'train/shard-000000.tar'"),
-    "a sha256 that is null": (put(None, *INDEX, "sha256"), "sha256 of 'train/index.parquet' is None"),
+    "a sha256 that is null": (
+        put(None, *INDEX, "sha256"),
+        "sha256 of 'train/index.parquet' is None",
+    ),
     "an index that is missing": (without(*INDEX), "is damaged: KeyError('index')"),
     "another index": (
-        lambda c: c["splits"]["train"].update(index=c["splits"]["val"]["index"] | {"name": "val/../val/index.parquet"}),
+        lambda c: c["splits"]["train"].update(
+            index=c["splits"]["val"]["index"] | {"name": "val/../val/index.parquet"}
+        ),
         "which is no key inside the dataset",
     ),
     "a seed that is a text": (put("0", "seed"), "seed is '0', not of type int"),
     "a source that is null": (put(None, "source"), "source is None, not of type str"),
-    "an image policy that is a list": (put([], "image_policy"), "image_policy is [], not of type dict"),
+    "an image policy that is a list": (
+        put([], "image_policy"),
+        "image_policy is [], not of type dict",
+    ),
     "a conversion that is a text": (put("x", "conversion"), "conversion is 'x', not of type dict"),
     "an image policy that is deep": (put({"x": nested(900)}, "image_policy"), "image_policy"),
     "a conversion that is deep": (put({"x": {"y": nested(900)}}, "conversion"), "conversion"),
@@ -513,7 +673,10 @@ MANIFESTS: dict[str, tuple[Callable[[Any], None], str]] = {
     "a fingerprint that is deep": (put(nested(900), "report"), "is damaged"),
     "a kind that is deep": (put(nested(900), "kind"), "is not a wds-train dataset manifest"),
     "another kind": (put("another", "kind"), "is not a wds-train dataset manifest"),
-    "a newer format": (put(3, "format"), "has format 3, this wds-train reads formats 1 and 2; upgrade it"),
+    "a newer format": (
+        put(3, "format"),
+        "has format 3, this wds-train reads formats 1 and 2; upgrade it",
+    ),
 }
 
 
@@ -535,7 +698,10 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "UTF-16": ('{"kind": "x"}'.encode("utf-16"), "is not a wds-train dataset manifest"),
     "deep lists": (b"[" * DEEP, "is not JSON"),
     "deep objects": (b'{"a":' * DEEP, "is not JSON"),
-    "a number of 5,000 digits": (b'{"kind": "%s", "format": %s}' % (KIND.encode(), b"9" * 5000), "is not JSON"),
+    "a number of 5,000 digits": (
+        b'{"kind": "%s", "format": %s}' % (KIND.encode(), b"9" * 5000),
+        "is not JSON",
+    ),
     "zeros": (bytes(1000), "is not JSON"),
 }
 
@@ -580,7 +746,9 @@ def move(column: str, row: int, by: int) -> Callable[[Columns], None]:
     return lambda columns: columns[column].__setitem__(row, columns[column][row] + by)
 
 
-def both(one: Callable[[Columns], None], other: Callable[[Columns], None]) -> Callable[[Columns], None]:
+def both(
+    one: Callable[[Columns], None], other: Callable[[Columns], None]
+) -> Callable[[Columns], None]:
     def change(columns: Columns) -> None:
         one(columns)
         other(columns)
@@ -608,19 +776,34 @@ CELLS: dict[str, tuple[Callable[[Columns], None], str]] = {
     "length negative": (cell("length", 3, -512), "row 3: length -512 is not in the shard"),
     "length zero": (cell("length", 3, 0), "row 3: length 0 is not in the shard"),
     "length 2**45": (cell("length", 3, 2**45), f"row 3: length {2**45} is not in the shard"),
-    "length 2**63-1": (cell("length", 3, 2**63 - 1), f"row 3: length {2**63 - 1} is not in the shard"),
+    "length 2**63-1": (
+        cell("length", 3, 2**63 - 1),
+        f"row 3: length {2**63 - 1} is not in the shard",
+    ),
     "length into the next": (move("length", 0, 512), "offset are not in ascending order"),
     "offset negative": (cell("offset", 0, -1), "row 0: offset -1 is negative"),
     "offset 2**45": (cell("offset", 3, 2**45), f"offset {2**45} lies beyond the shard's end"),
-    "offset 2**63-1": (cell("offset", 3, 2**63 - 1), f"offset {2**63 - 1} lies beyond the shard's end"),
+    "offset 2**63-1": (
+        cell("offset", 3, 2**63 - 1),
+        f"offset {2**63 - 1} lies beyond the shard's end",
+    ),
     "offset into the one before": (
         both(move("offset", 1, -512), move("length", 1, 512)),
         "not in ascending order",
     ),
-    "data_offset negative": (cell("data_offset", 3, -1), "row 3: data_offset -1 is not behind the sample's start"),
+    "data_offset negative": (
+        cell("data_offset", 3, -1),
+        "row 3: data_offset -1 is not behind the sample's start",
+    ),
     "data_offset 2**63-1": (cell("data_offset", 3, 2**63 - 1), "row 3: data_offset"),
-    "data_offset of another": (cell("data_offset", 1, 1), "row 1: data_offset 1 is not behind the sample's start"),
-    "data_length negative": (cell("data_length", 3, -1), "row 3: data_length -1 is not in the sample"),
+    "data_offset of another": (
+        cell("data_offset", 1, 1),
+        "row 1: data_offset 1 is not behind the sample's start",
+    ),
+    "data_length negative": (
+        cell("data_length", 3, -1),
+        "row 3: data_length -1 is not in the sample",
+    ),
     "data_length zero": (cell("data_length", 3, 0), "row 3: data_length 0 is not in the sample"),
     "data_length 2**63-1": (cell("data_length", 3, 2**63 - 1), "row 3: data_length"),
     "data_length beyond": (move("data_length", 3, 2000), "is not in the sample"),
@@ -633,7 +816,10 @@ CELLS: dict[str, tuple[Callable[[Columns], None], str]] = {
     "label 2**31-1": (cell("label", 3, 2**31 - 1), "the dataset has 2 classes"),
     "width zero": (cell("width", 3, 0), "row 3: width 0 is no number of pixels"),
     "width negative": (cell("width", 3, -5), "row 3: width -5 is no number of pixels"),
-    "width 2**31-1": (cell("width", 3, 2**31 - 1), "row 3: width 2147483647 is no number of pixels"),
+    "width 2**31-1": (
+        cell("width", 3, 2**31 - 1),
+        "row 3: width 2147483647 is no number of pixels",
+    ),
     "height zero": (cell("height", 3, 0), "row 3: height 0 is no number of pixels"),
     "an empty key": (cell("key", 3, ""), "row 3: key '' is no name"),
     "a key of two lines": (cell("key", 3, "a\nb"), "row 3: key 'a\\nb' is no name"),
@@ -641,7 +827,10 @@ CELLS: dict[str, tuple[Callable[[Columns], None], str]] = {
     "rows out of order": (exchange(0, 1), "not in ascending order"),
     "a row missing": (drop(2), "disagree on the samples per shard"),
     "a row twice": (repeat(2), "disagree on the samples per shard"),
-    "no rows": (lambda columns: [column.clear() for column in columns.values()] and None, "disagree on the samples"),
+    "no rows": (
+        lambda columns: [column.clear() for column in columns.values()] and None,
+        "disagree on the samples",
+    ),
     "an empty cell": (cell("width", 3, None), "it has empty cells"),
     "an empty key's cell": (cell("key", 3, None), "it has empty cells"),
 }
@@ -654,7 +843,12 @@ def table_of(root: Path) -> pa.Table:
 def changed(table: pa.Table, change: Callable[[Columns], None]) -> pa.Table:
     columns = table.to_pydict()
     change(columns)
-    return pa.table({name: pa.array(columns[name], table.schema.field(name).type) for name in table.schema.names})
+    return pa.table(
+        {
+            name: pa.array(columns[name], table.schema.field(name).type)
+            for name in table.schema.names
+        }
+    )
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -673,7 +867,10 @@ FILES: dict[str, tuple[Callable[[pa.Table], bytes], str]] = {
     "no Parquet": (lambda table: b"PAR1 not really PAR1", "is not an index that can be read"),
     "nothing": (lambda table: b"", "is not an index that can be read"),
     "cut": (lambda table: parquet(table)[:-40], "is not an index that can be read"),
-    "a column missing": (lambda table: parquet(table.drop_columns(["crc32"])), "is not an index that can be read"),
+    "a column missing": (
+        lambda table: parquet(table.drop_columns(["crc32"])),
+        "is not an index that can be read",
+    ),
     "no columns": (lambda table: parquet(pa.table({"x": [1]})), "is not an index that can be read"),
     "labels that are texts": (
         lambda table: parquet(with_column("label", pa.array(["cat"] * ROWS))(table)),
@@ -700,7 +897,9 @@ FILES: dict[str, tuple[Callable[[pa.Table], bytes], str]] = {
         "is not an index that can be read",
     ),
     "keys said to be UTF-8": (
-        lambda table: parquet(with_column("key", pa.array([b"\xff\xfe"] * ROWS).view(pa.string()))(table)),
+        lambda table: parquet(
+            with_column("key", pa.array([b"\xff\xfe"] * ROWS).view(pa.string()))(table)
+        ),
         "is not an index that can be read",
     ),
     "a column twice": (
@@ -715,10 +914,16 @@ FILES: dict[str, tuple[Callable[[pa.Table], bytes], str]] = {
 SOUND_FILES: dict[str, Callable[[pa.Table], bytes]] = {
     "snappy": lambda table: parquet(table, compression="snappy"),
     "plain": lambda table: parquet(table, compression="none", use_dictionary=False),
-    "dictionaries": lambda table: parquet(table.set_column(6, "key", table["key"].dictionary_encode())),
+    "dictionaries": lambda table: parquet(
+        table.set_column(6, "key", table["key"].dictionary_encode())
+    ),
     "row groups": lambda table: parquet(table, row_group_size=1),
-    "larger numbers": lambda table: parquet(with_column("label", table["label"].cast(pa.int64()))(table)),
-    "large texts": lambda table: parquet(with_column("key", table["key"].cast(pa.large_string()))(table)),
+    "larger numbers": lambda table: parquet(
+        with_column("label", table["label"].cast(pa.int64()))(table)
+    ),
+    "large texts": lambda table: parquet(
+        with_column("key", table["key"].cast(pa.large_string()))(table)
+    ),
     "another order": lambda table: parquet(table.select(table.schema.names[::-1])),
     "more columns": lambda table: parquet(table.append_column("mine", pa.array(range(ROWS)))),
     "pages of version 1": lambda table: parquet(table, version="1.0", data_page_version="1.0"),
@@ -747,7 +952,10 @@ LIES: dict[str, tuple[Callable[[Columns], None], str]] = {
     "two of one key": (lambda c: c["key"].__setitem__(3, c["key"][4]), "the shard calls it"),
     "another checksum": (move("crc32", 3, 1), "do not match the checksum in the index"),
     "half an image": (move("data_length", 3, -100), "its image is not where the index says"),
-    "the label's header as image": (move("data_offset", 3, -512), "its image is not where the index says"),
+    "the label's header as image": (
+        move("data_offset", 3, -512),
+        "its image is not where the index says",
+    ),
 }
 
 
@@ -840,7 +1048,11 @@ def mutate_cells(table: pa.Table, rng: random.Random) -> pa.Table:
                 values[row] = rng.choice(["", "x", "../x", "a\nb", values[row][:-1]])
             case 0:
                 least, most = (0, 2**32 - 1) if name == "crc32" else (-(2**31), 2**31 - 1)
-                wide = (-(2**63), 2**63 - 1, 2**45) if pa.types.is_int64(table.schema.field(name).type) else ()
+                wide = (
+                    (-(2**63), 2**63 - 1, 2**45)
+                    if pa.types.is_int64(table.schema.field(name).type)
+                    else ()
+                )
                 values[row] = rng.choice([0, 1, least, most, *wide])
             case 1 if name != "key":
                 values[row] = max(0, values[row] + rng.choice([-1024, -512, -1, 1, 512, 1024]))
@@ -852,7 +1064,12 @@ def mutate_cells(table: pa.Table, rng: random.Random) -> pa.Table:
                 repeat(row)(columns)
             case _:
                 values[row], values[other] = values[other], values[row]
-    return pa.table({name: pa.array(columns[name], table.schema.field(name).type) for name in table.schema.names})
+    return pa.table(
+        {
+            name: pa.array(columns[name], table.schema.field(name).type)
+            for name in table.schema.names
+        }
+    )
 
 
 OPENED: list[str] = []  # by this process, since the hook was added, which cannot be taken away
@@ -877,7 +1094,9 @@ def judge(root: Path, right: Samples) -> str:
         return "refused"
     if damage:
         return "named"
-    assert all(samples in right.values() for samples in found.values()), "other samples, and nobody says so"
+    assert all(samples in right.values() for samples in found.values()), (
+        "other samples, and nobody says so"
+    )
     return "sound"
 
 
@@ -889,7 +1108,10 @@ def of_kind(mine: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         content, table, start = json.loads((mine / "manifest.json").read_bytes()), table_of(mine), 0
         split, indexes = content["splits"]["train"], []
         for number, shard in enumerate(split["shards"]):
-            data, name = parquet(table.slice(start, shard["samples"])), f"train/index-{number:06d}.parquet"
+            data, name = (
+                parquet(table.slice(start, shard["samples"])),
+                f"train/index-{number:06d}.parquet",
+            )
             (mine / name).write_bytes(data)
             indexes.append({"name": name, "bytes": len(data), "sha256": sha256(data)})
             start += shard["samples"]
@@ -920,7 +1142,10 @@ def test_mutated_indexes(of_kind: Path, hooked: None) -> None:
     mine = of_kind
     rng, right, manifest = random.Random(1), loaded(mine), (mine / "manifest.json").read_bytes()
     split = Dataset.open(str(mine)).manifest.split("train")
-    name, mutants = split.indexes[0].name, MUTANTS if split.indexes == (split.index,) else MUTANTS // 5
+    name, mutants = (
+        split.indexes[0].name,
+        MUTANTS if split.indexes == (split.index,) else MUTANTS // 5,
+    )
     original = (mine / name).read_bytes()
     table = pq.read_table(mine / name)
     assert not isinstance(right, str)

@@ -17,7 +17,13 @@ from wds_train.errors import StoreError
 
 def batch(number: int, rows: int = CHUNK) -> pa.RecordBatch:
     names = [f"{number:03d}/{n:06d}" for n in range(rows)]
-    columns = [names, np.arange(rows) % 7, [f"/source/{name}.jpg" for name in names], np.zeros(rows), np.arange(rows)]
+    columns = [
+        names,
+        np.arange(rows) % 7,
+        [f"/source/{name}.jpg" for name in names],
+        np.zeros(rows),
+        np.arange(rows),
+    ]
     return to_batch(columns, ROWS)
 
 
@@ -31,7 +37,9 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pa.Table:
     rows.add("last", 0, "/source/last.jpg", 0, 1)
     table = rows.table()
     assert [len(each) for each in table["key"].chunks] == [MAPPED, MAPPED, 1]
-    assert list((tmp_path / "home").iterdir()) == []  # files without a name: they go with whoever uses them
+    assert (
+        list((tmp_path / "home").iterdir()) == []
+    )  # files without a name: they go with whoever uses them
     return table
 
 
@@ -39,8 +47,20 @@ def test_a_large_table_is_not_in_memory(large: pa.Table) -> None:
     assert large.nbytes > 50e6 and pa.total_allocated_bytes() < large.nbytes / 10
     assert take(large, [2 * MAPPED, 0, MAPPED + 5]).to_pylist() == [
         {"key": "last", "label": 0, "path": "/source/last.jpg", "offset": 0, "length": 1},
-        {"key": "000/000000", "label": 0, "path": "/source/000/000000.jpg", "offset": 0, "length": 0},
-        {"key": "000/000005", "label": 5, "path": "/source/000/000005.jpg", "offset": 0, "length": 5},
+        {
+            "key": "000/000000",
+            "label": 0,
+            "path": "/source/000/000000.jpg",
+            "offset": 0,
+            "length": 0,
+        },
+        {
+            "key": "000/000005",
+            "label": 5,
+            "path": "/source/000/000005.jpg",
+            "offset": 0,
+            "length": 5,
+        },
     ]
     before = pa.total_allocated_bytes()
     found = take(large, np.arange(0, large.num_rows, 1000))
@@ -65,6 +85,8 @@ def test_no_folder_for_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "home").write_bytes(b"no folder")
     monkeypatch.setenv("WDS_HOME", str(tmp_path / "home"))
     rows, one = Rows(), batch(0)
-    with pytest.raises(StoreError, match=r"the table of the source's files cannot be kept in .*set WDS_HOME"):
+    with pytest.raises(
+        StoreError, match=r"the table of the source's files cannot be kept in .*set WDS_HOME"
+    ):
         for _ in range(MAPPED // CHUNK):
             rows.add_batch(one)

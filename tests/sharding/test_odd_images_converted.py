@@ -42,14 +42,22 @@ def saved(image: Image.Image, form: str, **options: object) -> bytes:
 
 # What lies in the folder, how the class's light is found in it, and the flags that it needs.
 KINDS = {
-    "12 bits that a PNG says": (lambda n: odd.png(in_bits(n, 12), odd.chunk(b"sBIT", b"\x0c")), ".png", ()),
+    "12 bits that a PNG says": (
+        lambda n: odd.png(in_bits(n, 12), odd.chunk(b"sBIT", b"\x0c")),
+        ".png",
+        (),
+    ),
     "12 bits that a PNG says, colours": (
         lambda n: odd.png(in_bits(n, 12, 3), odd.chunk(b"sBIT", b"\x0c\x0c\x0c")),
         ".png",
         (),
     ),
     "16 bits": (lambda n: odd.png(in_bits(n, 16)), ".png", ()),
-    "12 bits that a TIFF says": (lambda n: odd.tiff(in_bits(n, 12), {281: 4095}), ".tif", ("--reencode",)),
+    "12 bits that a TIFF says": (
+        lambda n: odd.tiff(in_bits(n, 12), {281: 4095}),
+        ".tif",
+        ("--reencode",),
+    ),
     "F of 0 to 1": (
         lambda n: odd.tiff(np.full((*SHAPE, 1), n / 255, np.float32), {341: 1.0}),
         ".tiff",
@@ -63,15 +71,25 @@ KINDS = {
     "transparency": (lambda n: odd.png(with_alpha(n)), ".png", ()),
     "transparency, called .jpg": (lambda n: odd.png(with_alpha(n)), ".jpg", ()),
     "transparency of WebP": (
-        lambda n: saved(Image.fromarray(with_alpha(n)).convert("RGBA"), "WEBP", lossless=True, exact=True),
+        lambda n: saved(
+            Image.fromarray(with_alpha(n)).convert("RGBA"), "WEBP", lossless=True, exact=True
+        ),
         ".webp",
         (),
     ),
-    "transparency made smaller": (lambda n: odd.png(with_alpha(n)), ".png", ("--resize-shorter", "12")),
+    "transparency made smaller": (
+        lambda n: odd.png(with_alpha(n)),
+        ".png",
+        ("--resize-shorter", "12"),
+    ),
     "lossless grey": (lambda n: odd.jpeg((n,), 0xC3), ".jpg", ()),
     "odd sampling": (lambda n: odd.jpeg((n, 128, 128), sampling=(0x14, 0x11, 0x11)), ".jpg", ()),
     "progressive four colours": (lambda n: odd.jpeg((n, n, n, 255), 0xC2), ".jpg", ()),
-    "2 MB of text": (lambda n: odd.png(colour_of(n), odd.text_chunk("zTXt", b"a", b"text " * 400_000)), ".png", ()),
+    "2 MB of text": (
+        lambda n: odd.png(colour_of(n), odd.text_chunk("zTXt", b"a", b"text " * 400_000)),
+        ".png",
+        (),
+    ),
     "2 MB of profile": (lambda n: odd.png(colour_of(n), odd.colour_profile(2 << 20)), ".png", ()),
 }
 
@@ -92,7 +110,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_converted_is_what_is_trained_on(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_converted_is_what_is_trained_on(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, suffix, flags = KINDS[name]
     root, out = tree(tmp_path / "mine", make, suffix), str(tmp_path / "out")
     assert main(["shards", str(root), out, "--hold-out", "0", *flags]) == 0
@@ -138,8 +158,13 @@ def test_what_was_done_is_noted_and_counted(
     assert line.startswith("altered   train") and " and 15 more: " in line
 
 
-def test_what_is_kept_is_noted_beside_what_is_altered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root, out = tree(tmp_path / "mine", lambda n: odd.png(in_bits(n, 16)), ".png"), str(tmp_path / "out")
+def test_what_is_kept_is_noted_beside_what_is_altered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = (
+        tree(tmp_path / "mine", lambda n: odd.png(in_bits(n, 16)), ".png"),
+        str(tmp_path / "out"),
+    )
     (root / "light-0" / "see-through.png").write_bytes(odd.png(with_alpha(40)))
     assert main(["shards", str(root), out, "--hold-out", "0"]) == 0
     kept = ("kept", "mode I;16, 16 bits a sample, the upper 8 kept")
@@ -153,7 +178,11 @@ REFUSED = {
     "PNG, colours": (lambda n: odd.png(in_bits(n, 12, 3)), ".png", ()),
     "PNG made smaller": (lambda n: odd.png(in_bits(n, 12)), ".png", ("--resize-shorter", "12")),
     "TIFF": (lambda n: odd.tiff(in_bits(n, 12)), ".tif", ("--reencode",)),
-    "TIFF F": (lambda n: odd.tiff(np.full((*SHAPE, 1), n / 255, np.float32)), ".tif", ("--reencode",)),
+    "TIFF F": (
+        lambda n: odd.tiff(np.full((*SHAPE, 1), n / 255, np.float32)),
+        ".tif",
+        ("--reencode",),
+    ),
     "TIFF I": (lambda n: odd.tiff(np.full((*SHAPE, 1), n, np.int32)), ".tif", ("--reencode",)),
 }
 
@@ -177,7 +206,9 @@ def test_numbers_without_a_range_stop_a_conversion(
     assert [what for what, _ in notes(other)] == ["left out"] * 8
 
 
-def test_tars_that_stay_cannot_be_encoded_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tars_that_stay_cannot_be_encoded_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The loader would leave the transparency away; what an index is made of must be read as it is."""
     good = tree(tmp_path / "good", lambda n: odd.png(colour_of(n)), ".png")
     out = tmp_path / "tars"
@@ -186,9 +217,17 @@ def test_tars_that_stay_cannot_be_encoded_anew(tmp_path: Path, capsys: pytest.Ca
     tar.parent.mkdir()
     tar.write_bytes((out / "train" / "shard-000000.tar").read_bytes())
     assert main(["shards", "index", str(tar.parent)]) == 0
-    see_through, bits = odd.png(with_alpha(40)), odd.png(in_bits(40, 12), odd.chunk(b"sBIT", b"\x0c"))
+    see_through, bits = (
+        odd.png(with_alpha(40)),
+        odd.png(in_bits(40, 12), odd.chunk(b"sBIT", b"\x0c")),
+    )
     with tarfile.open(tar, "a") as file:
-        for name, data in (("a.png", see_through), ("a.cls", b"0"), ("b.png", bits), ("b.cls", b"0")):
+        for name, data in (
+            ("a.png", see_through),
+            ("a.cls", b"0"),
+            ("b.png", bits),
+            ("b.cls", b"0"),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             file.addfile(member, io.BytesIO(data))
@@ -197,13 +236,16 @@ def test_tars_that_stay_cannot_be_encoded_anew(tmp_path: Path, capsys: pytest.Ca
     output = capsys.readouterr()
     text = output.out + output.err
     assert (
-        "a: it has to be encoded anew (mode LA, transparent pixels, laid on white), and tars stay as they are" in text
+        "a: it has to be encoded anew (mode LA, transparent pixels, laid on white), and tars stay as they are"
+        in text
     )
     assert "b: it has to be encoded anew (mode I;16, 0 to 4095 (sBIT) stretched to 8 bits)" in text
     assert "wds-train shards wds:PATH" in text
 
 
-def test_a_conversion_of_odd_images_ends_in_the_same_bytes_however_it_is_made(tmp_path: Path) -> None:
+def test_a_conversion_of_odd_images_ends_in_the_same_bytes_however_it_is_made(
+    tmp_path: Path,
+) -> None:
     root = tree(tmp_path / "mine", lambda n: odd.png(with_alpha(n)), ".png")
     prints = []
     for processes in ("1", "2"):

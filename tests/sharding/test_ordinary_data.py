@@ -43,9 +43,16 @@ def put(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-def tree(*folders: str, classes: tuple[str, ...] = ("cat", "dog"), images: int = 4) -> dict[str, bytes]:
+def tree(
+    *folders: str, classes: tuple[str, ...] = ("cat", "dog"), images: int = 4
+) -> dict[str, bytes]:
     """`images` photographs in each class folder of each of `folders`."""
-    return {f"{folder}{name}/{n}.jpg": PHOTOS[n] for folder in folders for name in classes for n in range(images)}
+    return {
+        f"{folder}{name}/{n}.jpg": PHOTOS[n]
+        for folder in folders
+        for name in classes
+        for n in range(images)
+    }
 
 
 def understood(out: Path) -> dict[str, dict[str, int]]:
@@ -54,12 +61,16 @@ def understood(out: Path) -> dict[str, dict[str, int]]:
     counts = {}
     for split in made.manifest.splits:
         labels = np.bincount(made.split(split).index.label, minlength=len(made.manifest.classes))
-        counts[split] = {entry.id: int(n) for entry, n in zip(made.manifest.classes, labels, strict=True)}
+        counts[split] = {
+            entry.id: int(n) for entry, n in zip(made.manifest.classes, labels, strict=True)
+        }
     return counts
 
 
 def hashes(root: Path) -> dict[str, str]:
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()}
+    return {
+        str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()
+    }
 
 
 def of(*splits: str, each: int = 4) -> dict[str, dict[str, int]]:
@@ -67,7 +78,9 @@ def of(*splits: str, each: int = 4) -> dict[str, dict[str, int]]:
 
 
 HELD = {"train": {"cat": 3, "dog": 3}, "val": {"cat": 1, "dog": 1}}
-ANSWERS = b"file,label\n" + b"".join(b"%s/%d.jpg,%s\n" % (c, n, c) for c in (b"cat", b"dog") for n in range(4))
+ANSWERS = b"file,label\n" + b"".join(
+    b"%s/%d.jpg,%s\n" % (c, n, c) for c in (b"cat", b"dog") for n in range(4)
+)
 LAYOUTS = {
     "train, val": (tree("train/", "val/"), of("train", "val")),
     "training, validation": (tree("training/", "validation/"), of("train", "val")),
@@ -76,12 +89,18 @@ LAYOUTS = {
         tree("seg_train/seg_train/", "seg_test/seg_test/") | {"seg_pred/seg_pred/9.jpg": PHOTOS[9]},
         HELD | of("test"),
     ),
-    "data/{train,val}": (tree("data/train/", "data/val/") | {"README.md": b"mine"}, of("train", "val")),
+    "data/{train,val}": (
+        tree("data/train/", "data/val/") | {"README.md": b"mine"},
+        of("train", "val"),
+    ),
     "archive/data/{train,valid,test}": (
         tree("archive/data/train/", "archive/data/valid/", "archive/data/test/"),
         of("train", "val", "test"),
     ),
-    "train_images, dev-set, testing": (tree("train_images/", "dev-set/", "testing/"), of("train", "val", "test")),
+    "train_images, dev-set, testing": (
+        tree("train_images/", "dev-set/", "testing/"),
+        of("train", "val", "test"),
+    ),
     "flat": (tree(""), HELD),
     "flat, wrapped": (tree("animals/"), HELD),
     "test without classes": (
@@ -100,7 +119,12 @@ LAYOUTS = {
         {f"images/{name}": data for name, data in tree("").items()}
         | {
             "labels.csv": b"".join(
-                line + (b";split\n" if n == 0 else (b";train\n", b";validation\n", b";test\n", b";train\n")[n % 4])
+                line
+                + (
+                    b";split\n"
+                    if n == 0
+                    else (b";train\n", b";validation\n", b";test\n", b";train\n")[n % 4]
+                )
                 for n, line in enumerate(ANSWERS.replace(b",", b";").splitlines())
             )
         },
@@ -116,10 +140,16 @@ LAYOUTS = {
         HELD,
     ),
     "train.csv, test.csv, in UTF-16, of the same names in other letters": (
-        {f"{split}/{c}{n}.JPG": PHOTOS[n] for split in ("train", "test") for c in ("cat", "dog") for n in range(4)}
+        {
+            f"{split}/{c}{n}.JPG": PHOTOS[n]
+            for split in ("train", "test")
+            for c in ("cat", "dog")
+            for n in range(4)
+        }
         | {
             f"{split}.csv": (
-                "file,label\n" + "".join(f"{c}{n}.jpg,{c}\n" for c in ("cat", "dog") for n in range(4))
+                "file,label\n"
+                + "".join(f"{c}{n}.jpg,{c}\n" for c in ("cat", "dog") for n in range(4))
             ).encode("utf-16")
             for split in ("train", "test")
         },
@@ -139,7 +169,9 @@ def test_layouts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     classes = ", ".join(counts["train"])
     first = next(line for line in output.splitlines() if "classes (" in line)
     assert f"2 classes ({classes}); " in first  # what was understood is said before the work
-    assert first.endswith(", ".join(f"{split} {sum(found.values())}" for split, found in counts.items()))
+    assert first.endswith(
+        ", ".join(f"{split} {sum(found.values())}" for split, found in counts.items())
+    )
     assert hashes(root) == before
 
 
@@ -156,8 +188,14 @@ REFUSED_LAYOUTS = {
         "val and validation, which are all names of the split val",
     ),
     "several data sets": (tree("one/train/", "two/train/"), "holds several data sets: one, two"),
-    "a class that train lacks": (tree("train/") | tree("val/", classes=("cow",)), "the class 'cow' is in"),
-    "a table of other columns": ({"1.jpg": PHOTOS[0], "t.csv": b"x,y,z\n1,2,3\n"}, "t.csv has the columns x, y, z"),
+    "a class that train lacks": (
+        tree("train/") | tree("val/", classes=("cow",)),
+        "the class 'cow' is in",
+    ),
+    "a table of other columns": (
+        {"1.jpg": PHOTOS[0], "t.csv": b"x,y,z\n1,2,3\n"},
+        "t.csv has the columns x, y, z",
+    ),
     "a table of no images": (
         {"1.jpg": PHOTOS[0], "t.csv": b"file,label\n7.jpg,cat\n8.jpg,dog\n"},
         "2 x there is no such image",
@@ -166,28 +204,44 @@ REFUSED_LAYOUTS = {
         {"1.jpg": PHOTOS[0], "2.jpg": PHOTOS[1], "t.csv": b"file,label\n1.jpg,cat\n2.jpg,cat\n"},
         "know one label, 'cat'",
     ),
-    "folds": (tree("fold0/", "fold1/"), "is no folder of classes: the classes would be fold0, fold1"),
+    "folds": (
+        tree("fold0/", "fold1/"),
+        "is no folder of classes: the classes would be fold0, fold1",
+    ),
     "val without classes": (
         tree("train/") | {"val/1.jpg": PHOTOS[1], "val/2.jpg": PHOTOS[2]},
         "val holds no class folders: sort its images into folders called as those of train",
     ),
-    "a class that is no UTF-8": (tree("", classes=("cat", "d\udcf6g")), "the class 'd\\udcf6g' has a name that cannot"),
-    "a class of two lines": (tree("", classes=("cat", "d\ng")), "the class 'd\\ng' has a name that cannot be printed"),
+    "a class that is no UTF-8": (
+        tree("", classes=("cat", "d\udcf6g")),
+        "the class 'd\\udcf6g' has a name that cannot",
+    ),
+    "a class of two lines": (
+        tree("", classes=("cat", "d\ng")),
+        "the class 'd\\ng' has a name that cannot be printed",
+    ),
     "a table of captions": (
         {f"{n}.jpg": PHOTOS[n % 24] for n in range(30)}
-        | {"t.csv": b"file,label\n" + b"".join(b"%d.jpg,photo number %d\n" % (n, n) for n in range(30))},
+        | {
+            "t.csv": b"file,label\n"
+            + b"".join(b"%d.jpg,photo number %d\n" % (n, n) for n in range(30))
+        },
         "30 different labels in 30 samples",
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED_LAYOUTS)
-def test_layouts_that_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layouts_that_are_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files, sentence = REFUSED_LAYOUTS[name]
     refused(capsys, sentence, put(tmp_path / "mine", files))
 
 
-def refused(capsys: pytest.CaptureFixture[str], sentence: str, source: Path | str, *flags: str) -> None:
+def refused(
+    capsys: pytest.CaptureFixture[str], sentence: str, source: Path | str, *flags: str
+) -> None:
     folder = Path(str(source).removeprefix("wds:"))
     before, out = hashes(folder), folder.with_name("out")
     code, output = conversion(capsys, source, out, *flags)
@@ -207,7 +261,10 @@ def encoded(form: str, **options: object) -> bytes:
 
 
 def animated() -> bytes:
-    out, frames = io.BytesIO(), [Image.open(io.BytesIO(PHOTOS[n])).resize((40, 40)) for n in range(3)]
+    out, frames = (
+        io.BytesIO(),
+        [Image.open(io.BytesIO(PHOTOS[n])).resize((40, 40)) for n in range(3)],
+    )
     frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
     return out.getvalue()
 
@@ -231,8 +288,16 @@ ODD_FILES: dict[str, tuple[bytes, str, tuple[str, ...]]] = {
     "-rf.jpg": (PHOTOS[5], KEPT, ()),
     "photo.bmp": (encoded("BMP"), "not an image that shards hold (.bmp); --reencode takes it", ()),
     "photo.gif": (encoded("GIF"), "not an image that shards hold (.gif); --reencode takes it", ()),
-    "photo.tiff": (encoded("TIFF"), "not an image that shards hold (.tiff); --reencode takes it", ()),
-    "photo.avif": (encoded("AVIF"), "not an image that shards hold (.avif); --reencode takes it", ()),
+    "photo.tiff": (
+        encoded("TIFF"),
+        "not an image that shards hold (.tiff); --reencode takes it",
+        (),
+    ),
+    "photo.avif": (
+        encoded("AVIF"),
+        "not an image that shards hold (.avif); --reencode takes it",
+        (),
+    ),
     "bmp.jpg": (encoded("BMP"), "its format is BMP", ()),
     "one.bmp": (encoded("BMP"), KEPT, ("--reencode",)),
     "one.gif": (encoded("GIF"), KEPT, ("--reencode",)),
@@ -273,7 +338,9 @@ def test_odd_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         refused(capsys, result, root, *flags)
         code, output = conversion(capsys, root, tmp_path / "out", *flags)
         share = output.rpartition("--max-bad ")[2].split()[0]
-        assert conversion(capsys, root, tmp_path / "out", *flags, "--max-bad", share)[0] == 0  # what it says suffices
+        assert (
+            conversion(capsys, root, tmp_path / "out", *flags, "--max-bad", share)[0] == 0
+        )  # what it says suffices
     else:
         code, output = conversion(capsys, root, tmp_path / "out", *flags)
         assert code == 0, output
@@ -297,7 +364,11 @@ def test_a_link_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def tar_with(root: Path, *samples: dict[str, bytes], name: str = "train-0.tar") -> Path:
     """A tar whose sample n has the members `n.EXTENSION`."""
-    files = [(f"{n:03d}.{extension}", data) for n, sample in enumerate(samples) for extension, data in sample.items()]
+    files = [
+        (f"{n:03d}.{extension}", data)
+        for n, sample in enumerate(samples)
+        for extension, data in sample.items()
+    ]
     return put(root, {name: layouts.tar_of(files)})
 
 
@@ -344,9 +415,14 @@ def test_labels_of_tars(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     code, output = conversion(capsys, root, tmp_path / "out", "--hold-out", "0")
     assert code == 0, output
     assert understood(tmp_path / "out") == {"train": counts}
-    packed = put(tmp_path / "packed", {"train-0.tar.gz": gzip.compress((root / "train-0.tar").read_bytes())})
+    packed = put(
+        tmp_path / "packed", {"train-0.tar.gz": gzip.compress((root / "train-0.tar").read_bytes())}
+    )
     assert conversion(capsys, packed, tmp_path / "gz", "--hold-out", "0")[0] == 0
-    assert Dataset.open(str(tmp_path / "gz")).fingerprint == Dataset.open(str(tmp_path / "out")).fingerprint
+    assert (
+        Dataset.open(str(tmp_path / "gz")).fingerprint
+        == Dataset.open(str(tmp_path / "out")).fingerprint
+    )
     if "txt" not in name:  # in place, one sample after the other, a text may as well be a caption
         code, output = conversion(capsys, "index", root)
         assert code == 0, output
@@ -365,7 +441,9 @@ def test_names_for_the_labels_of_tars(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_members_that_lie_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [(f"{n}.cls", b"%d" % (n % 2)) for n in range(4)] + [(f"{n}.jpg", PHOTOS[n]) for n in range(4)]
+    files = [(f"{n}.cls", b"%d" % (n % 2)) for n in range(4)] + [
+        (f"{n}.jpg", PHOTOS[n]) for n in range(4)
+    ]
     root = put(tmp_path / "mine", {"a.tar": layouts.tar_of(files)})
     assert conversion(capsys, root, tmp_path / "out", "--hold-out", "0")[0] == 0
     assert understood(tmp_path / "out") == {"train": {"0": 2, "1": 2}}
@@ -376,14 +454,20 @@ def test_members_that_lie_apart(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ]
     assert (
         conversion(
-            capsys, put(tmp_path / "nested", {"a.tar": layouts.tar_of(nested)}), tmp_path / "two", "--hold-out", "0"
+            capsys,
+            put(tmp_path / "nested", {"a.tar": layouts.tar_of(nested)}),
+            tmp_path / "two",
+            "--hold-out",
+            "0",
         )[0]
         == 0
     )
     assert understood(tmp_path / "two") == {"train": {"0": 2, "1": 2}}
 
 
-def parquet(root: Path, images: pa.Array, labels: pa.Array, metadata: dict[bytes, bytes] | None = None) -> Path:
+def parquet(
+    root: Path, images: pa.Array, labels: pa.Array, metadata: dict[bytes, bytes] | None = None
+) -> Path:
     root.mkdir()
     table = pa.table({"image": images, "label": labels}).replace_schema_metadata(metadata)
     pq.write_table(table, root / "train.parquet")
@@ -394,17 +478,44 @@ BYTES = pa.array(list(PHOTOS[:4]))
 FOUR = pa.array([0, 1, 0, 1])
 HF: dict[str, tuple[Callable[[Path], Path], str | dict[str, int]]] = {
     "plain": (lambda p: parquet(p, BYTES, FOUR), {"0": 2, "1": 2}),
-    "dictionary": (lambda p: parquet(p, BYTES, pa.array(["a", "b", "a", "b"]).dictionary_encode()), {"a": 2, "b": 2}),
+    "dictionary": (
+        lambda p: parquet(p, BYTES, pa.array(["a", "b", "a", "b"]).dictionary_encode()),
+        {"a": 2, "b": 2},
+    ),
     "texts": (lambda p: parquet(p, BYTES, pa.array(["a", "b", "a", "b"])), {"a": 2, "b": 2}),
-    "truths": (lambda p: parquet(p, BYTES, pa.array([True, False, True, False])), {"False": 2, "True": 2}),
-    "huge": (lambda p: parquet(p, BYTES, pa.array([3 * 10**9, 5, 5, 3 * 10**9])), {"5": 2, "3000000000": 2}),
-    "broken metadata": (lambda p: parquet(p, BYTES, FOUR, {b"huggingface": b"{nothing"}), {"0": 2, "1": 2}),
+    "truths": (
+        lambda p: parquet(p, BYTES, pa.array([True, False, True, False])),
+        {"False": 2, "True": 2},
+    ),
+    "huge": (
+        lambda p: parquet(p, BYTES, pa.array([3 * 10**9, 5, 5, 3 * 10**9])),
+        {"5": 2, "3000000000": 2},
+    ),
+    "broken metadata": (
+        lambda p: parquet(p, BYTES, FOUR, {b"huggingface": b"{nothing"}),
+        {"0": 2, "1": 2},
+    ),
     "odd metadata": (lambda p: parquet(p, BYTES, FOUR, {b"huggingface": b"[1]"}), {"0": 2, "1": 2}),
-    "floats": (lambda p: parquet(p, BYTES, pa.array([0.5, 1.0, 0.5, 1.0])), "the column 'label' holds double"),
-    "lists": (lambda p: parquet(p, BYTES, pa.array([[0], [1], [0], [1]])), "the column 'label' holds list<"),
-    "image lists": (lambda p: parquet(p, pa.array([[b"x"]] * 4), FOUR), "the column 'image' holds list<"),
-    "image texts": (lambda p: parquet(p, pa.array(["x"] * 4), FOUR), "the column 'image' holds string"),
-    "no bytes": (lambda p: parquet(p, pa.array([{"path": "x"}] * 4), FOUR), "the column 'image' holds struct<"),
+    "floats": (
+        lambda p: parquet(p, BYTES, pa.array([0.5, 1.0, 0.5, 1.0])),
+        "the column 'label' holds double",
+    ),
+    "lists": (
+        lambda p: parquet(p, BYTES, pa.array([[0], [1], [0], [1]])),
+        "the column 'label' holds list<",
+    ),
+    "image lists": (
+        lambda p: parquet(p, pa.array([[b"x"]] * 4), FOUR),
+        "the column 'image' holds list<",
+    ),
+    "image texts": (
+        lambda p: parquet(p, pa.array(["x"] * 4), FOUR),
+        "the column 'image' holds string",
+    ),
+    "no bytes": (
+        lambda p: parquet(p, pa.array([{"path": "x"}] * 4), FOUR),
+        "the column 'image' holds struct<",
+    ),
     "all without labels": (
         lambda p: parquet(p, BYTES, pa.array([None, None, None, None], pa.int64())),
         "4 x no label",
@@ -417,7 +528,14 @@ HF: dict[str, tuple[Callable[[Path], Path], str | dict[str, int]]] = {
             FOUR,
             {
                 b"huggingface": json.dumps(
-                    {"info": {"features": {"image": {}, "label": {"_type": "ClassLabel", "names": "ab"}}}}
+                    {
+                        "info": {
+                            "features": {
+                                "image": {},
+                                "label": {"_type": "ClassLabel", "names": "ab"},
+                            }
+                        }
+                    }
                 ).encode()
             },
         ),
@@ -427,7 +545,9 @@ HF: dict[str, tuple[Callable[[Path], Path], str | dict[str, int]]] = {
 
 
 @pytest.mark.parametrize("name", HF)
-def test_tables_of_hugging_face(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_of_hugging_face(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, result = HF[name]
     root = make(tmp_path / "mine")
     if isinstance(result, str):
@@ -460,7 +580,9 @@ def test_columns_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def tiff(order: str, kind: int, value: int) -> bytes:
     """EXIF data with the one tag Orientation, of a TIFF type."""
     e = "<" if order == "II" else ">"
-    cell = struct.pack(e + {1: "B3x", 2: "4s", 3: "H2x", 4: "I"}[kind], b"%d\0\0\0" % value if kind == 2 else value)
+    cell = struct.pack(
+        e + {1: "B3x", 2: "4s", 3: "H2x", 4: "I"}[kind], b"%d\0\0\0" % value if kind == 2 else value
+    )
     return order.encode() + struct.pack(f"{e}HIHHHI", 42, 8, 1, 0x112, kind, 1) + cell + bytes(4)
 
 
@@ -472,7 +594,10 @@ def test_conversion_and_training_turn_alike(form: str, order: str, kind: int, va
     image, exif = Image.open(io.BytesIO(PHOTOS[0])).resize((60, 40)), tiff(order, kind, value)
     out = io.BytesIO()
     image.save(
-        out, form, exif=exif if form == "PNG" else b"Exif\0\0" + exif, **({"lossless": True} if form == "WEBP" else {})
+        out,
+        form,
+        exif=exif if form == "PNG" else b"Exif\0\0" + exif,
+        **({"lossless": True} if form == "WEBP" else {}),
     )
     data = out.getvalue()
     turned = value == 6 and kind != 2
@@ -483,7 +608,9 @@ def test_conversion_and_training_turn_alike(form: str, order: str, kind: int, va
     pixels = np.empty((size[1], size[0], 3), np.uint8)
     decode_crop(data, Box(0, 0, *size), pixels)
     upright = Image.open(io.BytesIO(data)).convert("RGB")
-    right = np.asarray(upright.rotate({3: 180, 6: -90}.get(value, 0) if kind != 2 else 0, expand=True))
+    right = np.asarray(
+        upright.rotate({3: 180, 6: -90}.get(value, 0) if kind != 2 else 0, expand=True)
+    )
     assert np.abs(pixels.astype(int) - right).mean() < 2
     small = check(data, ImagePolicy(resize_shorter=20))
     assert (small.width < small.height) == turned
@@ -494,14 +621,20 @@ def test_xmp_alone_turns_nothing() -> None:
     for form in ("JPEG", "PNG", "WEBP"):
         data = encoded(form, xmp=xmp)
         found = check(data, ImagePolicy(verify="full"))
-        assert (found.width, found.height) == tuple(probe(data)) == Image.open(io.BytesIO(PHOTOS[0])).size
+        assert (
+            (found.width, found.height)
+            == tuple(probe(data))
+            == Image.open(io.BytesIO(PHOTOS[0])).size
+        )
 
 
 def test_sixteen_bits_are_scaled() -> None:
     grey = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     out = io.BytesIO()
     Image.fromarray(grey).save(out, "PNG")
-    small = Image.open(io.BytesIO(check(out.getvalue(), ImagePolicy(resize_shorter=32, quality=95)).data))
+    small = Image.open(
+        io.BytesIO(check(out.getvalue(), ImagePolicy(resize_shorter=32, quality=95)).data)
+    )
     right = (grey >> 8).astype(int).reshape(32, 2, 32, 2).mean(axis=(1, 3))
     assert np.abs(np.asarray(small.convert("L")).astype(int) - right).mean() < 2
 
@@ -536,13 +669,17 @@ def test_a_conversion_never_writes_into_its_source(
     assert hashes(tmp_path) == before
 
 
-def test_files_of_others_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_others_are_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = put(tmp_path / "mine", tree("train/", "val/"))
     out = put(tmp_path / "out", {"train/shard-000000.tar": b"theirs", "notes.txt": b"theirs"})
     before = hashes(out)
     for flags in ((), ("--overwrite",)):
         code, output = conversion(capsys, root, out, *flags)
-        assert code == 2 and "holds train/shard-000000.tar, which no manifest of ours names" in output
+        assert (
+            code == 2 and "holds train/shard-000000.tar, which no manifest of ours names" in output
+        )
         assert hashes(out) == before
 
 
@@ -565,7 +702,9 @@ def test_an_overwritten_dataset_stays_whole_until_the_new_one_is(tmp_path: Path)
     before, seeds = Dataset.open(str(out)).fingerprint, set[str]()
     for kill in range(8):
         process = subprocess.Popen(
-            [*begin, "--overwrite", "--seed", "5"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            [*begin, "--overwrite", "--seed", "5"],
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.5 + draw.random() * 0.8 if kill < 7 else 120)
@@ -574,10 +713,18 @@ def test_an_overwritten_dataset_stays_whole_until_the_new_one_is(tmp_path: Path)
         assert wds_train(["verify", str(out)]) == 0  # the one or the other, and whole
         seeds.add(Dataset.open(str(out)).fingerprint)
     fresh = tmp_path / "fresh"
-    subprocess.run([*begin[:4], str(fresh), *begin[5:], "--seed", "5"], check=True, capture_output=True)
+    subprocess.run(
+        [*begin[:4], str(fresh), *begin[5:], "--seed", "5"], check=True, capture_output=True
+    )
     after = Dataset.open(str(out))
-    assert after.fingerprint == Dataset.open(str(fresh)).fingerprint and seeds <= {before, after.fingerprint}
-    assert {e.key for e in LocalStore(out).list()} == after.manifest.objects() | {"manifest.json", "mine.txt"}
+    assert after.fingerprint == Dataset.open(str(fresh)).fingerprint and seeds <= {
+        before,
+        after.fingerprint,
+    }
+    assert {e.key for e in LocalStore(out).list()} == after.manifest.objects() | {
+        "manifest.json",
+        "mine.txt",
+    }
 
 
 def test_two_overwrites_at_once(tmp_path: Path) -> None:
@@ -596,7 +743,11 @@ def test_two_overwrites_at_once(tmp_path: Path) -> None:
     ]
     subprocess.run(begin, check=True, capture_output=True)
     both = [
-        subprocess.Popen([*begin, "--overwrite", "--seed", seed], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            [*begin, "--overwrite", "--seed", seed],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
         for seed in ("5", "6")
     ]
     errors = [process.communicate(timeout=120)[1] for process in both]
@@ -614,21 +765,72 @@ def test_an_ordinary_folder_is_sharded_trained_on_and_scored(
     root = put(tmp_path / "pets", tree("Train/", "Test/", images=20))
     code, output = conversion(capsys, root, tmp_path / "shards")
     assert code == 0 and "val is 10% of each class of train, held out" in output
-    settings = ["model.name=test_resnet", "schedule.epochs=2", "schedule.warmup_epochs=1", "batch=8", "data.size=32"]
+    settings = [
+        "model.name=test_resnet",
+        "schedule.epochs=2",
+        "schedule.warmup_epochs=1",
+        "batch=8",
+        "data.size=32",
+    ]
     settings += ["data.eval_size=32"]
     flags = [flag for setting in settings for flag in ("--set", setting)]
     run = str(tmp_path / "run")
-    kept_apart = (tmp_path / "shards/test").rename(tmp_path / "elsewhere")  # neither training nor validation reads it
-    assert wds_train(["train", "--dataset", str(tmp_path / "shards"), "--run", run, *flags, "--workers", "0"]) == 0
+    kept_apart = (tmp_path / "shards/test").rename(
+        tmp_path / "elsewhere"
+    )  # neither training nor validation reads it
+    assert (
+        wds_train(
+            ["train", "--dataset", str(tmp_path / "shards"), "--run", run, *flags, "--workers", "0"]
+        )
+        == 0
+    )
     kept_apart.rename(tmp_path / "shards/test")
     capsys.readouterr()
     code = wds_train(
-        ["eval", run, "--dataset", str(tmp_path / "shards"), "--split", "test", "--json", "--workers", "0"]
+        [
+            "eval",
+            run,
+            "--dataset",
+            str(tmp_path / "shards"),
+            "--split",
+            "test",
+            "--json",
+            "--workers",
+            "0",
+        ]
     )
     found = json.loads(capsys.readouterr().out)
     assert code == 0 and found["samples"] == 40
-    assert wds_train(["eval", run, "--dataset", str(tmp_path / "shards"), "--split", "test", "--workers", "0"]) == 0
+    assert (
+        wds_train(
+            [
+                "eval",
+                run,
+                "--dataset",
+                str(tmp_path / "shards"),
+                "--split",
+                "test",
+                "--workers",
+                "0",
+            ]
+        )
+        == 0
+    )
     scored = capsys.readouterr().out
     assert "test: 40 samples" in scored and ", the best on val, at " in scored
-    assert wds_train(["eval", run, "--dataset", str(tmp_path / "shards"), "--split", "tset", "--workers", "0"]) == 1
+    assert (
+        wds_train(
+            [
+                "eval",
+                run,
+                "--dataset",
+                str(tmp_path / "shards"),
+                "--split",
+                "tset",
+                "--workers",
+                "0",
+            ]
+        )
+        == 1
+    )
     assert "it has train, val, test" in capsys.readouterr().err

@@ -51,7 +51,9 @@ def put(root: Path, files: Files) -> Path:
     return root
 
 
-def folders(*places: str, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3, below: str = "") -> Files:
+def folders(
+    *places: str, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3, below: str = ""
+) -> Files:
     """`each` images in PLACE/CLASS/BELOW, for every place and class."""
     return {
         f"{place}{name}/{below}{n}.png": painted(name, 1000 * where + n)
@@ -63,7 +65,10 @@ def folders(*places: str, classes: tuple[str, ...] = ("cat", "dog"), each: int =
 
 def flat(place: str, labels: dict[str, str], start: int = 0) -> Files:
     """An image PLACE/NAME.png for each name of `labels`, in the colour of its label."""
-    return {f"{place}{name}.png": painted(label, start + n) for n, (name, label) in enumerate(labels.items())}
+    return {
+        f"{place}{name}.png": painted(label, start + n)
+        for n, (name, label) in enumerate(labels.items())
+    }
 
 
 def rows_of(header: str, labels: dict[str, str], pattern: str = "{name},{label}") -> bytes:
@@ -80,17 +85,25 @@ def read(out: Path) -> Counts:
         found: Counter[str] = Counter()
         for n in range(len(reader)):
             name = reader.shard_names[reader.index.shard[n]]
-            record = reader.store.read(name, int(reader.index.offset[n]), int(reader.index.length[n]))
-            pixels = np.asarray(Image.open(io.BytesIO(image_of(reader.index, n, memoryview(record)))))
+            record = reader.store.read(
+                name, int(reader.index.offset[n]), int(reader.index.length[n])
+            )
+            pixels = np.asarray(
+                Image.open(io.BytesIO(image_of(reader.index, n, memoryview(record))))
+            )
             label = opened.manifest.classes[reader.index.label[n]].id
-            assert tuple(pixels[0, 0]) == colour_of(label), f"{reader.index.key_of(n)} is not {label}"
+            assert tuple(pixels[0, 0]) == colour_of(label), (
+                f"{reader.index.key_of(n)} is not {label}"
+            )
             found[label] += 1
         counts[split] = dict(sorted(found.items()))
     return counts
 
 
 def hashes(root: Path) -> dict[str, str]:
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()}
+    return {
+        str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()
+    }
 
 
 def of(*splits: str, each: int = 3) -> Counts:
@@ -117,7 +130,9 @@ TABLES: dict[str, Case] = {
         | flat("HAM10000_images_part_2/", {k: v for k, v in PETS.items() if k >= "img004"}, 50)
         | {
             "HAM10000_metadata.csv": rows_of(
-                "lesion_id,image_id,dx,dx_type,age,sex", PETS, "L{name},{name},{label},histo,50.0,male"
+                "lesion_id,image_id,dx,dx_type,age,sex",
+                PETS,
+                "L{name},{name},{label},histo,50.0,male",
             ),
             "hmnist_8_8_L.csv": b"pixel0000,pixel0001,label\n" + b"12,13,1\n" * 8,
         },
@@ -139,13 +154,17 @@ TABLES: dict[str, Case] = {
         "Data_Entry_2017.csv",
     ),
     "parts called batches": (
-        flat("batch_1/", FEW) | flat("batch_2/", MORE, 60) | {"labels.csv": rows_of("file,label", FEW | MORE)},
+        flat("batch_1/", FEW)
+        | flat("batch_2/", MORE, 60)
+        | {"labels.csv": rows_of("file,label", FEW | MORE)},
         (),
         {"train": {"cat": 5, "dog": 5}},
         "labels.csv",
     ),
     "class folders that are months": (
-        flat("january/", FEW) | flat("june/", MORE, 60) | {"labels.csv": rows_of("filename,species", FEW | MORE)},
+        flat("january/", FEW)
+        | flat("june/", MORE, 60)
+        | {"labels.csv": rows_of("filename,species", FEW | MORE)},
         (),
         {"train": {"cat": 5, "dog": 5}},
         "are not the classes, the table is",
@@ -157,7 +176,8 @@ TABLES: dict[str, Case] = {
         "data/labels.csv",
     ),
     "the table deep below": (
-        flat("pics/all/", PETS) | {"meta/v2/annotations.tsv": rows_of("img\tclass", PETS, "{name}.png\t{label}")},
+        flat("pics/all/", PETS)
+        | {"meta/v2/annotations.tsv": rows_of("img\tclass", PETS, "{name}.png\t{label}")},
         (),
         EIGHT,
         "annotations.tsv",
@@ -178,7 +198,8 @@ TABLES: dict[str, Case] = {
         | flat("test/", FEW, 50)
         | {
             f"{split}/metadata.jsonl": "".join(
-                json.dumps({"file_name": f"{name}.png", "label": label}) + "\n" for name, label in FEW.items()
+                json.dumps({"file_name": f"{name}.png", "label": label}) + "\n"
+                for name, label in FEW.items()
             ).encode()
             for split in ("train", "test")
         },
@@ -201,7 +222,9 @@ TABLES: dict[str, Case] = {
         | flat("val/images/", MORE, 70)
         | flat("test/images/", {"t1": "cat", "t2": "dog"}, 90)
         | {
-            "val/val_annotations.txt": "".join(f"{n}.png\t{c}\t0\t0\t8\t8\n" for n, c in MORE.items()).encode(),
+            "val/val_annotations.txt": "".join(
+                f"{n}.png\t{c}\t0\t0\t8\t8\n" for n, c in MORE.items()
+            ).encode(),
             "wnids.txt": b"cat\ndog\n",
             "words.txt": b"cat\ta cat\ndog\ta dog\n",
         },
@@ -213,8 +236,12 @@ TABLES: dict[str, Case] = {
         flat("images/", FEW)
         | flat("images/", MORE, 50)
         | {
-            "train.txt": "".join(f"images/{n}.png {['cat', 'dog'].index(c)}\n" for n, c in FEW.items()).encode(),
-            "val.txt": "".join(f"images/{n}.png {['cat', 'dog'].index(c)}\n" for n, c in MORE.items()).encode(),
+            "train.txt": "".join(
+                f"images/{n}.png {['cat', 'dog'].index(c)}\n" for n, c in FEW.items()
+            ).encode(),
+            "val.txt": "".join(
+                f"images/{n}.png {['cat', 'dog'].index(c)}\n" for n, c in MORE.items()
+            ).encode(),
             "labels.txt": b"cat\ndog\n",
         },
         ("--classes", "labels.txt"),
@@ -226,7 +253,11 @@ TABLES: dict[str, Case] = {
         | {
             "all.csv": rows_of(
                 "path,label",
-                {f"C:\\\\data\\\\pics\\\\{c}\\\\x\\\\{n}.png": c for c in ("cat", "dog") for n in range(3)},
+                {
+                    f"C:\\\\data\\\\pics\\\\{c}\\\\x\\\\{n}.png": c
+                    for c in ("cat", "dog")
+                    for n in range(3)
+                },
             )
         },
         (),
@@ -237,7 +268,9 @@ TABLES: dict[str, Case] = {
         flat("", PETS)
         | {
             "right.csv": rows_of("file,label", PETS),
-            "wrong.csv": rows_of("file,label", {name: "cow" if n % 3 else "pig" for n, name in enumerate(PETS)}),
+            "wrong.csv": rows_of(
+                "file,label", {name: "cow" if n % 3 else "pig" for n, name in enumerate(PETS)}
+            ),
         },
         ("--table", "right.csv"),
         EIGHT,
@@ -245,7 +278,11 @@ TABLES: dict[str, Case] = {
     ),
     "a table that says what the folders say": (
         folders("")
-        | {"labels.csv": rows_of("file,label", {f"{c}/{n}.png": c for c in ("cat", "dog") for n in range(3)})},
+        | {
+            "labels.csv": rows_of(
+                "file,label", {f"{c}/{n}.png": c for c in ("cat", "dog") for n in range(3)}
+            )
+        },
         (),
         SIX,
         "labels the images as their folders do",
@@ -259,7 +296,8 @@ TABLES: dict[str, Case] = {
             + b"".join(b"8,8,%d,Train/%d/%d.png\n" % (c, c, n) for c in range(3) for n in range(3)),
             "Test.csv": b"Width,Height,ClassId,Path\n"
             + b"".join(b"8,8,%d,Test/%05d.png\n" % (n % 3, n) for n in range(3)),
-            "Meta.csv": b"Path,ClassId,ShapeId\n" + b"".join(b"Meta/%d.png,%d,1\n" % (n, n) for n in range(3)),
+            "Meta.csv": b"Path,ClassId,ShapeId\n"
+            + b"".join(b"Meta/%d.png,%d,1\n" % (n, n) for n in range(3)),
         },
         (),
         {"train": dict.fromkeys("012", 3), "test": dict.fromkeys("012", 1)},
@@ -269,7 +307,9 @@ TABLES: dict[str, Case] = {
         flat("ISIC_images/", PETS)
         | {
             "truth.csv": b"image,cat,dog\n"
-            + "".join(f"{n},{float(c == 'cat')},{float(c == 'dog')}\n" for n, c in PETS.items()).encode()
+            + "".join(
+                f"{n},{float(c == 'cat')},{float(c == 'dog')}\n" for n, c in PETS.items()
+            ).encode()
         },
         (),
         EIGHT,
@@ -291,7 +331,10 @@ TABLES: dict[str, Case] = {
         | {
             "labels.csv": rows_of("image_id,species,height", PETS, "{name}.png,{label},3"),
             "list_eval_partition.csv": b"image_id,partition\n"
-            + b"".join(b"img%03d.png,%s\n" % (n, (b"train", b"train", b"val", b"test")[n // 2]) for n in range(8)),
+            + b"".join(
+                b"img%03d.png,%s\n" % (n, (b"train", b"train", b"val", b"test")[n // 2])
+                for n in range(8)
+            ),
         },
         (),
         {"train": {"cat": 2, "dog": 2}, "val": {"cat": 1, "dog": 1}, "test": {"cat": 1, "dog": 1}},
@@ -302,7 +345,9 @@ TABLES: dict[str, Case] = {
         | {
             "split.csv": b"path,split\n"
             + b"".join(
-                b"%s/%d.png,%s\n" % (c, n, b"test" if n == 2 else b"train") for c in (b"cat", b"dog") for n in range(3)
+                b"%s/%d.png,%s\n" % (c, n, b"test" if n == 2 else b"train")
+                for c in (b"cat", b"dog")
+                for n in range(3)
             )
         },
         (),
@@ -314,7 +359,9 @@ TABLES: dict[str, Case] = {
         | flat("valid/", MORE, 50)
         | {
             f"{split}/_classes.csv": b"filename, cat, dog\n"
-            + "".join(f"{n}.png, {int(c == 'cat')}, {int(c == 'dog')}\n" for n, c in labels.items()).encode()
+            + "".join(
+                f"{n}.png, {int(c == 'cat')}, {int(c == 'dog')}\n" for n, c in labels.items()
+            ).encode()
             for split, labels in (("train", FEW), ("valid", MORE))
         },
         (),
@@ -333,13 +380,15 @@ TABLES: dict[str, Case] = {
         "2 classes (cat, dog)",
     ),
     "a table with a line for images and no header": (
-        flat("pics/", FEW) | {"labels.csv": "".join(f"pics/{n}.png,{c}\n" for n, c in FEW.items()).encode()},
+        flat("pics/", FEW)
+        | {"labels.csv": "".join(f"pics/{n}.png,{c}\n" for n, c in FEW.items()).encode()},
         (),
         SIX,
         "labels.csv",
     ),
     "JSON of file and label": (
-        flat("pics/", PETS) | {"labels.json": json.dumps({f"{n}.png": c for n, c in PETS.items()}).encode()},
+        flat("pics/", PETS)
+        | {"labels.json": json.dumps({f"{n}.png": c for n, c in PETS.items()}).encode()},
         (),
         EIGHT,
         "labels.json",
@@ -347,7 +396,9 @@ TABLES: dict[str, Case] = {
 }
 
 
-def convert(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, Path]:
+def convert(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, Path]:
     files, flags, _, _ = case
     root = put(tmp_path / "mine", files)
     if flags == ("parquet",):
@@ -400,7 +451,9 @@ NO_LABELS: dict[str, Case] = {
         "placeholders",
     ),
     "rows of test images in one table": (
-        flat("train/", FEW) | flat("test/", MORE, 50) | {"labels.csv": rows_of("file,label", FEW | MORE)},
+        flat("train/", FEW)
+        | flat("test/", MORE, 50)
+        | {"labels.csv": rows_of("file,label", FEW | MORE)},
         (),
         SIX | of("test", each=2),
         "",
@@ -469,7 +522,11 @@ NO_LABELS: dict[str, Case] = {
     ),
     "12, 47, 60000": (
         flat("", {f"i{n}": ("12", "47", "60000")[n % 3] for n in range(6)})
-        | {"t.csv": rows_of("file,label", {f"i{n}": ("12", "47", "60000")[n % 3] for n in range(6)})},
+        | {
+            "t.csv": rows_of(
+                "file,label", {f"i{n}": ("12", "47", "60000")[n % 3] for n in range(6)}
+            )
+        },
         (),
         {"train": {"12": 2, "47": 2, "60000": 2}},
         "not all of 0...2: class 0 is 12, class 2 is 60000",
@@ -493,7 +550,11 @@ def split_table(column: str, *cells: str, header: str = "file,label") -> Files:
     return flat("pics/", FEW) | {"t.csv": "\n".join(lines).encode()}
 
 
-TWO_TWO_TWO = {"train": {"cat": 1, "dog": 1}, "val": {"cat": 1, "dog": 1}, "test": {"cat": 1, "dog": 1}}
+TWO_TWO_TWO = {
+    "train": {"cat": 1, "dog": 1},
+    "val": {"cat": 1, "dog": 1},
+    "test": {"cat": 1, "dog": 1},
+}
 IN_TURN = ("a", "a", "b", "b", "c", "c")
 
 
@@ -503,7 +564,12 @@ def turn(*words: str) -> tuple[str, ...]:
 
 SPLITS: dict[str, Case] = {
     "partition": (split_table("partition", *turn("train", "val", "test")), (), TWO_TWO_TWO, ""),
-    "Usage, as FER2013": (split_table("Usage", *turn("Training", "PublicTest", "PrivateTest")), (), TWO_TWO_TWO, ""),
+    "Usage, as FER2013": (
+        split_table("Usage", *turn("Training", "PublicTest", "PrivateTest")),
+        (),
+        TWO_TWO_TWO,
+        "",
+    ),
     "a column by its cells": (
         split_table("where", *turn("train", "dev", "test")),
         (),
@@ -542,7 +608,12 @@ SPLITS: dict[str, Case] = {
     ),
     "folders train, eval": (folders("train/", "eval/"), (), of("train", "val"), ""),
     "folders train, holdout": (folders("train/", "holdout/"), (), of("train", "val"), ""),
-    "folders train, extra, said": (folders("train/", "extra/"), ("--split", "extra=test"), of("train", "test"), ""),
+    "folders train, extra, said": (
+        folders("train/", "extra/"),
+        ("--split", "extra=test"),
+        of("train", "test"),
+        "",
+    ),
     "folders train, extra, left out": (
         folders("train/", "extra/"),
         ("--split", "extra=none"),
@@ -561,7 +632,12 @@ SPLITS: dict[str, Case] = {
         SIX,
         "5 images that are left out of every split",
     ),
-    "unlabeled with folders": (folders("train/") | folders("unlabelled/", each=9), (), SIX, "left out of every split"),
+    "unlabeled with folders": (
+        folders("train/") | folders("unlabelled/", each=9),
+        (),
+        SIX,
+        "left out of every split",
+    ),
     "each class split": (
         folders("", classes=("cat", "dog"), below="train/")
         | folders("", classes=("cat", "dog"), each=2, below="test/"),
@@ -708,8 +784,12 @@ def test_litter(place: str, name: str, tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("place", ["", "train/", "train/cat/"])
 @pytest.mark.parametrize("name", LITTER_FOLDERS)
-def test_folders_of_litter(place: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = folders("train/", "val/") | {f"{place}{name}/old{n}.png": painted("litter", n) for n in range(4)}
+def test_folders_of_litter(
+    place: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = folders("train/", "val/") | {
+        f"{place}{name}/old{n}.png": painted("litter", n) for n in range(4)
+    }
     code, output, out = convert((files, (), {}, ""), tmp_path, capsys)
     assert code == 0, output
     assert read(out) == of("train", "val")
@@ -723,7 +803,8 @@ ROWS: dict[str, Case] = {
         "the same row once more",
     ),
     "all rows twice": (
-        flat("", FEW) | {"t.csv": rows_of("file,label", FEW) + rows_of("file,label", FEW).partition(b"\n")[2]},
+        flat("", FEW)
+        | {"t.csv": rows_of("file,label", FEW) + rows_of("file,label", FEW).partition(b"\n")[2]},
         (),
         SIX,
         "6 x the same row once more",
@@ -742,7 +823,8 @@ ROWS: dict[str, Case] = {
         "",
     ),
     "case, kept": (
-        flat("", {"a": "a", "b": "A", "c": "a", "d": "A"}) | {"t.csv": b"file,label\na,a\nb,A\nc,a\nd,A\n"},
+        flat("", {"a": "a", "b": "A", "c": "a", "d": "A"})
+        | {"t.csv": b"file,label\na,a\nb,A\nc,a\nd,A\n"},
         ("--label-case", "keep"),
         {"train": {"A": 2, "a": 2}},
         "",
@@ -769,7 +851,10 @@ ROWS: dict[str, Case] = {
     ),
     "combinations that are classes": (
         flat("", {"a": "cat|dog", "b": "dog", "c": "cat|dog", "d": "dog"})
-        | {"t.csv": b"file,label\na,cat|dog\nb,dog\nc,cat|dog\nd,dog\n", "names.txt": b"cat|dog\ndog\n"},
+        | {
+            "t.csv": b"file,label\na,cat|dog\nb,dog\nc,cat|dog\nd,dog\n",
+            "names.txt": b"cat|dog\ndog\n",
+        },
         ("--classes", "names.txt"),
         {"train": {"cat|dog": 2, "dog": 2}},
         "",
@@ -831,7 +916,9 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...], str]] = {
     "labels of words": (
         table_of(
             **{
-                f"i{n}": " ".join(w for bit, w in enumerate(("clear", "water", "road", "farm")) if n >> bit & 1)
+                f"i{n}": " ".join(
+                    w for bit, w in enumerate(("clear", "water", "road", "farm")) if n >> bit & 1
+                )
                 for n in range(1, 16)
             }
         ),
@@ -839,7 +926,8 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...], str]] = {
         "several labels in one cell",
     ),
     "several columns that are 1": (
-        flat("", FEW) | {"t.csv": b"image,cat,dog\n" + b"".join(b"img%03d,1,1\n" % n for n in range(6))},
+        flat("", FEW)
+        | {"t.csv": b"image,cat,dog\n" + b"".join(b"img%03d,1,1\n" % n for n in range(6))},
         (),
         "2 labels; one label for each image",
     ),
@@ -850,7 +938,10 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...], str]] = {
     ),
     "one image in train and val": (
         flat("pics/", FEW)
-        | {"train.csv": rows_of("file,label", FEW), "val.csv": b"file,label\nimg000,cat\nimg001,dog\n"},
+        | {
+            "train.csv": rows_of("file,label", FEW),
+            "val.csv": b"file,label\nimg000,cat\nimg001,dog\n",
+        },
         (),
         "one image is named twice",
     ),
@@ -860,12 +951,14 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...], str]] = {
         "if labels.xlsx holds the labels, save it as CSV",
     ),
     "a list of columns without names": (
-        flat("images/", FEW) | {"list.txt": "".join(f"{n} {c == 'cat':d} 1 1\n" for n, c in FEW.items()).encode()},
+        flat("images/", FEW)
+        | {"list.txt": "".join(f"{n} {c == 'cat':d} 1 1\n" for n, c in FEW.items()).encode()},
         (),
         "list.txt has the columns 1, 2, 3, 4; say which one it is: --label-column NAME",
     ),
     "two lists that differ": (
-        folders("images/") | {"train.txt": b"cat/0\ncat/1\ndog/0\ndog/1\n", "test.txt": b"cat/1\ncat/2\ndog/2\n"},
+        folders("images/")
+        | {"train.txt": b"cat/0\ncat/1\ndog/0\ndog/1\n", "test.txt": b"cat/1\ncat/2\ndog/2\n"},
         (),
         "name the lists to use by one of them: --table",
     ),
@@ -883,18 +976,33 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...], str]] = {
         (),
         "'Dog' and 'dog', which differ in case or blanks only; --label-case fold",
     ),
-    "labels in capitals": (table_of(a="HAPPINESS", b="happiness", c="anger", d="anger"), (), "--label-case fold"),
-    "labels with two blanks": (table_of(a="big  dog", b="big dog", c="cat", d="cat"), (), "--label-case fold"),
+    "labels in capitals": (
+        table_of(a="HAPPINESS", b="happiness", c="anger", d="anger"),
+        (),
+        "--label-case fold",
+    ),
+    "labels with two blanks": (
+        table_of(a="big  dog", b="big dog", c="cat", d="cat"),
+        (),
+        "--label-case fold",
+    ),
     "folders in two cases": (folders("", classes=("dog", "Dog")), (), "--label-case fold"),
     "NA beside names": (table_of(a="cat", b="dog", c="cat", d="NA"), (), "--no-label NA"),
     "None beside names": (table_of(a="cat", b="dog", c="cat", d="None"), (), "--no-label None"),
     "null beside names": (table_of(a="cat", b="dog", c="cat", d="null"), (), "--no-label null"),
     "-100 beside numbers": (table_of(a="0", b="1", c="0", d="-100"), (), "--no-label=-100"),
     "-1 and 1": (table_of(a="-1", b="1", c="1", d="-1"), (), "does -1 say that there is no label?"),
-    "measurements": (table_of(a="0.5", b="1.25", c="0.5", d="1.25"), (), "a measurement is no class"),
+    "measurements": (
+        table_of(a="0.5", b="1.25", c="0.5", d="1.25"),
+        (),
+        "a measurement is no class",
+    ),
     "two columns of labels": (
         flat("", FEW)
-        | {"t.csv": b"file,label,category\n" + "".join(f"{n},{c},{n[-1]}\n" for n, c in FEW.items()).encode()},
+        | {
+            "t.csv": b"file,label,category\n"
+            + "".join(f"{n},{c},{n[-1]}\n" for n, c in FEW.items()).encode()
+        },
         (),
         "--label-column label, or --label-column category",
     ),
@@ -905,13 +1013,24 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...], str]] = {
     ),
     "a split by numbers": (split_table("split", "0", "1"), (), "--split 0=train"),
     "a partition by letters": (split_table("partition", "A", "B"), (), "--split A=train"),
-    "an unknown split in a folder": (folders("train/", "gallery/"), (), "the split 'gallery', and it is not known"),
-    "is_valid of sound images": (split_table("is_valid", "1", "1", "0"), (), "or that an image is sound?"),
+    "an unknown split in a folder": (
+        folders("train/", "gallery/"),
+        (),
+        "the split 'gallery', and it is not known",
+    ),
+    "is_valid of sound images": (
+        split_table("is_valid", "1", "1", "0"),
+        (),
+        "or that an image is sound?",
+    ),
     "two columns of splits": (
         flat("", FEW)
         | {
             "t.csv": b"file,label,split,phase\n"
-            + "".join(f"{n},{c},train,{'train' if k else 'test'}\n" for k, (n, c) in enumerate(FEW.items())).encode()
+            + "".join(
+                f"{n},{c},train,{'train' if k else 'test'}\n"
+                for k, (n, c) in enumerate(FEW.items())
+            ).encode()
         },
         (),
         "--split-column",
@@ -922,7 +1041,12 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...], str]] = {
         "amazon/images, or --class-level 3",
     ),
     "colours of the same classes": (
-        folders("raw/color/", "raw/grayscale/", "raw/segmented/", classes=("Apple___scab", "Corn___rust")),
+        folders(
+            "raw/color/",
+            "raw/grayscale/",
+            "raw/segmented/",
+            classes=("Apple___scab", "Corn___rust"),
+        ),
         (),
         "give the path of one, such as",
     ),
@@ -931,8 +1055,16 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...], str]] = {
         (),
         "can be read in 2 ways",
     ),
-    "sessions in classes": (folders("", below="2020/") | folders("", below="2021/"), (), "--class-level 1"),
-    "data beside images of another name": (folders("Dataset/") | flat("misc/", {"e": "x"}), (), "give its path"),
+    "sessions in classes": (
+        folders("", below="2020/") | folders("", below="2021/"),
+        (),
+        "--class-level 1",
+    ),
+    "data beside images of another name": (
+        folders("Dataset/") | flat("misc/", {"e": "x"}),
+        (),
+        "give its path",
+    ),
     "a class split, another not": (
         folders("", classes=("cat",), below="train/")
         | folders("", classes=("cat",), below="test/")
@@ -940,13 +1072,29 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...], str]] = {
         (),
         "holds folders of splits",
     ),
-    "an archive beside its images": (folders("") | {"all.tar": b"\0" * 1024}, (), "--source wds, or --source folder"),
+    "an archive beside its images": (
+        folders("") | {"all.tar": b"\0" * 1024},
+        (),
+        "--source wds, or --source folder",
+    ),
     "ilsvrc, and it is not": (folders(""), ("--source", "ilsvrc"), "which --source ilsvrc needs"),
     "kaggle, and it is not": (folders(""), ("--source", "kaggle"), "which --source kaggle needs"),
-    "a table, and there is none": (folders(""), ("--source", "table"), "holds no table that labels its images"),
+    "a table, and there is none": (
+        folders(""),
+        ("--source", "table"),
+        "holds no table that labels its images",
+    ),
     "tars, and there are none": (folders(""), ("--source", "wds"), "holds no .tar files"),
-    "Hugging Face, and it is not": (folders(""), ("--source", "huggingface"), "holds neither .arrow nor .parquet"),
-    "a table that is not there": (folders(""), ("--table", "/nowhere/t.csv"), "--table /nowhere/t.csv is not there"),
+    "Hugging Face, and it is not": (
+        folders(""),
+        ("--source", "huggingface"),
+        "holds neither .arrow nor .parquet",
+    ),
+    "a table that is not there": (
+        folders(""),
+        ("--table", "/nowhere/t.csv"),
+        "--table /nowhere/t.csv is not there",
+    ),
     "a label that the list lacks": (
         folders("") | {"names.txt": b"cat\ncow\n"},
         ("--classes", "names.txt"),
@@ -957,9 +1105,17 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...], str]] = {
         ("--classes", "names.txt"),
         "the labels 1 to 2 and no 0",
     ),
-    "an empty list of classes": (folders("") | {"names.txt": b"\n"}, ("--classes", "names.txt"), "is empty"),
+    "an empty list of classes": (
+        folders("") | {"names.txt": b"\n"},
+        ("--classes", "names.txt"),
+        "is empty",
+    ),
     "a pattern that does not match": (folders(""), ("--group", "patient_(\\d+)"), "does not match"),
-    "a pattern that is none": (folders(""), ("--group", "("), "neither a column's name nor a pattern"),
+    "a pattern that is none": (
+        folders(""),
+        ("--group", "("),
+        "neither a column's name nor a pattern",
+    ),
     "one group": (folders(""), ("--group", "(png)$"), "puts all samples into one group"),
 }
 
@@ -974,7 +1130,9 @@ def test_what_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("form", ["pattern", "column", "folder"])
-def test_whole_groups_are_held_out(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whole_groups_are_held_out(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     labels = {f"patient_{p:02d}_{n}": ("cat", "dog")[n % 2] for p in range(10) for n in range(4)}
     files, flag = flat("", labels), "patient_(\\d+)"
     header, pattern = "file,label", "{name},{label}"
@@ -987,9 +1145,18 @@ def test_whole_groups_are_held_out(form: str, tmp_path: Path, capsys: pytest.Cap
             for line in files["t.csv"].decode().splitlines()
         ).encode()
     if form == "folder":
-        files = {f"{label}/{name[:10]}/{name}.png": painted(label, n) for n, (name, label) in enumerate(labels.items())}
+        files = {
+            f"{label}/{name[:10]}/{name}.png": painted(label, n)
+            for n, (name, label) in enumerate(labels.items())
+        }
         flag = "patient_(\\d+)/"
-    flags = ("--group", flag, "--hold-out", "0.2", *(("--class-level", "1") if form == "folder" else ()))
+    flags = (
+        "--group",
+        flag,
+        "--hold-out",
+        "0.2",
+        *(("--class-level", "1") if form == "folder" else ()),
+    )
     code, output, out = convert((files, flags, {}, ""), tmp_path, capsys)
     assert code == 0, output
     assert read(out) == {"train": {"cat": 16, "dog": 16}, "val": {"cat": 4, "dog": 4}}
@@ -1002,7 +1169,9 @@ def test_whole_groups_are_held_out(form: str, tmp_path: Path, capsys: pytest.Cap
     assert opened.manifest.conversion["group"] == flag
 
 
-def test_what_was_understood_is_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_understood_is_said_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = flat("pics/", FEW) | {
         "t.csv": rows_of("file,label", FEW),
         "other.csv": b"x,y,z\n1,2,3\n",
@@ -1015,9 +1184,14 @@ def test_what_was_understood_is_said_and_kept(tmp_path: Path, capsys: pytest.Cap
     assert code == 0, output
     block = [line for line in output.splitlines() if line.startswith("  ")]
     assert [line for line in dry.splitlines() if line.startswith("  ")] == block
-    assert [line.split()[0] for line in block] == ["layout", "labels", "counts", "counts", "ignored", "ignored"][
-        : len(block)
-    ]
+    assert [line.split()[0] for line in block] == [
+        "layout",
+        "labels",
+        "counts",
+        "counts",
+        "ignored",
+        "ignored",
+    ][: len(block)]
     kept = json.loads((tmp_path / "out" / "report.json").read_text())["understood"]
     assert kept["labels"] == "the column 'label' of t.csv"
     assert kept["splits"] == {"train": 4, "val": 2}
@@ -1076,15 +1250,27 @@ PARQUET: dict[str, tuple[dict[str, list[object]], tuple[str, ...], Counts]] = {
         (),
         {"train": {"0": 2, "1": 2}},
     ),
-    "-1": ({"image": images_of("0", "1", "0", "1", "x"), "label": [0, 1, 0, 1, -1]}, (), {"train": {"0": 2, "1": 2}}),
-    "from 1": ({"image": images_of("1", "2", "1", "2"), "label": [1, 2, 1, 2]}, (), {"train": {"1": 2, "2": 2}}),
+    "-1": (
+        {"image": images_of("0", "1", "0", "1", "x"), "label": [0, 1, 0, 1, -1]},
+        (),
+        {"train": {"0": 2, "1": 2}},
+    ),
+    "from 1": (
+        {"image": images_of("1", "2", "1", "2"), "label": [1, 2, 1, 2]},
+        (),
+        {"train": {"1": 2, "2": 2}},
+    ),
     "texts of numbers": (
         {"image": images_of(*map(str, range(11))), "label": [*map(str, range(11))]},
         (),
         {"train": {str(n): 1 for n in range(11)}},
     ),
     "several label columns": (
-        {"image": images_of("a", "b", "a", "b"), "genre": ["a", "b", "a", "b"], "artist": ["x", "x", "y", "y"]},
+        {
+            "image": images_of("a", "b", "a", "b"),
+            "genre": ["a", "b", "a", "b"],
+            "artist": ["x", "x", "y", "y"],
+        },
         ("--label-column", "genre"),
         {"train": {"a": 2, "b": 2}},
     ),
@@ -1098,7 +1284,9 @@ def test_parquet(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     held = () if "val" in counts else ("--hold-out", "0")
     code, output = conversion(capsys, root, tmp_path / "out", *flags, *held)
     assert code == 0, output
-    assert read(tmp_path / "out") == {split: dict(sorted(found.items())) for split, found in counts.items()}
+    assert read(tmp_path / "out") == {
+        split: dict(sorted(found.items())) for split, found in counts.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -1106,13 +1294,22 @@ def test_parquet(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     [
         ({"image": images_of("a", "b"), "label": [[0, 1], [1]]}, "holds list<"),
         ({"image": images_of("a", "b"), "label": ["a|b", "b"]}, "several labels in one cell"),
-        ({"image": images_of("a", "b"), "label": ["a", "b"], "split": ["train", "query"]}, "the split 'query'"),
+        (
+            {"image": images_of("a", "b"), "label": ["a", "b"], "split": ["train", "query"]},
+            "the split 'query'",
+        ),
         ({"image": images_of("a", "b"), "label": ["Dog", "dog"]}, "--label-case fold"),
-        ({"image": images_of("a", "b"), "label": ["a", "b"], "split": ["0", "1"]}, "--split 0=train"),
+        (
+            {"image": images_of("a", "b"), "label": ["a", "b"], "split": ["0", "1"]},
+            "--split 0=train",
+        ),
     ],
 )
 def test_parquet_that_is_refused(
-    columns: dict[str, list[object]], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    columns: dict[str, list[object]],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     code, output = conversion(capsys, parquet(tmp_path / "mine", columns), tmp_path / "out")
     assert code in (1, 2) and sentence in output, output
@@ -1127,7 +1324,11 @@ TWO: dict[str, list[object]] = {"image": images_of("a", "b"), "label": ["a", "b"
         (("train-00000-of-00001", "eval-00000-of-00001"), (), {"train", "val"}),
         (("train-00000-of-00001", "unlabeled-00000-of-00001"), (), {"train"}),
         (("train-00000-of-00001", "extra-00000-of-00001"), (), "the split 'extra'"),
-        (("train-00000-of-00001", "extra-00000-of-00001"), ("--split", "extra=test"), {"train", "test"}),
+        (
+            ("train-00000-of-00001", "extra-00000-of-00001"),
+            ("--split", "extra=test"),
+            {"train", "test"},
+        ),
         (("train-00000-of-00001", "extra-00000-of-00001"), ("--split", "extra=none"), {"train"}),
         (("part-0", "val-0"), (), {"train", "val"}),
         (("cats", "dogs"), (), {"train"}),
@@ -1195,7 +1396,8 @@ DISAGREE: dict[str, Case] = {
         folders("")
         | {
             "info.csv": rows_of(
-                "filename,width", {f"{c}/{n}.png": str(8 * (n % 2)) for c in ("cat", "dog") for n in range(3)}
+                "filename,width",
+                {f"{c}/{n}.png": str(8 * (n % 2)) for c in ("cat", "dog") for n in range(3)},
             )
         },
         (),
@@ -1206,7 +1408,8 @@ DISAGREE: dict[str, Case] = {
         folders("")
         | {
             "info.csv": rows_of(
-                "filename,photographer", {f"{c}/{n}.png": "ab"[n % 2] for c in ("cat", "dog") for n in range(3)}
+                "filename,photographer",
+                {f"{c}/{n}.png": "ab"[n % 2] for c in ("cat", "dog") for n in range(3)},
             )
         },
         (),
@@ -1217,15 +1420,26 @@ DISAGREE: dict[str, Case] = {
         folders("")
         | {
             "urls.csv": rows_of(
-                "filename,url", {f"{c}/{n}.png": f"https://x/{c}{n}" for c in ("cat", "dog") for n in range(3)}
+                "filename,url",
+                {f"{c}/{n}.png": f"https://x/{c}{n}" for c in ("cat", "dog") for n in range(3)},
             )
         },
         (),
         SIX,
         "urls.csv",
     ),
-    "leaf_train, leaf_test": (folders("leaf_train/", "leaf_test/"), (), of("train", "test"), "leaf_train/ (train)"),
-    "FER2013Train, FER2013Valid": (folders("FER2013Train/", "FER2013Valid/"), (), of("train", "val"), ""),
+    "leaf_train, leaf_test": (
+        folders("leaf_train/", "leaf_test/"),
+        (),
+        of("train", "test"),
+        "leaf_train/ (train)",
+    ),
+    "FER2013Train, FER2013Valid": (
+        folders("FER2013Train/", "FER2013Valid/"),
+        (),
+        of("train", "val"),
+        "",
+    ),
     "train_v2, test_v2": (folders("train_v2/", "test_v2/"), (), of("train", "test"), ""),
     "a class called test_tube": (
         folders("", classes=("test_tube", "flask")),
@@ -1234,7 +1448,11 @@ DISAGREE: dict[str, Case] = {
         "",
     ),
     "GTSRB as it is downloaded": (
-        {f"Final_Training/Images/{c:05d}/{n}.png": painted(f"{c:05d}", n) for c in range(3) for n in range(3)}
+        {
+            f"Final_Training/Images/{c:05d}/{n}.png": painted(f"{c:05d}", n)
+            for c in range(3)
+            for n in range(3)
+        }
         | flat("Final_Test/Images/", {f"{n:05d}": f"{n % 3:05d}" for n in range(3)}, 200)
         | {
             "GT-final_test.csv": b"Filename;Width;ClassId\n"
@@ -1245,7 +1463,8 @@ DISAGREE: dict[str, Case] = {
         "test is labelled by the column 'ClassId' of GT-final_test.csv",
     ),
     "trainval.txt and test.txt": (
-        folders("images/") | {"trainval.txt": b"cat/0\ncat/1\ndog/0\ndog/1\n", "test.txt": b"cat/2\ndog/2\n"},
+        folders("images/")
+        | {"trainval.txt": b"cat/0\ncat/1\ndog/0\ndog/1\n", "test.txt": b"cat/2\ndog/2\n"},
         (),
         of("train", each=2) | of("test", each=1),
         "splits by",
@@ -1259,7 +1478,9 @@ DISAGREE: dict[str, Case] = {
     "lists that hold labels, of some of the images": (
         folders("", each=5)
         | {
-            "train.txt": b"".join(b"%s/%d.png %s\n" % (c, n, c) for c in (b"cat", b"dog") for n in range(3)),
+            "train.txt": b"".join(
+                b"%s/%d.png %s\n" % (c, n, c) for c in (b"cat", b"dog") for n in range(3)
+            ),
             "test.txt": b"".join(b"%s/3.png %s\n" % (c, c) for c in (b"cat", b"dog")),
         },
         (),
@@ -1270,7 +1491,9 @@ DISAGREE: dict[str, Case] = {
         folders("")
         | {
             "train.txt": b"".join(
-                b"%s/%d.png %d\n" % (c, n, k) for k, c in enumerate((b"cat", b"dog")) for n in range(2)
+                b"%s/%d.png %d\n" % (c, n, k)
+                for k, c in enumerate((b"cat", b"dog"))
+                for n in range(2)
             ),
             "test.txt": b"cat/2.png 0\ndog/2.png 1\n",
         },
@@ -1313,7 +1536,11 @@ DISAGREE: dict[str, Case] = {
     ),
     "results of a training beside class folders": (
         folders("")
-        | {"test_results.json": b'{"top1": 0.5}', "train_config.json": b"{}", "requirements.txt": b"torch\n"},
+        | {
+            "test_results.json": b'{"top1": 0.5}',
+            "train_config.json": b"{}",
+            "requirements.txt": b"torch\n",
+        },
         (),
         SIX,
         "",
@@ -1342,10 +1569,16 @@ DISAGREE: dict[str, Case] = {
         "style_val.csv",
     ),
     "Roboflow's column Unlabeled": (
-        {f"{split}/{k}": v for split, start in (("train", 0), ("valid", 300)) for k, v in flat("", FEW, start).items()}
+        {
+            f"{split}/{k}": v
+            for split, start in (("train", 0), ("valid", 300))
+            for k, v in flat("", FEW, start).items()
+        }
         | {
             f"{split}/_classes.csv": b"filename,Unlabeled,cat,dog\n"
-            + "".join(f"{n}.png,0,{int(c == 'cat')},{int(c == 'dog')}\n" for n, c in FEW.items()).encode()
+            + "".join(
+                f"{n}.png,0,{int(c == 'cat')},{int(c == 'dog')}\n" for n, c in FEW.items()
+            ).encode()
             for split in ("train", "valid")
         },
         (),
@@ -1399,7 +1632,9 @@ DISAGREE: dict[str, Case] = {
             "annotations/trainval.txt": "".join(
                 f"{n} {int(c == 'dog')} 1 1\n" for n, c in list(PETS.items())[:4]
             ).encode(),
-            "annotations/test.txt": "".join(f"{n} {int(c == 'dog')} 1 1\n" for n, c in list(PETS.items())[4:]).encode(),
+            "annotations/test.txt": "".join(
+                f"{n} {int(c == 'dog')} 1 1\n" for n, c in list(PETS.items())[4:]
+            ).encode(),
         },
         ("--label-column", "2", "--classes", "annotations/names.json"),
         of("train", "test", each=2),
@@ -1418,7 +1653,8 @@ DISAGREE: dict[str, Case] = {
         "3 images in a folder of masks",
     ),
     "unlabeled images in each class": (
-        folders("") | {f"{c}/unlabeled/{n}.png": painted("x", n) for c in ("cat", "dog") for n in range(2)},
+        folders("")
+        | {f"{c}/unlabeled/{n}.png": painted("x", n) for c in ("cat", "dog") for n in range(2)},
         (),
         SIX,
         "left out of every split",
@@ -1466,7 +1702,9 @@ NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
         {f"images/{c}/{c}_a{n}.png": painted(c, n) for c in ("cat", "dog") for n in range(8)}
         | {
             "images.txt": "".join(
-                f"{n + 8 * k + 1} {c}/{c}_a{n}.png\n" for k, c in enumerate(("cat", "dog")) for n in range(8)
+                f"{n + 8 * k + 1} {c}/{c}_a{n}.png\n"
+                for k, c in enumerate(("cat", "dog"))
+                for n in range(8)
             ).encode(),
             "train_test_split.txt": b"".join(b"%d %d\n" % (n + 1, n % 2) for n in range(16)),
         },
@@ -1474,7 +1712,10 @@ NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
         "train_test_split.txt seems to say which images are to train on",
     ),
     "a JSON of splits": (
-        folders("") | {"splits.json": b'{"train": ["cat/0.png", "dog/0.png"], "test": ["cat/1.png", "dog/1.png"]}'},
+        folders("")
+        | {
+            "splits.json": b'{"train": ["cat/0.png", "dog/0.png"], "test": ["cat/1.png", "dog/1.png"]}'
+        },
         (),
         "splits.json seems to say which images are to train on",
     ),
@@ -1507,7 +1748,9 @@ NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
         "a folder test that may be a split",
     ),
     "Market-1501": (
-        flat("bounding_box_train/", {"a": "x"}) | flat("bounding_box_test/", {"b": "x"}) | flat("query/", {"c": "x"}),
+        flat("bounding_box_train/", {"a": "x"})
+        | flat("bounding_box_test/", {"b": "x"})
+        | flat("query/", {"c": "x"}),
         (),
         "names of splits",
     ),
@@ -1516,7 +1759,11 @@ NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
         (),
         "the splits of several data sets",
     ),
-    "gallery and query": (flat("gallery/", {"a": "x"}) | flat("query/", {"b": "x"}), (), "names of splits"),
+    "gallery and query": (
+        flat("gallery/", {"a": "x"}) | flat("query/", {"b": "x"}),
+        (),
+        "names of splits",
+    ),
     "a split that holds one class more": (
         folders("train/") | folders("gallery/", classes=("cat", "dog", "pig")),
         (),
@@ -1539,7 +1786,11 @@ NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
         (),
         "can be read in",
     ),
-    "pages and images": (flat("images/", {"a": "x"}) | flat("static/", {"b": "y"}), (), "is no folder of classes"),
+    "pages and images": (
+        flat("images/", {"a": "x"}) | flat("static/", {"b": "y"}),
+        (),
+        "is no folder of classes",
+    ),
     "a table named that names nothing": (
         folders("") | {"other.csv": b"file,label\nnowhere1,cat\nnowhere2,dog\n"},
         ("--table", "other.csv"),
@@ -1552,19 +1803,25 @@ NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
     ),
     "-1 beside names": (table_of(a="cat", b="dog", c="cat", d="-1"), (), "--no-label -1"),
     "combinations of labels": (
-        flat("", FEW) | {"t.tsv": b"file\tlabel\nimg000\tcat, dog\nimg001\tcat, cow\nimg002\tdog, cow\n"},
+        flat("", FEW)
+        | {"t.tsv": b"file\tlabel\nimg000\tcat, dog\nimg001\tcat, cow\nimg002\tdog, cow\n"},
         (),
         "several labels in one cell",
     ),
     "many images with several labels": (
         flat("", MANY_ROWS)
         | {
-            "t.csv": rows_of("file,label", MANY_ROWS) + rows_of("", dict.fromkeys(list(MANY_ROWS)[1::3], "cat")).strip()
+            "t.csv": rows_of("file,label", MANY_ROWS)
+            + rows_of("", dict.fromkeys(list(MANY_ROWS)[1::3], "cat")).strip()
         },
         (),
         "gives several labels to 10 images",
     ),
-    "a split that is not there": (folders("train/"), ("--split", "tset=test"), "that may be a split is called 'tset'"),
+    "a split that is not there": (
+        folders("train/"),
+        ("--split", "tset=test"),
+        "that may be a split is called 'tset'",
+    ),
     "levels of a table": (
         table_of(a="cat", b="dog", c="cat"),
         ("--class-level", "2"),
@@ -1574,7 +1831,11 @@ NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
     "years": (folders("", classes=("2019", "2020")), (), "is no folder of classes"),
     "domains of images": (folders("", classes=("trainA", "trainB")), (), "names of splits"),
     "colour and depth": (folders("", classes=("rgb", "depth")), (), "is no folder of classes"),
-    "a label that is not there": (table_of(a="cat", b="dog", c="cat"), ("--no-label", "cta"), "holds no such label"),
+    "a label that is not there": (
+        table_of(a="cat", b="dog", c="cat"),
+        ("--no-label", "cta"),
+        "holds no such label",
+    ),
     "no images to train on": (
         flat("pics/", FEW) | {"dev.csv": rows_of("file,label", FEW)},
         ("--hold-out", "0"),
@@ -1584,7 +1845,9 @@ NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", NO_WAY)
-def test_what_can_be_read_in_two_ways(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_can_be_read_in_two_ways(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files, flags, sentence = NO_WAY[name]
     code, output, out = convert((files, flags, {}, ""), tmp_path, capsys)
     assert code in (1, 2), output
@@ -1594,14 +1857,24 @@ def test_what_can_be_read_in_two_ways(name: str, tmp_path: Path, capsys: pytest.
 
 def features(names: list[str]) -> dict[bytes, bytes]:
     label = {"_type": "ClassLabel", "names": names}
-    return {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": label}}}).encode()}
+    return {
+        b"huggingface": json.dumps(
+            {"info": {"features": {"image": {"_type": "Image"}, "label": label}}}
+        ).encode()
+    }
 
 
-def test_files_that_number_the_classes_differently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_number_the_classes_differently(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
-        table = pa.table({"image": images_of("cat", "dog"), "label": [names.index("cat"), names.index("dog")]})
+        table = pa.table(
+            {"image": images_of("cat", "dog"), "label": [names.index("cat"), names.index("dog")]}
+        )
         (tmp_path / "mine").mkdir(exist_ok=True)
-        pq.write_table(table.replace_schema_metadata(features(names)), tmp_path / "mine" / f"{name}.parquet")
+        pq.write_table(
+            table.replace_schema_metadata(features(names)), tmp_path / "mine" / f"{name}.parquet"
+        )
     code, output = conversion(capsys, tmp_path / "mine", tmp_path / "out")
     assert code == 1 and "a number would be two classes" in output, output
 
@@ -1609,19 +1882,30 @@ def test_files_that_number_the_classes_differently(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({"full/train-0.parquet": TWO, "tiny/train-0.parquet": TWO}, "several data sets: full, tiny"),
+        (
+            {"full/train-0.parquet": TWO, "tiny/train-0.parquet": TWO},
+            "several data sets: full, tiny",
+        ),
         (
             {"train.parquet": TWO, "val.parquet": {"image": TWO["image"], "labels": TWO["label"]}},
             "has no column 'label'",
         ),
         (
-            {"train.parquet": {"image": [{"bytes": None, "path": "a.png"}] * 2, "label": ["a", "b"]}},
+            {
+                "train.parquet": {
+                    "image": [{"bytes": None, "path": "a.png"}] * 2,
+                    "label": ["a", "b"],
+                }
+            },
             "holds paths such as a.png",
         ),
     ],
 )
 def test_files_of_several_forms(
-    files: dict[str, dict[str, list[object]]], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: dict[str, dict[str, list[object]]],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name, columns in files.items():
         place = tmp_path / "mine" / name
@@ -1637,7 +1921,9 @@ def test_groups_of_a_parquet_column(tmp_path: Path, capsys: pytest.CaptureFixtur
         "Patient": [f"p{n // 4}" for n in range(20)],
     }
     root = parquet(tmp_path / "mine", columns)
-    code, output = conversion(capsys, root, tmp_path / "out", "--group", "patient", "--hold-out", "0.2")
+    code, output = conversion(
+        capsys, root, tmp_path / "out", "--group", "patient", "--hold-out", "0.2"
+    )
     assert code == 0, output
     assert read(tmp_path / "out") == {"train": {"a": 8, "b": 8}, "val": {"a": 2, "b": 2}}
     keys = Dataset.open(str(tmp_path / "out")).split("val").index.key.to_pylist()
@@ -1660,7 +1946,12 @@ def labelled(*labels: bytes, extension: str = "cls", place: str = "") -> Files:
     return files
 
 
-TAR_FLAGS = [("--table", "t.csv"), ("--label-column", "x"), ("--image-column", "x"), ("--split-column", "x")]
+TAR_FLAGS = [
+    ("--table", "t.csv"),
+    ("--label-column", "x"),
+    ("--image-column", "x"),
+    ("--split-column", "x"),
+]
 
 
 @pytest.mark.parametrize("flags", TAR_FLAGS)
@@ -1679,10 +1970,22 @@ def test_flags_that_tars_do_not_heed(
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        (labelled(b"a", b"b", place="train/") | labelled(b"a", b"b", place="test/"), "make a tar of each split"),
-        (labelled(b"a", b"b", place="x/") | labelled(b"a", b"b", place="val/"), "make a tar of each split"),
-        (labelled(b"a", b"b") | labelled(b"a", b"b", place="unlabeled/"), "make a tar of each split"),
-        (labelled(b"a", b"b") | {"7.png": painted("a", 7), "7.json": b'{"label":0'}, "its .json is no JSON"),
+        (
+            labelled(b"a", b"b", place="train/") | labelled(b"a", b"b", place="test/"),
+            "make a tar of each split",
+        ),
+        (
+            labelled(b"a", b"b", place="x/") | labelled(b"a", b"b", place="val/"),
+            "make a tar of each split",
+        ),
+        (
+            labelled(b"a", b"b") | labelled(b"a", b"b", place="unlabeled/"),
+            "make a tar of each split",
+        ),
+        (
+            labelled(b"a", b"b") | {"7.png": painted("a", 7), "7.json": b'{"label":0'},
+            "its .json is no JSON",
+        ),
     ],
 )
 def test_tars_that_are_refused(
@@ -1694,7 +1997,9 @@ def test_tars_that_are_refused(
 
 
 @pytest.mark.parametrize("name", ["classes.txt", "classes.json", "class_names.txt"])
-def test_a_list_beside_tars_counts_for_both_ways(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_beside_tars_counts_for_both_ways(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tar_with(tmp_path / "mine", labelled(b"b", b"a", b"b", b"a"))
     (root / name).write_bytes(b'["b", "a"]' if name.endswith("json") else b"b\na\n")
     assert conversion(capsys, root, tmp_path / "out", "--hold-out", "0")[0] == 0

@@ -65,7 +65,9 @@ def different(prefix: str, first: int, count: int = 3) -> dict[str, int]:
 
 EVERYWHERE = {
     name: colour
-    for number, prefix in enumerate(f"{split}/{kind}" for split in ("train", "val", "test") for kind in ("cat", "dog"))
+    for number, prefix in enumerate(
+        f"{split}/{kind}" for split in ("train", "val", "test") for kind in ("cat", "dog")
+    )
     for name, colour in different(prefix, 100 * number + 1000).items()
 }
 
@@ -80,21 +82,33 @@ def found(out: Path) -> dict[str, Any]:
 
 
 def pairs_of(entry: dict[str, Any]) -> Pairs:
-    return [(pair["key"], pair["class_id"], pair["twin"], pair["twin_class_id"]) for pair in entry["pairs"]]
+    return [
+        (pair["key"], pair["class_id"], pair["twin"], pair["twin_class_id"])
+        for pair in entry["pairs"]
+    ]
 
 
 def summary(content: dict[str, Any]) -> dict[str, tuple[int, int, Pairs]]:
     """`{"val in train": (images, of them of another class, pairs)}`, and a contradiction of train as `train`."""
     shared = {
-        f"{each['split']} in {each['within']}": (each["images"], each["other_class"], pairs_of(each))
+        f"{each['split']} in {each['within']}": (
+            each["images"],
+            each["other_class"],
+            pairs_of(each),
+        )
         for each in content["shared"]
     }
-    return shared | {each["split"]: (each["images"], 0, pairs_of(each)) for each in content["contradictions"]}
+    return shared | {
+        each["split"]: (each["images"], 0, pairs_of(each)) for each in content["contradictions"]
+    }
 
 
 CASES: dict[str, tuple[dict[str, int], dict[str, tuple[int, int, Pairs]]]] = {
     "none": ({}, {}),
-    "repeated within a class": ({"train/cat/a": 1, "train/cat/b": 1, "val/dog/c": 2, "val/dog/d": 2}, {}),
+    "repeated within a class": (
+        {"train/cat/a": 1, "train/cat/b": 1, "val/dog/c": 2, "val/dog/d": 2},
+        {},
+    ),
     "one of val": (
         {"train/cat/a": 1, "val/cat/b": 1},
         {"val in train": (1, 0, [("cat/b", "cat", "cat/a", "cat")])},
@@ -105,7 +119,13 @@ CASES: dict[str, tuple[dict[str, int], dict[str, tuple[int, int, Pairs]]]] = {
     ),
     "one of train, two of val": (
         {"train/cat/a": 1, "val/cat/b": 1, "val/cat/c": 1},
-        {"val in train": (2, 0, [("cat/b", "cat", "cat/a", "cat"), ("cat/c", "cat", "cat/a", "cat")])},
+        {
+            "val in train": (
+                2,
+                0,
+                [("cat/b", "cat", "cat/a", "cat"), ("cat/c", "cat", "cat/a", "cat")],
+            )
+        },
     ),
     "two of train, one of val": (
         {"train/cat/a": 1, "train/cat/z": 1, "val/cat/b": 1},
@@ -160,7 +180,8 @@ def digit(kind: str, colour: int) -> bytes:
 def test_what_is_left_out_moves_no_name(tmp_path: Path) -> None:
     """The digests stand in the order of the source's rows, also of those that become no samples."""
     source = folder(
-        tmp_path / "source", EVERYWHERE | {"train/cat/m": 1, "train/dog/m": 2, "val/cat/x": 1, "val/dog/y": 2}
+        tmp_path / "source",
+        EVERYWHERE | {"train/cat/m": 1, "train/dog/m": 2, "val/cat/x": 1, "val/dog/y": 2},
     )
     for name in ("train/cat/a", "train/cat/l", "train/dog/n", "val/cat/a", "val/dog/z"):
         (source / f"{name}.png").write_bytes(b"no image")
@@ -175,25 +196,41 @@ def test_what_is_encoded_anew_is_compared_as_it_is_packed(tmp_path: Path) -> Non
     (source / "val/cat/b.tif").write_bytes(digit("TIFF", 200))
     (source / "val/cat/c.png").write_bytes(digit("PNG", 200))  # the same pixels, in other bytes
     assert shards(source, tmp_path / "out", "--reencode") == 0
-    assert summary(found(tmp_path / "out")) == {"val in train": (1, 0, [("cat/b", "cat", "cat/a", "cat")])}
+    assert summary(found(tmp_path / "out")) == {
+        "val in train": (1, 0, [("cat/b", "cat", "cat/a", "cat")])
+    }
 
 
-@pytest.mark.parametrize("spool_gb", ["1", "0.000003"], ids=["in the spool", "larger than the spool"])
+@pytest.mark.parametrize(
+    "spool_gb", ["1", "0.000003"], ids=["in the spool", "larger than the spool"]
+)
 def test_streams(tmp_path: Path, spool_gb: str) -> None:
     (tmp_path / "source").mkdir()
     for split, start in (("train", 0), ("validation", 10)):
-        images = [{"bytes": png(colour), "path": f"{colour}.png"} for colour in range(start, start + 12)]
+        images = [
+            {"bytes": png(colour), "path": f"{colour}.png"} for colour in range(start, start + 12)
+        ]
         table = pa.table({"image": images, "label": [n % 3 for n in range(start, start + 12)]})
         pq.write_table(table, tmp_path / "source" / f"{split}-00000-of-00001.parquet")
-    out, spool = tmp_path / "out", ("--spool", tmp_path / "spool", "--spool-gb", spool_gb, "--shard-mb", "0.005")
+    out, spool = (
+        tmp_path / "out",
+        ("--spool", tmp_path / "spool", "--spool-gb", spool_gb, "--shard-mb", "0.005"),
+    )
     assert shards(tmp_path / "source", out, *spool) == 0
     (entry,) = found(out)["shared"]
-    assert (entry["split"], entry["within"], entry["images"], entry["other_class"]) == ("val", "train", 2, 0)
+    assert (entry["split"], entry["within"], entry["images"], entry["other_class"]) == (
+        "val",
+        "train",
+        2,
+        0,
+    )
 
 
 def test_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A source without val: what is equal may come to lie on both sides, and another choice of val is the remedy."""
-    files = {f"{kind}/{n}": 500 + n // 2 for n in range(40) for kind in ("cat",)} | different("dog", 10, 20)
+    files = {f"{kind}/{n}": 500 + n // 2 for n in range(40) for kind in ("cat",)} | different(
+        "dog", 10, 20
+    )
     assert shards(folder(tmp_path / "source", files), tmp_path / "out") == 0
     (entry,) = found(tmp_path / "out")["shared"]
     assert entry["images"] == len(entry["pairs"]) > 0
@@ -209,15 +246,24 @@ def test_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_killed_and_resumed_it_is_the_same_count(tmp_path: Path) -> None:
-    files = EVERYWHERE | {f"{split}/cat/{n}": n for split in ("train", "val") for n in range(0, 300, len(split))}
+    files = EVERYWHERE | {
+        f"{split}/cat/{n}": n for split in ("train", "val") for n in range(0, 300, len(split))
+    }
     source = folder(tmp_path / "source", files)
     options = [source, "--shard-mb", "0.02"]
     assert shards(source, tmp_path / "whole", "--shard-mb", "0.02", "--whole-index", "90") == 0
     for kills in (1, 3):
         out, records = tmp_path / f"killed{kills}", 0
-        command = [sys.executable, "-m", "wds_train.conversion.command", *map(str, [options[0], out, *options[1:]])]
+        command = [
+            sys.executable,
+            "-m",
+            "wds_train.conversion.command",
+            *map(str, [options[0], out, *options[1:]]),
+        ]
         for _ in range(kills):
-            process = subprocess.Popen([*command, "--whole-index", "90", "--processes", "1"], stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                [*command, "--whole-index", "90", "--processes", "1"], stderr=subprocess.DEVNULL
+            )
             while process.poll() is None and len([*out.glob(".wip/*/*")]) <= records:
                 time.sleep(0.002)
             process.kill()
@@ -225,7 +271,9 @@ def test_killed_and_resumed_it_is_the_same_count(tmp_path: Path) -> None:
             records = len([*out.glob(".wip/*/*")])
         assert records and not (out / "manifest.json").exists(), "it was not killed in the middle"
         assert shards(source, out, "--shard-mb", "0.02", "--whole-index", "90") == 0
-        assert (out / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
+        assert (out / "report.json").read_bytes() == (
+            tmp_path / "whole" / "report.json"
+        ).read_bytes()
     assert summary(found(out)).keys() == {"val in train"}
     assert found(out)["shared"][0]["images"] == 20  # 0, 15, ..., 285
 
@@ -237,7 +285,8 @@ def test_a_record_of_before_is_made_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(
-            "wds_train.conversion.convert.Conversion.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "wds_train.conversion.convert.Conversion.finish",
+            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         shards(source, out, "--shard-mb", "0.01")
     records = [*out.glob(".wip/*/*.parquet")]
@@ -249,7 +298,10 @@ def test_a_record_of_before_is_made_again(tmp_path: Path) -> None:
         pq.write_table(table.replace_schema_metadata({"wds-train": json.dumps(facts)}), path)
     assert shards(source, out, "--shard-mb", "0.01") == 0
     for path in (tmp_path / "whole").rglob("*"):
-        assert path.is_dir() or path.read_bytes() == (out / path.relative_to(tmp_path / "whole")).read_bytes()
+        assert (
+            path.is_dir()
+            or path.read_bytes() == (out / path.relative_to(tmp_path / "whole")).read_bytes()
+        )
 
 
 # Tars that stay where they are.
@@ -266,8 +318,13 @@ def tars(root: Path, splits: dict[str, list[tuple[str, int, str]]]) -> Path:
     return root
 
 
-IN_PLACE: dict[str, tuple[dict[str, list[tuple[str, int, str]]], dict[str, tuple[int, int, Pairs]]]] = {
-    "none": ({"train": [("a", 1, "cat"), ("b", 2, "dog")], "val": [("c", 3, "cat"), ("d", 4, "dog")]}, {}),
+IN_PLACE: dict[
+    str, tuple[dict[str, list[tuple[str, int, str]]], dict[str, tuple[int, int, Pairs]]]
+] = {
+    "none": (
+        {"train": [("a", 1, "cat"), ("b", 2, "dog")], "val": [("c", 3, "cat"), ("d", 4, "dog")]},
+        {},
+    ),
     "val in train": (
         {"train": [("a", 1, "cat"), ("b", 2, "dog")], "val": [("c", 2, "dog"), ("d", 1, "dog")]},
         {"val in train": (2, 1, [("c", "dog", "b", "dog"), ("d", "dog", "a", "cat")])},
@@ -284,7 +341,9 @@ def test_in_place(case: str, tmp_path: Path) -> None:
     content, expected = IN_PLACE[case]
     store = LocalStore(tars(tmp_path / "tars", content))
     splits, notes = index_in_place(store, ImagePolicy())
-    classes = classes_of(count_texts(row["label"] for each in splits.values() for row in each.rows), "here")
+    classes = classes_of(
+        count_texts(row["label"] for each in splits.values() for row in each.rows), "here"
+    )
     for row in (row for each in splits.values() for row in each.rows):
         row["label"] = classes.numbers[row["label"]]
     twice = repeats_in_place(splits, classes.infos)
@@ -298,7 +357,10 @@ def test_in_place(case: str, tmp_path: Path) -> None:
 
 def lines_of(*entries: Shared | Contradictions, held_out: bool = False) -> list[str]:
     shared = tuple(each for each in entries if isinstance(each, Shared))
-    return repeat_lines(Repeats(shared, tuple(e for e in entries if isinstance(e, Contradictions))), held_out=held_out)
+    return repeat_lines(
+        Repeats(shared, tuple(e for e in entries if isinstance(e, Contradictions))),
+        held_out=held_out,
+    )
 
 
 MANY = tuple(Pair(f"cat/{n}", "cat", f"cat/{n + 100}", "cat") for n in range(5))
@@ -381,9 +443,15 @@ def test_inspect_says_it(dataset: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not err
 
 
-def test_inspect_says_what_was_understood(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_what_was_understood(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = json.loads((dataset / "report.json").read_text())
-    understood = {"layout": "images in class folders", "labels": "the folders' names", "splits": {"train": 7}}
+    understood = {
+        "layout": "images in class folders",
+        "labels": "the folders' names",
+        "splits": {"train": 7},
+    }
     replace_report(dataset, report | {"understood": understood})
     text, facts, _ = inspected(dataset, capsys)
     assert "\nlayout       images in class folders\nlabels       the folders' names\n" in text
@@ -396,7 +464,12 @@ ODD = {
     "a list": ([], "the report is [], not an object"),
     "no repeats": ({"repeats": 3}, "repeats is 3, not an object"),
     "an odd count": (
-        {"repeats": {"shared": [], "contradictions": [{"split": "val", "images": "many", "pairs": []}]}},
+        {
+            "repeats": {
+                "shared": [],
+                "contradictions": [{"split": "val", "images": "many", "pairs": []}],
+            }
+        },
         "repeats.contradictions[0].images is 'many', not a whole number",
     ),
     "odd words": ({"understood": {"layout": 7}}, "understood.layout is 7, not a text"),
@@ -405,7 +478,9 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_inspect_needs_no_report(dataset: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_needs_no_report(
+    dataset: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     content, told = ODD[case]
     replace_report(dataset, content)
     text, facts, err = inspected(dataset, capsys)
@@ -415,7 +490,9 @@ def test_inspect_needs_no_report(dataset: Path, case: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("damage", ["gone", "changed"])
-def test_inspect_of_a_damaged_report(dataset: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_a_damaged_report(
+    dataset: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if damage == "gone":
         (dataset / "report.json").unlink()
     else:
@@ -444,7 +521,9 @@ def brute_force(images: dict[str, list[tuple[int, int]]]) -> dict[str, tuple[int
             of_class = [n for n in twins if images[within][n][1] == label]
             if twins:
                 count, other = count + 1, other + (not of_class)
-                best = of_class[0] if of_class else min(twins, key=lambda n: (images[within][n][1], n))
+                best = (
+                    of_class[0] if of_class else min(twins, key=lambda n: (images[within][n][1], n))
+                )
                 pairs.append((*named(split, row), *named(within, best)))
         if count:
             expected[f"{split} in {within}"] = (count, other, pairs)
@@ -454,13 +533,24 @@ def brute_force(images: dict[str, list[tuple[int, int]]]) -> dict[str, tuple[int
             if digest:
                 first[digest].setdefault(label, row)
         torn = [rows for rows in first.values() if len(rows) > 1]
-        lowest = [(rows[min(rows)], row) for rows in torn for label, row in rows.items() if label != min(rows)]
+        lowest = [
+            (rows[min(rows)], row)
+            for rows in torn
+            for label, row in rows.items()
+            if label != min(rows)
+        ]
         if torn:
-            expected[split] = (len(torn), 0, [(*named(split, a), *named(split, b)) for a, b in sorted(lowest)])
+            expected[split] = (
+                len(torn),
+                0,
+                [(*named(split, a), *named(split, b)) for a, b in sorted(lowest)],
+            )
     return expected
 
 
-@pytest.mark.parametrize("at_once", [1 << 22, 60, 7], ids=["in one pass", "in a few passes", "in many"])
+@pytest.mark.parametrize(
+    "at_once", [1 << 22, 60, 7], ids=["in one pass", "in a few passes", "in many"]
+)
 @pytest.mark.parametrize("seed", range(12))
 def test_as_brute_force(seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeats, "AT_ONCE", at_once)
@@ -468,7 +558,9 @@ def test_as_brute_force(seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch
     images, tables, packed = {}, {}, []
     for split in ("train", "val", "test"):
         size = int(draw.integers(0, 80))
-        digests = draw.integers(0, [3, 40, 400][seed % 3], size).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        digests = draw.integers(0, [3, 40, 400][seed % 3], size).astype(np.uint64) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
         labels = draw.integers(0, len(CLASSES), size).astype(np.int32)
         images[split] = [*zip(digests.tolist(), labels.tolist(), strict=True)]
         keys = pa.array([f"{split}{row}" for row in range(size)], pa.string())

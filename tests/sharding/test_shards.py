@@ -51,7 +51,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str | Path, processes: int = 1) -> int:
-    before, sys.argv = sys.argv, ["make_shards", *map(str, arguments), "--processes", str(processes)]
+    before, sys.argv = (
+        sys.argv,
+        ["make_shards", *map(str, arguments), "--processes", str(processes)],
+    )
     try:
         return main()
     finally:
@@ -107,7 +110,9 @@ def test_killed_at_20_random_moments_it_ends_in_the_same_bytes(
         process.kill()
         process.wait()
         kills += 1
-        if "manifest.json" in content(store):  # it was complete, all but the cleaning: begin once more
+        if "manifest.json" in content(
+            store
+        ):  # it was complete, all but the cleaning: begin once more
             assert named(store) <= content(store).keys()
             for entry in store.list():
                 store.delete(entry.key)
@@ -144,7 +149,9 @@ def test_finished_shards_are_not_made_again(
     assert content(store) == unbroken
 
 
-def test_an_index_for_each_shard_outlives_kills(folder: Path, unbroken: dict[str, str], tmp_path: Path) -> None:
+def test_an_index_for_each_shard_outlives_kills(
+    folder: Path, unbroken: dict[str, str], tmp_path: Path
+) -> None:
     arguments = ["--shard-mb", SHARD_MB, "--whole-index", "100"]  # train has 420 samples, val 60
     assert run(folder, tmp_path / "whole", *arguments) == 0
     store = LocalStore(tmp_path / "killed")
@@ -159,11 +166,18 @@ def test_an_index_for_each_shard_outlives_kills(folder: Path, unbroken: dict[str
     made = content(store)
     assert made == content(LocalStore(tmp_path / "whole")) and made.keys() == named(store)
     other = {"train/index.parquet", "manifest.json"}
-    assert {name: made[name] for name in unbroken.keys() - other} == {n: unbroken[n] for n in unbroken.keys() - other}
+    assert {name: made[name] for name in unbroken.keys() - other} == {
+        n: unbroken[n] for n in unbroken.keys() - other
+    }
     dataset, before = Dataset.open(store.url), Dataset.open(str(folder.parent / "unbroken"))
     assert dataset.fingerprint == before.fingerprint and not [*verify(dataset)]
-    tables = [pq.read_table(tmp_path / "killed" / each.name) for each in dataset.manifest.split("train").indexes]
-    assert pa.concat_tables(tables).equals(pq.read_table(folder.parent / "unbroken" / "train" / "index.parquet"))
+    tables = [
+        pq.read_table(tmp_path / "killed" / each.name)
+        for each in dataset.manifest.split("train").indexes
+    ]
+    assert pa.concat_tables(tables).equals(
+        pq.read_table(folder.parent / "unbroken" / "train" / "index.parquet")
+    )
 
 
 def test_the_s3_server_is_killed(
@@ -195,8 +209,13 @@ def below(pid: int) -> set[int]:
 
 
 def test_workers_die_with_their_parent(folder: Path, tmp_path: Path) -> None:
-    process, found = start(folder, tmp_path / "out", "--shard-mb", SHARD_MB, "--processes", "2"), set[int]()
-    while process.poll() is None and len(found) < 4:  # two workers, what they fork from, and a resource tracker
+    process, found = (
+        start(folder, tmp_path / "out", "--shard-mb", SHARD_MB, "--processes", "2"),
+        set[int](),
+    )
+    while (
+        process.poll() is None and len(found) < 4
+    ):  # two workers, what they fork from, and a resource tracker
         found |= below(process.pid)
     process.kill()
     process.wait()
@@ -216,7 +235,11 @@ def test_other_settings_are_refused_unless_overwritten(
     assert "complete already" in capsys.readouterr().out
     assert run(folder, s3_url, "--shard-mb", "0.03", "--seed", "5") == 2
     error = capsys.readouterr().err
-    assert "seed was 0, is now 5" in error and "shard_bytes was 20971, is now 31457" in error and "--overwrite" in error
+    assert (
+        "seed was 0, is now 5" in error
+        and "shard_bytes was 20971, is now 31457" in error
+        and "--overwrite" in error
+    )
     assert content(store) == before
     store.write("train/mine.txt", b"not ours to remove")
     assert run(folder, s3_url, "--shard-mb", "0.03", "--overwrite") == 0
@@ -225,11 +248,16 @@ def test_other_settings_are_refused_unless_overwritten(
 
 
 def test_an_unfinished_conversion_refuses_another_source(
-    folder: Path, tmp_path: Path, s3_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    s3_url: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, real = Path(shutil.copytree(folder, tmp_path / "folder")), pack.make_shard
     monkeypatch.setattr(
-        "wds_train.conversion.executors.make_shard", lambda task: real(task) if task.number < 5 else 1 / 0
+        "wds_train.conversion.executors.make_shard",
+        lambda task: real(task) if task.number < 5 else 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         run(folder, s3_url, "--shard-mb", SHARD_MB)
@@ -256,16 +284,22 @@ def test_processes_and_places_do_not_matter(
     assert other["train/shard-000000.tar"] != unbroken["train/shard-000000.tar"]
 
 
-def test_a_dask_cluster_makes_the_same_shards(folder: Path, unbroken: dict[str, str], tmp_path: Path) -> None:
+def test_a_dask_cluster_makes_the_same_shards(
+    folder: Path, unbroken: dict[str, str], tmp_path: Path
+) -> None:
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None, host="127.0.0.1") as cluster:
+    with LocalCluster(
+        n_workers=1, threads_per_worker=2, dashboard_address=None, host="127.0.0.1"
+    ) as cluster:
         address = cluster.scheduler_address.replace("tcp://", "dask://")
         assert run(folder, tmp_path / "out", "--shard-mb", SHARD_MB, "--executor", address) == 0
     assert content(LocalStore(tmp_path / "out")) == unbroken
 
 
-def test_executor_addresses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_executor_addresses(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(folder, tmp_path / "out", "--executor", "ray://x") == 2
     assert "'ray://x' is not of the form dask://HOST:PORT" in capsys.readouterr().err
 
@@ -276,7 +310,11 @@ def test_shards_are_of_equal_size_and_below_the_limit(unbroken_at: Path) -> None
 
 
 def test_headers_are_tarfile_s_own() -> None:
-    for name, size in ((b"a.cls", 1), (b"n01440764/n01440764_10026.jpg", 123_456), (b"x" * 100, (8 << 30) - 1)):
+    for name, size in (
+        (b"a.cls", 1),
+        (b"n01440764/n01440764_10026.jpg", 123_456),
+        (b"x" * 100, (8 << 30) - 1),
+    ):
         info = tarfile.TarInfo(name.decode())
         info.size = size
         assert shard_format._ustar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
@@ -291,11 +329,17 @@ def test_samples_are_shuffled_over_the_whole_source(unbroken_at: Path) -> None:
 def test_stock_tools_read_the_output(unbroken_at: Path) -> None:
     out = unbroken_at
     shard = out / "train" / "shard-000000.tar"
-    listing = subprocess.run(["tar", "tf", str(shard)], capture_output=True, text=True, check=True).stdout.split()
+    listing = subprocess.run(
+        ["tar", "tf", str(shard)], capture_output=True, text=True, check=True
+    ).stdout.split()
     index = pandas.read_parquet(out / "train" / "index.parquet")
     first = index[index.shard == 0]
     assert listing == [f"{key}.{extension}" for key in first.key for extension in ("cls", "jpg")]
-    stock = webdataset.WebDataset(str(shard), shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "cls")
+    stock = (
+        webdataset.WebDataset(str(shard), shardshuffle=False)
+        .decode("pil")
+        .to_tuple("__key__", "jpg", "cls")
+    )
     read = [(key, image.size, label) for key, image, label in stock]
     assert read == [(row.key, (row.width, row.height), row.label) for row in first.itertuples()]
     with tarfile.open(shard) as tar:
@@ -304,11 +348,16 @@ def test_stock_tools_read_the_output(unbroken_at: Path) -> None:
     assert shard.read_bytes()[rows.data_offset :][: rows.data_length][:3] == b"\xff\xd8\xff"
 
 
-def test_images_larger_than_asked_are_encoded_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_larger_than_asked_are_encoded_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = layouts.image_folder(tmp_path / "folder", layouts.small_tree())
     assert run(folder, tmp_path / "out", "--resize-shorter", "80", "--quality", "90") == 0
     reader = Dataset.open(str(tmp_path / "out")).split("train")
-    sources = {path.relative_to(folder / "train").with_suffix("").as_posix(): path for path in folder.glob("train/*/*")}
+    sources = {
+        path.relative_to(folder / "train").with_suffix("").as_posix(): path
+        for path in folder.glob("train/*/*")
+    }
     altered = 0
     for n in range(len(reader)):
         original = sources[reader.index.key_of(n)].read_bytes()
@@ -337,7 +386,9 @@ def test_policy_upright_and_colours() -> None:
     assert np.abs(np.asarray(image, dtype=float) - turned).mean() < 12
 
 
-def test_an_upload_that_does_not_hold_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_does_not_hold_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = LocalStore(tmp_path / "out")
     monkeypatch.setattr(LocalStore, "head", lambda *_: (5, "other"))
     with pytest.raises(StoreError, match=r"train/x\.tar is not what was uploaded"):
@@ -351,11 +402,15 @@ def test_large_shards_go_in_parts_and_leave_none_behind(
     assert isinstance(store, S3Store)
     where = {"Bucket": store.bucket, "Key": f"{store.prefix}/train/shard-000000.tar"}
     upload = store.client.create_multipart_upload(**where)["UploadId"]  # type: ignore[arg-type]
-    store.client.upload_part(**where, UploadId=upload, PartNumber=1, Body=b"left by a killed conversion")  # type: ignore[arg-type]
+    store.client.upload_part(
+        **where, UploadId=upload, PartNumber=1, Body=b"left by a killed conversion"
+    )  # type: ignore[arg-type]
     monkeypatch.setattr("wds_train.storage.s3_write.PART_BYTES", 5 << 20)
     body = random.Random(1).randbytes(12 << 20)
     tag = store.write("big", body)
-    assert tag.endswith('-3"') and store.read("big") == body and store.head("big") == (len(body), tag)
+    assert (
+        tag.endswith('-3"') and store.read("big") == body and store.head("big") == (len(body), tag)
+    )
     store.delete("big")
     assert run(folder, s3_url, "--shard-mb", SHARD_MB) == 0
     assert content(store) == unbroken
@@ -370,7 +425,9 @@ def large(tmp_path: Path) -> Path:
         (source / label).mkdir(parents=True)
     for n in range(66):
         photo = layouts.photos()[n % 24]
-        (source / "ab"[n % 2] / f"{n:02d}.jpg").write_bytes(photo + noise.randbytes((1 << 20) - len(photo)))
+        (source / "ab"[n % 2] / f"{n:02d}.jpg").write_bytes(
+            photo + noise.randbytes((1 << 20) - len(photo))
+        )
     return source
 
 
@@ -394,16 +451,26 @@ def test_killed_between_the_parts_of_an_upload(
     assert sum(name.endswith(".tar") for name in unbroken) == 2
     store, seen = open_store(s3_url), set[str]()
     assert isinstance(store, S3Store)
-    for processes, refused in (("1", 2), ("2", 1), ("2", 3)):  # without one of its three parts no upload ends
-        fault = fault_proxy.fail("status", method="PUT", key="shard-", query=f"partNumber={refused}", times=1e9)
-        process = start(large, s3_url, "--shard-mb", "36", "--hold-out", "0", "--processes", processes)
+    for processes, refused in (
+        ("1", 2),
+        ("2", 1),
+        ("2", 3),
+    ):  # without one of its three parts no upload ends
+        fault = fault_proxy.fail(
+            "status", method="PUT", key="shard-", query=f"partNumber={refused}", times=1e9
+        )
+        process = start(
+            large, s3_url, "--shard-mb", "36", "--hold-out", "0", "--processes", processes
+        )
         while process.poll() is None and not any(
             parts for upload, parts in parts_under_way(store).items() if upload not in seen
         ):
             time.sleep(0.005)
         process.kill()
         process.wait()
-        left = {upload: parts for upload, parts in parts_under_way(store).items() if upload not in seen}
+        left = {
+            upload: parts for upload, parts in parts_under_way(store).items() if upload not in seen
+        }
         assert any(0 < parts < 3 for parts in left.values()), "it was not killed within an upload"
         seen |= left.keys()
         fault.times = 0
@@ -455,11 +522,16 @@ def test_the_answer_to_an_upload_is_lost(
 
 def peak_memory(source: Path, out: str) -> float:
     """The most resident memory in MiB that a conversion with two processes had: the sum of all its processes' peaks."""
-    process, peaks = start(source, out, "--shard-mb", "4", "--processes", "2", "--hold-out", "0"), dict[int, int]()
+    process, peaks = (
+        start(source, out, "--shard-mb", "4", "--processes", "2", "--hold-out", "0"),
+        dict[int, int](),
+    )
     while process.poll() is None:
         for pid in {process.pid} | below(process.pid):
             with contextlib.suppress(OSError, IndexError):  # it has ended
-                peaks[pid] = int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0])
+                peaks[pid] = int(
+                    Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]
+                )
         time.sleep(0.005)
     assert process.returncode == 0
     return sum(peaks.values()) / 1024
@@ -485,7 +557,9 @@ def test_pandas_stays_out_of_conversions(tmp_path: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def test_dry_run_writes_nothing(folder: Path, s3_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_writes_nothing(
+    folder: Path, s3_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(folder, s3_url, "--shard-mb", SHARD_MB, "--dry-run") == 0
     output = capsys.readouterr().out
     assert "train: 420 samples" in output and "val: 60 samples" in output and "a month" in output
@@ -493,9 +567,12 @@ def test_dry_run_writes_nothing(folder: Path, s3_url: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "flag", ["--hold-out", "--shard-mb", "--processes", "--quality", "--resize-shorter", "--max-bad"]
+    "flag",
+    ["--hold-out", "--shard-mb", "--processes", "--quality", "--resize-shorter", "--max-bad"],
 )
-def test_settings_that_cannot_work(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_cannot_work(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before, sys.argv = sys.argv, ["make_shards", "digits", str(tmp_path / "out"), flag, "-3"]
     try:
         assert main() == 2
@@ -506,7 +583,10 @@ def test_settings_that_cannot_work(flag: str, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_no_space(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -534,7 +614,10 @@ def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert run("digits", tmp_path / name) == 0
     assert content(LocalStore(tmp_path / "a")) == content(LocalStore(tmp_path / "b"))
     made = Dataset.open(str(tmp_path / "a")).manifest
-    assert {name: split.samples for name, split in made.splits.items()} == {"train": 1437, "val": 360}
+    assert {name: split.samples for name, split in made.splits.items()} == {
+        "train": 1437,
+        "val": 360,
+    }
     assert [entry.id for entry in made.classes] == [str(n) for n in range(10)]
     table = pq.read_table(tmp_path / "a" / "train" / "index.parquet")
     assert set(table["width"].to_pylist()) == set(table["height"].to_pylist()) == {32}

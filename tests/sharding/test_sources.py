@@ -56,7 +56,10 @@ def samples(dataset: Path) -> dict[str, Counter[tuple[str, str]]]:
     for split in opened.manifest.splits:
         reader = opened.split(split)
         content[split] = Counter(
-            (opened.manifest.classes[reader.index.label[n]].id, hashlib.sha256(_image(reader, n)).hexdigest())
+            (
+                opened.manifest.classes[reader.index.label[n]].id,
+                hashlib.sha256(_image(reader, n)).hexdigest(),
+            )
             for n in range(len(reader))
         )
     return content
@@ -71,7 +74,9 @@ def _image(reader, n: int) -> memoryview:  # type: ignore[no-untyped-def]
 def expected(tree: layouts.Tree) -> dict[str, Counter[tuple[str, str]]]:
     return {
         split: Counter(
-            (wnid, hashlib.sha256(data).hexdigest()) for wnid, images in classes.items() for _, data in images
+            (wnid, hashlib.sha256(data).hexdigest())
+            for wnid, images in classes.items()
+            for _, data in images
         )
         for split, classes in tree.items()
     }
@@ -83,7 +88,9 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_ends_in_the_same_samples(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_layout_ends_in_the_same_samples(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tree = layouts.small_tree()
     root = getattr(layouts, layout)(tmp_path / "source", tree)
     output = convert(capsys, root, tmp_path / "out", "--shard-mb", "0.03")
@@ -91,10 +98,15 @@ def test_every_layout_ends_in_the_same_samples(layout: str, tmp_path: Path, caps
     found, wanted = samples(tmp_path / "out"), expected(tree)
     if layout == "webdataset":  # labels are all that its tars hold
         classes = {str(label): wnid for label, wnid in enumerate(layouts.WNIDS)}
-        found = {s: Counter({(classes[c], sha): n for (c, sha), n in rows.items()}) for s, rows in found.items()}
+        found = {
+            s: Counter({(classes[c], sha): n for (c, sha), n in rows.items()})
+            for s, rows in found.items()
+        }
     assert found == wanted
     assert len(Dataset.open(str(tmp_path / "out")).manifest.split("train").shards) > 1
-    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()], "the spool was left behind"
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()], (
+        "the spool was left behind"
+    )
 
 
 @pytest.mark.parametrize("layout", ["ilsvrc", "parquet"])
@@ -102,8 +114,16 @@ def test_imagenette_is_the_same_through_three_layouts(
     layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree = layouts.imagenette()
-    convert(capsys, layouts.image_folder(tmp_path / "folder", tree), tmp_path / "a", "--shard-mb", "20")
-    convert(capsys, getattr(layouts, layout)(tmp_path / layout, tree), tmp_path / "b", "--shard-mb", "20")
+    convert(
+        capsys, layouts.image_folder(tmp_path / "folder", tree), tmp_path / "a", "--shard-mb", "20"
+    )
+    convert(
+        capsys,
+        getattr(layouts, layout)(tmp_path / layout, tree),
+        tmp_path / "b",
+        "--shard-mb",
+        "20",
+    )
     found = samples(tmp_path / "a")
     assert {split: rows.total() for split, rows in found.items()} == {"train": 9_469, "val": 3_925}
     assert found == samples(tmp_path / "b") == expected(tree)
@@ -114,12 +134,18 @@ def test_classes_have_their_human_names(tmp_path: Path, capsys: pytest.CaptureFi
     convert(capsys, layouts.image_folder(tmp_path / "folder", tree), tmp_path / "a")
     convert(capsys, layouts.ilsvrc(tmp_path / "tars", tree), tmp_path / "b")
     convert(capsys, layouts.kaggle(tmp_path / "kaggle", tree), tmp_path / "c")
-    named = [{c.id: c.name for c in Dataset.open(str(tmp_path / n)).manifest.classes} for n in "abc"]
+    named = [
+        {c.id: c.name for c in Dataset.open(str(tmp_path / n)).manifest.classes} for n in "abc"
+    ]
     assert named[0]["n01440764"] == "tench, Tinca tinca"  # from timm's table
-    assert named[1] == named[2] == {wnid: f"words of {wnid}" for wnid in layouts.WNIDS}  # from the source itself
+    assert (
+        named[1] == named[2] == {wnid: f"words of {wnid}" for wnid in layouts.WNIDS}
+    )  # from the source itself
 
 
-def test_ilsvrc_takes_a_plain_ground_truth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ilsvrc_takes_a_plain_ground_truth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tree = layouts.small_tree()
     root = layouts.ilsvrc(tmp_path / "tars", tree, devkit=False)
     code, output = conversion(capsys, root, tmp_path / "out")
@@ -134,7 +160,9 @@ def test_ilsvrc_takes_a_plain_ground_truth(tmp_path: Path, capsys: pytest.Captur
     assert samples(tmp_path / "out") == expected(tree)
 
 
-def test_a_stream_larger_than_the_spool_is_read_in_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stream_larger_than_the_spool_is_read_in_passes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Same bytes whatever the spool holds; and it never holds more than its limit."""
     root = layouts.parquet(tmp_path / "parquet", layouts.small_tree())
     convert(capsys, root, tmp_path / "all", "--shard-mb", "0.01")
@@ -143,7 +171,8 @@ def test_a_stream_larger_than_the_spool_is_read_in_passes(tmp_path: Path, capsys
         source = open_source(str(root), spool)
         assert source.stream is not None
         conversion = Conversion(
-            Plan(source, Options(shard_bytes=int(0.01 * (1 << 20)))), LocalStore(tmp_path / "passes")
+            Plan(source, Options(shard_bytes=int(0.01 * (1 << 20)))),
+            LocalStore(tmp_path / "passes"),
         )
         done, windows = conversion.begin(overwrite=False), 0
         assert done == []
@@ -157,7 +186,9 @@ def test_a_stream_larger_than_the_spool_is_read_in_passes(tmp_path: Path, capsys
     assert whole == passes
 
 
-def test_a_shard_that_no_spool_could_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_that_no_spool_could_hold_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = layouts.parquet(tmp_path / "parquet", layouts.small_tree())
     code, output = conversion(capsys, root, tmp_path / "out", "--spool-gb", "0.00001")
     assert code == 2 and "the spool holds 10000" in output
@@ -169,35 +200,56 @@ def test_hub_datasets_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
     tree = layouts.small_tree()
     root = layouts.parquet(tmp_path / "parquet", tree)
-    files = {split: str(root / f"data/{split}-00000-of-00001.parquet") for split in ("train", "validation")}
-    splits = datasets.load_dataset("parquet", data_files=files, streaming=True, cache_dir=str(tmp_path / "cache"))
+    files = {
+        split: str(root / f"data/{split}-00000-of-00001.parquet")
+        for split in ("train", "validation")
+    }
+    splits = datasets.load_dataset(
+        "parquet", data_files=files, streaming=True, cache_dir=str(tmp_path / "cache")
+    )
     with Spool(tmp_path / "spool", "x") as spool:
         source = huggingface.from_iterable("some/id", splits, spool)
         conversion = Conversion(Plan(source, Options()), LocalStore(tmp_path / "out"))
         conversion.begin(overwrite=False)
-        conversion.finish([make_shard(task) for window in conversion.tasks(set()) for task in window])
+        conversion.finish(
+            [make_shard(task) for window in conversion.tasks(set()) for task in window]
+        )
     assert samples(tmp_path / "out") == expected(tree)
     assert Dataset.open(str(tmp_path / "out")).manifest.source == "huggingface some/id"
 
 
-def test_torchvision_imagenette_takes_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torchvision_imagenette_takes_the_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tree = layouts.small_tree()
-    layouts.image_folder(tmp_path / "home" / "torchvision" / "imagenette2", tree)  # where torchvision puts the download
+    layouts.image_folder(
+        tmp_path / "home" / "torchvision" / "imagenette2", tree
+    )  # where torchvision puts the download
     convert(capsys, "torchvision:Imagenette", tmp_path / "out")
     assert samples(tmp_path / "out") == expected(tree)
     names = [entry.name for entry in Dataset.open(str(tmp_path / "out")).manifest.classes]
-    assert names == ["tench, Tinca tinca", "English springer, English springer spaniel", "church, church building"]
+    assert names == [
+        "tench, Tinca tinca",
+        "English springer, English springer spaniel",
+        "church, church building",
+    ]
 
 
-def test_torchvision_images_in_memory_become_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_images_in_memory_become_png(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CIFAR's own archive cannot be fetched here: a dataset of its shape stands in for it."""
-    images = [Image.open(io.BytesIO(data)).convert("RGB").resize((32, 32)) for data in layouts.photos()]
+    images = [
+        Image.open(io.BytesIO(data)).convert("RGB").resize((32, 32)) for data in layouts.photos()
+    ]
 
     class Cifar:
         classes = ("airplane", "automobile")
 
         def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
-            self.rows = [(image, n % 2) for n, image in enumerate(images[:16] if train else images[16:])]
+            self.rows = [
+                (image, n % 2) for n, image in enumerate(images[:16] if train else images[16:])
+            ]
 
         def __len__(self) -> int:
             return len(self.rows)
@@ -209,17 +261,23 @@ def test_torchvision_images_in_memory_become_png(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(datasets, "CIFAR10", Cifar)
     with Spool(tmp_path / "spool", "x") as spool:
-        source = torchvision_source.torchvision("CIFAR10", tmp_path, spool)
-        assert {split: table.num_rows for split, table in source.splits.items()} == {"train": 16, "test": 8}
+        source = torchvision_source.open_torchvision("CIFAR10", tmp_path, spool)
+        assert {split: table.num_rows for split, table in source.splits.items()} == {
+            "train": 16,
+            "test": 8,
+        }
         row = source.splits["train"].to_pylist()[3]
         data = read_bytes(row["path"], row["offset"], row["length"])
         assert Image.open(io.BytesIO(data)).tobytes() == images[3].tobytes()
         with pytest.raises(UsageError, match="'Nothing'"):
-            torchvision_source.torchvision("Nothing", tmp_path, spool)
+            torchvision_source.open_torchvision("Nothing", tmp_path, spool)
 
 
 def test_recognise_and_name() -> None:
-    assert [name_of(a) for a in ("digits", "hf:ILSVRC/imagenet-1k", "hf:a/b:c", "torchvision:CIFAR10", "wds:/x/y")] == [
+    assert [
+        name_of(a)
+        for a in ("digits", "hf:ILSVRC/imagenet-1k", "hf:a/b:c", "torchvision:CIFAR10", "wds:/x/y")
+    ] == [
         "digits",
         "imagenet-1k",
         "b",
@@ -231,9 +289,7 @@ def test_recognise_and_name() -> None:
 # Bad input.
 
 
-GIF = (
-    b"GIF89a\x01\x00\x01\x00\x80\x00\x00\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;"
-)
+GIF = b"GIF89a\x01\x00\x01\x00\x80\x00\x00\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;"
 
 
 def _png_header(width: int, height: int) -> bytes:
@@ -241,7 +297,8 @@ def _png_header(width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     rest = b"IDAT" + b"\0" * 8
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (header, rest)
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
+        for part in (header, rest)
     )
 
 
@@ -287,7 +344,9 @@ def test_bad_files_stop_the_conversion_or_are_counted(
     assert str(bad) in report and "left out" in report
 
 
-def test_truncated_images_are_found_by_full_verification(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_images_are_found_by_full_verification(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = folder / "val" / layouts.WNIDS[0] / "cut.jpg"
     bad.write_bytes(layouts.photos()[0][:-40])
     assert str(bad) in fails(capsys, folder, "--verify", "full")
@@ -314,7 +373,9 @@ def test_oddities_are_kept_and_listed(folder: Path, capsys: pytest.CaptureFixtur
         assert f"{layouts.WNIDS[0]}/really_png.png" in tar.getnames()
 
 
-def test_samples_of_one_name_get_keys_of_their_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_of_one_name_get_keys_of_their_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = next((folder / "train" / layouts.WNIDS[0]).iterdir())
     first.with_suffix(".png").write_bytes(first.read_bytes())
     convert(capsys, folder, folder.parent / "out")
@@ -324,7 +385,9 @@ def test_samples_of_one_name_get_keys_of_their_own(folder: Path, capsys: pytest.
     assert reader.index.key.to_pylist().count(keys[0]) == 1
 
 
-def test_classes_must_have_images_and_be_in_train(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_must_have_images_and_be_in_train(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "train" / "n09999999").mkdir()
     assert "n09999999 holds no images" in fails(capsys, folder)
     (folder / "train" / "n09999999").rmdir()
@@ -339,7 +402,15 @@ def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_names_of_all_kinds_become_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    odd = ["a b.jpg", "a.b.jpg", "a_b.jpg", "äß 猫.jpg", "x" * 120 + ".jpg", "UPPER.JPG", "sub/deep/file.jpeg"]
+    odd = [
+        "a b.jpg",
+        "a.b.jpg",
+        "a_b.jpg",
+        "äß 猫.jpg",
+        "x" * 120 + ".jpg",
+        "UPPER.JPG",
+        "sub/deep/file.jpeg",
+    ]
     place = folder / "train" / layouts.WNIDS[0]
     for name in odd:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -361,13 +432,28 @@ def test_a_name_that_is_no_utf8_is_named(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_keys_differ_where_names_do() -> None:
-    names = ["a b", "a_b", "a.b", "a-b", "a/b", "a//b", "ä", "ö", "", "x" * 200, "x" * 201, "/".join("y" * 60)]
+    names = [
+        "a b",
+        "a_b",
+        "a.b",
+        "a-b",
+        "a/b",
+        "a//b",
+        "ä",
+        "ö",
+        "",
+        "x" * 200,
+        "x" * 201,
+        "/".join("y" * 60),
+    ]
     keys = [key_of("class", name) for name in names]
     assert len(set(keys)) == len(names)
     assert all(KEY.fullmatch(key) and len(key) <= KEY_LENGTH for key in keys), keys
 
 
-def test_links_are_followed_and_loops_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_are_followed_and_loops_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = folder / "train" / layouts.WNIDS[0]
     outside = folder.parent / "elsewhere.jpg"
     outside.write_bytes(layouts.photos()[7])
@@ -383,8 +469,12 @@ def test_links_are_followed_and_loops_refused(folder: Path, capsys: pytest.Captu
     assert code == 1 and "is a link to a folder that holds it" in output
 
 
-def test_system_litter_is_ignored_but_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for place, name in zip(layouts.WNIDS * 2, (".DS_Store", ".DS_Store", "Thumbs.db"), strict=False):
+def test_system_litter_is_ignored_but_listed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, name in zip(
+        layouts.WNIDS * 2, (".DS_Store", ".DS_Store", "Thumbs.db"), strict=False
+    ):
         (folder / "train" / place / name).write_bytes(b"x")
     (folder / "train" / "README.md").write_text("hello")
     output = convert(capsys, folder, folder.parent / "out")
@@ -401,12 +491,17 @@ def test_no_permission(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "no permission to list" in fails(capsys, folder)
 
 
-def test_no_permission_is_named_whoever_runs_the_tests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_permission_is_named_whoever_runs_the_tests(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "x")
 
     monkeypatch.setattr(os, "scandir", denied)
-    with Spool(folder.parent, "x") as spool, pytest.raises(AccessDenied, match=f"no permission to list {folder}"):
+    with (
+        Spool(folder.parent, "x") as spool,
+        pytest.raises(AccessDenied, match=f"no permission to list {folder}"),
+    ):
         open_source(str(folder), spool, "imagefolder")
 
 
@@ -417,9 +512,13 @@ def test_no_permission_for_an_image_or_a_tar(monkeypatch: pytest.MonkeyPatch) ->
         path.write_bytes(layouts.photos()[0])
         path.chmod(0)
         with unprivileged():
-            with pytest.raises(AccessDenied, match=f"no permission to read {path}; check its owner and mode"):
+            with pytest.raises(
+                AccessDenied, match=f"no permission to read {path}; check its owner and mode"
+            ):
                 read_bytes(str(path), 0, 1)
-            with pytest.raises(AccessDenied, match=f"no permission to read {path}; check its owner and mode"):
+            with pytest.raises(
+                AccessDenied, match=f"no permission to read {path}; check its owner and mode"
+            ):
                 list(tar_members(path))
 
 
@@ -444,10 +543,14 @@ def test_classes_that_train_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[
     root = layouts.kaggle(tmp_path / "kaggle", tree)
     solution = root / "LOC_val_solution.csv"
     solution.write_text(solution.read_text().replace(",n01440764", ",n09999999"))
-    assert "the LOC_val_solution.csv names the class 'n09999999', which train lacks" in fails(capsys, root)
+    assert "the LOC_val_solution.csv names the class 'n09999999', which train lacks" in fails(
+        capsys, root
+    )
 
 
-def test_kaggle_images_and_lines_that_have_no_counterpart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kaggle_images_and_lines_that_have_no_counterpart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = layouts.kaggle(tmp_path / "kaggle", layouts.small_tree())
     val = root / "ILSVRC" / "Data" / "CLS-LOC" / "val"
     (val / "ILSVRC2012_val_00000001.JPEG").rename(val / "unknown.JPEG")
@@ -461,10 +564,19 @@ def test_kaggle_images_and_lines_that_have_no_counterpart(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
-        ("Image,Label\nILSVRC2012_val_00000001,n01440764\n", "its columns are ImageId and PredictionString"),
+        (
+            "Image,Label\nILSVRC2012_val_00000001,n01440764\n",
+            "its columns are ImageId and PredictionString",
+        ),
         ("", "its columns are ImageId and PredictionString|names it|does not name it"),
-        ("ImageId,PredictionString\nILSVRC2012_val_00000001,\n", "names no class for ILSVRC2012_val_00000001"),
-        ("ImageId,PredictionString\nILSVRC2012_val_00000001\n", "its columns are ImageId and PredictionString"),
+        (
+            "ImageId,PredictionString\nILSVRC2012_val_00000001,\n",
+            "names no class for ILSVRC2012_val_00000001",
+        ),
+        (
+            "ImageId,PredictionString\nILSVRC2012_val_00000001\n",
+            "its columns are ImageId and PredictionString",
+        ),
         ("ImageId,PredictionString\nILSVRC2012_val_00000001,'\x00\n", "LOC_val_solution.csv"),
     ],
 )
@@ -476,29 +588,45 @@ def test_kaggle_solutions_that_are_none(
     assert re.search(cause, fails(capsys, root))
 
 
-@pytest.mark.parametrize("number", [b"x", b"9999", b"-1", b"1.5", "²".encode(), b"9" * 5000, b"\xe9"])
-def test_a_devkits_truth_that_is_no_number(number: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "number", [b"x", b"9999", b"-1", b"1.5", "²".encode(), b"9" * 5000, b"\xe9"]
+)
+def test_a_devkits_truth_that_is_no_number(
+    number: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = layouts.ilsvrc(tmp_path / "tars", layouts.small_tree())
     (root / "ILSVRC2012_validation_ground_truth.txt").write_bytes(b"\n".join([b"1"] * 8 + [number]))
-    assert f"the ground truth holds the id '{number[:40].decode(errors='replace')}'" in fails(capsys, root)
+    assert f"the ground truth holds the id '{number[:40].decode(errors='replace')}'" in fails(
+        capsys, root
+    )
 
 
-def test_one_key_in_several_tars_and_twice_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_key_in_several_tars_and_twice_in_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     twice = tmp_path / "twice"
     twice.mkdir()
     for number, name in enumerate(("one.tar", "two.tar")):
         photos = layouts.photos()[2 * number : 2 * number + 2]
         pairs = [
-            [(tarfile.TarInfo("a.cls"), b"%d" % n), (tarfile.TarInfo("a.jpg"), photo)] for n, photo in enumerate(photos)
+            [(tarfile.TarInfo("a.cls"), b"%d" % n), (tarfile.TarInfo("a.jpg"), photo)]
+            for n, photo in enumerate(photos)
         ]
         _tar(twice / name, [member for pair in pairs for member in pair])
     convert(capsys, twice, tmp_path / "out", "--hold-out", "0")
     reader = Dataset.open(str(tmp_path / "out")).split("train")
-    assert len({*reader.index.key.to_pylist()}) == 4 and sorted(reader.index.label.tolist()) == [0, 0, 1, 1]
+    assert len({*reader.index.key.to_pylist()}) == 4 and sorted(reader.index.label.tolist()) == [
+        0,
+        0,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("layout", ["save_to_disk", "parquet"])
-def test_images_that_are_missing_in_a_table(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_are_missing_in_a_table(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tree = layouts.small_tree()
     tree["train"][layouts.WNIDS[0]][2] = ("gone.JPEG", b"")
     root = getattr(layouts, layout)(tmp_path / layout, tree)
@@ -506,7 +634,9 @@ def test_images_that_are_missing_in_a_table(layout: str, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("layout", ["flat", "parquet", "streamed"])
-def test_a_share_is_held_out(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_share_is_held_out(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tree: layouts.Tree = {"train": layouts.small_tree()["train"]}
     tree["train"]["n09999999"] = [("only.jpg", layouts.photos()[23])]
     root = layouts.image_folder(tmp_path / "folder", tree) / "train"
@@ -517,7 +647,9 @@ def test_a_share_is_held_out(layout: str, tmp_path: Path, capsys: pytest.Capture
     output = convert(capsys, root, tmp_path / "none", "--hold-out", "0")
     assert "there is no val split, which training needs: --hold-out 0.1" in output
     assert samples(tmp_path / "none").keys() == {"train"}
-    assert "val is 10% of each class of train, held out" in convert(capsys, root, tmp_path / "usual")
+    assert "val is 10% of each class of train, held out" in convert(
+        capsys, root, tmp_path / "usual"
+    )
     assert Dataset.open(str(tmp_path / "usual")).manifest.conversion["hold_out"] == 0.1
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         output = convert(capsys, root, tmp_path / name, *arguments, "--seed", seed)
@@ -525,7 +657,9 @@ def test_a_share_is_held_out(layout: str, tmp_path: Path, capsys: pytest.Capture
     found = samples(tmp_path / "a")
     assert found["train"] + found["val"] == expected(tree)["train"]
     by_class = Counter(wnid for wnid, _ in found["val"].elements())
-    assert by_class == dict.fromkeys(layouts.WNIDS, 2)  # of five; the only one of a class is for training
+    assert by_class == dict.fromkeys(
+        layouts.WNIDS, 2
+    )  # of five; the only one of a class is for training
     assert samples(tmp_path / "b") == samples(tmp_path / "c") == found
     made = Dataset.open(str(tmp_path / "a")).manifest
     assert made == Dataset.open(str(tmp_path / "b")).manifest and made.conversion["hold_out"] == 0.4
@@ -533,7 +667,9 @@ def test_a_share_is_held_out(layout: str, tmp_path: Path, capsys: pytest.Capture
     assert code == 2 and "hold_out was 0.4, is now 0.1" in output
 
 
-def test_nothing_is_held_out_of_a_source_with_val(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_held_out_of_a_source_with_val(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "folder has train, val: nothing can be held out; leave --hold-out away" in fails(
         capsys, folder, "--hold-out", "0.1"
     )
@@ -617,7 +753,10 @@ def test_hostile_members_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
     ("damage", "cause"),
     [
         (lambda data: data[:2000], "in the middle of"),
-        (lambda data: data.rstrip(b"\0") + bytes(600), "without the blocks that end|in the middle of"),
+        (
+            lambda data: data.rstrip(b"\0") + bytes(600),
+            "without the blocks that end|in the middle of",
+        ),
         (lambda data: data[:3] + b"\xff" + data[4:], "the tar header at byte 0 is damaged"),
         (gzip.compress, "compressed with gzip"),
         (lambda data: data + data, "more follows the end"),
@@ -639,7 +778,9 @@ def test_sources_change_under_the_conversion(folder: Path) -> None:
     path = next((folder / "train" / layouts.WNIDS[0]).iterdir())
     os.utime(path, (1, 1))
     with Spool(folder.parent, "x") as spool:
-        assert open_source(str(folder), spool).digest() != before, "a file of the same size was replaced unseen"
+        assert open_source(str(folder), spool).digest() != before, (
+            "a file of the same size was replaced unseen"
+        )
     path.write_bytes(path.read_bytes()[:-5])
     conversion = Conversion(Plan(source, Options()), LocalStore(folder.parent / "out"))
     with pytest.raises(DataError, match=f"{path} ends at byte"):

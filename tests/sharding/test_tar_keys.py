@@ -77,7 +77,9 @@ def seen(out: Path, split: str = "train") -> dict[str, str]:
     for row in range(len(reader)):
         name = made.manifest.classes[reader.index.label[row]].id
         pixels = np.asarray(Image.open(io.BytesIO(reader.image(row))).convert("RGB"))
-        assert np.abs(pixels.mean((0, 1)) - COLOURS[name]).max() < 10, f"{reader.index.key_of(row)} is no {name}"
+        assert np.abs(pixels.mean((0, 1)) - COLOURS[name]).max() < 10, (
+            f"{reader.index.key_of(row)} is no {name}"
+        )
         found[reader.index.key_of(row)] = name
     return found
 
@@ -95,11 +97,20 @@ DOTTED: dict[str, tuple[list[Sample], Files]] = {
         [("3.14", "cat"), ("3.15", "dog"), ("2.7", "cat")],
         pairs([("3.14", "cat"), ("3.15", "dog"), ("2.7", "cat")]),
     ),
-    "times": (numbered("{name} 2024-01-05 10.30.4{n}"), pairs(numbered("{name} 2024-01-05 10.30.4{n}"))),
-    "sentences": (numbered("Wait... what, {name} {n}"), pairs(numbered("Wait... what, {name} {n}"))),
+    "times": (
+        numbered("{name} 2024-01-05 10.30.4{n}"),
+        pairs(numbered("{name} 2024-01-05 10.30.4{n}")),
+    ),
+    "sentences": (
+        numbered("Wait... what, {name} {n}"),
+        pairs(numbered("Wait... what, {name} {n}")),
+    ),
     "letters": (numbered("{name}.old{n}"), pairs(numbered("{name}.old{n}"))),
     "folders": (numbered("v1.2/{name}/a.{n}"), pairs(numbered("v1.2/{name}/a.{n}"))),
-    "image in the name": (numbered("all/image.{n}.{name}"), pairs(numbered("all/image.{n}.{name}"))),
+    "image in the name": (
+        numbered("all/image.{n}.{name}"),
+        pairs(numbered("all/image.{n}.{name}")),
+    ),
     "large letters": (LABELLED, pairs(LABELLED, "JPG", "CLS")),
     "JSON": (LABELLED, pairs(LABELLED, label="json")),
     "JSON named for the file": (LABELLED, pairs(LABELLED, label="jpg.json")),
@@ -109,7 +120,11 @@ DOTTED: dict[str, tuple[list[Sample], Files]] = {
         LABELLED,
         sorted(
             pairs(LABELLED)
-            + [(f"{key}.{field}", picture("cat", "PNG")) for key, _ in LABELLED for field in ("Edges.png", "dots.npy")]
+            + [
+                (f"{key}.{field}", picture("cat", "PNG"))
+                for key, _ in LABELLED
+                for field in ("Edges.png", "dots.npy")
+            ]
         ),
     ),
     "in turns": (
@@ -159,7 +174,10 @@ FIELDS: dict[str, tuple[Files, dict[str, str]]] = {
         [(name.replace(".", "/"), data) for name, data in pairs(FOUR, "image_jpg", "label_cls")],
         {"jpg": "0/image.jpg", "cls": "0/label.cls"},
     ),
-    "masks": (sorted(pairs(FOUR) + MASKS), {"cls": "0.cls", "jpg": "0.jpg", "seg.png": "0.seg.png"}),
+    "masks": (
+        sorted(pairs(FOUR) + MASKS),
+        {"cls": "0.cls", "jpg": "0.jpg", "seg.png": "0.seg.png"},
+    ),
     "masks first, of another name": (
         sorted(pairs(FOUR) + [(f"{key}.a_mask_of.png", picture("cat", "PNG")) for key, _ in FOUR]),
         {"a_mask_of.png": "0.a_mask_of.png", "cls": "0.cls", "jpg": "0.jpg"},
@@ -170,7 +188,10 @@ FIELDS: dict[str, tuple[Files, dict[str, str]]] = {
         sorted(pairs(FOUR) + [(f"{key}.coarse.cls", b"animal") for key, _ in FOUR]),
         {"cls": "0.cls", "coarse.cls": "0.coarse.cls", "jpg": "0.jpg"},
     ),
-    "labels named for the file": (pairs(FOUR, label="jpg.cls"), {"jpg": "0.jpg", "jpg.cls": "0.jpg.cls"}),
+    "labels named for the file": (
+        pairs(FOUR, label="jpg.cls"),
+        {"jpg": "0.jpg", "jpg.cls": "0.jpg.cls"},
+    ),
 }
 
 
@@ -196,20 +217,36 @@ def two(name: str, kind: str) -> Files:
 
 REFUSED: dict[str, tuple[Files, tuple[str, ...]]] = {
     "left and right": (
-        sorted(two("left.jpg", "JPEG") + two("right.jpg", "JPEG") + [(f"{k}.cls", c.encode()) for k, c in FOUR]),
+        sorted(
+            two("left.jpg", "JPEG")
+            + two("right.jpg", "JPEG")
+            + [(f"{k}.cls", c.encode()) for k, c in FOUR]
+        ),
         ("0.left.jpg", "0.right.jpg", "it holds 2 images"),
     ),
     "frames": (
-        sorted(two("0.jpg", "JPEG") + two("1.jpg", "JPEG") + [(f"{k}.cls", c.encode()) for k, c in FOUR]),
+        sorted(
+            two("0.jpg", "JPEG")
+            + two("1.jpg", "JPEG")
+            + [(f"{k}.cls", c.encode()) for k, c in FOUR]
+        ),
         ("0.0.jpg", "0.1.jpg", "it holds 2 images"),
     ),
-    "two formats": (sorted(pairs(FOUR) + two("png", "PNG")), ("0.jpg", "0.png", "it holds 2 images")),
+    "two formats": (
+        sorted(pairs(FOUR) + two("png", "PNG")),
+        ("0.jpg", "0.png", "it holds 2 images"),
+    ),
     "fine and coarse": (
-        sorted(two("jpg", "JPEG") + [(f"{k}.{c}.cls", c.encode()) for k, _ in FOUR for c in ("coarse", "fine")]),
+        sorted(
+            two("jpg", "JPEG")
+            + [(f"{k}.{c}.cls", c.encode()) for k, _ in FOUR for c in ("coarse", "fine")]
+        ),
         ("coarse in 0.coarse.cls", "fine in 0.fine.cls", "it holds several labels"),
     ),
     "with and without a mask": (
-        sorted(pairs(FOUR) + pairs([(f"{key}.mask", CLASSES[name == "cat"]) for key, name in FOUR])),
+        sorted(
+            pairs(FOUR) + pairs([(f"{key}.mask", CLASSES[name == "cat"]) for key, name in FOUR])
+        ),
         ("cat in 0.cls", "dog in 0.mask.cls", "it holds several labels"),
     ),
     "one label for many": (
@@ -223,7 +260,9 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_fits_neither_way_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fits_neither_way_is_refused(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files, told = REFUSED[kind]
     root = put(tmp_path / "mine", {"a.tar": files})
     for arguments in ((f"wds:{root}", tmp_path / "out", "--hold-out", "0"), ("index", root)):
@@ -239,23 +278,35 @@ def test_two_members_with_one_label(tmp_path: Path, capsys: pytest.CaptureFixtur
     files = [
         member
         for n, (key, name) in enumerate(FOUR)
-        for member in [(f"{key}.jpg", picture(name)), (f"{key}.a.cls", name.encode()), (f"{key}.b.cls", name.encode())]
+        for member in [
+            (f"{key}.jpg", picture(name)),
+            (f"{key}.a.cls", name.encode()),
+            (f"{key}.b.cls", name.encode()),
+        ]
     ]
     root = put(tmp_path / "mine", {"a.tar": files})
     assert conversion(capsys, f"wds:{root}", tmp_path / "out", "--hold-out", "0")[0] == 0
     assert sorted(seen(tmp_path / "out").values()) == ["cat", "cat", "dog", "dog"]
 
 
-def test_tars_of_a_source_are_read_one_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tars_of_a_source_are_read_one_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dotted, plain = pairs(LABELLED), pairs([("x", "cat"), ("y", "dog")])
     masks = sorted(pairs(FOUR) + [(f"{key}.outline.png", picture("cat", "PNG")) for key, _ in FOUR])
     mixed = put(tmp_path / "mixed", {"a.tar": plain, "b.tar": dotted, "c.tar": masks})
     for arguments in ((f"wds:{mixed}", tmp_path / "out"), ("index", mixed)):
         code, output = conversion(capsys, *arguments)
-        assert code == 1 and "b.tar" in output and "c.tar" in output and "make a dataset of each" in output, output
+        assert (
+            code == 1
+            and "b.tar" in output
+            and "c.tar" in output
+            and "make a dataset of each" in output
+        ), output
     # What has no dots, or a sample of each key alone, may lie beside either.
     fits = put(
-        tmp_path / "fits", {"a.tar": plain, "b.tar": dotted, "c.tar": pairs([("cat.9", "cat"), ("dog.9", "dog")])}
+        tmp_path / "fits",
+        {"a.tar": plain, "b.tar": dotted, "c.tar": pairs([("cat.9", "cat"), ("dog.9", "dog")])},
     )
     told = f"would see {2 + stock(fits / 'c.tar')} in these {len(LABELLED) + 2}"
     for out, arguments in (
@@ -268,7 +319,9 @@ def test_tars_of_a_source_are_read_one_way(tmp_path: Path, capsys: pytest.Captur
     assert {"cat.9", "dog.9", "x"} < {*seen(fits)}
 
 
-def test_dots_in_compressed_tars_and_members_that_lie_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dots_in_compressed_tars_and_members_that_lie_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = pairs(LABELLED)
     apart = files[::2] + files[1::2]
     for name, members in (("a.tar.gz", files), ("b.tgz", apart), ("c.tar", apart)):
@@ -280,7 +333,9 @@ def test_dots_in_compressed_tars_and_members_that_lie_apart(tmp_path: Path, caps
     assert code == 1 and "the members of 'cat.0' do not lie side by side" in output
 
 
-def test_an_image_without_its_label_among_dots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_without_its_label_among_dots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [member for member in pairs(LABELLED) if member[0] != "cat.1.cls"]
     root = put(tmp_path / "mine", {"a.tar": files})
     for out, arguments in (
@@ -298,7 +353,10 @@ def test_an_image_without_its_label_among_dots(tmp_path: Path, capsys: pytest.Ca
 def test_an_image_without_a_label_is_no_field_of_another(
     odd: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = put(tmp_path / "mine", {"a.tar": [*pairs(FOUR)[:2], (f"{odd}.jpg", picture("dog")), *pairs(FOUR)[2:]]})
+    root = put(
+        tmp_path / "mine",
+        {"a.tar": [*pairs(FOUR)[:2], (f"{odd}.jpg", picture("dog")), *pairs(FOUR)[2:]]},
+    )
     for arguments in ((f"wds:{root}", tmp_path / "out"), ("index", root)):
         code, output = conversion(capsys, *arguments)
         assert code == 1 and f"a.tar: {odd}: no .cls or .json member with a label" in output, output
@@ -323,7 +381,8 @@ ANYTHING: dict[str, tuple[Files, dict[str, list[str]], str]] = {
         "would see 1 in these 2",
     ),
     "texts of some": (
-        spoken([f"a.{n}" for n in range(3)], "flac", "json") + spoken(["a.3"], "flac", "json", "txt"),
+        spoken([f"a.{n}" for n in range(3)], "flac", "json")
+        + spoken(["a.3"], "flac", "json", "txt"),
         {f"a.{n}": ["flac", "json"] + ["txt"] * (n == 3) for n in range(4)},
         "would see 1 in these 4",
     ),
@@ -341,7 +400,9 @@ ANYTHING: dict[str, tuple[Files, dict[str, list[str]], str]] = {
 
 
 @pytest.mark.parametrize("kind", ANYTHING)
-def test_dots_in_samples_that_hold_anything(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dots_in_samples_that_hold_anything(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files, fields, told = ANYTHING[kind]
     root = put(tmp_path / "mine", {"a.tar": files})
     code, output = conversion(capsys, "index", root, "--any")
@@ -349,7 +410,9 @@ def test_dots_in_samples_that_hold_anything(kind: str, tmp_path: Path, capsys: p
     assert ("its names have dots" in output) == bool(told)
     (loaded,) = SampleLoader(str(root), len(fields), epochs=1, workers=0)
     found = dict(zip(loaded.keys, loaded.fields, strict=True))
-    assert found == {key: {kind: f"{key} {kind}".encode() for kind in kinds} for key, kinds in fields.items()}
+    assert found == {
+        key: {kind: f"{key} {kind}".encode() for kind in kinds} for key, kinds in fields.items()
+    }
     assert wds_train(["verify", str(root)]) == 0
 
 
@@ -380,18 +443,25 @@ def test_labels_are_handed_on_as_they_are(
     """What a number is, and what is no label, is decided in one place for all sources."""
     handed: list[object] = []
     monkeypatch.setattr(
-        "wds_train.conversion.sources.tar_samples.label_text", lambda value: handed.append(value) or "one"
+        "wds_train.conversion.sources.tar_samples.label_text",
+        lambda value: handed.append(value) or "one",
     )
     (sample,) = gather(Member(f"0.{name}", "file", 0, 0, 9) for name in ("jpg", extension))
     assert (sample.label(lambda *_: text.encode()), handed) == ("one", [value])
     assert type(handed[0]) is type(value)
 
 
-def test_a_json_without_a_label_beside_another_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_json_without_a_label_beside_another_label(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [
         each
         for key, name in FOUR
-        for each in ((f"{key}.jpg", picture(name)), (f"{key}.json", b'{"width": 8}'), (f"{key}.class", name.encode()))
+        for each in (
+            (f"{key}.jpg", picture(name)),
+            (f"{key}.json", b'{"width": 8}'),
+            (f"{key}.class", name.encode()),
+        )
     ]
     root = put(tmp_path / "mine", {"a.tar": files})
     for out, arguments in (
@@ -413,7 +483,9 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("kind", WRITTEN)
-def test_labels_as_they_are_written(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_as_they_are_written(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     extension, texts, classes = WRITTEN[kind]
     files = [
         each
@@ -442,30 +514,49 @@ TWO_LABELS = {
 
 
 @pytest.mark.parametrize("kind", TWO_LABELS)
-def test_which_of_two_labels_is_used_is_said(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_which_of_two_labels_is_used_is_said(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     *labels, told = TWO_LABELS[kind]
     files = [("0.jpg", picture("cat")), *((f"0.{name}", text.encode()) for name, text in labels)]
-    files += [("1.jpg", picture("dog")), *((f"1.{name}", b"7") for name, _ in labels if name != "json")]
-    root = put(tmp_path / "mine", {"a.tar": [*files, *([("1.json", b'{"label": 7}')] if kind == "JSON first" else [])]})
+    files += [
+        ("1.jpg", picture("dog")),
+        *((f"1.{name}", b"7") for name, _ in labels if name != "json"),
+    ]
+    root = put(
+        tmp_path / "mine",
+        {"a.tar": [*files, *([("1.json", b'{"label": 7}')] if kind == "JSON first" else [])]},
+    )
     for arguments in ((f"wds:{root}", tmp_path / "out", "--hold-out", "0"), ("index", root)):
         code, output = conversion(capsys, *arguments)
-        assert code == 0 and ("samples have two labels" in output) == bool(told) and told in output, output
+        assert (
+            code == 0 and ("samples have two labels" in output) == bool(told) and told in output
+        ), output
 
 
 @pytest.mark.parametrize("extension", ["bmp", "tif", "gif"])
-def test_images_of_other_formats_are_named(extension: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_of_other_formats_are_named(
+    extension: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     kind = {"tif": "TIFF"}.get(extension, extension.upper())
     files = [
-        (name, picture("cat", kind) if name.endswith(extension) else data) for name, data in pairs(FOUR, extension)
+        (name, picture("cat", kind) if name.endswith(extension) else data)
+        for name, data in pairs(FOUR, extension)
     ]
     root = put(tmp_path / "mine", {"a.tar": files})
     code, output = conversion(capsys, f"wds:{root}", tmp_path / "out")
-    assert code == 1 and f"not an image that shards hold (.{extension}); --reencode takes it" in output, output
-    assert conversion(capsys, f"wds:{root}", tmp_path / "out", "--reencode", "--hold-out", "0")[0] == 0
+    assert (
+        code == 1 and f"not an image that shards hold (.{extension}); --reencode takes it" in output
+    ), output
+    assert (
+        conversion(capsys, f"wds:{root}", tmp_path / "out", "--reencode", "--hold-out", "0")[0] == 0
+    )
     assert Dataset.open(str(tmp_path / "out")).manifest.split("train").samples == 4
 
 
-def test_test_images_without_labels_are_no_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_test_images_without_labels_are_no_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = pairs(FOUR)
     root = put(tmp_path / "mine", {"train-0.tar": files, "test-0.tar": files[::2]})
     for out, arguments in (
@@ -497,9 +588,15 @@ SEVERAL = {
 
 
 @pytest.mark.parametrize("extension", SEVERAL)
-def test_several_labels_refuse_the_tar(extension: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_labels_refuse_the_tar(
+    extension: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     kind = extension.rpartition(".")[2]
-    files = [*pairs(FOUR, label=kind), ("9.jpg", picture("dog")), (f"9.{extension}", SEVERAL[extension])]
+    files = [
+        *pairs(FOUR, label=kind),
+        ("9.jpg", picture("dog")),
+        (f"9.{extension}", SEVERAL[extension]),
+    ]
     root = put(tmp_path / "mine", {"a.tar": files})
     for arguments in ((f"wds:{root}", tmp_path / "out"), ("index", root)):
         code, output = conversion(capsys, *arguments, "--max-bad", "0.5")
@@ -517,7 +614,13 @@ def crawled(root: Path) -> Path:
     """What img2dataset leaves: a .jpg, its caption and what is known of it, and a table beside each tar."""
     files = []
     for n, (_, name) in enumerate(FOUR):
-        known = {"url": URLS[n], "caption": f"a photo of my {name}", "key": f"{n:09d}", "status": "success", "width": 8}
+        known = {
+            "url": URLS[n],
+            "caption": f"a photo of my {name}",
+            "key": f"{n:09d}",
+            "status": "success",
+            "width": 8,
+        }
         files += [(f"{n:09d}.jpg", picture(name)), (f"{n:09d}.json", json.dumps(known).encode())]
         files += [(f"{n:09d}.txt", known["caption"].encode())]
     put(root, {"00000.tar": files})
@@ -538,47 +641,81 @@ def test_captions_of_a_crawl(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for arguments in ((f"wds:{root}", tmp_path / "out"), ("index", root)):
         code, output = conversion(capsys, *arguments)
         assert code == 1 and "none of 4 samples has a label" in output, output
-        assert "the .json members have the fields url, caption, key, status, width, and none of label, cls" in output
+        assert (
+            "the .json members have the fields url, caption, key, status, width, and none of label, cls"
+            in output
+        )
         assert "the .txt beside an image is its caption" in output and "KEY.cls" in output
         assert f"wds-train shards index {root} --any" in output
     assert conversion(capsys, "index", root, "--any")[0] == 0
     (loaded,) = SampleLoader(str(root), 4, epochs=1, workers=0)
-    assert {fields["txt"] for fields in loaded.fields} == {b"a photo of my cat", b"a photo of my dog"}
+    assert {fields["txt"] for fields in loaded.fields} == {
+        b"a photo of my cat",
+        b"a photo of my dog",
+    }
 
 
 CAPTIONS = {
-    "few": (captioned([f"a {name} on the {n}th mat" for n, (_, name) in enumerate(FOUR)]), "these are captions"),
+    "few": (
+        captioned([f"a {name} on the {n}th mat" for n, (_, name) in enumerate(FOUR)]),
+        "these are captions",
+    ),
     "many": (captioned([f"photo {n}" for n in range(24)]), "these are no classes"),
     "boxes": (captioned([f"0 0.5 0.5 0.{n} 0.2\n" for n in range(6)]), "these are captions"),
 }
 
 
 @pytest.mark.parametrize("kind", CAPTIONS)
-def test_a_caption_is_no_class(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_caption_is_no_class(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files, told = CAPTIONS[kind]
     root = put(tmp_path / "mine", {"a.tar": files})
     code, output = conversion(capsys, f"wds:{root}", tmp_path / "out")
     assert code == 1 and told in output, output
 
 
-def test_a_text_is_a_label_in_all_tars_or_in_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts, labels = captioned(["cat", "dog", "cat", "dog"]), [(f"l{name}", data) for name, data in pairs(FOUR)]
+def test_a_text_is_a_label_in_all_tars_or_in_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, labels = (
+        captioned(["cat", "dog", "cat", "dog"]),
+        [(f"l{name}", data) for name, data in pairs(FOUR)],
+    )
     root = put(tmp_path / "texts first", {"a.tar": texts, "b.tar": labels})
     code, output = conversion(capsys, f"wds:{root}", tmp_path / "out")
-    assert code == 1 and "a.tar has labels in .txt members alone" in output and "b.tar in others" in output, output
+    assert (
+        code == 1
+        and "a.tar has labels in .txt members alone" in output
+        and "b.tar in others" in output
+    ), output
     root = put(tmp_path / "labels first", {"a.tar": labels, "b.tar": texts})
     code, output = conversion(capsys, f"wds:{root}", tmp_path / "out")
     assert code == 1 and "b.tar: 0: no .cls or .json member with a label" in output, output
-    beside = put(tmp_path / "beside", {"a.tar": [*texts, ("dataset.json", b'{"label": "x"}'), ("notes.cls", b"x")]})
-    assert conversion(capsys, f"wds:{beside}", tmp_path / "out", "--hold-out", "0", "--max-bad", "0.5")[0] == 0
+    beside = put(
+        tmp_path / "beside",
+        {"a.tar": [*texts, ("dataset.json", b'{"label": "x"}'), ("notes.cls", b"x")]},
+    )
+    assert (
+        conversion(
+            capsys, f"wds:{beside}", tmp_path / "out", "--hold-out", "0", "--max-bad", "0.5"
+        )[0]
+        == 0
+    )
     assert sorted(seen(tmp_path / "out").values()) == ["cat", "cat", "dog", "dog"]
 
 
 # Folders of classes in a tar.
 
 FOLDERS: dict[str, tuple[dict[str, list[str]], dict[str, list[str]]]] = {
-    "classes": ({"a.tar": ["cat/1.jpg", "cat/2.x.jpg", "dog/1.jpg"]}, {"train": ["cat", "cat", "dog"]}),
-    "compressed": ({"a.tar.gz": ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"]}, {"train": ["cat", "cat", "dog"]}),
+    "classes": (
+        {"a.tar": ["cat/1.jpg", "cat/2.x.jpg", "dog/1.jpg"]},
+        {"train": ["cat", "cat", "dog"]},
+    ),
+    "compressed": (
+        {"a.tar.gz": ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"]},
+        {"train": ["cat", "cat", "dog"]},
+    ),
     "splits": (
         {"a.tar": ["train/cat/1.jpg", "train/dog/1.png", "val/cat/1.jpg", "val/dog/1.jpg"]},
         {"train": ["cat", "dog"], "val": ["cat", "dog"]},
@@ -596,7 +733,10 @@ FOLDERS: dict[str, tuple[dict[str, list[str]], dict[str, list[str]]]] = {
         {"train": ["cat", "dog"], "test": ["cat", "dog"]},
     ),
     "a tar for each split, doubled": (
-        {"train.tar": ["train/cat/1.jpg", "train/dog/1.jpg"], "val.tar": ["./val/cat/1.jpg", "./val/dog/2.jpg"]},
+        {
+            "train.tar": ["train/cat/1.jpg", "train/dog/1.jpg"],
+            "val.tar": ["./val/cat/1.jpg", "./val/dog/2.jpg"],
+        },
         {"train": ["cat", "dog"], "val": ["cat", "dog"]},
     ),
 }
@@ -607,7 +747,10 @@ def test_folders_of_classes(kind: str, tmp_path: Path, capsys: pytest.CaptureFix
     """They are read as folders on a disk are."""
     tars, splits = FOLDERS[kind]
     files = {
-        tar: [(name, picture("cat" if "cat" in name else "dog", "PNG" if ".png" in name else "JPEG")) for name in names]
+        tar: [
+            (name, picture("cat" if "cat" in name else "dog", "PNG" if ".png" in name else "JPEG"))
+            for name in names
+        ]
         for tar, names in tars.items()
     }
     root = put(tmp_path / "mine", files)
@@ -619,7 +762,10 @@ def test_folders_of_classes(kind: str, tmp_path: Path, capsys: pytest.CaptureFix
     (only, *_) = tars
     if len(tars) == 1:
         assert conversion(capsys, root / only, tmp_path / "again", "--hold-out", "0")[0] == 0
-        assert Dataset.open(str(tmp_path / "again")).fingerprint == Dataset.open(str(tmp_path / "out")).fingerprint
+        assert (
+            Dataset.open(str(tmp_path / "again")).fingerprint
+            == Dataset.open(str(tmp_path / "out")).fingerprint
+        )
     before, after = (tmp_path / "out" / "manifest.json").read_bytes(), root / only
     os.utime(after, (1, 1))  # another tar, as far as can be told
     code, output = conversion(capsys, root, tmp_path / "out", "--hold-out", "0")
@@ -644,11 +790,19 @@ def test_no_folders_of_classes(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("table", ["labels.csv", "mine/metadata.TSV", "train/metadata.jsonl"])
-def test_a_table_beside_folders_in_a_tar(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [("part_a/1.jpg", picture("cat")), ("part_b/1.jpg", picture("dog")), (table, b"file,label\n")]
+def test_a_table_beside_folders_in_a_tar(
+    table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [
+        ("part_a/1.jpg", picture("cat")),
+        ("part_b/1.jpg", picture("dog")),
+        (table, b"file,label\n"),
+    ]
     root = put(tmp_path / "mine", {"a.tar": files})
     code, output = conversion(capsys, root, tmp_path / "out")
-    assert code == 1 and f"say their splits, {table}, which is not read inside a tar" in output, output
+    assert code == 1 and f"say their splits, {table}, which is not read inside a tar" in output, (
+        output
+    )
 
 
 @pytest.mark.parametrize(
@@ -658,14 +812,23 @@ def test_a_table_beside_folders_in_a_tar(table: str, tmp_path: Path, capsys: pyt
             {"a.tar": ["1.jpg", "2.jpg"]},
             "none of 2 samples has a label: there is no .cls or .json member with one; write",
         ),
-        ({"a.tar": ["cat/1.jpg", "dog/1.jpg"]}, "if the folders cat, dog are the classes, unpack the tars"),
-        ({"cat.tar": ["1.jpg"], "dog.tar": ["1.jpg"]}, "if each tar is a class, unpack each into a folder of its name"),
+        (
+            {"a.tar": ["cat/1.jpg", "dog/1.jpg"]},
+            "if the folders cat, dog are the classes, unpack the tars",
+        ),
+        (
+            {"cat.tar": ["1.jpg"], "dog.tar": ["1.jpg"]},
+            "if each tar is a class, unpack each into a folder of its name",
+        ),
     ],
 )
 def test_images_alone_are_not_indexed(
     tars: dict[str, list[str]], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = put(tmp_path / "mine", {tar: [(name, picture("cat")) for name in names] for tar, names in tars.items()})
+    root = put(
+        tmp_path / "mine",
+        {tar: [(name, picture("cat")) for name in names] for tar, names in tars.items()},
+    )
     code, output = conversion(capsys, "index", root)
     assert code == 1 and told in output, output
 
@@ -675,10 +838,23 @@ def test_no_image_gets_the_label_of_another(tmp_path: Path) -> None:
     words = ["cat", "dog", "0", "12", "5x 001", "b ", "v1", "old", "IMG", "(1)", "...", "mask"]
     for seed in range(2_000):
         draw = random.Random(seed)
-        image, label = draw.choice([("jpg", "cls"), ("JPG", "json"), ("image.jpg", "label.cls"), ("png", "png.json")])
-        stems = {".".join(draw.choices(words, k=draw.randint(1, 3))).lstrip(".") for _ in range(draw.randint(2, 6))}
-        names = [f"{draw.choice(['', 'a.b/'])}{stem}" for stem in draw.sample(sorted(stems), len(stems)) if stem]
-        members = [Member(f"{name}.{kind}", "file", 0, n, 9) for n, name in enumerate(names) for kind in (image, label)]
+        image, label = draw.choice(
+            [("jpg", "cls"), ("JPG", "json"), ("image.jpg", "label.cls"), ("png", "png.json")]
+        )
+        stems = {
+            ".".join(draw.choices(words, k=draw.randint(1, 3))).lstrip(".")
+            for _ in range(draw.randint(2, 6))
+        }
+        names = [
+            f"{draw.choice(['', 'a.b/'])}{stem}"
+            for stem in draw.sample(sorted(stems), len(stems))
+            if stem
+        ]
+        members = [
+            Member(f"{name}.{kind}", "file", 0, n, 9)
+            for n, name in enumerate(names)
+            for kind in (image, label)
+        ]
         found = 0
         for sample in gather(members, Keys().choose("a.tar", members)):
             with contextlib.suppress(DataError):
@@ -693,7 +869,9 @@ def test_no_image_gets_the_label_of_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["val.TAR", "val.Tar", "val.TAR.GZ", "val.Tgz"])
-def test_tars_in_any_case_are_read(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tars_in_any_case_are_read(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = put(tmp_path / "mine", {"train.tar": pairs(FOUR), "val.tar": pairs(FOUR[:2])})
     data = (root / "val.tar").read_bytes()
     (root / "val.tar").unlink()
@@ -709,11 +887,22 @@ def test_tars_in_any_case_are_read(name: str, tmp_path: Path, capsys: pytest.Cap
         assert wds_train(["verify", str(root)]) == 0
 
 
-UNREAD = ["val.tar.xz", "val.TAR.BZ2", "val.tar.zst", "val.tbz2", "val.zip", "val.7z", "val.tar.gz.aa", "val.tar.001"]
+UNREAD = [
+    "val.tar.xz",
+    "val.TAR.BZ2",
+    "val.tar.zst",
+    "val.tbz2",
+    "val.zip",
+    "val.7z",
+    "val.tar.gz.aa",
+    "val.tar.001",
+]
 
 
 @pytest.mark.parametrize("name", UNREAD)
-def test_archives_that_are_not_read(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_archives_that_are_not_read(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = put(tmp_path / "mine", {"train.tar": pairs(FOUR)})
     alone = tmp_path / "alone"
     for folder in (root / "more", alone):
@@ -727,7 +916,9 @@ def test_archives_that_are_not_read(name: str, tmp_path: Path, capsys: pytest.Ca
         (("index", alone), name),
     ):
         code, output = conversion(capsys, *arguments)
-        assert code == 1 and f" holds {place}, which cannot be read as it is; unpack each" in output, output
+        assert (
+            code == 1 and f" holds {place}, which cannot be read as it is; unpack each" in output
+        ), output
 
 
 LISTS: dict[str, str] = {
@@ -739,16 +930,24 @@ LISTS: dict[str, str] = {
     "index.txt": "1 cat/1.jpg\n2 dog/2.jpg\n",
     "meta.json": '[{"file": "my 2.jpg", "set": "val"}]',
 }
-NO_LISTS = {"README.txt": "Photos of 1 cat and 2 dogs, v1.2\n", "LICENSE.txt": "1. CC BY\n", "info.json": '{"n": 4}'}
+NO_LISTS = {
+    "README.txt": "Photos of 1 cat and 2 dogs, v1.2\n",
+    "LICENSE.txt": "1. CC BY\n",
+    "info.json": '{"n": 4}',
+}
 
 
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("name", [*LISTS, *NO_LISTS])
-def test_lists_of_class_folders(name: str, inside: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_of_class_folders(
+    name: str, inside: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = [f"{name}/{n}.jpg" for name in CLASSES for n in ("1", "my 2")]
     files = [(each, picture(each[:3])) for each in names]
     text = {**LISTS, **NO_LISTS}[name].encode()
-    root = put(tmp_path / "mine", {"data.tar": [*files, (f"meta/{name}", text)] if inside else files})
+    root = put(
+        tmp_path / "mine", {"data.tar": [*files, (f"meta/{name}", text)] if inside else files}
+    )
     if not inside:
         (root / name).write_bytes(text)
     code, output = conversion(capsys, root, tmp_path / "out")
@@ -772,24 +971,50 @@ def labelled(*texts: str, extension: str = "cls") -> Files:
 
 
 BAD_LABELS = {
-    "cut JSON": (labelled('{"label": "cat"}', '{"label": "do', '"dog"', extension="json"), "1: its .json is no JSON"),
-    "a word in .json": (labelled('{"label": "cat"}', "dog", '"dog"', extension="json"), "1: its .json is no JSON"),
-    "cut JSON in .cls": (labelled('{"label": "cat"}', '{"label": "do', "dog"), "1: its .cls is no JSON"),
+    "cut JSON": (
+        labelled('{"label": "cat"}', '{"label": "do', '"dog"', extension="json"),
+        "1: its .json is no JSON",
+    ),
+    "a word in .json": (
+        labelled('{"label": "cat"}', "dog", '"dog"', extension="json"),
+        "1: its .json is no JSON",
+    ),
+    "cut JSON in .cls": (
+        labelled('{"label": "cat"}', '{"label": "do', "dog"),
+        "1: its .cls is no JSON",
+    ),
     "two numbers": (labelled("1", "0 1"), "its label is '0 1', which are several"),
     "numbers with commas": (labelled("cat", "3, 5,7"), "its label is '3, 5,7', which are several"),
-    "one of each class": (labelled("1.0 0.0", "0.0 1.0"), "its label is '1.0 0.0', which are several"),
-    "numbers in a JSON text": (labelled('{"label": "0 1"}', extension="json"), "its label is '0 1', which are several"),
-    "an exponent": (labelled("1e5", "2"), "holds the label 1e5, which is no whole number of up to 19 digits"),
+    "one of each class": (
+        labelled("1.0 0.0", "0.0 1.0"),
+        "its label is '1.0 0.0', which are several",
+    ),
+    "numbers in a JSON text": (
+        labelled('{"label": "0 1"}', extension="json"),
+        "its label is '0 1', which are several",
+    ),
+    "an exponent": (
+        labelled("1e5", "2"),
+        "holds the label 1e5, which is no whole number of up to 19 digits",
+    ),
     "31 digits": (labelled("1" * 31, "2"), f"holds the label {'1' * 31}, which is no whole number"),
-    "exponents beside none": (labelled("1e5", "-", "2E-5"), "holds the label 1e5, which is no whole number"),
+    "exponents beside none": (
+        labelled("1e5", "-", "2E-5"),
+        "holds the label 1e5, which is no whole number",
+    ),
     "one name": (labelled("cat", "cat"), "know one label, 'cat': there is nothing to tell apart"),
     "one number": (labelled("7", "7"), "know one label, '7': there is nothing to tell apart"),
-    "one name and none": (labelled("cat", ""), "know one label, 'cat': there is nothing to tell apart"),
+    "one name and none": (
+        labelled("cat", ""),
+        "know one label, 'cat': there is nothing to tell apart",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_LABELS)
-def test_labels_that_are_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_that_are_refused(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files, told = BAD_LABELS[kind]
     root = put(tmp_path / "mine", {"a.tar": files})
     for arguments in ((f"wds:{root}", tmp_path / "out", "--hold-out", "0"), ("index", root)):
@@ -798,8 +1023,12 @@ def test_labels_that_are_refused(kind: str, tmp_path: Path, capsys: pytest.Captu
         assert "--label-column" not in output and not (root / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(("extension", "none"), [("cls", ""), ("cls", " \n"), ("json", '{"label": ""}'), ("label", "")])
-def test_an_empty_label_is_none(extension: str, none: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("extension", "none"), [("cls", ""), ("cls", " \n"), ("json", '{"label": ""}'), ("label", "")]
+)
+def test_an_empty_label_is_none(
+    extension: str, none: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = [f'{{"label": "{name}"}}' if extension == "json" else name for name in CLASSES]
     root = put(tmp_path / "mine", {"a.tar": labelled(*texts, none, extension=extension)})
     for out, arguments in (
@@ -812,7 +1041,9 @@ def test_an_empty_label_is_none(extension: str, none: str, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("other", ["fine.cls", "coarse.cls", "x.y.cls"])
-def test_a_second_label_of_another_name_is_said(other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_label_of_another_name_is_said(
+    other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [
         each
         for key, name in FOUR
@@ -826,7 +1057,9 @@ def test_a_second_label_of_another_name_is_said(other: str, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("form", ["a.{n}", "{name}.{n}", "IMG 2.5x {n}{name}"])
-def test_two_images_of_a_key_with_dots_are_named(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_images_of_a_key_with_dots_are_named(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [
         each
         for n, name in enumerate(CLASSES)
@@ -845,9 +1078,12 @@ def test_two_images_of_a_key_with_dots_are_named(form: str, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    "flag", ["--table FILE", "--label-column x", "--image-column x", "--split-column x", "--class-level 1"]
+    "flag",
+    ["--table FILE", "--label-column x", "--image-column x", "--split-column x", "--class-level 1"],
 )
-def test_flags_that_tars_do_not_heed(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_tars_do_not_heed(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "t.csv").write_text("file,label\n")
     name, value = flag.replace("FILE", str(tmp_path / "t.csv")).split()
     root = put(tmp_path / "mine", {"a.tar": pairs(FOUR)})
@@ -856,15 +1092,21 @@ def test_flags_that_tars_do_not_heed(flag: str, tmp_path: Path, capsys: pytest.C
         assert code == 2 and name in output and "leave it out" in output, output
 
 
-@pytest.mark.parametrize("flag", ["--source wds", "--hold-out 0.2", "--group x", "--resize-shorter 256", "--reencode"])
-def test_flags_that_an_index_does_not_heed(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "flag", ["--source wds", "--hold-out 0.2", "--group x", "--resize-shorter 256", "--reencode"]
+)
+def test_flags_that_an_index_does_not_heed(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = put(tmp_path / "mine", {"a.tar": pairs(FOUR)})
     code, output = conversion(capsys, "index", root, *flag.split())
     assert code == 2 and f"{flag.split(maxsplit=1)[0]} says nothing of tars" in output, output
 
 
 @pytest.mark.parametrize("name", ["classes.txt", "labels.txt", "classes.json"])
-def test_a_list_of_classes_beside_tars(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_of_classes_beside_tars(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = put(tmp_path / "mine", {"a.tar": labelled("0", "1")})
     text = '["dog", "cat", "cow"]' if name.endswith("json") else "dog\ncat\ncow\n"
     (root / name).write_text(text)
@@ -874,15 +1116,23 @@ def test_a_list_of_classes_beside_tars(name: str, tmp_path: Path, capsys: pytest
     ):
         code, output = conversion(capsys, *arguments)
         assert code == 0 and f"the classes are those of {name}" in output, output
-        assert [entry.id for entry in Dataset.open(str(out)).manifest.classes] == ["dog", "cat", "cow"]
+        assert [entry.id for entry in Dataset.open(str(out)).manifest.classes] == [
+            "dog",
+            "cat",
+            "cow",
+        ]
 
 
-def test_samples_of_anything_can_be_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_of_anything_can_be_inspected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = put(tmp_path / "mine", {"a.tar": pairs(FOUR)})
     assert conversion(capsys, "index", root, "--any")[0] == 0
     for nulls in ({}, {"repeats": None}, {"repeats": None, "understood": None}):
         report = json.loads((root / "report.json").read_text()) | nulls
-        assert {*_checked(report)} == {"understood"} - {name for name in nulls if name == "understood"}
+        assert {*_checked(report)} == {"understood"} - {
+            name for name in nulls if name == "understood"
+        }
     assert wds_train(["inspect", str(root)]) == 0
     assert "cannot be read" not in "".join(capsys.readouterr())
 
@@ -903,10 +1153,26 @@ def said(*splits: str, field: str = "split") -> Files:
 
 
 INNER_SPLITS: dict[str, tuple[str, Files, str]] = {
-    "folders": ("a.tar", pairs([("train/1", "cat"), ("train/2", "dog"), ("test/1", "cat")]), "folders test, train"),
-    "folders, wrapped": ("a.tar", pairs([("x/training/1", "cat"), ("x/valid/1", "dog")]), "folders training, valid"),
-    "another than the tar's": ("val.tar", pairs([("train/1", "cat"), ("train/2", "dog")]), "folders train"),
-    "JSON": ("a.tar", said("train", "train", "test"), "2: its .json says split 'test', and its tar is read as train"),
+    "folders": (
+        "a.tar",
+        pairs([("train/1", "cat"), ("train/2", "dog"), ("test/1", "cat")]),
+        "folders test, train",
+    ),
+    "folders, wrapped": (
+        "a.tar",
+        pairs([("x/training/1", "cat"), ("x/valid/1", "dog")]),
+        "folders training, valid",
+    ),
+    "another than the tar's": (
+        "val.tar",
+        pairs([("train/1", "cat"), ("train/2", "dog")]),
+        "folders train",
+    ),
+    "JSON": (
+        "a.tar",
+        said("train", "train", "test"),
+        "2: its .json says split 'test', and its tar is read as train",
+    ),
     "JSON, another word": (
         "a.tar",
         said("Training", "PublicTest", field="Usage"),
@@ -959,12 +1225,18 @@ def test_splits_inside_a_tar_that_fit(
     ],
 )
 def test_what_an_index_understood(
-    tars: dict[str, Files], counts: dict[str, dict[str, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tars: dict[str, Files],
+    counts: dict[str, dict[str, int]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     root = put(tmp_path / "mine", tars)
     code, dry = conversion(capsys, "index", root, "--dry-run")
     assert code == 0 and not (root / "manifest.json").exists()
-    lines = ["  layout    WebDataset tars, indexed in place", "  labels    the members .cls, .json and their like"]
+    lines = [
+        "  layout    WebDataset tars, indexed in place",
+        "  labels    the members .cls, .json and their like",
+    ]
     lines += [
         f"  counts    {split}: " + ", ".join(f"{name} {count}" for name, count in of_split.items())
         for split, of_split in counts.items()

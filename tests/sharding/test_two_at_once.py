@@ -41,7 +41,15 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_conversions_make_one_dataset(s3_url: str, tmp_path: Path, case: str) -> None:
-    begin = [*CONVERT, str(images(tmp_path / "images")), s3_url, "--shard-mb", "0.01", "--processes", "1"]
+    begin = [
+        *CONVERT,
+        str(images(tmp_path / "images")),
+        s3_url,
+        "--shard-mb",
+        "0.01",
+        "--processes",
+        "1",
+    ]
     if "over" in case:
         assert main(["shards", *begin[3:], "--seed", "1"]) == 0
     ended = both([[*begin, *flags] for flags in CASES[case]])
@@ -63,4 +71,6 @@ def test_two_indexes_make_one_dataset(s3_url: str, tmp_path: Path) -> None:
     ended = both([[*CONVERT, "index", s3_url]] * 2)
     assert [code for code, _ in ended] == [0, 0], ended
     assert main(["verify", s3_url]) == 0
-    assert {entry.key for entry in store.list()} == Dataset.open(s3_url).manifest.objects() | {"manifest.json"}
+    assert {entry.key for entry in store.list()} == Dataset.open(s3_url).manifest.objects() | {
+        "manifest.json"
+    }

@@ -47,7 +47,10 @@ def test_the_bucket_is_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_address("pets", "runs") == "s3://b1/x/runs/pets"
     assert resolve_address("pets", "runs", "s3://b2") == "s3://b2/runs/pets"
     monkeypatch.setenv("WDS_BUCKET", "b1")
-    with pytest.raises(UsageError, match=r"WDS_BUCKET 'b1' names no place; write s3://b1, or ./b1 for a local folder"):
+    with pytest.raises(
+        UsageError,
+        match=r"WDS_BUCKET 'b1' names no place; write s3://b1, or ./b1 for a local folder",
+    ):
         resolve_address("pets", "runs")
 
 
@@ -75,7 +78,9 @@ def test_the_bucket_is_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a\nb", "cannot be printed"),
     ],
 )
-def test_what_is_no_address(text: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_address(
+    text: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as caught:
         resolve_address(text, "datasets")
@@ -102,7 +107,10 @@ def test_a_bucket_without_its_scheme(
 
 
 def test_a_name_that_is_a_folder_here(
-    embedded_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    embedded_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pets").mkdir()
@@ -111,11 +119,17 @@ def test_a_name_that_is_a_folder_here(
     assert "there is no dataset at s3://embedded/datasets/pets" in error and "write ./pets" in error
 
 
-def test_no_secret_is_told(fault_proxy: FaultProxy, s3_server: Endpoint, s3_url: str, tmp_path: Path) -> None:
+def test_no_secret_is_told(
+    fault_proxy: FaultProxy, s3_server: Endpoint, s3_url: str, tmp_path: Path
+) -> None:
     """A conversion, a verification, an order and a training while the server misbehaves: what they print, and all that they
     leave anywhere, holds no signature and no key.
     """
-    environment = os.environ | {"WDS_S3_PATIENCE": "3", "WDS_HOME": str(tmp_path / "home"), "WANDB_MODE": "offline"}
+    environment = os.environ | {
+        "WDS_S3_PATIENCE": "3",
+        "WDS_HOME": str(tmp_path / "home"),
+        "WANDB_MODE": "offline",
+    }
 
     def run(*arguments: str) -> bytes:
         command = [sys.executable, "-m", "wds_train.cli", *arguments]
@@ -123,13 +137,23 @@ def test_no_secret_is_told(fault_proxy: FaultProxy, s3_server: Endpoint, s3_url:
             command, check=False, env=environment, cwd=tmp_path, capture_output=True, timeout=120
         ).stderr
 
-    train = ["train", "--dataset", f"{s3_url}/digits", "--run", f"{s3_url}/run", "--set", "model.name=test_resnet"]
+    train = [
+        "train",
+        "--dataset",
+        f"{s3_url}/digits",
+        "--run",
+        f"{s3_url}/run",
+        "--set",
+        "model.name=test_resnet",
+    ]
     train += ["--set", "schedule.epochs=1", "--set", "schedule.warmup_epochs=0", "--workers", "1"]
     said = run("shards", "digits", f"{s3_url}/digits", "--shard-mb", "1")
     assert b"Traceback" not in said
     fault_proxy.fail("status", status=503, times=20, share=0.3)
     fault_proxy.fail("reset", times=20, share=0.3)
-    said += run("verify", f"{s3_url}/digits") + run("order", f"{s3_url}/digits", "--global-batch", "64")
+    said += run("verify", f"{s3_url}/digits") + run(
+        "order", f"{s3_url}/digits", "--global-batch", "64"
+    )
     said += run(*train)
     fault_proxy.faults.clear()
     for kind in ("reset", "truncate"):

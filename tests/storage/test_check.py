@@ -31,7 +31,9 @@ def looked(url: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str,
     return code, {found["name"]: found["state"] for found in told["found"]}
 
 
-def test_a_sound_server_passes_and_keeps_nothing(s3_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_server_passes_and_keeps_nothing(
+    s3_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, states = looked(s3_url, capsys)
     assert code == 0
     assert list(states) == [name for name, _ in checks.LOOKS]
@@ -56,13 +58,21 @@ LACKS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {"header": "if-none-match|if-match", "method": "POST"},
         {"upload If-None-Match": "note", "upload If-Match": "note"},
     ),
-    "if-match on reads": ("strip", {"header": "if-match", "method": "GET"}, {"GET If-Match": "note"}),
+    "if-match on reads": (
+        "strip",
+        {"header": "if-match", "method": "GET"},
+        {"GET If-Match": "note"},
+    ),
     "unequal parts": (
         "equal_parts",
         {"method": "POST", "status": 400, "code": "InvalidPart"},
         {"unequal parts": "note"},
     ),
-    "list of uploads": ("status", {"query": "uploads", "method": "GET", "status": 501}, {"list uploads": "note"}),
+    "list of uploads": (
+        "status",
+        {"query": "uploads", "method": "GET", "status": 501},
+        {"list uploads": "note"},
+    ),
     "delete": (
         "status",
         {"method": "DELETE", "status": 403, "code": "AccessDenied"},
@@ -73,21 +83,45 @@ LACKS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {"query": "list-type", "status": 403, "code": "AccessDenied"},
         {"list": "fail", "odd keys": "note"},
     ),
-    "pages": ("status", {"query": "max-keys", "status": 501, "code": "NotImplemented"}, {"list": "note"}),
-    "odd keys": ("status", {"key": "+", "status": 403, "code": "SignatureDoesNotMatch"}, {"odd keys": "note"}),
-    "write": ("status", {"method": "PUT", "status": 403, "code": "AccessDenied"}, {"write": "fail"}),
-    "checksum headers": ("status", {"header": CHECKSUMS, "status": 400, "code": "InvalidArgument"}, {"write": "fail"}),
-    "right swaps": ("status", {"header": "if-match", "method": "PUT", "status": 412}, {"swap": "fail"}),
+    "pages": (
+        "status",
+        {"query": "max-keys", "status": 501, "code": "NotImplemented"},
+        {"list": "note"},
+    ),
+    "odd keys": (
+        "status",
+        {"key": "+", "status": 403, "code": "SignatureDoesNotMatch"},
+        {"odd keys": "note"},
+    ),
+    "write": (
+        "status",
+        {"method": "PUT", "status": 403, "code": "AccessDenied"},
+        {"write": "fail"},
+    ),
+    "checksum headers": (
+        "status",
+        {"header": CHECKSUMS, "status": 400, "code": "InvalidArgument"},
+        {"write": "fail"},
+    ),
+    "right swaps": (
+        "status",
+        {"header": "if-match", "method": "PUT", "status": 412},
+        {"swap": "fail"},
+    ),
     "versioning": ("status", {"query": "versioning", "status": 403, "code": "AccessDenied"}, {}),
 }
 
 
 @pytest.mark.parametrize("lack", LACKS)
-def test_a_lack_is_found(fault_proxy: FaultProxy, s3_url: str, capsys: pytest.CaptureFixture[str], lack: str) -> None:
+def test_a_lack_is_found(
+    fault_proxy: FaultProxy, s3_url: str, capsys: pytest.CaptureFixture[str], lack: str
+) -> None:
     kind, fault, expected = LACKS[lack]
     fault_proxy.fail(kind, times=ALWAYS, **fault)  # type: ignore[arg-type]
     code, states = looked(s3_url, capsys)
-    found = {name: state for name, state in states.items() if state != "ok" and name != "versioning"}
+    found = {
+        name: state for name, state in states.items() if state != "ok" and name != "versioning"
+    }
     assert found == expected
     assert code == ("fail" in expected.values())
 
@@ -97,7 +131,9 @@ def test_a_local_directory_can_be_used(tmp_path: Path, capsys: pytest.CaptureFix
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("seconds", "state"), [(0, "ok"), (-200, "ok"), (400, "fail"), (-400, "fail"), (None, "note")])
+@pytest.mark.parametrize(
+    ("seconds", "state"), [(0, "ok"), (-200, "ok"), (400, "fail"), (-400, "fail"), (None, "note")]
+)
 def test_a_clock_that_is_wrong_is_named(seconds: float | None, state: str) -> None:
     date = "" if seconds is None else formatdate(time.time() + seconds, usegmt=True)
     assert checks.clock(date)[0] == state
@@ -112,7 +148,11 @@ EXPIRE = {"Status": "Enabled", "NoncurrentVersionExpiration": {"NoncurrentDays":
     [
         ({"Status": "Enabled"}, [ABORT, EXPIRE], ("ok", "on, and older versions expire")),
         ({}, [ABORT], ("ok", "off")),
-        ({}, [], ("note", "off; set a lifecycle rule with AbortIncompleteMultipartUpload of a day")),
+        (
+            {},
+            [],
+            ("note", "off; set a lifecycle rule with AbortIncompleteMultipartUpload of a day"),
+        ),
         (
             {"Status": "Enabled"},
             [ABORT, EXPIRE | {"Status": "Disabled"}],

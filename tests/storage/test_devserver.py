@@ -33,11 +33,45 @@ sys.stdin.read()
 
 # What SeaweedFS's servers answer, by its own documentation; `x/known` is the object that the test has written.
 PATHS = [
-    *("/", "/ui/index.html", "/status", "/healthz", "/metrics", "/stats/counter", "/stats/memory", "/stats/disk"),
-    *("/debug/pprof/", "/cluster/status", "/cluster/healthz", "/dir/status", "/dir/assign", "/submit", "/vol/status"),
-    *("/dir/assign?collection=embedded", "/col/delete?collection=embedded", "/vol/grow?count=1", "/vol/vacuum"),
-    *("/embedded", "/embedded?list-type=2", "/embedded/x/known", "/x/known", "/buckets/", "/buckets/embedded/x/"),
-    *("/buckets/embedded/x/known", "/buckets/embedded/x/known?metadata=true", "/buckets/embedded/x/new", "/.tus/"),
+    *(
+        "/",
+        "/ui/index.html",
+        "/status",
+        "/healthz",
+        "/metrics",
+        "/stats/counter",
+        "/stats/memory",
+        "/stats/disk",
+    ),
+    *(
+        "/debug/pprof/",
+        "/cluster/status",
+        "/cluster/healthz",
+        "/dir/status",
+        "/dir/assign",
+        "/submit",
+        "/vol/status",
+    ),
+    *(
+        "/dir/assign?collection=embedded",
+        "/col/delete?collection=embedded",
+        "/vol/grow?count=1",
+        "/vol/vacuum",
+    ),
+    *(
+        "/embedded",
+        "/embedded?list-type=2",
+        "/embedded/x/known",
+        "/x/known",
+        "/buckets/",
+        "/buckets/embedded/x/",
+    ),
+    *(
+        "/buckets/embedded/x/known",
+        "/buckets/embedded/x/known?metadata=true",
+        "/buckets/embedded/x/new",
+        "/.tus/",
+    ),
     "/?Action=ListUsers",
 ]
 
@@ -45,7 +79,9 @@ PATHS = [
 @contextlib.contextmanager
 def user() -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process that uses the embedded server, and the URL that it found."""
-    process = subprocess.Popen([sys.executable, "-c", USER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", USER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdin and process.stdout
     try:
         yield process, process.stdout.readline().strip()
@@ -58,9 +94,16 @@ def user() -> Iterator[tuple[subprocess.Popen[str], str]]:
 def listening(pid: int) -> tuple[set[tuple[str, int]], set[Path]]:
     """Where a process listens: TCP addresses and Unix sockets."""
     mine = {path.stat().st_ino for path in Path(f"/proc/{pid}/fd").iterdir()}
-    rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]
+    ]
     found = [row[1].split(":") for row in rows if row[3] == "0A" and int(row[9]) in mine]
-    hosts = [socket.inet_ntoa(struct.pack("=I", int(host, 16))) if len(host) == 8 else host for host, _ in found]
+    hosts = [
+        socket.inet_ntoa(struct.pack("=I", int(host, 16))) if len(host) == 8 else host
+        for host, _ in found
+    ]
     sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
     unix = {Path(row[7]) for row in sockets if row[3] == "00010000" and int(row[6]) in mine}
     return {(host, int(port, 16)) for host, (_, port) in zip(hosts, found, strict=True)}, unix
@@ -68,7 +111,9 @@ def listening(pid: int) -> tuple[set[tuple[str, int]], set[Path]]:
 
 def stored_as(folder: Path, content: bytes) -> str:
     """The name that the volume server keeps `content` under, as only the owner of its files can know."""
-    ((file, data),) = ((path, raw) for path in folder.glob("*.dat") if content in (raw := path.read_bytes()))
+    ((file, data),) = (
+        (path, raw) for path in folder.glob("*.dat") if content in (raw := path.read_bytes())
+    )
     cookie, number = struct.unpack_from(">IQ", data, data.index(content) - 20)
     return f"{file.stem.rpartition('_')[2]},{number:x}{cookie:08x}"
 
@@ -104,7 +149,9 @@ def speaks_grpc(port: int) -> bool:
     return False
 
 
-def test_processes_share_a_server_even_a_killed_one_s_and_the_last_to_leave_stops_it(embedded_home: Path) -> None:
+def test_processes_share_a_server_even_a_killed_one_s_and_the_last_to_leave_stops_it(
+    embedded_home: Path,
+) -> None:
     root = embedded_home / "s3"
     with user() as (starter, first):
         starter.kill()
@@ -117,12 +164,18 @@ def test_processes_share_a_server_even_a_killed_one_s_and_the_last_to_leave_stop
     assert (root / "server.json").stat().st_mode & 0o077 == 0
 
 
-def test_a_server_that_runs_is_asked_without_boto3(s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boto3.session.Session, "client", lambda *_, **__: pytest.fail("a client was made"))
+def test_a_server_that_runs_is_asked_without_boto3(
+    s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        boto3.session.Session, "client", lambda *_, **__: pytest.fail("a client was made")
+    )
     assert embedded.ensure_running(Path(s3_server.root)) == s3_server
 
 
-def test_a_killed_server_comes_back_where_it_was_with_all_that_it_acknowledged(tmp_path: Path) -> None:
+def test_a_killed_server_comes_back_where_it_was_with_all_that_it_acknowledged(
+    tmp_path: Path,
+) -> None:
     first = embedded.ensure_running(tmp_path)
     store = S3Store("embedded", "x", first)
     for i in range(20):
@@ -157,7 +210,9 @@ def test_a_port_taken_between_the_look_and_the_bind_costs_a_second_draw(
     draws = iter([(*embedded._free_ports()[:3], 0), free])
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         taken = foreign.getsockname()[1]
-        monkeypatch.setattr(embedded, "_free_ports", lambda: tuple(port or taken for port in next(draws)))
+        monkeypatch.setattr(
+            embedded, "_free_ports", lambda: tuple(port or taken for port in next(draws))
+        )
         assert embedded.ensure_running(tmp_path).ports == free
     embedded.stop(tmp_path)
 
@@ -166,30 +221,41 @@ def test_a_server_that_cannot_start_is_reported_with_the_end_of_its_log(tmp_path
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "filerldb2").write_text("not a folder")
     with pytest.raises(
-        WdsTrainError, match=rf"stopped with code 255; the end of {tmp_path}/server.log:\n(.*\n)*.*filerldb2"
+        WdsTrainError,
+        match=rf"stopped with code 255; the end of {tmp_path}/server.log:\n(.*\n)*.*filerldb2",
     ):
         embedded.ensure_running(tmp_path)
     assert embedded.pids(tmp_path) == []
 
 
-def test_a_missing_program_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_program_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(WdsTrainError, match="needs the program openssl; install it, or set a bucket"):
+    with pytest.raises(
+        WdsTrainError, match="needs the program openssl; install it, or set a bucket"
+    ):
         embedded.ensure_running(tmp_path)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(WdsTrainError, match=r"\(weed\) is not installed; run `make setup`"):
         embedded.ensure_running(tmp_path)
 
 
-def test_a_full_disk_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embedded, "MIN_FREE_BYTES", shutil.disk_usage(tmp_path).free * 2)
-    with pytest.raises(WdsTrainError, match=rf"less than \d+ MiB are free on the disk of {tmp_path}.*WDS_HOME"):
+    with pytest.raises(
+        WdsTrainError, match=rf"less than \d+ MiB are free on the disk of {tmp_path}.*WDS_HOME"
+    ):
         embedded.ensure_running(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(WdsTrainError, match=rf"cannot create {tmp_path}/file/s3 .*: Not a directory"):
+    with pytest.raises(
+        WdsTrainError, match=rf"cannot create {tmp_path}/file/s3 .*: Not a directory"
+    ):
         embedded.ensure_running(tmp_path / "file" / "s3")
 
 
@@ -201,11 +267,19 @@ def test_only_the_s3_port_serves_and_only_with_keys(tmp_path: Path) -> None:
     store.write("known", secret)
     (pid,) = embedded.pids(tmp_path)
     addresses, sockets = listening(pid)
-    assert {port for _, port in addresses} == {*endpoint.ports, *(port + 10_000 for port in endpoint.ports)}
+    assert {port for _, port in addresses} == {
+        *endpoint.ports,
+        *(port + 10_000 for port in endpoint.ports),
+    }
     assert {host for host, _ in addresses} == {"127.0.0.1"}
     assert sockets and all(path.stat().st_mode & 0o077 == 0 for path in sockets)
     file = stored_as(tmp_path / "data", secret)
-    paths = [f"/{file}", f"/dir/lookup?fileId={file}", f"/dir/lookup?volumeId={file.partition(',')[0]}", *PATHS]
+    paths = [
+        f"/{file}",
+        f"/dir/lookup?fileId={file}",
+        f"/dir/lookup?volumeId={file.partition(',')[0]}",
+        *PATHS,
+    ]
     ports = sorted(port for _, port in addresses)
     asks = [*itertools.product(ports, ["http"], ["GET", "PUT", "POST", "DELETE"], paths)]
     asks += itertools.product(ports, ["https"], ["GET"], ["/"])
@@ -217,7 +291,12 @@ def test_only_the_s3_port_serves_and_only_with_keys(tmp_path: Path) -> None:
     assert [port for port in ports if speaks_grpc(port)] == []
     program = embedded._command(tmp_path, endpoint.ports)[0]
     command = [program, "filer.cat", f"http://127.0.0.1:{filer}/buckets/embedded/x/known"]
-    assert secret not in subprocess.run(command, check=False, stdout=subprocess.PIPE, cwd="/", timeout=120).stdout
+    assert (
+        secret
+        not in subprocess.run(
+            command, check=False, stdout=subprocess.PIPE, cwd="/", timeout=120
+        ).stdout
+    )
     assert [entry.key for entry in store.list()] == ["known"] and store.read("known") == secret
     assert tmp_path.stat().st_mode & 0o077 == 0
     embedded.stop(tmp_path)

@@ -63,7 +63,9 @@ def test_a_large_body_may_take_its_time() -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "a file", "read-only"])
-def test_a_folder_without_sockets_is_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_folder_without_sockets_is_found_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     sockets = tmp_path / "sockets"
     if kind == "a file":
         sockets.touch()
@@ -71,7 +73,8 @@ def test_a_folder_without_sockets_is_found_at_once(tmp_path: Path, monkeypatch: 
         sockets = Path("/proc/self")  # in which nobody can write, root neither
     monkeypatch.setattr(embedded, "SOCKETS", sockets)
     with pytest.raises(
-        WdsTrainError, match=rf"nothing can be written in {sockets} \(.+\), where the embedded S3 server"
+        WdsTrainError,
+        match=rf"nothing can be written in {sockets} \(.+\), where the embedded S3 server",
     ):
         embedded.ensure_running(tmp_path / "s3")
     assert embedded.pids((tmp_path / "s3").absolute()) == []

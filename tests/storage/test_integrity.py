@@ -30,14 +30,19 @@ def plain(request: pytest.FixtureRequest, aws_env: pytest.MonkeyPatch, tmp_path:
     if request.param == "environment":
         aws_env.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     else:
-        (tmp_path / "config").write_text("[default]\nrequest_checksum_calculation = when_required\n")
+        (tmp_path / "config").write_text(
+            "[default]\nrequest_checksum_calculation = when_required\n"
+        )
         aws_env.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
 
 
 def sent(proxy: FaultProxy) -> set[str]:
     """The headers of all requests so far that have to do with a body's digest."""
     heads = "\r\n".join(head.decode() for head, _ in proxy.heads)
-    return {name.lower() for name in re.findall(r"(?im)^(x-amz-[a-z0-9-]*checksum[a-z0-9-]*|content-md5):", heads)}
+    return {
+        name.lower()
+        for name in re.findall(r"(?im)^(x-amz-[a-z0-9-]*checksum[a-z0-9-]*|content-md5):", heads)
+    }
 
 
 @pytest.mark.parametrize("size", [0, 1000, PART_BYTES + 1])
@@ -49,7 +54,9 @@ def test_every_body_goes_with_a_checksum(fault_proxy: FaultProxy, s3_url: str, s
 
 @pytest.mark.parametrize("size", [0, 1000, PART_BYTES + 1])
 @pytest.mark.usefixtures("plain")
-def test_without_checksums_it_goes_with_its_md5(fault_proxy: FaultProxy, s3_url: str, size: int) -> None:
+def test_without_checksums_it_goes_with_its_md5(
+    fault_proxy: FaultProxy, s3_url: str, size: int
+) -> None:
     store, body = open_store(s3_url), random.Random(size).randbytes(size)
     tag = store.write("a", body, if_absent=True)
     store.write_pieces("b", iter([body]))
@@ -68,17 +75,30 @@ REFUSALS: dict[str, dict[str, Any]] = {
         "code": "InvalidArgument",
         "message": "Unsupported header 'x-amz-checksum-crc32' received",
     },
-    "named otherwise": {"status": 400, "code": "InvalidArgument", "message": "X-Amz-Checksum-Crc32 is not known"},
-    "not implemented": {"status": 501, "code": "NotImplemented", "message": "A header implies what is not implemented"},
+    "named otherwise": {
+        "status": 400,
+        "code": "InvalidArgument",
+        "message": "X-Amz-Checksum-Crc32 is not known",
+    },
+    "not implemented": {
+        "status": 501,
+        "code": "NotImplemented",
+        "message": "A header implies what is not implemented",
+    },
     "bad request": {"status": 400, "code": "InvalidRequest", "message": "Bad Request"},
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_the_header_and_the_remedy_are_named_before_a_claim(fault_proxy: FaultProxy, s3_url: str, case: str) -> None:
+def test_the_header_and_the_remedy_are_named_before_a_claim(
+    fault_proxy: FaultProxy, s3_url: str, case: str
+) -> None:
     fault_proxy.fail("status", header=CHECKSUMS, times=ALWAYS, **REFUSALS[case])
     store = open_store(s3_url)
-    with pytest.raises(StoreError, match=rf"does not take x-amz-checksum-crc32 .*{REFUSALS[case]['code']}.*: {REMEDY}"):
+    with pytest.raises(
+        StoreError,
+        match=rf"does not take x-amz-checksum-crc32 .*{REFUSALS[case]['code']}.*: {REMEDY}",
+    ):
         Run.claim(store, RunManifest("r", {}, {"url": "d", "fingerprint": "f"}, "w"), print)
     assert list(store.list()) == []
 
@@ -86,15 +106,21 @@ def test_the_header_and_the_remedy_are_named_before_a_claim(fault_proxy: FaultPr
 @pytest.mark.parametrize("case", ["named", "named otherwise"])
 @pytest.mark.parametrize("size", [1000, PART_BYTES + 1])
 def test_a_write_names_them_too(fault_proxy: FaultProxy, s3_url: str, case: str, size: int) -> None:
-    header = CHECKSUMS if size == 1000 else "x-amz-checksum-algorithm"  # at the beginning of an upload
+    header = (
+        CHECKSUMS if size == 1000 else "x-amz-checksum-algorithm"
+    )  # at the beginning of an upload
     fault_proxy.fail("status", header=header, times=ALWAYS, **REFUSALS[case])
-    with pytest.raises(StoreError, match=rf"This server does not take x-amz-checksum-crc32: {REMEDY}"):
+    with pytest.raises(
+        StoreError, match=rf"This server does not take x-amz-checksum-crc32: {REMEDY}"
+    ):
         open_store(s3_url).write("a", bytes(size))
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 @pytest.mark.usefixtures("plain")
-def test_with_the_remedy_such_a_server_is_used(fault_proxy: FaultProxy, s3_url: str, case: str) -> None:
+def test_with_the_remedy_such_a_server_is_used(
+    fault_proxy: FaultProxy, s3_url: str, case: str
+) -> None:
     fault_proxy.fail("status", header=CHECKSUMS, times=ALWAYS, **REFUSALS[case])
     store = open_store(s3_url)
     assert prove(store, "ckpt/", print)
@@ -108,16 +134,21 @@ def test_with_the_remedy_such_a_server_is_used(fault_proxy: FaultProxy, s3_url: 
 def test_a_server_that_takes_no_condition_is_told_apart(
     fault_proxy: FaultProxy, s3_url: str, status: int, code: str
 ) -> None:
-    fault_proxy.fail("status", header="if-none-match|if-match", status=status, code=code, times=ALWAYS)
+    fault_proxy.fail(
+        "status", header="if-none-match|if-match", status=status, code=code, times=ALWAYS
+    )
     with pytest.raises(
-        StoreError, match=rf"does not take If-None-Match on a write .*{code}.* by which a run has one"
+        StoreError,
+        match=rf"does not take If-None-Match on a write .*{code}.* by which a run has one",
     ) as e:
         prove(open_store(s3_url), "ckpt/", print)
     assert REMEDY not in str(e.value)
     assert list(open_store(s3_url).list()) == []
 
 
-def test_a_write_that_is_refused_for_another_reason_stays_as_it_is(fault_proxy: FaultProxy, s3_url: str) -> None:
+def test_a_write_that_is_refused_for_another_reason_stays_as_it_is(
+    fault_proxy: FaultProxy, s3_url: str
+) -> None:
     fault_proxy.fail("status", method="PUT", status=400, code="KeyTooLongError", times=ALWAYS)
     with pytest.raises(StoreError, match="answered 400 KeyTooLongError") as caught:
         prove(open_store(s3_url), "ckpt/", print)
@@ -126,7 +157,9 @@ def test_a_write_that_is_refused_for_another_reason_stays_as_it_is(fault_proxy: 
 
 @pytest.mark.parametrize("after", [0, 10, 999_999])
 @pytest.mark.usefixtures("plain")
-def test_a_flipped_bit_is_found_without_checksums(fault_proxy: FaultProxy, s3_url: str, after: int) -> None:
+def test_a_flipped_bit_is_found_without_checksums(
+    fault_proxy: FaultProxy, s3_url: str, after: int
+) -> None:
     store = open_store(s3_url)
     fault_proxy.fail("flip_up", method="PUT", after=after)
     store.write("a", BODY)
@@ -162,7 +195,9 @@ def test_no_read_needs_if_match(fault_proxy: FaultProxy, s3_url: str, read: str)
     store = open_store(s3_url)
     store.write("a", BODY)
     fault_proxy.heads.clear()
-    fault_proxy.fail("status", method="GET", header="if-match", status=501, code="NotImplemented", times=ALWAYS)
+    fault_proxy.fail(
+        "status", method="GET", header="if-match", status=501, code="NotImplemented", times=ALWAYS
+    )
     fault_proxy.fail("reset", method="GET", after=300_000, times=2)
     assert READS[read](store) in (BODY, BODY[100:900_100])
 
@@ -176,17 +211,23 @@ def test_what_is_replaced_while_it_is_read_is_never_mixed(
     store.write("a", BODY)
     fault_proxy.fail("truncate", method="GET", after=300_000)
     monkeypatch.setattr(Retry, "pause", lambda *_, **__: store.write("a", new))
-    with pytest.raises(Conflict, match=f"{s3_url}/a was changed by another writer while it was read"):
+    with pytest.raises(
+        Conflict, match=f"{s3_url}/a was changed by another writer while it was read"
+    ):
         READS[read](store)
 
 
-def test_a_server_that_tells_no_etags_is_refused(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_tells_no_etags_is_refused(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without one, a swap would be a write without a condition."""
     store, ask = open_store(s3_url), S3Connection.ask
     store.write("a", b"1")
 
     def without_tags(self: S3Connection, verb: str, key: str, **details: Any) -> dict[str, Any]:
-        return {name: value for name, value in ask(self, verb, key, **details).items() if name != "ETag"}
+        return {
+            name: value for name, value in ask(self, verb, key, **details).items() if name != "ETag"
+        }
 
     monkeypatch.setattr(S3Connection, "ask", without_tags)
     for act in (

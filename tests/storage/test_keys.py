@@ -49,7 +49,10 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.frombytes("RGB", (16, 16), random.Random(number).randbytes(768)).save(path)
     assert main(["shards", str(folder / "images"), str(folder / "made"), "--processes", "1"]) == 0
-    return {split: (folder / "made" / split / "shard-000000.tar").read_bytes() for split in ("train", "val")}
+    return {
+        split: (folder / "made" / split / "shard-000000.tar").read_bytes()
+        for split in ("train", "val")
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,13 +64,17 @@ def test_tars_are_indexed_and_read_where_they_lie(
         open_store(url).write(f"{split}/{name}.tar", body)
     assert main(["shards", "index", url]) == 0
     shards = {
-        split: [shard.name for shard in found.shards] for split, found in Dataset.open(url).manifest.splits.items()
+        split: [shard.name for shard in found.shards]
+        for split, found in Dataset.open(url).manifest.splits.items()
     }
     assert shards == {split: [f"{split}/{name}.tar"] for split in tars}
     assert main(["verify", url]) == 0
     capsys.readouterr()
     assert main(["order", url, "--global-batch", "2"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == Dataset.open(url).manifest.split("train").samples // 2 * 2
+    assert (
+        len(capsys.readouterr().out.splitlines())
+        == Dataset.open(url).manifest.split("train").samples // 2 * 2
+    )
 
 
 def png(shade: int) -> bytes:
@@ -93,7 +100,9 @@ def test_photos_are_found(s3_url: str, name: str) -> None:
 
 
 def payers(proxy: FaultProxy) -> list[bool]:
-    return [bool(re.search(rb"(?i)x-amz-request-payer[:=] *requester", head)) for head, _ in proxy.heads]
+    return [
+        bool(re.search(rb"(?i)x-amz-request-payer[:=] *requester", head)) for head, _ in proxy.heads
+    ]
 
 
 def everything(url: str) -> None:
@@ -133,5 +142,7 @@ def test_else_nobody_says_so(
 @pytest.mark.parametrize("value", ["true", "owner", "Requester", "1"])
 def test_another_payer_is_refused(s3_url: str, aws_env: pytest.MonkeyPatch, value: str) -> None:
     aws_env.setenv("WDS_REQUEST_PAYER", value)
-    with pytest.raises(UsageError, match=rf"WDS_REQUEST_PAYER is '{value}'; it is 'requester', or not set"):
+    with pytest.raises(
+        UsageError, match=rf"WDS_REQUEST_PAYER is '{value}'; it is 'requester', or not set"
+    ):
         open_store(s3_url).read("a")

@@ -28,8 +28,14 @@ ALWAYS = 10**9
 FRESH = RunManifest("r", {}, {"url": "d", "fingerprint": "f"}, "w")
 # What a server leaves out, and what is then said of it.
 IGNORED = {
-    "both conditions": ("if-none-match|if-match", "ignores If-None-Match (it wrote over an object that was there)"),
-    "if-none-match": ("if-none-match", "ignores If-None-Match (it wrote over an object that was there)"),
+    "both conditions": (
+        "if-none-match|if-match",
+        "ignores If-None-Match (it wrote over an object that was there)",
+    ),
+    "if-none-match": (
+        "if-none-match",
+        "ignores If-None-Match (it wrote over an object that was there)",
+    ),
     "if-match": ("if-match", "ignores If-Match (it wrote over an object of another ETag)"),
 }
 
@@ -49,7 +55,9 @@ def keys(store: S3Store) -> list[str]:
 
 
 @pytest.mark.parametrize("case", IGNORED)
-def test_a_server_that_ignores_a_condition_is_refused(store: S3Store, fault_proxy: FaultProxy, case: str) -> None:
+def test_a_server_that_ignores_a_condition_is_refused(
+    store: S3Store, fault_proxy: FaultProxy, case: str
+) -> None:
     header, flaw = IGNORED[case]
     strip(fault_proxy, header)
     with pytest.raises(StoreError) as caught:
@@ -63,7 +71,9 @@ def test_a_server_that_ignores_a_condition_is_refused(store: S3Store, fault_prox
     assert keys(store) == []
 
 
-def test_a_sound_server_is_proved_by_eight_requests_that_leave_nothing(store: S3Store, fault_proxy: FaultProxy) -> None:
+def test_a_sound_server_is_proved_by_eight_requests_that_leave_nothing(
+    store: S3Store, fault_proxy: FaultProxy
+) -> None:
     said: list[str] = []
     assert prove(store, "ckpt/", said.append)
     assert fault_proxy.count() == 8
@@ -89,21 +99,36 @@ def test_a_server_that_ignores_a_condition_at_times_is_mostly_refused(
 
 
 @pytest.mark.parametrize("status", [409, 412])
-def test_a_server_that_refuses_the_right_swap_is_named(store: S3Store, fault_proxy: FaultProxy, status: int) -> None:
+def test_a_server_that_refuses_the_right_swap_is_named(
+    store: S3Store, fault_proxy: FaultProxy, status: int
+) -> None:
     """As one whose ETags a gateway rewrites."""
-    fault_proxy.fail("status", method="PUT", header="if-match", status=status, code="PreconditionFailed", times=ALWAYS)
-    with pytest.raises(StoreError, match="refuses a write with If-Match, even by the ETag that it told"):
+    fault_proxy.fail(
+        "status",
+        method="PUT",
+        header="if-match",
+        status=status,
+        code="PreconditionFailed",
+        times=ALWAYS,
+    )
+    with pytest.raises(
+        StoreError, match="refuses a write with If-Match, even by the ETag that it told"
+    ):
         prove(store, "ckpt/", print)
     assert keys(store) == []
 
 
-def test_a_server_that_hides_what_was_written_is_named(store: S3Store, fault_proxy: FaultProxy) -> None:
+def test_a_server_that_hides_what_was_written_is_named(
+    store: S3Store, fault_proxy: FaultProxy
+) -> None:
     fault_proxy.fail("status", method="HEAD", status=404, code="NoSuchKey", times=ALWAYS)
     with pytest.raises(StoreError, match="does not show an object that was written"):
         prove(store, "ckpt/", print)
 
 
-def test_conditions_stripped_from_the_end_of_uploads_alone_do_no_harm(store: S3Store, fault_proxy: FaultProxy) -> None:
+def test_conditions_stripped_from_the_end_of_uploads_alone_do_no_harm(
+    store: S3Store, fault_proxy: FaultProxy
+) -> None:
     fault_proxy.fail("strip", method="POST", header="if-none-match|if-match", times=ALWAYS)
     assert prove(store, "ckpt/", print)
 
@@ -122,22 +147,38 @@ def test_a_lost_answer_is_no_flaw(store: S3Store, fault_proxy: FaultProxy, kind:
 
 
 @pytest.mark.parametrize("times", [1, 2, 4])
-def test_a_write_refused_for_the_moment_is_tried_again(store: S3Store, fault_proxy: FaultProxy, times: int) -> None:
-    fault_proxy.fail("status", method="PUT", status=409, code="ConditionalRequestConflict", times=times)
+def test_a_write_refused_for_the_moment_is_tried_again(
+    store: S3Store, fault_proxy: FaultProxy, times: int
+) -> None:
+    fault_proxy.fail(
+        "status", method="PUT", status=409, code="ConditionalRequestConflict", times=times
+    )
     assert prove(store, "ckpt/", print)
 
 
-def test_a_server_that_refuses_every_conditional_write_is_named(store: S3Store, fault_proxy: FaultProxy) -> None:
-    fault_proxy.fail("status", method="PUT", header="if-none-match", status=412, code="PreconditionFailed", times=99)
+def test_a_server_that_refuses_every_conditional_write_is_named(
+    store: S3Store, fault_proxy: FaultProxy
+) -> None:
+    fault_proxy.fail(
+        "status",
+        method="PUT",
+        header="if-none-match",
+        status=412,
+        code="PreconditionFailed",
+        times=99,
+    )
     with pytest.raises(
-        StoreError, match="refuses every write with If-None-Match, even of a new object, so that two processes"
+        StoreError,
+        match="refuses every write with If-None-Match, even of a new object, so that two processes",
     ):
         prove(store, "ckpt/", print)
 
 
 def test_who_may_not_write_is_told_so(store: S3Store, fault_proxy: FaultProxy) -> None:
     fault_proxy.fail("status", method="PUT", status=403, code="AccessDenied", times=99)
-    with pytest.raises(AccessDenied, match=r"access to s3://.*/ckpt/probe-\w+ was denied .*let the AWS credentials"):
+    with pytest.raises(
+        AccessDenied, match=r"access to s3://.*/ckpt/probe-\w+ was denied .*let the AWS credentials"
+    ):
         prove(store, "ckpt/", print)
 
 
@@ -165,7 +206,9 @@ def by_host(_: FaultProxy, patch: pytest.MonkeyPatch) -> None:
 
 
 def by_header(_: FaultProxy, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("wds_train.storage.s3_session.GOOGLE_HEADERS", ("x-amz-request-id",))  # which SeaweedFS answers
+    patch.setattr(
+        "wds_train.storage.s3_session.GOOGLE_HEADERS", ("x-amz-request-id",)
+    )  # which SeaweedFS answers
 
 
 @pytest.mark.parametrize("known", [by_host, by_header])
@@ -178,7 +221,8 @@ def test_google_is_called_by_its_name(
     known(fault_proxy, monkeypatch)
     strip(fault_proxy, "if-none-match|if-match")
     with pytest.raises(
-        StoreError, match=r"Google Cloud Storage \(http:.*\), which has no conditions of ETags on writes"
+        StoreError,
+        match=r"Google Cloud Storage \(http:.*\), which has no conditions of ETags on writes",
     ):
         prove(store, "ckpt/", print)
 
@@ -203,7 +247,9 @@ def test_a_run_that_is_there_is_not_claimed_or_rolled_back(
     strip(fault_proxy, IGNORED[case][0])
     with pytest.raises(StoreError, match=re.escape(IGNORED[case][1])):
         Run.claim(store, FRESH, print)
-    monkeypatch.setattr(RunManifest, "back_to", lambda self, step: replace(self, rollbacks=step, checkpoints=("c",)))
+    monkeypatch.setattr(
+        RunManifest, "back_to", lambda self, step: replace(self, rollbacks=step, checkpoints=("c",))
+    )
     monkeypatch.setattr("wds_train.checkpoint.run.read_chosen", lambda *_: None)
     with pytest.raises(StoreError, match=re.escape(IGNORED[case][1])):
         Run.roll_back(store, 1, print)
@@ -211,14 +257,24 @@ def test_a_run_that_is_there_is_not_claimed_or_rolled_back(
 
 
 @pytest.mark.parametrize("header", ["if-match", "if-none-match"])
-def test_a_claim_that_is_refused_for_ever_ends(store: S3Store, fault_proxy: FaultProxy, header: str) -> None:
+def test_a_claim_that_is_refused_for_ever_ends(
+    store: S3Store, fault_proxy: FaultProxy, header: str
+) -> None:
     """By a server that refuses the manifest alone, and not the probe."""
     if header == "if-match":
         Run.claim(store, FRESH, print).end("interrupted")
     fault_proxy.fail(
-        "status", method="PUT", key="manifest.json", header=header, status=412, code="PreconditionFailed", times=ALWAYS
+        "status",
+        method="PUT",
+        key="manifest.json",
+        header=header,
+        status=412,
+        code="PreconditionFailed",
+        times=ALWAYS,
     )
-    with pytest.raises(StoreError, match=r"cannot be claimed: the server refused 30 times to write manifest\.json"):
+    with pytest.raises(
+        StoreError, match=r"cannot be claimed: the server refused 30 times to write manifest\.json"
+    ):
         Run.claim(store, FRESH, print, pause=lambda _: None)
 
 
@@ -241,9 +297,13 @@ def test_of_two_that_claimed_with_one_fence_the_later_owns(
     store: S3Store, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server took both manifests, and both processes saw no run before."""
-    fault_proxy.fail("strip", method="PUT", key="manifest.json", header="if-none-match", times=ALWAYS)
+    fault_proxy.fail(
+        "strip", method="PUT", key="manifest.json", header="if-none-match", times=ALWAYS
+    )
     first = Run.claim(store, FRESH, print)
-    monkeypatch.setattr("wds_train.checkpoint.run.this_process", lambda: Owner("host", "another", 1, 1))
+    monkeypatch.setattr(
+        "wds_train.checkpoint.run.this_process", lambda: Owner("host", "another", 1, 1)
+    )
     second = Run._take(store, FRESH, "", print, 0)
     assert first.manifest.fence == second.manifest.fence
     with pytest.raises(Interrupted, match=r"another instance \(.*host.*\) has claimed"):
@@ -259,7 +319,10 @@ def test_a_run_of_before_is_claimed_and_rolled_back_by_who_is_alone(
     """It began on a sound store, without the flag; its manifest says so from then on."""
     run = Run.claim(store, FRESH, print)
     two = [
-        Checkpoint(Object(f"ckpt/000001-{step}-0.safetensors", 1, "0" * 64), Progress(step=step), {}) for step in (1, 2)
+        Checkpoint(
+            Object(f"ckpt/000001-{step}-0.safetensors", 1, "0" * 64), Progress(step=step), {}
+        )
+        for step in (1, 2)
     ]
     run.writer.write(lambda found: replace(found, checkpoints=tuple(two)))
     run.end("interrupted")
@@ -276,7 +339,9 @@ def test_a_run_of_before_is_claimed_and_rolled_back_by_who_is_alone(
 
 
 @pytest.mark.parametrize("case", IGNORED)
-def test_who_is_alone_may_claim_it_and_the_manifest_says_so(store: S3Store, fault_proxy: FaultProxy, case: str) -> None:
+def test_who_is_alone_may_claim_it_and_the_manifest_says_so(
+    store: S3Store, fault_proxy: FaultProxy, case: str
+) -> None:
     fault = strip(fault_proxy, IGNORED[case][0])
     said: list[str] = []
     Run.claim(store, FRESH, said.append, unsafe=True).end("interrupted")
@@ -293,7 +358,9 @@ def test_who_is_alone_may_claim_it_and_the_manifest_says_so(store: S3Store, faul
     assert not read_run(store)[0].unsafe_store
 
 
-def test_a_run_that_is_done_is_read_without_a_proof(store: S3Store, fault_proxy: FaultProxy) -> None:
+def test_a_run_that_is_done_is_read_without_a_proof(
+    store: S3Store, fault_proxy: FaultProxy
+) -> None:
     done = {"val/top1": 1.0, "val/top1_ema": 1.0}
     Run.claim(store, FRESH, print).end("done", result=done)
     fault_proxy.requests.clear()
@@ -305,7 +372,9 @@ def test_a_run_that_is_done_is_read_without_a_proof(store: S3Store, fault_proxy:
 def test_a_claim_that_loses_a_race_proves_the_store_once(
     store: S3Store, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fault_proxy.fail("status", method="PUT", key="manifest.json", status=409, code="Conflict", times=3)
+    fault_proxy.fail(
+        "status", method="PUT", key="manifest.json", status=409, code="Conflict", times=3
+    )
     Run.claim(store, FRESH, print, pause=lambda _: None)
     assert fault_proxy.count("PUT", "probe-") == 6
 
@@ -357,7 +426,9 @@ def convert(folder: Path, url: str) -> list[str]:
 def index(folder: Path, url: str) -> list[str]:
     assert main([*convert(folder, str(folder / "made"))]) == 0
     for split in ("train", "val"):
-        open_store(url).write(f"{split}.tar", (folder / "made" / split / "shard-000000.tar").read_bytes())
+        open_store(url).write(
+            f"{split}.tar", (folder / "made" / split / "shard-000000.tar").read_bytes()
+        )
     return ["shards", "index", url]
 
 
@@ -378,7 +449,9 @@ def test_a_dataset_is_not_made_there(  # noqa: PLR0917
     assert IGNORED[case][1] in capsys.readouterr().err
     assert keys(store) == before
     assert main([*command, "--unsafe-store"]) == 0
-    assert f"{IGNORED[case][1]}; --unsafe-store: nothing else may write" in "".join(capsys.readouterr())
+    assert f"{IGNORED[case][1]}; --unsafe-store: nothing else may write" in "".join(
+        capsys.readouterr()
+    )
     assert "manifest.json" in keys(store)
     assert not [key for key in keys(store) if "probe-" in key]
     with pytest.raises(NotFound):

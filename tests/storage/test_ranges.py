@@ -50,10 +50,17 @@ class Bucket(BaseHTTPRequestHandler):
         self.requests["all"] += 1
         query = parse_qs(urlsplit(self.path).query)
         signed = self.headers.get("Authorization", "") + "".join(query.get("X-Amz-Credential", []))
-        if "AWS4-HMAC-SHA256" not in signed and query.get("X-Amz-Algorithm") != ["AWS4-HMAC-SHA256"]:
+        if "AWS4-HMAC-SHA256" not in signed and query.get("X-Amz-Algorithm") != [
+            "AWS4-HMAC-SHA256"
+        ]:
             self._answer(400, "InvalidRequest", "Please use AWS4-HMAC-SHA256.")
         elif "/eu-central-1/s3/" not in signed:
-            self._answer(400, "AuthorizationHeaderMalformed", "the region is wrong", "<Region>eu-central-1</Region>")
+            self._answer(
+                400,
+                "AuthorizationHeaderMalformed",
+                "the region is wrong",
+                "<Region>eu-central-1</Region>",
+            )
         else:
             first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
             self.requests["ranges"] += 1
@@ -106,7 +113,9 @@ RANGES = 10_000
 
 
 @pytest.mark.parametrize("region", ["eu-central-1", "us-east-1", "eu-west-1"])
-def test_a_range_is_one_request(region: str, strict: Counter[str], aws_env: pytest.MonkeyPatch) -> None:
+def test_a_range_is_one_request(
+    region: str, strict: Counter[str], aws_env: pytest.MonkeyPatch
+) -> None:
     aws_env.setenv("AWS_DEFAULT_REGION", region)
     store, count = S3Store("strict", "x"), RANGES if region == "us-east-1" else 100
     store.read("shard.tar", 0, 1)  # learns the bucket's region
@@ -135,7 +144,11 @@ def test_a_forked_worker_knows_the_region(strict: Counter[str]) -> None:
 
 
 def test_ranges_that_fall_back_are_counted(
-    fault_proxy: FaultProxy, s3_url: str, digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fault_proxy: FaultProxy,
+    s3_url: str,
+    digits: Dataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """By a server that answers no signed address: in the benchmark, its table, and a training's log; of workers, too."""
     store = open_store(f"{s3_url}/digits")
@@ -157,14 +170,25 @@ def test_ranges_that_fall_back_are_counted(
     ]
     assert main([*bench, "--workers", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loaders"]["wds-train"]["fallbacks"] == 0
-    fault_proxy.fail("status", method="GET", key=".tar", query="X-Amz-Signature", status=400, times=float("inf"))
+    fault_proxy.fail(
+        "status", method="GET", key=".tar", query="X-Amz-Signature", status=400, times=float("inf")
+    )
     assert main([*bench, "--workers", "1"]) == 0
     ranges = int(
-        re.search(r"^(\d+) ranges of wds-train a pass took a second request", capsys.readouterr().out, re.M)[1]
+        re.search(
+            r"^(\d+) ranges of wds-train a pass took a second request",
+            capsys.readouterr().out,
+            re.M,
+        )[1]
     )  # type: ignore[index]
     assert ranges >= len(digits.split("train").shard_names)
     train = ["train", "--dataset", store.url, "--run", str(tmp_path / "run"), "--workers", "1"]
-    for setting in ("model.name=test_resnet", "schedule.epochs=1", "schedule.warmup_epochs=0", "data.size=32"):
+    for setting in (
+        "model.name=test_resnet",
+        "schedule.epochs=1",
+        "schedule.warmup_epochs=0",
+        "data.size=32",
+    ):
         train += ["--set", setting]
     assert main(train) == 0
     assert re.search(r"epoch +1/1 .* \d+ ranges asked for twice\n", capsys.readouterr().err)
@@ -224,7 +248,9 @@ def made_clients(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], threading.
     return made, begun
 
 
-def test_threads_and_forked_processes_make_one_client(near: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_forked_processes_make_one_client(
+    near: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, _ = made_clients(monkeypatch)
     assert read_all(near)
     if (child := os.fork()) == 0:
@@ -249,35 +275,58 @@ def test_a_fork_while_a_client_is_made(near: S3Store, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("setting", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "ca_bundle", ""])
-def test_over_tls_the_settings_say_whom_to_trust(setting: str, aws_env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_over_tls_the_settings_say_whom_to_trust(
+    setting: str, aws_env: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     certificate, key = tmp_path / "crt", tmp_path / "key"
-    extensions = ("-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:TRUE")
+    extensions = (
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-addext",
+        "basicConstraints=critical,CA:TRUE",
+    )
     command = [*OPENSSL.split(), *extensions, "-keyout", str(key), "-out", str(certificate)]
     subprocess.run(command, check=True, capture_output=True)
     (tmp_path / "config").write_text(f"[default]\nca_bundle = {certificate}\n")
-    settings = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "eu-central-1"}
-    settings |= {"WDS_S3_PATIENCE": "0", "AWS_CONFIG_FILE": str(tmp_path / "config") if setting == "ca_bundle" else ""}
+    settings = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+    }
+    settings |= {
+        "WDS_S3_PATIENCE": "0",
+        "AWS_CONFIG_FILE": str(tmp_path / "config") if setting == "ca_bundle" else "",
+    }
     with served() as server:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
         server.socket = context.wrap_socket(server.socket, server_side=True)
         for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
             aws_env.delenv(name, raising=False)
-        for name, value in (settings | ({setting: str(certificate)} if setting.isupper() else {})).items():
+        for name, value in (
+            settings | ({setting: str(certificate)} if setting.isupper() else {})
+        ).items():
             aws_env.setenv(name, value)
         aws_env.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{server.server_port}")
         store = S3Store("strict", "x")
         if setting:
-            assert store.read("shard.tar", 7, 9) == store.read("shard.tar", 7, 9) == Bucket.content[7:16]
+            assert (
+                store.read("shard.tar", 7, 9)
+                == store.read("shard.tar", 7, 9)
+                == Bucket.content[7:16]
+            )
             assert Bucket.requests == {"connections": 1, "all": 2, "ranges": 2}
         else:
             with pytest.raises(
-                Unavailable, match=r"does not answer \(https://127.0.0.1:\d+: .*certificate verify failed"
+                Unavailable,
+                match=r"does not answer \(https://127.0.0.1:\d+: .*certificate verify failed",
             ):
                 store.read("shard.tar", 7, 9)
 
 
-def test_through_a_proxy_boto3_reads(near: S3Store, strict: Counter[str], aws_env: pytest.MonkeyPatch) -> None:
+def test_through_a_proxy_boto3_reads(
+    near: S3Store, strict: Counter[str], aws_env: pytest.MonkeyPatch
+) -> None:
     aws_env.setenv("HTTP_PROXY", os.environ["AWS_ENDPOINT_URL"])
     aws_env.setenv("AWS_ENDPOINT_URL", "http://s3.invalid")
     target = bytearray(9)
@@ -300,7 +349,9 @@ def scripted(*pieces: bytes, pause: float = 0.0) -> Iterator[tuple[Ranges, list[
                 connection, _ = server.accept()
                 asked.append(b"")
                 connection.settimeout(120)
-                threading.Thread(target=answer, args=(connection, len(asked) - 1), daemon=True).start()
+                threading.Thread(
+                    target=answer, args=(connection, len(asked) - 1), daemon=True
+                ).start()
 
     def answer(connection: socket.socket, number: int) -> None:
         with connection, contextlib.suppress(OSError):
@@ -314,7 +365,11 @@ def scripted(*pieces: bytes, pause: float = 0.0) -> Iterator[tuple[Ranges, list[
                         return
 
     threading.Thread(target=serve, daemon=True).start()
-    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    keys = {
+        "aws_access_key_id": "key",
+        "aws_secret_access_key": "secret",
+        "region_name": "us-east-1",
+    }
     client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{server.getsockname()[1]}", **keys)
     yield Ranges(client, "bucket", 5), asked
     server.shutdown(socket.SHUT_RDWR)
@@ -360,7 +415,8 @@ def test_a_body_comes_whole_however_it_comes(pieces: tuple[bytes, ...], connecti
     "answer",
     [
         HEAD.replace(b"206", b"200") + b"0123456789",
-        HEAD.replace(b"conTENT-length:10", b"Transfer-Encoding: chunked") + b"a\r\n0123456789\r\n0\r\n\r\n",
+        HEAD.replace(b"conTENT-length:10", b"Transfer-Encoding: chunked")
+        + b"a\r\n0123456789\r\n0\r\n\r\n",
         HEAD.replace(b"conTENT-length:10", b"Content-Length: -1"),
         HEAD.replace(b"conTENT-length:10", b"Content-Length: " + b"9" * 5000),
         b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
@@ -393,7 +449,8 @@ def test_a_shard_goes_up_as_a_tar(s3_url: str) -> None:
     assert isinstance(store, S3Store)
     for verb in ("UploadPart", "PutObject"):
         store.client.meta.events.register(
-            f"before-send.s3.{verb}", lambda request, **_: told.append(request.headers["Content-Type"].decode())
+            f"before-send.s3.{verb}",
+            lambda request, **_: told.append(request.headers["Content-Type"].decode()),
         )
     store.write("large.tar", bytes(PART_BYTES + 1))
     store.write("small.tar", b"1")

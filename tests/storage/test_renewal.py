@@ -35,7 +35,9 @@ class KeyFile:
     def write(self, key: str) -> None:
         """Put the access key `key` into the file, as tools do: by a rename."""
         beside = self.path.with_suffix(".new")
-        beside.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = secret-of-{key}\n")
+        beside.write_text(
+            f"[default]\naws_access_key_id = {key}\naws_secret_access_key = secret-of-{key}\n"
+        )
         beside.replace(self.path)
 
 
@@ -139,7 +141,9 @@ def test_renewed_credentials_are_taken_up(
 
 
 @pytest.mark.parametrize("request_of", REQUESTS)
-def test_credentials_are_waited_for(fault_proxy: FaultProxy, store: S3Store, keys: KeyFile, request_of: str) -> None:
+def test_credentials_are_waited_for(
+    fault_proxy: FaultProxy, store: S3Store, keys: KeyFile, request_of: str
+) -> None:
     """They are renewed only after the first denials."""
     fault_proxy.accepted = {"NEW"}
     before = fault_proxy.signers["OLD"]
@@ -157,7 +161,9 @@ def test_credentials_are_waited_for(fault_proxy: FaultProxy, store: S3Store, key
     assert fault_proxy.signers["NEW"]
 
 
-def test_an_upload_goes_on_in_its_middle(fault_proxy: FaultProxy, store: S3Store, keys: KeyFile) -> None:
+def test_an_upload_goes_on_in_its_middle(
+    fault_proxy: FaultProxy, store: S3Store, keys: KeyFile
+) -> None:
     def pieces() -> Iterator[bytes]:
         yield LARGE[:PART]
         yield LARGE[:PART]
@@ -200,7 +206,9 @@ def test_a_store_that_was_never_open_refuses_at_once(
     assert fault_proxy.signers["OLD"] <= 2
 
 
-def test_a_right_that_was_never_there_is_refused_at_once(fault_proxy: FaultProxy, keys: KeyFile, s3_url: str) -> None:
+def test_a_right_that_was_never_there_is_refused_at_once(
+    fault_proxy: FaultProxy, keys: KeyFile, s3_url: str
+) -> None:
     """The store is open, but not for this kind of request."""
     store = open_store(s3_url)
     store.write("object", DATA)
@@ -210,14 +218,21 @@ def test_a_right_that_was_never_there_is_refused_at_once(fault_proxy: FaultProxy
     assert fault_proxy.count("DELETE") == 1
 
 
-def test_a_denial_that_stays_ends_within_the_patience(fault_proxy: FaultProxy, store: S3Store, keys: KeyFile) -> None:
+def test_a_denial_that_stays_ends_within_the_patience(
+    fault_proxy: FaultProxy, store: S3Store, keys: KeyFile
+) -> None:
     store.connection.patience = 1.0
     fault_proxy.accepted = set()
-    with pytest.raises(AccessDenied, match=r"ExpiredToken\): the credentials have expired: renew them; gave up after"):
+    with pytest.raises(
+        AccessDenied,
+        match=r"ExpiredToken\): the credentials have expired: renew them; gave up after",
+    ):
         store.read("object")
 
 
-@pytest.mark.parametrize("content", ["", "[default]\naws_access_key_id = NEW\n", "[default\n", "[other]\n"])
+@pytest.mark.parametrize(
+    "content", ["", "[default]\naws_access_key_id = NEW\n", "[default\n", "[other]\n"]
+)
 def test_a_file_that_is_just_being_written_is_read_again(
     fault_proxy: FaultProxy, store: S3Store, keys: KeyFile, content: str
 ) -> None:
@@ -230,7 +245,9 @@ def test_a_file_that_is_just_being_written_is_read_again(
 
 
 @pytest.mark.parametrize("request_of", REQUESTS)
-def test_a_clock_that_is_set_right_is_waited_for(fault_proxy: FaultProxy, store: S3Store, request_of: str) -> None:
+def test_a_clock_that_is_set_right_is_waited_for(
+    fault_proxy: FaultProxy, store: S3Store, request_of: str
+) -> None:
     fault_proxy.fail("status", status=403, code="RequestTimeTooSkewed", times=4)
     REQUESTS[request_of](store)
 
@@ -251,7 +268,9 @@ def test_a_write_that_meets_another_is_repeated(
 
 def test_a_write_that_lost_says_so(fault_proxy: FaultProxy, store: S3Store) -> None:
     store.write("taken", b"theirs")
-    fault_proxy.fail("status", method="PUT", key="taken", status=409, code="ConditionalRequestConflict", times=2)
+    fault_proxy.fail(
+        "status", method="PUT", key="taken", status=409, code="ConditionalRequestConflict", times=2
+    )
     with pytest.raises(Conflict, match="was written by another writer"):
         store.write("taken", DATA, if_absent=True)
     assert store.read("taken") == b"theirs"
@@ -259,16 +278,28 @@ def test_a_write_that_lost_says_so(fault_proxy: FaultProxy, store: S3Store) -> N
 
 def test_a_forgotten_upload_is_sent_again(fault_proxy: FaultProxy, store: S3Store) -> None:
     """As AWS does after a conflict at the end of a multipart upload."""
-    fault_proxy.fail("status", method="POST", key="forgotten", query="uploadId", status=404, code="NoSuchUpload")
+    fault_proxy.fail(
+        "status", method="POST", key="forgotten", query="uploadId", status=404, code="NoSuchUpload"
+    )
     store.write("forgotten", LARGE, if_absent=True)
     assert store.read("forgotten") == LARGE
 
 
-def test_uploads_that_are_always_forgotten_are_nobody_else_s(fault_proxy: FaultProxy, store: S3Store) -> None:
+def test_uploads_that_are_always_forgotten_are_nobody_else_s(
+    fault_proxy: FaultProxy, store: S3Store
+) -> None:
     fault_proxy.fail(
-        "status", method="POST", key="forgotten", query="uploadId", status=404, code="NoSuchUpload", times=ALWAYS
+        "status",
+        method="POST",
+        key="forgotten",
+        query="uploadId",
+        status=404,
+        code="NoSuchUpload",
+        times=ALWAYS,
     )
-    with pytest.raises(StoreError, match="the S3 server forgot 3 multipart uploads before their end"):
+    with pytest.raises(
+        StoreError, match="the S3 server forgot 3 multipart uploads before their end"
+    ):
         store.write("forgotten", LARGE, if_absent=True)
     fault_proxy.faults.clear()
     assert [entry.key for entry in store.list("forgotten")] == []
@@ -284,7 +315,9 @@ def test_a_redirect_for_ever_ends_in_a_sentence(  # noqa: PLR0917
     fault_proxy: FaultProxy, keys: KeyFile, s3_url: str, status: int, location: str, request_of: str
 ) -> None:
     headers = f"\r\nLocation: {location}" if location else ""
-    fault_proxy.fail("status", status=status, code="TemporaryRedirect", headers=headers, times=ALWAYS)
+    fault_proxy.fail(
+        "status", status=status, code="TemporaryRedirect", headers=headers, times=ALWAYS
+    )
     with pytest.raises(StoreError, match="redirects") as caught:
         REQUESTS[request_of](open_store(s3_url))
     said = str(caught.value)
@@ -301,18 +334,26 @@ def test_a_redirect_for_ever_ends_in_a_sentence(  # noqa: PLR0917
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
-        (boto_errors.TokenRetrievalError(provider="sso", error_msg="expired"), "aws sso login --profile mine"),
+        (
+            boto_errors.TokenRetrievalError(provider="sso", error_msg="expired"),
+            "aws sso login --profile mine",
+        ),
         (boto_errors.SSOTokenLoadError(error_msg="not there"), "aws sso login --profile mine"),
         (boto_errors.UnauthorizedSSOTokenError(), "aws sso login --profile mine"),
         (boto_errors.NoAuthTokenError(), "aws sso login --profile mine"),
         (boto_errors.LoginRefreshRequired(), "aws login --profile mine"),
-        (boto_errors.CredentialRetrievalError(provider="process", error_msg="exit 1"), "when their source answers"),
+        (
+            boto_errors.CredentialRetrievalError(provider="process", error_msg="exit 1"),
+            "when their source answers",
+        ),
         (boto_errors.MetadataRetrievalError(error_msg="timed out"), "when their source answers"),
         (boto_errors.NoCredentialsError(), "set AWS_ACCESS_KEY_ID"),
         (boto_errors.ConfigParseError(path="/x", error="torn"), "repair that file"),
     ],
 )
-def test_missing_credentials_say_what_to_do(error: Exception, remedy: str, aws_env: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_say_what_to_do(
+    error: Exception, remedy: str, aws_env: pytest.MonkeyPatch
+) -> None:
     aws_env.setenv("AWS_PROFILE", "mine")
     said = describe_missing_credentials("s3://b/x", error, str(error))
     assert remedy in said

@@ -48,7 +48,9 @@ def test_a_claim_goes_on_without_housekeeping(
     assert run.manifest.status == "running"
     (line,) = [line for line in said if "what interrupted uploads left stays there" in line]
     assert LACKS[lack]["code"] in line or "does not exist" in line
-    assert (orphan in [entry.key for entry in store.list()]) == ("DELETE" in lack or "delete" in lack)
+    assert (orphan in [entry.key for entry in store.list()]) == (
+        "DELETE" in lack or "delete" in lack
+    )
 
 
 SLOW = {
@@ -75,7 +77,9 @@ def test_a_claim_does_not_wait_for_housekeeping_beyond_its_lease(
     assert store.connection.patience == PATIENCE_SECONDS
 
 
-def test_orphans_that_take_too_long_are_left_to_the_next_claim(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphans_that_take_too_long_are_left_to_the_next_claim(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("wds_train.checkpoint.orphans.TIDY_SECONDS", 0.5)
     store, said = open_store(s3_url), list[str]()
     for number in range(9):
@@ -93,7 +97,9 @@ def test_orphans_that_take_too_long_are_left_to_the_next_claim(s3_url: str, monk
     assert "is slow: the rest is left to the next start" in said[-1]
 
 
-def test_who_may_only_read_a_finished_run_is_told_nothing(fault_proxy: FaultProxy, s3_url: str) -> None:
+def test_who_may_only_read_a_finished_run_is_told_nothing(
+    fault_proxy: FaultProxy, s3_url: str
+) -> None:
     store, said = open_store(s3_url), list[str]()
     Run.claim(store, FRESH, print).end("done", result={"val/top1": 1.0, "val/top1_ema": 1.0})
     store.write("ckpt/000001-000000099-000009.safetensors", b"1")
@@ -128,7 +134,9 @@ def test_a_conversion_ends_well_without_housekeeping(
 
 
 @pytest.mark.parametrize("count", [1, 5, 12])
-def test_all_pages_of_a_listing_are_read(s3_url: str, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_all_pages_of_a_listing_are_read(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     """Pages of five, of objects and of uploads that killed writers left; those of other prefixes stay."""
     store = open_store(s3_url)
     assert isinstance(store, S3Store)
@@ -143,10 +151,14 @@ def test_all_pages_of_a_listing_are_read(s3_url: str, monkeypatch: pytest.Monkey
         return ask(self, verb, key, **details, **sizes.get(verb, {}))
 
     monkeypatch.setattr(S3Connection, "ask", in_pages)
-    assert [entry.key for entry in store.list("a/")] == [f"a/{number:02d}" for number in range(count)]
+    assert [entry.key for entry in store.list("a/")] == [
+        f"a/{number:02d}" for number in range(count)
+    ]
     store.abort_uploads("a/")
     left = store.client.list_multipart_uploads(Bucket=store.bucket).get("Uploads", [])
-    assert sorted(upload["Key"] for upload in left) == sorted(f"test/b/{number}" for number in range(count))
+    assert sorted(upload["Key"] for upload in left) == sorted(
+        f"test/b/{number}" for number in range(count)
+    )
 
 
 FOREIGN = {"Key": "other/a/0", "UploadId": "0"}
@@ -157,7 +169,10 @@ FOREIGN = {"Key": "other/a/0", "UploadId": "0"}
     [
         ("list_objects_v2", {"IsTruncated": True}),
         ("list_objects_v2", {"IsTruncated": True, "NextContinuationToken": "same"}),
-        ("list_multipart_uploads", {"IsTruncated": True, "NextKeyMarker": "same", "Uploads": [FOREIGN]}),
+        (
+            "list_multipart_uploads",
+            {"IsTruncated": True, "NextKeyMarker": "same", "Uploads": [FOREIGN]},
+        ),
     ],
 )
 def test_a_listing_that_has_no_next_page_ends(
@@ -175,7 +190,9 @@ def test_a_listing_that_has_no_next_page_ends(
     assert asked in ([verb], [verb, verb])
 
 
-def test_uploads_of_other_prefixes_are_left_alone(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_of_other_prefixes_are_left_alone(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a server lists them that does not know prefixes."""
     store, asked = open_store(s3_url), list[str]()
 
@@ -197,7 +214,10 @@ MIB = 1 << 20
 @pytest.mark.parametrize(
     ("pieces", "parts"),
     [
-        ([PART + 200_000, PART + 100_000, 3 * MIB], [PART, PART, 3 * MIB + 300_000]),  # as packing gives them
+        (
+            [PART + 200_000, PART + 100_000, 3 * MIB],
+            [PART, PART, 3 * MIB + 300_000],
+        ),  # as packing gives them
         ([12 * MIB], [PART, PART, 2 * MIB]),
         ([MIB] * 11, [PART, PART, MIB]),
         ([PART, PART], [PART, PART]),
@@ -210,7 +230,11 @@ MIB = 1 << 20
     ],
 )
 def test_parts_are_of_one_length_whatever_the_pieces_are(
-    fault_proxy: FaultProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch, pieces: list[int], parts: list[int]
+    fault_proxy: FaultProxy,
+    s3_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    pieces: list[int],
+    parts: list[int],
 ) -> None:
     monkeypatch.setattr("wds_train.storage.s3_write.PART_BYTES", PART)
     fault_proxy.fail("equal_parts", times=ALWAYS, **EQUAL_PARTS)  # type: ignore[arg-type]
@@ -219,7 +243,9 @@ def test_parts_are_of_one_length_whatever_the_pieces_are(
     tag = store.write_pieces("shard", iter(bodies))
     assert store.head("shard") == (sum(pieces), tag)
     assert hashlib.sha256(store.read("shard")).digest() == hashlib.sha256(b"".join(bodies)).digest()
-    assert [lengths[number] for lengths in fault_proxy.parts.values() for number in sorted(lengths)] == parts
+    assert [
+        lengths[number] for lengths in fault_proxy.parts.values() for number in sorted(lengths)
+    ] == parts
 
 
 def test_a_large_shard_goes_up_in_parts_of_one_length(
@@ -233,8 +259,13 @@ def test_a_large_shard_goes_up_in_parts_of_one_length(
         path = tmp_path / "images" / "train" / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         side = 500 + 9 * number
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path, compress_level=1)
-    assert main(["shards", str(tmp_path / "images"), s3_url, "--processes", "1", "--hold-out", "0"]) == 0
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
+            path, compress_level=1
+        )
+    assert (
+        main(["shards", str(tmp_path / "images"), s3_url, "--processes", "1", "--hold-out", "0"])
+        == 0
+    )
     (parts,) = fault_proxy.parts.values()
     *lengths, last = [parts[number] for number in sorted(parts)]
     assert len(lengths) > 1

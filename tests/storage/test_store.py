@@ -30,7 +30,9 @@ RANDOM = random.Random(0).randbytes(3_500_000)
 
 @pytest.fixture(params=["local", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("s3_url"))
+    return open_store(
+        str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("s3_url")
+    )
 
 
 @pytest.fixture
@@ -70,13 +72,16 @@ def test_an_empty_object_is_one(store: Store) -> None:
 def test_a_range_beyond_the_end_is_an_error_naming_it(store: Store, start: int) -> None:
     store.write("a", b"0123456789")
     with pytest.raises(
-        StoreError, match=rf"{store.url}/a is too short: bytes {start} up to {start + 8} were asked for"
+        StoreError,
+        match=rf"{store.url}/a is too short: bytes {start} up to {start + 8} were asked for",
     ):
         store.read("a", start, 8)
     with pytest.raises(StoreError, match="a is too short: bytes"):
         store.read_into("a", start, memoryview(bytearray(8)))
     if start >= 10:
-        with pytest.raises(StoreError, match=rf"{store.url}/a is too short: bytes from {start} on were asked for"):
+        with pytest.raises(
+            StoreError, match=rf"{store.url}/a is too short: bytes from {start} on were asked for"
+        ):
             store.read("a", start)
 
 
@@ -170,7 +175,9 @@ def test_a_large_write_swaps_like_a_small_one(store: Store) -> None:
 
 
 @pytest.mark.parametrize("key", ["../out", "a/../../out", "/etc/passwd", "a\0b"])
-def test_a_key_that_leads_out_of_the_store_is_refused(store: Store, tmp_path: Path, key: str) -> None:
+def test_a_key_that_leads_out_of_the_store_is_refused(
+    store: Store, tmp_path: Path, key: str
+) -> None:
     (tmp_path / "out").write_text("secret")
     actions: list[Callable[[], object]] = [
         lambda: store.read(key),
@@ -206,7 +213,9 @@ def test_a_full_disk_is_named_and_leaves_the_old_object(tmp_path: Path) -> None:
     try:
         store = LocalStore(mount)
         store.write("a", b"old")
-        with pytest.raises(StoreError, match=rf"no space left on the disk of {mount} while writing a; free some"):
+        with pytest.raises(
+            StoreError, match=rf"no space left on the disk of {mount} while writing a; free some"
+        ):
             store.write("a", bytes(1 << 20))
         assert store.read("a") == b"old"
         assert [path.name for path in mount.iterdir()] == ["a"]
@@ -220,11 +229,15 @@ def test_no_permission_is_named(local: LocalStore, monkeypatch: pytest.MonkeyPat
 
     local.write("a", b"")
     monkeypatch.setattr(Path, "open", deny)  # root, as whom containers run, is denied nothing
-    with pytest.raises(AccessDenied, match=rf"no permission for {local.url}/a; check its owner and mode"):
+    with pytest.raises(
+        AccessDenied, match=rf"no permission for {local.url}/a; check its owner and mode"
+    ):
         local.read("a")
 
 
-def test_list_looks_at_nothing_outside_its_prefix(local: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_looks_at_nothing_outside_its_prefix(
+    local: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for key in ("in/a", "out/b", "out/deep/c"):
         local.write(key, b"1")
     seen: list[str] = []
@@ -244,7 +257,9 @@ LocalStore(Path(sys.argv[1])).write("a", b"new")
 """
 
 
-def test_a_writer_killed_before_the_rename_leaves_the_old_object_and_no_lock(local: LocalStore) -> None:
+def test_a_writer_killed_before_the_rename_leaves_the_old_object_and_no_lock(
+    local: LocalStore,
+) -> None:
     local.write("a", b"old")
     process = subprocess.run([sys.executable, "-c", KILLED_WRITER, local.url], check=False)
     assert process.returncode == -9
@@ -303,7 +318,9 @@ def test_an_object_replaced_while_it_is_read_is_a_conflict(
 
 
 @pytest.mark.parametrize("kind", ["reset", "status", "lost_ack"])
-def test_every_verb_survives_passing_trouble(proxied: S3Store, fault_proxy: FaultProxy, kind: Kind) -> None:
+def test_every_verb_survives_passing_trouble(
+    proxied: S3Store, fault_proxy: FaultProxy, kind: Kind
+) -> None:
     actions: list[Callable[[], object]] = [
         lambda: proxied.write("new", b"1"),
         lambda: proxied.read("new"),
@@ -319,12 +336,16 @@ def test_every_verb_survives_passing_trouble(proxied: S3Store, fault_proxy: Faul
 
 
 @pytest.mark.parametrize("size", [1, PART_BYTES + 1])
-def test_a_lost_acknowledgement_is_no_conflict(proxied: S3Store, fault_proxy: FaultProxy, size: int) -> None:
+def test_a_lost_acknowledgement_is_no_conflict(
+    proxied: S3Store, fault_proxy: FaultProxy, size: int
+) -> None:
     one, two = b"1" * size, b"2" * size
     for body, condition in ((one, {"if_absent": True}), (two, {"if_match": ""})):
         if "if_match" in condition:
             condition = {"if_match": proxied.head("m")[1]}  # noqa: PLW2901
-        fault = fault_proxy.fail("lost_ack", method="PUT" if size == 1 else "POST", key="m", times=2)
+        fault = fault_proxy.fail(
+            "lost_ack", method="PUT" if size == 1 else "POST", key="m", times=2
+        )
         tag = proxied.write("m", body, **condition)  # type: ignore[arg-type]
         assert fault.times == 0
         assert proxied.head("m") == (size, tag)
@@ -344,8 +365,16 @@ def test_a_lost_acknowledgement_does_not_hide_another_writer(
 @pytest.mark.parametrize(
     ("answer", "kind", "text"),
     [
-        ("403 AccessDenied", AccessDenied, "denied \\(AccessDenied\\): let the AWS credentials .* s3:ListBucket"),
-        ("400 ExpiredToken", AccessDenied, "denied \\(ExpiredToken\\): the credentials have expired: renew them"),
+        (
+            "403 AccessDenied",
+            AccessDenied,
+            "denied \\(AccessDenied\\): let the AWS credentials .* s3:ListBucket",
+        ),
+        (
+            "400 ExpiredToken",
+            AccessDenied,
+            "denied \\(ExpiredToken\\): the credentials have expired: renew them",
+        ),
         ("403 RequestTimeTooSkewed", AccessDenied, "this machine's clock is wrong: set it"),
         ("409 Conflict", Conflict, "m was written by another writer"),
         ("412 PreconditionFailed", Conflict, "m was written by another writer"),
@@ -356,7 +385,9 @@ def test_a_refusal_is_final_at_once(
     proxied: S3Store, fault_proxy: FaultProxy, answer: str, kind: type[StoreError], text: str
 ) -> None:
     fault_proxy.fail("status", method="PUT", status=int(answer[:3]), code=answer[4:], times=9)
-    never_open = S3Store(proxied.bucket, proxied.prefix)  # one that was open waits for new credentials
+    never_open = S3Store(
+        proxied.bucket, proxied.prefix
+    )  # one that was open waits for new credentials
     with pytest.raises(kind, match=f"{proxied.url}/m.*{text}|{text}") as caught:
         never_open.write("m", b"1")
     assert not isinstance(caught.value, Unavailable)
@@ -371,16 +402,24 @@ def test_a_dead_server_ends_in_a_clear_error_within_the_deadline(
     hasty = S3Store(proxied.bucket, proxied.prefix)
     fault_proxy.fail(kind, times=10**9)
     began = time.monotonic()
-    with pytest.raises(Unavailable, match=rf"{proxied.url}/(m|big).*gave up after \d+ attempts in \d+ s") as caught:
+    with pytest.raises(
+        Unavailable, match=rf"{proxied.url}/(m|big).*gave up after \d+ attempts in \d+ s"
+    ) as caught:
         hasty.read("big" if kind in ("stall", "truncate", "drip") else "m")
     if kind == "status":
         assert f"after {fault_proxy.count('GET')} attempts" in str(caught.value)
-    assert time.monotonic() - began < 100  # not the usual 120 s; at leisure it takes 1.5 s, and what a read may take
+    assert (
+        time.monotonic() - began < 100
+    )  # not the usual 120 s; at leisure it takes 1.5 s, and what a read may take
 
 
-def test_many_reads_under_random_faults_give_the_same_bytes(proxied: S3Store, fault_proxy: FaultProxy) -> None:
+def test_many_reads_under_random_faults_give_the_same_bytes(
+    proxied: S3Store, fault_proxy: FaultProxy
+) -> None:
     for kind in ("reset", "truncate", "status", "stall"):
-        fault_proxy.fail(kind, method="GET", share=0.03, after=0 if kind == "status" else 50_000, times=10**9)
+        fault_proxy.fail(
+            kind, method="GET", share=0.03, after=0 if kind == "status" else 50_000, times=10**9
+        )
     draws = random.Random(1)
     spans = [(draws.randrange(3_000_000), draws.randrange(1, 500_000)) for _ in range(150)]
     with ThreadPoolExecutor(8) as pool:
@@ -389,7 +428,9 @@ def test_many_reads_under_random_faults_give_the_same_bytes(proxied: S3Store, fa
     assert fault_proxy.count("GET", "big") > 150
 
 
-def test_a_failed_upload_leaves_nothing_behind(proxied: S3Store, fault_proxy: FaultProxy, tmp_path: Path) -> None:
+def test_a_failed_upload_leaves_nothing_behind(
+    proxied: S3Store, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_bytes(bytes(2 * PART_BYTES))
     fault_proxy.fail("status", method="PUT", status=403, code="AccessDenied", times=9)
     with pytest.raises(AccessDenied, match=f"{proxied.url}/up"):
@@ -401,7 +442,9 @@ def test_a_failed_upload_leaves_nothing_behind(proxied: S3Store, fault_proxy: Fa
 def test_bytes_damaged_on_their_way_up_are_sent_again(
     proxied: S3Store, fault_proxy: FaultProxy, aws_env: pytest.MonkeyPatch
 ) -> None:
-    aws_env.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")  # boto3 shall not do our part
+    aws_env.setenv(
+        "AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"
+    )  # boto3 shall not do our part
     proxied = pickle.loads(pickle.dumps(proxied))
     fault_proxy.fail("flip_up", method="PUT", after=10)
     proxied.write("a", RANDOM)
@@ -430,7 +473,9 @@ def test_pauses_double_up_to_a_bound_start_anew_after_progress_and_end() -> None
 
 
 def test_a_missing_bucket_is_not_a_missing_object(s3: S3Store) -> None:
-    missing = S3Store("no-such-bucket", "x")  # reads only: SeaweedFS makes the bucket that an administrator writes to
+    missing = S3Store(
+        "no-such-bucket", "x"
+    )  # reads only: SeaweedFS makes the bucket that an administrator writes to
     actions: list[Callable[[], object]] = [
         lambda: missing.read("a"),
         lambda: missing.read_tagged("a"),
@@ -447,10 +492,22 @@ def test_a_missing_bucket_is_not_a_missing_object(s3: S3Store) -> None:
 @pytest.mark.parametrize(
     ("setting", "kind", "text"),
     [
-        ("AWS_SECRET_ACCESS_KEY=wrong", AccessDenied, r"SignatureDoesNotMatch\): .*check AWS_SECRET_ACCESS_KEY"),
-        ("AWS_ACCESS_KEY_ID=wrong", AccessDenied, r"InvalidAccessKeyId\): .*check AWS_ACCESS_KEY_ID"),
+        (
+            "AWS_SECRET_ACCESS_KEY=wrong",
+            AccessDenied,
+            r"SignatureDoesNotMatch\): .*check AWS_SECRET_ACCESS_KEY",
+        ),
+        (
+            "AWS_ACCESS_KEY_ID=wrong",
+            AccessDenied,
+            r"InvalidAccessKeyId\): .*check AWS_ACCESS_KEY_ID",
+        ),
         ("AWS_ACCESS_KEY_ID=", AccessDenied, "no AWS credentials .*set AWS_ACCESS_KEY_ID"),
-        ("AWS_PROFILE=nobody", UsageError, r"settings cannot be used .*\(.*nobody.*\); check .*AWS_PROFILE"),
+        (
+            "AWS_PROFILE=nobody",
+            UsageError,
+            r"settings cannot be used .*\(.*nobody.*\); check .*AWS_PROFILE",
+        ),
         (
             "AWS_ENDPOINT_URL=localhost:1",
             UsageError,
@@ -461,7 +518,11 @@ def test_a_missing_bucket_is_not_a_missing_object(s3: S3Store) -> None:
             Unavailable,
             r"http://127.0.0.1:9/.*check .*AWS_ENDPOINT_URL; gave up",
         ),
-        ("AWS_ENDPOINT_URL=http://no-such-host.invalid", Unavailable, r"http://no-such-host.invalid/.*; gave up"),
+        (
+            "AWS_ENDPOINT_URL=http://no-such-host.invalid",
+            Unavailable,
+            r"http://no-such-host.invalid/.*; gave up",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_named(
@@ -535,7 +596,9 @@ def test_a_full_disk_under_the_embedded_server_is_named(
     store.write("a", b"1")
     monkeypatch.setattr(embedded, "RESERVED_BYTES", shutil.disk_usage(s3_server.root).total + 1)
     assert store.read("a") == b"1"
-    fault_proxy.fail("status", method="PUT", status=500, code="InternalError")  # what SeaweedFS then answers
+    fault_proxy.fail(
+        "status", method="PUT", status=500, code="InternalError"
+    )  # what SeaweedFS then answers
     with pytest.raises(
         StoreError, match=f"no space left on the disk of {s3_server.root}, .*/full/b; free some"
     ) as caught:

@@ -21,7 +21,9 @@ class FakeImds:
     `keys`: the role's (access key, secret key), which expire `lifetime` seconds after each request for them (boto3 takes it upon itself to use them 15 minutes more).
     """
 
-    def __init__(self, keys: tuple[str, str] = ("access", "secret"), lifetime: float = 3600) -> None:
+    def __init__(
+        self, keys: tuple[str, str] = ("access", "secret"), lifetime: float = 3600
+    ) -> None:
         self.notice: dict[str, str] | None = None
         self.rebalance = False
         self.broken: int | float | None = None
@@ -45,10 +47,17 @@ class FakeImds:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self._server.shutdown()
         self._server.server_close()
 
@@ -73,13 +82,18 @@ class FakeImds:
 
     def _say(self, request: BaseHTTPRequestHandler) -> tuple[int, str]:
         if request.command == "PUT":
-            if request.path != "/latest/api/token" or "X-aws-ec2-metadata-token-ttl-seconds" not in request.headers:
+            if (
+                request.path != "/latest/api/token"
+                or "X-aws-ec2-metadata-token-ttl-seconds" not in request.headers
+            ):
                 return 400, ""
             self._tokens.add(token := uuid.uuid4().hex)
             return 200, token
         if request.headers.get("X-aws-ec2-metadata-token") not in self._tokens:
             return 401, ""
-        return self._documents().get(request.path.removeprefix("/latest/meta-data/").rstrip("/"), (404, ""))
+        return self._documents().get(
+            request.path.removeprefix("/latest/meta-data/").rstrip("/"), (404, "")
+        )
 
     def _documents(self) -> dict[str, tuple[int, str]]:
         credentials = {

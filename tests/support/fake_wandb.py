@@ -40,7 +40,12 @@ class FakeWandb:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                wandb._answer(self, gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+                wandb._answer(
+                    self,
+                    gzip.decompress(body)
+                    if self.headers.get("Content-Encoding") == "gzip"
+                    else body,
+                )
 
             do_GET = do_PUT = do_POST
 
@@ -50,11 +55,22 @@ class FakeWandb:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads, self._server.block_on_close = True, False
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self.environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": self.url}
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.environment = {
+            "WANDB_MODE": "online",
+            "WANDB_API_KEY": "0" * 40,
+            "WANDB_BASE_URL": self.url,
+        }
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.die()
 
     def die(self) -> None:
@@ -92,7 +108,9 @@ class FakeWandb:
         """The status to answer with, and the message of an error."""
         if isinstance(self.broken, int):
             return self.broken, ""
-        if self.refusal is not None and ("UpsertBucket" in asked.get("query", "") or self.refusal[0] == 401):
+        if self.refusal is not None and (
+            "UpsertBucket" in asked.get("query", "") or self.refusal[0] == 401
+        ):
             return self.refusal
         name = (asked.get("variables") or {}).get("name")
         if name in self.deleted and "UpsertBucket" in asked.get("query", ""):
@@ -118,7 +136,15 @@ class FakeWandb:
             "RunResumeStatus": {"model": project | {"bucket": bucket}},
             "UpsertBucket": {"upsertBucket": {"bucket": new, "inserted": known is None}},
             "ServerFeaturesQuery": {"serverInfo": {"features": []}},
-            "Viewer": {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
+            "Viewer": {
+                "viewer": {
+                    "id": "v",
+                    "entity": "me",
+                    "username": "me",
+                    "flags": "{}",
+                    "teams": {"edges": []},
+                }
+            },
             "CreateRunFiles": {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": []}},
             "NotifyScriptableRunAlert": {"notifyScriptableRunAlert": {"success": True}},
         }
@@ -126,7 +152,11 @@ class FakeWandb:
             self.history.setdefault(values["name"], [])
             if values.get("project"):  # W&B leaves both out when it changes a run that is open
                 self.places.setdefault(values["name"], set()).add((entity["name"], project["name"]))
-        return {"data": found[name[0]]} if name[0] in found else {"errors": [{"message": f"no {name[0]}"}]}
+        return (
+            {"data": found[name[0]]}
+            if name[0] in found
+            else {"errors": [{"message": f"no {name[0]}"}]}
+        )
 
     def _stream(self, run: str, asked: dict[str, Any]) -> dict[str, Any]:
         file = asked.get("files", {}).get("wandb-history.jsonl")
@@ -138,10 +168,22 @@ class FakeWandb:
         return {"stopped": self.stopped}
 
 
-def _bucket(run: str | None, history: list[dict[str, Any]], project: dict[str, Any]) -> dict[str, Any]:
-    lines = {"historyLineCount": len(history), "eventsLineCount": 0, "logLineCount": 0, "eventsTail": "[]"}
+def _bucket(
+    run: str | None, history: list[dict[str, Any]], project: dict[str, Any]
+) -> dict[str, Any]:
+    lines = {
+        "historyLineCount": len(history),
+        "eventsLineCount": 0,
+        "logLineCount": 0,
+        "eventsTail": "[]",
+    }
     last = json.dumps(history[-1]) if history else "{}"
-    texts = {"summaryMetrics": last, "config": "{}", "wandbConfig": '{"t": {}}', "historyTail": json.dumps([last])}
+    texts = {
+        "summaryMetrics": last,
+        "config": "{}",
+        "wandbConfig": '{"t": {}}',
+        "historyTail": json.dumps([last]),
+    }
     names = {"id": "x", "name": run, "displayName": "d", "sweepName": None, "tags": []}
     return names | lines | texts | {"project": project}
 
@@ -167,7 +209,10 @@ def offline_records(folder: Path) -> list[Any]:
 
 def offline_history(folder: Path) -> list[dict[str, Any]]:
     return [
-        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        {
+            item.key or ".".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
         for record in offline_records(folder)
         if record.HasField("history")
     ]

@@ -24,7 +24,17 @@ from botocore.credentials import Credentials
 PIECE = 1 << 16
 
 Kind = Literal[
-    "reset", "status", "hang", "stall", "truncate", "drip", "flip", "flip_up", "lost_ack", "strip", "equal_parts"
+    "reset",
+    "status",
+    "hang",
+    "stall",
+    "truncate",
+    "drip",
+    "flip",
+    "flip_up",
+    "lost_ack",
+    "strip",
+    "equal_parts",
 ]
 
 
@@ -92,7 +102,9 @@ class FaultProxy:
         self.port, self.keys = port, keys
         self.parts: dict[str, dict[int, int]] = {}
         self.accepted: set[str] | None = None
-        self.denial = Fault("status", status=400, code="ExpiredToken", message="The provided token has expired.")
+        self.denial = Fault(
+            "status", status=400, code="ExpiredToken", message="The provided token has expired."
+        )
         self.signers: Counter[str] = Counter()
         self._draws = random.Random(seed)
         self._tasks: set[asyncio.Task[None] | None] = set()  # asyncio keeps none alive that waits
@@ -107,7 +119,12 @@ class FaultProxy:
         self.url = "http://127.0.0.1:{1}".format(*self._server.sockets[0].getsockname())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -155,11 +172,15 @@ class FaultProxy:
         *lengths, last = [parts[number] for number in sorted(parts)] or [0]
         return len({*lengths}) > 1 or any(last > length for length in lengths)
 
-    async def _serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
+    async def _serve(
+        self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter
+    ) -> None:
         server_out = None
         self._tasks.add(task := asyncio.current_task())
         try:
-            server_in, server_out = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
+            server_in, server_out = await asyncio.open_connection(
+                "127.0.0.1", self.port, limit=1 << 20
+            )
             while True:
                 await self._exchange(client_in, client_out, server_in, server_out)
         except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
@@ -167,7 +188,9 @@ class FaultProxy:
         except _Broken as broken:
             if broken.args[0] != "truncate":
                 linger = struct.pack("ii", 1, 0)  # closing sends RST, not FIN
-                client_out.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                client_out.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, linger
+                )
         finally:
             for end in (client_out, server_out):
                 if end is not None:
@@ -209,7 +232,9 @@ class FaultProxy:
             return
         server_out.write(head)
         # Nobody gives leave to send an empty body.
-        if re.search(rb"(?i)\r\nexpect: *100", head) and not re.search(rb"(?i)\r\ncontent-length: *0\r", head):
+        if re.search(rb"(?i)\r\nexpect: *100", head) and not re.search(
+            rb"(?i)\r\ncontent-length: *0\r", head
+        ):
             client_out.write(await server_in.readuntil(b"\r\n\r\n"))
         done = 0
         async for piece in _body(head, client_in):
@@ -229,7 +254,9 @@ class FaultProxy:
             for piece in _cut(whole, fault.after - done) if fault else [whole]:
                 if fault and done >= fault.after:
                     piece = await _spoil(fault, piece, client_out, done == fault.after)  # noqa: PLW2901
-                self.sent[what] += len(piece)  # before the write: the client may have it, and the test look, at once
+                self.sent[what] += len(
+                    piece
+                )  # before the write: the client may have it, and the test look, at once
                 client_out.write(piece)
                 await client_out.drain()
                 done += len(piece)
@@ -240,7 +267,9 @@ class FaultProxy:
         method, target = first.split(" ")[:2]
         headers = dict(line.split(": ", 1) for line in lines)
         headers.pop("Authorization", "")
-        headers.setdefault("X-Amz-Content-SHA256", "UNSIGNED-PAYLOAD")  # of an address signed in its query
+        headers.setdefault(
+            "X-Amz-Content-SHA256", "UNSIGNED-PAYLOAD"
+        )  # of an address signed in its query
         path, _, query = target.partition("?")
         kept = [each for each in query.split("&") if each and not each.startswith("X-Amz-")]
         target = "?".join([path, "&".join(kept)] if kept else [path])
@@ -250,14 +279,18 @@ class FaultProxy:
         return "\r\n".join(told).encode()
 
     async def _refuse(
-        self, fault: Fault, head: bytes, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter
+        self,
+        fault: Fault,
+        head: bytes,
+        client_in: asyncio.StreamReader,
+        client_out: asyncio.StreamWriter,
     ) -> None:
-        if not re.search(rb"(?i)\r\nexpect: *100", head):  # who waits for leave to send a body will not send it
+        if not re.search(
+            rb"(?i)\r\nexpect: *100", head
+        ):  # who waits for leave to send a body will not send it
             async for _ in _body(head, client_in):
                 pass
-        xml = (
-            f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>{fault.message}</Message></Error>".encode()
-        )
+        xml = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>{fault.message}</Message></Error>".encode()
         client_out.write(
             b"HTTP/1.1 %d Injected%s\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n"
             % (fault.status, fault.headers.encode(), len(xml))
@@ -302,7 +335,9 @@ async def _body(head: bytes, stream: asyncio.StreamReader):
             if trailer == b"\r\n":
                 return
     length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-    left = int(length[1]) if length and not head.startswith((b"HTTP/1.1 204", b"HTTP/1.1 304")) else 0
+    left = (
+        int(length[1]) if length and not head.startswith((b"HTTP/1.1 204", b"HTTP/1.1 304")) else 0
+    )
     while left:
         piece = await stream.read(min(left, PIECE))
         if not piece:

@@ -31,7 +31,9 @@ def photos() -> tuple[bytes, ...]:
         pixels = load_sample_images().images[number % 2]
         top, left, side = 9 * number, 17 * number, 64 + 8 * (number % 5)
         out = io.BytesIO()
-        Image.fromarray(pixels[top : top + side, left : left + side + 16]).save(out, "JPEG", quality=80)
+        Image.fromarray(pixels[top : top + side, left : left + side + 16]).save(
+            out, "JPEG", quality=80
+        )
         cut.append(out.getvalue())
     return tuple(cut)
 
@@ -43,7 +45,10 @@ def small_tree() -> Tree:
     for label, wnid in enumerate(WNIDS):
         mine = images[8 * label : 8 * label + 8]
         tree["train"][wnid] = [(f"{wnid}_{n}.JPEG", data) for n, data in enumerate(mine[:5])]
-        tree["val"][wnid] = [(f"ILSVRC2012_val_{3 * n + label + 1:08d}.JPEG", data) for n, data in enumerate(mine[5:])]
+        tree["val"][wnid] = [
+            (f"ILSVRC2012_val_{3 * n + label + 1:08d}.JPEG", data)
+            for n, data in enumerate(mine[5:])
+        ]
     return tree
 
 
@@ -85,7 +90,9 @@ def _numbered(tree: Tree) -> list[tuple[str, str, bytes]]:
     """The val images as ImageNet has them: (wnid, ILSVRC2012_val_NNNNNNNN.JPEG, bytes), in the order of the numbers."""
     images = [(wnid, name, data) for wnid, images in tree["val"].items() for name, data in images]
     images.sort(key=lambda image: image[1])
-    return [(wnid, f"ILSVRC2012_val_{n + 1:08d}.JPEG", data) for n, (wnid, _, data) in enumerate(images)]
+    return [
+        (wnid, f"ILSVRC2012_val_{n + 1:08d}.JPEG", data) for n, (wnid, _, data) in enumerate(images)
+    ]
 
 
 def ilsvrc(root: Path, tree: Tree, *, devkit: bool = True) -> Path:
@@ -102,7 +109,9 @@ def ilsvrc(root: Path, tree: Tree, *, devkit: bool = True) -> Path:
     wnids = list(tree["train"])
     ids = ILSVRC_IDS if len(wnids) == 3 else tuple(range(len(wnids), 0, -1))
     kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
-    rows = [(ids[n], wnid, f"words of {wnid}", 0) for n, wnid in enumerate(wnids)] + [(1001, "n00001740", "entity", 9)]
+    rows = [(ids[n], wnid, f"words of {wnid}", 0) for n, wnid in enumerate(wnids)] + [
+        (1001, "n00001740", "entity", 9)
+    ]
     meta = io.BytesIO()
     savemat(meta, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
     truth = "".join(f"{ids[wnids.index(wnid)]}\n" for wnid, _, _ in val)
@@ -138,15 +147,23 @@ def huggingface_dict(tree: Tree):  # type: ignore[no-untyped-def]
     import datasets
 
     wnids = list(tree["train"])
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=wnids)})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=wnids)}
+    )
     splits = {}
     for split, classes in tree.items():
-        rows = [(wnids.index(wnid), name, data) for wnid, images in classes.items() for name, data in images]
+        rows = [
+            (wnids.index(wnid), name, data)
+            for wnid, images in classes.items()
+            for name, data in images
+        ]
         content = {
             "image": [{"bytes": data, "path": name} for _, name, data in rows],
             "label": [row[0] for row in rows],
         }
-        splits["validation" if split == "val" else split] = datasets.Dataset.from_dict(content, features=features)
+        splits["validation" if split == "val" else split] = datasets.Dataset.from_dict(
+            content, features=features
+        )
     return datasets.DatasetDict(splits)
 
 
@@ -169,10 +186,21 @@ def webdataset(root: Path, tree: Tree) -> Path:
     root.mkdir()
     wnids = list(tree["train"])
     for split, classes in tree.items():
-        rows = [(wnids.index(wnid), name, data) for wnid, images in classes.items() for name, data in images]
+        rows = [
+            (wnids.index(wnid), name, data)
+            for wnid, images in classes.items()
+            for name, data in images
+        ]
         per_tar = len(rows) if split == "val" else len(rows) // 2 + 1
         for start in range(0, len(rows), per_tar):
             with webdataset.TarWriter(str(root / f"some-{split}-{start:06d}.tar")) as tar:
                 for label, name, data in rows[start : start + per_tar]:
-                    tar.write({"__key__": name.split(".")[0], "jpg": data, "cls": label, "txt": f"a photo of {label}"})
+                    tar.write(
+                        {
+                            "__key__": name.split(".")[0],
+                            "jpg": data,
+                            "cls": label,
+                            "txt": f"a photo of {label}",
+                        }
+                    )
     return root

@@ -8,14 +8,29 @@ import numpy as np
 PNG_KINDS = {1: 0, 2: 4, 3: 2, 4: 6}  # by the number of channels
 WIDTH, HEIGHT = 40, 24
 # The passes of an interlaced PNG: where each begins, and its steps.
-INTERLACED = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+INTERLACED = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
-def png(samples: np.ndarray, before: bytes = b"", after: bytes = b"", *, passes: tuple = ((0, 0, 1, 1),)) -> bytes:
+def png(
+    samples: np.ndarray, before: bytes = b"", after: bytes = b"", *, passes: tuple = ((0, 0, 1, 1),)
+) -> bytes:
     """A PNG of the `samples`, uint8 or uint16 [height, width, channels], with more chunks `before` and `after` its pixels. Those
     come in one pass, or in the seven of `INTERLACED`.
     """
@@ -29,7 +44,9 @@ def png(samples: np.ndarray, before: bytes = b"", after: bytes = b"", *, passes:
     )
     head = struct.pack(">IIBBBBB", width, height, bits, PNG_KINDS[channels], 0, 0, len(passes) > 1)
     pixels = chunk(b"IDAT", zlib.compress(rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + before + pixels + after + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + before + pixels + after + chunk(b"IEND", b"")
+    )
 
 
 def few_bits_png(samples: np.ndarray, bits: int, before: bytes = b"") -> bytes:
@@ -39,7 +56,13 @@ def few_bits_png(samples: np.ndarray, bits: int, before: bytes = b"") -> bytes:
     packed = np.packbits(each.reshape(height, -1).astype(np.uint8), axis=1)
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0))
     rows = b"".join(b"\0" + row.tobytes() for row in packed)
-    return b"\x89PNG\r\n\x1a\n" + head + before + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + before
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def text_chunk(kind: str, keyword: bytes, text: bytes) -> bytes:
@@ -94,7 +117,13 @@ def tiff(samples: np.ndarray, tags: dict[int, object] | None = None, order: str 
     start = 8 + len(pixels) + len(pixels) % 2
     after = start + 2 + 12 * len(wanted) + 4
     for tag, value in sorted(wanted.items()):
-        values = value if isinstance(value, tuple) else tuple(value) if isinstance(value, bytes) else (value,)
+        values = (
+            value
+            if isinstance(value, tuple)
+            else tuple(value)
+            if isinstance(value, bytes)
+            else (value,)
+        )
         number, letter = TIFF_TYPES[bytes if isinstance(value, bytes) else type(values[0])]
         if letter == "I" and min(values) < 0:
             number, letter = 9, "i"
@@ -145,7 +174,9 @@ def jpeg(
     coded += "1" * (-len(coded) % 8)
     content = int(coded, 2).to_bytes(len(coded) // 8, "big").replace(b"\xff", b"\xff\0")
     segments = [(0xDB, quant), (process, frame), (0xC4, tables), (0xDA, scan)]
-    written = b"".join(struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments)
+    written = b"".join(
+        struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments
+    )
     return b"\xff\xd8" + written + content + b"\xff\xd9"
 
 
@@ -160,7 +191,11 @@ def _units(sampling: tuple[int, ...], is_lossless: bool) -> int:
     """How often something of every component follows: samples, or as many blocks as each is sampled with."""
     if is_lossless:
         return WIDTH * HEIGHT
-    across, down = (1, 1) if len(sampling) == 1 else (max(s >> 4 for s in sampling), max(s & 15 for s in sampling))
+    across, down = (
+        (1, 1)
+        if len(sampling) == 1
+        else (max(s >> 4 for s in sampling), max(s & 15 for s in sampling))
+    )
     return -(-WIDTH // (8 * across)) * -(-HEIGHT // (8 * down))
 
 

@@ -53,14 +53,20 @@ STAYS = "what interrupted uploads left stays there"
 
 SERVERS = {
     # Conditions
-    "ignores every condition": OddServer((fault("strip", header=CONDITIONS),), refused=IGNORES_ABSENCE),
-    "ignores If-None-Match": OddServer((fault("strip", header="if-none-match"),), refused=IGNORES_ABSENCE),
+    "ignores every condition": OddServer(
+        (fault("strip", header=CONDITIONS),), refused=IGNORES_ABSENCE
+    ),
+    "ignores If-None-Match": OddServer(
+        (fault("strip", header="if-none-match"),), refused=IGNORES_ABSENCE
+    ),
     "ignores If-Match": OddServer((fault("strip", header="if-match"),), refused=IGNORES_TAG),
     "ignores conditions at the end of an upload": OddServer(
         (fault("strip", method="POST", header=CONDITIONS),), in_parts=True
     ),
     # The proof, whose object has another name, cannot find this one: the owner has to look before each write.
-    "ignores conditions on the manifest alone": OddServer((fault("strip", key="manifest.json", header="if-match"),)),
+    "ignores conditions on the manifest alone": OddServer(
+        (fault("strip", key="manifest.json", header="if-match"),)
+    ),
     "refuses every swap": OddServer(
         (refusal(412, "PreconditionFailed", method="PUT", header="if-match"),),
         refused="refuses a write with If-Match, even by the ETag that it told",
@@ -69,11 +75,17 @@ SERVERS = {
     "demands equal parts": OddServer(
         (fault("equal_parts", method="POST", status=400, code="InvalidPart"),), in_parts=True
     ),
-    "takes no checksums": OddServer((NO_CHECKSUMS,), refused="set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
-    "takes no checksums, nor gets any": OddServer(
-        (NO_CHECKSUMS,), environment={"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}, in_parts=True
+    "takes no checksums": OddServer(
+        (NO_CHECKSUMS,), refused="set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
     ),
-    "lists no uploads": OddServer((refusal(501, "NotImplemented", method="GET", query="uploads"),), told=STAYS),
+    "takes no checksums, nor gets any": OddServer(
+        (NO_CHECKSUMS,),
+        environment={"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"},
+        in_parts=True,
+    ),
+    "lists no uploads": OddServer(
+        (refusal(501, "NotImplemented", method="GET", query="uploads"),), told=STAYS
+    ),
     "may not list uploads": OddServer(
         (refusal(403, "AccessDenied", method="GET", query="uploads"),), told=STAYS, rare=True
     ),
@@ -87,7 +99,9 @@ SERVERS = {
     "calls the clock wrong for a moment": OddServer(trouble=refusal(403, "RequestTimeTooSkewed")),
     "denies everything for a moment": OddServer(trouble=refusal(403, "AccessDenied"), rare=True),
     # Conflicts and redirects
-    "is busy with another write": OddServer((refusal(409, "ConditionalRequestConflict", method="PUT", share=0.4),)),
+    "is busy with another write": OddServer(
+        (refusal(409, "ConditionalRequestConflict", method="PUT", share=0.4),)
+    ),
     "is in another region": OddServer(
         (
             refusal(
@@ -102,7 +116,9 @@ SERVERS = {
 }
 
 
-def begin(server: OddServer, proxy: FaultProxy, patch: pytest.MonkeyPatch, folder: Path) -> Fault | None:
+def begin(
+    server: OddServer, proxy: FaultProxy, patch: pytest.MonkeyPatch, folder: Path
+) -> Fault | None:
     """Make the proxy and the environment those of `server`; return its trouble, which has not begun."""
     for name, value in server.environment.items():
         patch.setenv(name, value)
@@ -123,7 +139,12 @@ def write_credentials(folder: Path, proxy: FaultProxy, token: str) -> Path:
     """Write, or replace, the file of credentials with the session token `token`."""
     path = folder / "credentials"
     key, secret = proxy.keys
-    lines = ["[default]", f"aws_access_key_id={key}", f"aws_secret_access_key={secret}", f"aws_session_token={token}"]
+    lines = [
+        "[default]",
+        f"aws_access_key_id={key}",
+        f"aws_secret_access_key={secret}",
+        f"aws_session_token={token}",
+    ]
     new = folder / "credentials.new"
     new.write_text("\n".join(lines) + "\n")
     new.replace(path)

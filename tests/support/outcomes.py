@@ -18,9 +18,13 @@ def assert_nothing_named_is_missing(store: Store) -> None:
         manifest, _ = read_run(store)
     except NotFound:
         return
-    for named in [c.object for c in manifest.checkpoints] + [s.object for s in manifest.metrics + manifest.replayed]:
+    for named in [c.object for c in manifest.checkpoints] + [
+        s.object for s in manifest.metrics + manifest.replayed
+    ]:
         data = store.read(named.key)
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (named.bytes, named.sha256), named.key
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (named.bytes, named.sha256), (
+            named.key
+        )
 
 
 def end_state(url: str) -> tuple[Snapshot, list[dict[str, object]], dict[str, float]]:
@@ -37,4 +41,6 @@ def assert_same_end(one: str, other: str) -> None:
     assert (history, result) == (history2, result2)
     assert (snapshot.progress, snapshot.extra) == (snapshot2.progress, snapshot2.extra)
     assert snapshot.tensors.keys() == snapshot2.tensors.keys()
-    assert [n for n in snapshot.tensors if not torch.equal(snapshot.tensors[n], snapshot2.tensors[n])] == []
+    assert [
+        n for n in snapshot.tensors if not torch.equal(snapshot.tensors[n], snapshot2.tensors[n])
+    ] == []

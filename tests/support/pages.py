@@ -13,7 +13,11 @@ class Page(HTMLParser):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.text, self.tags = "", list[tuple[str, dict[str, str | None]]]()
-        self.tables, self.facts, self._terms = dict[str, list[list[str]]](), dict[str, tuple[str, ...]](), list[str]()
+        self.tables, self.facts, self._terms = (
+            dict[str, list[list[str]]](),
+            dict[str, tuple[str, ...]](),
+            list[str](),
+        )
         self._open: list[str] = []
         self.feed(path.read_text())
 
@@ -48,10 +52,14 @@ class Page(HTMLParser):
             self._terms[-1] += data
 
 
-def page_of(capsys: pytest.CaptureFixture[str], run: Path, out: Path, *arguments: object) -> tuple[Page, str]:
+def page_of(
+    capsys: pytest.CaptureFixture[str], run: Path, out: Path, *arguments: object
+) -> tuple[Page, str]:
     """The report, and what was said on the way. The run is as it was before."""
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    code, printed, said = answer(capsys, "report", run, "--out", out, "--workers", 0, "--device", "cpu", *arguments)
+    code, printed, said = answer(
+        capsys, "report", run, "--out", out, "--workers", 0, "--device", "cpu", *arguments
+    )
     assert (code, printed) == (0, str(out / "report.html")), said
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     return Page(out / "report.html"), said

@@ -27,7 +27,9 @@ class Paid(Attempt):
 
 
 def recipe_of(name: str = "standard", **settings: Any) -> Recipe:
-    return with_settings(preset(name), [f"{key.replace('__', '.')}={value}" for key, value in settings.items()])
+    return with_settings(
+        preset(name), [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    )
 
 
 def row_of(step: int, attempt: int, now: float) -> dict[str, float]:
@@ -48,9 +50,22 @@ def row_of(step: int, attempt: int, now: float) -> dict[str, float]:
 
 def validation_of(step: int, now: float) -> dict[str, float]:
     top1 = 78 * (1 - math.exp(-step / 250))
-    losses = {"val/loss": 7 * math.exp(-step / 400) + 0.9, "val/loss_ema": 7 * math.exp(-step / 350) + 0.9}
-    tops = {"val/top1": top1, "val/top1_ema": top1 + 0.4, "val/top5": top1 + 15, "val/top5_ema": top1 + 15.5}
-    own = {"step": step, "epoch": step / STEPS, "epoch/loss": 6 * math.exp(-step / 400) + 1, "epoch/lost": 0}
+    losses = {
+        "val/loss": 7 * math.exp(-step / 400) + 0.9,
+        "val/loss_ema": 7 * math.exp(-step / 350) + 0.9,
+    }
+    tops = {
+        "val/top1": top1,
+        "val/top1_ema": top1 + 0.4,
+        "val/top5": top1 + 15,
+        "val/top5_ema": top1 + 15.5,
+    }
+    own = {
+        "step": step,
+        "epoch": step / STEPS,
+        "epoch/loss": 6 * math.exp(-step / 400) + 1,
+        "epoch/lost": 0,
+    }
     return own | losses | tops | {"time/unix": now}
 
 
@@ -81,7 +96,12 @@ def make_run(
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
         (folder / key).write_bytes(data)
         segments.append(Segment(Object(key, len(data), hashlib.sha256(data).hexdigest()), first, 0))
-    dataset = {"url": str(folder / "no-dataset"), "fingerprint": "f" * 64, "classes": 1000, "mix": []}
+    dataset = {
+        "url": str(folder / "no-dataset"),
+        "fingerprint": "f" * 64,
+        "classes": 1000,
+        "mix": [],
+    }
     manifest = RunManifest(
         folder.name,
         (recipe or recipe_of()).to_dict(),
@@ -95,14 +115,19 @@ def make_run(
     )
     manifest = replace(manifest, **changes)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = tuple(Attempt(each.host, each.started, each.seconds, each.ended) for each in manifest.attempts)
+    plain = tuple(
+        Attempt(each.host, each.started, each.seconds, each.ended) for each in manifest.attempts
+    )
     (folder / "manifest.json").write_bytes(replace(manifest, attempts=plain).to_json())
     return manifest
 
 
 def make_long_run(folder: Path) -> Path:
     """Thirty-seven epochs of a run that goes on."""
-    attempts = [Attempt("one", BEGAN, 4800.0, "lost"), Attempt("two", BEGAN + 6000, 3600.0, "running")]
+    attempts = [
+        Attempt("one", BEGAN, 4800.0, "lost"),
+        Attempt("two", BEGAN + 6000, 3600.0, "running"),
+    ]
     make_run(folder, history_of(37), attempts=attempts, status="running")
     return folder
 

@@ -63,7 +63,12 @@ POINTS = {
     "before the snapshot": ("training.engine", "Trainer", "snapshot", "before"),
     "after the snapshot": ("training.engine", "Trainer", "snapshot", "after"),
     "uploading": ("storage.s3_write", "S3Writer", "_send", "before"),
-    "between uploads and manifest": ("checkpoint.run_manifest", "RunManifest", "with_commit", "before"),
+    "between uploads and manifest": (
+        "checkpoint.run_manifest",
+        "RunManifest",
+        "with_commit",
+        "before",
+    ),
     "announced": ("checkpoint.writer", "Writer", "announce", "after"),
     "before the manifest": ("checkpoint.writer", "Writer", "write", "before"),
     "after the manifest": ("checkpoint.writer", "Writer", "write", "after"),
@@ -117,7 +122,9 @@ def make_dataset(folder: Path) -> str:
         for i in range(samples):
             path = folder / "images" / split / f"class{i % 2}" / f"{i:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(128 * (i % 2), 128 + 128 * (i % 2), (16, 16, 3), dtype=np.uint8)).save(path)
+            Image.fromarray(
+                rng.integers(128 * (i % 2), 128 + 128 * (i % 2), (16, 16, 3), dtype=np.uint8)
+            ).save(path)
     assert main(["shards", str(folder / "images"), str(folder / "data")]) == 0
     return str(folder / "data")
 
@@ -133,7 +140,9 @@ class Training:
         self.log, self.steps_log = place.with_suffix(".log"), place.with_suffix(".steps")
         self._released = self.log.with_suffix(".go")
         self.log.touch()
-        environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "WDS_"))}
+        environment = {
+            name: value for name, value in os.environ.items() if name.startswith(("AWS_", "WDS_"))
+        }
         arguments = (job, str(self.log), str(self.steps_log), environment)
         self.process = CONTEXT.Process(target=run_job, args=arguments)
         self.process.start()
@@ -147,7 +156,9 @@ class Training:
     def until(self, pattern: str, seconds: float = SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.output):
-            assert self.process.is_alive() and time.monotonic() < deadline, f"{pattern!r} never came:\n{self.output}"
+            assert self.process.is_alive() and time.monotonic() < deadline, (
+                f"{pattern!r} never came:\n{self.output}"
+            )
             time.sleep(0.005)
 
     def send(self, number: int) -> None:
@@ -178,7 +189,9 @@ class Training:
 def run_job(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> None:
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
-    os.environ.update(environment | {"WANDB_MODE": "disabled", "WDS_HOME": job.folder} | job.environment)
+    os.environ.update(
+        environment | {"WANDB_MODE": "disabled", "WDS_HOME": job.folder} | job.environment
+    )
     # As in a command that a person starts. From the fork server's context, a killed process would leave the semaphore of
     # tqdm's lock.
     multiprocessing.set_start_method("fork", force=True)
@@ -198,7 +211,16 @@ def run_job(job: Job, log: str, steps_log: str, environment: dict[str, str]) -> 
     if job.revalidate:
         _revalidate()
     settings = [part for setting in (*job.defaults, *job.settings) for part in ("--set", setting)]
-    training = ["train", "--dataset", job.dataset, "--run", job.run, "--workers", str(job.workers), *settings]
+    training = [
+        "train",
+        "--dataset",
+        job.dataset,
+        "--run",
+        job.run,
+        "--workers",
+        str(job.workers),
+        *settings,
+    ]
     sys.argv[1:] = [*(job.command or training), *job.arguments]
     entry()
 
@@ -271,7 +293,9 @@ def start_ranks(job: Job, ranks: int, last: tuple[str, ...] = ()) -> list[Traini
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     each = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     jobs = [replace(job, environment=environment) for environment in each]
-    return [Training(each) for each in (*jobs[:-1], replace(jobs[-1], settings=(*job.settings, *last)))]
+    return [
+        Training(each) for each in (*jobs[:-1], replace(jobs[-1], settings=(*job.settings, *last)))
+    ]
 
 
 @contextlib.contextmanager

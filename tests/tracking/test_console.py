@@ -21,7 +21,7 @@ from wds_train import console
 from wds_train.cli import COMMANDS, main
 from wds_train.console import Bar, Meter, duration, fitting
 from wds_train.conversion import pack
-from wds_train.conversion.executors import counted
+from wds_train.conversion.executors import make_counts
 from wds_train.conversion.image_policy import ImagePolicy
 from wds_train.conversion.pack import Counts, Packing, ShardTask
 from wds_train.dataset.reader import Dataset
@@ -32,7 +32,9 @@ END = b"all of it"
 
 
 @contextlib.contextmanager
-def terminal(columns: int, monkeypatch: pytest.MonkeyPatch, pause: float = 0.0) -> Iterator[Callable[[], str]]:
+def terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, pause: float = 0.0
+) -> Iterator[Callable[[], str]]:
     """A pseudo-terminal for sys.stderr and sys.stdout; and what was written to it, to be asked for once."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -76,7 +78,9 @@ def train(bar: TrainingBar) -> None:
     bar.validating(2, 640, 5000)
 
 
-@pytest.mark.parametrize(("columns", "price", "fields"), [(40, 3.0, 1), (80, None, 6), (80, 3.0, 6), (200, 3.0, 8)])
+@pytest.mark.parametrize(
+    ("columns", "price", "fields"), [(40, 3.0, 1), (80, None, 6), (80, 3.0, 6), (200, 3.0, 8)]
+)
 def test_a_training_s_bar_fits_and_uses_its_terminal(
     columns: int, price: float | None, fields: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +100,16 @@ def test_a_training_s_bar_fits_and_uses_its_terminal(
     assert "validating 640/5,000" in states[4] or columns == 40
     whole = r"(step 103/800|left|loss 2\.345|img/s|wait 0%|lr 0\.013|\$0\.\d\d)"
     assert re.search(rf" {whole}$", states[3].rstrip()), states[3]  # nothing is cut
-    wanted = ["epoch 3/16", " left", "loss 2.345", " img/s", "wait 0%", "lr 0.013", "$0.00", " of $0."]
+    wanted = [
+        "epoch 3/16",
+        " left",
+        "loss 2.345",
+        " img/s",
+        "wait 0%",
+        "lr 0.013",
+        "$0.00",
+        " of $0.",
+    ]
     assert sum(field in states[3] for field in wanted) == fields, states[3]
     if columns == 200:
         assert len(states[3].rstrip()) > 150  # the bar takes the rest
@@ -107,7 +120,9 @@ def test_as_a_log_a_training_writes_lines(hasty: None, capsys: pytest.CaptureFix
         train(bar)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "epoch 3/16, step 101/800, loss 2.345, lr 0.013"
-    assert re.fullmatch(r"epoch 3/16, step 102/800, \d+ s left, loss 2.345, \d+ img/s, wait 0%, lr 0.013", lines[1])
+    assert re.fullmatch(
+        r"epoch 3/16, step 102/800, \d+ s left, loss 2.345, \d+ img/s, wait 0%, lr 0.013", lines[1]
+    )
     assert re.fullmatch(r"epoch 2/16, validating 640/5,000, \d+ s left, lr 0.013", lines[3])
 
 
@@ -141,7 +156,9 @@ def test_what_is_left_counts_growing_images_and_validations() -> None:
         now += 30.0
         pace.validated(1.0, now)
     assert seen[0][1] is None  # nothing is known after one step
-    assert seen[9][1] == pytest.approx(now - seen[9][0] + 3 * (4.0 * 8 - 30))  # no validation was seen yet
+    assert seen[9][1] == pytest.approx(
+        now - seen[9][0] + 3 * (4.0 * 8 - 30)
+    )  # no validation was seen yet
     assert all(left == pytest.approx(now - at) for at, left in seen[10:])
     assert pace.waits() == pytest.approx(0.05)
 
@@ -156,7 +173,8 @@ def test_what_was_long_ago_says_nothing_of_what_is_to_come() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(4, "4 s"), (89, "89 s"), (600, "10 min"), (7200, "2.0 h"), (300_000, "3.5 days")]
+    ("seconds", "text"),
+    [(4, "4 s"), (89, "89 s"), (600, "10 min"), (7200, "2.0 h"), (300_000, "3.5 days")],
 )
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -172,7 +190,10 @@ def test_a_meter_counts_bytes_and_images_of_all_threads(
     usual = sys.getswitchinterval()
     with Meter(80_000_000, 8000) as meter:
         sys.setswitchinterval(1e-6)  # or threads seldom meet
-        threads = [threading.Thread(target=lambda: [meter.add(10_000, 1) for _ in range(2000)]) for _ in range(4)]
+        threads = [
+            threading.Thread(target=lambda: [meter.add(10_000, 1) for _ in range(2000)])
+            for _ in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -199,13 +220,17 @@ def test_what_a_meter_says_is_left_begins_with_the_work(
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_a_conversion_s_bar_moves_within_a_shard(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_s_bar_moves_within_a_shard(
+    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of processes, whose counts come together; what is drawn last is all of it."""
     source = layouts.image_folder(tmp_path / "folder", layouts.small_tree())
     with terminal(columns, monkeypatch, pause=0.02) as written:
         assert main(["shards", str(source), str(tmp_path / "out"), "--processes", "2"]) == 0
         states = drawn(written())
-    samples = sum(split.samples for split in Dataset.open(str(tmp_path / "out")).manifest.splits.values())
+    samples = sum(
+        split.samples for split in Dataset.open(str(tmp_path / "out")).manifest.splits.values()
+    )
     assert f" {samples}/{samples} images " in states[-1]
     assert max(len(state.rstrip()) for state in states) < columns
 
@@ -215,16 +240,18 @@ def test_a_shard_is_counted_while_it_is_packed(
 ) -> None:
     source = layouts.image_folder(tmp_path / "folder", layouts.small_tree())
     monkeypatch.setattr(pack, "COUNT_SECONDS", -1.0)
-    counts, told = counted(1), []
+    counts, told = make_counts(1), []
 
     class Told(Counts):
         def add(self, size: int, images: int) -> None:
             super().add(size, images)
             told.append(tuple(self.values))
 
-    monkeypatch.setattr(pack, "made", Told(counts.lock, counts.values))
+    monkeypatch.setattr(pack, "process_counts", Told(counts.lock, counts.values))
     rows = rows_of(sorted(Path(source).rglob("*.*g")))
-    for _ in Packing(ShardTask(open_store(str(tmp_path)), "", "train", 0, rows, ImagePolicy())).pieces():
+    for _ in Packing(
+        ShardTask(open_store(str(tmp_path)), "", "train", 0, rows, ImagePolicy())
+    ).pieces():
         pass
     sizes = rows["length"].to_pylist()
     assert [images for _, images in told[:-1]] == list(range(1, len(sizes) + 1))
@@ -237,7 +264,14 @@ def rows_of(files: list[Path]):  # type: ignore[no-untyped-def]
     from wds_train.conversion.sources.source import ROWS
 
     entries = [
-        {"key": path.stem, "label": 0, "path": str(path), "offset": 0, "length": path.stat().st_size} for path in files
+        {
+            "key": path.stem,
+            "label": 0,
+            "path": str(path),
+            "offset": 0,
+            "length": path.stat().st_size,
+        }
+        for path in files
     ]
     return pa.Table.from_pylist(entries, ROWS)
 
@@ -257,7 +291,11 @@ def test_verify_and_index_show_their_bytes(
 
 
 def test_quiet_leaves_the_last_lines_and_verbose_tells_of_retries(
-    hasty: None, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hasty: None,
+    s3_url: str,
+    fault_proxy: FaultProxy,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = str(layouts.image_folder(tmp_path / "folder", layouts.small_tree()))
     assert main(["shards", source, f"{s3_url}/data", "--quiet"]) == 0

@@ -18,7 +18,9 @@ from wds_train.tracking.contact_sheet import CAPTION, IMAGES, TEXT, WIDTH
 Written = list[tuple[int, int, str, int]]  # left, top, text, size
 
 
-def encoded(size: tuple[int, int], colour: tuple[int, ...], kind: str = "PNG", **options: object) -> bytes:
+def encoded(
+    size: tuple[int, int], colour: tuple[int, ...], kind: str = "PNG", **options: object
+) -> bytes:
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[len(colour)]
     out = io.BytesIO()
     Image.new(mode, size, colour if len(colour) > 1 else colour[0]).save(out, kind, **options)
@@ -42,7 +44,9 @@ def made(root: Path, images: dict[str, list[bytes]]) -> Dataset:
     return Dataset.open(str(root / "out"))
 
 
-def sheet_of(dataset: Dataset, path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Image.Image, Written]:
+def sheet_of(
+    dataset: Dataset, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Image.Image, Written]:
     """The sheet that `inspect --grid` writes, and the texts that are put on it."""
     written: Written = []
     text = contact_sheet.Sheet.text
@@ -66,7 +70,9 @@ def put(written: Written, size: int) -> list[str]:
     return [line for _, _, line, of_size in written if of_size == size]
 
 
-@pytest.mark.parametrize(("classes", "shown"), [(2, 2), (3, 3), (4, 4), (20, 20), (21, 20), (1000, 20)])
+@pytest.mark.parametrize(
+    ("classes", "shown"), [(2, 2), (3, 3), (4, 4), (20, 20), (21, 20), (1000, 20)]
+)
 def test_classes(classes: int, shown: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four images of each of twenty classes at most, the first and the last of them among them."""
     per_class = 6 if classes < 100 else 1
@@ -82,7 +88,11 @@ def test_classes(classes: int, shown: int, tmp_path: Path, monkeypatch: pytest.M
     assert titles == [f"c{label:04d}" for label in labels]
     counts = [f"label {label}, {per_class} image{'s' * (per_class > 1)}" for label in labels]
     assert [line for line in put(written, CAPTION) if "label" in line] == counts
-    assert len(labels) == shown and (labels[0], labels[-1]) == (0, classes - 1) and labels == sorted({*labels})
+    assert (
+        len(labels) == shown
+        and (labels[0], labels[-1]) == (0, classes - 1)
+        and labels == sorted({*labels})
+    )
     keys = [line for line in put(written, CAPTION) if "/" in line]
     expected = []
     for label in labels:
@@ -153,7 +163,9 @@ def test_names(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_keys(key: str, lines: int, whole: bool) -> None:
     """A key has two lines; of a longer one the end is shown."""
     shown = contact_sheet._caption(key, 145)
-    assert len(shown) == lines and all(contact_sheet._font(CAPTION).getlength(line) <= 145 for line in shown)
+    assert len(shown) == lines and all(
+        contact_sheet._font(CAPTION).getlength(line) <= 145 for line in shown
+    )
     mark, end = ("", "".join(shown)) if whole else ("…", "".join(shown)[1:])
     assert "".join(shown) == mark + end and key.endswith(end)
     assert (end == key) == whole and len(end) >= min(len(key), 30)
@@ -164,13 +176,20 @@ def test_what_was_understood_heads_it(tmp_path: Path, monkeypatch: pytest.Monkey
     _, written = sheet_of(dataset, tmp_path / "grid.png", monkeypatch)
     assert written[0][2] == "out, train: 2 classes, up to 4 images of each"
     assert written[1][2] == "layout: class folders in train/, val/"
-    monkeypatch.setattr("wds_train.commands.inspect._report", lambda dataset: {})  # of a dataset of before
+    monkeypatch.setattr(
+        "wds_train.commands.inspect._report", lambda dataset: {}
+    )  # of a dataset of before
     _, written = sheet_of(dataset, tmp_path / "grid.png", monkeypatch)
     assert written[1][2] == "source: imagefolder source"
-    understood = {"understood": {"layout": "images in class folders", "labels": "the folders' names"}}
+    understood = {
+        "understood": {"layout": "images in class folders", "labels": "the folders' names"}
+    }
     monkeypatch.setattr("wds_train.commands.inspect._report", lambda dataset: understood)
     _, written = sheet_of(dataset, tmp_path / "grid.png", monkeypatch)
-    assert [line for _, _, line, _ in written[1:3]] == ["layout: images in class folders", "labels: the folders' names"]
+    assert [line for _, _, line, _ in written[1:3]] == [
+        "layout: images in class folders",
+        "labels: the folders' names",
+    ]
 
 
 def test_what_cannot_be_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +205,9 @@ def test_what_cannot_be_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     tar.write_bytes(data)
     manifest = replace(dataset.manifest, classes=(*dataset.manifest.classes, ClassInfo("d", "d")))
     (tmp_path / "out" / "manifest.json").write_bytes(manifest.to_json())
-    sheet, written = sheet_of(Dataset.open(str(tmp_path / "out")), tmp_path / "grid.png", monkeypatch)
+    sheet, written = sheet_of(
+        Dataset.open(str(tmp_path / "out")), tmp_path / "grid.png", monkeypatch
+    )
     remarks = ["label 0, 1 image", "label 1, 1 image", "label 2, 1 image", "label 3, no images"]
     assert [line for line in put(written, CAPTION) if "label" in line] == remarks
     (left, top) = next((left, top) for left, top, line, _ in written if line == "b/0")

@@ -44,7 +44,9 @@ def wandb() -> Iterator[FakeWandb]:
 def trained(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is done, and that W&B has never heard of."""
     folder = tmp_path_factory.mktemp("trained")
-    code, output = end(Job(small, str(folder / "run"), str(folder), settings=("schedule.epochs=2",)))
+    code, output = end(
+        Job(small, str(folder / "run"), str(folder), settings=("schedule.epochs=2",))
+    )
     assert code == 0, output
     return folder / "run"
 
@@ -64,10 +66,21 @@ def manifest_of(url: Path | str) -> RunManifest:
     return read_run(open_store(str(url)))[0]
 
 
-def sync(run: Path, environment: dict[str, str], *arguments: str, **constants: Any) -> tuple[int, str]:
+def sync(
+    run: Path, environment: dict[str, str], *arguments: str, **constants: Any
+) -> tuple[int, str]:
     """`wds-train wandb RUN`."""
     command = ("wandb", str(run), *arguments)
-    return end(Job("", str(run), str(run.parent), command=command, environment=environment, constants=constants))
+    return end(
+        Job(
+            "",
+            str(run),
+            str(run.parent),
+            command=command,
+            environment=environment,
+            constants=constants,
+        )
+    )
 
 
 def printed(*command: str) -> str:
@@ -90,12 +103,21 @@ def killed_once_it_has_a_page(job: Job) -> None:
         wait_until(lambda: manifest_of(job.run).page.url, "the page")
 
 
-@pytest.mark.parametrize("other", [{}, {"WANDB_PROJECT": "b", "WANDB_ENTITY": "others"}], ids=["none", "others"])
+@pytest.mark.parametrize(
+    "other", [{}, {"WANDB_PROJECT": "b", "WANDB_ENTITY": "others"}], ids=["none", "others"]
+)
 def test_a_replacement_goes_on_with_the_same_page(
     small: str, tmp_path: Path, wandb: FakeWandb, other: dict[str, str]
 ) -> None:
     first = wandb.environment | {"WANDB_PROJECT": "a", "WANDB_ENTITY": "team"}
-    job = Job(small, str(tmp_path / "run"), str(tmp_path), settings=LONG, environment=first, constants=PATIENT)
+    job = Job(
+        small,
+        str(tmp_path / "run"),
+        str(tmp_path),
+        settings=LONG,
+        environment=first,
+        constants=PATIENT,
+    )
     killed_once_it_has_a_page(job)
     training = Training(replace(job, environment=wandb.environment | other))
     with all_ended([training]):
@@ -105,7 +127,9 @@ def test_a_replacement_goes_on_with_the_same_page(
     assert wandb.places == {manifest.wandb_id: {("team", "a")}}
     assert manifest.page == Page("a", "team", f"{wandb.url}/team/a/runs/{manifest.wandb_id}")
     assert ("this run's project is a, so WANDB_PROJECT=b is not used" in output) is bool(other)
-    assert ("this run's entity is team, so WANDB_ENTITY=others is not used" in output) is bool(other)
+    assert ("this run's entity is team, so WANDB_ENTITY=others is not used" in output) is bool(
+        other
+    )
 
 
 # What a start has in its environment, and where the page is.
@@ -117,7 +141,10 @@ STARTS = [
     ([{"WANDB_PROJECT": ""}, {}], ("me", "wds-train")),
     ([{"WANDB_PROJECT": "größer als"}, {}], ("me", "größer als")),
     ([{"WANDB_ENTITY": "team"}, {}], ("team", "wds-train")),
-    ([{"WANDB_ENTITY": "team"}, {"WANDB_ENTITY": "others", "WANDB_PROJECT": "b"}], ("team", "wds-train")),
+    (
+        [{"WANDB_ENTITY": "team"}, {"WANDB_ENTITY": "others", "WANDB_PROJECT": "b"}],
+        ("team", "wds-train"),
+    ),
     ([{}, {"WANDB_ENTITY": "team"}], ("me", "wds-train")),  # the login's own, as W&B told
 ]
 
@@ -144,13 +171,17 @@ def test_an_offline_run_keeps_its_project_too(run: Path, wandb: FakeWandb) -> No
         assert code == 0, output
     assert "WANDB_PROJECT=b is not used" in output
     folders = (run.parent / "wandb").glob("offline-run-*")
-    records = [record for folder in folders for record in offline_records(folder) if record.HasField("run")]
+    records = [
+        record for folder in folders for record in offline_records(folder) if record.HasField("run")
+    ]
     assert {record.run.project for record in records} == {"a"}
     assert sync(run, wandb.environment)[0] == 0
     assert wandb.places == {manifest_of(run).wandb_id: {("me", "a")}}
 
 
-def test_a_run_of_an_older_version_takes_its_page_from_the_next_start(run: Path, wandb: FakeWandb) -> None:
+def test_a_run_of_an_older_version_takes_its_page_from_the_next_start(
+    run: Path, wandb: FakeWandb
+) -> None:
     path = run / "manifest.json"
     content = json.loads(path.read_text())
     del content["page"]
@@ -172,7 +203,9 @@ def test_status_and_report_lead_to_the_page(run: Path, wandb: FakeWandb, tmp_pat
     assert f"](<{page}>)" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_a_deleted_page_gets_a_successor_with_the_whole_history(run: Path, wandb: FakeWandb) -> None:
+def test_a_deleted_page_gets_a_successor_with_the_whole_history(
+    run: Path, wandb: FakeWandb
+) -> None:
     assert sync(run, wandb.environment | {"WANDB_PROJECT": "a"})[0] == 0
     ids = [manifest_of(run).wandb_id]
     for _ in range(2):  # and that one again
@@ -180,7 +213,10 @@ def test_a_deleted_page_gets_a_successor_with_the_whole_history(run: Path, wandb
         code, output = sync(run, wandb.environment, **GIVES_UP)
         assert code == 0, output
         ids.append(manifest_of(run).wandb_id)
-        assert f"the run's page {ids[-2]} was deleted there; its history goes to a new page, {ids[-1]}" in output
+        assert (
+            f"the run's page {ids[-2]} was deleted there; its history goes to a new page, {ids[-1]}"
+            in output
+        )
         assert f"sent {len(steps_of(run))} of the {len(steps_of(run))} steps" in output
         assert [row["_step"] for row in wandb.history[ids[-1]]] == steps_of(run)
         assert manifest_of(run).page.url.endswith(f"/me/a/runs/{ids[-1]}")
@@ -190,9 +226,16 @@ def test_a_deleted_page_gets_a_successor_with_the_whole_history(run: Path, wandb
 
 
 @pytest.mark.timeout(400)
-def test_a_training_whose_page_was_deleted_goes_on_with_a_new_one(small: str, tmp_path: Path, wandb: FakeWandb) -> None:
+def test_a_training_whose_page_was_deleted_goes_on_with_a_new_one(
+    small: str, tmp_path: Path, wandb: FakeWandb
+) -> None:
     job = Job(
-        small, str(tmp_path / "run"), str(tmp_path), settings=LONG, environment=wandb.environment, constants=PATIENT
+        small,
+        str(tmp_path / "run"),
+        str(tmp_path),
+        settings=LONG,
+        environment=wandb.environment,
+        constants=PATIENT,
     )
     killed_once_it_has_a_page(job)
     old = manifest_of(job.run).wandb_id
@@ -264,7 +307,9 @@ def test_a_training_that_wandb_refuses_is_done_without_it(
 ) -> None:
     wandb.refusal = refusal
     url, few = str(tmp_path / "run"), ("schedule.epochs=2",)
-    job = Job(small, url, str(tmp_path), settings=few, environment=wandb.environment, constants=PATIENT)
+    job = Job(
+        small, url, str(tmp_path), settings=few, environment=wandb.environment, constants=PATIENT
+    )
     code, output = end(job)
     assert code == 0 and manifest_of(url).status == "done", output
     assert f"({refusal[1]}" in output or refusal[1] in output, output
@@ -313,13 +358,17 @@ def test_a_new_id_that_cannot_be_kept_is_not_used(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(pages.Board, "open", deleted)
     monkeypatch.setattr(pages.Board, "forget", lambda: None)
-    page = RunPage(RunManifest("x", {}, {}, "id", page=Page("p")), "s3://b/runs/x", Refuses(), print)
+    page = RunPage(
+        RunManifest("x", {}, {}, "id", page=Page("p")), "s3://b/runs/x", Refuses(), print
+    )
     with pytest.raises(StoreError, match="read-only"):
         page.open("online", {})
     assert opened == ["id"]
 
 
-@pytest.mark.parametrize("url", ["javascript:alert(1)", "file:///etc/passwd", "http://x/\x1b[2J", "ftp://x"])
+@pytest.mark.parametrize(
+    "url", ["javascript:alert(1)", "file:///etc/passwd", "http://x/\x1b[2J", "ftp://x"]
+)
 def test_a_page_that_is_none_of_the_web_is_no_page(run: Path, url: str) -> None:
     path = run / "manifest.json"
     path.write_text(path.read_text().replace('"url": ""', f'"url": {json.dumps(url)}'))

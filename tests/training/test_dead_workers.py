@@ -20,13 +20,17 @@ SMALL = {"loader.fetch.AHEAD_BYTES": 1}
 
 @pytest.fixture
 def job(small: str, tmp_path: Path) -> Job:
-    return Job(small, str(tmp_path / "run"), str(tmp_path), settings=LONG, workers=2, constants=SMALL)
+    return Job(
+        small, str(tmp_path / "run"), str(tmp_path), settings=LONG, workers=2, constants=SMALL
+    )
 
 
 def workers_of(training: Training) -> list[int]:
     """The processes that have the training's command line: those that it forked, the oldest first."""
     tasks = Path(f"/proc/{training.pid}/task")
-    children = {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+    children = {
+        int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()
+    }
     own = Path(f"/proc/{training.pid}/cmdline").read_bytes()
     return sorted(pid for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes() == own)
 
@@ -43,7 +47,11 @@ def said_once(output: str, pattern: str) -> re.Match[str]:
 
 @pytest.mark.parametrize(
     ("number", "how"),
-    [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSEGV, "was killed by SIGSEGV"), (signal.SIGTERM, "SIGTERM")],
+    [
+        (signal.SIGKILL, "was killed by SIGKILL"),
+        (signal.SIGSEGV, "was killed by SIGSEGV"),
+        (signal.SIGTERM, "SIGTERM"),
+    ],
     ids=["SIGKILL", "SIGSEGV", "SIGTERM"],
 )
 @pytest.mark.parametrize("which", [0, -1], ids=["train", "val"])
@@ -63,7 +71,10 @@ def test_a_worker_that_dies_ends_the_training_with_its_state_committed(
             r"memory, use fewer --workers\) at step (\d+) of 4400, state committed to .*; the same command goes on",
         )[1]
         manifest, _ = read_run(open_store(job.run))
-        assert (manifest.status, manifest.checkpoints[-1].progress.step) == ("interrupted", int(step))
+        assert (manifest.status, manifest.checkpoints[-1].progress.step) == (
+            "interrupted",
+            int(step),
+        )
         # And it does go on.
         trainings.append(Training(job))
         trainings[1].until(f"resuming at step {step} of 4400")
@@ -80,7 +91,9 @@ def test_the_commit_under_way_is_finished(job: Job) -> None:
         for worker in workers_of(trainings[0]):
             os.kill(worker, signal.SIGKILL)
         assert trainings[0].end() == 75, trainings[0].output
-    step = said_once(trainings[0].output, r"stopped by the death of a loader worker .* at step (\d+) of")[1]
+    step = said_once(
+        trainings[0].output, r"stopped by the death of a loader worker .* at step (\d+) of"
+    )[1]
     manifest, _ = read_run(open_store(job.run))
     assert (manifest.status, manifest.checkpoints[-1].progress.step) == ("interrupted", int(step))
 
@@ -112,14 +125,18 @@ def _die(_: int) -> None:
 
 def test_a_signal_that_ends_the_workers_too_is_a_signal(job: Job) -> None:
     """As systemd and Slurm send it: to all processes at once. The training waits for a batch that no worker will bring."""
-    trainings = [Training(replace(job, constants=SMALL | {"training.deadline.SIGNAL_SECONDS": 60.0}))]
+    trainings = [
+        Training(replace(job, constants=SMALL | {"training.deadline.SIGNAL_SECONDS": 60.0}))
+    ]
     with all_ended(trainings):
         trainings[0].until("epoch   1/400")
         wait_for_commit(job.run)
         for worker in workers_of(trainings[0]):
             os.kill(worker, signal.SIGTERM)
         assert trainings[0].end(signal.SIGTERM) == 75, trainings[0].output
-    assert re.search(r"stopped by SIGTERM at step \d+ of 4400, state committed", trainings[0].output)
+    assert re.search(
+        r"stopped by SIGTERM at step \d+ of 4400, state committed", trainings[0].output
+    )
     assert "loader worker" not in trainings[0].output
     assert "Traceback" not in trainings[0].output
 
@@ -141,6 +158,7 @@ def test_a_worker_of_one_rank_ends_all_to_be_started_again(job: Job, rank: int) 
             assert training.end() == 75, training.output
             assert "Traceback" not in training.output
     said_once(
-        trainings[rank].output, r"wds-train: a loader worker died \(process \d+ was killed by SIGKILL\); .*newest"
+        trainings[rank].output,
+        r"wds-train: a loader worker died \(process \d+ was killed by SIGKILL\); .*newest",
     )
     assert read_run(open_store(job.run))[0].status == "interrupted"

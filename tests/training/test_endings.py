@@ -47,7 +47,14 @@ def command_of(job: Job) -> list[str]:
 def hung(small: str, s3_url: str, silent_wandb: dict[str, str], tmp_path: Path) -> Job:
     """A long training on the session's server, whose W&B is silent."""
     grace = {"training.stop_request.GRACE_SECONDS": 8.0}
-    return Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, environment=silent_wandb, constants=grace)
+    return Job(
+        small,
+        f"{s3_url}/run",
+        str(tmp_path),
+        settings=LONG,
+        environment=silent_wandb,
+        constants=grace,
+    )
 
 
 @pytest.mark.parametrize("asked", ["notice", "SIGTERM"])
@@ -67,7 +74,9 @@ def test_the_process_is_gone_by_the_deadline_whatever_hangs(
             trainings[0].send(signal.SIGTERM)
         imds.broken = 3600.0
         assert trainings[0].end() == 75, trainings[0].output
-    assert re.search(r"the time is up while .+ hangs|could not be committed in time", trainings[0].output)
+    assert re.search(
+        r"the time is up while .+ hangs|could not be committed in time", trainings[0].output
+    )
 
 
 def test_a_main_thread_that_hangs_in_c_code_is_ended_too(small: str, tmp_path: Path) -> None:
@@ -81,7 +90,12 @@ def test_a_main_thread_that_hangs_in_c_code_is_ended_too(small: str, tmp_path: P
             environment = place | {"RANK": rank, "LOCAL_RANK": rank}
             constants = {"training.stop_request.GRACE_SECONDS": 2.0}
             job = Job(
-                small, str(tmp_path / "run"), str(tmp_path), settings=LONG, environment=environment, constants=constants
+                small,
+                str(tmp_path / "run"),
+                str(tmp_path),
+                settings=LONG,
+                environment=environment,
+                constants=constants,
             )
             trainings.append(Training(job))
         trainings[0].until("epoch   1/400")
@@ -95,7 +109,9 @@ def test_the_cause_comes_first_and_the_last_word_takes_seconds(
     small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
     minutes = ("--max-uncommitted-minutes", "0.2", "--commit-minutes", "0.01")
-    trainings = [Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, arguments=minutes))]
+    trainings = [
+        Training(Job(small, f"{s3_url}/run", str(tmp_path), settings=LONG, arguments=minutes))
+    ]
     with all_ended(trainings):
         trainings[0].until("epoch   2/400")
         wait_for_commit(f"{s3_url}/run")
@@ -113,7 +129,9 @@ def test_a_silent_wandb_delays_neither_the_start_nor_the_end(
     small: str, tmp_path: Path, silent_wandb: dict[str, str]
 ) -> None:
     hasty = {"tracking.tracker.FINISH_SECONDS": 2.0, "tracking.wandb_board.INIT_SECONDS": 3600.0}
-    job = Job(small, str(tmp_path / "run"), str(tmp_path), environment=silent_wandb, constants=hasty)
+    job = Job(
+        small, str(tmp_path / "run"), str(tmp_path), environment=silent_wandb, constants=hasty
+    )
     trainings = [Training(job)]
     with all_ended(trainings):
         trainings[0].until("epoch   1/4")
@@ -130,7 +148,14 @@ def test_a_dataset_that_hangs_does_not_cost_the_newest_state(
 ) -> None:
     assert main(["shards", str(Path(small).with_name("images")), f"{s3_url}/data"]) == 0
     hasty = {"loader.fetch.AHEAD_BYTES": 1, "training.deadline.DATA_SECONDS": 1.0}
-    job = Job(f"{s3_url}/data", str(tmp_path / "run"), str(tmp_path), settings=LONG, constants=hasty, workers=workers)
+    job = Job(
+        f"{s3_url}/data",
+        str(tmp_path / "run"),
+        str(tmp_path),
+        settings=LONG,
+        constants=hasty,
+        workers=workers,
+    )
     trainings = [Training(job)]
     with all_ended(trainings):
         trainings[0].until("epoch   1/400")
@@ -148,18 +173,30 @@ def test_a_dataset_that_hangs_does_not_cost_the_newest_state(
 def test_metrics_that_hang_delay_the_end_of_a_done_run_by_seconds(
     small: str, s3_url: str, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    job = Job(small, f"{s3_url}/run", str(tmp_path), constants={"training.run_training.REPORT_SECONDS": 1.0})
+    job = Job(
+        small,
+        f"{s3_url}/run",
+        str(tmp_path),
+        constants={"training.run_training.REPORT_SECONDS": 1.0},
+    )
     fault_proxy.fail("hang", method="GET", key="metrics/", times=float("inf"))
     trainings = [Training(job)]
     with all_ended(trainings):
         trainings[0].until("epoch   4/4")
         assert trainings[0].end() == 0, trainings[0].output
-    assert re.search(r"report   could not be written \(s3://.*/run did not answer within 1 s\)", trainings[0].output)
+    assert re.search(
+        r"report   could not be written \(s3://.*/run did not answer within 1 s\)",
+        trainings[0].output,
+    )
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_signal_at_the_last_commit_leaves_a_done_run_done(small: str, tmp_path: Path, when: str) -> None:
-    job = Job(small, str(tmp_path / "run"), str(tmp_path), point=f"{when} the manifest", nth=4, sent=HOLD)
+def test_a_signal_at_the_last_commit_leaves_a_done_run_done(
+    small: str, tmp_path: Path, when: str
+) -> None:
+    job = Job(
+        small, str(tmp_path / "run"), str(tmp_path), point=f"{when} the manifest", nth=4, sent=HOLD
+    )
     trainings = [Training(job)]
     with all_ended(trainings):
         trainings[0].until("held at")
@@ -183,7 +220,9 @@ def test_what_comes_after_the_last_commit_can_only_warn(small: str, tmp_path: Pa
         last = manifest.checkpoints[-1].progress.evaluated + 1
         text = Path(run, "manifest.json").read_text().replace('"epochs": 400', f'"epochs": {last}')
         Path(run, "manifest.json").write_text(text)
-        job = Job(small, run, str(tmp_path), settings=(f"schedule.epochs={last}",), environment=nowhere)
+        job = Job(
+            small, run, str(tmp_path), settings=(f"schedule.epochs={last}",), environment=nowhere
+        )
         for said in (f"epoch +{last}/{last} ", "is done already"):
             trainings.append(Training(job))
             assert trainings[-1].end() == 0, trainings[-1].output
@@ -197,7 +236,9 @@ def test_what_comes_after_the_last_commit_can_only_warn(small: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
-def test_a_closed_terminal_stops_a_training_with_its_state_committed(small: str, tmp_path: Path, ignored: bool) -> None:
+def test_a_closed_terminal_stops_a_training_with_its_state_committed(
+    small: str, tmp_path: Path, ignored: bool
+) -> None:
     """A real one: what is written to it fails from then on."""
     job = Job(small, str(tmp_path / "run"), str(tmp_path), settings=LONG)
     command = command_of(job)
@@ -243,9 +284,13 @@ def with_nobody_left(child: int) -> None:
 
 
 def test_the_death_of_the_launcher_stops_its_ranks_once(small: str, tmp_path: Path) -> None:
-    job = Job(small, str(tmp_path / "run"), str(tmp_path), settings=LONG, arguments=("--processes", "2"))
+    job = Job(
+        small, str(tmp_path / "run"), str(tmp_path), settings=LONG, arguments=("--processes", "2")
+    )
     environment = os.environ | {"WANDB_MODE": "disabled", "WDS_HOME": job.folder}
-    with subprocess.Popen(command_of(job), env=environment, stderr=subprocess.PIPE, text=True) as launcher:
+    with subprocess.Popen(
+        command_of(job), env=environment, stderr=subprocess.PIPE, text=True
+    ) as launcher:
         assert launcher.stderr is not None
         lines = iter(launcher.stderr.readline, "")
         assert any(re.match(r"epoch +1/400", line) for line in lines)
@@ -259,7 +304,10 @@ def test_the_death_of_the_launcher_stops_its_ranks_once(small: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--accumulate", "999"), "a rank's 16 samples of a batch cannot be cut into 999 micro-batches"),
+        (
+            ("--accumulate", "999"),
+            "a rank's 16 samples of a batch cannot be cut into 999 micro-batches",
+        ),
         (
             ("--set", "model.name=vit_tiny_patch16_224"),
             "data.size = 16 cannot work: vit_tiny_patch16_224 takes no images",
@@ -289,7 +337,10 @@ def test_nothing_is_called_committed_that_was_not(small: str, tmp_path: Path) ->
     trainings = [Training(job)]
     with all_ended(trainings):
         assert trainings[0].end() == 75, trainings[0].output
-    assert "stopped by SIGTERM before the first of 44 steps; the same command begins anew" in trainings[0].output
+    assert (
+        "stopped by SIGTERM before the first of 44 steps; the same command begins anew"
+        in trainings[0].output
+    )
     assert "state committed to" not in trainings[0].output
     manifest, _ = read_run(open_store(job.run))
     assert (manifest.status, manifest.checkpoints) == ("interrupted", ())

@@ -43,15 +43,23 @@ def trainer(*settings: str) -> Trainer:
 
 def batch(step: int, unreadable: int = 0) -> Batch:
     rng = np.random.default_rng(step)
-    images, ids = torch.from_numpy(rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)), np.arange(8)
-    named = [Unreadable(i, "train/shard-000000.tar", f"key{i}", "it is broken") for i in range(unreadable)]
+    images, ids = (
+        torch.from_numpy(rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)),
+        np.arange(8),
+    )
+    named = [
+        Unreadable(i, "train/shard-000000.tar", f"key{i}", "it is broken")
+        for i in range(unreadable)
+    ]
     return Batch(step, ids, ids, images, torch.from_numpy(rng.integers(0, 10, 8)), named)
 
 
 def assert_same_state(one: Trainer, other: Trainer) -> None:
     first, second = one.snapshot(), other.snapshot()
     assert first.tensors.keys() == second.tensors.keys()
-    assert [name for name in first.tensors if not torch.equal(first.tensors[name], second.tensors[name])] == []
+    assert [
+        name for name in first.tensors if not torch.equal(first.tensors[name], second.tensors[name])
+    ] == []
     assert (first.progress, first.extra) == (second.progress, second.extra)
 
 
@@ -96,7 +104,10 @@ def test_the_ema_is_the_weighted_mean_of_all_weights_seen() -> None:
     for step in range(5):
         running.step(batch(step))
         decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * running.model.get_parameter("fc.weight").detach().double()
+        expected = (
+            decay * expected
+            + (1 - decay) * running.model.get_parameter("fc.weight").detach().double()
+        )
     actual = running.ema.module.get_parameter("fc.weight").double()
     assert torch.allclose(actual, expected, rtol=0, atol=1e-7)
     counted = [name for name in running.model.state_dict() if name.endswith("num_batches_tracked")]
@@ -113,7 +124,9 @@ def test_the_ema_equals_timms_own_update() -> None:
         plain.update(running.model)
     for name, value in plain.module.state_dict().items():
         if value.is_floating_point():
-            assert torch.allclose(running.ema.module.state_dict()[name], value, rtol=1e-5, atol=1e-7), name
+            assert torch.allclose(
+                running.ema.module.state_dict()[name], value, rtol=1e-5, atol=1e-7
+            ), name
 
 
 def test_the_ema_scores_the_same_after_a_resume(digits: Dataset) -> None:
@@ -158,7 +171,8 @@ def test_too_many_unreadable_samples_stop_the_run() -> None:
     running = trainer("data.max_bad=0.05")  # 80 samples an epoch: 4 may be unreadable
     running.step(batch(0, unreadable=4))
     with pytest.raises(
-        DataError, match=r"5 samples .* data.max_bad = 0.05; the last: train/shard-000000.tar, key key0: it is broken"
+        DataError,
+        match=r"5 samples .* data.max_bad = 0.05; the last: train/shard-000000.tar, key key0: it is broken",
     ):
         running.step(batch(1, unreadable=1))
 
@@ -166,7 +180,8 @@ def test_too_many_unreadable_samples_stop_the_run() -> None:
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     running = trainer("optimizer.lr=1e30")
     with pytest.raises(
-        RunError, match=r"the training loss is (nan|inf) by step \d+; lower optimizer.lr \(now 1e\+30\)"
+        RunError,
+        match=r"the training loss is (nan|inf) by step \d+; lower optimizer.lr \(now 1e\+30\)",
     ):
         for step in range(10):
             running.step(batch(step))

@@ -66,15 +66,22 @@ WRONG = {
 }
 
 
-FINE = ("a look at values", "a look at shapes of values")  # which a pass without memory does not have
+FINE = (
+    "a look at values",
+    "a look at shapes of values",
+)  # which a pass without memory does not have
 
 
 @pytest.fixture(autouse=True, scope="module")
 def odd_models() -> Iterator[None]:
     """timm's registry with `odd_NUMBER` for each kind of Odd."""
-    for number, wrong in enumerate(("", *WRONG, *FINE, "a parameter without use", "no batch of one")):
+    for number, wrong in enumerate(
+        ("", *WRONG, *FINE, "a parameter without use", "no batch of one")
+    ):
 
-        def make(pretrained: bool = False, wrong: str = wrong, num_classes: int = 1, **_: object) -> nn.Module:
+        def make(
+            pretrained: bool = False, wrong: str = wrong, num_classes: int = 1, **_: object
+        ) -> nn.Module:
             return Odd(wrong, num_classes)
 
         make.__name__ = f"odd_{number}"
@@ -89,23 +96,39 @@ ODD: dict[str, str] = {}
 
 def trainer(*settings: str, ranks: int = 1, accumulate: int = 1) -> Trainer:
     recipe = with_settings(preset("small"), [*SMALL, *settings])
-    return Trainer(recipe, CLASSES, 11, torch.device("meta"), Ranks(0, ranks), accumulate=accumulate)
+    return Trainer(
+        recipe, CLASSES, 11, torch.device("meta"), Ranks(0, ranks), accumulate=accumulate
+    )
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "resnet50", "convnext_atto", "mobilenetv3_small_050"])
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "resnet50", "convnext_atto", "mobilenetv3_small_050"]
+)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ordinary_models_pass(name: str, ranks: int) -> None:
-    check_first_step(trainer(f"model.name={name}", "data.size=64", "data.eval_size=64", ranks=ranks))
+    check_first_step(
+        trainer(f"model.name={name}", "data.size=64", "data.eval_size=64", ranks=ranks)
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "ranks", "accumulate", "said"),
     [
-        (["batch=1"], 1, 1, "batch = 1 cannot work: resnet50 works on 1 image of data.size = 32 pixels"),
+        (
+            ["batch=1"],
+            1,
+            1,
+            "batch = 1 cannot work: resnet50 works on 1 image of data.size = 32 pixels",
+        ),
         (["batch=8"], 8, 1, "batch = 8 over 8 ranks cannot work"),
         (["batch=8"], 1, 8, "batch = 8 in 8 micro-batches (--accumulate) cannot work"),
         (["batch=8"], 2, 3, "batch = 8 over 2 ranks in 3 micro-batches (--accumulate) cannot work"),
-        (["batch=1", "data.size=64", "data.start_size=32"], 1, 1, "1 image of data.start_size = 32 pixels"),
+        (
+            ["batch=1", "data.size=64", "data.start_size=32"],
+            1,
+            1,
+            "1 image of data.start_size = 32 pixels",
+        ),
     ],
 )
 def test_a_single_value_for_each_channel_is_refused(
@@ -137,7 +160,9 @@ def test_models_that_look_at_values_are_let_pass(kind: str) -> None:
 def test_parameters_without_use_are_refused_on_several_ranks_alone() -> None:
     name = f"model.name={ODD['a parameter without use']}"
     check_first_step(trainer(name))
-    with pytest.raises(UsageError, match=r"does not reach 2 of its parameters \(unused.weight, unused.bias\)"):
+    with pytest.raises(
+        UsageError, match=r"does not reach 2 of its parameters \(unused.weight, unused.bias\)"
+    ):
         check_first_step(trainer(name, ranks=2))
     check_first_step(trainer(f"model.name={ODD['']}", ranks=2))
 
@@ -181,17 +206,25 @@ def test_a_compiler_that_works_passes(compiles_anew: Path) -> None:
 
 def test_no_compiler_is_refused(compiles_anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    with pytest.raises(UsageError, match=r"--compile cannot work here \(.*[Cc]ompiler.*\); install a C\+\+ compiler"):
+    with pytest.raises(
+        UsageError,
+        match=r"--compile cannot work here \(.*[Cc]ompiler.*\); install a C\+\+ compiler",
+    ):
         check_compiler(CPU)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="this machine has no C++ compiler")
 def test_a_folder_without_programs_is_refused(compiles_anew: Path) -> None:
-    with without_programs(compiles_anew), pytest.raises(UsageError, match="TORCHINDUCTOR_CACHE_DIR"):
+    with (
+        without_programs(compiles_anew),
+        pytest.raises(UsageError, match="TORCHINDUCTOR_CACHE_DIR"),
+    ):
         check_compiler(CPU)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(compiles_anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(
+    compiles_anew: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/compiled")
     with pytest.raises(UsageError, match="--compile cannot work here"):
         check_compiler(CPU)
@@ -221,9 +254,26 @@ def test_nothing_is_claimed(  # noqa: PLR0917
     if "--compile" in flags:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/compiled")
     run = str(tmp_path / "run")
-    settings = ["model.name=resnet50", "data.size=32", "data.eval_size=32", "mix.mixup=0", "mix.cutmix=0"]
+    settings = [
+        "model.name=resnet50",
+        "data.size=32",
+        "data.eval_size=32",
+        "mix.mixup=0",
+        "mix.cutmix=0",
+    ]
     words = [word for setting in settings for word in ("--set", setting)]
-    command = ["train", "--dataset", small, "--run", run, "--recipe", "small", *words, *flags, *more]
+    command = [
+        "train",
+        "--dataset",
+        small,
+        "--run",
+        run,
+        "--recipe",
+        "small",
+        *words,
+        *flags,
+        *more,
+    ]
     assert main(command) == 2
     told = capsys.readouterr().err
     assert said in told

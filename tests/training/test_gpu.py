@@ -18,15 +18,23 @@ from wds_train.training.metrics_rows import MetricsRows
 from wds_train.training.ranks import Ranks, refuse_unusable_gpu
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and PyTorch can use it")
+needs_none = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a GPU here, and PyTorch can use it"
+)
 
 
 @needs_gpu
 @pytest.mark.parametrize(
-    ("precision", "optimizer"), [("bf16", "sgd"), ("bf16", "adamw"), ("bf16", "lamb"), ("fp16", "sgd"), ("fp32", "sgd")]
+    ("precision", "optimizer"),
+    [("bf16", "sgd"), ("bf16", "adamw"), ("bf16", "lamb"), ("fp16", "sgd"), ("fp32", "sgd")],
 )
 def test_a_step_never_waits_for_the_gpu(precision: str, optimizer: str) -> None:
-    chosen = recipe("data.erasing=0.5", "model.drop_path=0.1", "optimizer.clip_norm=1", f"optimizer.name={optimizer}")
+    chosen = recipe(
+        "data.erasing=0.5",
+        "model.drop_path=0.1",
+        "optimizer.clip_norm=1",
+        f"optimizer.name={optimizer}",
+    )
     running = Trainer(chosen, 10, 10, torch.device("cuda", 0), precision=precision, accumulate=2)  # type: ignore[arg-type]
     batches = copy_to_device(map(_pinned, map(batch, range(6))), running.device)
     for _ in range(3):  # cuDNN chooses its algorithms
@@ -101,11 +109,15 @@ def test_a_checkpoint_does_not_say_how_the_next_device_computes() -> None:
     snapshot = running.snapshot()
     assert snapshot is not None
     assert not [name for name in snapshot.extra["scalars"] if name.endswith(("/fused", "/foreach"))]
-    snapshot.extra["scalars"] |= {"group/0/fused": True, "group/1/foreach": True}  # as an older one, of a GPU, had them
+    snapshot.extra["scalars"] |= {
+        "group/0/fused": True,
+        "group/1/foreach": True,
+    }  # as an older one, of a GPU, had them
     resumed = trainer()
     resumed.restore(snapshot)
     assert [(group["fused"], group["foreach"]) for group in resumed.optimizer.param_groups] == [
-        (group["fused"], group["foreach"]) for group in create_optimizer(running.recipe, running.model).param_groups
+        (group["fused"], group["foreach"])
+        for group in create_optimizer(running.recipe, running.model).param_groups
     ]
 
 
@@ -122,19 +134,26 @@ def test_the_pace_is_that_of_all_steps_since_the_last_record() -> None:
     rows.log_step({}, Progress())
     rows.add_step(0.0, 2.0)
     rows.log_step({}, Progress())
-    assert [(row["time/img_s"], row["time/data_wait"]) for row in logged] == [(4.0, 0.125), (4.0, 0.0)]
+    assert [(row["time/img_s"], row["time/data_wait"]) for row in logged] == [
+        (4.0, 0.125),
+        (4.0, 0.0),
+    ]
 
 
 def test_what_has_no_deterministic_gradient_is_refused_before_the_first_step() -> None:
     blurred = recipe("model.blur_pool=true", "data.eval_size=64", "data.size=64")
-    with pytest.raises(UsageError, match=r"--deterministic cannot work with model.blur_pool = True on a GPU"):
+    with pytest.raises(
+        UsageError, match=r"--deterministic cannot work with model.blur_pool = True on a GPU"
+    ):
         refuse_nondeterministic(blurred, torch.device("cuda"))
     refuse_nondeterministic(blurred, torch.device("cpu"))
     refuse_nondeterministic(recipe(), torch.device("cuda"))
 
 
 @needs_none
-def test_gpus_that_a_variable_hides_are_named_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_a_variable_hides_are_named_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "nvidia0").touch()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UsageError, match=r"unset CUDA_VISIBLE_DEVICES \(now ''\)"):

@@ -146,14 +146,20 @@ def test_a_rank_that_hangs_is_named_with_its_place(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("how", "state", "rank"),
-    [("stopped", r"T \(stopped\)", 1), ("stopped", r"T \(stopped\)", 0), ("slow_pattern", r"R \(running\)", 1)],
+    [
+        ("stopped", r"T \(stopped\)", 1),
+        ("stopped", r"T \(stopped\)", 0),
+        ("slow_pattern", r"R \(running\)", 1),
+    ],
 )
 def test_a_rank_that_cannot_speak_is_named_by_the_others(
     machine: Machine, tmp_path: Path, how: str, state: str, rank: int
 ) -> None:
     """Without a launcher, rank 0 also holds the store by which the ranks meet."""
     run = str(tmp_path / "run")
-    processes = machine.start(run, *HANGS, how=how, step=STEP, rank=rank, manifest=f"{run}/manifest.json")
+    processes = machine.start(
+        run, *HANGS, how=how, step=STEP, rank=rank, manifest=f"{run}/manifest.json"
+    )
     other = 1 - rank
     assert ended(processes[other : other + 1], 300) == [75], machine.said()
     if how == "slow_pattern":
@@ -164,7 +170,8 @@ def test_a_rank_that_cannot_speak_is_named_by_the_others(
     ended(processes, 0)
     said = machine.log(other).read_text()
     assert re.search(
-        rf"rank {rank} \(\S+, process {processes[rank].pid}\) has told nothing for \d+ s, last at", said
+        rf"rank {rank} \(\S+, process {processes[rank].pid}\) has told nothing for \d+ s, last at",
+        said,
     ), said
     assert re.search(rf"its process is in state {state}", said), said
     manifest = manifest_of(run)
@@ -177,7 +184,9 @@ def test_a_rank_that_cannot_speak_is_named_by_the_others(
 
 def children_of(pid: int) -> list[int]:
     """The loader workers of a process, the oldest first."""
-    return sorted(int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return sorted(
+        int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    )
 
 
 @pytest.mark.timeout(900)
@@ -215,22 +224,43 @@ def wait_for_commit_of(run: str, processes: list[Rank]) -> None:
 def test_the_launcher_ends_what_is_stopped(machine: Machine, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     settings = [part for each in (*SETTINGS, "schedule.epochs=500") for part in ("--set", each)]
-    command = [sys.executable, "-m", "wds_train.cli", "train", run, "--dataset", machine.dataset, "--workers", "0"]
-    environment = os.environ | {"WANDB_MODE": "disabled", "WDS_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "wds_train.cli",
+        "train",
+        run,
+        "--dataset",
+        machine.dataset,
+        "--workers",
+        "0",
+    ]
+    environment = os.environ | {
+        "WANDB_MODE": "disabled",
+        "WDS_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
-            [*command, *settings, "--processes", "2", *HANGS], env=environment, stderr=log, stdout=log, text=True
+            [*command, *settings, "--processes", "2", *HANGS],
+            env=environment,
+            stderr=log,
+            stdout=log,
+            text=True,
         )
     wait_for_commit_of(run, [launcher])
     ranks = [
-        pid for pid in children_of(launcher.pid) if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        pid
+        for pid in children_of(launcher.pid)
+        if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     ]
     os.kill(ranks[0], signal.SIGSTOP)
     assert launcher.wait(300) == 75, (tmp_path / "log").read_text()
     said = (tmp_path / "log").read_text()
-    assert re.search(rf"rank 1 \(\S+, process {ranks[0]}\) has told nothing for \d+ s, .* state T \(stopped\)", said), (
-        said
-    )
+    assert re.search(
+        rf"rank 1 \(\S+, process {ranks[0]}\) has told nothing for \d+ s, .* state T \(stopped\)",
+        said,
+    ), said
     assert "rank 1 was killed by SIGKILL" in said
     assert not Path(f"/proc/{ranks[0]}").exists()
     assert manifest_of(run).status == "interrupted"
@@ -241,7 +271,9 @@ def test_the_launcher_ends_what_is_stopped(machine: Machine, tmp_path: Path) -> 
 def test_slow_is_not_hanging(machine: Machine, tmp_path: Path, ranks: int) -> None:
     """A step that takes most of the limit; and a machine that was stopped as a whole for longer than the limit."""
     there, run = replace(machine, ranks=ranks), str(tmp_path / "run")
-    processes = there.start(run, *HANGS, how="slow_step", step=STEP, rank=ranks - 1, seconds=LIMIT / 2)
+    processes = there.start(
+        run, *HANGS, how="slow_step", step=STEP, rank=ranks - 1, seconds=LIMIT / 2
+    )
     wait_for_commit_of(run, processes)
     for process in processes:
         process.send_signal(signal.SIGSTOP)

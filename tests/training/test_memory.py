@@ -18,7 +18,11 @@ LAYERNORM = ("model.name=test_convnext", "data.erasing=0.5")  # BatchNorm sees t
 
 def gradients(running: Trainer) -> dict[str, torch.Tensor]:
     running.step(batch(0))
-    return {name: weight.grad for name, weight in running.model.named_parameters() if weight.grad is not None}
+    return {
+        name: weight.grad
+        for name, weight in running.model.named_parameters()
+        if weight.grad is not None
+    }
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
@@ -48,9 +52,15 @@ class _Small:
 
 @pytest.mark.parametrize(
     ("most", "asked", "accumulate", "name"),
-    [(8, [8], 1, "test_resnet"), (3, [8, 4, 2], 4, "test_resnet"), (1, [8, 4, 2, 1], 8, "test_convnext")],
+    [
+        (8, [8], 1, "test_resnet"),
+        (3, [8, 4, 2], 4, "test_resnet"),
+        (1, [8, 4, 2, 1], 8, "test_convnext"),
+    ],
 )
-def test_as_many_as_the_memory_needs(most: int, asked: list[int], accumulate: int, name: str) -> None:
+def test_as_many_as_the_memory_needs(
+    most: int, asked: list[int], accumulate: int, name: str
+) -> None:
     settings = (f"model.name={name}", "model.drop_path=0.2")
     running, untouched = trainer(*settings), trainer(*settings)
     memory = _Small(running.model, most)
@@ -69,7 +79,10 @@ def test_as_many_as_the_memory_needs(most: int, asked: list[int], accumulate: in
 def test_one_sample_that_does_not_fit_is_an_error() -> None:
     running = trainer()
     _Small(running.model, 0)
-    with pytest.raises(RunError, match=r"test_resnet on a single image of 32 pixels does not fit .* lower data.size"):
+    with pytest.raises(
+        RunError,
+        match=r"test_resnet on a single image of 32 pixels does not fit .* lower data.size",
+    ):
         fit_accumulation(running)
 
 

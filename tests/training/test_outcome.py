@@ -27,7 +27,9 @@ def run_of(*tops: tuple[float, float]) -> RunManifest:
         for n, epoch in enumerate(epochs, 1)
     ]
     recipe = Recipe(name="digits", seed=6).to_dict()
-    return RunManifest("c1", recipe, {}, "", status="done", checkpoints=tuple(checkpoints), result=epochs[-1])
+    return RunManifest(
+        "c1", recipe, {}, "", status="done", checkpoints=tuple(checkpoints), result=epochs[-1]
+    )
 
 
 def test_the_end_names_the_best_epoch_and_the_last() -> None:
@@ -54,18 +56,28 @@ def test_the_next_commands_are_those_of_this_run(monkeypatch: pytest.MonkeyPatch
     assert resume_command("/my runs/c1") == "wds-train train '/my runs/c1'"
 
 
-def test_an_interrupted_training_leaves_its_report_and_the_command_to_go_on(small: str, tmp_path: Path) -> None:
+def test_an_interrupted_training_leaves_its_report_and_the_command_to_go_on(
+    small: str, tmp_path: Path
+) -> None:
     """Not before an epoch was validated; and what cannot be drawn changes nothing of the end."""
     run = str(tmp_path / "run")
     long = ("schedule.epochs=400",)
-    trainings = [Training(Job(small, run, str(tmp_path), settings=long, point="before a step", sent=signal.SIGTERM))]
+    trainings = [
+        Training(
+            Job(
+                small, run, str(tmp_path), settings=long, point="before a step", sent=signal.SIGTERM
+            )
+        )
+    ]
     with all_ended(trainings):
         assert trainings[0].end() == 75, trainings[0].output
         assert "report " not in trainings[0].output
         trainings.append(Training(Job(small, run, str(tmp_path), settings=long)))
         trainings[1].until("epoch   2/400")
         assert trainings[1].end(signal.SIGINT) == 75, trainings[1].output
-        assert f"the same command goes on from there, or: wds-train train {run}" in trainings[1].output
+        assert (
+            f"the same command goes on from there, or: wds-train train {run}" in trainings[1].output
+        )
         page = re.search(r"report   (\S+)", trainings[1].output)
         assert page
         assert Path(page[1]).read_text().startswith("<!doctype html>")
@@ -80,29 +92,56 @@ def test_an_interrupted_training_leaves_its_report_and_the_command_to_go_on(smal
 def test_the_start_says_what_an_epoch_leaves_out(
     small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ["model.name=test_resnet", "data.size=16", "data.eval_size=16", "schedule.epochs=2", "batch=16"]
-    arguments = ["train", "--dataset", small, "--run", str(tmp_path / "run"), "--workers", "0", "--device", "cpu"]
-    arguments += [part for setting in [*settings, "schedule.warmup_epochs=0"] for part in ("--set", setting)]
+    settings = [
+        "model.name=test_resnet",
+        "data.size=16",
+        "data.eval_size=16",
+        "schedule.epochs=2",
+        "batch=16",
+    ]
+    arguments = [
+        "train",
+        "--dataset",
+        small,
+        "--run",
+        str(tmp_path / "run"),
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    arguments += [
+        part for setting in [*settings, "schedule.warmup_epochs=0"] for part in ("--set", setting)
+    ]
     assert main([*arguments, "--dry-run", "--price", "7200"]) == 0
     said = capsys.readouterr()
     assert "epoch    176 of 181 samples; 5, other ones each epoch, are left out" in said.out
-    steps = re.search(r"steps    22 of ([\d.e-]+) s, from 2 of them; 2 validations of ([\d.e-]+) s", said.out)
+    steps = re.search(
+        r"steps    22 of ([\d.e-]+) s, from 2 of them; 2 validations of ([\d.e-]+) s", said.out
+    )
     whole = re.search(r"time     about \d+ s, \$([\d.]+)", said.out)
     assert steps and whole, said.out
-    assert float(whole[1]) == pytest.approx(2 * (22 * float(steps[1]) + 2 * float(steps[2])), rel=0.2, abs=0.02)
+    assert float(whole[1]) == pytest.approx(
+        2 * (22 * float(steps[1]) + 2 * float(steps[2])), rel=0.2, abs=0.02
+    )
     assert re.search(
-        r"memory   about [\d.]+ GB of [\d.]+\nnothing was written: without --dry-run, this begins\n", said.out
+        r"memory   about [\d.]+ GB of [\d.]+\nnothing was written: without --dry-run, this begins\n",
+        said.out,
     )
     assert not (tmp_path / "run").exists()
     assert main([*arguments, "--quiet"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().err.splitlines() if not line.startswith("W&B")] == [
-        *("last", "best", "goodput", "state", "report", "next", "wds-train")
-    ]
+    assert [
+        line.split()[0]
+        for line in capsys.readouterr().err.splitlines()
+        if not line.startswith("W&B")
+    ] == [*("last", "best", "goodput", "state", "report", "next", "wds-train")]
     assert main([*arguments, "--dry-run"]) == 0
     assert capsys.readouterr().out == f"nothing would be trained: run {tmp_path / 'run'} is done\n"
     assert main(["rollback", str(tmp_path / "run"), "--to", "11"]) == 0
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out.endswith("nothing was written: without --dry-run, this goes on at step 11\n")
+    assert capsys.readouterr().out.endswith(
+        "nothing was written: without --dry-run, this goes on at step 11\n"
+    )
 
 
 def test_a_training_that_takes_too_long_here_gets_a_smaller_one_named(
@@ -110,14 +149,29 @@ def test_a_training_that_takes_too_long_here_gets_a_smaller_one_named(
 ) -> None:
     """Of those that take no larger images, the last: none is short enough. Not of one whose options it does not have."""
     monkeypatch.setattr(estimate, "TOO_LONG", 0.0)
-    monkeypatch.setattr(estimate, "SMALLER", (("test_resnet", 64), ("test_resnet", 32), ("test_vit", 32)))
+    monkeypatch.setattr(
+        estimate, "SMALLER", (("test_resnet", 64), ("test_resnet", 32), ("test_vit", 32))
+    )
     settings = ["model.name=test_resnet", "model.blur_pool=true", "data.size=48", "batch=64"]
-    arguments = ["train", "--dataset", small, "--run", str(tmp_path / "run"), "--workers", "0", "--device", "cpu"]
+    arguments = [
+        "train",
+        "--dataset",
+        small,
+        "--run",
+        str(tmp_path / "run"),
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     arguments += [part for setting in settings for part in ("--set", setting)]
     assert main([*arguments, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "from 2 of batches of 32" in said
-    assert re.search(r"instead  about \d+ (s|min) with --set model.name=test_resnet .*--set data.eval_size=32\n", said)
+    assert re.search(
+        r"instead  about \d+ (s|min) with --set model.name=test_resnet .*--set data.eval_size=32\n",
+        said,
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,7 +25,9 @@ NAME = "test_resnet.r160_in1k"
 PLACE = f"/timm/{NAME}/resolve/main/model.safetensors"
 
 
-def tensors(name: str = "test_resnet", classes: int = 1000, **options: object) -> dict[str, torch.Tensor]:
+def tensors(
+    name: str = "test_resnet", classes: int = 1000, **options: object
+) -> dict[str, torch.Tensor]:
     return timm.create_model(name, num_classes=classes, **options).state_dict()
 
 
@@ -63,20 +65,31 @@ def hub(no_hub: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         yield asked
         server.shutdown()
 
 
-def test_timms_weights_come_from_the_hub_once(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timms_weights_come_from_the_hub_once(
+    hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = trainer("model.name=test_resnet", "model.init=timm:")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the network is gone
     again = trainer("model.name=test_resnet", f"model.init=timm:{NAME}")
     assert asked_of(hub) == [PLACE]
     assert "but for the head" in first.notes[0]
-    states = [{n: v for n, v in each.model.state_dict().items() if "fc." not in n} for each in (first, again)]
+    states = [
+        {n: v for n, v in each.model.state_dict().items() if "fc." not in n}
+        for each in (first, again)
+    ]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    assert not torch.equal(states[0]["conv1.0.weight"], trainer().model.state_dict()["conv1.0.weight"])
+    assert not torch.equal(
+        states[0]["conv1.0.weight"], trainer().model.state_dict()["conv1.0.weight"]
+    )
 
 
 def asked_of(hub: list[str]) -> list[str]:
@@ -91,27 +104,36 @@ def test_without_a_network_one_sentence_says_which_file_to_bring(no_hub: None) -
         rf"https://huggingface.co{PLACE} where there is a network, and name that file here: --init FILE",
         str(caught.value),
     )
-    with pytest.raises(StoreError, match=r"name a file of `wds-train export`: --set distill.teacher=FILE"):
+    with pytest.raises(
+        StoreError, match=r"name a file of `wds-train export`: --set distill.teacher=FILE"
+    ):
         trainer("distill.teacher=timm:test_resnet")
 
 
 @pytest.mark.parametrize("setting", ["model.init", "distill.teacher"])
 @pytest.mark.parametrize("name", ["resnet5O", "resnet18.nonsense", "resnetblur18"])
 def test_weights_that_timm_does_not_have(setting: str, name: str) -> None:
-    with pytest.raises(UsageError, match=rf"{setting} = 'timm:{name}': timm has no pretrained weights of that name"):
+    with pytest.raises(
+        UsageError, match=rf"{setting} = 'timm:{name}': timm has no pretrained weights of that name"
+    ):
         trainer(f"{setting}=timm:{name}")
 
 
 def plain(folder: Path, name: str = "test_resnet", classes: int = 1000, **options: object) -> Path:
     """A file as timm's hub has it, of random weights; as the older ones, without BatchNorm's counters."""
     path = folder / "model.safetensors"
-    found = {n: v for n, v in tensors(name, classes, **options).items() if not n.endswith("num_batches_tracked")}
+    found = {
+        n: v
+        for n, v in tensors(name, classes, **options).items()
+        if not n.endswith("num_batches_tracked")
+    }
     save_file(found, path, {"format": "pt"})
     return path
 
 
 @pytest.mark.parametrize(
-    ("classes", "note"), [(1000, "but for the head"), (7, "but for the head"), (10, "with the head")]
+    ("classes", "note"),
+    [(1000, "but for the head"), (7, "but for the head"), (10, "with the head")],
 )
 def test_a_file_of_timms_is_taken(tmp_path: Path, classes: int, note: str) -> None:
     path = plain(tmp_path, classes=classes, block_args={"attn_layer": "se"})
@@ -124,11 +146,15 @@ def test_a_file_of_timms_is_taken(tmp_path: Path, classes: int, note: str) -> No
 
 def test_a_file_that_is_not_of_the_model_is_refused(tmp_path: Path) -> None:
     path = plain(tmp_path, "resnet10t")
-    with pytest.raises(UsageError, match=r"model.safetensors' does not fit the model test_resnet: .*Set model.name"):
+    with pytest.raises(
+        UsageError, match=r"model.safetensors' does not fit the model test_resnet: .*Set model.name"
+    ):
         trainer(f"model.init={path}")
     with pytest.raises(RunError, match=r"was not written by this version of `wds-train export`"):
         trainer(f"distill.teacher={path}")
-    with pytest.raises(UsageError, match=r"weights' cannot be read by timm: let its name end in .safetensors"):
+    with pytest.raises(
+        UsageError, match=r"weights' cannot be read by timm: let its name end in .safetensors"
+    ):
         trainer(f"model.init={shutil.copy(path, tmp_path / 'weights')}")
     path.write_bytes(b"nonsense")
     with pytest.raises(RunError, match="is no safetensors file"):
@@ -144,7 +170,9 @@ def images(changed: Recipe) -> tuple[object, ...]:
 
 def test_images_are_those_of_the_weights_but_for_what_is_set(tmp_path: Path) -> None:
     half = (0.5, 0.5, 0.5)
-    ours = exported(tmp_path, "data.size=40", "data.start_size=24", "data.eval_size=48", "data.eval_crop=0.9")
+    ours = exported(
+        tmp_path, "data.size=40", "data.start_size=24", "data.eval_size=48", "data.eval_crop=0.9"
+    )
     digits = recipe().data
     of = {
         "timm:": (160, 0, 160, 0.95, half, half),
@@ -168,7 +196,11 @@ def test_images_are_those_of_the_weights_but_for_what_is_set(tmp_path: Path) -> 
 
 def test_layers_before_learn_more_slowly() -> None:
     running = trainer("optimizer.layer_decay=0.5")
-    scales = {weight: group["lr_scale"] for group in running.optimizer.param_groups for weight in group["params"]}
+    scales = {
+        weight: group["lr_scale"]
+        for group in running.optimizer.param_groups
+        for weight in group["params"]
+    }
     names = ("conv1.0.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight", "fc.weight")
     found = [scales[running.model.get_parameter(name)] for name in names]
     assert found == sorted({*found})

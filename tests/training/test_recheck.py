@@ -16,7 +16,13 @@ from test_engine import assert_same_state, batch, trainer
 
 from wds_train.checkpoint.run_manifest import Difference, RunManifest
 from wds_train.errors import Miscomputed, UsageError
-from wds_train.training.recheck import MOST_DIFFERENCES, is_due, judge, refuse_unrepeatable, step_twice
+from wds_train.training.recheck import (
+    MOST_DIFFERENCES,
+    is_due,
+    judge,
+    refuse_unrepeatable,
+    step_twice,
+)
 
 # A trainer in which one bit flips: of `what`, in the nth time that a step is computed, on one rank.
 SCRIPT = '''
@@ -121,7 +127,9 @@ def undisturbed(small: str, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     runs = {}
     for ranks in (1, 2):
         runs[ranks] = str(folder / f"run{ranks}")
-        code, said = Machine(SCRIPT, small, folder, ranks, ("schedule.epochs=2",)).train(runs[ranks])
+        code, said = Machine(SCRIPT, small, folder, ranks, ("schedule.epochs=2",)).train(
+            runs[ranks]
+        )
         assert code == 0, said
     return runs
 
@@ -131,7 +139,11 @@ def undisturbed(small: str, tmp_path_factory: pytest.TempPathFactory) -> dict[in
 def test_a_recheck_changes_no_bit(machine: Machine, tmp_path: Path, ranks: int) -> None:
     """With mixing, drop path, BatchNorm, micro-batches, clipping and an average of the weights."""
     there = replace(machine, ranks=ranks, settings=(*machine.settings, "optimizer.clip_norm=0.5"))
-    for name, arguments in (("plain", ()), ("checked", ("--recheck", "1")), ("third", ("--recheck", "3"))):
+    for name, arguments in (
+        ("plain", ()),
+        ("checked", ("--recheck", "1")),
+        ("third", ("--recheck", "3")),
+    ):
         code, said = there.train(str(tmp_path / name), "--accumulate", "2", *arguments)
         assert code == 0, said
     assert_same_end(str(tmp_path / "plain"), str(tmp_path / "checked"))
@@ -155,7 +167,13 @@ def test_a_recheck_changes_no_bit(machine: Machine, tmp_path: Path, ranks: int) 
     ],
 )
 def test_a_bit_that_flips_once_is_named_and_trained_again(
-    machine: Machine, undisturbed: dict[int, str], tmp_path: Path, *, ranks: int, what: str, named: str
+    machine: Machine,
+    undisturbed: dict[int, str],
+    tmp_path: Path,
+    *,
+    ranks: int,
+    what: str,
+    named: str,
 ) -> None:
     there, last = replace(machine, ranks=ranks), ranks - 1
     run = str(tmp_path / "run")
@@ -177,7 +195,9 @@ def test_a_bit_that_flips_once_is_named_and_trained_again(
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("time", [1, 2], ids=["the first time is wrong", "the second time is wrong"])
+@pytest.mark.parametrize(
+    "time", [1, 2], ids=["the first time is wrong", "the second time is wrong"]
+)
 def test_a_machine_that_goes_on_computing_wrongly_is_left(
     machine: Machine, tmp_path: Path, ranks: int, time: int
 ) -> None:
@@ -195,7 +215,9 @@ def test_a_machine_that_goes_on_computing_wrongly_is_left(
 
 
 @pytest.mark.timeout(900)
-def test_a_difference_before_the_first_checkpoint_begins_anew(machine: Machine, tmp_path: Path) -> None:
+def test_a_difference_before_the_first_checkpoint_begins_anew(
+    machine: Machine, tmp_path: Path
+) -> None:
     run = str(tmp_path / "run")
     code, said = machine.train(run, "--recheck", "1", what="gradient", steps=[1])
     assert code == 75, said
@@ -213,13 +235,19 @@ def found_on(host: str, boot: str) -> Miscomputed:
         ([], True, "goes back to"),
         ([("other", "b2")], True, "goes back to"),
         ([("here", "b2")], False, "leave this machine"),  # booted anew
-        ([("container", "b1")], False, "leave this machine"),  # another container of the same machine
+        (
+            [("container", "b1")],
+            False,
+            "leave this machine",
+        ),  # another container of the same machine
         ([("other", "b2"), ("here", "b1")], False, "leave this machine"),
         ([("other", "b2"), ("third", "b3")], False, "fault of the program"),
         ([("other", ""), ("third", "")], False, "fault of the program"),
     ],
 )
-def test_another_machine_has_a_chance_of_its_own(earlier: list[tuple[str, str]], goes_on: bool, said: str) -> None:
+def test_another_machine_has_a_chance_of_its_own(
+    earlier: list[tuple[str, str]], goes_on: bool, said: str
+) -> None:
     differences = tuple(Difference(4, 1, "the loss", host, boot) for host, boot in earlier)
     manifest = RunManifest("run", {}, {}, "", differences=differences)
     told, may = judge(found_on("here", "b1"), manifest)
@@ -239,16 +267,24 @@ def test_another_machine_has_a_chance_of_its_own(earlier: list[tuple[str, str]],
         (4, 8, 6, 2, True),
     ],
 )
-def test_which_steps_are_taken_twice(every: int, step: int, began_at: int, ranks: int, due: bool) -> None:
+def test_which_steps_are_taken_twice(
+    every: int, step: int, began_at: int, ranks: int, due: bool
+) -> None:
     assert is_due(every, step, began_at, ranks) is due
 
 
-@pytest.mark.parametrize(("gpu", "cpu", "refused"), [(True, False, True), (True, True, False), (False, False, False)])
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "refused"), [(True, False, True), (True, True, False), (False, False, False)]
+)
 def test_a_gpu_whose_rounding_varies_is_refused(
     monkeypatch: pytest.MonkeyPatch, *, gpu: bool, cpu: bool, refused: bool
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    expected = pytest.raises(UsageError, match="give --deterministic, too") if refused else contextlib.nullcontext()
+    expected = (
+        pytest.raises(UsageError, match="give --deterministic, too")
+        if refused
+        else contextlib.nullcontext()
+    )
     with expected:
         refuse_unrepeatable(cpu=cpu)
 
@@ -256,7 +292,9 @@ def test_a_gpu_whose_rounding_varies_is_refused(
 def test_a_manifest_of_before_goes_on(tmp_path: Path) -> None:
     """One that knows no differences, and one that has met some, as they are written and read."""
     found = Difference(4, 1, "the loss", "vm", "b1")
-    manifest = RunManifest("run", {"ema": {"every": 1}}, {"fingerprint": "f"}, "", differences=(found,))
+    manifest = RunManifest(
+        "run", {"ema": {"every": 1}}, {"fingerprint": "f"}, "", differences=(found,)
+    )
     assert RunManifest.from_json(manifest.to_json(), "here").differences == (found,)
     older = json.loads(manifest.to_json())
     del older["differences"]
@@ -278,7 +316,9 @@ def test_a_manifest_of_before_goes_on(tmp_path: Path) -> None:
 )
 def test_a_step_taken_twice_leaves_what_one_leaves(settings: tuple[str, ...]) -> None:
     """From the very first step on, when the optimizer has no state yet. Some optimizers keep numbers in their groups."""
-    usual, checked = (trainer("optimizer.lr=0.01", "model.drop_path=0.2", *settings) for _ in range(2))
+    usual, checked = (
+        trainer("optimizer.lr=0.01", "model.drop_path=0.2", *settings) for _ in range(2)
+    )
     for number in range(4):
         loss = usual.step(batch(number))
         assert torch.equal(step_twice(checked, batch(number)), loss)

@@ -47,7 +47,16 @@ def exported(folder: Path, *settings: str, classes: int = 10, seed: int = 7) -> 
     of = recipe(*settings, f"seed={seed}")
     tensors = create_model(of.model, classes, seed, CPU).state_dict()
     path = folder / f"weights{seed}.safetensors"
-    Weights(tensors, "ema", "run", 1, 0, {}, of, tuple(ClassInfo(f"c{i}", f"c{i}") for i in range(classes))).save(path)
+    Weights(
+        tensors,
+        "ema",
+        "run",
+        1,
+        0,
+        {},
+        of,
+        tuple(ClassInfo(f"c{i}", f"c{i}") for i in range(classes)),
+    ).save(path)
     return path
 
 
@@ -61,7 +70,9 @@ def logits_and_targets() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_cross_entropy_is_timms(smoothing: float) -> None:
     logits, labels, soft = logits_and_targets()
     ours = Criterion(LossRecipe(smoothing=smoothing))
-    torch.testing.assert_close(ours(logits, labels), LabelSmoothingCrossEntropy(smoothing)(logits, labels))
+    torch.testing.assert_close(
+        ours(logits, labels), LabelSmoothingCrossEntropy(smoothing)(logits, labels)
+    )
     torch.testing.assert_close(ours(logits, soft), SoftTargetCrossEntropy()(logits, soft))
 
 
@@ -98,7 +109,9 @@ def test_the_teacher_sees_the_mixed_images_in_its_own_normalisation(tmp_path: Pa
     teacher = create_model(recipe().model, 10, 7, CPU).eval()
     with torch.no_grad():
         p, q = teacher((pixels - mean) / std).log_softmax(1), student(images).log_softmax(1)
-    assert running.step(batch(0)).item() == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4)
+    assert running.step(batch(0)).item() == pytest.approx(
+        (p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4
+    )
     assert running._teacher is not None
     after = running._teacher._model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in teacher.state_dict().items())
@@ -113,7 +126,9 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
     running = trainer(f"distill.teacher={path}")
     running.step(batch(0))
     exported(tmp_path, seed=8).rename(path)
-    with pytest.raises(RunError, match=r"distill.teacher = .* holds other weights than those that this run began"):
+    with pytest.raises(
+        RunError, match=r"distill.teacher = .* holds other weights than those that this run began"
+    ):
         trainer(f"distill.teacher={path}").restore(running.snapshot())
 
 
@@ -121,9 +136,15 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
 def test_biases_and_norms_are_not_decayed(name: str) -> None:
     model = create_model(ModelRecipe(name=name), 10, 0, torch.device("meta"))
     optimizer = create_optimizer(recipe("optimizer.weight_decay=0.3"), model)
-    decay = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
+    decay = {
+        id(weight): group["weight_decay"]
+        for group in optimizer.param_groups
+        for weight in group["params"]
+    }
     excepted = {"pos_embed", "cls_token"}
-    expected = {n: 0.0 if w.ndim == 1 or n in excepted else 0.3 for n, w in model.named_parameters()}
+    expected = {
+        n: 0.0 if w.ndim == 1 or n in excepted else 0.3 for n, w in model.named_parameters()
+    }
     assert {n: decay[id(w)] for n, w in model.named_parameters()} == expected
     assert set(expected.values()) == {0.0, 0.3}
 
@@ -131,12 +152,17 @@ def test_biases_and_norms_are_not_decayed(name: str) -> None:
 def test_an_optimizer_that_cannot_be_resumed_is_refused() -> None:
     with pytest.raises(UsageError, match=r"timm has no optimizer 'lamp'; did you mean .*lamb"):
         trainer("optimizer.name=lamp")
-    with pytest.raises(UsageError, match="timm's optimizer 'kron' cannot be used: its state does not fit"):
+    with pytest.raises(
+        UsageError, match="timm's optimizer 'kron' cannot be used: its state does not fit"
+    ):
         trainer("optimizer.name=kron")
 
 
 def test_gradients_are_clipped_as_torch_does() -> None:
-    free, clipped = trainer("optimizer.lr=0.1"), trainer("optimizer.lr=0.1", "optimizer.clip_norm=0.05")
+    free, clipped = (
+        trainer("optimizer.lr=0.1"),
+        trainer("optimizer.lr=0.1", "optimizer.clip_norm=0.05"),
+    )
     free.step(batch(0))
     clipped.step(batch(0))
     norm = torch.nn.utils.clip_grad_norm_(free.model.parameters(), 0.05)
@@ -154,7 +180,9 @@ def test_a_scaler_is_undone_before_clipping() -> None:
     scaled.step(batch(0))
     assert scaled.scaler.get_scale() == 65536
     assert scaled.grad_norm.item() == pytest.approx(plain.grad_norm.item(), rel=0.05)
-    total = torch.nn.utils.get_total_norm([w.grad for w in scaled.model.parameters() if w.grad is not None])
+    total = torch.nn.utils.get_total_norm(
+        [w.grad for w in scaled.model.parameters() if w.grad is not None]
+    )
     assert total.item() == pytest.approx(0.05, rel=1e-3)
 
 
@@ -163,7 +191,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
     running.model.get_parameter("fc.bias").register_hook(lambda gradient: gradient * float("inf"))
     running.step(batch(0))
     with pytest.raises(
-        NotFinite, match=r"norm of the gradients is (inf|nan) by step 1, .*optimizer.lr \(now 0.01\) or set .*clip_norm"
+        NotFinite,
+        match=r"norm of the gradients is (inf|nan) by step 1, .*optimizer.lr \(now 0.01\) or set .*clip_norm",
     ):
         running.epoch_loss()
 
@@ -174,7 +203,9 @@ def test_a_scaler_skips_such_a_step() -> None:
     running.model.get_parameter("fc.bias").register_hook(lambda gradient: gradient * float("inf"))
     running.step(batch(0))
     running.epoch_loss()
-    assert all(torch.equal(before[name], weight) for name, weight in running.model.named_parameters())
+    assert all(
+        torch.equal(before[name], weight) for name, weight in running.model.named_parameters()
+    )
     assert running.scaler.get_scale() == 32768
 
 
@@ -188,7 +219,9 @@ def test_swa_is_the_plain_mean_of_the_weights(every: int) -> None:
             seen.append(running.model.get_parameter("fc.weight").detach().double().clone())
     mean = torch.stack(seen).mean(dim=0)
     assert len(seen) == 10 // every
-    torch.testing.assert_close(running.ema.module.get_parameter("fc.weight").double(), mean, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        running.ema.module.get_parameter("fc.weight").double(), mean, rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,18 +239,26 @@ def test_layer_options_are_timms_models(options: dict[str, bool], theirs: str) -
         other = timm.create_model(theirs, num_classes=10)
         plain = timm.create_model("resnet50", num_classes=10)
     assert str(ours) == str(other) != str(plain)
-    assert [(n, v.shape) for n, v in ours.state_dict().items()] == [(n, v.shape) for n, v in other.state_dict().items()]
+    assert [(n, v.shape) for n, v in ours.state_dict().items()] == [
+        (n, v.shape) for n, v in other.state_dict().items()
+    ]
 
 
 def test_options_that_a_model_does_not_have_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"model.blur_pool and model.squeeze_excite cannot be had with test_vit"):
+    with pytest.raises(
+        UsageError, match=r"model.blur_pool and model.squeeze_excite cannot be had with test_vit"
+    ):
         trainer("model.name=test_vit", "model.blur_pool=true", "model.squeeze_excite=true")
     with pytest.raises(UsageError, match=r"vgg11 cannot be built with model.drop_path = 0.1"):
         create_model(ModelRecipe(name="vgg11", drop_path=0.1), 10, 0, torch.device("meta"))
 
 
 def test_drop_path_grows_towards_the_last_block() -> None:
-    rates = [m.drop_prob for m in trainer("model.drop_path=0.3").model.modules() if isinstance(m, DropPath)]
+    rates = [
+        m.drop_prob
+        for m in trainer("model.drop_path=0.3").model.modules()
+        if isinstance(m, DropPath)
+    ]
     assert rates == pytest.approx([0.1, 0.2, 0.3])
 
 
@@ -240,7 +281,11 @@ def test_a_head_of_other_classes_stays_random(tmp_path: Path) -> None:
     path = exported(tmp_path, classes=7)
     running, random = trainer(f"model.init={path}"), trainer()
     source, own = create_model(recipe().model, 7, 7, CPU).state_dict(), running.model.state_dict()
-    assert all(torch.equal(own[name], value) for name, value in source.items() if not name.startswith("fc."))
+    assert all(
+        torch.equal(own[name], value)
+        for name, value in source.items()
+        if not name.startswith("fc.")
+    )
     assert torch.equal(own["fc.weight"], random.model.state_dict()["fc.weight"])
     assert "but for the head" in running.notes[0]
 
@@ -248,14 +293,18 @@ def test_a_head_of_other_classes_stays_random(tmp_path: Path) -> None:
 def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     path = exported(tmp_path, "model.squeeze_excite=true")
     with pytest.raises(
-        UsageError, match=r"does not fit the model test_resnet: .*layer.*se\.fc1.* is \[.*\] there, absent here"
+        UsageError,
+        match=r"does not fit the model test_resnet: .*layer.*se\.fc1.* is \[.*\] there, absent here",
     ):
         trainer(f"model.init={path}")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precisions_train_and_resume_exactly(precision: engine.Precision) -> None:
-    plain, unbroken, first, second = trainer(), *(Trainer(recipe(), 10, 10, CPU, precision=precision) for _ in range(3))
+    plain, unbroken, first, second = (
+        trainer(),
+        *(Trainer(recipe(), 10, 10, CPU, precision=precision) for _ in range(3)),
+    )
     for step in range(2):
         wide, low = plain.step(batch(step)), unbroken.step(batch(step))
         assert low.item() == pytest.approx(wide.item(), rel=0.02)
@@ -269,8 +318,12 @@ def test_lower_precisions_train_and_resume_exactly(precision: engine.Precision) 
 
 
 @pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "bf16")])
-def test_a_resume_may_change_the_precision(before: engine.Precision, after: engine.Precision) -> None:
-    first, second = (Trainer(recipe(), 10, 10, CPU, precision=precision) for precision in (before, after))
+def test_a_resume_may_change_the_precision(
+    before: engine.Precision, after: engine.Precision
+) -> None:
+    first, second = (
+        Trainer(recipe(), 10, 10, CPU, precision=precision) for precision in (before, after)
+    )
     first.step(batch(0))
     second.restore(first.snapshot())
     second.step(batch(1))
@@ -282,11 +335,17 @@ def test_a_compiled_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(engine, "COMPILER", "aot_eager")
     calls: list[object] = []
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *given, **named: (calls.append(named), compiler(*given, **named))[1])
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda *given, **named: (calls.append(named), compiler(*given, **named))[1],
+    )
     plain, compiled = trainer(), Trainer(recipe(), 10, 10, CPU, compile=True)
     assert calls == [{"backend": "aot_eager"}]
     for step in range(2):
-        assert compiled.step(batch(step)).item() == pytest.approx(plain.step(batch(step)).item(), rel=1e-4)
+        assert compiled.step(batch(step)).item() == pytest.approx(
+            plain.step(batch(step)).item(), rel=1e-4
+        )
     again = trainer()
     again.restore(compiled.snapshot())
     assert_same_state(again, compiled)
@@ -323,12 +382,20 @@ def test_each_option_changes_the_training(tmp_path: Path) -> None:
     """Otherwise the test above would hold for options that nobody obeys."""
     base = ("optimizer.lr=0.01", "model.name=test_resnet")
     teacher = f"distill.teacher={exported(tmp_path)}"
-    options = ("data.erasing=0.5", "loss.kind=bce", "optimizer.clip_norm=0.01", "model.drop_path=0.5", teacher)
+    options = (
+        "data.erasing=0.5",
+        "loss.kind=bce",
+        "optimizer.clip_norm=0.01",
+        "model.drop_path=0.5",
+        teacher,
+    )
     options = (*options, "optimizer.layer_decay=0.5")
 
     def weight(*settings: str) -> list[float]:
         running = trainer(*base, *settings)
-        for step in range(3):  # at the first the learning rate is 0, at the second all branches are still 0
+        for step in range(
+            3
+        ):  # at the first the learning rate is 0, at the second all branches are still 0
             running.step(batch(step))
         return running.model.get_parameter("fc.weight").flatten().tolist()
 

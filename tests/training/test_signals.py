@@ -45,7 +45,15 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGHUP"])
 def test_what_comes_twice_by_itself_stops_no_sooner(small: str, tmp_path: Path, name: str) -> None:
     """While the state is on its way: a second SIGTERM would end the training there and then."""
-    held = Job(small, str(tmp_path / "run"), str(tmp_path), settings=LONG, point="before a step", nth=5, sent=HOLD)
+    held = Job(
+        small,
+        str(tmp_path / "run"),
+        str(tmp_path),
+        settings=LONG,
+        point="before a step",
+        nth=5,
+        sent=HOLD,
+    )
     trainings = [Training(held)]
     with all_ended(trainings):
         trainings[0].until("held at")
@@ -79,5 +87,7 @@ def test_the_launcher_passes_a_signal_on(small: str, tmp_path: Path, name: str) 
         launcher.send_signal(signal.Signals[name])
         said = "".join(lines)
         assert launcher.wait() == 75, said
-    assert re.search(rf"stopped by ({name}|another rank) at step \d+ of 4400, state committed", said)
+    assert re.search(
+        rf"stopped by ({name}|another rank) at step \d+ of 4400, state committed", said
+    )
     assert read_run(open_store(run))[0].status == "interrupted"

@@ -41,7 +41,9 @@ def assert_left(stop: StopRequest, began: float, least: float, most: float) -> N
 def test_a_notice_is_seen_with_the_time_that_is_left_and_polling_ends(
     imds: FakeImds, aws_env: pytest.MonkeyPatch, stop: StopRequest
 ) -> None:
-    aws_env.setenv("http_proxy", "http://127.0.0.1:9")  # what is meant for the machine itself must go past it
+    aws_env.setenv(
+        "http_proxy", "http://127.0.0.1:9"
+    )  # what is meant for the machine itself must go past it
     with SpotWatch(stop, every=0.02) as spot:
         wait_until(lambda: imds.asked["GET", ACTION, 404] > 3)
         assert (stop.cause, spot.rebalance) == (None, False)
@@ -56,7 +58,11 @@ def test_a_notice_is_seen_with_the_time_that_is_left_and_polling_ends(
 def test_the_group_that_ends_the_instance_is_heeded(imds: FakeImds, stop: StopRequest) -> None:
     imds.more["autoscaling/target-lifecycle-state"] = "InService"
     with SpotWatch(stop, every=0.02):
-        wait_until(lambda: imds.asked["GET", "/latest/meta-data/autoscaling/target-lifecycle-state", 200] > 1)
+        wait_until(
+            lambda: (
+                imds.asked["GET", "/latest/meta-data/autoscaling/target-lifecycle-state", 200] > 1
+            )
+        )
         assert stop.cause is None
         began = time.monotonic()
         imds.more["autoscaling/target-lifecycle-state"] = "Terminated"
@@ -80,7 +86,9 @@ def test_the_instances_type_is_told(imds: FakeImds, stop: StopRequest) -> None:
 
 def test_an_expired_token_is_renewed(imds: FakeImds, stop: StopRequest) -> None:
     with SpotWatch(stop, every=3600) as spot:
-        wait_until(lambda: any("target-lifecycle-state" in path for _, path, _ in imds.asked))  # the last of a look
+        wait_until(
+            lambda: any("target-lifecycle-state" in path for _, path, _ in imds.asked)
+        )  # the last of a look
         imds.expire_tokens()
         imds.give_notice()
         assert spot.look()
@@ -90,7 +98,9 @@ def test_an_expired_token_is_renewed(imds: FakeImds, stop: StopRequest) -> None:
 
 
 @pytest.mark.parametrize("broken", [500, 403, 401, 1.0])
-def test_a_failing_service_says_nothing_and_is_asked_again(imds: FakeImds, stop: StopRequest, broken: float) -> None:
+def test_a_failing_service_says_nothing_and_is_asked_again(
+    imds: FakeImds, stop: StopRequest, broken: float
+) -> None:
     with SpotWatch(stop, every=3600) as spot:
         wait_until(lambda: imds.asked["GET", ACTION, 404] == 1)
         imds.give_notice()
@@ -102,17 +112,22 @@ def test_a_failing_service_says_nothing_and_is_asked_again(imds: FakeImds, stop:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"null", b"[]", b'{"action": "stop"}', b'{"time": "soon"}', b'{"time": "2026-01-01"}']
+    "body",
+    [b"", b"null", b"[]", b'{"action": "stop"}', b'{"time": "soon"}', b'{"time": "2026-01-01"}'],
 )
 def test_a_notice_without_a_time_counts_from_now(stop: StopRequest, body: bytes) -> None:
-    spot = SpotWatch(stop, lambda method, path, headers: (200, body if path == ACTION else b"token"))
+    spot = SpotWatch(
+        stop, lambda method, path, headers: (200, body if path == ACTION else b"token")
+    )
     began = time.monotonic()
     assert spot.look()
     assert_left(stop, began, 119, 120)
 
 
 @pytest.mark.parametrize("left", [-30, 10**6])
-def test_a_clock_that_is_off_gives_no_impossible_deadline(imds: FakeImds, stop: StopRequest, left: float) -> None:
+def test_a_clock_that_is_off_gives_no_impossible_deadline(
+    imds: FakeImds, stop: StopRequest, left: float
+) -> None:
     """Nor one that is past: the instance lives, and the last commit takes time."""
     began = time.monotonic()
     imds.give_notice(left)
@@ -164,8 +179,14 @@ MACHINES = {
     "class/dmi/id/board_vendor": ("Amazon EC2", "board_vendor is Amazon EC2"),
     "class/dmi/id/bios_vendor": ("Amazon EC2", "bios_vendor is Amazon EC2"),
     "class/dmi/id/bios_version": ("4.11.amazon\n", "bios_version names Amazon"),
-    "class/dmi/id/product_uuid": ("EC2E1916-9099-7CAF-FD21-012345ABCDEF", "class/dmi/id/product_uuid begins with ec2"),
-    "hypervisor/uuid": ("ec2e1916-9099-7caf-fd21-012345abcdef\n", "hypervisor/uuid begins with ec2"),
+    "class/dmi/id/product_uuid": (
+        "EC2E1916-9099-7CAF-FD21-012345ABCDEF",
+        "class/dmi/id/product_uuid begins with ec2",
+    ),
+    "hypervisor/uuid": (
+        "ec2e1916-9099-7caf-fd21-012345abcdef\n",
+        "hypervisor/uuid begins with ec2",
+    ),
 }
 
 
@@ -192,7 +213,9 @@ def test_a_machine_of_ec2_is_known(nowhere: pytest.MonkeyPatch, tmp_path: Path, 
         ("class/dmi/other", "Amazon EC2"),
     ],
 )
-def test_another_machine_is_none_of_ec2(nowhere: pytest.MonkeyPatch, tmp_path: Path, path: str, text: str) -> None:
+def test_another_machine_is_none_of_ec2(
+    nowhere: pytest.MonkeyPatch, tmp_path: Path, path: str, text: str
+) -> None:
     write(tmp_path / path, text)
     assert evidence_of_ec2() == ""
 
@@ -232,7 +255,11 @@ HOPS = "--http-put-response-hop-limit 2 (HttpPutResponseHopLimit 2)"
     ],
 )
 def test_on_ec2_a_service_that_cannot_be_reached_is_said_and_asked_on(
-    imds: FakeImds, nowhere: pytest.MonkeyPatch, tmp_path: Path, why: str | int, seen: tuple[str, str]
+    imds: FakeImds,
+    nowhere: pytest.MonkeyPatch,
+    tmp_path: Path,
+    why: str | int,
+    seen: tuple[str, str],
 ) -> None:
     stop = StopRequest()
     write(tmp_path / "class/dmi/id/sys_vendor", "Amazon EC2")
@@ -244,7 +271,9 @@ def test_on_ec2_a_service_that_cannot_be_reached_is_said_and_asked_on(
         nowhere.setattr(spots, "ADDRESSES", {"ipv4": elsewhere[str(why)]})
     with SpotWatch(stop, every=0.01, say=said.append) as spot:
         wait_until(lambda: said != [])
-        assert said[0].startswith("spot     this is EC2 (sys_vendor is Amazon EC2), whose metadata service at ")
+        assert said[0].startswith(
+            "spot     this is EC2 (sys_vendor is Amazon EC2), whose metadata service at "
+        )
         assert "no spot notice would be seen" in said[0]
         assert all(part in said[0] for part in seen)
         assert spot._thread.is_alive() and stop.cause is None

@@ -35,7 +35,9 @@ TINY = [
 class Training:
     """`wds-train train` as a process, with its output line by line."""
 
-    def __init__(self, dataset: str, run: str, *, settings: list[str] = TINY, workers: int = 1) -> None:
+    def __init__(
+        self, dataset: str, run: str, *, settings: list[str] = TINY, workers: int = 1
+    ) -> None:
         command = [
             sys.executable,
             "-m",
@@ -86,7 +88,11 @@ def assert_equal_runs(one: str, other: str) -> None:
     assert history == history2
     assert snapshot.progress == snapshot2.progress
     assert snapshot.tensors.keys() == snapshot2.tensors.keys()
-    different = [name for name in snapshot.tensors if not torch.equal(snapshot.tensors[name], snapshot2.tensors[name])]
+    different = [
+        name
+        for name in snapshot.tensors
+        if not torch.equal(snapshot.tensors[name], snapshot2.tensors[name])
+    ]
     assert not different
 
 
@@ -96,7 +102,9 @@ def home(embedded_home: Path) -> Path:
 
 
 @pytest.mark.timeout(600)
-def test_killed_anywhere_it_ends_as_the_unbroken_run(digits: Dataset, s3_url: str, home: Path) -> None:
+def test_killed_anywhere_it_ends_as_the_unbroken_run(
+    digits: Dataset, s3_url: str, home: Path
+) -> None:
     """SIGKILL at three moments, SIGTERM at a fourth, another number of workers each time."""
     unbroken = Training(digits.store.url, f"{s3_url}/unbroken")
     assert unbroken.end() == 0, unbroken.output
@@ -112,7 +120,9 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(digits: Dataset, s3_url: st
             wait_for_commit(broken)
         time.sleep(rng.uniform(0.0, 0.6))
         assert training.end(sent) == (75 if sent == signal.SIGTERM else -sent), training.output
-    assert re.search(r"stopped by SIGTERM at step \d+ of 44, state committed to s3://.*/broken", training.output)
+    assert re.search(
+        r"stopped by SIGTERM at step \d+ of 44, state committed to s3://.*/broken", training.output
+    )
     training = Training(digits.store.url, broken, workers=3)
     training.until(r"resuming at step \d+ of 44")
     time.sleep(rng.uniform(0.2, 1.0))
@@ -153,11 +163,30 @@ def test_a_first_training_needs_no_settings(home: Path, aws_env: pytest.MonkeyPa
 
 
 def test_a_run_of_other_settings_is_refused(
-    digits: Dataset, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    digits: Dataset,
+    tmp_path: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    command = ["train", "--dataset", digits.store.url, "--run", str(tmp_path / "run"), "--workers", "0"]
-    command += ["--set", "model.name=test_resnet", "--set", "schedule.epochs=1", "--set", "schedule.warmup_epochs=0"]
+    command = [
+        "train",
+        "--dataset",
+        digits.store.url,
+        "--run",
+        str(tmp_path / "run"),
+        "--workers",
+        "0",
+    ]
+    command += [
+        "--set",
+        "model.name=test_resnet",
+        "--set",
+        "schedule.epochs=1",
+        "--set",
+        "schedule.warmup_epochs=0",
+    ]
     assert main(command) == 0
     before = (tmp_path / "run/manifest.json").read_bytes()
     assert main([*command, "--set", "optimizer.lr=0.3"]) == 2
@@ -166,16 +195,37 @@ def test_a_run_of_other_settings_is_refused(
 
 
 def test_a_mixture_trains_and_is_part_of_the_run(
-    digits: Dataset, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    digits: Dataset,
+    tmp_path: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     other = str(tmp_path / "other")
     assert main(["shards", "digits", other, "--seed", "1", "--spool", str(tmp_path / "spool")]) == 0
-    command = ["train", "--dataset", digits.store.url, "--run", str(tmp_path / "run"), "--workers", "0"]
-    command += ["--set", "model.name=test_resnet", "--set", "schedule.epochs=1", "--set", "schedule.warmup_epochs=0"]
+    command = [
+        "train",
+        "--dataset",
+        digits.store.url,
+        "--run",
+        str(tmp_path / "run"),
+        "--workers",
+        "0",
+    ]
+    command += [
+        "--set",
+        "model.name=test_resnet",
+        "--set",
+        "schedule.epochs=1",
+        "--set",
+        "schedule.warmup_epochs=0",
+    ]
     mixed = [*command, "--mix", f"{other}=0.25"]
     assert main(mixed) == 0
-    assert "1 epochs of 29 steps of 64" in capsys.readouterr().err  # 1,437 samples, 48 of each batch
+    assert (
+        "1 epochs of 29 steps of 64" in capsys.readouterr().err
+    )  # 1,437 samples, 48 of each batch
     manifest = json.loads((tmp_path / "run/manifest.json").read_bytes())
     mixed_in = {"fingerprint": Dataset.open(other).fingerprint, "share": 0.25, "url": other}
     assert manifest["dataset"]["mix"] == [mixed_in]
@@ -185,7 +235,8 @@ def test_a_mixture_trains_and_is_part_of_the_run(
     manifest["dataset"]["mix"][0].pop("url")  # as an older version left it
     (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
     assert main(command) == 2
-    assert "does not say where the datasets of its mixture are; give them again: --mix DATASET=0.25" in (
-        capsys.readouterr().err
+    assert (
+        "does not say where the datasets of its mixture are; give them again: --mix DATASET=0.25"
+        in (capsys.readouterr().err)
     )
     assert main(mixed) == 0

@@ -81,7 +81,14 @@ def loaded(
 ) -> list[Batch]:
     """The first batches of `data`'s first pass over the digits, or as the plan's `changes` say."""
     split = dataset.split("train")
-    plan = TrainPlan(split.shard_samples, dataset.fingerprint, 0, BATCH // data.repeats, range(1), repeats=data.repeats)
+    plan = TrainPlan(
+        split.shard_samples,
+        dataset.fingerprint,
+        0,
+        BATCH // data.repeats,
+        range(1),
+        repeats=data.repeats,
+    )
     loader = Pipeline(split, replace(plan, **changes), transform_of(data), workers, cache)  # type: ignore[arg-type]
     return list(itertools.islice(loader, steps))
 
@@ -111,7 +118,9 @@ def test_the_side_grows_at_the_first_step_of_its_epoch(digits: Dataset, workers:
     assert same(batches[1:30], fixed)  # as if it had been so all along
 
 
-def test_repeats_stand_side_by_side_and_each_sample_comes_as_often_in_a_pass(digits: Dataset) -> None:
+def test_repeats_stand_side_by_side_and_each_sample_comes_as_often_in_a_pass(
+    digits: Dataset,
+) -> None:
     batches = loaded(digits, replace(PLAIN, repeats=3))
     assert len(batches) == 1437 // (BATCH // 3)
     seen: Counter[int] = Counter()
@@ -121,7 +130,9 @@ def test_repeats_stand_side_by_side_and_each_sample_comes_as_often_in_a_pass(dig
         assert (batch.labels.numpy() == digits.split("train").index.label[batch.ids]).all()
         seen.update(batch.ids.tolist())
     assert set(seen.values()) == {3} and len(seen) == len(batches) * BATCH // 3
-    assert np.concatenate([batch.positions for batch in batches]).tolist() == list(range(len(batches) * BATCH))
+    assert np.concatenate([batch.positions for batch in batches]).tolist() == list(
+        range(len(batches) * BATCH)
+    )
     copies = torch.cat([batch.images for batch in batches]).reshape(-1, 3, SIDE * SIDE * 3)
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert (copies[:, one] != copies[:, other]).any(dim=1).float().mean() > 0.99
@@ -129,9 +140,13 @@ def test_repeats_stand_side_by_side_and_each_sample_comes_as_often_in_a_pass(dig
     assert [batch.ids[::3].tolist() for batch in batches] == [batch.ids.tolist() for batch in once]
 
 
-def test_repeats_are_the_same_for_all_workers_ranks_steps_and_caches(digits: Dataset, tmp_path: Path) -> None:
+def test_repeats_are_the_same_for_all_workers_ranks_steps_and_caches(
+    digits: Dataset, tmp_path: Path
+) -> None:
     data = replace(PLAIN, repeats=3, auto_augment="trivial")
-    every = loaded(digits, data, epochs=range(2), from_step=80, steps=15)  # of which 9 are the first pass's
+    every = loaded(
+        digits, data, epochs=range(2), from_step=80, steps=15
+    )  # of which 9 are the first pass's
     assert same(loaded(digits, data, from_step=80, workers=3), every[:9])
     assert same(loaded(digits, data, epochs=range(2), from_step=88, workers=1, steps=7), every[8:])
     cache = BlockCache(tmp_path, 1 << 30, digits.split("train"), digits)
@@ -171,7 +186,10 @@ def test_a_mixture_repeats_and_resizes_alike(digits: Dataset) -> None:
         parts = [(digits.split("train"), 16, range(1)), (digits.split("val"), 8, range(99))]
         loaders = [
             Pipeline(
-                split, TrainPlan(split.shard_samples, split.name, 0, size, epochs, from_step, repeats=2), transform, 0
+                split,
+                TrainPlan(split.shard_samples, split.name, 0, size, epochs, from_step, repeats=2),
+                transform,
+                0,
             )
             for split, size, epochs in parts
         ]
@@ -181,7 +199,9 @@ def test_a_mixture_repeats_and_resizes_alike(digits: Dataset) -> None:
     assert same(batches(30, 4), every[6:])
     assert [batch.images.shape[1] for batch in every] == [32] * 5 + [64] * 5
     for batch in every:
-        assert set(Counter(zip(batch.labels.tolist(), batch.ids.tolist(), strict=True)).values()) == {2}
+        assert set(
+            Counter(zip(batch.labels.tolist(), batch.ids.tolist(), strict=True)).values()
+        ) == {2}
 
 
 def oracle(data: DataRecipe, side: int) -> list[Callable[[Image.Image], Image.Image]]:
@@ -198,12 +218,16 @@ def oracle(data: DataRecipe, side: int) -> list[Callable[[Image.Image], Image.Im
 
 
 @pytest.mark.parametrize("changes", POLICIES, ids=str)
-def test_a_policy_is_its_librarys_own_with_the_same_seeds(digits: Dataset, changes: dict[str, Any]) -> None:
+def test_a_policy_is_its_librarys_own_with_the_same_seeds(
+    digits: Dataset, changes: dict[str, Any]
+) -> None:
     data = replace(PLAIN, **changes)
     plain, changed = loaded(digits, PLAIN, from_step=26), loaded(digits, data, from_step=26)
     functions, differ = oracle(data, SIDE), 0
     for before, after in zip(plain, changed, strict=True):
-        for position, old, new in zip(before.positions.tolist(), before.images, after.images, strict=True):
+        for position, old, new in zip(
+            before.positions.tolist(), before.images, after.images, strict=True
+        ):
             bits = key(0, "policy", 0, position)
             random.seed(bits >> 64)
             np.random.seed(bits % (1 << 32))
@@ -217,7 +241,9 @@ def test_a_policy_is_its_librarys_own_with_the_same_seeds(digits: Dataset, chang
 
 
 @pytest.mark.parametrize("changes", [POLICIES[0], POLICIES[-1]], ids=str)
-def test_a_policy_does_the_same_for_all_workers_and_after_a_resume(digits: Dataset, changes: dict[str, Any]) -> None:
+def test_a_policy_does_the_same_for_all_workers_and_after_a_resume(
+    digits: Dataset, changes: dict[str, Any]
+) -> None:
     data = replace(PLAIN, **changes)
     every = loaded(digits, data, steps=6)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -232,7 +258,10 @@ def test_an_image_is_changed_by_a_key_of_its_own(changes: dict[str, Any]) -> Non
     other = replace(transform, recipe=replace(transform.recipe, seed=1))
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     results = Counter()
-    for made, epoch, position in [(transform, 0, p) for p in range(40)] + [(transform, 1, 7), (other, 0, 7)]:
+    for made, epoch, position in [(transform, 0, p) for p in range(40)] + [
+        (transform, 1, 7),
+        (other, 0, 7),
+    ]:
         out = pixels.copy()
         made.augment(epoch, position, out)
         results[out.tobytes()] += 1
@@ -278,7 +307,18 @@ def test_magnitudes_that_leave_no_bits_make_black_and_no_exception(name: str) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["rnd-m9", "rand-m", "rand-9", "rand-m9-mstd", "rand-x3", "rand-tall", "rand-n0", "orignal", "original-m3"]
+    "name",
+    [
+        "rnd-m9",
+        "rand-m",
+        "rand-9",
+        "rand-m9-mstd",
+        "rand-x3",
+        "rand-tall",
+        "rand-n0",
+        "orignal",
+        "original-m3",
+    ],
 )
 def test_an_unknown_policy_is_refused_before_the_run_is_claimed(
     digits: Dataset, tmp_path: Path, stop: StopRequest, name: str
@@ -293,11 +333,13 @@ def test_an_unknown_policy_is_refused_before_the_run_is_claimed(
 
 def test_a_batch_of_repeats_that_cannot_be_read_is_refused_with_its_size(digits: Dataset) -> None:
     with pytest.raises(
-        UsageError, match=r"global batch of 48 \(16 samples, 3 times each\) is read in 16 lanes, which 3"
+        UsageError,
+        match=r"global batch of 48 \(16 samples, 3 times each\) is read in 16 lanes, which 3",
     ):
         loaded(digits, replace(PLAIN, repeats=3), world=3)
     with pytest.raises(
-        UsageError, match=r"1437 samples to train on, fewer than one global batch of 1440 \(480 samples, 3 times each\)"
+        UsageError,
+        match=r"1437 samples to train on, fewer than one global batch of 1440 \(480 samples, 3 times each\)",
     ):
         loaded(digits, replace(PLAIN, repeats=3), global_batch=480)
 
@@ -311,8 +353,18 @@ def test_a_training_gives_its_steps_what_the_recipe_says(
     monkeypatch.setenv("WDS_HOME", str(tmp_path / "home"))
     seen: list[Batch] = []
     step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda self, batch: seen.append(batch) or step(self, batch))
-    data = replace(PLAIN, size=16, start_size=8, size_ramp=(0.0, 0.5), repeats=2, eval_size=8, auto_augment="trivial")
+    monkeypatch.setattr(
+        Trainer, "step", lambda self, batch: seen.append(batch) or step(self, batch)
+    )
+    data = replace(
+        PLAIN,
+        size=16,
+        start_size=8,
+        size_ramp=(0.0, 0.5),
+        repeats=2,
+        eval_size=8,
+        auto_augment="trivial",
+    )
     recipe = Recipe(
         "test",
         batch=240,
@@ -321,5 +373,7 @@ def test_a_training_gives_its_steps_what_the_recipe_says(
         schedule=ScheduleRecipe(epochs=2, warmup_epochs=0),
     )
     train(TrainOptions(digits.store.url, str(tmp_path / "run"), recipe, workers=1), stop)
-    assert [tuple(batch.images.shape) for batch in seen] == [(240, 8, 8, 3)] * 5 + [(240, 16, 16, 3)] * 5
+    assert [tuple(batch.images.shape) for batch in seen] == [(240, 8, 8, 3)] * 5 + [
+        (240, 16, 16, 3)
+    ] * 5
     assert set(Counter(np.concatenate([batch.ids for batch in seen]).tolist()).values()) == {2}

@@ -53,7 +53,9 @@ def jpeg_of(image: Image.Image = PHOTO, **options: object) -> bytes:
 def png16(*, grey: bool) -> tuple[bytes, np.ndarray]:
     """A 16-bit PNG, and the 8-bit pixels that it should become."""
     pixels = (
-        np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH) if grey else (HEIGHT, WIDTH, 3)).astype(np.uint16)
+        np.random.default_rng(0)
+        .integers(0, 65536, (HEIGHT, WIDTH) if grey else (HEIGHT, WIDTH, 3))
+        .astype(np.uint16)
     )
     data = cv2.imencode(".png", pixels if grey else pixels[..., ::-1])[1].tobytes()
     upper = (pixels >> 8).astype(np.uint8)
@@ -85,7 +87,9 @@ FORMATS = {
     "png grey": encoded(PHOTO.convert("L"), "PNG"),
     "png bits": encoded(PHOTO.convert("1"), "PNG"),
     "png palette": encoded(PHOTO.quantize(200), "PNG"),
-    "png palette + transparency": encoded(PHOTO.quantize(200), "PNG", transparency=bytes(range(200))),
+    "png palette + transparency": encoded(
+        PHOTO.quantize(200), "PNG", transparency=bytes(range(200))
+    ),
     "png alpha": encoded(PHOTO.convert("RGBA"), "PNG"),
     "png grey alpha": encoded(PHOTO.convert("LA"), "PNG"),
     "webp": encoded(PHOTO, "WEBP", quality=90),
@@ -99,8 +103,12 @@ FORMATS = {
 def test_every_format_gives_pillows_pixels(data: bytes) -> None:
     assert probe(data) == (WIDTH, HEIGHT)
     left, top, width, height = BOX
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[top : top + height, left : left + width]
-    if data[:2] == jpeg.START:  # another inverse DCT and upsampling than Pillow's: the same picture, not the same bits
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[
+        top : top + height, left : left + width
+    ]
+    if (
+        data[:2] == jpeg.START
+    ):  # another inverse DCT and upsampling than Pillow's: the same picture, not the same bits
         assert psnr(cropped(data), expected) > 33
     else:
         np.testing.assert_array_equal(cropped(data), expected)
@@ -135,7 +143,8 @@ def test_bytes_that_can_be_written_are_left_as_they_were(cut: int | None) -> Non
     header = jpeg.read_header(mine)
     with contextlib.suppress(DataError):
         np.testing.assert_array_equal(
-            jpeg.decode_rows(mine, header, 5), jpeg.decode_rows(memoryview(data), header, HEIGHT)[:5]
+            jpeg.decode_rows(mine, header, 5),
+            jpeg.decode_rows(memoryview(data), header, HEIGHT)[:5],
         )
     assert mine == data
 
@@ -151,7 +160,8 @@ def test_a_header_that_libjpeg_reads_otherwise_is_an_error() -> None:
     header = jpeg.read_header(data)
     for wrong in (header._replace(width=WIDTH + 1), header._replace(height=HEIGHT + 8)):
         with pytest.raises(
-            DataError, match=rf"{wrong.height}, {wrong.width}\) rows and columns or \({HEIGHT}, {WIDTH}\)"
+            DataError,
+            match=rf"{wrong.height}, {wrong.width}\) rows and columns or \({HEIGHT}, {WIDTH}\)",
         ):
             jpeg.decode_rows(data, wrong, wrong.height)
 
@@ -159,8 +169,19 @@ def test_a_header_that_libjpeg_reads_otherwise_is_an_error() -> None:
 def test_markers_without_content_and_fill_bytes_are_stepped_over_as_libjpeg_does() -> None:
     data = FORMATS["jpeg 4:4:4"]
     frame = jpeg.read_header(memoryview(data)).frame
-    fake = b"\xff\xc0\x00\x11" + data[frame : frame + 1] + b"\0\x08\0\x08" + data[frame + 5 : frame + 15]
-    odd = data[:2] + b"\xff\x01\xff\xd3\xff\xff\xff\xe5\x00" + bytes([len(fake) + 2]) + fake + data[2:]
+    fake = (
+        b"\xff\xc0\x00\x11"
+        + data[frame : frame + 1]
+        + b"\0\x08\0\x08"
+        + data[frame + 5 : frame + 15]
+    )
+    odd = (
+        data[:2]
+        + b"\xff\x01\xff\xd3\xff\xff\xff\xe5\x00"
+        + bytes([len(fake) + 2])
+        + fake
+        + data[2:]
+    )
     assert probe(odd) == (WIDTH, HEIGHT)
     np.testing.assert_array_equal(cropped(odd), cropped(data))
 
@@ -201,7 +222,9 @@ def test_an_exif_segment_that_makes_no_sense_is_passed_over(content: bytes) -> N
     assert probe(jpeg_of(exif=content)) == (WIDTH, HEIGHT)
 
 
-@pytest.mark.parametrize("name", ["jpeg 4:4:4", "jpeg 4:2:0", "jpeg progressive", "jpeg restart markers", "jpeg cmyk"])
+@pytest.mark.parametrize(
+    "name", ["jpeg 4:4:4", "jpeg 4:2:0", "jpeg progressive", "jpeg restart markers", "jpeg cmyk"]
+)
 def test_a_jpeg_cut_off_anywhere_is_an_error_even_below_the_crop(name: str) -> None:
     data = FORMATS[name]
     first_row = Box(0, 0, WIDTH, 1)
@@ -262,10 +285,14 @@ def test_what_is_no_image_is_an_error_that_says_what_it_is(data: bytes, message:
             read(data)
 
 
-@pytest.mark.parametrize("box", [Box(-1, 0, 9, 9), Box(0, 0, WIDTH + 1, 9), Box(0, HEIGHT - 8, 9, 9), Box(0, 0, 0, 9)])
+@pytest.mark.parametrize(
+    "box", [Box(-1, 0, 9, 9), Box(0, 0, WIDTH + 1, 9), Box(0, HEIGHT - 8, 9, 9), Box(0, 0, 0, 9)]
+)
 @pytest.mark.parametrize("name", ["jpeg 4:4:4", "png"])
 def test_a_box_outside_the_image_is_an_error(name: str, box: Box) -> None:
-    with pytest.raises(DataError, match=rf"its size is {WIDTH}x{HEIGHT}, which does not contain the crop"):
+    with pytest.raises(
+        DataError, match=rf"its size is {WIDTH}x{HEIGHT}, which does not contain the crop"
+    ):
         decode_crop(FORMATS[name], box, np.zeros((9, 9, 3), np.uint8))
 
 
@@ -296,7 +323,9 @@ def huge() -> dict[str, bytes]:
 def test_huge_images_are_refused_before_they_take_memory(name: str, data: bytes) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for read in (probe, cropped):
-        with pytest.raises(DataError, match=r"it has \d+x\d+ pixels|exceeds limit|cannot be decoded"):
+        with pytest.raises(
+            DataError, match=r"it has \d+x\d+ pixels|exceeds limit|cannot be decoded"
+        ):
             read(data)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
@@ -311,7 +340,9 @@ def test_a_jpeg_of_a_thousand_scans_is_refused() -> None:
 def test_nothing_is_printed_about_odd_files(tmp_path: Path) -> None:
     odd = {
         "palette": FORMATS["png palette + transparency"],
-        "exif": jpeg_of(PHOTO.convert("CMYK"), exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0" + b"\x12\x01" * 9),
+        "exif": jpeg_of(
+            PHOTO.convert("CMYK"), exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0" + b"\x12\x01" * 9
+        ),
         "bomb": huge()["png bomb"],
         "damaged": damaged(FORMATS["jpeg 4:4:4"], 0.5),
         "cut": FORMATS["webp"][:500],
@@ -330,7 +361,10 @@ def test_nothing_is_printed_about_odd_files(tmp_path: Path) -> None:
                 pass
     """
     done = subprocess.run(
-        [sys.executable, "-W", "default", "-c", script, tmp_path], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "default", "-c", script, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -341,7 +375,9 @@ def test_threads_decode_at_once_as_one_does() -> None:
 
     def decode_all() -> None:
         for _ in range(20):
-            wrong.extend(i for i, data in enumerate(FORMATS.values()) if (cropped(data) != expected[i]).any())
+            wrong.extend(
+                i for i, data in enumerate(FORMATS.values()) if (cropped(data) != expected[i]).any()
+            )
 
     threads = [threading.Thread(target=decode_all) for _ in range(4)]
     for thread in threads:
@@ -369,7 +405,9 @@ def test_real_photos_have_36_db_on_average() -> None:
     assert len(values) == 150 and np.mean(values) >= 36
 
 
-def test_bench_decode_reports_both_ways(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_decode_reports_both_ways(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bench, "REPEATS", 1)
     monkeypatch.setattr(bench, "PASS_SAMPLES", 2)
     threads = torch.get_num_threads()
@@ -383,9 +421,13 @@ def test_bench_decode_reports_both_ways(capsys: pytest.CaptureFixture[str], monk
 @pytest.mark.parametrize("side", [24, 32, 96], ids=lambda side: f"{side}px")
 @pytest.mark.parametrize("crop", [1.0, 0.875, 0.95])
 @pytest.mark.parametrize("size", [(64, 64), (90, 70), (70, 101), (20, 300)], ids=str)
-def test_the_centre_has_the_pixels_of_timms_evaluation(size: tuple[int, int], crop: float, side: int) -> None:
+def test_the_centre_has_the_pixels_of_timms_evaluation(
+    size: tuple[int, int], crop: float, side: int
+) -> None:
     """Else an exported model would see other images there, and score otherwise."""
-    view = create_transform((3, side, side), interpolation="bilinear", crop_pct=crop, mean=(0,) * 3, std=(1,) * 3)
+    view = create_transform(
+        (3, side, side), interpolation="bilinear", crop_pct=crop, mean=(0,) * 3, std=(1,) * 3
+    )
     for data in (jpeg_of(PHOTO.resize(size), subsampling=2), encoded(PHOTO.resize(size), "PNG")):
         expected = view(Image.open(io.BytesIO(data)).convert("RGB")).permute(1, 2, 0).numpy() * 255
         out = np.zeros((side, side, 3), np.uint8)

@@ -30,12 +30,19 @@ MEMORY = 16 * MAX_PIXELS
 
 
 def test_mutated_images_give_pixels_or_a_data_error() -> None:
-    done = subprocess.run([sys.executable, "-X", "faulthandler", __file__], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", __file__],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert done.stderr == ""
     accepted, refused = map(int, done.stdout.split())
     assert accepted + refused == MUTATIONS
-    assert accepted > MUTATIONS / 20 and refused > MUTATIONS / 4  # it tries both what can be read and what cannot
+    assert (
+        accepted > MUTATIONS / 20 and refused > MUTATIONS / 4
+    )  # it tries both what can be read and what cannot
 
 
 def seeds() -> list[bytes]:
@@ -72,7 +79,9 @@ def mutated(rng: np.random.Generator, data: bytes, other: bytes) -> bytes:
     changed = bytearray(data)
     for _ in range(rng.integers(1, 5)):
         at = (
-            int(rng.integers(len(changed) + 1)) if rng.random() < 0.6 else int(rng.integers(min(len(changed), 400) + 1))
+            int(rng.integers(len(changed) + 1))
+            if rng.random() < 0.6
+            else int(rng.integers(min(len(changed), 400) + 1))
         )
         size = int(rng.integers(1, 33))
         match rng.integers(8):
@@ -121,7 +130,9 @@ def check_rows(data: bytes, box: Box) -> None:
 def main() -> None:
     rng = generator("fuzz images")
     images = seeds()
-    decode_crop(images[0], Box(0, 0, 48, 40), np.zeros((8, 8, 3), np.uint8))  # what libraries load late, before the cap
+    decode_crop(
+        images[0], Box(0, 0, 48, 40), np.zeros((8, 8, 3), np.uint8)
+    )  # what libraries load late, before the cap
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
     accepted = 0

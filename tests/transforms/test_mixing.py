@@ -25,7 +25,9 @@ def recipe(*settings: str) -> Recipe:
 
 def inputs(samples: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     made = torch.Generator().manual_seed(1)
-    return torch.randn(samples, 3, 16, 16, generator=made), torch.randint(0, 10, (samples,), generator=made)
+    return torch.randn(samples, 3, 16, 16, generator=made), torch.randint(
+        0, 10, (samples,), generator=made
+    )
 
 
 def mixed(given: Recipe, step: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +35,9 @@ def mixed(given: Recipe, step: int, world: int) -> tuple[torch.Tensor, torch.Ten
     images, labels = inputs(given.batch)
     part = given.batch // world
     done = [
-        Mixing(given, 10, CPU, rank, world)(step, images[rank * part :][:part], labels[rank * part :][:part])
+        Mixing(given, 10, CPU, rank, world)(
+            step, images[rank * part :][:part], labels[rank * part :][:part]
+        )
         for rank in range(world)
     ]
     return torch.cat([one for one, _ in done]), torch.cat([target for _, target in done])
@@ -85,14 +89,26 @@ def test_generators_are_given_back() -> None:
 
 @pytest.mark.parametrize(
     ("batch", "world", "groups"),
-    [(64, 1, 8), (64, 8, 8), (64, 16, 16), (64, 32, 32), (64, 64, 32), (12, 1, 2), (12, 2, 2), (6, 1, 1), (7, 1, 1)],
+    [
+        (64, 1, 8),
+        (64, 8, 8),
+        (64, 16, 16),
+        (64, 32, 32),
+        (64, 64, 32),
+        (12, 1, 2),
+        (12, 2, 2),
+        (6, 1, 1),
+        (7, 1, 1),
+    ],
 )
 def test_group_counts(batch: int, world: int, groups: int) -> None:
     assert mix_groups(batch, world) == groups
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"batch = 12 cannot be cut for 4 ranks: .* 2 groups.* a multiple of 8"):
+    with pytest.raises(
+        UsageError, match=r"batch = 12 cannot be cut for 4 ranks: .* 2 groups.* a multiple of 8"
+    ):
         Mixing(recipe("batch=12", "mix.mixup=0.2"), 10, CPU, 0, 4)
     with pytest.raises(UsageError, match="batch = 48 cannot be cut for 3 ranks"):
         Mixing(recipe("batch=48", "data.erasing=0.2"), 10, CPU, 0, 3)

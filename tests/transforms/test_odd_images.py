@@ -90,7 +90,12 @@ READ_JPEGS = {
 def test_a_jpeg_that_passes_is_decoded(name: str, policy: ImagePolicy, tmp_path: Path) -> None:
     data = READ_JPEGS[name]
     found = check(data, policy)
-    assert (found.data, found.extension, found.width, found.height) == (data, "jpg", odd.WIDTH, odd.HEIGHT)
+    assert (found.data, found.extension, found.width, found.height) == (
+        data,
+        "jpg",
+        odd.WIDTH,
+        odd.HEIGHT,
+    )
     colour = (245, 187, 150)
     if "grey" in name:
         colour = (200, 200, 200)
@@ -122,7 +127,10 @@ UNREAD_JPEGS = {
     "lossless, arithmetic": (with_process(0xCB), "a lossless JPEG of arithmetic codes"),
     "JPEG-LS": (with_process(0xF7), "a JPEG-LS"),
     "two colours": (odd.jpeg((200, 100)), "a JPEG of 2 colours"),
-    "fractions of a sample": (odd.jpeg((200, 100, 160), sampling=(0x32, 0x21, 0x11)), "cannot be decoded"),
+    "fractions of a sample": (
+        odd.jpeg((200, 100, 160), sampling=(0x32, 0x21, 0x11)),
+        "cannot be decoded",
+    ),
     "lossless, cut off": (odd.jpeg((200,), 0xC3)[:300], "cannot be decoded"),
 }
 
@@ -202,7 +210,10 @@ def test_a_raw_profile_that_makes_no_sense_turns_nothing(text: bytes, tmp_path: 
 
 def test_a_chunk_for_exif_comes_before_a_raw_profile() -> None:
     for before, after in (("eXIf", "text"), ("text", "eXIf")):
-        chunks = {"eXIf": odd.chunk(b"eXIf", odd.tiff_exif(3)), "text": odd.text_chunk("zTXt", RAW, odd.raw_profile(6))}
+        chunks = {
+            "eXIf": odd.chunk(b"eXIf", odd.tiff_exif(3)),
+            "text": odd.text_chunk("zTXt", RAW, odd.raw_profile(6)),
+        }
         assert orientation(odd.png(CORNERED, chunks[before], chunks[after])) == 3
 
 
@@ -223,7 +234,12 @@ def test_what_is_encoded_anew_stands_upright(form: str, turn: int) -> None:
     """AVIF is turned by boxes of its own; Pillow writes them, and leaves the EXIF without its orientation."""
     image, policy = Image.fromarray(CORNERED).resize((160, 96), 0), ANEW
     if form.startswith("TIFF"):
-        data = encoded(image, "TIFF", tiffinfo={274: turn}, compression="tiff_lzw" if form == "TIFF-lzw" else None)
+        data = encoded(
+            image,
+            "TIFF",
+            tiffinfo={274: turn},
+            compression="tiff_lzw" if form == "TIFF-lzw" else None,
+        )
     else:
         data = encoded(image, form, exif=turned_exif(turn), quality=100)
     if form in ("PNG", "WEBP", "JPEG"):  # which are encoded anew where they are made smaller
@@ -232,7 +248,9 @@ def test_what_is_encoded_anew_stands_upright(form: str, turn: int) -> None:
         assert b"irot" in data or b"imir" in data
     found = check(data, policy)
     assert found.altered
-    pixels = np.asarray(Image.fromarray(trained(found)).resize(np.array(TURNS[turn](CORNERED).shape[1::-1]), 0))
+    pixels = np.asarray(
+        Image.fromarray(trained(found)).resize(np.array(TURNS[turn](CORNERED).shape[1::-1]), 0)
+    )
     assert np.abs(pixels.astype(int) - TURNS[turn](CORNERED))[4::8, 4::8].max() < 40
 
 
@@ -245,7 +263,15 @@ def test_xmp_turns_nothing_that_is_encoded_anew(form: str) -> None:
     data = encoded(image, form, **({"tiffinfo": {700: XMP}} if form == "TIFF" else {"xmp": XMP}))
     if form == "GIF":
         at = data.index(b"\x2c")
-        data = data[:at] + b"\x21\xff\x0bXMP DataXMP" + XMP + b"\1" + bytes(range(255, -1, -1)) + b"\0" + data[at:]
+        data = (
+            data[:at]
+            + b"\x21\xff\x0bXMP DataXMP"
+            + XMP
+            + b"\1"
+            + bytes(range(255, -1, -1))
+            + b"\0"
+            + data[at:]
+        )
     small = check(data, ImagePolicy(reencode=True, resize_shorter=12))
     assert (small.width, small.height) == (odd.WIDTH // 2, odd.HEIGHT // 2)
 
@@ -274,14 +300,19 @@ HEIC = base64.b64decode(
     ],
     ids=["heic", "mif1", "heix", "hevc", "cut off"],
 )
-def test_heic_is_named_where_nothing_reads_it(data: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_heic_is_named_where_nothing_reads_it(
+    data: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
     for policy in (KEEP, ANEW):
         with pytest.raises(
-            DataError, match=r"^HEIC: install pillow-heif \(the extra `heic`\) and use --reencode, or convert it$"
+            DataError,
+            match=r"^HEIC: install pillow-heif \(the extra `heic`\) and use --reencode, or convert it$",
         ):
             check(data, policy)
-    with pytest.raises(DataError, match=r"^HEIC: install pillow-heif \(the extra `heic`\), or convert it$"):
+    with pytest.raises(
+        DataError, match=r"^HEIC: install pillow-heif \(the extra `heic`\), or convert it$"
+    ):
         asked(data, tmp_path)
 
 
@@ -310,7 +341,9 @@ def test_heic_is_read_where_pillow_heif_is(turn: int, tmp_path: Path) -> None:
 def stretched(top: float) -> np.ndarray:
     """The ramp of numbers from 0 to `top` as 8 bits."""
     return (
-        np.rint(np.round(RAMP * top) * 255 / top) if top > 1 else np.rint(RAMP.astype(np.float32).astype(float) * 255)
+        np.rint(np.round(RAMP * top) * 255 / top)
+        if top > 1
+        else np.rint(RAMP.astype(np.float32).astype(float) * 255)
     )
 
 
@@ -350,8 +383,12 @@ def test_a_png_is_stretched_by_what_it_says(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(asked(data, tmp_path), right)
 
 
-@pytest.mark.parametrize(("top", "channels"), [(4095, 1), (4095, 3), (255, 1), (255, 3), (1, 1), (1023, 2), (4095, 4)])
-def test_a_png_of_few_bits_that_says_nothing_is_refused(top: int, channels: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("top", "channels"), [(4095, 1), (4095, 3), (255, 1), (255, 3), (1, 1), (1023, 2), (4095, 4)]
+)
+def test_a_png_of_few_bits_that_says_nothing_is_refused(
+    top: int, channels: int, tmp_path: Path
+) -> None:
     data = odd.png(ramp(top, channels))
     seen = rf"16 bits\) are 0 to {top}, and it does not say which number is white; convert it to 8 bits"
     for policy in (KEEP, FULL, ANEW, ImagePolicy(resize_shorter=8)):
@@ -409,16 +446,28 @@ STATED_TIFFS = {
     "12 in 16": (odd.tiff(ramp(4095), {281: 4095}), stretched(4095)),
     "12 in 16, big-endian": (odd.tiff(ramp(4095), {281: 4095}, ">"), stretched(4095)),
     "12 in 16, colours": (odd.tiff(ramp(4095, 3), {281: (4095,) * 3}), stretched(4095)),
-    "12 in 16, colours, big-endian": (odd.tiff(ramp(4095, 3), {281: (4095,) * 3}, ">"), stretched(4095)),
+    "12 in 16, colours, big-endian": (
+        odd.tiff(ramp(4095, 3), {281: (4095,) * 3}, ">"),
+        stretched(4095),
+    ),
     "8 in 16": (odd.tiff(ramp(255), {281: 255}), stretched(255)),
-    "from a number on": (odd.tiff(ramp(1000) + np.uint16(500), {280: 500, 281: 1500}), stretched(1000)),
+    "from a number on": (
+        odd.tiff(ramp(1000) + np.uint16(500), {280: 500, 281: 1500}),
+        stretched(1000),
+    ),
     "SMaxSampleValue": (odd.tiff(ramp(4095), {341: 4095}), stretched(4095)),
     "F of 0 to 1": (odd.tiff(RAMP[..., None].astype(np.float32), {341: 1.0}), stretched(1)),
-    "F of 0 to 1, big-endian": (odd.tiff(RAMP[..., None].astype(np.float32), {341: 1.0}, ">"), stretched(1)),
+    "F of 0 to 1, big-endian": (
+        odd.tiff(RAMP[..., None].astype(np.float32), {341: 1.0}, ">"),
+        stretched(1),
+    ),
     "F of 0 to 1000": (odd.tiff(ramp(1000, dtype=np.float32), {341: 1000.0}), stretched(1000)),
     "I of 0 to 255": (odd.tiff(ramp(255, dtype=np.int32), {341: 255}), stretched(255)),
     "I of 0 to 1000000": (odd.tiff(ramp(10**6, dtype=np.int32), {341: 10**6}), stretched(10**6)),
-    "unsigned 32 bits": (odd.tiff(ramp(2**32 - 1, dtype=np.uint32), {341: 2**32 - 1}), stretched(2**32 - 1)),
+    "unsigned 32 bits": (
+        odd.tiff(ramp(2**32 - 1, dtype=np.uint32), {341: 2**32 - 1}),
+        stretched(2**32 - 1),
+    ),
     "16 bits with a sign": (
         odd.tiff(ramp(1000, dtype=np.int16) - np.int16(500), {340: -500, 341: 500}),
         stretched(1000),
@@ -428,7 +477,10 @@ STATED_TIFFS = {
         RAMP * 0,
     ),
     "white is zero": (odd.tiff(ramp(4095), {281: 4095, 262: 0}), 255 - stretched(4095)),
-    "F, white is zero": (odd.tiff(RAMP[..., None].astype(np.float32), {341: 1.0, 262: 0}), 255 - stretched(1)),
+    "F, white is zero": (
+        odd.tiff(RAMP[..., None].astype(np.float32), {341: 1.0, 262: 0}),
+        255 - stretched(1),
+    ),
 }
 
 
@@ -442,7 +494,9 @@ def test_a_tiff_is_stretched_by_what_it_says(name: str) -> None:
 
 def test_a_tiff_of_twelve_bits_a_sample_says_its_range_by_that() -> None:
     row = b"\x00\x00\x80" + b"\xff\xff\xff"  # 0, 128, 4095, 4095
-    data = odd.tiff(np.frombuffer(row * 8, np.uint8).reshape(8, 6, 1), {256: 4, 257: 8, 258: 12, 278: 8})
+    data = odd.tiff(
+        np.frombuffer(row * 8, np.uint8).reshape(8, 6, 1), {256: 4, 257: 8, 258: 12, 278: 8}
+    )
     found = check(data, ANEW)
     assert found.oddity == "0 to 4095 (BitsPerSample) stretched to 8 bits"
     assert np.abs(trained(found)[0, :, 0].astype(int) - [0, 8, 255, 255]).max() <= 4
@@ -451,19 +505,49 @@ def test_a_tiff_of_twelve_bits_a_sample_says_its_range_by_that() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (odd.tiff(RAMP[..., None].astype(np.float32)), r"mode F, 32 bits\) are 0 to 1, and it does not say"),
-        (odd.tiff(ramp(255, dtype=np.int32)), r"mode I, 32 bits\) are 0 to 255, and it does not say"),
-        (odd.tiff(ramp(10**6, dtype=np.int32)), r"mode I, 32 bits\) are 0 to 1000000, and it does not say"),
+        (
+            odd.tiff(RAMP[..., None].astype(np.float32)),
+            r"mode F, 32 bits\) are 0 to 1, and it does not say",
+        ),
+        (
+            odd.tiff(ramp(255, dtype=np.int32)),
+            r"mode I, 32 bits\) are 0 to 255, and it does not say",
+        ),
+        (
+            odd.tiff(ramp(10**6, dtype=np.int32)),
+            r"mode I, 32 bits\) are 0 to 1000000, and it does not say",
+        ),
         (odd.tiff(ramp(2**32 - 1, dtype=np.uint32)), r"are 0 to 4294967295, and it does not say"),
         (odd.tiff(ramp(4095)), r"mode I;16, 16 bits\) are 0 to 4095, and it does not say"),
         (odd.tiff(ramp(4095, 3)), r"mode RGB, 16 bits\) are 0 to 4095, and it does not say"),
-        (odd.tiff(ramp(100, dtype=np.int16) - np.int16(50)), r"mode I, 16 bits\) are -50 to 50, and it does not say"),
-        (odd.tiff(ramp(100, dtype=np.int8) - np.int8(50)), r"mode L, 8 bits\) are -50 to 50, and it does not say"),
-        (odd.tiff(ramp(5000), {281: 4095}), r"are 0 to 5000, beyond the range that it states, 0 to 4095 \(MaxSample"),
-        (odd.tiff(ramp(100, dtype=np.int16) - np.int16(50), {341: 100}), r"are -50 to 50, beyond the range"),
-        (odd.tiff(np.where(RAMP > 0.5, np.nan, RAMP)[..., None].astype(np.float32), {341: 1.0}), "are infinite, or no"),
-        (odd.tiff(np.where(RAMP > 0.5, np.inf, RAMP)[..., None].astype(np.float32), {341: 1.0}), "are infinite, or no"),
-        (odd.tiff(RAMP[..., None].astype(np.float64), {341: 1.0}), "a TIFF of a kind that is not read"),
+        (
+            odd.tiff(ramp(100, dtype=np.int16) - np.int16(50)),
+            r"mode I, 16 bits\) are -50 to 50, and it does not say",
+        ),
+        (
+            odd.tiff(ramp(100, dtype=np.int8) - np.int8(50)),
+            r"mode L, 8 bits\) are -50 to 50, and it does not say",
+        ),
+        (
+            odd.tiff(ramp(5000), {281: 4095}),
+            r"are 0 to 5000, beyond the range that it states, 0 to 4095 \(MaxSample",
+        ),
+        (
+            odd.tiff(ramp(100, dtype=np.int16) - np.int16(50), {341: 100}),
+            r"are -50 to 50, beyond the range",
+        ),
+        (
+            odd.tiff(np.where(RAMP > 0.5, np.nan, RAMP)[..., None].astype(np.float32), {341: 1.0}),
+            "are infinite, or no",
+        ),
+        (
+            odd.tiff(np.where(RAMP > 0.5, np.inf, RAMP)[..., None].astype(np.float32), {341: 1.0}),
+            "are infinite, or no",
+        ),
+        (
+            odd.tiff(RAMP[..., None].astype(np.float64), {341: 1.0}),
+            "a TIFF of a kind that is not read",
+        ),
     ],
 )
 def test_a_tiff_that_does_not_say_what_is_white_is_refused(data: bytes, message: str) -> None:
@@ -532,14 +616,20 @@ ICONS = {
     "RGB of 16 bits and a colour": (lambda n: keyed_png(10 + n, 3, np.uint16), GREY, KEEP),
     "L of 16 bits and a colour": (lambda n: keyed_png(10 + n, 1, np.uint16), GREY, KEEP),
     "WebP": (
-        lambda n: encoded(Image.fromarray(icon((RED, GREEN)[n])), "WEBP", lossless=True, exact=True),
+        lambda n: encoded(
+            Image.fromarray(icon((RED, GREEN)[n])), "WEBP", lossless=True, exact=True
+        ),
         BLUE,
         KEEP,
     ),
     "GIF": (lambda n: gif((RED, GREEN)[n]), BLUE, ANEW),
     "TIFF": (lambda n: odd.tiff(icon((RED, GREEN)[n]), {338: 2}), BLUE, ANEW),
     "TIFF of 16 bits": (lambda n: odd.tiff(sixteen(icon((RED, GREEN)[n])), {338: 2}), BLUE, ANEW),
-    "AVIF": (lambda n: encoded(Image.fromarray(icon((RED, GREEN)[n])), "AVIF", quality=100), BLUE, ANEW),
+    "AVIF": (
+        lambda n: encoded(Image.fromarray(icon((RED, GREEN)[n])), "AVIF", quality=100),
+        BLUE,
+        ANEW,
+    ),
 }
 
 
@@ -579,7 +669,9 @@ OPAQUE = {
     "RGBA": odd.png(icon(RED, 255)),
     "RGBA of 16 bits": odd.png(sixteen(icon(RED, 255))),
     "LA": odd.png(np.dstack([np.full(SHAPE, 9, np.uint8), np.full(SHAPE, 255, np.uint8)])),
-    "a colour that does not occur": odd.png(icon(RED, 255)[..., :3], odd.chunk(b"tRNS", bytes([0, 1, 0, 2, 0, 3]))),
+    "a colour that does not occur": odd.png(
+        icon(RED, 255)[..., :3], odd.chunk(b"tRNS", bytes([0, 1, 0, 2, 0, 3]))
+    ),
     "a table of opaque colours": encoded(
         Image.fromarray(CORNERED).quantize(8), "PNG", transparency=bytes([255, 255, 255, 254])
     ).replace(b"\xff\xff\xff\xfe", b"\xff\xff\xff\xff"),
@@ -609,7 +701,9 @@ def test_the_transparent_grey_of_a_png_of_few_bits_is_found(bits: int, tmp_path:
 
 def test_what_shows_nothing_is_white_and_noted() -> None:
     found = check(odd.png(np.zeros((*SHAPE, 4), np.uint8)), KEEP)
-    assert (trained(found) == 255).all() and "nothing but transparency, laid on white" in found.oddity
+    assert (
+        trained(found) == 255
+    ).all() and "nothing but transparency, laid on white" in found.oddity
 
 
 @pytest.mark.parametrize("turn", TURNS)
@@ -622,12 +716,16 @@ def test_a_turned_image_is_made_plain_and_upright_at_once(turn: int) -> None:
     np.testing.assert_array_equal(trained(found), TURNS[turn](white))
 
 
-@pytest.mark.parametrize("name", ["RGBA", "palette and a table", "L of 16 bits and a colour", "WebP"])
+@pytest.mark.parametrize(
+    "name", ["RGBA", "palette and a table", "L of 16 bits and a colour", "WebP"]
+)
 def test_images_of_older_shards_are_read_as_ever(name: str) -> None:
     """Runs of today go on with the pixels that they have had: the loader leaves the transparency away."""
     data = ICONS[name][0](0)
     image = Image.open(io.BytesIO(data))
-    hidden = grey(np.where(SEEN, 70, 10)) if name.startswith("L") else np.asarray(image.convert("RGB"))
+    hidden = (
+        grey(np.where(SEEN, 70, 10)) if name.startswith("L") else np.asarray(image.convert("RGB"))
+    )
     np.testing.assert_array_equal(decode_whole(data), hidden)
 
 
@@ -650,7 +748,9 @@ TEXTS = {
 
 @pytest.mark.parametrize("where", ["before", "after"])
 @pytest.mark.parametrize("name", TEXTS)
-def test_what_a_png_tells_beside_its_pixels_is_no_reason_to_refuse_it(name: str, where: str, tmp_path: Path) -> None:
+def test_what_a_png_tells_beside_its_pixels_is_no_reason_to_refuse_it(
+    name: str, where: str, tmp_path: Path
+) -> None:
     data = odd.png(CORNERED, **{where: TEXTS[name]})
     for policy in (KEEP, FULL):
         found = check(data, policy)

@@ -14,7 +14,14 @@ from wds_train.errors import UsageError
 
 # ResNet50's training images per second at 224 px, mixed precision, channels last: a roofline of memory bandwidth and
 # arithmetic (i), which A100s (2470, NVIDIA DLE) and H100s (2790 in fp16, Lambda) were measured around (p).
-GPU_RATES = {"L4": 470.0, "A10G": 780.0, "L40S": 1500.0, "A100": 2080.0, "H100": 4400.0, "H200": 4900.0}
+GPU_RATES = {
+    "L4": 470.0,
+    "A10G": 780.0,
+    "L40S": 1500.0,
+    "A100": 2080.0,
+    "H100": 4400.0,
+    "H200": 4900.0,
+}
 # Speed of the model's variants in timm, ResNet50's being 1 (p).
 DEEP_STEM, SQUEEZE_EXCITE = 0.885, 0.80
 # CPU milliseconds an image of 224 px, one core of a Xeon (Sapphire Rapids), beside the decoding (m); other sizes in proportion.
@@ -22,14 +29,27 @@ POLICIES = {"": 0.0, "rand": 0.84, "original": 0.61, "3a": 0.58, "trivial": 0.81
 JITTER, JITTER_HUE = 0.82, 2.50
 # An instance's vCPU beside that core: 8 of a g5.2xlarge decode 880 img/s with Pillow (i), the core 375 (m).
 VCPU = 880 / 8 / 375
-MACHINE_BENCH = 593.0  # images per second, `wds-train bench decode` of its own two photographs on that core (m)
-FORWARD = 1 / 3  # of a training step's work is the forward pass, which is all that a validation does
+MACHINE_BENCH = (
+    593.0  # images per second, `wds-train bench decode` of its own two photographs on that core (m)
+)
+FORWARD = (
+    1 / 3
+)  # of a training step's work is the forward pass, which is all that a validation does
 DRIVE_BYTES = 1e9  # a second, from each local disk (i)
 NVME_SHARE = 0.9  # of the local disks that a cache may fill
 REQUEST_SAMPLES = 20  # that a ranged read brings (m)
-OVERHEAD, START_HOURS = 1.03, 0.1  # commits and the first steps of each epoch; boot, installation and first batch (i)
-INTERRUPTED, AGAIN_HOURS = 0.05, 0.1 + 10 / 60 / 2  # a spot instance's per hour; boot, and half of --commit-minutes (i)
-STORAGE, GET = 0.023 / 30 / 24, 4e-7  # dollars per GB and hour, and per request: S3 Standard, us-east-1 (p)
+OVERHEAD, START_HOURS = (
+    1.03,
+    0.1,
+)  # commits and the first steps of each epoch; boot, installation and first batch (i)
+INTERRUPTED, AGAIN_HOURS = (
+    0.05,
+    0.1 + 10 / 60 / 2,
+)  # a spot instance's per hour; boot, and half of --commit-minutes (i)
+STORAGE, GET = (
+    0.023 / 30 / 24,
+    4e-7,
+)  # dollars per GB and hour, and per request: S3 Standard, us-east-1 (p)
 
 
 @dataclass(frozen=True)
@@ -111,13 +131,20 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         rows = [
-            asdict(phase) | {"bottleneck": phase.bottleneck, "hours": phase.seconds / 3600} for phase in self.phases
+            asdict(phase) | {"bottleneck": phase.bottleneck, "hours": phase.seconds / 3600}
+            for phase in self.phases
         ]
         return asdict(self) | {"phases": rows}
 
 
 def plan(
-    recipe: Recipe, machine: Machine, images: Images, price: float, *, spot: bool, software: Software = OURS
+    recipe: Recipe,
+    machine: Machine,
+    images: Images,
+    price: float,
+    *,
+    spot: bool,
+    software: Software = OURS,
 ) -> Plan:
     """The whole training of `recipe` on one `machine`, which costs `price` dollars an hour."""
     phases = tuple(_phases(recipe, machine, images, software))
@@ -129,7 +156,9 @@ def plan(
     fetched = sum(phase.images for phase in phases if "network" in phase.rates)
     stored = (images.train + images.val) * images.bytes / 1e9
     usd = hours * price + stored * STORAGE * hours + fetched / REQUEST_SAMPLES * GET
-    return Plan(recipe.name, machine.type, price, spot, hours, usd, waited.most_common(1)[0][0], phases)
+    return Plan(
+        recipe.name, machine.type, price, spot, hours, usd, waited.most_common(1)[0][0], phases
+    )
 
 
 def shrunk(images: Images, recipe: Recipe) -> tuple[int, Images]:
@@ -155,13 +184,21 @@ def _phases(recipe: Recipe, machine: Machine, images: Images, software: Software
     data, epochs = recipe.data, recipe.schedule.epochs
     model = model_speed(recipe.model, software)
     cached = images.train * images.bytes <= machine.nvme * 1e9 * NVME_SHARE
-    epochs_of = Counter((image_side(data, epoch, epochs), cached and epoch > 0) for epoch in range(epochs))
+    epochs_of = Counter(
+        (image_side(data, epoch, epochs), cached and epoch > 0) for epoch in range(epochs)
+    )
     found = []
     for (side, from_disk), count in epochs_of.items():
-        way, rate = ("disk", machine.drives * DRIVE_BYTES) if from_disk else ("network", machine.network * 1e9 / 8)
+        way, rate = (
+            ("disk", machine.drives * DRIVE_BYTES)
+            if from_disk
+            else ("network", machine.network * 1e9 / 8)
+        )
         rates = {way: rate / images.bytes * data.repeats}
         rates["GPU"] = machine.gpus * machine.gpu_rate * model * (224 / side) ** 2
-        rates["decode"] = _decoded(machine, images.bytes, software, _policy_ms(data) * (side / 224) ** 2)
+        rates["decode"] = _decoded(
+            machine, images.bytes, software, _policy_ms(data) * (side / 224) ** 2
+        )
         found.append(Phase(f"training, {way}", side, count * images.train, rates))
     passes = software.evaluated * (1 + data.eval_flip)
     forward = machine.gpus * machine.gpu_rate * model / FORWARD * (224 / data.eval_size) ** 2
@@ -177,13 +214,22 @@ def model_speed(model: ModelRecipe, software: Software = OURS) -> float:
             f"the plan knows the speed of resnet50 and resnet50d alone, not that of model.name = {model.name}"
         )
     deep = model.deep_stem or model.name == "resnet50d"
-    speeds = ((deep, DEEP_STEM), (model.squeeze_excite, SQUEEZE_EXCITE), (model.blur_pool, software.blur_pool))
+    speeds = (
+        (deep, DEEP_STEM),
+        (model.squeeze_excite, SQUEEZE_EXCITE),
+        (model.blur_pool, software.blur_pool),
+    )
     return math.prod(speed for on, speed in speeds if on)
 
 
 def _decoded(machine: Machine, size: float, software: Software, policy_ms: float) -> float:
     """How many images of `size` bytes all vCPUs read, decode and augment in a second."""
-    return machine.vcpus * machine.core * 1000 / (software.ms + software.ms_per_kb * size / 1000 + policy_ms)
+    return (
+        machine.vcpus
+        * machine.core
+        * 1000
+        / (software.ms + software.ms_per_kb * size / 1000 + policy_ms)
+    )
 
 
 def _policy_ms(data: DataRecipe) -> float:

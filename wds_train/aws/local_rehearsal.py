@@ -23,8 +23,20 @@ from wds_train.storage.address import EMBEDDED_BUCKET
 
 RUN = f"s3://{EMBEDDED_BUCKET}/runs/rehearsal"
 # Small, and so long that it still trains when it sees the notice; of five steps an epoch, so that each is logged.
-SETTINGS = ("model.name=test_resnet", "batch=256", "schedule.epochs=1000", "schedule.warmup_epochs=1")
-TRAINING = ["train", "--run", RUN, "--workers", "0", *(part for each in SETTINGS for part in ("--set", each))]
+SETTINGS = (
+    "model.name=test_resnet",
+    "batch=256",
+    "schedule.epochs=1000",
+    "schedule.warmup_epochs=1",
+)
+TRAINING = [
+    "train",
+    "--run",
+    RUN,
+    "--workers",
+    "0",
+    *(part for each in SETTINGS for part in ("--set", each)),
+]
 EPOCH, SHOWN = re.compile(r"epoch +\d+/"), re.compile(r"run  |resuming|wds-train: ")
 NOTICE_SECONDS = 120.0
 
@@ -56,7 +68,9 @@ class Metadata(ThreadingHTTPServer):
     @contextmanager
     def serving(self) -> Iterator[str]:
         """Its address, as long as it answers."""
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         try:
             yield f"http://127.0.0.1:{self.server_port}"
         finally:
@@ -107,7 +121,10 @@ def rehearse(folder: Path, say: Callable[[str], None]) -> Rehearsal:
 
 
 def _attempt(
-    url: str, folder: Path, say: Callable[[str], None], scored: Callable[["subprocess.Popen[str]"], None]
+    url: str,
+    folder: Path,
+    say: Callable[[str], None],
+    scored: Callable[["subprocess.Popen[str]"], None],
 ) -> None:
     """A training of its own process, some of whose lines are passed on; after its first epoch, `scored` ends it."""
     environment = os.environ | {"WDS_HOME": str(folder), "WDS_BUCKET": "", "WANDB_MODE": "disabled"}

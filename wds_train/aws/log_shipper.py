@@ -13,7 +13,10 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 EVERY_SECONDS = 5.0
 KEPT = 5000  # lines that wait
-LINES, LONGEST = 200, 1000  # characters, of up to 4 bytes: a request takes 1 MiB; what is longer is cut
+LINES, LONGEST = (
+    200,
+    1000,
+)  # characters, of up to 4 bytes: a request takes 1 MiB; what is longer is cut
 
 
 class Shipper:
@@ -29,7 +32,9 @@ class Shipper:
         if len(self._waiting) >= KEPT:
             self._waiting.popleft()
             self.lost += 1
-        self._waiting.append({"timestamp": int(time.time() * 1000), "message": line.rstrip("\n")[:LONGEST] or " "})
+        self._waiting.append(
+            {"timestamp": int(time.time() * 1000), "message": line.rstrip("\n")[:LONGEST] or " "}
+        )
 
     def flush(self) -> None:
         """Send what waits; what fails stays for the next time."""
@@ -45,7 +50,11 @@ class Shipper:
                     self._waiting.extendleft(reversed(part))
                     raise
         except (BotoCoreError, ClientError) as error:
-            print(f"wds-train: CloudWatch took no log ({str(error)[:200]}); trying again", file=sys.stderr, flush=True)
+            print(
+                f"wds-train: CloudWatch took no log ({str(error)[:200]}); trying again",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def ship(lines: IO[str], shipper: Shipper, every: float = EVERY_SECONDS) -> None:
@@ -68,5 +77,7 @@ if __name__ == "__main__":
     import boto3
     from botocore.config import Config
 
-    patience = Config(connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 2, "mode": "standard"})
+    patience = Config(
+        connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 2, "mode": "standard"}
+    )
     ship(sys.stdin, Shipper(boto3.client("logs", config=patience), *sys.argv[1:3]))

@@ -22,7 +22,14 @@ from wds_train.storage.proof import PROBES, prove
 # The stack's sizes, as its template has them.
 SIZES = {
     "small": ("g5.2xlarge", "g6.2xlarge", "g6e.2xlarge", "g5.xlarge", "g6.xlarge", "g6e.xlarge"),
-    "medium": ("g5.4xlarge", "g6.4xlarge", "g6e.4xlarge", "g5.2xlarge", "g6.2xlarge", "g6e.2xlarge"),
+    "medium": (
+        "g5.4xlarge",
+        "g6.4xlarge",
+        "g6e.4xlarge",
+        "g5.2xlarge",
+        "g6.2xlarge",
+        "g6e.2xlarge",
+    ),
     "large": ("g5.12xlarge", "g6.12xlarge", "g6e.12xlarge"),
     "huge": ("g5.48xlarge", "g6.48xlarge", "g6e.48xlarge"),
     "a100": ("p4d.24xlarge", "p4de.24xlarge"),
@@ -95,9 +102,13 @@ def _stack(aws: Aws, run: str) -> str:
         return f"{stacks.name_of(run)}, to be made"
     status = stack["StackStatus"]
     if status in stacks.BROKEN:
-        raise UsageError(f"{stacks.name_of(run)} is half-made ({status}); make destroy RUN={run}, and launch again")
+        raise UsageError(
+            f"{stacks.name_of(run)} is half-made ({status}); make destroy RUN={run}, and launch again"
+        )
     if status.endswith("IN_PROGRESS"):
-        raise UsageError(f"{stacks.name_of(run)} is being changed ({status}); launch when that is over")
+        raise UsageError(
+            f"{stacks.name_of(run)} is being changed ({status}); launch when that is over"
+        )
     return f"{stacks.name_of(run)}, which exists"
 
 
@@ -114,7 +125,11 @@ def _bucket(aws: Aws, order: Order, found: Findings) -> str:
             raise UsageError(
                 f"{order.bucket} is another account's, or these credentials may not use it; choose another"
             ) from error
-        raise _elsewhere(order.bucket, region, aws.region) if status == 301 else UsageError(str(error)) from error
+        raise (
+            _elsewhere(order.bucket, region, aws.region)
+            if status == 301
+            else UsageError(str(error))
+        ) from error
     except BotoCoreError as error:
         raise UsageError(f"S3 gave no answer: {error}") from error
     region = _region_in(answer) or aws.region
@@ -133,7 +148,9 @@ def _missing(aws: Aws, order: Order) -> str:
             f"{order.bucket}, which the stack made, was deleted; make destroy RUN={order.run}, and launch again"
         )
     if not order.create_bucket:
-        raise UsageError(f"{order.bucket} does not exist; correct the name, or make it with --create-bucket")
+        raise UsageError(
+            f"{order.bucket} does not exist; correct the name, or make it with --create-bucket"
+        )
     return f"s3://{order.bucket}, to be made"
 
 
@@ -155,7 +172,9 @@ def _run(url: str) -> str:
     if manifest.status == "done":
         raise UsageError(f"{url} is done already; choose another RUN=")
     if manifest.status == "running" and time.time() - manifest.written < manifest.lease:
-        raise UsageError(f"{url} is being trained by {manifest.owner}; stop that first, or choose another RUN=")
+        raise UsageError(
+            f"{url} is being trained by {manifest.owner}; stop that first, or choose another RUN="
+        )
     step = manifest.checkpoints[-1].progress.step if manifest.checkpoints else 0
     return f"{url}, to go on at step {step}"
 
@@ -170,13 +189,17 @@ def _quota(aws: Aws, size: str) -> str:
     code, name = QUOTAS.get(size, GPU_QUOTA)
     try:
         with translate_errors("the quota"):
-            allowed = aws.client("service-quotas").get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"][
-                "Value"
-            ]
+            allowed = aws.client("service-quotas").get_service_quota(
+                ServiceCode="ec2", QuotaCode=code
+            )["Quota"]["Value"]
     except WdsTrainError as error:
         return f"not known ({error})"
     if allowed < VCPUS[size]:
-        smaller = [each for each, vcpus in VCPUS.items() if vcpus <= allowed and QUOTAS.get(each) == QUOTAS.get(size)]
+        smaller = [
+            each
+            for each, vcpus in VCPUS.items()
+            if vcpus <= allowed and QUOTAS.get(each) == QUOTAS.get(size)
+        ]
         remedy = f"give --size {smaller[-1]}, or " if smaller else ""
         raise UsageError(
             f'the account\'s quota "{name}" is {allowed:g} vCPUs, and size {size} takes up to {VCPUS[size]}; {remedy}ask for more: '
@@ -193,7 +216,9 @@ def _placement(aws: Aws, size: str) -> str:
         score = max((each["Score"] for each in answer["SpotPlacementScores"]), default=0)
     except (ClientError, BotoCoreError) as error:
         return f"not known ({str(error)[:100]})"
-    return f"{score} of 10" + ("; expect to wait, or choose another size or region" if score < POOR else "")
+    return f"{score} of 10" + (
+        "; expect to wait, or choose another size or region" if score < POOR else ""
+    )
 
 
 def _image(aws: Aws, found: Findings) -> str:

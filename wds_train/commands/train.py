@@ -15,8 +15,8 @@ from wds_train.checkpoint.clock import Clock
 from wds_train.checkpoint.find import find_run
 from wds_train.checkpoint.lease import read_run
 from wds_train.checkpoint.resume_checks import (
-    data_of,
     check_resume,
+    data_of,
     kept_nothing,
     own_dataset,
     own_mixture,

@@ -1,4 +1,4 @@
-"""`wds-train shards`: a dataset becomes tar shards on S3, once."""
+"""Convert a source to a dataset of tar shards: `wds-train shards`."""
 
 import argparse
 import contextlib
@@ -17,17 +17,42 @@ from wds_train.console import LOG, Meter, note
 from wds_train.conversion.conversion_report import Note, judge, print_notes, report_json, say
 from wds_train.conversion.convert import Conversion
 from wds_train.conversion.estimate import print_plan
-from wds_train.conversion.executors import counted, opened, prepare, run_tasks
+from wds_train.conversion.executors import make_counts, open_executor, run_tasks, start_fork_server
 from wds_train.conversion.image_policy import ImagePolicy
-from wds_train.conversion.index_in_place import ANY, ANY_TOO, Indexed, index_in_place, repeats_in_place, write_dataset
+from wds_train.conversion.index_in_place import (
+    ANY,
+    ANY_TOO,
+    Indexed,
+    index_in_place,
+    repeats_in_place,
+    write_dataset,
+)
 from wds_train.conversion.overlap import refuse_overlap
 from wds_train.conversion.pack import WIP, Counts, ShardDone
 from wds_train.conversion.repeats import repeat_lines
 from wds_train.conversion.shard_plan import Options, Plan
-from wds_train.conversion.source_flags import HELD_OUT, INDEX, add_arguments, read_wanted, refuse_unmet
-from wds_train.conversion.source_summary import Reading, describe_reading, print_reading, print_understood
+from wds_train.conversion.source_flags import (
+    HELD_OUT,
+    INDEX,
+    add_arguments,
+    read_wanted,
+    refuse_unmet,
+)
+from wds_train.conversion.source_summary import (
+    Reading,
+    describe_reading,
+    print_reading,
+    print_understood,
+)
 from wds_train.conversion.sources.detect import name_of, open_source, source_root
-from wds_train.conversion.sources.labels import NO_LABEL, Classes, LabelRules, classes_of, count_texts, parse_class_list
+from wds_train.conversion.sources.labels import (
+    NO_LABEL,
+    Classes,
+    LabelRules,
+    classes_of,
+    count_texts,
+    parse_class_list,
+)
 from wds_train.conversion.sources.scan import UNLABELED
 from wds_train.conversion.sources.source import Grouping, Source, Understood
 from wds_train.conversion.sources.spool import Spool
@@ -46,66 +71,92 @@ MIB = 1 << 20
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run `wds-train shards` with the parsed flags, and return the exit status."""
     if args.any and args.source != INDEX:
-        raise UsageError("--any is of `wds-train shards index`; leave it out: other sources are of images")
+        raise UsageError(
+            "--any is of `wds-train shards index`; leave it out: other sources are of images"
+        )
     if args.source == INDEX:
         return _index(args)
+
+    # Find the destination, and refuse one that overlaps the source.
     wanted = read_wanted(args)
     if args.processes > 1 and not (args.executor or args.dry_run):
-        prepare()
-    wanted_at = name_of(args.source) if args.dataset is None else args.dataset
-    url = resolve_address(wanted_at, "datasets", args.bucket)
-    announce_embedded(url, wanted_at)
+        start_fork_server()
+    name = name_of(args.source) if args.dataset is None else args.dataset
+    url = resolve_address(name, "datasets", args.bucket)
+    announce_embedded(url, name)
     store = open_store(url)
     root = source_root(args.source)
     refuse_overlap(root, store)
-    if root is None or os.path.exists(root):  # noqa: PTH110 (a Path would raise where it may not look)
+    # A Path would raise where it may not look.
+    if root is None or os.path.exists(root):  # noqa: PTH110
         note(f"reading {args.source} ...")
+
     began = time.monotonic()
     with Spool(args.spool or home() / "spool", url, int(args.spool_gb * 1e9)) as spool:
+        # Read the source, and see whether it can be used.
         source = _with_group(open_source(args.source, spool, args.form, wanted), args)
         refuse_unmet(wanted, args.source)
         plan = Plan(source, _options(args, source))
-        met = source.samples + sum(note.what == "left out" for note in source.notes)
+        found = source.samples + sum(entry.what == "left out" for entry in source.notes)
         if LOG.isEnabledFor(logging.INFO):
             print_understood(plan)
-        judge(source.notes, met, args.max_bad)
+        judge(source.notes, found, args.max_bad)
         if args.dry_run:
             print_plan(plan, args.processes)
             return 0
+
+        # Make the shards that are missing, then the dataset.
         conversion = Conversion(plan, store)
         done = conversion.begin(overwrite=args.overwrite, unsafe=args.unsafe_store)
         if done is None:
-            say(f"{store.url} is complete already: {_counts(conversion.complete())}")
+            say(f"{store.url} is complete already: {_describe(conversion.complete())}")
             return 0
         done = _convert(conversion, done, args)
-        notes = source.notes + [note for part in done for note in part.notes]
-        judge(notes, met, args.max_bad)
+        notes = list(source.notes)
+        for part in done:
+            notes += part.notes
+        judge(notes, found, args.max_bad)
         made = conversion.finish(done)
+
     print_notes(notes, made.report.name if made.report else "")
     for line in repeat_lines(conversion.repeats, held_out=bool(plan.options.hold_out)):
         say(line)
-    say(f"{store.url}: {_counts(made)}, in {time.monotonic() - began:.0f} s")
+    say(f"{store.url}: {_describe(made)}, in {time.monotonic() - began:.0f} s")
     say(f"fingerprint {made.fingerprint}")
     return 0
 
 
 def _options(args: argparse.Namespace, source: Source) -> Options:
-    policy = ImagePolicy(args.resize_shorter, args.quality, args.verify, args.reencode)
+    """Return the plan's options; --hold-out depends by default on the source's splits."""
     share = args.hold_out
     if share is None:
-        share = HELD_OUT if "train" in source.splits and "val" not in source.splits else 0.0
-    return Options(args.seed, int(args.shard_mb * MIB), policy, share, args.whole_index, args.group or "")
+        lacks_val = "train" in source.splits and "val" not in source.splits
+        share = HELD_OUT if lacks_val else 0.0
+    return Options(
+        seed=args.seed,
+        shard_bytes=int(args.shard_mb * MIB),
+        policy=ImagePolicy(args.resize_shorter, args.quality, args.verify, args.reencode),
+        hold_out=share,
+        whole_index=args.whole_index,
+        group=args.group or "",
+    )
 
 
 def _with_group(source: Source, args: argparse.Namespace) -> Source:
-    """Return the `source` with what --group says: a column of its table, else a pattern of its paths."""
+    """Return the source grouped as --group says: by a column of its table, or a pattern of paths.
+
+    Raises:
+        UsageError: Nothing is held out of this source.
+    """
     if args.group is None:
         return source
     if "val" in source.splits or args.hold_out == 0:
         there = ", ".join(source.splits)
         raise UsageError(
-            f"{source.description} has {there}: nothing is held out, so leave --group away; or leave val out: --split val=none"
+            f"{source.description} has {there}: nothing is held out, so leave --group away; "
+            "or leave val out: --split val=none"
         )
     if source.grouping is not None:
         return source
@@ -113,18 +164,32 @@ def _with_group(source: Source, args: argparse.Namespace) -> Source:
     return replace(source, grouping=Grouping(args.group, root=str(root.resolve()) if root else ""))
 
 
-def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Namespace) -> list[ShardDone]:
-    """All shards: those `done`, and the rest, made now."""
+def _convert(
+    conversion: Conversion, done: list[ShardDone], args: argparse.Namespace
+) -> list[ShardDone]:
+    """Make all shards that are not `done`, and show the progress.
+
+    Returns:
+        All shards.
+
+    Raises:
+        DataError: A worker process died.
+        Interrupted: Ctrl-C was pressed.
+    """
+    plan = conversion.plan
     finished = {(part.split, part.number) for part in done}
-    missing = sum(map(len, conversion.plan.parts.values())) - len(finished)
+    missing = sum(map(len, plan.parts.values())) - len(finished)
     if finished:
         note(f"{len(finished)} of {len(finished) + missing} shards are finished already")
-    plan, processes = conversion.plan, min(args.processes, missing)
-    size = sum(plan.size(split, number) for split, parts in plan.parts.items() for number in range(len(parts)))
-    counts = counted(0 if args.executor else processes)
+    size = 0
+    for split, parts in plan.parts.items():
+        size += sum(plan.size(split, number) for number in range(len(parts)))
+
+    processes = min(args.processes, missing)
+    counts = make_counts(0 if args.executor else processes)
     try:
         with (
-            opened(args.executor, processes, counts) as (executor, at_once),
+            open_executor(args.executor, processes, counts) as (executor, at_once),
             Meter(size, plan.source.samples) as meter,
             meter.following(lambda: counts.values),
         ):
@@ -134,31 +199,40 @@ def _convert(conversion: Conversion, done: list[ShardDone], args: argparse.Names
                 for part in run_tasks(executor, tasks, 2 * at_once):
                     done.append(part)
                     LOG.debug("uploaded %s, %.1f MB", part.shard.name, part.shard.bytes / 1e6)
-                    if args.executor:
+                    if args.executor:  # a cluster's workers add to no counts
                         _count(plan, counts, part)
     except BrokenProcessPool as error:
-        raise DataError("a worker process died, out of memory perhaps; run again with fewer --processes") from error
+        raise DataError(
+            "a worker process died, out of memory perhaps; run again with fewer --processes"
+        ) from error
     except KeyboardInterrupt as error:
-        raise Interrupted(f"stopped; {len(done)} shards are finished: run the same command to go on") from error
+        raise Interrupted(
+            f"stopped; {len(done)} shards are finished: run the same command to go on"
+        ) from error
     return done
 
 
 def _count(plan: Plan, counts: Counts, part: ShardDone) -> None:
+    """Add a whole shard to the counts."""
     counts.add(plan.size(part.split, part.number), len(plan.parts[part.split][part.number]))
 
 
-def _counts(made: DatasetManifest) -> str:
-    parts = [
-        f"{name} {split.samples:,} samples in {len(split.shards)} shard{'s' * (len(split.shards) != 1)}"
-        for name, split in made.splits.items()
-    ]
+def _describe(made: DatasetManifest) -> str:
+    """Return a dataset's splits, classes and size in words."""
+    parts = []
+    for name, split in made.splits.items():
+        plural = "" if len(split.shards) == 1 else "s"
+        parts.append(f"{name} {split.samples:,} samples in {len(split.shards)} shard{plural}")
     size = sum(split.bytes for split in made.splits.values())
     return f"{', '.join(parts)}, {len(made.classes)} classes, {size / 1e6:,.1f} MB"
 
 
 def _index(args: argparse.Namespace) -> int:
+    """Run `wds-train shards index`."""
     if args.dataset is None:
-        raise UsageError("index needs the address of the tars: wds-train shards index s3://bucket/prefix")
+        raise UsageError(
+            "index needs the address of the tars: wds-train shards index s3://bucket/prefix"
+        )
     url = resolve_address(args.dataset, "datasets", args.bucket)
     announce_embedded(url, args.dataset)
     store = open_store(url)
@@ -166,43 +240,58 @@ def _index(args: argparse.Namespace) -> int:
     _refuse_unheeded(args)
     if not args.dry_run:  # before the hours that reading may take
         prove(store, WIP, say, unsafe=args.unsafe_store)
+
+    # Read the tars, and see whether they can be used.
     note(f"reading the tars of {store.url} ...")
-    splits, notes = index_in_place(store, None if args.any else ImagePolicy(verify=args.verify), wanted.splits)
+    policy = None if args.any else ImagePolicy(verify=args.verify)
+    splits, notes = index_in_place(store, policy, wanted.splits)
     refuse_unmet(wanted, store.url)
     samples = sum(len(found.rows) for found in splits.values())
-    left_out = sum(note.what == "left out" for note in notes)
+    left_out = sum(entry.what == "left out" for entry in notes)
     if not samples + left_out:
-        raise DataError(f"the tars of {store.url} hold no samples with an image and a label; {ANY_TOO}")
+        raise DataError(
+            f"the tars of {store.url} hold no samples with an image and a label; {ANY_TOO}"
+        )
     judge(notes, samples + left_out, args.max_bad)
     print_notes(notes)
-    counts = count_texts(row["label"] for found in splits.values() for row in found.rows)
-    if args.any:
-        classes = classes_of(counts, store.url, wanted.labels)
-    else:
-        rules, listed = _listed_classes(store, wanted.labels)
-        classes = tar_classes(counts, store.url, rules, listed)
+
+    # Number the classes.
+    classes = _find_classes(store, splits, wanted.labels, holds_anything=args.any)
     for split, found in splits.items():
         _number_labels(found, classes)
-        notes += [Note(split, key, "ignored", UNLABELED) for key in _drop_unlabeled(found)]
+        for key in _drop_unlabeled(found):
+            notes.append(Note(split, key, "ignored", UNLABELED))
     reading = _read_tars(store.url, splits, classes, notes)
     print_reading(reading)
     if args.dry_run:
         return 0
-    twice = None if args.any else repeats_in_place(splits, classes.infos)
+
+    # Write index, report and manifest.
+    lines: list[str] = []
     extra: dict[str, object] = {"understood": describe_reading(reading)}
-    if twice is not None:
-        extra["repeats"] = asdict(twice)
-    report = report_json(notes, 0, extra)
-    policy = {ANY: True} if args.any else {}
-    made = write_dataset(store, splits, classes.infos, policy, report, overwrite=args.overwrite)
-    for line in repeat_lines(twice, held_out=False) if twice else []:
+    if not args.any:
+        repeats = repeats_in_place(splits, classes.infos)
+        extra["repeats"] = asdict(repeats)
+        lines = repeat_lines(repeats, held_out=False)
+    made = write_dataset(
+        store,
+        splits,
+        classes.infos,
+        {ANY: True} if args.any else {},
+        report_json(notes, 0, extra),
+        overwrite=args.overwrite,
+    )
+    for line in lines:
         say(line)
-    say(f"{store.url}: {_counts(made)}\nfingerprint {made.fingerprint}")
+    say(f"{store.url}: {_describe(made)}\nfingerprint {made.fingerprint}")
     return 0
 
 
 def _refuse_unheeded(args: argparse.Namespace) -> None:
-    """Raise `UsageError` for flags that mean nothing where tars are indexed: they would be dropped in silence."""
+    """Raise `UsageError` for flags that mean nothing where tars are indexed.
+
+    They would be dropped in silence.
+    """
     given = {
         "--table": args.table,
         "--image-column": args.image_column,
@@ -218,50 +307,82 @@ def _refuse_unheeded(args: argparse.Namespace) -> None:
     unheeded = [flag for flag, value in given.items() if value is not None]
     if unheeded:
         raise UsageError(
-            f"{unheeded[0]} says nothing of tars that stay as they are; leave it out, or convert them: wds-train shards wds:PATH"
+            f"{unheeded[0]} says nothing of tars that stay as they are; leave it out, "
+            "or convert them: wds-train shards wds:PATH"
         )
 
 
+def _find_classes(
+    store: Store, splits: dict[str, Indexed], rules: LabelRules, *, holds_anything: bool
+) -> Classes:
+    """Find the classes of indexed tars, whose labels are still texts."""
+    counts = count_texts(row["label"] for found in splits.values() for row in found.rows)
+    if holds_anything:
+        return classes_of(counts, store.url, rules)
+    rules, listed = _listed_classes(store, rules)
+    return tar_classes(counts, store.url, rules, listed)
+
+
 def _listed_classes(store: Store, rules: LabelRules) -> tuple[LabelRules, str]:
-    """Return the `rules` with the list of classes that lies beside the tars, if a person gave none; and its name."""
-    for name in () if rules.classes else CLASS_LISTS:
+    """Return the rules with the classes of a list that lies beside the tars, and its name.
+
+    If a person gave classes, or there is no list, the rules stay, and the name is empty.
+    """
+    if rules.classes:
+        return rules, ""
+    for name in CLASS_LISTS:
         with contextlib.suppress(NotFound):
-            return replace(rules, classes=parse_class_list(store.read(name), f"{store.url}/{name}")), name
+            classes = parse_class_list(store.read(name), f"{store.url}/{name}")
+            return replace(rules, classes=classes), name
     return rules, ""
 
 
-def _read_tars(url: str, splits: dict[str, Indexed], classes: Classes, notes: list[Note]) -> Reading:
+def _read_tars(
+    url: str, splits: dict[str, Indexed], classes: Classes, notes: list[Note]
+) -> Reading:
     """Return how tars that stay where they are were read; their labels are numbers already."""
-    counts = {
-        split: np.bincount([row["label"] for row in found.rows], minlength=len(classes.infos))
-        for split, found in splits.items()
-    }
-    said = [*classes.said, *(note.cause for note in notes if note.what == "kept" and not note.split)]
-    holds_anything = [entry.id for entry in classes.infos] == [ANY]
-    labels = "none: samples may hold anything" if holds_anything else "the members .cls, .json and their like"
-    understood = Understood("WebDataset tars, indexed in place", labels, said)
+    counts = {}
+    for split, found in splits.items():
+        labels = [row["label"] for row in found.rows]
+        counts[split] = np.bincount(labels, minlength=len(classes.infos))
+    kept = [entry.cause for entry in notes if entry.what == "kept" and not entry.split]
+    labels_from = "the members .cls, .json and their like"
+    if [entry.id for entry in classes.infos] == [ANY]:
+        labels_from = "none: samples may hold anything"
+    understood = Understood(
+        "WebDataset tars, indexed in place", labels_from, [*classes.said, *kept]
+    )
     return Reading(f"the tars of {url}", classes.infos, counts, notes, understood)
 
 
 def _number_labels(found: Indexed, classes: Classes) -> None:
-    """Put each label's number in the place of its text."""
+    """Replace each label's text by its number."""
     for row in found.rows:
         row["label"] = classes.numbers[row["label"]]
 
 
 def _drop_unlabeled(found: Indexed) -> list[str]:
-    """Leave the samples without a label out of the index; return their keys."""
+    """Remove the samples without a label from the index, and return their keys."""
     dropped = [row["key"] for row in found.rows if row["label"] == NO_LABEL]
-    if dropped:
-        kept = [number for number, row in enumerate(found.rows) if row["label"] != NO_LABEL]
-        found.digests = array("Q", (found.digests[number] for number in kept))
-        found.rows = [found.rows[number] for number in kept]
-        samples = Counter(row["shard"] for row in found.rows)
-        found.shards = [replace(shard, samples=samples[number]) for number, shard in enumerate(found.shards)]
+    if not dropped:
+        return []
+    rows = []
+    digests = array("Q")
+    for row, digest in zip(found.rows, found.digests, strict=True):
+        if row["label"] != NO_LABEL:
+            rows.append(row)
+            digests.append(digest)
+    found.rows = rows
+    found.digests = digests
+    samples = Counter(row["shard"] for row in rows)
+    found.shards = [
+        replace(shard, samples=samples[number]) for number, shard in enumerate(found.shards)
+    ]
     return dropped
 
 
 def main() -> int:
+    """Run `wds-train shards` with this process's arguments."""
     from wds_train.cli import main as wds_train  # which imports this module
 
     return wds_train(["shards", *sys.argv[1:]])

@@ -1,12 +1,14 @@
-"""A source becomes a dataset: shards, index and report, then the manifest.
+"""Convert a source to a dataset: shards, index and report, then the manifest.
 
-Kill it at any moment and run it again. What is finished is kept in the store under `.wip/`, which no manifest names:
-`plan.json` says what is being made, under which names, and what it replaces; `SPLIT/shard-NNNNNN.parquet`, written when
-that shard's upload was confirmed, holds the shard's index rows (or names their object), digest and tag. A shard whose
-record and object agree is not made again; every shard is a pure function of the plan, so the result is the same bytes.
+Kill it at any moment and run it again. What is finished is kept in the store under `.wip/`, which
+no manifest names. `plan.json` says what is being made, under which names, and what it replaces.
+`SPLIT/shard-NNNNNN.parquet` is written when that shard's upload was confirmed: it holds the shard's
+index rows (or names their object), digest and tag. A shard whose record and object agree is not
+made again; every shard is a pure function of the plan, so the result is the same bytes.
 
-A conversion that replaces another one writes under names of its own, so that the other stays whole until one
-compare-and-swap puts the new manifest in the place of the old. Only then is removed what the old one named.
+A conversion that replaces another one writes under names of its own, so that the other stays whole
+until one compare-and-swap replaces the old manifest by the new one. Only then are the objects
+removed that the old one named.
 """
 
 import contextlib
@@ -37,9 +39,14 @@ RECORD = re.compile(r"\.wip/[a-z]+/shard-\d{6}\.parquet")
 
 
 @dataclass(frozen=True)
-class Begun:
-    """`.wip/plan.json`: a conversion that is under way, by whoever. `plan` is its `Plan.settings`, `mark` that of its
-    `ShardTask`s; `names` are the objects that it writes, `stale` those of others that it replaces.
+class PlanRecord:
+    """`.wip/plan.json`: a conversion that is under way, perhaps in another process.
+
+    Attributes:
+        plan: Its `Plan.settings`.
+        mark: The `mark` of its `ShardTask`s.
+        names: The objects that it writes.
+        stale: The objects of other conversions that it replaces.
     """
 
     plan: dict[str, Any]
@@ -48,153 +55,212 @@ class Begun:
     stale: list[str]
 
     def to_json(self) -> bytes:
+        """Return the content of `plan.json`."""
         return json.dumps(asdict(self), indent=1).encode()
 
     @classmethod
-    def from_json(cls, data: bytes, where: str) -> "Begun":
+    def from_json(cls, data: bytes, where: str) -> "PlanRecord":
+        """Read the content of `plan.json`.
+
+        Args:
+            data: The object's bytes.
+            where: Its address, for the message.
+
+        Raises:
+            DataError: It is not such a record.
+        """
         try:
             return cls(**json.loads(data))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{where} is damaged, or of another version; remove it and convert again") from error
+            raise DataError(
+                f"{where} is damaged, or of another version; remove it and convert again"
+            ) from error
+
+    def objects(self) -> set[str]:
+        """Return all objects that the record names."""
+        return {*self.names, *self.stale}
 
 
 class Conversion:
-    """A plan on its way into a store."""
+    """A plan that is being carried out in a store.
+
+    Call `begin`, make the shards of `tasks`, then call `finish`.
+
+    Args:
+        plan: The shards to make.
+        store: The destination.
+    """
 
     def __init__(self, plan: Plan, store: Store) -> None:
-        self.plan, self.store = plan, store
+        self.plan = plan
+        self.store = store
         self.mark = ""
         self.repeats = Repeats((), ())  # found by `finish`
-        self._replaces: str | None = None  # the tag of the manifest that ours takes the place of
-
-    def tasks(self, finished: set[tuple[str, int]]) -> Iterator[Iterator[ShardTask]]:
-        """The shards that are not `finished`, in the plan's windows."""
-        plan, policy = self.plan, self.plan.options.policy
-        for window in self.plan.windows(finished):
-            yield (
-                ShardTask(self.store, plan.digest, split, number, rows, policy, self.mark, plan.by_shard(split))
-                for split, number, rows in window
-            )
+        self._replaces: str | None = None  # the tag of the manifest that ours replaces
 
     def begin(self, *, overwrite: bool, unsafe: bool = False) -> list[ShardDone] | None:
-        """What earlier runs finished; None when the dataset is complete. Refused when another one is there, or files of
-        somebody else's under the names that would be written, or the store ignores conditional writes and is not said to
-        be `unsafe`.
+        """Claim the destination, and return the shards that earlier runs finished.
+
+        Args:
+            overwrite: Replace a dataset that was made with other settings.
+            unsafe: Accept a store that ignores conditional writes.
+
+        Returns:
+            The finished shards; None when the dataset is complete.
+
+        Raises:
+            UsageError: Another dataset is there, or another conversion has begun there, or there
+                are foreign files under the names that would be written.
+            StoreError: The store ignores conditional writes.
         """
         proved = False
         while True:
+            # A finished dataset needs nothing, or is in the way.
             made = self._read_manifest()
-            if made is not None and _settings(made, self.plan) == self.plan.settings:
-                return None
-            if made is not None and not overwrite:
-                raise _other_settings(f"{self.store.url}/{manifests.NAME}", _settings(made, self.plan), self.plan)
+            if made is not None:
+                settings = _settings(made, self.plan)
+                if settings == self.plan.settings:
+                    return None
+                if not overwrite:
+                    raise _other_settings(f"{self.store.url}/{manifests.NAME}", settings, self.plan)
             if not proved:
                 prove(self.store, WIP, say, unsafe=unsafe)
                 proved = True
                 continue  # another one may have finished meanwhile: look again
-            begun, tag = self._read_begun()
-            if begun is not None and begun.plan == self.plan.settings:
-                self.mark = begun.mark
-                return self._finished()
-            if begun is not None and not overwrite:
-                raise _other_settings(f"{self.store.url}/{PLAN}", begun.plan, self.plan)
-            replaced = (made.objects() if made else set()) | ({*begun.names, *begun.stale} if begun else set())
-            self.mark = f".{self.plan.digest[:8]}" if replaced else ""
-            mine = self.plan.names(self.mark)
-            if not replaced:
-                self._refuse_foreign(mine)
-            plan = Begun(self.plan.settings, self.mark, mine, sorted(replaced - {*mine}))
+
+            # A conversion that was interrupted is continued, or is in the way.
+            record, tag = _read_record(self.store)
+            if record is not None:
+                if record.plan == self.plan.settings:
+                    self.mark = record.mark
+                    return self._read_finished()
+                if not overwrite:
+                    raise _other_settings(f"{self.store.url}/{PLAN}", record.plan, self.plan)
             with contextlib.suppress(Conflict):  # another one began at this moment: look again
-                self.store.write(PLAN, plan.to_json(), **({"if_match": tag} if tag else {"if_absent": True}))
+                self._write_record(made, record, tag)
+
+    def tasks(self, finished: set[tuple[str, int]]) -> Iterator[Iterator[ShardTask]]:
+        """Yield the shards to make, in the plan's windows.
+
+        Args:
+            finished: (split, number) of shards that are there already.
+        """
+        plan = self.plan
+        for window in plan.windows(finished):
+            yield (
+                ShardTask(
+                    store=self.store,
+                    plan=plan.digest,
+                    split=split,
+                    number=number,
+                    rows=rows,
+                    policy=plan.options.policy,
+                    mark=self.mark,
+                    own_index=plan.by_shard(split),
+                )
+                for split, number, rows in window
+            )
 
     def complete(self) -> DatasetManifest:
-        """The manifest that is there already; what a kill left to remove is removed."""
+        """Return the manifest that `begin` found, after removing what a kill left behind."""
         made = self._read_manifest()
         assert made is not None, "begin() found it"
-        self.sweep(made)
+        self.remove_leftovers(made)
         return made
 
     def finish(self, done: list[ShardDone]) -> DatasetManifest:
-        """Write the indexes of whole splits, report and, when all of them are there, the manifest; then remove what it does
-        not name.
+        """Write indexes, report and then the manifest; then remove objects that it does not name.
+
+        Args:
+            done: All shards of the plan.
+
+        Raises:
+            Conflict: Another conversion has finished here meanwhile.
         """
         splits = {}
         for split in self.plan.parts:
-            mine = sorted((part for part in done if part.split == split), key=lambda part: part.number)
-            index: Index | tuple[Index, ...] = tuple(part.index for part in mine if part.index)
-            if not self.plan.by_shard(split):
-                tables = [part.rows for part in mine if part.rows is not None]
-                table = pa.Table.from_batches([batch for rows in tables for batch in rows.to_batches()], SCHEMA)
-                index = put(self.store, f"{split}/index{self.mark}.parquet", write_index(table))
-            splits[split] = Split(tuple(part.shard for part in mine), index)
-        self.repeats = self._find_repeats(done)
-        report = put(self.store, f"report{self.mark}.json", self._report(done))
-        made = DatasetManifest(self.plan.source.classes, splits, report=report, **self.plan.settings)
-        condition: dict[str, Any] = {"if_match": self._replaces} if self._replaces else {"if_absent": True}
+            splits[split] = _write_split(self.store, self.plan, self.mark, split, done)
+        self.repeats = _find_repeats(self.plan, done)
+        content = _report(self.plan, self.repeats, done)
+        report = put(self.store, f"report{self.mark}.json", content)
+        made = DatasetManifest(
+            self.plan.source.classes, splits, report=report, **self.plan.settings
+        )
+        condition: dict[str, Any] = {"if_absent": True}
+        if self._replaces:
+            condition = {"if_match": self._replaces}
         try:
             self.store.write(manifests.NAME, made.to_json(), **condition)
         except Conflict as error:
             theirs = read_manifest(self.store)[0]
             if theirs.to_json() != made.to_json():
-                self.sweep(theirs)
+                self.remove_leftovers(theirs)
                 raise Conflict(
-                    f"{self.store.url}: another conversion has finished there meanwhile; its dataset stands, this one's does not"
+                    f"{self.store.url}: another conversion has finished there meanwhile; "
+                    "its dataset stands, this one's does not"
                 ) from error
-        self.sweep(made)
+        self.remove_leftovers(made)
         return made
 
-    def _find_repeats(self, done: list[ShardDone]) -> Repeats:
-        packed = []
-        for part in done:
-            rows = self.plan.parts[part.split][part.number]
-            packed.append(Packed(part.split, rows, part.digests))
-        return find_repeats(self.plan.source.splits, packed, self.plan.source.classes)
+    def remove_leftovers(self, made: DatasetManifest) -> None:
+        """Remove objects of conversions that `made` does not name; then the plan and its records.
 
-    def _report(self, done: list[ShardDone]) -> bytes:
-        notes = self.plan.source.notes + [note for part in done for note in part.notes]
-        altered = sum(part.altered for part in done)
-        extra = {"understood": describe(self.plan), "repeats": asdict(self.repeats)}
-        return report_json(notes, altered, extra)
-
-    def sweep(self, made: DatasetManifest) -> None:
-        """Remove what the plan names, its own or what it replaced, and `made` does not; then the plan and its records.
-        Nothing else is ours. The dataset is complete: what cannot be removed is told, and no more.
+        Nothing is removed but what the plan names, as its own or as replaced. The dataset is
+        complete by now, so an object that cannot be removed costs a line on stderr and no more.
 
         Args:
-            made: The manifest that stands, ours or that of another conversion that was faster.
+            made: The manifest that stands: ours, or that of another conversion that was faster.
         """
-        for tidy in (self._abort_uploads, partial(self._remove_stale, made)):
-            try:
-                tidy()
-            except StoreError as error:
-                say(f"what interrupted or older conversions left stays there ({error}); see docs/stores.md", 2)
-
-    def _abort_uploads(self) -> None:
-        for split in self.plan.parts:
-            self.store.abort_uploads(f"{split}/shard-")
+        with _reported():
+            for split in self.plan.parts:
+                self.store.abort_uploads(f"{split}/shard-")
+        with _reported():
+            self._remove_stale(made)
 
     def _remove_stale(self, made: DatasetManifest) -> None:
-        begun, _ = self._read_begun()
-        if begun is not None and begun.plan != self.plan.settings:  # another conversion's by now
-            return
-        # Without a plan, one like ours has ended before us and removed all but the records that we wrote since.
-        stale = {*begun.names, *begun.stale} - made.objects() if begun else set()
-        records = {entry.key for entry in self.store.list(WIP) if RECORD.fullmatch(entry.key) or is_probe(entry.key)}
+        record, _ = _read_record(self.store)
+        if record is not None and record.plan != self.plan.settings:
+            return  # another conversion has begun since
+        # Without a plan, one like ours has ended before us and removed all but the records that we
+        # wrote since.
+        stale: set[str] = set()
+        if record is not None:
+            stale = record.objects() - made.objects()
+        for entry in self.store.list(WIP):
+            if RECORD.fullmatch(entry.key) or is_probe(entry.key):
+                stale.add(entry.key)
         with ThreadPoolExecutor(16) as pool:
-            list(pool.map(self.store.delete, stale | records))
+            list(pool.map(self.store.delete, stale))
         self.store.delete(PLAN)  # last: it names what there is to remove
 
-    def _refuse_foreign(self, names: list[str]) -> None:
-        folders = sorted({name.rpartition("/")[0] for name in names})
-        there = {
-            entry.key for folder in folders for entry in self.store.list(f"{folder}/" if folder else "report.json")
-        }
-        if foreign := sorted(there & {*names}):
-            raise UsageError(
-                f"{self.store.url} holds {foreign[0]}"
-                + (f" and {len(foreign) - 1} more" if foreign[1:] else "")
-                + ", which no manifest of ours names, under names that this conversion would write; choose another destination"
-            )
+    def _write_record(
+        self, made: DatasetManifest | None, record: PlanRecord | None, tag: str
+    ) -> None:
+        """Write our plan, and choose the names of our objects.
+
+        Args:
+            made: The dataset that ours replaces.
+            record: The interrupted conversion that ours replaces.
+            tag: The version of `record` in the store.
+
+        Raises:
+            Conflict: Another conversion has written its plan meanwhile.
+            UsageError: There are foreign files under our names.
+        """
+        replaced: set[str] = set()
+        if made is not None:
+            replaced |= made.objects()
+        if record is not None:
+            replaced |= record.objects()
+        self.mark = f".{self.plan.digest[:8]}" if replaced else ""
+        mine = self.plan.names(self.mark)
+        if not replaced:
+            _refuse_foreign(self.store, mine)
+        ours = PlanRecord(self.plan.settings, self.mark, mine, sorted(replaced - {*mine}))
+        if tag:
+            self.store.write(PLAN, ours.to_json(), if_match=tag)
+        else:
+            self.store.write(PLAN, ours.to_json(), if_absent=True)
 
     def _read_manifest(self) -> DatasetManifest | None:
         with contextlib.suppress(NotFound):
@@ -202,35 +268,101 @@ class Conversion:
             return made
         return None
 
-    def _read_begun(self) -> tuple[Begun | None, str]:
-        with contextlib.suppress(NotFound):
-            data, tag = self.store.read_tagged(PLAN)
-            return Begun.from_json(data, f"{self.store.url}/{PLAN}"), tag
-        return None, ""
-
-    def _finished(self) -> list[ShardDone]:
+    def _read_finished(self) -> list[ShardDone]:
         records = [entry.key for entry in self.store.list(WIP) if entry.key.endswith(".parquet")]
+        confirm = partial(_confirm_record, self.store, self.plan.digest, self.mark)
         with ThreadPoolExecutor(16) as pool:
-            return [done for done in pool.map(self._confirmed, records) if done]
+            return [done for done in pool.map(confirm, records) if done]
 
-    def _confirmed(self, record: str) -> ShardDone | None:
-        """Return the shard of `record`, if it is of this plan and is there.
 
-        `NotFound` is no error: a conversion like this one may end at this moment, and remove its records.
-        """
-        try:
-            done = from_record(self.store.read(record), self.plan.digest)
-            if done is None or done.shard.name != shard_name(done.split, done.number, self.mark):
-                return None
-            if done.index and self.store.head(done.index.name)[0] != done.index.bytes:
-                return None
-            return done if self.store.head(done.shard.name) == (done.shard.bytes, done.tag) else None
-        except NotFound:
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Print an error of the store, and go on."""
+    try:
+        yield
+    except StoreError as error:
+        say(
+            f"what interrupted or older conversions left stays there ({error}); see docs/stores.md",
+            2,
+        )
+
+
+def _read_record(store: Store) -> tuple[PlanRecord | None, str]:
+    with contextlib.suppress(NotFound):
+        data, tag = store.read_tagged(PLAN)
+        return PlanRecord.from_json(data, f"{store.url}/{PLAN}"), tag
+    return None, ""
+
+
+def _confirm_record(store: Store, plan: str, mark: str, record: str) -> ShardDone | None:
+    """Return the shard of `record`, if it is of this plan and is there.
+
+    `NotFound` is no error: a conversion like this one may end at this moment, and remove its
+    records.
+    """
+    try:
+        done = from_record(store.read(record), plan)
+        if done is None or done.shard.name != shard_name(done.split, done.number, mark):
             return None
+        if done.index and store.head(done.index.name)[0] != done.index.bytes:
+            return None
+        if store.head(done.shard.name) != (done.shard.bytes, done.tag):
+            return None
+        return done
+    except NotFound:
+        return None
+
+
+def _write_split(store: Store, plan: Plan, mark: str, split: str, done: list[ShardDone]) -> Split:
+    """Return the manifest's entry of `split`, and write its index if that is one object."""
+    mine = [part for part in done if part.split == split]
+    mine.sort(key=lambda part: part.number)
+    index: Index | tuple[Index, ...] = tuple(part.index for part in mine if part.index)
+    if not plan.by_shard(split):
+        batches = []
+        for part in mine:
+            if part.rows is not None:
+                batches += part.rows.to_batches()
+        content = write_index(pa.Table.from_batches(batches, SCHEMA))
+        index = put(store, f"{split}/index{mark}.parquet", content)
+    return Split(tuple(part.shard for part in mine), index)
+
+
+def _find_repeats(plan: Plan, done: list[ShardDone]) -> Repeats:
+    packed = []
+    for part in done:
+        rows = plan.parts[part.split][part.number]
+        packed.append(Packed(part.split, rows, part.digests))
+    return find_repeats(plan.source.splits, packed, plan.source.classes)
+
+
+def _report(plan: Plan, repeats: Repeats, done: list[ShardDone]) -> bytes:
+    notes = list(plan.source.notes)
+    for part in done:
+        notes += part.notes
+    altered = sum(part.altered for part in done)
+    extra = {"understood": describe(plan), "repeats": asdict(repeats)}
+    return report_json(notes, altered, extra)
+
+
+def _refuse_foreign(store: Store, names: list[str]) -> None:
+    """Raise `UsageError` if the store holds any of `names` already."""
+    there = set()
+    for folder in sorted({name.rpartition("/")[0] for name in names}):
+        # The one object that lies in no folder is the report.
+        prefix = f"{folder}/" if folder else "report.json"
+        there |= {entry.key for entry in store.list(prefix)}
+    foreign = sorted(there & {*names})
+    if foreign:
+        others = f" and {len(foreign) - 1} more" if foreign[1:] else ""
+        raise UsageError(
+            f"{store.url} holds {foreign[0]}{others}, which no manifest of ours names, "
+            "under names that this conversion would write; choose another destination"
+        )
 
 
 def _settings(made: DatasetManifest, plan: Plan) -> dict[str, Any]:
-    """Return what a finished dataset was made with, as `Plan.settings` has it."""
+    """Return the settings of a finished dataset, in the form of `Plan.settings`."""
     return {name: getattr(made, name) for name in plan.settings}
 
 
@@ -243,7 +375,19 @@ def _other_settings(where: str, there: dict[str, Any], plan: Plan) -> UsageError
 
 
 def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
-    flat = [{**plan, **plan.get("image_policy", {}), **plan.get("conversion", {})} for plan in (there, wanted)]
-    names = [n for n in flat[0] | flat[1] if n not in ("image_policy", "conversion")]
-    changes = [(name, *(plan.get(name) for plan in flat)) for name in names]
-    return ", ".join(f"{name} was {old}, is now {new}" for name, old, new in changes if old != new)
+    """List the settings that differ, each with both values."""
+    before = _flatten(there)
+    now = _flatten(wanted)
+    changes = []
+    for name in before | now:
+        if before.get(name) != now.get(name):
+            changes.append(f"{name} was {before.get(name)}, is now {now.get(name)}")
+    return ", ".join(changes)
+
+
+def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with those of the image policy and of the conversion among them."""
+    flat = {**settings, **settings.get("image_policy", {}), **settings.get("conversion", {})}
+    return {
+        name: value for name, value in flat.items() if name not in ("image_policy", "conversion")
+    }

@@ -1,4 +1,4 @@
-"""What a conversion will take: `wds-train shards --dry-run`."""
+"""Estimate what a conversion will take: `wds-train shards --dry-run`."""
 
 import time
 
@@ -14,7 +14,7 @@ from wds_train.dataset.shard import record_bytes
 from wds_train.errors import DataError
 from wds_train.rng import permutation
 
-SAMPLED = 64
+SAMPLED = 64  # images that are tried out
 START_SECONDS = 2.0  # to start the processes, and for what follows the last shard
 # S3 Standard in us-east-1, first 50 TB, and a PUT (aws.amazon.com/s3/pricing).
 DOLLARS_PER_GB_MONTH = 0.023
@@ -22,29 +22,45 @@ DOLLARS_PER_PUT = 0.005 / 1000
 
 
 def print_plan(plan: Plan, processes: int) -> None:
-    """Shards, bytes, time and cost, from the rows and a few images that are tried out; nothing is written."""
+    """Print shards, bytes, time and cost, estimated from the rows and a few images; write nothing.
+
+    Args:
+        plan: The conversion.
+        processes: How many make shards at once.
+    """
     ratio, seconds = _try_out(plan)
-    total = shards = 0
+    total = 0
+    shards = 0
     for split, parts in plan.parts.items():
         rows = plan.source.splits[split]
-        size = int(record_bytes((to_numpy(rows["length"]) * ratio).astype(np.int64)).sum())
+        lengths = to_numpy(rows["length"]) * ratio
+        size = int(record_bytes(lengths.astype(np.int64)).sum())
         print(f"{split}: {rows.num_rows:,} samples, {len(parts)} shards, {size / 1e6:,.1f} MB")
-        total, shards = total + size, shards + len(parts)
+        total += size
+        shards += len(parts)
+
     work = duration(START_SECONDS + seconds * plan.source.samples / processes)
+    plural = "es" if processes > 1 else ""
     print(
-        f"about {work} of work with {processes} process{'es' * (processes > 1)}, and the time to upload {total / 1e6:,.1f} MB"
+        f"about {work} of work with {processes} process{plural}, "
+        f"and the time to upload {total / 1e6:,.1f} MB"
     )
-    print(
-        f"S3: {dollars(total / 1e9 * DOLLARS_PER_GB_MONTH)} a month, {dollars(2 * shards * DOLLARS_PER_PUT)} for the "
-        "upload's requests"
-    )
+    month = dollars(total / 1e9 * DOLLARS_PER_GB_MONTH)
+    requests = dollars(2 * shards * DOLLARS_PER_PUT)
+    print(f"S3: {month} a month, {requests} for the upload's requests")
 
 
 def _try_out(plan: Plan) -> tuple[float, float]:
-    """How much of an image's bytes is kept, and seconds per image, from a few images of the first split."""
+    """Check a few images of the first split.
+
+    Returns:
+        The share of an image's bytes that is kept, and seconds per image.
+    """
     rows = next(iter(plan.source.splits.values()))
     chosen = take(rows, permutation(rows.num_rows, "dry run")[:SAMPLED]).to_pylist()
-    began, before, after = time.perf_counter(), 0, 0
+    before = 0
+    after = 0
+    began = time.perf_counter()
     for row in chosen:
         if not row["path"]:  # a stream beyond the spool: its images are not here
             continue
@@ -54,4 +70,6 @@ def _try_out(plan: Plan) -> tuple[float, float]:
             before += len(data)
         except DataError:
             continue
-    return after / before if before else 1.0, (time.perf_counter() - began) / max(1, len(chosen))
+    seconds = (time.perf_counter() - began) / max(1, len(chosen))
+    ratio = after / before if before else 1.0
+    return ratio, seconds

@@ -1,4 +1,7 @@
-"""`wds-train shards index DATASET`: WebDataset tars become a dataset where they lie. Only index and manifest are written."""
+"""Index WebDataset tars where they lie: `wds-train shards index DATASET`.
+
+Only index, report and manifest are written.
+"""
 
 import contextlib
 import hashlib
@@ -31,17 +34,31 @@ from wds_train.conversion.sources.tar_samples import (
     kind_of,
     without_label,
 )
-from wds_train.conversion.sources.tars import OUTSIDE, UNPACK, is_tar, outside, refuse_archives, refuse_split_folders
+from wds_train.conversion.sources.tars import (
+    OUTSIDE,
+    UNPACK,
+    is_tar,
+    outside,
+    refuse_archives,
+    refuse_split_folders,
+)
 from wds_train.dataset import manifest as manifests
 from wds_train.dataset.arrow import to_batch
 from wds_train.dataset.index import write_index
-from wds_train.dataset.manifest import ClassInfo, DatasetManifest, Index, Shard, Split, read_manifest
+from wds_train.dataset.manifest import (
+    ClassInfo,
+    DatasetManifest,
+    Index,
+    Shard,
+    Split,
+    read_manifest,
+)
 from wds_train.dataset.tar import Member, members
 from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
 from wds_train.storage.base import Entry, Store
 
 CHUNK = 8 << 20
-# A block of this many samples is what the loader fetches at once; one sample must fit many times over.
+# The loader fetches blocks of many samples at once; one sample must fit into one many times over.
 MAX_SAMPLE = 64 << 20
 ANY = "any"  # the one class of samples that may hold anything
 SAMPLES = pa.schema([("key", pa.string()), ("label", pa.int32())])
@@ -50,14 +67,24 @@ ANY_TOO = "--any indexes samples without images, for SampleLoader (docs/loader.m
 
 
 class Forward:
-    """Reads of an object that move forward, in chunks, with the sha256 of all that passed."""
+    """Read an object from front to back, in chunks, and hash all that passes.
+
+    Args:
+        store: Where it lies.
+        entry: Its name and size.
+        meter: What shows the progress.
+    """
 
     def __init__(self, store: Store, entry: Entry, meter: Meter) -> None:
         self.entry = entry
-        self._meter, self._store, self._digest = meter, store, hashlib.sha256()
-        self._data, self._start = bytearray(), 0
+        self._store = store
+        self._meter = meter
+        self._digest = hashlib.sha256()
+        self._data = bytearray()  # what was read and is still needed
+        self._start = 0  # where `_data` begins in the object
 
     def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes at `offset`, fewer at the end; `offset` must not be forgotten."""
         assert offset >= self._start, "reads go forward"
         stop = min(offset + length, self.entry.bytes)
         while self._start + len(self._data) < stop:
@@ -69,28 +96,35 @@ class Forward:
         return bytes(self._data[offset - self._start : stop - self._start])
 
     def forget(self, offset: int) -> None:
-        """Let go of what lies before `offset`, which will not be read again."""
+        """Drop what lies before `offset`, which will not be read again."""
         del self._data[: offset - self._start]
         self._start = offset
 
     def pass_over(self, stop: int) -> None:
         """Read up to `stop`, and keep nothing of it."""
-        while (at := self._start + len(self._data)) < stop:
+        at = self._start + len(self._data)
+        while at < stop:
             after = min(at + CHUNK, stop)
             self.read(at, after - at)
             self.forget(after)
+            at = self._start + len(self._data)
         self.forget(stop)
 
     def sha256(self) -> str:
-        """The sha256 of the whole object, which is read to its end."""
+        """Return the sha256 of the whole object, after reading it to its end."""
         self.pass_over(self.entry.bytes)
         return self._digest.hexdigest()
 
 
 @dataclass
 class Indexed:
-    """What indexing brings together for one split. A row's label is a text, until all are known.
-    `digests`: the `image_digest` of each row.
+    """The index of one split, while it grows.
+
+    Attributes:
+        shards: The manifest's entries of the tars.
+        rows: The index rows. A row's label is a text until all labels are known.
+        digests: The `image_digest` of each row.
+        notes: Samples that are not in the index, and why.
     """
 
     shards: list[Shard] = field(default_factory=list)
@@ -102,7 +136,7 @@ class Indexed:
 def index_in_place(
     store: Store, policy: ImagePolicy | None, said: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[dict[str, Indexed], list[Note]]:
-    """Index every tar below `store`, by split; nothing is written.
+    """Index every tar below `store`, by split; write nothing.
 
     Args:
         store: Where the tars lie.
@@ -111,43 +145,72 @@ def index_in_place(
 
     Returns:
         The index of each split, and the notes on what was left out.
+
+    Raises:
+        UsageError: There are no tars.
+        DataError: A tar cannot be indexed.
     """
+    # Find the tars, and say which archives cannot be indexed.
     there = {entry.key: entry for entry in store.list() if not is_litter(entry.key)}
-    entries = {key: entry for key, entry in there.items() if key.lower().endswith(".tar")}
+    tars = {key: entry for key, entry in there.items() if key.lower().endswith(".tar")}
     refuse_archives(there, store.url)
-    packed = [key for key in there if is_tar(key) and key not in entries]
-    if entries and packed:
-        raise DataError(f"{store.url} holds {', '.join(packed[:4])}, compressed, which cannot be indexed; {UNPACK}")
-    if not entries:
-        raise UsageError(f"{store.url} holds no .tar files; check the address; .tar.gz must be unpacked to plain tars")
-    used, unused = file_splits([*entries], said, store.url)
+    packed = [key for key in there if is_tar(key) and key not in tars]
+    if tars and packed:
+        shown = ", ".join(packed[:4])
+        raise DataError(f"{store.url} holds {shown}, compressed, which cannot be indexed; {UNPACK}")
+    if not tars:
+        raise UsageError(
+            f"{store.url} holds no .tar files; check the address; "
+            ".tar.gz must be unpacked to plain tars"
+        )
+
+    # Read each of them once.
+    used, unused = file_splits([*tars], said, store.url)
     splits = {split: Indexed() for split in dict.fromkeys(used.values())}
     indexer = _Indexer(policy)
-    with Meter(sum(entries[key].bytes for key in used)) as meter:
+    with Meter(sum(tars[key].bytes for key in used)) as meter:
         for key, split in used.items():
-            indexer.add(splits[split], split, Forward(store, entries[key], meter))
+            indexer.add(splits[split], split, Forward(store, tars[key], meter))
     indexer.labels.refuse(store.url, len(used))
+
     notes = [Note("", key, "ignored", cause) for key, cause in unused.items()]
-    notes += [Note("", store.url, "kept", told) for told in (indexer.keys.told(), indexer.labels.told()) if told]
-    notes += [note for found in splits.values() for note in found.notes]
+    for sentence in (indexer.keys.remark(), indexer.labels.remark()):
+        if sentence:
+            notes.append(Note("", store.url, "kept", sentence))
+    for found in splits.values():
+        notes += found.notes
     # Test images are often handed out without labels: these are no split.
-    return {split: found for split, found in splits.items() if found.rows or split != "test"}, notes
+    splits = {split: found for split, found in splits.items() if found.rows or split != "test"}
+    return splits, notes
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A member of a tar that was read once: what is needed of it, whichever sample it belongs to."""
+    """The facts about a member of a tar, which is read once.
+
+    Attributes:
+        member: Its place in the tar.
+        crc32: From its header to its padding.
+        text: The content of a member that may be a label.
+        size: Width and height of an image, pixels.
+        flaw: Why it is no usable image.
+        digest: The `image_digest` of an image.
+    """
 
     member: Member
-    crc32: int  # from its header to its padding
-    text: bytes = b""  # of what may be a label
-    size: tuple[int, int] = (1, 1)  # width and height of an image
-    flaw: str = ""  # why it is no image that can be used
-    digest: int = 0  # the `image_digest` of an image
+    crc32: int
+    text: bytes = b""
+    size: tuple[int, int] = (1, 1)
+    flaw: str = ""
+    digest: int = 0
 
 
 class _Indexer:
-    """Indexes the tars of a source, one after the other, with what they have in common."""
+    """Indexes the tars of a source, one after the other, with what they have in common.
+
+    Args:
+        policy: How images are checked; None for samples that hold anything.
+    """
 
     def __init__(self, policy: ImagePolicy | None) -> None:
         self.keys = Keys()
@@ -156,13 +219,19 @@ class _Indexer:
 
     def add(self, found: Indexed, split: str, file: Forward) -> None:
         """Add the samples of the tar `file` to those `found`."""
-        name, before = file.entry.key, len(found.rows)
+        name = file.entry.key
+        before = len(found.rows)
         try:
-            parts = [_read(member, file, self._policy) for member in members(file.read, 0, file.entry.bytes)]
+            parts = [
+                _read(member, file, self._policy)
+                for member in members(file.read, 0, file.entry.bytes)
+            ]
             plain = [part.member for part in parts if _counts(part.member)]
-            odd = next((member for member in plain if member.kind != "file"), None)
-            if odd is not None:
-                raise DataError(f"{odd.name!r} is a {odd.kind}; only plain files can be used")
+            for member in plain:
+                if member.kind != "file":
+                    raise DataError(
+                        f"{member.name!r} is a {member.kind}; only plain files can be used"
+                    )
             how = self.keys.choose(name, plain, BESIDE_CAPTIONS if self._policy else ANYTHING)
             samples = [*group(plain, how)]
             if self._policy:
@@ -172,12 +241,22 @@ class _Indexer:
             raise DataError(f"{name} cannot be indexed: {error}") from error
         found.shards.append(Shard(name, file.entry.bytes, len(found.rows) - before, file.sha256()))
 
-    def _add_samples(self, found: Indexed, split: str, name: str, samples: list[WdsSample], parts: list[_Part]) -> None:
-        tar, seen = _TarParts(parts), set[str]()
+    def _add_samples(
+        self,
+        found: Indexed,
+        split: str,
+        name: str,
+        samples: list[WdsSample],
+        parts: list[_Part],
+    ) -> None:
+        """Add the `samples` of the tar `name` to those `found`, or note why not."""
+        tar = _TarParts(parts)
+        seen: set[str] = set()
         for sample in samples:
             if sample.key in seen:
                 raise DataError(
-                    f"the members of {sample.key!r} do not lie side by side; re-shard it: wds-train shards wds:PATH"
+                    f"the members of {sample.key!r} do not lie side by side; "
+                    "re-shard it: wds-train shards wds:PATH"
                 )
             seen.add(sample.key)
             origin = readable(f"{name}: {sample.key}")
@@ -187,7 +266,7 @@ class _Indexer:
             try:
                 if self._policy:
                     self.labels.check_split(origin, sample, tar.text, split)
-                row = {"shard": len(found.shards)} | self._row(sample, tar)
+                row = {"shard": len(found.shards), **self._row(sample, tar)}
                 found.rows.append(row)
                 found.digests.append(tar.digest(row["data_offset"]))
             except SeveralLabels as error:
@@ -198,27 +277,39 @@ class _Indexer:
                 found.notes.append(Note(split, origin, "left out", str(error)))
 
     def _row(self, sample: WdsSample, tar: "_TarParts") -> dict[str, Any]:
+        """Return the index row of a sample, without its shard.
+
+        Raises:
+            DataError: The sample cannot be used.
+        """
         own = sorted(sample.members.values(), key=lambda member: member.offset)
-        start, end = own[0].offset, own[-1].end
-        if self._policy and not sample.images():
-            raise DataError(f"no image member; {ANY_TOO}")
-        if not self._policy and not any(member.size for member in own):
+        start = own[0].offset
+        length = own[-1].end - start
+        if self._policy:
+            if not sample.images():
+                raise DataError(f"no image member; {ANY_TOO}")
+        elif not any(member.size for member in own):
             raise DataError("its members are empty")
         if not sample.key or readable(sample.key) != sample.key:
             raise DataError("its name is empty, not UTF-8, or cannot be printed; rename it")
         if outside(sample.key):
             raise DataError(OUTSIDE)
-        if end - start > MAX_SAMPLE:
-            raise DataError(f"it takes {end - start} bytes; at most {MAX_SAMPLE} can be streamed")
-        label = self.labels.label(sample, tar.text) if self._policy else ANY
-        image = sample.image() if self._policy else max(own, key=lambda member: member.size)
+        if length > MAX_SAMPLE:
+            raise DataError(f"it takes {length} bytes; at most {MAX_SAMPLE} can be streamed")
+
+        # Of samples that may hold anything, the largest member takes the place of the image.
+        label = ANY
+        image: Member | None = max(own, key=lambda member: member.size)
+        if self._policy:
+            label = self.labels.label(sample, tar.text)
+            image = sample.image()
         assert image is not None, "it has one"
         part = tar.at(image)
         if part.flaw:
             raise DataError(part.flaw)
         return {
             "offset": start,
-            "length": end - start,
+            "length": length,
             "data_offset": image.data_offset,
             "data_length": image.size,
             "label": label,
@@ -230,7 +321,7 @@ class _Indexer:
 
 
 class _TarParts:
-    """The members of a tar, by where they lie."""
+    """The members of a tar, found by their offsets."""
 
     def __init__(self, parts: list[_Part]) -> None:
         self._parts = parts
@@ -238,31 +329,35 @@ class _TarParts:
         self._by_data = {part.member.data_offset: part for part in parts}
 
     def at(self, member: Member) -> _Part:
+        """Return what is known of `member`."""
         return self._parts[self._place[member.offset]]
 
     def text(self, offset: int, length: int) -> bytes:
-        """The content of the label member whose data begin at `offset`."""
+        """Return the content of the label member whose data begin at `offset`."""
         return self._by_data[offset].text
 
     def digest(self, offset: int) -> int:
-        """The `image_digest` of the image whose data begin at `offset`."""
+        """Return the `image_digest` of the image whose data begin at `offset`."""
         return self._by_data[offset].digest
 
     def crc32(self, first: Member, last: Member) -> int:
-        """The checksum of all that lies from the `first` member to the end of the `last`."""
+        """Return the checksum of all bytes from the `first` member to the end of the `last`."""
         checksum = 0
-        for part in self._parts[self._place[first.offset] : self._place[last.offset] + 1]:
-            checksum = crc32_combine(checksum, part.crc32, part.member.end - part.member.offset)
+        start = self._place[first.offset]
+        end = self._place[last.offset] + 1
+        for part in self._parts[start:end]:
+            size = part.member.end - part.member.offset
+            checksum = crc32_combine(checksum, part.crc32, size)
         return checksum
 
 
 def _counts(member: Member) -> bool:
-    """Whether the member belongs to a sample: folders and litter do not."""
+    """Return whether the member belongs to a sample: folders and litter do not."""
     return member.kind != "directory" and not is_litter(member.name)
 
 
 def _read(member: Member, file: Forward, policy: ImagePolicy | None) -> _Part:
-    """What is needed of the member; its bytes are let go of."""
+    """Read a member, check it if it is an image, and return the facts; its bytes are dropped."""
     if member.end - member.offset > MAX_SAMPLE:  # no sample can hold it
         file.pass_over(member.end)
         return _Part(member, 0)
@@ -274,22 +369,31 @@ def _read(member: Member, file: Forward, policy: ImagePolicy | None) -> _Part:
     start = member.data_offset - member.offset
     data = record[start : start + member.size]
     if is_image(member.name):
-        try:
-            image = check(data, policy)
-        except DataError as error:
-            return _Part(member, checksum, flaw=str(error))
-        if image.altered:
-            flaw = f"it has to be encoded anew ({image.oddity}), and tars stay as they are; {RESHARD}"
-            return _Part(member, checksum, flaw=flaw)
-        return _Part(member, checksum, size=(image.width, image.height), digest=image_digest(data))
+        return _check_image(member, checksum, data, policy)
     name = member.name.lower()
     may_be_label = kind_of(name) in BESIDE_CAPTIONS or ".label." in name
-    return _Part(member, checksum, data if may_be_label and member.size <= MAX_LABEL else b"")
+    if may_be_label and member.size <= MAX_LABEL:
+        return _Part(member, checksum, data)
+    return _Part(member, checksum)
+
+
+def _check_image(member: Member, checksum: int, data: bytes, policy: ImagePolicy) -> _Part:
+    """Return the facts about the image `data`, or why it is unreadable."""
+    try:
+        image = check(data, policy)
+    except DataError as error:
+        return _Part(member, checksum, flaw=str(error))
+    if image.altered:
+        flaw = f"it has to be encoded anew ({image.oddity}), and tars stay as they are; {RESHARD}"
+        return _Part(member, checksum, flaw=flaw)
+    size = (image.width, image.height)
+    return _Part(member, checksum, size=size, digest=image_digest(data))
 
 
 def repeats_in_place(splits: dict[str, Indexed], classes: tuple[ClassInfo, ...]) -> Repeats:
-    """Which images the tars hold twice. To be asked when the label of every row is a number."""
-    tables, packed = {}, []
+    """Find images that the tars hold twice. The label of every row must be a number by now."""
+    tables = {}
+    packed = []
     for split, found in splits.items():
         keys = [row["key"] for row in found.rows]
         labels = [row["label"] for row in found.rows]
@@ -307,35 +411,58 @@ def write_dataset(
     *,
     overwrite: bool,
 ) -> DatasetManifest:
-    """Write indexes and report, then the manifest; `UsageError` where another manifest is, unless it is to be replaced: it
-    stays, with all that it names, until the new one has taken its place.
+    """Write indexes and report, then the manifest.
+
+    A manifest that is replaced stays, with all objects that it names, until the new one is written.
+
+    Args:
+        store: Where the tars lie.
+        splits: The index of each split; labels are numbers.
+        classes: The classes.
+        image_policy: The manifest's image policy.
+        report: The content of the report.
+        overwrite: Replace another manifest.
+
+    Raises:
+        UsageError: Another manifest is there, and is not to be replaced.
+        Conflict: Another writer has changed the manifest meanwhile.
     """
-    there, condition = None, dict[str, Any](if_absent=True)
+    old = None
+    condition: dict[str, Any] = {"if_absent": True}
     with contextlib.suppress(NotFound):
-        there, tag = read_manifest(store)
+        old, tag = read_manifest(store)
         condition = {"if_match": tag}
-    parts = {
-        split: Split(tuple(found.shards), _put(store, f"{split}/index", ".parquet", write_index(found.rows)))
-        for split, found in splits.items()
-    }
-    made = DatasetManifest(
-        classes, parts, manifests.IN_PLACE, 0, image_policy, {}, _put(store, "report", ".json", report)
-    )
-    if there is not None and not overwrite and there.fingerprint != made.fingerprint:
-        raise UsageError(f"{store.url} has another manifest already, {there.fingerprint}; --overwrite replaces it")
+
+    parts = {}
+    for split, found in splits.items():
+        index = _put(store, f"{split}/index", ".parquet", write_index(found.rows))
+        parts[split] = Split(tuple(found.shards), index)
+    reported = _put(store, "report", ".json", report)
+    made = DatasetManifest(classes, parts, manifests.IN_PLACE, 0, image_policy, {}, reported)
+    if old is not None and not overwrite and old.fingerprint != made.fingerprint:
+        raise UsageError(
+            f"{store.url} has another manifest already, {old.fingerprint}; --overwrite replaces it"
+        )
     store.write(manifests.NAME, made.to_json(), **condition)
-    tars = {shard.name for split in splits.values() for shard in split.shards}
-    try:
-        for stale in (there.objects() if there else set()) - made.objects() - tars:
-            if not stale.lower().endswith(".tar"):  # a tar is somebody's data, whoever indexed it before
-                store.delete(stale)
-    except StoreError as error:
-        say(f"the index that was replaced stays there ({error})", 2)
+    if old is not None:
+        _remove_replaced(store, old, made)
     return made
 
 
+def _remove_replaced(store: Store, old: DatasetManifest, made: DatasetManifest) -> None:
+    """Remove the objects of the manifest `old` that the new one does not name, except tars."""
+    try:
+        for name in old.objects() - made.objects():
+            if not name.lower().endswith(
+                ".tar"
+            ):  # a tar is somebody's data, however indexed before
+                store.delete(name)
+    except StoreError as error:
+        say(f"the index that was replaced stays there ({error})", 2)
+
+
 def _put(store: Store, name: str, suffix: str, body: bytes) -> Index:
-    """Write the object, beside one of that name that holds something else."""
+    """Write an object; under another name if there is one of that name with other content."""
     digest = hashlib.sha256(body).hexdigest()
     try:
         store.write(name + suffix, body, if_absent=True)

@@ -1,4 +1,4 @@
-"""A conversion never writes over what it reads."""
+"""Refuse a destination that overlaps its source: a conversion never writes over what it reads."""
 
 from pathlib import Path
 
@@ -9,15 +9,21 @@ from wds_train.storage.base import Store
 
 
 def refuse_overlap(source: Path | None, store: Store) -> None:
-    """Raise `UsageError` when the destination lies in the source, or the source in it: shards would replace what is
-    still to be read, or lie among the images ever after. Links are followed, and two names of one folder are one.
+    """Raise `UsageError` when the destination lies in the source, or the source in it.
+
+    Shards would replace files that are still to be read, or lie among the images ever after. Links
+    are followed, and two names of one folder are one.
+
+    Args:
+        source: The source's file or folder; None for one that is not on this machine.
+        store: The destination.
     """
     if source is None:
         return
     source = source.resolve()
-    if is_embedded(
-        store.url
-    ):  # whose folder may well lie below the source: .wds is passed over there, as all hidden folders are
+    if is_embedded(store.url):
+        # The server's folder may well lie below the source: .wds is passed over there, as all
+        # hidden folders are.
         overlap = is_within(source, (home() / "s3").resolve())
     elif not store.url.startswith("s3://"):
         place = Path(store.url).resolve()
@@ -26,13 +32,13 @@ def refuse_overlap(source: Path | None, store: Store) -> None:
         return
     if overlap:
         raise UsageError(
-            f"the dataset {store.url} and its source {source} overlap: a conversion writes nothing into what it reads; "
-            "choose a destination beside the source"
+            f"the dataset {store.url} and its source {source} overlap: a conversion writes nothing "
+            "into what it reads; choose a destination beside the source"
         )
 
 
 def is_within(inner: Path, outer: Path) -> bool:
-    """Whether `inner` is `outer`, or below it; both resolved."""
+    """Return whether `inner` is `outer` or lies below it. Both must be resolved."""
     return any(_same(place, outer) for place in (inner, *inner.parents))
 
 

@@ -1,4 +1,4 @@
-"""One shard: its images read, checked, packed and uploaded, confirmed and recorded."""
+"""Make one shard: read, check, pack and upload its images, confirm it, and record it."""
 
 import base64
 import hashlib
@@ -27,31 +27,46 @@ from wds_train.errors import DataError, NotFound, StoreError
 from wds_train.storage.base import PART_BYTES, Store
 
 WIP = ".wip/"
-RECORDED = np.dtype("<u8")  # of digests, whichever machine reads the record
-COUNT_SECONDS = 0.2  # between two additions of a process to the counts, which all of them wait for
+RECORDED = np.dtype("<u8")  # of digests, on every machine that reads the record
+COUNT_SECONDS = 0.2  # between two additions to the counts, for which processes wait for each other
 
 
 @dataclass(frozen=True)
 class Counts:
-    """The source's bytes and images that are packed, in `values`, by all processes together that hold the `lock`."""
+    """Counts of the source's bytes and images that are packed, by all processes together.
+
+    Attributes:
+        lock: Held for each addition.
+        values: Bytes, images.
+    """
 
     lock: Any
     values: Any
 
     def add(self, size: int, images: int) -> None:
+        """Add `size` bytes and so many images."""
         with self.lock:
             self.values[0] += size
             self.values[1] += images
 
 
-made: Counts | None = None
-"""What this process adds to what it has packed, if anybody wants to know."""
+process_counts: Counts | None = None
+"""The counts that this process adds to; None where nobody shows any."""
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that makes shard `number` of `split`: the rows of its samples, in order. `plan` is the plan's digest, `mark`
-    what is put into the names of objects that replace others; `own_index`: the shard's index is an object of its own.
+    """All that it takes to make one shard.
+
+    Attributes:
+        store: The destination.
+        plan: The plan's digest.
+        split: The shard's split.
+        number: The shard's number in its split.
+        rows: The rows of its samples, in order.
+        policy: How its images are checked.
+        mark: Part of the names of objects that replace others.
+        own_index: The shard's index is an object of its own.
     """
 
     store: Store
@@ -65,20 +80,30 @@ class ShardTask:
 
     @property
     def name(self) -> str:
+        """The object of the shard."""
         return shard_name(self.split, self.number, self.mark)
 
     @property
     def record(self) -> str:
+        """The object that says that the shard is finished."""
         return f"{WIP}{self.split}/shard-{self.number:06d}.parquet"
 
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A finished shard, as its record in `.wip/` holds it. `tag` is the object's version in the store. Its samples' rows are in
-    `rows`, or else in the object `index`.
+    """A finished shard, as its record in `.wip/` holds it.
 
-    `digests`: of each of the task's rows, in order, the `image_digest` of what was packed, or
-    `NO_IMAGE` where nothing was.
+    Attributes:
+        shard: The manifest's entry.
+        split: The shard's split.
+        number: The shard's number in its split.
+        tag: The object's version in the store.
+        notes: Its samples that are not as they were in the source.
+        altered: How many images were encoded again.
+        digests: For each of the task's rows, in order, the `image_digest` of the packed image, or
+            `NO_IMAGE` where none was packed.
+        rows: The index rows of its samples; None where they are in the object `index`.
+        index: The object with the index rows.
     """
 
     shard: Shard
@@ -93,33 +118,46 @@ class ShardDone:
 
 
 class Packing:
-    """The images of one shard, read, checked and packed while the shard's first bytes are already on their way."""
+    """The images of one shard: read, checked and packed while its first bytes are already uploaded.
+
+    Args:
+        task: The shard to make.
+    """
 
     def __init__(self, task: ShardTask) -> None:
         self.task = task
         self.notes: list[Note] = []
         self.digests: list[int] = []
-        self.altered = self.bytes = 0
+        self.altered = 0
+        self.bytes = 0
         self.digest = hashlib.sha256()
         self.writer = ShardWriter(task.number)
-        self._told, self._size, self._images = 0.0, 0, 0
+        # Since the last addition to the counts:
+        self._counted_at = 0.0
+        self._size = 0
+        self._images = 0
 
     def pieces(self) -> Iterator[bytearray]:
-        warnings.filterwarnings("ignore", module="PIL")  # about odd EXIF, of which the orientation is all that is used
+        """Yield the shard's bytes, in pieces of at least `PART_BYTES` except the last."""
+        # Pillow warns of odd EXIF, of which the orientation is all that is used.
+        warnings.filterwarnings("ignore", module="PIL")
         for row in self.task.rows.to_pylist():
             self._add(row)
-            self._size, self._images = self._size + row["length"], self._images + 1
-            if time.monotonic() - self._told > COUNT_SECONDS:
-                self._tell()
+            self._size += row["length"]
+            self._images += 1
+            if time.monotonic() - self._counted_at > COUNT_SECONDS:
+                self._count()
             if self.writer.waiting >= PART_BYTES:
                 yield self._hashed(self.writer.take())
-        self._tell()
+        self._count()
         yield self._hashed(self.writer.finish())
 
-    def _tell(self) -> None:
-        if made is not None:
-            made.add(self._size, self._images)
-        self._told, self._size, self._images = time.monotonic(), 0, 0
+    def _count(self) -> None:
+        if process_counts is not None:
+            process_counts.add(self._size, self._images)
+        self._counted_at = time.monotonic()
+        self._size = 0
+        self._images = 0
 
     def _hashed(self, piece: bytearray) -> bytearray:
         self.digest.update(piece)
@@ -127,7 +165,9 @@ class Packing:
         return piece
 
     def _add(self, row: dict[str, Any]) -> None:
-        split, origin = self.task.split, row["key"] if row["offset"] else row["path"]
+        """Pack the image of `row`, or note why it cannot be used."""
+        split = self.task.split
+        origin = row["key"] if row["offset"] else row["path"]
         data = read_bytes(row["path"], row["offset"], row["length"])
         try:
             image = check(data, self.task.policy)
@@ -136,17 +176,26 @@ class Packing:
             self.digests.append(NO_IMAGE)
             return
         if image.oddity:
-            self.notes.append(Note(split, origin, "altered" if image.altered else "kept", image.oddity))
+            what = "altered" if image.altered else "kept"
+            self.notes.append(Note(split, origin, what, image.oddity))
         self.altered += image.altered
         self.digests.append(image_digest(image.data))
-        self.writer.add(Sample(row["key"], row["label"], image.data, image.extension, image.width, image.height))
+        sample = Sample(
+            row["key"], row["label"], image.data, image.extension, image.width, image.height
+        )
+        self.writer.add(sample)
 
 
 def make_shard(task: ShardTask) -> ShardDone:
-    """Read, check, pack and upload the images of one shard, confirm it, and record it."""
+    """Read, check, pack and upload the images of one shard, confirm it, and record it.
+
+    Raises:
+        StoreError: The store does not have what was uploaded.
+        DataError: An image's file is not what it was when the source was scanned.
+    """
     try:
         done = _make(task)
-    except NotFound:  # an answer was lost on the way; made again, it is the same
+    except NotFound:  # an answer was lost on the way; made again, the shard is the same
         done = _make(task)
     task.store.write(task.record, _to_record(done, task.plan))
     return done
@@ -156,11 +205,12 @@ def _make(task: ShardTask) -> ShardDone:
     packing = Packing(task)
     tag = task.store.write_pieces(task.name, packing.pieces())
     confirm(task.store, task.name, packing.bytes, tag)
-    rows, index = index_table(packing.writer.rows), None
+    rows = index_table(packing.writer.rows)
     shard = Shard(task.name, packing.bytes, rows.num_rows, packing.digest.hexdigest())
+    index = None
     if task.own_index:
-        index = put(task.store, shard_index_name(task.split, task.number, task.mark), write_index(rows))
-        rows = None
+        name = shard_index_name(task.split, task.number, task.mark)
+        index = put(task.store, name, write_index(rows))
     return ShardDone(
         shard=shard,
         split=task.split,
@@ -169,24 +219,35 @@ def _make(task: ShardTask) -> ShardDone:
         notes=packing.notes,
         altered=packing.altered,
         digests=np.array(packing.digests, np.uint64),
-        rows=rows,
+        rows=None if index else rows,
         index=index,
     )
 
 
 def put(store: Store, name: str, body: bytes) -> Index:
-    """Write an object beside the shards, and see that it is there."""
+    """Write a small object of a dataset, confirm it, and return the manifest's entry for it."""
     confirm(store, name, len(body), store.write(name, body))
     return Index(name, len(body), hashlib.sha256(body).hexdigest())
 
 
 def confirm(store: Store, name: str, size: int, tag: str) -> None:
-    """See that the store has the object as it was written."""
+    """Raise `StoreError` unless the store has the object as it was written.
+
+    Args:
+        store: The destination.
+        name: The object.
+        size: Its bytes.
+        tag: The version that the write returned.
+    """
     if store.head(name) != (size, tag):
-        raise StoreError(f"{store.url}/{name} is not what was uploaded; does something else write there? run again")
+        raise StoreError(
+            f"{store.url}/{name} is not what was uploaded; does something else write there? "
+            "run again"
+        )
 
 
 def _to_record(done: ShardDone, plan: str) -> bytes:
+    """Return the content of the record: the index rows as Parquet, all else as its metadata."""
     facts = {
         "plan": plan,
         "shard": asdict(done.shard),
@@ -206,7 +267,12 @@ def _to_record(done: ShardDone, plan: str) -> bytes:
 
 
 def from_record(data: bytes, plan: str) -> ShardDone | None:
-    """The finished shard, or None when the record belongs to another plan or is damaged."""
+    """Return the finished shard; None when the record belongs to another plan or is damaged.
+
+    Args:
+        data: The record's bytes.
+        plan: The digest of our plan.
+    """
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read()
         facts = json.loads(table.schema.metadata[b"wds-train"])

@@ -1,4 +1,4 @@
-"""The flags of `wds-train shards`, and what they say of a source."""
+"""Define the flags of `wds-train shards`, and read those that are about the source."""
 
 import argparse
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wds_train.config.numbers import Number, above_zero, positive, whole, with_range
-from wds_train.conversion.executors import dask_address
+from wds_train.conversion.executors import parse_dask_address
 from wds_train.conversion.sources.detect import DIGITS, FORMATS
 from wds_train.conversion.sources.labels import LabelRules, read_class_list
 from wds_train.conversion.sources.names import NO_SPLIT, SPLITS, SaidSplits
@@ -23,10 +23,12 @@ SHARE = Number(float, 0, 1, open=")")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments and flags of `wds-train shards` to `parser`."""
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help=f"a path, {DIGITS}, hf:ID, torchvision:CLASS, wds:PATH, or {INDEX}: see docs/shards.md",
+        help=f"a path, {DIGITS}, hf:ID, torchvision:CLASS, wds:PATH, or {INDEX}: "
+        "see docs/shards.md",
     )
     parser.add_argument(
         "dataset",
@@ -34,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="s3://bucket/prefix, a directory (/... or ./...), or a name below the bucket",
     )
-    parser.add_argument("--bucket", help="s3://bucket/prefix: a name is then datasets/NAME below it ($WDS_BUCKET)")
+    parser.add_argument(
+        "--bucket", help="s3://bucket/prefix: a name is then datasets/NAME below it ($WDS_BUCKET)"
+    )
     _add_reading(parser.add_argument_group("how SOURCE is read"))
     _add_labels(parser.add_argument_group("classes and splits"))
     _add_images(parser.add_argument_group("images"))
@@ -45,7 +49,12 @@ def _add_reading(group: "argparse._ArgumentGroup") -> None:
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, **with_range(options))
 
-    add("--source", dest="form", choices=sorted(FORMATS), help="the format of SOURCE, when it is not recognised")
+    add(
+        "--source",
+        dest="form",
+        choices=sorted(FORMATS),
+        help="the format of SOURCE, when it is not recognised",
+    )
     add(
         "--table",
         type=Path,
@@ -64,7 +73,8 @@ def _add_reading(group: "argparse._ArgumentGroup") -> None:
         action="append",
         default=[],
         metavar="WORD=SPLIT",
-        help=f"what a folder, file or cell called WORD is: {', '.join(SPLITS)}, or {NO_SPLIT} to leave it out; may be repeated",
+        help=f"what a folder, file or cell called WORD is: {', '.join(SPLITS)}, "
+        f"or {NO_SPLIT} to leave it out; may be repeated",
     )
 
 
@@ -76,7 +86,8 @@ def _add_labels(group: "argparse._ArgumentGroup") -> None:
         "--classes",
         type=Path,
         metavar="FILE",
-        help="the classes in their order: a name a line, JSON, a dataset's manifest.json, or what inspect --json prints",
+        help="the classes in their order: a name a line, JSON, a dataset's manifest.json, "
+        "or what inspect --json prints",
     )
     add(
         "--class-level",
@@ -101,24 +112,49 @@ def _add_labels(group: "argparse._ArgumentGroup") -> None:
         "--hold-out",
         type=SHARE,
         metavar="SHARE",
-        help=f"of each class of train: the val split of a source that has none ({HELD_OUT}; 0 keeps none)",
+        help="of each class of train: the val split of a source that has none "
+        f"({HELD_OUT}; 0 keeps none)",
     )
     add(
         "--group",
         metavar="COLUMN|REGEX",
-        help="hold out whole groups: a table's column (patient_id), or a pattern of paths whose first group names them",
+        help="hold out whole groups: a table's column (patient_id), "
+        "or a pattern of paths whose first group names them",
     )
-    add("--any", action="store_true", help=f"of {INDEX}: samples that hold anything, images or not; see docs/loader.md")
+    add(
+        "--any",
+        action="store_true",
+        help=f"of {INDEX}: samples that hold anything, images or not; see docs/loader.md",
+    )
 
 
 def _add_images(group: "argparse._ArgumentGroup") -> None:
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, **with_range(options))
 
-    add("--resize-shorter", type=positive, metavar="PX", help="encode images anew whose shorter side is longer")
-    add("--quality", type=Number(int, 1, 100), default=90, help="of JPEGs that are encoded anew (%(default)s)")
-    add("--reencode", action="store_true", help="take BMP, GIF, TIFF and AVIF too, encoded anew as JPEG of --quality")
-    add("--verify", choices=("header", "full"), default="header", help="how images are checked (%(default)s)")
+    add(
+        "--resize-shorter",
+        type=positive,
+        metavar="PX",
+        help="encode images anew whose shorter side is longer",
+    )
+    add(
+        "--quality",
+        type=Number(int, 1, 100),
+        default=90,
+        help="of JPEGs that are encoded anew (%(default)s)",
+    )
+    add(
+        "--reencode",
+        action="store_true",
+        help="take BMP, GIF, TIFF and AVIF too, encoded anew as JPEG of --quality",
+    )
+    add(
+        "--verify",
+        choices=("header", "full"),
+        default="header",
+        help="how images are checked (%(default)s)",
+    )
     add(
         "--max-bad",
         type=SHARE,
@@ -149,15 +185,24 @@ def _add_writing(group: "argparse._ArgumentGroup") -> None:
     )
     add(
         "--executor",
-        type=dask_address,
+        type=parse_dask_address,
         metavar="dask://HOST:PORT",
         help="make the shards on a Dask cluster that sees SOURCE",
     )
     add("--spool", type=Path, help="local folder for images that come as a stream (.wds/spool)")
-    add("--spool-gb", type=above_zero, default=50, help="most that it may hold; less means more passes (%(default)s)")
+    add(
+        "--spool-gb",
+        type=above_zero,
+        default=50,
+        help="most that it may hold; less means more passes (%(default)s)",
+    )
     add("--overwrite", action="store_true", help="replace a dataset made with other settings")
     add("--unsafe-store", action="store_true", help=UNSAFE_HELP)
-    add("--dry-run", action="store_true", help="print the plan, its time and its cost, and write nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the plan, its time and its cost, and write nothing",
+    )
 
 
 def read_wanted(args: argparse.Namespace) -> Wanted:
@@ -185,37 +230,52 @@ def read_wanted(args: argparse.Namespace) -> Wanted:
 
 
 def _said_splits(said: list[str]) -> SaidSplits:
-    """Return the splits that --split WORD=SPLIT names, by word in small letters."""
+    """Return what --split WORD=SPLIT says, by word in small letters.
+
+    Raises:
+        UsageError: A value cannot be understood, or two contradict each other.
+    """
     splits = SaidSplits()
     for text in said:
         word, equals, split = text.rpartition("=")
         if not equals or not word or split not in (*SPLITS, NO_SPLIT):
             raise UsageError(
-                f"--split {text!r} is not WORD=SPLIT, where SPLIT is {', '.join(SPLITS)} or {NO_SPLIT}; such as --split holdout=val"
+                f"--split {text!r} is not WORD=SPLIT, where SPLIT is {', '.join(SPLITS)} "
+                f"or {NO_SPLIT}; such as --split holdout=val"
             )
         if splits.setdefault(word.lower(), split) != split:
             raise UsageError(
-                f"--split says two things of {word!r}: {splits[word.lower()]} and {split}; leave one of them out"
+                f"--split says two things of {word!r}: {splits[word.lower()]} and {split}; "
+                "leave one of them out"
             )
     return splits
 
 
 def refuse_unmet(wanted: Wanted, source: str) -> None:
-    """Raise `UsageError` for a --split whose word nothing in the source is called: a slip would go unseen."""
+    """Raise `UsageError` for a --split whose word does not occur in the source: a slip, perhaps.
+
+    Args:
+        wanted: What the flags say, after the source was read with it.
+        source: The source, for the message.
+    """
     unmet = wanted.splits.unmet if isinstance(wanted.splits, SaidSplits) else []
     if unmet:
+        word = unmet[0]
         raise UsageError(
-            f"--split {unmet[0]}={wanted.splits[unmet[0]]}: no folder, file or cell of {source} that may be a split is called {unmet[0]!r}; "
-            "correct it, or leave it out"
+            f"--split {word}={wanted.splits[word]}: no folder, file or cell of {source} "
+            f"that may be a split is called {word!r}; correct it, or leave it out"
         )
 
 
 def _checked_group(group: str | None) -> str | None:
-    if group is not None:
-        try:
-            re.compile(group)
-        except re.error as error:
-            raise UsageError(
-                f"--group {group!r} is neither a column's name nor a pattern ({error}); such as --group patient_id, or --group 'patient_(\\d+)'"
-            ) from error
+    """Return the value of --group, if it can be a column's name or a pattern."""
+    if group is None:
+        return None
+    try:
+        re.compile(group)
+    except re.error as error:
+        raise UsageError(
+            f"--group {group!r} is neither a column's name nor a pattern ({error}); "
+            "such as --group patient_id, or --group 'patient_(\\d+)'"
+        ) from error
     return group

@@ -1,4 +1,7 @@
-"""How a source was understood, for the person before the work and for `report.json` after it."""
+"""Describe how a source was understood.
+
+The description is printed before the work, and kept in `report.json` after it.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,21 +17,22 @@ from wds_train.dataset.arrow import to_numpy
 from wds_train.dataset.manifest import ClassInfo
 
 SHOWN = 8  # classes that are named before the work
-COUNTED = 20  # classes whose samples are counted one by one
-CAUSES = 8  # of what is ignored
+COUNTED = 20  # the most classes whose samples are printed one by one
+CAUSES = 8  # the most causes of ignored files that are listed
+LISTED = 5  # classes that are named in a doubt
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a source, or tars that stay where they are, were read.
+    """The facts about a source, or about tars that stay where they are, after reading.
 
     Attributes:
-        description: What it is called.
+        description: The source in a few words.
         classes: Its classes.
         counts: The samples of each class, int [classes], by split.
-        notes: What is not in the dataset as it is in the source.
+        notes: Files and samples that are not in the dataset as they are in the source.
         understood: How it was understood, if that is known.
-        group: What --group said, if anything.
+        group: The value of --group; empty for none.
     """
 
     description: str
@@ -42,12 +46,17 @@ class Reading:
 def reading_of(plan: Plan) -> Reading:
     """Return how the plan's source was read."""
     source = plan.source
-    counts = {
-        split: np.bincount(to_numpy(rows["label"]) if rows.num_rows else [], minlength=len(source.classes))
-        for split, rows in source.splits.items()
-    }
+    counts = {}
+    for split, rows in source.splits.items():
+        labels = to_numpy(rows["label"]) if rows.num_rows else np.zeros(0, np.int64)
+        counts[split] = np.bincount(labels, minlength=len(source.classes))
     return Reading(
-        source.description, source.classes, counts, source.notes, source.understood, plan.options.group or ""
+        description=source.description,
+        classes=source.classes,
+        counts=counts,
+        notes=source.notes,
+        understood=source.understood,
+        group=plan.options.group or "",
     )
 
 
@@ -58,52 +67,69 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 def describe_reading(reading: Reading) -> dict[str, Any]:
     """Return how something was understood, as `report.json` holds it under `understood`."""
-    understood = reading.understood
+    understood = reading.understood or Understood(reading.description, "")
+    ids = [entry.id for entry in reading.classes]
+    splits = {}
+    classes = {}
+    for split, counts in reading.counts.items():
+        splits[split] = int(counts.sum())
+        classes[split] = dict(zip(ids, counts.tolist(), strict=True))
     return {
-        "layout": understood.layout if understood else reading.description,
-        "labels": understood.labels if understood else "",
-        "said": list(understood.said) if understood else [],
-        "doubtful": [*(understood.doubtful if understood else []), *_doubts(reading)],
+        "layout": understood.layout,
+        "labels": understood.labels,
+        "said": list(understood.said),
+        "doubtful": [*understood.doubtful, *_doubts(reading)],
         "ignored": _ignored(reading.notes),
-        "splits": {split: int(counts.sum()) for split, counts in reading.counts.items()},
-        "classes": {
-            split: dict(zip([entry.id for entry in reading.classes], counts.tolist(), strict=True))
-            for split, counts in reading.counts.items()
-        },
+        "splits": splits,
+        "classes": classes,
     }
 
 
 def print_reading(reading: Reading) -> None:
-    """Print what something was taken for: a person sees at once when it is not what it is."""
-    names = ", ".join(_short(entry.name) for entry in reading.classes[:SHOWN])
-    more = ", ..." if reading.classes[SHOWN:] else ""
-    told = describe_reading(reading)
-    counts = ", ".join(f"{split} {count:,}" for split, count in told["splits"].items())
-    say(f"{reading.description}: {len(reading.classes)} classes ({names}{more}); {counts}")
+    """Print how something was understood, so that a person sees at once when that is wrong."""
+    description = describe_reading(reading)
+
+    # The headline: classes and samples.
+    names = [_short(entry.name) for entry in reading.classes]
+    shown = ", ".join(names[:SHOWN])
+    more = ", ..." if names[SHOWN:] else ""
+    samples = ", ".join(f"{split} {count:,}" for split, count in description["splits"].items())
+    say(f"{reading.description}: {len(names)} classes ({shown}{more}); {samples}")
+
     if reading.understood is not None:
-        _line("layout", told["layout"])
-        _line("labels", told["labels"])
-        for split, of_classes in told["classes"].items():
-            shown = dict(zip((_short(entry.name) for entry in reading.classes), of_classes.values(), strict=True))
-            _line("counts", f"{split}: {_in_short(shown if len(shown) == len(of_classes) else of_classes)}")
-    for name in ("said", "ignored", "doubtful"):
-        for sentence in told[name]:
-            _line("note" if name == "said" else name, sentence)
+        _print_line("layout", description["layout"])
+        _print_line("labels", description["labels"])
+        for split, counts in description["classes"].items():
+            by_name = dict(zip(names, counts.values(), strict=True))
+            # Short names may be equal, ids are not.
+            unique = by_name if len(by_name) == len(counts) else counts
+            _print_line("counts", f"{split}: {_summarise(unique)}")
+    for key, word in (("said", "note"), ("ignored", "ignored"), ("doubtful", "doubtful")):
+        for sentence in description[key]:
+            _print_line(word, sentence)
 
 
 def print_understood(plan: Plan) -> None:
-    """Print what the plan's source was taken for, and where its val split comes from."""
-    source, share = plan.source, plan.options.hold_out
+    """Print how the plan's source was understood, and where its val split comes from."""
+    source = plan.source
+    share = plan.options.hold_out
     print_reading(reading_of(plan))
     if share and plan.options.group:
         held = source.splits["val"].num_rows
         say(
-            f"val is whole groups of {plan.options.group}, {held:,} samples, held out; --hold-out sets another share, 0 keeps none"
+            f"val is whole groups of {plan.options.group}, {held:,} samples, held out; "
+            "--hold-out sets another share, 0 keeps none"
         )
     elif share:
-        say(f"val is {share:.0%} of each class of train, held out; --hold-out sets another share, 0 keeps none")
+        say(
+            f"val is {share:.0%} of each class of train, held out; "
+            "--hold-out sets another share, 0 keeps none"
+        )
     elif "val" not in source.splits:
-        say("there is no val split, which training needs: --hold-out 0.1 keeps a tenth of each class for one")
+        say(
+            "there is no val split, which training needs: "
+            "--hold-out 0.1 keeps a tenth of each class for one"
+        )
 
 
 def _short(name: str) -> str:
@@ -111,50 +137,63 @@ def _short(name: str) -> str:
     return name.partition(",")[0]
 
 
-def _line(name: str, text: str) -> None:
+def _print_line(name: str, text: str) -> None:
     say(f"  {name:9} {text}")
 
 
-def _in_short(counts: dict[str, int]) -> str:
+def _summarise(counts: dict[str, int]) -> str:
+    """Return the samples of each class; of many classes the least, the most and the median."""
     if len(counts) <= COUNTED:
         return ", ".join(f"{name} {count:,}" for name, count in counts.items())
     values = sorted(counts.values())
-    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    least = min(counts, key=counts.__getitem__)
+    most = max(counts, key=counts.__getitem__)
+    median = values[len(values) // 2]
     return (
-        f"{values[0]:,} ({least}) to {values[-1]:,} ({most}) a class, half of them {values[len(values) // 2]:,} or more"
+        f"{values[0]:,} ({least}) to {values[-1]:,} ({most}) a class, "
+        f"half of them {median:,} or more"
     )
 
 
 def _doubts(reading: Reading) -> list[str]:
-    """Return what is odd about the numbers of samples."""
-    counts = reading.counts
-    ids = [entry.id for entry in reading.classes]
-    doubts: list[str] = []
-    train = counts.get("train")
+    """Return what is odd about the numbers of samples, a sentence each."""
+    train = reading.counts.get("train")
     if train is None:
-        return doubts
-    empty = [id for id, count in zip(ids, train.tolist(), strict=True) if not count]
+        return []
+    doubts = []
+    empty = _empty_classes(reading, "train")
     if empty:
-        doubts.append(
-            f"{len(empty)} classes have no samples in train: {', '.join(empty[:5])}{', ...' if empty[5:] else ''}"
-        )
+        doubts.append(f"{len(empty)} classes have no samples in train: {_list_some(empty)}")
     unlabeled = sum(note.cause == "no label" for note in reading.notes)
     if unlabeled > train.sum():
-        doubts.append(f"more images are without a label ({unlabeled:,}) than with one; is it the right column?")
-    if reading.group and "val" in counts:
-        missing = [id for id, count in zip(ids, counts["val"].tolist(), strict=True) if not count]
+        doubts.append(
+            f"more images are without a label ({unlabeled:,}) than with one; "
+            "is it the right column?"
+        )
+    if reading.group and "val" in reading.counts:
+        missing = _empty_classes(reading, "val")
         if missing:
-            doubts.append(
-                f"{len(missing)} classes are in no group of val: {', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
-            )
+            doubts.append(f"{len(missing)} classes are in no group of val: {_list_some(missing)}")
     return doubts
 
 
-def _ignored(met: Sequence[Note]) -> list[str]:
-    """Return what is ignored: the causes, most frequent first, each with an example."""
-    notes = [note for note in met if note.what == "ignored"]
-    causes = Counter(note.cause for note in notes)
-    example = {note.cause: note.origin for note in reversed(notes)}
-    told = [f"{count:,} x {cause} ({example[cause]})" for cause, count in causes.most_common(CAUSES)]
-    rest = sum(count for _, count in causes.most_common()[CAUSES:])
-    return [*told, *([f"{rest:,} more; report.json has all of them"] if rest else [])]
+def _empty_classes(reading: Reading, split: str) -> list[str]:
+    """Return the classes without samples in `split`."""
+    counts = reading.counts[split].tolist()
+    return [entry.id for entry, count in zip(reading.classes, counts, strict=True) if not count]
+
+
+def _list_some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:LISTED]) + (", ..." if ids[LISTED:] else "")
+
+
+def _ignored(notes: Sequence[Note]) -> list[str]:
+    """List the causes of what is ignored, most frequent first, each with an example."""
+    ignored = [note for note in notes if note.what == "ignored"]
+    examples = {note.cause: note.origin for note in reversed(ignored)}  # the first of each cause
+    causes = Counter(note.cause for note in ignored).most_common()
+    lines = [f"{count:,} x {cause} ({examples[cause]})" for cause, count in causes[:CAUSES]]
+    rest = sum(count for _, count in causes[CAUSES:])
+    if rest:
+        lines.append(f"{rest:,} more; report.json has all of them")
+    return lines

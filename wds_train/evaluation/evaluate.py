@@ -50,16 +50,22 @@ class View:
     flip: bool
 
     @classmethod
-    def of(cls, recipe: Recipe, tta: str | None, size: int | None = None, crop: float | None = None) -> "View":
+    def of(
+        cls, recipe: Recipe, tta: str | None, size: int | None = None, crop: float | None = None
+    ) -> "View":
         """The recipe's, but for what the flags say; `UsageError` when that cannot work."""
         changes = {"data.eval_size": size, "data.eval_crop": crop}
-        data = with_settings(recipe, [f"{name}={value}" for name, value in changes.items() if value is not None]).data
+        data = with_settings(
+            recipe, [f"{name}={value}" for name, value in changes.items() if value is not None]
+        ).data
         flip = data.eval_flip if tta is None else tta != "none"
         if tta != "crops":
             return cls(data.eval_size, data.eval_crop, data.eval_size, flip)
         # Where the recipe's crop leaves a margin, the whole square at the same scale; otherwise an enlarged one.
         decoded = math.ceil(data.eval_size / min(data.eval_crop, CROPS_SHARE))
-        return cls(data.eval_size, min(1.0, data.eval_crop * decoded / data.eval_size), decoded, flip)
+        return cls(
+            data.eval_size, min(1.0, data.eval_crop * decoded / data.eval_size), decoded, flip
+        )
 
     @property
     def transform(self) -> EvalTransform:
@@ -88,7 +94,9 @@ def chosen_weights(source: str, kind: str, step: int | None) -> Weights:
             )
         return weights
     manifest, store = find_run(source)
-    return from_newest(store, manifest, lambda newest: weights_of(store, newest, choose(newest, kind, step)))
+    return from_newest(
+        store, manifest, lambda newest: weights_of(store, newest, choose(newest, kind, step))
+    )
 
 
 def spread(split: SplitReader, most: int) -> SplitReader:
@@ -106,13 +114,17 @@ def spread(split: SplitReader, most: int) -> SplitReader:
 
 
 def refuse_other_classes(weights: Weights, dataset: Dataset) -> None:
-    ours, theirs = [[entry.id for entry in found] for found in (weights.classes, dataset.manifest.classes)]
+    ours, theirs = [
+        [entry.id for entry in found] for found in (weights.classes, dataset.manifest.classes)
+    ]
     if ours == theirs:
         return
     if len(ours) != len(theirs):
         what = f"knows {len(ours)} classes, the dataset has {len(theirs)}"
     else:
-        label = next(label for label, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+        label = next(
+            label for label, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]
+        )
         what = f"has {ours[label]!r} as class {label}, the dataset {theirs[label]!r}"
     raise UsageError(
         f"the model of {weights.run} cannot be evaluated on {dataset.store.url}: it {what}; use a dataset of the "
@@ -136,9 +148,15 @@ def score(
     if not len(split):
         raise DataError(f"the split {split.name!r} of {split.store.url} has no samples")
     transforms = {view.transform for view in views}
-    plan, workers = EvalPlan(len(split), batch), max(1, workers // len(transforms)) if workers else 0
+    plan, workers = (
+        EvalPlan(len(split), batch),
+        max(1, workers // len(transforms)) if workers else 0,
+    )
     pinned = device.type == "cuda"
-    loaders = {transform: Pipeline(split, plan, transform, workers, pinned=pinned) for transform in transforms}
+    loaders = {
+        transform: Pipeline(split, plan, transform, workers, pinned=pinned)
+        for transform in transforms
+    }
     for loader in loaders.values():
         loader.start()  # before PyTorch has threads, which a fork does not survive
     members = [Member(weights, view, device) for weights, view in zip(chosen, views, strict=True)]
@@ -147,7 +165,9 @@ def score(
     logits = np.empty((len(split), len(chosen[0].classes) if keep_logits else 0), np.float32)
     unreadable: list[Unreadable] = []
     for found in _together(loaders):
-        joint = _mean_probabilities([member.logits(found[member.view.transform].images) for member in members])
+        joint = _mean_probabilities(
+            [member.logits(found[member.view.transform].images) for member in members]
+        )
         named = {entry.sample: entry for each in found.values() for entry in each.unreadable}
         one = replace(next(iter(found.values())), unreadable=list(named.values()))
         totals += sums(joint, one)
@@ -187,4 +207,6 @@ def _mean_probabilities(logits: list[torch.Tensor]) -> torch.Tensor:
     """The logarithm of the members' mean probability; one member's logits as they are, to the last bit."""
     if len(logits) == 1:
         return logits[0]
-    return torch.logsumexp(torch.stack([each.log_softmax(dim=1) for each in logits]), dim=0) - math.log(len(logits))
+    return torch.logsumexp(
+        torch.stack([each.log_softmax(dim=1) for each in logits]), dim=0
+    ) - math.log(len(logits))

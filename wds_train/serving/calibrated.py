@@ -20,7 +20,9 @@ def prepared(source: str, device: torch.device) -> Weights:
     if source.endswith(SUFFIX):
         return _said(Weights.read(Path(source)))
     run, store = find_run(source)
-    return _said(from_newest(store, run, lambda newest: of_choice(store, newest, choose(newest), device)))
+    return _said(
+        from_newest(store, run, lambda newest: of_choice(store, newest, choose(newest), device))
+    )
 
 
 def of_choice(store: Store, run: RunManifest, choice: Choice, device: torch.device) -> Weights:
@@ -46,5 +48,7 @@ def both_kinds(store: Store, run: RunManifest, device: torch.device) -> list[Wei
 def _said(weights: Weights) -> Weights:
     """`weights`, having said why their probabilities are not calibrated, if they are not."""
     if not weights.calibration.used:
-        say(f"the probabilities of the {weights.kind} weights of step {weights.step} are {weights.calibration}")
+        say(
+            f"the probabilities of the {weights.kind} weights of step {weights.step} are {weights.calibration}"
+        )
     return weights

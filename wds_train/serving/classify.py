@@ -18,7 +18,9 @@ from wds_train.models.weights import Weights
 from wds_train.serving.photos import Photo
 
 BATCH = 32
-Answer = tuple[Photo, NDArray[np.float32] | WdsTrainError]  # the logits [classes], or why there are none
+Answer = tuple[
+    Photo, NDArray[np.float32] | WdsTrainError
+]  # the logits [classes], or why there are none
 
 
 class Classifier:
@@ -40,10 +42,16 @@ class Classifier:
             while waiting:
                 yield from self._answers(waiting.popleft())
 
-    def _answers(self, batch: list[tuple[Photo, Future[NDArray[np.uint8] | WdsTrainError]]]) -> Iterator[Answer]:
+    def _answers(
+        self, batch: list[tuple[Photo, Future[NDArray[np.uint8] | WdsTrainError]]]
+    ) -> Iterator[Answer]:
         found = [future.result() for _, future in batch]
         readable = [pixels for pixels in found if not isinstance(pixels, WdsTrainError)]
-        logits = iter(self._member.logits(torch.from_numpy(np.stack(readable))).cpu().numpy() if readable else ())
+        logits = iter(
+            self._member.logits(torch.from_numpy(np.stack(readable))).cpu().numpy()
+            if readable
+            else ()
+        )
         for (photo, _), pixels in zip(batch, found, strict=True):
             yield photo, pixels if isinstance(pixels, WdsTrainError) else next(logits)
 

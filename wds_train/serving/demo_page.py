@@ -42,7 +42,9 @@ def interpreter(python: str | None) -> Path:
     """
     called = python or sys.executable
     try:
-        found = subprocess.run([called, "-c", "import gradio, onnxruntime"], capture_output=True, check=False)
+        found = subprocess.run(
+            [called, "-c", "import gradio, onnxruntime"], capture_output=True, check=False
+        )
     except OSError as error:
         raise UsageError(f"--python {called} cannot be run: {error.strerror}") from error
     if found.returncode:
@@ -54,11 +56,15 @@ def interpreter(python: str | None) -> Path:
 
 def refuse_taken(port: int) -> None:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or the last page's connections would count
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # or the last page's connections would count
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise UsageError(f"--port {port} cannot be had ({error.strerror}); choose another") from error
+            raise UsageError(
+                f"--port {port} cannot be had ({error.strerror}); choose another"
+            ) from error
 
 
 def serve(source: str, python: str | None, port: int) -> int:
@@ -67,7 +73,9 @@ def serve(source: str, python: str | None, port: int) -> int:
     command = [str(interpreter(python)), "app.py"]
     cpu = torch.device("cpu")
     space = (
-        Space([prepared(source, cpu)], f"File {Path(source).name}") if source.endswith(SUFFIX) else _of_run(source, cpu)
+        Space([prepared(source, cpu)], f"File {Path(source).name}")
+        if source.endswith(SUFFIX)
+        else _of_run(source, cpu)
     )
     # `kill` must end the page, too, and remove what it made.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -101,8 +109,14 @@ def _space(store: Store, manifest: RunManifest, device: torch.device) -> Space:
     first = choices[0]
     say(f"the page begins with the {describe_weights(first)}")
     known = {(weights.kind, weights.step) for weights in choices}
-    older = [each for each in _trained(manifest, first.kind) if (first.kind, each.progress.step) not in known]
-    chosen = sorted({round(place) for place in np.linspace(0, len(older) - 1, min(CHECKPOINTS, len(older)))})
+    older = [
+        each
+        for each in _trained(manifest, first.kind)
+        if (first.kind, each.progress.step) not in known
+    ]
+    chosen = sorted(
+        {round(place) for place in np.linspace(0, len(older) - 1, min(CHECKPOINTS, len(older)))}
+    )
     others = [weights_of(store, manifest, Choice(older[place], first.kind)) for place in chosen]
     return Space(choices, footer(manifest), others, _examples(manifest, first))
 
@@ -110,18 +124,32 @@ def _space(store: Store, manifest: RunManifest, device: torch.device) -> Space:
 def _trained(run: RunManifest, kind: str) -> list[Checkpoint]:
     """The checkpoints whose `kind` weights are others than those that the training began with."""
     every = every_of(run.recipe)
-    return [each for each in run.checkpoints if kind == "raw" or is_averaged(each.progress.step, every)]
+    return [
+        each for each in run.checkpoints if kind == "raw" or is_averaged(each.progress.step, every)
+    ]
 
 
 def _examples(run: RunManifest, weights: Weights) -> list[tuple[str, bytes]]:
     """The first validation image of some classes, if they can be had."""
     try:
         split = own_dataset(run).split("val")
-        labels = np.linspace(0, len(weights.classes) - 1, min(EXAMPLES, len(weights.classes))).round().astype(int)
-        found = [(label, np.flatnonzero(split.index.label[:] == label)[:1].tolist()) for label in labels.tolist()]
-        images = [(label, sample(split, number).read()) for label, numbers in found for number in numbers]
+        labels = (
+            np.linspace(0, len(weights.classes) - 1, min(EXAMPLES, len(weights.classes)))
+            .round()
+            .astype(int)
+        )
+        found = [
+            (label, np.flatnonzero(split.index.label[:] == label)[:1].tolist())
+            for label in labels.tolist()
+        ]
+        images = [
+            (label, sample(split, number).read()) for label, numbers in found for number in numbers
+        ]
     except WdsTrainError as error:
         say(f"there are no examples: {error}")
         return []
     # Gradio goes by the name; the page's own reader by the content.
-    return [(f"{label:05d}{'.jpg' if data.startswith(START) else '.png'}", data) for label, data in images]
+    return [
+        (f"{label:05d}{'.jpg' if data.startswith(START) else '.png'}", data)
+        for label, data in images
+    ]

@@ -37,7 +37,11 @@ def is_public(text: str) -> bool:
 
 
 def download(
-    url: str, *, allowed: Callable[[str], bool] = is_public, seconds: float = SECONDS, most: int = MOST_BYTES
+    url: str,
+    *,
+    allowed: Callable[[str], bool] = is_public,
+    seconds: float = SECONDS,
+    most: int = MOST_BYTES,
 ) -> bytes:
     """The bytes at `url`; `DataError` when they are not to be had, or an address on the way is not `allowed`."""
     deadline = time.monotonic() + seconds
@@ -48,14 +52,20 @@ def download(
                     return _body(connection, answer, deadline, most)
                 url = urljoin(url, answer.getheader("Location", ""))
     except TimeoutError as error:
-        raise DataError(f"it did not come within {seconds:g} s; try again, or download it yourself") from error
+        raise DataError(
+            f"it did not come within {seconds:g} s; try again, or download it yourself"
+        ) from error
     except (OSError, HTTPException, ValueError) as error:
-        raise DataError(f"it could not be downloaded: {str(error)[:200] or type(error).__name__}") from error
+        raise DataError(
+            f"it could not be downloaded: {str(error)[:200] or type(error).__name__}"
+        ) from error
     raise DataError(f"it redirects more than {REDIRECTS} times")
 
 
 @contextlib.contextmanager
-def _answer(url: str, allowed: Callable[[str], bool], deadline: float) -> Iterator[tuple[HTTPConnection, HTTPResponse]]:
+def _answer(
+    url: str, allowed: Callable[[str], bool], deadline: float
+) -> Iterator[tuple[HTTPConnection, HTTPResponse]]:
     parts = urlsplit(url)
     if parts.scheme not in PORTS or not parts.hostname or parts.username:
         raise DataError(
@@ -68,7 +78,9 @@ def _answer(url: str, allowed: Callable[[str], bool], deadline: float) -> Iterat
         path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), SAFE)
         connection.sock.settimeout(_left(deadline))
         with _ended_at(deadline, connection.sock):
-            connection.request("GET", path, headers={"User-Agent": "wds-train", "Accept": "image/*"})
+            connection.request(
+                "GET", path, headers={"User-Agent": "wds-train", "Accept": "image/*"}
+            )
             answer = connection.getresponse()
             _left(deadline)
         yield connection, answer
@@ -93,10 +105,16 @@ def _ended_at(deadline: float, used: socket.socket) -> Iterator[None]:
         timer.cancel()
 
 
-def _connected(parts: SplitResult, allowed: Callable[[str], bool], deadline: float) -> socket.socket:
+def _connected(
+    parts: SplitResult, allowed: Callable[[str], bool], deadline: float
+) -> socket.socket:
     assert parts.hostname
-    found = socket.getaddrinfo(parts.hostname, parts.port or PORTS[parts.scheme], type=socket.SOCK_STREAM)
-    if refused := next((str(place[4][0]) for place in found if not allowed(str(place[4][0]))), None):
+    found = socket.getaddrinfo(
+        parts.hostname, parts.port or PORTS[parts.scheme], type=socket.SOCK_STREAM
+    )
+    if refused := next(
+        (str(place[4][0]) for place in found if not allowed(str(place[4][0]))), None
+    ):
         raise DataError(
             f"{parts.hostname} is at {refused}, which is no public address; download it yourself and give the file"
         )
@@ -116,7 +134,9 @@ def _body(connection: HTTPConnection, answer: HTTPResponse, deadline: float, mos
     while piece := answer.read1(PIECE):
         data += piece
         if len(data) > most:
-            raise DataError(f"it has more than {most >> 20} MB; download it yourself and give the file")
+            raise DataError(
+                f"it has more than {most >> 20} MB; download it yourself and give the file"
+            )
         if connection.sock:  # gone once the server has said its last
             connection.sock.settimeout(_left(deadline))
         _left(deadline)

@@ -56,7 +56,9 @@ def write_onnx(weights: Weights, path: Path) -> str:
     program.model.metadata_props[METADATA] = json.dumps(facts(weights), ensure_ascii=False)
     data = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    _compare(graph, lambda pixels: session.run(["logits"], {INPUT: pixels.numpy()})[0], SAME_ONNX, "ONNX")
+    _compare(
+        graph, lambda pixels: session.run(["logits"], {INPUT: pixels.numpy()})[0], SAME_ONNX, "ONNX"
+    )
     _write(path, data)
     return f"onnxruntime.InferenceSession({str(path)!r}).run(None, {{{INPUT!r}: uint8 [n, {graph.side}, {graph.side}, 3]}})"
 
@@ -69,7 +71,9 @@ def write_torch_export(weights: Weights, path: Path) -> str:
             graph, (graph.example(2),), dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}}
         )
     _compare(graph, lambda pixels: program.module()(pixels)[0].numpy(), SAME, "torch.export")
-    torch.export.save(program, file, extra_files={METADATA: json.dumps(facts(weights), ensure_ascii=False)})
+    torch.export.save(
+        program, file, extra_files={METADATA: json.dumps(facts(weights), ensure_ascii=False)}
+    )
     _write(path, file.getvalue())
     return f"torch.export.load({str(path)!r}).module()"
 
@@ -79,12 +83,16 @@ def write_timm_folder(weights: Weights, path: Path) -> str:
     own model of the name would bring another training's tag, licence, paper and address.
     """
     with new_folder(path) as folder:
-        (folder / "config.json").write_text(json.dumps(weights.timm_config(), indent=1, ensure_ascii=False) + "\n")
+        (folder / "config.json").write_text(
+            json.dumps(weights.timm_config(), indent=1, ensure_ascii=False) + "\n"
+        )
         weights.save(folder / f"model{SUFFIX}")
         with _refused(weights, "timm's config.json"):
             loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         graph = Graph(weights)
-        _compare(graph, lambda pixels: loaded(graph.normalise(pixels)).numpy(), SAME, "the timm folder")
+        _compare(
+            graph, lambda pixels: loaded(graph.normalise(pixels)).numpy(), SAME, "the timm folder"
+        )
     return f"timm.create_model({f'local-dir:{path}'!r}, pretrained=True)"
 
 
@@ -118,7 +126,9 @@ def refuse_taken(path: Path) -> None:
 
 
 @torch.inference_mode()
-def _compare(graph: Graph, other: Callable[[torch.Tensor], NDArray[np.float32]], share: float, what: str) -> None:
+def _compare(
+    graph: Graph, other: Callable[[torch.Tensor], NDArray[np.float32]], share: float, what: str
+) -> None:
     """Raise `RunError` when `other` has not the logits of `graph`, for a batch of another size than it was made with."""
     pixels = graph.example(3)
     ours, theirs = graph(pixels)[0].numpy(), other(pixels)
@@ -143,7 +153,9 @@ def _refused(weights: Weights, what: str) -> Iterator[None]:
     except Exception as error:  # whatever a tracer or a builder raises that does not know a layer
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         name = weights.recipe.model.name
-        raise RunError(f"the model {name} cannot be put into {what} ({cause:.200}); use another format") from error
+        raise RunError(
+            f"the model {name} cannot be put into {what} ({cause:.200}); use another format"
+        ) from error
 
 
 @contextmanager

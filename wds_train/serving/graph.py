@@ -35,12 +35,18 @@ class Graph(nn.Module):
         model: Any = self.model
         features = model.forward_features(self.normalise(pixels))
         logits = model.forward_head(features)
-        return (logits, features, model.get_classifier().weight * 1.0) if self.mapped else (logits, features)
+        return (
+            (logits, features, model.get_classifier().weight * 1.0)
+            if self.mapped
+            else (logits, features)
+        )
 
     def example(self, images: int) -> torch.Tensor:
         """Pixels to try the graph on, the same every time."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, 256, (images, self.side, self.side, 3), dtype=torch.uint8, generator=generator)
+        return torch.randint(
+            0, 256, (images, self.side, self.side, 3), dtype=torch.uint8, generator=generator
+        )
 
     @torch.inference_mode()
     def _is_mean_then_linear(self) -> bool:
@@ -48,9 +54,15 @@ class Graph(nn.Module):
         model: Any = self.model
         features = model.forward_features(self.normalise(self.example(1)))
         head = model.get_classifier()
-        if features.ndim != 4 or not isinstance(head, nn.Linear) or features.shape[1] != head.in_features:
+        if (
+            features.ndim != 4
+            or not isinstance(head, nn.Linear)
+            or features.shape[1] != head.in_features
+        ):
             return False
-        return torch.allclose(head(features.mean(dim=(2, 3))), model.forward_head(features), rtol=1e-3, atol=1e-4)
+        return torch.allclose(
+            head(features.mean(dim=(2, 3))), model.forward_head(features), rtol=1e-3, atol=1e-4
+        )
 
 
 def facts(weights: Weights) -> dict[str, Any]:

@@ -94,10 +94,16 @@ def _on_s3(text: str) -> Iterator[Photo]:
         else:
             yield Photo(text, partial(_object, store, key))
             return
-    below = [entry for entry in store.list(f"{key}/" if key else "") if entry.key.lower().endswith(SUFFIXES)]
+    below = [
+        entry
+        for entry in store.list(f"{key}/" if key else "")
+        if entry.key.lower().endswith(SUFFIXES)
+    ]
     if not below:
         raise DataError(f"there is no object {text}, nor an image ({', '.join(SUFFIXES)}) below it")
-    yield from (Photo(f"s3://{bucket}/{entry.key}", partial(_object, store, entry.key)) for entry in below)
+    yield from (
+        Photo(f"s3://{bucket}/{entry.key}", partial(_object, store, entry.key)) for entry in below
+    )
 
 
 def _object(store: Store, key: str) -> bytes:

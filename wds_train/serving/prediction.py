@@ -27,7 +27,9 @@ class Prediction:
     error: str = ""
 
     @classmethod
-    def of(cls, image: str, answer: NDArray[np.float32] | WdsTrainError, weights: Weights) -> "Prediction":
+    def of(
+        cls, image: str, answer: NDArray[np.float32] | WdsTrainError, weights: Weights
+    ) -> "Prediction":
         if isinstance(answer, WdsTrainError):
             return cls(image, error=str(answer))
         found = probabilities(answer[None], weights.calibration.temperature)[0]
@@ -41,11 +43,16 @@ class Prediction:
     def to_json(self) -> str:
         if self.error:
             return json.dumps({"image": self.image, "error": self.error})
-        top = [{"id": entry.id, "name": entry.name, "probability": round(share, 6)} for entry, share in self.top]
+        top = [
+            {"id": entry.id, "name": entry.name, "probability": round(share, 6)}
+            for entry, share in self.top
+        ]
         return json.dumps({"image": self.image, "sure": self.sure, "top": top})
 
     def to_csv(self) -> str:
-        cells = [cell for entry, share in self.top for cell in (entry.id, entry.name, f"{share:.6f}")]
+        cells = [
+            cell for entry, share in self.top for cell in (entry.id, entry.name, f"{share:.6f}")
+        ]
         sure = "" if self.error else str(self.sure).lower()
         return csv_line([readable(self.image), self.error, sure, *cells])
 
@@ -61,13 +68,20 @@ class Prediction:
 def csv_header(classes: int) -> str:
     ranks = range(1, min(TOP, classes) + 1)
     return csv_line(
-        ["image", "error", "sure", *(f"{what}{n}" for n in ranks for what in ("id", "name", "probability"))]
+        [
+            "image",
+            "error",
+            "sure",
+            *(f"{what}{n}" for n in ranks for what in ("id", "name", "probability")),
+        ]
     )
 
 
 def csv_line(cells: list[str]) -> str:
     out = io.StringIO()
-    csv.writer(out).writerow(cells)  # a line's end in a cell is quoted if it is one of the writer's own
+    csv.writer(out).writerow(
+        cells
+    )  # a line's end in a cell is quoted if it is one of the writer's own
     return out.getvalue().removesuffix("\r\n")
 
 
@@ -76,4 +90,7 @@ def class_names(classes: tuple[ClassInfo, ...]) -> dict[str, str]:
     cranes.
     """
     count = Counter(entry.name for entry in classes)
-    return {entry.id: entry.name if count[entry.name] == 1 else f"{entry.name} ({entry.id})" for entry in classes}
+    return {
+        entry.id: entry.name if count[entry.name] == 1 else f"{entry.name} ({entry.id})"
+        for entry in classes
+    }

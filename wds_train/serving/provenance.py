@@ -34,7 +34,9 @@ def without_places(weights: Weights) -> Weights:
     recipe = weights.recipe
     model = replace(recipe.model, init=_name(recipe.model.init))
     distill = replace(recipe.distill, teacher=_name(recipe.distill.teacher))
-    return replace(weights, run=_name(weights.run), recipe=replace(recipe, model=model, distill=distill))
+    return replace(
+        weights, run=_name(weights.run), recipe=replace(recipe, model=model, distill=distill)
+    )
 
 
 def _name(place: str) -> str:
@@ -75,6 +77,4 @@ def revision() -> str:
 def footer(run: RunManifest) -> str:
     """All of it in a line of Markdown."""
     named = data(run, None)
-    return (
-        f"Run {run.run}, dataset {named['name']} `{named['fingerprint'][:16]}`, by wds-train {revision()}: {cost(run)}"
-    )
+    return f"Run {run.run}, dataset {named['name']} `{named['fingerprint'][:16]}`, by wds-train {revision()}: {cost(run)}"

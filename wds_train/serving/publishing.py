@@ -30,13 +30,21 @@ LICENCES = re.compile("[a-z0-9][a-z0-9.-]{0,60}")
 def refuse(folder: Path, licence: str, push: str | None) -> None:
     refuse_taken(folder)
     if not LICENCES.fullmatch(licence):
-        raise UsageError(f"--licence {licence!r} is no identifier of the hub, such as apache-2.0, mit or other")
+        raise UsageError(
+            f"--licence {licence!r} is no identifier of the hub, such as apache-2.0, mit or other"
+        )
     if push is not None and not NAMES.fullmatch(push):
         raise UsageError(f"--push {push!r} is no name on the hub; write OWNER/NAME")
 
 
 def write(
-    folder: Path, run: RunManifest, choices: list[Weights], licence: str, name: str | None, *, device: torch.device
+    folder: Path,
+    run: RunManifest,
+    choices: list[Weights],
+    licence: str,
+    name: str | None,
+    *,
+    device: torch.device,
 ) -> None:
     """Make `folder`, with `model` and `space` in it, of the first of `choices` and of all of them. `name` is what both
     repositories will be called. What can be scored is scored on `device`.
@@ -60,10 +68,14 @@ def write(
         (space / "README.md").write_text(card("space.md", head.to_yaml(), title=page.title))
         write_timm_folder(choices[0], made / "model")
         shutil.copyfile(space / "models" / file_of(choices[0]), made / "model" / "model.onnx")
-        (made / "model" / "README.md").write_text(_model_card(run, choices[0], licence, name, tested))
+        (made / "model" / "README.md").write_text(
+            _model_card(run, choices[0], licence, name, tested)
+        )
 
 
-def score_on_test(run: RunManifest, weights: Weights, device: torch.device) -> dict[str, Any] | None:
+def score_on_test(
+    run: RunManifest, weights: Weights, device: torch.device
+) -> dict[str, Any] | None:
     """What these very weights score on the test split of the run's dataset; None where it has none, said where it cannot be
     read.
     """
@@ -85,11 +97,19 @@ def score_on_test(run: RunManifest, weights: Weights, device: torch.device) -> d
 
 
 def _model_card(
-    run: RunManifest, weights: Weights, licence: str, name: str | None, tested: dict[str, Any] | None
+    run: RunManifest,
+    weights: Weights,
+    licence: str,
+    name: str | None,
+    tested: dict[str, Any] | None,
 ) -> str:
     known, named, found = facts(weights), data(run, _validation_samples(run)), results(run)
     view = weights.recipe.data
-    arguments = {"size": view.eval_size, "crop": view.eval_crop, "tta": "flip" if view.eval_flip else "none"}
+    arguments = {
+        "size": view.eval_size,
+        "crop": view.eval_crop,
+        "tta": "flip" if view.eval_flip else "none",
+    }
     scored = [("test", tested)] if tested else []
     scored += [("val", row) for row in found]
     scores = [
@@ -154,7 +174,9 @@ def push(folder: Path, name: str) -> list[str]:
     hub, addresses = HfApi(), []
     for kind in ("model", "space"):
         try:
-            hub.create_repo(name, repo_type=kind, space_sdk="gradio" if kind == "space" else None, exist_ok=True)
+            hub.create_repo(
+                name, repo_type=kind, space_sdk="gradio" if kind == "space" else None, exist_ok=True
+            )
             hub.upload_folder(repo_id=name, repo_type=kind, folder_path=folder / kind)
         except Exception as error:  # whatever the hub's client and its HTTP library raise: it depends on their versions
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -40,11 +40,15 @@ class Space:
         for name in PROGRAM:
             shutil.copyfile(HERE / "space" / name, folder / name)
         (folder / "models").mkdir()
-        in_order = sorted((*self.choices, *self.others), key=lambda weights: (weights.step, weights.kind))
+        in_order = sorted(
+            (*self.choices, *self.others), key=lambda weights: (weights.step, weights.kind)
+        )
         for weights in in_order:
             say(f"exporting the {weights.kind} weights of step {weights.step}")
             write_onnx(weights, folder / "models" / file_of(weights))
-        (folder / "app.json").write_text(json.dumps(self._about(in_order), indent=1, ensure_ascii=False) + "\n")
+        (folder / "app.json").write_text(
+            json.dumps(self._about(in_order), indent=1, ensure_ascii=False) + "\n"
+        )
         if self.examples:
             (folder / "examples").mkdir()
         for name, data in self.examples:
@@ -80,6 +84,9 @@ def pinned(name: str) -> str:
 def card(name: str, head: str, **values: Any) -> str:
     """The README of a repository: `head`, which is YAML, and the card `name` filled in."""
     environment = Environment(
-        loader=FileSystemLoader(HERE / "cards"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+        loader=FileSystemLoader(HERE / "cards"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
     )
     return f"---\n{head.strip()}\n---\n\n{environment.get_template(name).render(**values)}"

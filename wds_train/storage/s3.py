@@ -54,7 +54,9 @@ class S3Store:
     def reconnect(self) -> None:
         self.connection.session.reconnect()
 
-    def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
+    def write(
+        self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
         return self._writer.write(key, body, if_absent=if_absent, if_match=if_match)
 
     def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
@@ -106,7 +108,9 @@ def _pages(
             return
         last, marks = marks, {name: page[told] for name, told in markers.items() if page.get(told)}
         if not marks or marks == last:
-            raise StoreError(f"{s3.url}: the S3 server lists no more than its first objects; it cannot be used")
+            raise StoreError(
+                f"{s3.url}: the S3 server lists no more than its first objects; it cannot be used"
+            )
 
 
 @contextlib.contextmanager

@@ -112,7 +112,9 @@ class S3Connection:
             generation = self.session.generation
             try:
                 with self.translated(key, verb):
-                    answer: dict[str, Any] = getattr(self.client, verb)(Bucket=self.bucket, **details)
+                    answer: dict[str, Any] = getattr(self.client, verb)(
+                        Bucket=self.bucket, **details
+                    )
                 self.note_granted(verb)
                 return answer
             except Unavailable as error:
@@ -201,7 +203,9 @@ class S3Connection:
             return Denied(str(found))
         header = CHECKSUM_HEADER.search(str(error))
         if isinstance(found, Refused) and self.checksums and header:
-            return Refused(f"{found} This server does not take {header[0].lower()}: {CHECKSUM_REMEDY}")
+            return Refused(
+                f"{found} This server does not take {header[0].lower()}: {CHECKSUM_REMEDY}"
+            )
         if isinstance(found, Unavailable) and self.endpoint and self.endpoint.is_full():
             return StoreError(
                 f"no space left on the disk of {self.endpoint.root}, where the embedded S3 server keeps {name}; "

@@ -9,7 +9,13 @@ from wds_train.errors import AccessDenied, Conflict, NotFound, StoreError, Unava
 
 # Answers that are worth another try: a server in trouble, and bytes damaged on their way to it.
 RETRIED = {408, 429, 500, 502, 503, 504}
-RETRIED_CODES = {"SlowDown", "RequestTimeout", "Throttling", "BadDigest", "XAmzContentChecksumMismatch"}
+RETRIED_CODES = {
+    "SlowDown",
+    "RequestTimeout",
+    "Throttling",
+    "BadDigest",
+    "XAmzContentChecksumMismatch",
+}
 # Answers of a server that is busy with another write of the same object. The same request may succeed later.
 BUSY = {"ConditionalRequestConflict", "OperationAborted"}
 # 409 is a write that raced another; 404 is what AWS answers to If-Match on a missing key, where SeaweedFS says 412.
@@ -27,7 +33,9 @@ REMEDIES = {
     "InvalidClientTokenId": "the session token is not valid: renew the credentials",
     "InvalidAccessKeyId": "there is no such access key: check AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret key is not the access key's: check AWS_SECRET_ACCESS_KEY",
-    "RequestTimeTooSkewed": ("this machine's clock is wrong: set it, for example with `timedatectl set-ntp true`"),
+    "RequestTimeTooSkewed": (
+        "this machine's clock is wrong: set it, for example with `timedatectl set-ntp true`"
+    ),
 }
 GRANT = (
     "let the AWS credentials read and write there, and list the bucket "
@@ -88,7 +96,9 @@ def translate(error: boto_errors.ClientError, name: str) -> StoreError:
     code, status = code_and_status(error)
     answered = f"{name}: the S3 server answered {status} {code}: {brief(error)}"
     if code == "NoSuchBucket":  # no `NotFound`: a run would be taken for a fresh one
-        found: StoreError = StoreError(f"the bucket of {name} does not exist; create it, or correct the name")
+        found: StoreError = StoreError(
+            f"the bucket of {name} does not exist; create it, or correct the name"
+        )
     elif is_denial(code, status):
         found = AccessDenied(describe_denial(name, code))
     elif status == 404:

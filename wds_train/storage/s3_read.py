@@ -66,7 +66,9 @@ class S3Reader:
         first = body.start + body.size
         wanted = {}
         if first or body.length is not None:
-            wanted["Range"] = f"bytes={first}-" + ("" if body.length is None else str(body.start + body.length - 1))
+            wanted["Range"] = f"bytes={first}-" + (
+                "" if body.length is None else str(body.start + body.length - 1)
+            )
         with self._get(key, wanted) as (tag, size, answered_range, stream):
             self._connection.note_granted(GET)
             # Not by If-Match: some servers do not know it for reads.
@@ -75,18 +77,26 @@ class S3Reader:
             body.tag, body.expected = tag, body.size + size
             too_much = body.length is not None and body.expected > body.length
             if "Range" in wanted and (too_much or not answered_range.startswith(f"bytes {first}-")):
-                raise StoreError(f"{self._connection.url}/{key}: this S3 server ignores ranges; it cannot be used")
+                raise StoreError(
+                    f"{self._connection.url}/{key}: this S3 server ignores ranges; it cannot be used"
+                )
             if body.length is not None and body.expected < body.length:
                 raise OutOfRange
             began = time.monotonic()
             while body.receive(stream):
                 if time.monotonic() - began > SOCKET_SECONDS + body.size / SLOWEST:
-                    raise Unavailable(f"{self._connection.url}/{key} comes at less than {SLOWEST} bytes per second")
+                    raise Unavailable(
+                        f"{self._connection.url}/{key} comes at less than {SLOWEST} bytes per second"
+                    )
         if body.size < body.expected:  # an early end is no error to http.client and urllib3
-            raise Unavailable(f"{self._connection.url}/{key} broke off after {body.size} of {body.expected} bytes")
+            raise Unavailable(
+                f"{self._connection.url}/{key} broke off after {body.size} of {body.expected} bytes"
+            )
 
     def _changed(self, key: str) -> Conflict:
-        return Conflict(f"{self._connection.url}/{key} was changed by another writer while it was read")
+        return Conflict(
+            f"{self._connection.url}/{key} was changed by another writer while it was read"
+        )
 
     @contextlib.contextmanager
     def _get(self, key: str, wanted: dict[str, str]) -> Iterator[tuple[str, int, str, Any]]:
@@ -101,12 +111,22 @@ class S3Reader:
             with ranges.get(full_key, wanted) as found:
                 if found is not None:
                     head = found.headers
-                    yield head.get("etag", ""), found.left or 0, head.get("content-range", ""), found
+                    yield (
+                        head.get("etag", ""),
+                        found.left or 0,
+                        head.get("content-range", ""),
+                        found,
+                    )
                     return
             self._fallbacks[0] += 1
         answer = connection.client.get_object(Bucket=connection.bucket, Key=full_key, **wanted)  # type: ignore[arg-type]
         with contextlib.closing(answer["Body"]._raw_stream) as stream:  # type: ignore[attr-defined]
-            yield answer.get("ETag", ""), answer["ContentLength"], answer.get("ContentRange", ""), stream
+            yield (
+                answer.get("ETag", ""),
+                answer["ContentLength"],
+                answer.get("ContentRange", ""),
+                stream,
+            )
 
 
 class _Body:

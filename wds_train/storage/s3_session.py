@@ -60,7 +60,11 @@ class S3Session:
     """
 
     def __init__(
-        self, bucket: str, url: str, endpoint: Endpoint | None, checksum_calculation: Checksums | None
+        self,
+        bucket: str,
+        url: str,
+        endpoint: Endpoint | None,
+        checksum_calculation: Checksums | None,
     ) -> None:
         self.generation = 0
         self.was_open = False
@@ -71,7 +75,9 @@ class S3Session:
         self._payer = _payer()
         self._client: _Client | None = None
         self._session: boto3.session.Session | None = None
-        self._region: str | None = None  # the settings', then the bucket's own, once an answer has told it
+        self._region: str | None = (
+            None  # the settings', then the bucket's own, once an answer has told it
+        )
         self._is_google = False
         self._redirects = threading.local()
 
@@ -182,7 +188,9 @@ class S3Session:
     def _sign_in(self) -> boto3.session.Session:
         if self._endpoint is None:
             return boto3.session.Session()
-        return boto3.session.Session(self._endpoint.access_key, self._endpoint.secret_key, region_name="us-east-1")
+        return boto3.session.Session(
+            self._endpoint.access_key, self._endpoint.secret_key, region_name="us-east-1"
+        )
 
     def _learn(self, response_dict: dict[str, Any] | None, **_: object) -> None:
         """Learn from an answer's headers whose server it is, and the bucket's region.

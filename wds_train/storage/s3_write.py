@@ -25,7 +25,9 @@ class S3Writer:
     def __init__(self, connection: S3Connection, reader: S3Reader) -> None:
         self._s3, self._reader = connection, reader
 
-    def write(self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None) -> str:
+    def write(
+        self, key: str, body: Body, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
         condition = {}
         if if_absent:
             condition = {"IfNoneMatch": "*"}
@@ -52,7 +54,9 @@ class S3Writer:
             return tag_in(self._s3, self._send("put_object", key, body, **condition))
         whole = memoryview(body)
         starts = range(0, len(body), PART_BYTES)
-        return self._write_parts(key, (whole[start : start + PART_BYTES] for start in starts), condition)
+        return self._write_parts(
+            key, (whole[start : start + PART_BYTES] for start in starts), condition
+        )
 
     def write_pieces(self, key: str, pieces: Iterator[Body]) -> str:
         parts = _equal_parts(pieces)
@@ -70,20 +74,31 @@ class S3Writer:
         try:
             size, parts = self._send_parts(key, pieces, upload["UploadId"])
             ended = self._s3.ask(
-                "complete_multipart_upload", key, **upload, MultipartUpload={"Parts": parts}, **condition
+                "complete_multipart_upload",
+                key,
+                **upload,
+                MultipartUpload={"Parts": parts},
+                **condition,
             )
             tag = tag_in(self._s3, ended)
         except BaseException:
             # Once only: when the server is gone, the bucket's lifecycle rule has to do it.
-            with contextlib.suppress(StoreError), self._s3.translated(key, "abort_multipart_upload"):
+            with (
+                contextlib.suppress(StoreError),
+                self._s3.translated(key, "abort_multipart_upload"),
+            ):
                 self._s3.client.abort_multipart_upload(Bucket=self._s3.bucket, **upload)
             raise
         stored = self._s3.head(key)
         if stored[1] == tag and stored[0] != size:
-            raise StoreError(f"{self._s3.url}/{key}: {size} bytes were sent, but {stored[0]} stored")
+            raise StoreError(
+                f"{self._s3.url}/{key}: {size} bytes were sent, but {stored[0]} stored"
+            )
         return tag
 
-    def _send_parts(self, key: str, pieces: Iterable[Body], upload: str) -> tuple[int, Sequence[Any]]:
+    def _send_parts(
+        self, key: str, pieces: Iterable[Body], upload: str
+    ) -> tuple[int, Sequence[Any]]:
         """Send the parts of a multipart upload; their size in bytes together, and what completes it."""
 
         def send(part: int, piece: Body) -> dict[str, Any]:
@@ -102,13 +117,20 @@ class S3Writer:
 
     def _send(self, verb: str, key: str, body: Body, **details: Any) -> dict[str, Any]:
         """Send `body` with its checksum, which the server compares, and answers if it stores it."""
-        digest, content = digest_of(self._s3, body), bytes(body) if isinstance(body, memoryview) else body
-        answer = self._s3.ask(verb, key, Key=self._s3.full_key(key), Body=content, **digest, **details)
+        digest, content = (
+            digest_of(self._s3, body),
+            bytes(body) if isinstance(body, memoryview) else body,
+        )
+        answer = self._s3.ask(
+            verb, key, Key=self._s3.full_key(key), Body=content, **digest, **details
+        )
         crc = digest.get("ChecksumCRC32")
         if crc is None:
             return answer
         if answer.get("ChecksumCRC32", crc) != crc:
-            raise StoreError(f"{self._s3.url}/{key}: the S3 server stored other bytes than it was sent")
+            raise StoreError(
+                f"{self._s3.url}/{key}: the S3 server stored other bytes than it was sent"
+            )
         return answer | {"ChecksumCRC32": crc}
 
     def _tag_of(self, key: str, body: memoryview) -> str | None:
@@ -117,7 +139,8 @@ class S3Writer:
             size, tag = self._s3.head(key)
             starts = range(0, size, PART_BYTES)
             same = size == len(body) and all(
-                self._reader.read(key, start, min(PART_BYTES, size - start)) == body[start : start + PART_BYTES]
+                self._reader.read(key, start, min(PART_BYTES, size - start))
+                == body[start : start + PART_BYTES]
                 for start in starts
             )
         except NotFound:
@@ -149,4 +172,6 @@ def digest_of(s3: S3Connection, body: Body) -> dict[str, str]:
     """
     if s3.checksums:
         return {"ChecksumCRC32": base64.b64encode(crc32(body).to_bytes(4)).decode()}
-    return {"ContentMD5": base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()}
+    return {
+        "ContentMD5": base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+    }

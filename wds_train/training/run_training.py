@@ -68,7 +68,10 @@ def train(options: TrainOptions, stop: StopRequest, clock: Clock | None = None) 
     if options.deterministic:
         _be_deterministic()
     dataset = Dataset.open(options.dataset)
-    datasets = [dataset, *(check_same_classes(Dataset.open(url), dataset) for url, _ in options.mix)]
+    datasets = [
+        dataset,
+        *(check_same_classes(Dataset.open(url), dataset) for url, _ in options.mix),
+    ]
     if options.cache_dir:
         make_cache_folder(options.cache_dir, dataset, "train")
     stop.check()

@@ -1,4 +1,4 @@
-"""Which source an address means: by its own look, or as --source says."""
+"""Open the source at an address: recognise its format, or take the one that --source says."""
 
 import shlex
 from collections.abc import Callable
@@ -9,23 +9,26 @@ import pyarrow.parquet as pq
 
 from wds_train.console import readable
 from wds_train.conversion.sources import huggingface, imagenet, torchvision
-from wds_train.conversion.sources.digits import digits
+from wds_train.conversion.sources.digits import open_digits
 from wds_train.conversion.sources.folder import folder, table
 from wds_train.conversion.sources.imagefolder import image_folder, read_layout
 from wds_train.conversion.sources.litter import is_litter
 from wds_train.conversion.sources.scan import scan
 from wds_train.conversion.sources.source import ANYTHING, Source, Wanted
-from wds_train.conversion.sources.splits import checked
+from wds_train.conversion.sources.splits import check_source
 from wds_train.conversion.sources.spool import Spool
 from wds_train.conversion.sources.tables import holds_bytes
-from wds_train.conversion.sources.tars import is_tar, refuse_archives, webdataset
+from wds_train.conversion.sources.tars import is_tar, open_tars, refuse_archives
 from wds_train.conversion.sources.tree import is_folder, read_tree
 from wds_train.errors import DataError, UsageError
 from wds_train.storage.address import make_name
 
 DIGITS = "digits"
-DEPTH = 3  # levels of folders in a source that are looked into for data files
-LOOKED_THROUGH = 8  # folders of each
+PREFIXES = ("hf", "torchvision", "wds")
+# Where data files are looked for in a source: so many levels of folders, so many folders of each.
+DEPTH = 3
+LOOKED_THROUGH = 8
+# Flag -> the attribute of `Wanted`.
 FLAGS = {
     "--table": "table",
     "--image-column": "image",
@@ -33,6 +36,7 @@ FLAGS = {
     "--split-column": "split",
     "--class-level": "class_level",
 }
+# Format -> the attributes that it heeds.
 HEEDED = {
     "folder": tuple(FLAGS.values()),
     "imagefolder": ("class_level",),
@@ -46,14 +50,16 @@ FORMATS: dict[str, Opener] = {
     "folder": lambda root, spool, wanted: folder(root, wanted),
     "imagefolder": lambda root, spool, wanted: image_folder(root, wanted),
     "table": lambda root, spool, wanted: table(root, wanted),
-    "ilsvrc": lambda root, spool, wanted: imagenet.ilsvrc_tars(root),
-    "kaggle": lambda root, spool, wanted: imagenet.kaggle(root),
-    "huggingface": huggingface.local,
-    "wds": webdataset,
+    "ilsvrc": lambda root, spool, wanted: imagenet.open_ilsvrc(root),
+    "kaggle": lambda root, spool, wanted: imagenet.open_kaggle(root),
+    "huggingface": huggingface.open_files,
+    "wds": open_tars,
 }
 
 
-def open_source(address: str, spool: Spool, form: str | None = None, wanted: Wanted = ANYTHING) -> Source:
+def open_source(
+    address: str, spool: Spool, form: str | None = None, wanted: Wanted = ANYTHING
+) -> Source:
     """Open the source at an address.
 
     Args:
@@ -66,32 +72,54 @@ def open_source(address: str, spool: Spool, form: str | None = None, wanted: Wan
         UsageError: There is nothing, or not what `form` says.
         DataError: It cannot become a dataset.
     """
+    # Sources that are no path of this machine.
+    prefix, rest = _split_prefix(address)
     if address == DIGITS:
         _refuse_unheeded(wanted, DIGITS)
-        return checked(digits(spool))
-    prefix, colon, rest = address.partition(":")
-    if colon and prefix in ("hf", "torchvision"):
+        return check_source(open_digits(spool))
+    if prefix == "hf":
         _refuse_unheeded(wanted, prefix)
-    if colon and prefix == "hf":
-        return checked(huggingface.hub(rest, spool, wanted))
-    if colon and prefix == "torchvision":
-        return checked(torchvision.torchvision(rest, spool.folder.parent.parent / "torchvision", spool))
-    if colon and prefix == "wds":
-        address, form = rest, "wds"
+        return check_source(huggingface.open_hub(rest, spool, wanted))
+    if prefix == "torchvision":
+        _refuse_unheeded(wanted, prefix)
+        downloads = spool.folder.parent.parent / "torchvision"
+        return check_source(torchvision.open_torchvision(rest, downloads, spool))
+    if prefix == "wds":
+        address = rest
+        form = "wds"
+
     root = Path(address).expanduser().resolve()
-    if not root.exists():
-        remedy = f"SOURCE is {DIGITS!r}, a path, hf:ID, torchvision:CLASS or wds:PATH"
-        if address.startswith("s3://"):
-            remedy = f"sources are read from this machine's disks; tars on S3 are indexed in place: wds-train shards index {shlex.quote(address)}"
-        raise UsageError(f"{address!r} does not exist; {remedy}")
-    if readable(str(root)) != str(root):
-        raise UsageError(f"{readable(str(root))} has a name that is not UTF-8, or cannot be printed; rename it")
+    _refuse_path(root, address)
     if root.name == imagenet.TRAIN_TAR:
         root = root.parent
     form = form or recognise(root)
     _refuse_misfit(root, form)
     _refuse_unheeded(wanted, form)
-    return checked(FORMATS[form](root, spool, wanted))
+    return check_source(FORMATS[form](root, spool, wanted))
+
+
+def _split_prefix(address: str) -> tuple[str, str]:
+    """Return the prefix of an address, one of `PREFIXES` or empty, and the rest of it."""
+    prefix, colon, rest = address.partition(":")
+    if colon and prefix in PREFIXES:
+        return prefix, rest
+    return "", address
+
+
+def _refuse_path(root: Path, address: str) -> None:
+    """Raise `UsageError` when there is nothing at `root`, or its name cannot be printed."""
+    if not root.exists():
+        remedy = f"SOURCE is {DIGITS!r}, a path, hf:ID, torchvision:CLASS or wds:PATH"
+        if address.startswith("s3://"):
+            remedy = (
+                "sources are read from this machine's disks; tars on S3 are indexed in place: "
+                f"wds-train shards index {shlex.quote(address)}"
+            )
+        raise UsageError(f"{address!r} does not exist; {remedy}")
+    if readable(str(root)) != str(root):
+        raise UsageError(
+            f"{readable(str(root))} has a name that is not UTF-8, or cannot be printed; rename it"
+        )
 
 
 def _refuse_misfit(root: Path, form: str) -> None:
@@ -101,31 +129,41 @@ def _refuse_misfit(root: Path, form: str) -> None:
     needed = {"ilsvrc": Path(imagenet.TRAIN_TAR), "kaggle": imagenet.KAGGLE_TRAIN}.get(form)
     if needed is not None and not (root / needed).exists():
         raise UsageError(
-            f"{root} does not hold {needed}, which --source {form} needs; leave --source out, or give another folder"
+            f"{root} does not hold {needed}, which --source {form} needs; "
+            "leave --source out, or give another folder"
         )
 
 
 def _refuse_unheeded(wanted: Wanted, form: str) -> None:
-    """Raise `UsageError` for a flag that sources of this format do not heed: it would be dropped in silence."""
-    given = [flag for flag, name in FLAGS.items() if getattr(wanted, name) is not None]
-    unheeded = [flag for flag in given if FLAGS[flag] not in HEEDED.get(form, ())]
-    if unheeded:
-        raise UsageError(
-            f"{unheeded[0]} says nothing of a source that is read as {form}; leave it out, or name the format: --source FORMAT"
-        )
+    """Raise `UsageError` for a flag that sources of this format do not heed.
+
+    It would be dropped in silence.
+    """
+    heeded = HEEDED.get(form, ())
+    for flag, name in FLAGS.items():
+        if getattr(wanted, name) is not None and name not in heeded:
+            raise UsageError(
+                f"{flag} says nothing of a source that is read as {form}; "
+                "leave it out, or name the format: --source FORMAT"
+            )
 
 
 def source_root(address: str) -> Path | None:
-    """Return where the source at `address` lies, as far as it is a path."""
-    prefix, colon, rest = address.partition(":")
-    if address == DIGITS or (colon and prefix in ("hf", "torchvision")):
+    """Return the file or folder of the source at `address`; None for one that is no path."""
+    prefix, rest = _split_prefix(address)
+    if address == DIGITS or prefix in ("hf", "torchvision"):
         return None
-    root = Path(rest if colon and prefix == "wds" else address).expanduser()
+    root = Path(rest).expanduser()
     return root.parent if root.name == imagenet.TRAIN_TAR else root
 
 
 def recognise(root: Path) -> str:
-    """Return the format of what lies at `root`."""
+    """Return the format of the source at `root`, one of `FORMATS`.
+
+    Raises:
+        UsageError: It is a file of no known format, or holds data files and class folders.
+        DataError: It holds archives that cannot be read.
+    """
     if (root / imagenet.TRAIN_TAR).is_file():
         return "ilsvrc"
     if (root / imagenet.KAGGLE_TRAIN).is_dir():
@@ -133,7 +171,8 @@ def recognise(root: Path) -> str:
     if root.is_file():
         return _recognise_file(root)
     files = _first_files(root)
-    # Parquet beside tars, or beside images, may hold no more than what is known of them (img2dataset's does).
+    # Parquet in the same folder as tars or images may hold no more than facts about them
+    # (img2dataset's does).
     data = [path for path in files if path.suffix == ".arrow" or _holds_images(path)]
     tars = [path for path in files if is_tar(path.name)]
     form = "folder"
@@ -142,10 +181,12 @@ def recognise(root: Path) -> str:
     elif tars:
         form = "wds"
     elif not read_tree(root).total:
-        refuse_archives((path.relative_to(root).as_posix() for path in root.rglob("*")), str(root))
+        names = (path.relative_to(root).as_posix() for path in root.rglob("*"))
+        refuse_archives(names, str(root))
         form = "huggingface" if files else "folder"  # the former says what its columns hold
     if data or tars:
-        _refuse_images_beside(root, (data or tars)[0], form)
+        first = (data or tars)[0]
+        _refuse_class_folders(root, first, form)
     return form
 
 
@@ -156,11 +197,13 @@ def _recognise_file(path: Path) -> str:
     if is_tar(path.name):
         return "wds"
     refuse_archives([path.name], str(path.parent))
-    raise UsageError(f"{path} is neither a tar, an arrow file nor Parquet; give the folder of the images")
+    raise UsageError(
+        f"{path} is neither a tar, an arrow file nor Parquet; give the folder of the images"
+    )
 
 
 def _holds_images(path: Path) -> bool:
-    """Tell whether a Parquet file has a column of bytes; one that cannot be read is looked at later."""
+    """Return whether a Parquet file has a column of bytes; one that cannot be read may have."""
     if path.suffix != ".parquet":
         return False
     try:
@@ -170,43 +213,55 @@ def _holds_images(path: Path) -> bool:
     return any(holds_bytes(field.type) for field in schema)
 
 
-def _refuse_images_beside(root: Path, data: Path, form: str) -> None:
-    """Raise `UsageError` where class folders lie beside data files: an archive beside what was unpacked of it, perhaps."""
+def _refuse_class_folders(root: Path, data: Path, form: str) -> None:
+    """Raise `UsageError` where a source holds both data files and class folders.
+
+    One may be an archive, and the other what was unpacked of it.
+    """
     try:
         layout = read_layout(read_tree(root), ANYTHING)
     except (DataError, UsageError):
         return
     total = sum(part.folder.total for part in layout.parts)
     raise UsageError(
-        f"{root} holds {data.relative_to(root)} and {total:,} images in class folders; say which are the source: "
-        f"--source {form}, or --source folder"
+        f"{root} holds {data.relative_to(root)} and {total:,} images in class folders; "
+        f"say which are the source: --source {form}, or --source folder"
     )
 
 
 def _first_files(root: Path) -> list[Path]:
-    """Return the data files in `root` and in folders a little below it: enough to tell them from class folders."""
+    """Return the data files in `root` and in some folders below it.
+
+    They are enough to tell data files from class folders.
+    """
     found = []
     level = [root]
     for _ in range(DEPTH + 1):
-        entries = [entry for place in level for entry in scan(place) if not is_litter(entry.name)]
-        found += [Path(entry.path) for entry in entries if _holds_data(entry.name)]
-        level = [Path(entry.path) for entry in entries if not _holds_data(entry.name) and is_folder(entry)]
-        level = level[:LOOKED_THROUGH]
+        below = []
+        for place in level:
+            for entry in scan(place):
+                if is_litter(entry.name):
+                    continue
+                if _holds_data(entry.name):
+                    found.append(Path(entry.path))
+                elif is_folder(entry):
+                    below.append(Path(entry.path))
+        level = below[:LOOKED_THROUGH]
     return found
 
 
 def _holds_data(name: str) -> bool:
-    """Tell whether a file of this name may hold many images or labels."""
+    """Return whether a file of this name may hold many images or labels."""
     return name.endswith((".arrow", ".parquet")) or is_tar(name)
 
 
 def name_of(address: str) -> str:
-    """What a dataset made from `address` is called: the last part of it, as far as a name can hold it."""
+    """Return the default name of a dataset made from `address`: its last part."""
     return make_name(_last_part(address))
 
 
 def _last_part(address: str) -> str:
-    prefix, colon, rest = address.partition(":")
-    if colon and prefix in ("hf", "torchvision"):
+    prefix, rest = _split_prefix(address)
+    if prefix in ("hf", "torchvision"):
         return rest.partition(":")[0].rpartition("/")[2]
-    return Path(rest if colon and prefix == "wds" else address).expanduser().resolve().name
+    return Path(rest).expanduser().resolve().name

@@ -55,11 +55,25 @@ SPLIT_FILE = re.compile(
     r"(?:^|[-_ .])(?:splits?|part?itions?|setid|train|training|test|testing|val|validation)(?:[-_ .]|list|$)",
     re.IGNORECASE,
 )
-SURE_SPLIT_FILE = re.compile(r"(?:^|[-_ .])(?:splits?|part?itions?|setid)(?:[-_ .]|$)", re.IGNORECASE)
+SURE_SPLIT_FILE = re.compile(
+    r"(?:^|[-_ .])(?:splits?|part?itions?|setid)(?:[-_ .]|$)", re.IGNORECASE
+)
 SPLIT_SUFFIXES = (".txt", ".lst", ".list", ".json", ".mat", ".csv", ".tsv", ".npy", ".npz")
 NAMED = 3  # images that a file called train or test names, to be a list of them
 MOST_READ = 4 << 20  # bytes of such a file
-UNREAD_TABLES = (".xlsx", ".xls", ".ods", ".mat", ".pkl", ".h5", ".hdf5", ".npy", ".npz", ".db", ".sqlite")
+UNREAD_TABLES = (
+    ".xlsx",
+    ".xls",
+    ".ods",
+    ".mat",
+    ".pkl",
+    ".h5",
+    ".hdf5",
+    ".npy",
+    ".npz",
+    ".db",
+    ".sqlite",
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,9 @@ class Contents:
 
     def name(self, path: Path) -> str:
         """Return how a message calls a file of the folder."""
-        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        return (
+            path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        )
 
 
 @dataclass(frozen=True)
@@ -156,7 +172,9 @@ def _by_both(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -
     named = named_images(sure)
     nearly_all = bool(named) and len(named & trainable) >= NEARLY_ALL * len(trainable)
     relation = _relation(sure, contents, layout)
-    if relation == SAME and not (layout.lies_below and nearly_all):  # keys are then paths, as they were before
+    if relation == SAME and not (
+        layout.lies_below and nearly_all
+    ):  # keys are then paths, as they were before
         layout.said.append(f"{sure[0].path.name} labels the images as their folders do")
         return _from_folders(layout, contents)
     if relation == SAME_CLASSES and not nearly_all:
@@ -175,7 +193,9 @@ def _by_both(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -
     return _from_folders(layout, contents)
 
 
-def _beside_unsure_tables(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -> Source:
+def _beside_unsure_tables(
+    chosen: Sequence[LabelTable], contents: Contents, layout: Layout
+) -> Source:
     """Read a folder by its class folders, beside tables whose columns may be anything."""
     if chosen and _relation(chosen, contents, layout) == SAME_CLASSES:
         _add_splits(chosen, contents)  # train.txt and test.txt with a label in each line
@@ -217,7 +237,9 @@ def _relation(tables: Sequence[LabelTable], contents: Contents, layout: Layout) 
                 continue
             split, name = places[row.image]
             try:
-                of_row = split_of_row(row, each, contents.images, contents.tables.listed, contents.wanted)
+                of_row = split_of_row(
+                    row, each, contents.images, contents.tables.listed, contents.wanted
+                )
             except DataError:
                 of_row = ""
             same_splits = same_splits and split == of_row
@@ -287,7 +309,11 @@ def _says_splits(path: Path, images: ImageIndex) -> bool:
 def _files_beside(tree: Folder, layout: Layout | None) -> list[Path]:
     """Return the files that lie outside of class folders."""
     inside = {part.folder.path for part in layout.parts} if layout else set[Path]()
-    folders = [each for each in tree.walk() if each.path not in inside and not inside.intersection(each.path.parents)]
+    folders = [
+        each
+        for each in tree.walk()
+        if each.path not in inside and not inside.intersection(each.path.parents)
+    ]
     return [each.path / name for each in folders for name in each.files]
 
 
@@ -309,11 +335,16 @@ def _with_hint(refusal: DataError | UsageError | None, tree: Folder) -> DataErro
     """Return the `refusal`, with a word on files that may hold the labels and are not read."""
     assert refusal is not None, "without a layout there is a refusal"
     unread = sorted(
-        name for folder in (tree, *tree.folders) for name in folder.files if name.lower().endswith(UNREAD_TABLES)
+        name
+        for folder in (tree, *tree.folders)
+        for name in folder.files
+        if name.lower().endswith(UNREAD_TABLES)
     )
     if not unread:
         return refusal
-    return type(refusal)(f"{refusal}; if {unread[0]} holds the labels, save it as CSV with the columns file and label")
+    return type(refusal)(
+        f"{refusal}; if {unread[0]} holds the labels, save it as CSV with the columns file and label"
+    )
 
 
 def _places(layout: Layout, images: ImageIndex) -> dict[int, tuple[str, str]]:
@@ -347,7 +378,9 @@ def _from_tables(chosen: Sequence[LabelTable], contents: Contents) -> Source:
     counts = Counter(row.text for rows in labelled.values() for row in rows)
     classes = _with_names(classes_of(counts, str(root), wanted.labels), chosen, wanted)
     if len(classes.infos) == 1:
-        raise DataError(f"the tables of {root} know one label, {classes.infos[0].id!r}: there is nothing to tell apart")
+        raise DataError(
+            f"the tables of {root} know one label, {classes.infos[0].id!r}: there is nothing to tell apart"
+        )
 
     for each in chosen:
         scans["train"].stamp.add(each.path.name, each.path.stat())
@@ -360,10 +393,18 @@ def _from_tables(chosen: Sequence[LabelTable], contents: Contents) -> Source:
     for path, cause in contents.tables.ignored:
         scans["train"].note(path, "ignored", cause)
     if count := len(images) - len(named_images(chosen)):
-        scans["train"].note(root, "ignored", f"{count} images that no table names{_where_most(chosen, images)}")
-    found = [each for each in scans.values() if each.rows.table().num_rows or each.notes or each.split == "train"]
+        scans["train"].note(
+            root, "ignored", f"{count} images that no table names{_where_most(chosen, images)}"
+        )
+    found = [
+        each
+        for each in scans.values()
+        if each.rows.table().num_rows or each.notes or each.split == "train"
+    ]
     understood = _understood(chosen, classes.said, contents)
-    return _grouped(from_scans(f"table {root.name}", classes.infos, found, understood), chosen, contents)
+    return _grouped(
+        from_scans(f"table {root.name}", classes.infos, found, understood), chosen, contents
+    )
 
 
 def _refuse_several_labels(chosen: Sequence[LabelTable]) -> None:
@@ -376,7 +417,9 @@ def _refuse_several_labels(chosen: Sequence[LabelTable]) -> None:
         odd = [name for _, name, _, _, cause in each.odd if ONE_LABEL in cause]
         count = len(several) + len(odd)
         if count >= MANY and count > SEVERAL_LABELS * (len(texts) + len(odd)):
-            example = odd[0] if odd else next(row.name for row in each.rows if row.image == several[0])
+            example = (
+                odd[0] if odd else next(row.name for row in each.rows if row.image == several[0])
+            )
             raise UsageError(
                 f"{each.path} gives several labels to {count:,} images, such as {example}; {ONE_LABEL}. Keep one row for each image, or "
                 "name a column that holds one: --label-column NAME"
@@ -386,7 +429,9 @@ def _refuse_several_labels(chosen: Sequence[LabelTable]) -> None:
 def _where_most(chosen: Sequence[LabelTable], images: ImageIndex) -> str:
     """Return where most of the images lie that no table names."""
     named = named_images(chosen)
-    folders = Counter(path.rpartition("/")[0] for image, path in enumerate(images.paths) if image not in named)
+    folders = Counter(
+        path.rpartition("/")[0] for image, path in enumerate(images.paths) if image not in named
+    )
     name, count = folders.most_common(1)[0]
     return f", {count} of them in {name}/" if name else ""
 
@@ -396,14 +441,22 @@ def _with_names(classes: Classes, chosen: Sequence[LabelTable], wanted: Wanted) 
     names = {text: name for each in chosen for text, name in each.names.items()}
     if wanted.labels.classes or not names:
         return classes
-    by_id = {classes.infos[number].id: names[text] for text, number in classes.numbers.items() if text in names}
+    by_id = {
+        classes.infos[number].id: names[text]
+        for text, number in classes.numbers.items()
+        if text in names
+    }
     return replace(classes, infos=to_classes([entry.id for entry in classes.infos], by_id))
 
 
 def _understood(chosen: Sequence[LabelTable], said: list[str], contents: Contents) -> Understood:
     names = ", ".join(contents.name(each.path) for each in chosen)
     columns = chosen[0].columns
-    label = f"the column {columns.label!r}" if columns.label else f"the {len(columns.onehot)} columns of 0 and 1"
+    label = (
+        f"the column {columns.label!r}"
+        if columns.label
+        else f"the {len(columns.onehot)} columns of 0 and 1"
+    )
     splits = "names of tables and folders, where these are splits' names"
     if contents.tables.listed:
         splits = ", ".join(map(contents.name, contents.tables.lists))
@@ -423,7 +476,9 @@ def _understood(chosen: Sequence[LabelTable], said: list[str], contents: Content
     return found
 
 
-def _resolve(table: LabelTable, contents: Contents, scans: dict[str, SplitScan]) -> Iterator[Labelled]:
+def _resolve(
+    table: LabelTable, contents: Contents, scans: dict[str, SplitScan]
+) -> Iterator[Labelled]:
     """Yield what `table` says of each image once; what cannot be used is noted."""
     images, wanted = contents.images, contents.wanted
     _note_odd(table, scans, wanted)
@@ -452,7 +507,10 @@ def _resolve(table: LabelTable, contents: Contents, scans: dict[str, SplitScan])
             seen.add(row.image)
             yield Labelled(row.image, row.text, split, origin)
     for name, count in left_out.items():
-        cause = "ignored", f"{count} rows of images in {name or 'the source'}, which are left out of every split"
+        cause = (
+            "ignored",
+            f"{count} rows of images in {name or 'the source'}, which are left out of every split",
+        )
         scans["train"].note(table.path, *cause)
 
 
@@ -462,7 +520,9 @@ def _note_odd(table: LabelTable, scans: dict[str, SplitScan], wanted: Wanted) ->
     for line, name, label, split, cause in table.odd:
         found = scans.get(split or said or "train", scans["train"])
         is_test = found.split == "test" and not label.strip()
-        found.note(f"{table.path}, line {line}: {name}", "ignored" if is_test else "left out", cause)
+        found.note(
+            f"{table.path}, line {line}: {name}", "ignored" if is_test else "left out", cause
+        )
 
 
 def _deepest(table: LabelTable) -> dict[int, int]:
@@ -510,12 +570,17 @@ def _refuse_two_splits(labelled: dict[Path, list[Labelled]]) -> None:
 def _grouped(source: Source, chosen: Sequence[LabelTable], contents: Contents) -> Source:
     """Return the `source` with the groups of the column that --group names, if it is one."""
     wanted = (contents.wanted.group or "").casefold()
-    columns = [next((name for name in each.table.columns if name.casefold() == wanted), None) for each in chosen]
+    columns = [
+        next((name for name in each.table.columns if name.casefold() == wanted), None)
+        for each in chosen
+    ]
     column = {}
     for each, group in zip(chosen, columns, strict=True):
         if group is None:
             return source
-        cells = dict(zip((line for line, _ in each.table.lines), each.table.column(group), strict=True))
+        cells = dict(
+            zip((line for line, _ in each.table.lines), each.table.column(group), strict=True)
+        )
         for row in each.rows:
             column[str(contents.path(row.image))] = str(cells[row.line])
     return replace(source, grouping=Grouping(contents.wanted.group or "", column))
@@ -528,7 +593,9 @@ def _from_folders(layout: Layout, contents: Contents) -> Source:
         return _from_lists(layout, contents)
     _refuse_unread_splits(layout, contents)
     for path in tables.lists:
-        layout.doubtful.append(f"{contents.name(path)} says splits of images, and is not used: the folders say them")
+        layout.doubtful.append(
+            f"{contents.name(path)} says splits of images, and is not used: the folders say them"
+        )
 
     # A table may label a split that has no class folders.
     flat: dict[str, FlatSplit] = {}
@@ -555,10 +622,14 @@ def _from_folders(layout: Layout, contents: Contents) -> Source:
         scans[split].stamp.add(labelled.path.name, labelled.path.stat())
         for image, text in labelled.texts.items():
             scans[split].add_file(classes.numbers[text], contents.path(image), images.paths[image])
-        said.append(f"{split} is labelled by the column {labelled.column!r} of {labelled.path.name}")
+        said.append(
+            f"{split} is labelled by the column {labelled.column!r} of {labelled.path.name}"
+        )
     note_layout(layout, scans["train"], DiskFiles())
     understood = Understood(layout.text, "the folders' names", said, layout.doubtful)
-    return from_scans(f"imagefolder {contents.root.name}", classes.infos, [*scans.values()], understood)
+    return from_scans(
+        f"imagefolder {contents.root.name}", classes.infos, [*scans.values()], understood
+    )
 
 
 def _refuse_unread_splits(layout: Layout, contents: Contents) -> None:
@@ -566,7 +637,9 @@ def _refuse_unread_splits(layout: Layout, contents: Contents) -> None:
     if layout.splits != ["train"] or layout.flat or contents.wanted.table:
         return
     read = {each.path for each in contents.tables.usable if each.columns.sure}
-    odd = [path for path in contents.beside if path not in read and _says_splits(path, contents.images)]
+    odd = [
+        path for path in contents.beside if path not in read and _says_splits(path, contents.images)
+    ]
     if odd:
         raise UsageError(
             f"{contents.root}: {contents.name(odd[0])} seems to say which images are to train on and which to test, and cannot be read; write "
@@ -610,7 +683,9 @@ def _from_lists(layout: Layout, contents: Contents) -> Source:
     scans = {split: SplitScan(split, foreign=wanted.reencode) for split in SPLITS if split in used}
     for path in contents.tables.lists:
         scans["train"].stamp.add(path.name, path.stat())
-    rest = "" if "train" in listed.values() else "train"  # lists of val and test alone: what is left is trained on
+    rest = (
+        "" if "train" in listed.values() else "train"
+    )  # lists of val and test alone: what is left is trained on
     unlisted = 0
     for image in range(len(images)):
         split = listed.get(image, rest)
@@ -620,9 +695,15 @@ def _from_lists(layout: Layout, contents: Contents) -> Source:
         else:
             unlisted += 1
     if unlisted:
-        scans["train"].note(contents.root, "ignored", f"{unlisted} images that no list puts into a split")
+        scans["train"].note(
+            contents.root, "ignored", f"{unlisted} images that no list puts into a split"
+        )
     layout.ignored += contents.tables.ignored
     note_layout(layout, scans["train"], DiskFiles())
     text = f"{layout.text}; splits by {', '.join(map(contents.name, contents.tables.lists))}"
-    understood = Understood(text, "the folders' names", [*layout.said, *classes.said], layout.doubtful)
-    return from_scans(f"imagefolder {contents.root.name}", classes.infos, [*scans.values()], understood)
+    understood = Understood(
+        text, "the folders' names", [*layout.said, *classes.said], layout.doubtful
+    )
+    return from_scans(
+        f"imagefolder {contents.root.name}", classes.infos, [*scans.values()], understood
+    )

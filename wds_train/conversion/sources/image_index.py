@@ -10,7 +10,9 @@ from wds_train.conversion.sources.names import IMAGE_SUFFIXES, SPLIT_OF, normal
 from wds_train.conversion.sources.tree import PICTURES, walk_files
 from wds_train.errors import DataError
 
-SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(SPLIT_OF, key=len, reverse=True))})[-_ ]?\d", re.IGNORECASE)
+SPLIT_PREFIX = re.compile(
+    rf"({'|'.join(sorted(SPLIT_OF, key=len, reverse=True))})[-_ ]?\d", re.IGNORECASE
+)
 
 
 class Match(NamedTuple):
@@ -82,14 +84,20 @@ class ImageIndex:
         Raises:
             DataError: There is none, or there are several.
         """
-        given = [part for part in normal(name).strip().replace("\\", "/").split("/") if part not in ("", ".")]
+        given = [
+            part
+            for part in normal(name).strip().replace("\\", "/").split("/")
+            if part not in ("", ".")
+        ]
         if not given:
             raise DataError("there is no such image: the cell is empty")
         base = fold(given[-1])
         found = self._by_name.get(base, []) or self._by_stem.get(base, [])
         if not found and base.isdecimal():  # the table says 7, the file is 007.png
             found = self._by_number.get(int(base), [])
-        if not found and base.endswith(PICTURES):  # converted since: the table says .jpg, the file is a .png
+        if not found and base.endswith(
+            PICTURES
+        ):  # converted since: the table says .jpg, the file is a .png
             found = self._by_stem.get(base.rpartition(".")[0], [])
         if not found:
             raise DataError("there is no such image")
@@ -147,11 +155,14 @@ class ImageIndex:
                 return split
         return self._split_in_name.get(image, "")
 
-    def _rank(self, image: int, given: Sequence[str], near: Sequence[str]) -> tuple[int, int, bool, bool, int]:
+    def _rank(
+        self, image: int, given: Sequence[str], near: Sequence[str]
+    ) -> tuple[int, int, bool, bool, int]:
         alike, exact = self._agreement(image, given)
         before = "/".join(self.paths[image].split("/")[:-alike]) if alike else ""
         beside = bool(near) and any(
-            fold(before) == fold(folder) or fold(before).endswith(f"/{fold(folder)}") for folder in near
+            fold(before) == fold(folder) or fold(before).endswith(f"/{fold(folder)}")
+            for folder in near
         )
         is_kept = self.paths[image].lower().endswith(IMAGE_SUFFIXES)
         is_mask = any(MASKS.fullmatch(part) for part in self.paths[image].split("/")[:-1])

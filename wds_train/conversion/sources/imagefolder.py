@@ -81,7 +81,9 @@ class Files(Protocol):
     def note_outside(self, found: SplitScan, folder: Folder) -> None:
         """Note the files that lie directly in `folder`, outside the class folders."""
 
-    def add(self, found: SplitScan, label: int, folder: Folder, key: str, without: Collection[Path] = ()) -> int:
+    def add(
+        self, found: SplitScan, label: int, folder: Folder, key: str, without: Collection[Path] = ()
+    ) -> int:
         """Add every image below `folder` but those in the folders `without`, with keys that begin with `key`; return how
         many were.
         """
@@ -154,7 +156,9 @@ def folder_source(layout: Layout, name: str, files: Files, wanted: Wanted) -> So
         add_class(scans[part.split], classes.numbers[normal(part.name)], part, files)
     first = next(iter(scans.values()))
     note_layout(layout, first, files)
-    understood = Understood(layout.text, "the folders' names", [*layout.said, *classes.said], layout.doubtful)
+    understood = Understood(
+        layout.text, "the folders' names", [*layout.said, *classes.said], layout.doubtful
+    )
     return from_scans(f"imagefolder {name}", classes.infos, [*scans.values()], understood)
 
 
@@ -195,7 +199,9 @@ def add_class(found: SplitScan, label: int, part: ClassFolder, files: Files) -> 
         found.note(part.folder.path, "ignored", "no class: --no-label says so")
         return
     if not files.add(found, label, part.folder, part.key, part.without):
-        raise DataError(f"the class folder {part.folder.path} holds no images; add some, or remove the folder")
+        raise DataError(
+            f"the class folder {part.folder.path} holds no images; add some, or remove the folder"
+        )
 
 
 def read_layout(root: Folder, wanted: Wanted) -> Layout:
@@ -213,7 +219,8 @@ def read_layout(root: Folder, wanted: Wanted) -> Layout:
                 _read_split(layout, split, folder, wanted)
         _ignore_neighbours(layout, base, splits, wanted)
         folders = ", ".join(
-            f"{folder.name}/" + (f" ({split})" if folder.name != split else "") for split, folder in splits.items()
+            f"{folder.name}/" + (f" ({split})" if folder.name != split else "")
+            for split, folder in splits.items()
         )
         layout.text = f"class folders in {folders}"
     else:
@@ -270,10 +277,14 @@ def find_splits(root: Folder, wanted: Wanted, layout: Layout) -> tuple[Folder, d
         if not few or not alone[0].filled or wanted.class_level:
             return base, {}
         if base.images:
-            layout.ignored.append((base.path, f"{base.images} images beside the data set {alone[0].name}"))
+            layout.ignored.append(
+                (base.path, f"{base.images} images beside the data set {alone[0].name}")
+            )
         for folder in base.filled:
             if folder is not alone[0]:
-                layout.ignored.append((folder.path, f"{folder.total} images beside the data set {alone[0].name}"))
+                layout.ignored.append(
+                    (folder.path, f"{folder.total} images beside the data set {alone[0].name}")
+                )
         base = alone[0]
 
 
@@ -311,7 +322,9 @@ def splits_in(folder: Folder, wanted: Wanted) -> dict[str, Folder]:
             found.setdefault(split, []).append(each)
     if "train" not in found:
         found = _framed_splits(folder, wanted) or found
-    if not any(each.folders for each in found.get("train", ())):  # else it may be a class: train, bus, car
+    if not any(
+        each.folders for each in found.get("train", ())
+    ):  # else it may be a class: train, bus, car
         return {}
     for split, folders in found.items():
         if len(folders) > 1 and split != NO_SPLIT:
@@ -344,7 +357,11 @@ def folder_splits(root: Folder, wanted: Wanted) -> dict[str, str]:
     """Return the split of each folder below `root` that is called so, by its path below `root`."""
     found: dict[str, str] = {}
     for folder in root.walk():
-        framed = {each.name: split for split, folders in _framed_splits(folder, wanted).items() for each in folders}
+        framed = {
+            each.name: split
+            for split, folders in _framed_splits(folder, wanted).items()
+            for each in folders
+        }
         for each in folder.folders:
             split = split_of_folder(each.name, wanted) or framed.get(each.name)
             if split is not None:
@@ -352,7 +369,9 @@ def folder_splits(root: Folder, wanted: Wanted) -> dict[str, str]:
     return found
 
 
-def _ignore_neighbours(layout: Layout, base: Folder, splits: dict[str, Folder], wanted: Wanted) -> None:
+def _ignore_neighbours(
+    layout: Layout, base: Folder, splits: dict[str, Folder], wanted: Wanted
+) -> None:
     """Note what lies beside the folders of the splits.
 
     Raises:
@@ -362,7 +381,9 @@ def _ignore_neighbours(layout: Layout, base: Folder, splits: dict[str, Folder], 
     used = {id(folder) for folder in splits.values()}
     for folder in base.folders:
         if split_of_folder(folder.name, wanted) == NO_SPLIT:
-            layout.ignored.append((folder.path, f"{folder.total} images that are left out of every split"))
+            layout.ignored.append(
+                (folder.path, f"{folder.total} images that are left out of every split")
+            )
         elif id(folder) not in used:
             named = {normal(each.name) for each in folder.filled}
             if len(named & classes) > len(named) / 2:
@@ -374,17 +395,23 @@ def _ignore_neighbours(layout: Layout, base: Folder, splits: dict[str, Folder], 
         layout.ignored.append((base.path, f"{base.images} images beside the folders of the splits"))
 
 
-def read_classes(layout: Layout, split: str, base: Folder, wanted: Wanted, *, in_split: bool = False) -> None:
+def read_classes(
+    layout: Layout, split: str, base: Folder, wanted: Wanted, *, in_split: bool = False
+) -> None:
     """Read the class folders in `base`."""
     if wanted.class_level:
         _read_level(layout, split, base, wanted.class_level)
         return
     folders = _candidates(layout, base, wanted, in_split=in_split)
-    _refuse_no_classes(base, [folder.name for folder in folders], in_split=in_split and split != "train")
+    _refuse_no_classes(
+        base, [folder.name for folder in folders], in_split=in_split and split != "train"
+    )
     if not in_split:
         _refuse_split_among_classes(base, folders, wanted)
     inner = {folder.name: _unwrapped_class(folder, wanted, layout) for folder in folders}
-    holders = [folder for folder in folders if not inner[folder.name].images and inner[folder.name].filled]
+    holders = [
+        folder for folder in folders if not inner[folder.name].images and inner[folder.name].filled
+    ]
     if holders and _are_split_by_class([inner[folder.name] for folder in holders], wanted):
         if len(holders) < len(folders):
             other = next(folder for folder in folders if folder not in holders)
@@ -392,7 +419,9 @@ def read_classes(layout: Layout, split: str, base: Folder, wanted: Wanted, *, in
                 f"{holders[0].path} holds folders of splits ({_some(each.name for each in inner[holders[0].name].filled)}), and "
                 f"{other.path} does not; sort its images into such folders, too"
             )
-        _read_splits_of_classes(layout, base, [inner[folder.name] for folder in folders], folders, wanted)
+        _read_splits_of_classes(
+            layout, base, [inner[folder.name] for folder in folders], folders, wanted
+        )
         return
     if holders:
         _refuse_holders(layout, base, folders, holders, inner)
@@ -400,7 +429,9 @@ def read_classes(layout: Layout, split: str, base: Folder, wanted: Wanted, *, in
         _refuse_repository(base, folders)
     odd = [folder.name for folder in folders if ODD_CLASS.fullmatch(folder.name)]
     if odd:
-        layout.doubtful.append(f"{_some(odd)} may be no class; --split {shlex.quote(f'{odd[0]}=none')} leaves it out")
+        layout.doubtful.append(
+            f"{_some(odd)} may be no class; --split {shlex.quote(f'{odd[0]}=none')} leaves it out"
+        )
     for folder in folders:
         without = _without_splits(layout, inner[folder.name], wanted)
         part = inner[folder.name] if without is None else folder
@@ -414,7 +445,9 @@ def _candidates(layout: Layout, base: Folder, wanted: Wanted, *, in_split: bool)
     found = []
     for folder in base.folders:
         if split_of_folder(folder.name, wanted) == NO_SPLIT:
-            layout.ignored.append((folder.path, f"{folder.total} images that are left out of every split"))
+            layout.ignored.append(
+                (folder.path, f"{folder.total} images that are left out of every split")
+            )
             continue
         # An empty folder in train/ is a class whose images did not arrive; among class folders it may be anything's.
         if folder.total or (in_split and folder.is_empty):
@@ -437,10 +470,16 @@ def _refuse_no_classes(base: Folder, ids: Sequence[str], *, in_split: bool) -> N
         raise DataError(
             f"{base.path} is no folder of classes: {told}; {LAYOUT}, or put a labels.csv with the columns file and label there"
         )
-    if all(SPLIT_FOLDER.fullmatch(id) or framed_split(id) or id.lower() in OTHER_SPLITS for id in ids):
-        raise DataError(f"{base.path} is no folder of classes: {told}, which are names of splits; {LAYOUT}")
+    if all(
+        SPLIT_FOLDER.fullmatch(id) or framed_split(id) or id.lower() in OTHER_SPLITS for id in ids
+    ):
+        raise DataError(
+            f"{base.path} is no folder of classes: {told}, which are names of splits; {LAYOUT}"
+        )
     if len(ids) == 1:
-        raise DataError(f"{base.path} holds one class folder, {ids[0]!r}: there is nothing to tell apart; {LAYOUT}")
+        raise DataError(
+            f"{base.path} holds one class folder, {ids[0]!r}: there is nothing to tell apart; {LAYOUT}"
+        )
 
 
 def _unwrapped_class(folder: Folder, wanted: Wanted, layout: Layout) -> Folder:
@@ -450,7 +489,9 @@ def _unwrapped_class(folder: Folder, wanted: Wanted, layout: Layout) -> Folder:
         images = [each for each in inner if IMAGES.fullmatch(each.name)]
         masks = [each for each in inner if MASKS.fullmatch(each.name)]
         if len(images) == 1 and len(images) + len(masks) == len(inner) and masks:
-            layout.ignored += [(each.path, f"{each.total} images in a folder of {each.name}") for each in masks]
+            layout.ignored += [
+                (each.path, f"{each.total} images in a folder of {each.name}") for each in masks
+            ]
             layout.masked.add(images[0].path)
             return images[0]
         if len(inner) > 1 or split_of_folder(inner[0].name, wanted) is not None:
@@ -471,7 +512,9 @@ def _without_splits(layout: Layout, folder: Folder, wanted: Wanted) -> list[Path
     for each in folder.filled if folder.images else ():
         split = split_of_folder(each.name, wanted)
         if split == NO_SPLIT:
-            layout.ignored.append((each.path, f"{each.total} images that are left out of every split"))
+            layout.ignored.append(
+                (each.path, f"{each.total} images that are left out of every split")
+            )
             without.append(each.path)
         elif split in ("val", "test"):
             raise UsageError(
@@ -524,7 +567,9 @@ def _read_splits_of_classes(
             split = split_of_folder(each.name, wanted)
             assert split is not None, "_are_split_by_class looked"
             if split == NO_SPLIT:
-                layout.ignored.append((each.path, f"{each.total} images that are left out of every split"))
+                layout.ignored.append(
+                    (each.path, f"{each.total} images that are left out of every split")
+                )
                 continue
             if split in used:
                 raise DataError(
@@ -546,13 +591,17 @@ def _refuse_holders(
     inner: dict[str, Folder],
 ) -> None:
     """Raise `DataError`: folders that hold only folders may be classes, or hold the classes."""
-    below = {folder.name: {normal(each.name) for each in inner[folder.name].filled} for folder in holders}
+    below = {
+        folder.name: {normal(each.name) for each in inner[folder.name].filled} for folder in holders
+    }
     shared = set.union(*below.values())
     common = set.intersection(*below.values()) if len(below) > 1 else set[str]()
     origin = layout.origin or base
     first = len(base.path.parts) - len(origin.path.parts) + 1
     level = len(inner[holders[0].name].path.parts) - len(origin.path.parts) + 1
-    ways = [f"the folders {_some(folder.name for folder in folders)} are the classes: --class-level {first}"]
+    ways = [
+        f"the folders {_some(folder.name for folder in folders)} are the classes: --class-level {first}"
+    ]
     if common:
         ways.append(
             f"each of them holds the classes {_some(common)}: give the path of one, such as "
@@ -569,7 +618,9 @@ def _read_level(layout: Layout, split: str, base: Folder, level: int) -> None:
     """Read the folders that lie `level` levels below `base` as the classes, whatever they lie in."""
     found = base.below(level)
     if not found:
-        raise UsageError(f"{base.path} holds no folders with images {level} levels below; --class-level says which")
+        raise UsageError(
+            f"{base.path} holds no folders with images {level} levels below; --class-level says which"
+        )
     for folder in found:
         key = folder.path.relative_to(base.path).as_posix()
         layout.parts.append(ClassFolder(split, folder.name, folder, key))
@@ -594,9 +645,15 @@ def imagenet_names(ids: list[str]) -> dict[str, str]:
 
     if not all(len(id) == 9 and id[0] == "n" and id[1:].isdigit() for id in ids):
         return {}
-    spec = importlib.util.find_spec("timm")  # finds the files without importing timm, which would bring in torch
+    spec = importlib.util.find_spec(
+        "timm"
+    )  # finds the files without importing timm, which would bring in torch
     if spec is None or not spec.submodule_search_locations:
         return {}
-    table = Path(spec.submodule_search_locations[0]) / "data" / "_info" / "imagenet_synset_to_lemma.txt"
-    pairs = (line.split("\t", 1) for line in table.read_text().splitlines()) if table.is_file() else ()
+    table = (
+        Path(spec.submodule_search_locations[0]) / "data" / "_info" / "imagenet_synset_to_lemma.txt"
+    )
+    pairs = (
+        (line.split("\t", 1) for line in table.read_text().splitlines()) if table.is_file() else ()
+    )
     return dict(pairs)

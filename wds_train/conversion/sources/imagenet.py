@@ -1,8 +1,8 @@
-"""ImageNet (ILSVRC2012) in the two forms that it is handed out in: its own tars, and Kaggle's folders.
+"""Read ImageNet (ILSVRC2012) in its two published forms: its own tars, and Kaggle's folders.
 
-Layouts: https://image-net.org/challenges/LSVRC/2012/ (ILSVRC2012_img_train.tar is a tar of 1,000 class tars; the ground
-truth counts ILSVRC2012_ID from 1, and the devkit's meta.mat maps that to WordNet ids) and
-https://www.kaggle.com/c/imagenet-object-localization-challenge/data.
+Layouts: https://image-net.org/challenges/LSVRC/2012/ (ILSVRC2012_img_train.tar is a tar of 1,000
+class tars; the ground truth counts ILSVRC2012_ID from 1, and the devkit's meta.mat maps that to
+WordNet ids) and https://www.kaggle.com/c/imagenet-object-localization-challenge/data.
 """
 
 import csv
@@ -10,7 +10,13 @@ import io
 import tarfile
 from pathlib import Path
 
-from wds_train.conversion.sources.imagefolder import Layout, add_class, imagenet_names, note_layout, read_classes
+from wds_train.conversion.sources.imagefolder import (
+    Layout,
+    add_class,
+    imagenet_names,
+    note_layout,
+    read_classes,
+)
 from wds_train.conversion.sources.labels import to_classes
 from wds_train.conversion.sources.scan import SplitScan, scan
 from wds_train.conversion.sources.source import ANYTHING, Source, Understood
@@ -23,91 +29,145 @@ TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-# A line per validation image, its WordNet id: the form in which several projects hand out the ground truth.
+# The WordNet id of a validation image in each line: the form in which several projects publish the
+# ground truth.
 SYNSET_TRUTH = "imagenet_2012_validation_synset_labels.txt"
 KAGGLE_TRAIN = Path("ILSVRC/Data/CLS-LOC/train")
 MAX_DEVKIT_FILE = 64 << 20
 
 
-def ilsvrc_tars(root: Path) -> Source:
-    """The folder that holds the train tar and, for a val split, the val tar and the devkit or a ground-truth file."""
-    train, names, classes = SplitScan("train"), dict[str, str](), list[str]()
+def open_ilsvrc(root: Path) -> Source:
+    """Open ImageNet's own tars.
+
+    Args:
+        root: The folder that holds the train tar and, for a val split, the val tar and the devkit
+            or a ground-truth file.
+
+    Raises:
+        DataError: A tar is damaged, or the labels of the val split are missing.
+    """
+    # Each member of the train tar is the tar of a class.
+    train = SplitScan("train")
     outer = root / TRAIN_TAR
     train.stamp.add(TRAIN_TAR, outer.stat())
-    inner = sorted((member for member in tar_members(outer) if is_safe(train, TRAIN_TAR, member)), key=lambda m: m.name)
-    for label, member in enumerate(inner):
+    class_tars = [member for member in tar_members(outer) if is_safe(train, TRAIN_TAR, member)]
+    class_tars.sort(key=lambda member: member.name)
+    classes = []
+    for label, member in enumerate(class_tars):
         wnid = member.name.rpartition("/")[2].removesuffix(".tar")
         classes.append(wnid)
         if not _add_images(train, outer, wnid, label, (member.data_offset, member.size)):
             raise DataError(f"{outer}: the class {wnid} holds no images; download it again")
+
     scans = [train]
+    names: dict[str, str] = {}
     if (root / VAL_TAR).is_file():
         truth, names = _ground_truth(root)
         scans.append(_val_tar(root / VAL_TAR, truth, classes))
     understood = Understood(
-        f"ImageNet's own tars; splits by {TRAIN_TAR} and {VAL_TAR}", "the class tars, and the ground truth"
+        layout=f"ImageNet's own tars; splits by {TRAIN_TAR} and {VAL_TAR}",
+        labels="the class tars, and the ground truth",
     )
     infos = to_classes(classes, imagenet_names(classes) | names)
     return from_scans("imagenet ILSVRC2012 tars", infos, scans, understood)
 
 
-def _add_images(found: SplitScan, outer: Path, wnid: str, label: int, where: tuple[int, int]) -> bool:
-    origin = f"{outer}: {wnid}"
-    images = [
-        found.add(label, f"{wnid}/{member.name}", str(outer), member.data_offset, member.size)
-        for member in tar_members(outer, *where)
-        if is_safe(found, origin, member)
-    ]
-    return any(images)
+def _add_images(
+    found: SplitScan, outer: Path, wnid: str, label: int, place: tuple[int, int]
+) -> bool:
+    """Add the images of a class tar.
+
+    Args:
+        found: Where they are added.
+        outer: The train tar.
+        wnid: The class.
+        label: Its number.
+        place: Offset and bytes of the class tar in the train tar.
+
+    Returns:
+        Whether there are any.
+    """
+    added = False
+    for member in tar_members(outer, *place):
+        if is_safe(found, f"{outer}: {wnid}", member):
+            name = f"{wnid}/{member.name}"
+            added |= found.add(label, name, str(outer), member.data_offset, member.size)
+    return added
 
 
 def _val_tar(path: Path, truth: list[str], classes: list[str]) -> SplitScan:
+    """Scan the val tar; `truth` has the WordNet id of every image in the order of their names."""
     found = SplitScan("val")
     found.stamp.add(path.name, path.stat())
-    images = sorted((m for m in tar_members(path) if is_safe(found, str(path), m)), key=lambda m: m.name)
+    images = [member for member in tar_members(path) if is_safe(found, str(path), member)]
+    images.sort(key=lambda member: member.name)
     if len(images) != len(truth):
         raise DataError(
-            f"{path} holds {len(images)} images, the ground truth has {len(truth)} lines; they must be equal"
+            f"{path} holds {len(images)} images, the ground truth has {len(truth)} lines; "
+            "they must be equal"
         )
     for member, wnid in zip(images, truth, strict=True):
-        found.add(
-            _label(wnid, classes, "ground truth"), f"{wnid}/{member.name}", str(path), member.data_offset, member.size
-        )
+        label = _label(wnid, classes, "ground truth")
+        name = f"{wnid}/{member.name}"
+        found.add(label, name, str(path), member.data_offset, member.size)
     return found
 
 
 def _label(wnid: str, classes: list[str], where: str) -> int:
+    """Return the number of the class `wnid`, which `where` names."""
     if wnid not in classes:
         raise DataError(f"the {where} names the class {wnid!r}, which train lacks")
     return classes.index(wnid)
 
 
 def _ground_truth(root: Path) -> tuple[list[str], dict[str, str]]:
-    """The WordNet id of every validation image in the order of their names, and the classes' names where known."""
-    plain = next((path for path in (root / SYNSET_TRUTH, root / TRUTH) if path.is_file()), None)
-    lines = _lines(plain.read_bytes()) if plain else []
+    """Read the labels of the validation images.
+
+    Returns:
+        The WordNet id of every image in the order of their names; and the classes' names, as far as
+        they are known.
+    """
+    # A plain file may hold the WordNet ids themselves.
+    lines: list[str] = []
+    for path in (root / SYNSET_TRUTH, root / TRUTH):
+        if path.is_file():
+            lines = _lines(path.read_bytes())
+            break
     if lines and not lines[0].isdigit():
         return [line.split()[-1] for line in lines], {}
+
+    # Else there are numbers, which the devkit explains.
     meta = _devkit_file(root, "data/meta.mat")
     numbers = lines or _lines(_devkit_file(root, f"data/{TRUTH}"))
     wnids, names = _synsets(meta)
-    unknown = [number for number in numbers if not number.isdecimal() or len(number) > 9 or int(number) not in wnids]
-    if unknown:
-        raise DataError(f"the ground truth holds the id {unknown[0][:40]!r}, which meta.mat does not name")
-    return [wnids[int(number)] for number in numbers], names
+    truth = []
+    for number in numbers:
+        known = number.isdecimal() and len(number) <= 9 and int(number) in wnids
+        if not known:
+            raise DataError(
+                f"the ground truth holds the id {number[:40]!r}, which meta.mat does not name"
+            )
+        truth.append(wnids[int(number)])
+    return truth, names
 
 
 def _lines(data: bytes) -> list[str]:
-    return [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
+    """Return the lines of a text that are not empty."""
+    lines = data.decode(errors="replace").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _devkit_file(root: Path, name: str) -> bytes:
-    """A file of the devkit, which lies in `root` as a folder or as the tar.gz that it comes as."""
-    folder, archive = root / DEVKIT, root / f"{DEVKIT}.tar.gz"
+    """Return a file of the devkit, which lies in `root` as a folder or as a tar.gz."""
+    folder = root / DEVKIT
+    archive = root / f"{DEVKIT}.tar.gz"
     if (folder / name).is_file():
         return (folder / name).read_bytes()
     if not archive.is_file():
-        raise DataError(f"{VAL_TAR} needs {archive.name} (or {SYNSET_TRUTH}) beside it in {root}: it holds the labels")
+        raise DataError(
+            f"{VAL_TAR} needs {archive.name} (or {SYNSET_TRUTH}) beside it in {root}: "
+            "it holds the labels"
+        )
     try:
         with tarfile.open(archive, "r:gz") as tar:
             file = tar.extractfile(f"{DEVKIT}/{name}")
@@ -115,23 +175,43 @@ def _devkit_file(root: Path, name: str) -> bytes:
                 raise DataError(f"{archive}: {name} is not a file of sensible size")
             return file.read()
     except (tarfile.TarError, KeyError, OSError, EOFError) as error:
-        raise DataError(f"{archive} lacks {DEVKIT}/{name} or is damaged ({error}); download it again") from error
+        raise DataError(
+            f"{archive} lacks {DEVKIT}/{name} or is damaged ({error}); download it again"
+        ) from error
 
 
 def _synsets(meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
-    """ILSVRC2012_ID -> WordNet id, and WordNet id -> words, from the devkit's meta.mat."""
+    """Read the devkit's meta.mat.
+
+    Returns:
+        ILSVRC2012_ID -> WordNet id, and WordNet id -> words.
+    """
     from scipy.io import loadmat
 
+    wnids = {}
+    names = {}
     try:
-        synsets = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"]
-        rows = [(int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"])) for row in synsets]
+        found = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])
+        for row in found["synsets"]:
+            wnid = str(row["WNID"])
+            wnids[int(row["ILSVRC2012_ID"])] = wnid
+            names[wnid] = str(row["words"])
     except (KeyError, ValueError, TypeError, OSError) as error:
-        raise DataError(f"the devkit's meta.mat cannot be read ({error}); download it again") from error
-    return {number: wnid for number, wnid, _ in rows}, {wnid: words for _, wnid, words in rows}
+        raise DataError(
+            f"the devkit's meta.mat cannot be read ({error}); download it again"
+        ) from error
+    return wnids, names
 
 
-def kaggle(root: Path) -> Source:
-    """Kaggle's unpacked archive: `ILSVRC/`, `LOC_val_solution.csv` and `LOC_synset_mapping.txt` in `root`."""
+def open_kaggle(root: Path) -> Source:
+    """Open Kaggle's unpacked archive.
+
+    Args:
+        root: The folder with `ILSVRC/`, `LOC_val_solution.csv` and `LOC_synset_mapping.txt`.
+
+    Raises:
+        DataError: One of the two tables is missing or cannot be read.
+    """
     train_folder = root / KAGGLE_TRAIN
     names = _mapping(root / "LOC_synset_mapping.txt")
     layout = Layout()
@@ -146,24 +226,15 @@ def kaggle(root: Path) -> Source:
     if val_folder.is_dir():
         scans.append(_kaggle_val(val_folder, root / "LOC_val_solution.csv", classes))
     understood = Understood(
-        "Kaggle's ImageNet; splits by the folders train and val", "class folders, and LOC_val_solution.csv"
+        layout="Kaggle's ImageNet; splits by the folders train and val",
+        labels="class folders, and LOC_val_solution.csv",
     )
     return from_scans("imagenet Kaggle", to_classes(classes, names), scans, understood)
 
 
 def _kaggle_val(folder: Path, solution: Path, classes: list[str]) -> SplitScan:
-    if not solution.is_file():
-        raise DataError(f"{solution} is missing: it holds the labels of {folder}")
-    try:
-        with solution.open(newline="") as file:
-            rows = [(row["ImageId"], row["PredictionString"].split()) for row in csv.DictReader(file)]
-    except (KeyError, AttributeError, ValueError, csv.Error) as error:
-        raise DataError(
-            f"{solution} cannot be read ({error!r}); its columns are ImageId and PredictionString"
-        ) from error
-    if empty := next((image for image, words in rows if not words), None):
-        raise DataError(f"{solution} names no class for {empty}; download it again")
-    wnids = {image: words[0] for image, words in rows}
+    """Scan the validation images in `folder`, whose labels are in the table `solution`."""
+    wnids = _read_solution(folder, solution)
     found = SplitScan("val")
     for entry in scan(folder):
         path = Path(entry.path)
@@ -171,14 +242,35 @@ def _kaggle_val(folder: Path, solution: Path, classes: list[str]) -> SplitScan:
         if wnid is None:
             found.note(path, "left out", f"{solution.name} does not name it")
         else:
-            found.add_file(_label(wnid, classes, solution.name), path, f"{wnid}/{path.name}")
+            label = _label(wnid, classes, solution.name)
+            found.add_file(label, path, f"{wnid}/{path.name}")
     for missing in wnids:
         found.note(folder / missing, "left out", f"{solution.name} names it, but it is not there")
     return found
 
 
+def _read_solution(folder: Path, solution: Path) -> dict[str, str]:
+    """Return the WordNet id of each validation image, by its name without a suffix."""
+    if not solution.is_file():
+        raise DataError(f"{solution} is missing: it holds the labels of {folder}")
+    rows = []
+    try:
+        with solution.open(newline="") as file:
+            for row in csv.DictReader(file):
+                rows.append((row["ImageId"], row["PredictionString"].split()))
+    except (KeyError, AttributeError, ValueError, csv.Error) as error:
+        raise DataError(
+            f"{solution} cannot be read ({error!r}); its columns are ImageId and PredictionString"
+        ) from error
+    for image, words in rows:
+        if not words:
+            raise DataError(f"{solution} names no class for {image}; download it again")
+    # The first word is the class; boxes follow.
+    return {image: words[0] for image, words in rows}
+
+
 def _mapping(path: Path) -> dict[str, str]:
-    """WordNet id -> human name: 'n01440764 tench, Tinca tinca' a line."""
+    """Return the classes' names by WordNet id; each line is like 'n01440764 tench, Tinca tinca'."""
     if not path.is_file():
         raise DataError(f"{path} is missing: it names the classes")
     return {line[:9]: line[10:].strip() for line in _lines(path.read_bytes())}

@@ -14,7 +14,11 @@ from wds_train.errors import UsageError
 
 NEARLY_ALL = 0.95  # of the images, above which a table is the one that labels them
 PLACEHOLDERS = 3  # rows; more that all have one label, of test images, are no answers
-QUIET = (".txt", ".lst", ".json")  # files that may be anything: what is no table among them is not worth a word
+QUIET = (
+    ".txt",
+    ".lst",
+    ".json",
+)  # files that may be anything: what is no table among them is not worth a word
 
 
 @dataclass
@@ -36,7 +40,9 @@ class Tables:
     refusals: list[UsageError] = field(default_factory=list)
 
 
-def read_tables(paths: Sequence[Path], images: ImageIndex, wanted: Wanted, classes: Collection[str]) -> Tables:
+def read_tables(
+    paths: Sequence[Path], images: ImageIndex, wanted: Wanted, classes: Collection[str]
+) -> Tables:
     """Read those of the files `paths` that are tables.
 
     Args:
@@ -46,7 +52,9 @@ def read_tables(paths: Sequence[Path], images: ImageIndex, wanted: Wanted, class
         UsageError: The table that a person named is none, or two lists differ.
     """
     found = Tables()
-    paths = sorted(paths, key=_is_trainval)  # stable: its lists are those of train and val once more
+    paths = sorted(
+        paths, key=_is_trainval
+    )  # stable: its lists are those of train and val once more
     family = _family(wanted.table, paths) if wanted.table else []
     for path in family:
         _read_one(path, images, wanted, classes, found, named=True)
@@ -57,7 +65,9 @@ def read_tables(paths: Sequence[Path], images: ImageIndex, wanted: Wanted, class
             found.ignored.append((path, "answers to be filled in, as its name says: no labels"))
         elif not wanted.table:
             _read_one(path, images, wanted, classes, found, named=False)
-        elif not found.lists:  # the table that was named says the labels; a list may still say the splits
+        elif (
+            not found.lists
+        ):  # the table that was named says the labels; a list may still say the splits
             content = read_table(path)
             splits = read_splits(content, images, wanted) if content else {}
             if splits:
@@ -77,18 +87,28 @@ def _family(named: Path, paths: Sequence[Path]) -> list[Path]:
         return [named]
     alike = [path for path in paths if path.parent == named.parent and path.suffix == named.suffix]
     frames = {path: framed_split(path.stem) for path in alike}
-    same = [path for path, other in frames.items() if other is not None and other.frame == framed.frame]
+    same = [
+        path for path, other in frames.items() if other is not None and other.frame == framed.frame
+    ]
     return sorted({named, *same}, key=lambda path: (_is_trainval(path), path))
 
 
 def _read_one(
-    path: Path, images: ImageIndex, wanted: Wanted, classes: Collection[str], found: Tables, *, named: bool
+    path: Path,
+    images: ImageIndex,
+    wanted: Wanted,
+    classes: Collection[str],
+    found: Tables,
+    *,
+    named: bool,
 ) -> None:
     """Read one table, and keep it as what it is."""
     content = read_table(path)
     if content is None:
         if named:
-            raise UsageError(f"{path} is no table; give CSV, TSV, JSON lines, or a list of file and label")
+            raise UsageError(
+                f"{path} is no table; give CSV, TSV, JSON lines, or a list of file and label"
+            )
         return
     try:
         labels = read_labels(content, images, wanted, classes)
@@ -103,19 +123,25 @@ def _read_one(
             return  # a list of something else
         if path.suffix.lower() not in QUIET:
             columns = ", ".join(content.columns[:6]) + (", ..." if content.columns[6:] else "")
-            found.ignored.append((path, f"none of its columns ({columns}) is known to be the labels of images here"))
+            found.ignored.append(
+                (path, f"none of its columns ({columns}) is known to be the labels of images here")
+            )
         found.refusals.append(error)
         return
     if named and not labels.rows:
         cause = labels.odd[0][-1] if labels.odd else "it has no rows"
-        raise UsageError(f"{path} names no image below {images.root}: {cause}; name another table, or another SOURCE")
+        raise UsageError(
+            f"{path} names no image below {images.root}: {cause}; name another table, or another SOURCE"
+        )
     if labels.rows or (labels.odd and path.suffix.lower() not in QUIET):
         found.usable.append(labels)
 
 
 def _add_list(found: Tables, path: Path, splits: dict[int, str], images: ImageIndex) -> None:
     """Keep a table that says splits alone; `UsageError` where it differs from another one."""
-    odd = next((image for image, split in splits.items() if found.listed.get(image, split) != split), None)
+    odd = next(
+        (image for image, split in splits.items() if found.listed.get(image, split) != split), None
+    )
     if odd is not None and _is_trainval(path):
         found.ignored.append((path, "train and val together; the lists of each are used"))
         return
@@ -182,23 +208,33 @@ def named_images(group: Sequence[LabelTable]) -> set[int]:
     return set[int]().union(*(each.images for each in group))
 
 
-def _of_one_kind(group: list[LabelTable], tables: Tables, images: ImageIndex, wanted: Wanted) -> list[LabelTable]:
+def _of_one_kind(
+    group: list[LabelTable], tables: Tables, images: ImageIndex, wanted: Wanted
+) -> list[LabelTable]:
     """Return those tables of the same columns that belong together, one a split perhaps."""
     kept: list[LabelTable] = []
     has_words = any(each.word for each in group)
     for each in sorted(group, key=lambda each: (not each.word, -len(each.images), str(each.path))):
         of_splits = {images.split_of(image) for image in each.images}
         if has_words and not each.word and "" in of_splits and kept and not each.columns.split:
-            tables.ignored.append((each.path, f"it names {len(each.images)} images that belong to no split"))
+            tables.ignored.append(
+                (each.path, f"it names {len(each.images)} images that belong to no split")
+            )
             continue
         texts = {row.text for row in each.rows}
         is_test = of_splits == {"test"} or SPLIT_OF.get(each.word) == "test"
         if len(texts) == 1 and len(each.rows) > PLACEHOLDERS and is_test and not wanted.table:
             tables.ignored.append(
-                (each.path, f"all of its rows say {next(iter(texts))!r}, of test images: placeholders")
+                (
+                    each.path,
+                    f"all of its rows say {next(iter(texts))!r}, of test images: placeholders",
+                )
             )
             continue
-        twin = next((other for other in kept if len(other.images & each.images) > len(each.images) / 2), None)
+        twin = next(
+            (other for other in kept if len(other.images & each.images) > len(each.images) / 2),
+            None,
+        )
         if twin is not None and twin.word == each.word:
             if not _equal_labels(twin, each):
                 raise UsageError(

@@ -97,7 +97,9 @@ def label_text(value: Any) -> str:
     if UNPRINTABLE.search(text):
         raise DataError(f"its label is {_brief(value)}, which is neither a name nor a whole number")
     if len(text) > MAX_NAME:
-        raise DataError(f"its label is a text of {len(text)} characters, at most {MAX_NAME} can be a class's name")
+        raise DataError(
+            f"its label is a text of {len(text)} characters, at most {MAX_NAME} can be a class's name"
+        )
     return text
 
 
@@ -121,8 +123,12 @@ def classes_of(
     """
     unknown = sorted(rules.none - counts.keys())
     if unknown and counts:
-        raise UsageError(f"--no-label {unknown[0]}: {where} holds no such label; correct it, or leave it out")
-    texts = {text: count for text, count in counts.items() if text != NO_TEXT and text not in rules.none}
+        raise UsageError(
+            f"--no-label {unknown[0]}: {where} holds no such label; correct it, or leave it out"
+        )
+    texts = {
+        text: count for text, count in counts.items() if text != NO_TEXT and text not in rules.none
+    }
     none = dict.fromkeys(counts.keys() - texts.keys(), NO_LABEL)
     said: list[str] = []
     if rules.classes:
@@ -202,7 +208,9 @@ def _holds_several(text: str, texts: Mapping[str, int]) -> bool:
     # A bar or a semicolon may belong to a name, too; not where one of the parts is in another label.
     for separator in ("|", ";"):
         parts = {part.strip() for part in text.split(separator)} - {""}
-        if len(parts) > 1 and any(_is_part(parts, other, separator) for other in texts if other != text):
+        if len(parts) > 1 and any(
+            _is_part(parts, other, separator) for other in texts if other != text
+        ):
             return True
     # A comma, a slash, a plus or a blank may belong to a name; not where each part is a label by itself, too.
     for separator in (",", "/", "+", "&"):
@@ -252,7 +260,9 @@ def _spellings(texts: Mapping[str, int], where: str, rules: LabelRules) -> dict[
 
 def _folded_words(spelling: Mapping[str, str]) -> list[str]:
     """Return what was folded, in a sentence."""
-    others = sorted(text for text, id in spelling.items() if text != id and not WHOLE.fullmatch(text))
+    others = sorted(
+        text for text, id in spelling.items() if text != id and not WHOLE.fullmatch(text)
+    )
     if not others:
         return []
     shown = ", ".join(f"{text!r} is {spelling[text]!r}" for text in others[:5])
@@ -285,7 +295,11 @@ def _in_order(ids: set[str], where: str, said: list[str], *, sure: bool) -> list
         )
     numeric = sorted(ids, key=lambda id: (float(id), id))
     counted = [str(number) for number in range(len(ids))]
-    codes = [id for id in numeric if id != str(int(float(id)))] if all(map(WHOLE.fullmatch, numeric)) else numeric
+    codes = (
+        [id for id in numeric if id != str(int(float(id)))]
+        if all(map(WHOLE.fullmatch, numeric))
+        else numeric
+    )
     if numeric == counted:
         if sure and numeric != sorted(ids):
             said.append(
@@ -303,9 +317,15 @@ def _listed(texts: Mapping[str, int], where: str, rules: LabelRules) -> Classes:
     """Match the texts with the list of classes that a person gave."""
     fold = _folded if rules.case == "fold" else normal
     places = {fold(entry.id): place for place, entry in enumerate(rules.classes)}
-    numbers = {text: places.get(fold(text), places.get(plain_number(text), NO_LABEL)) for text in texts}
+    numbers = {
+        text: places.get(fold(text), places.get(plain_number(text), NO_LABEL)) for text in texts
+    }
     odd = sorted(text for text, number in numbers.items() if number == NO_LABEL)
-    if odd and odd == sorted(texts) and all(WHOLE.fullmatch(text) and not text.startswith("-") for text in odd):
+    if (
+        odd
+        and odd == sorted(texts)
+        and all(WHOLE.fullmatch(text) and not text.startswith("-") for text in odd)
+    ):
         # The labels are numbers and the list holds names: a number is a place in the list.
         return _by_place({text: int(plain_number(text)) for text in odd}, where, rules)
     if odd:
@@ -332,7 +352,9 @@ def _by_place(places: dict[str, int], where: str, rules: LabelRules) -> Classes:
         first = rules.classes[0].name
         numbers = {text: place - 1 for text, place in places.items()}
         return Classes(
-            rules.classes, numbers, [f"the labels count from 1: label 1 is {first}, the first of the list of classes"]
+            rules.classes,
+            numbers,
+            [f"the labels count from 1: label 1 is {first}, the first of the list of classes"],
         )
     raise DataError(
         f"{where} holds the label {largest}, the list of classes names {length} classes and not that one; make it longer"
@@ -358,7 +380,9 @@ def read_class_list(path: Path) -> tuple[ClassInfo, ...]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; give a file with a class's name a line") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; give a file with a class's name a line"
+        ) from error
     return parse_class_list(data, str(path))
 
 
@@ -375,7 +399,9 @@ def parse_class_list(data: bytes, path: str) -> tuple[ClassInfo, ...]:
             f"{path} does not name the classes ({error!r}); it takes a name a line, or a JSON list of names"
         ) from error
     ids = [entry.id for entry in infos]
-    twice = next((id for id in ids if ids.count(id) > 1), None) if len(set(ids)) < len(ids) else None
+    twice = (
+        next((id for id in ids if ids.count(id) > 1), None) if len(set(ids)) < len(ids) else None
+    )
     if not infos or twice is not None:
         cause = "is empty" if not infos else f"names {twice!r} twice"
         raise DataError(f"{path} {cause}; it takes each class's name once, a line or a JSON list")
@@ -388,7 +414,9 @@ def _from_json(content: Any, data: bytes, path: str) -> tuple[ClassInfo, ...]:
     if content.get("kind") == manifests.KIND:
         return DatasetManifest.from_json(data, path).classes
     if isinstance(content.get("classes"), list):  # what `wds-train inspect DATASET --json` prints
-        named = [(label_text(entry["id"]), label_text(entry["name"])) for entry in content["classes"]]
+        named = [
+            (label_text(entry["id"]), label_text(entry["name"])) for entry in content["classes"]
+        ]
         return to_classes([id for id, _ in named], dict(named))
     if all(isinstance(value, int) for value in content.values()):  # torchvision's class_to_idx
         return to_classes([label_text(name) for name in sorted(content, key=content.__getitem__)])

@@ -43,7 +43,10 @@ KINDS = (
     # Linux.
     Litter(r"lost\+found", SYSTEM),
     # Synology DSM (@eaDir, #recycle, #snapshot, @tmp) and QNAP QTS (@Recycle, @Recently-Snapshot, @__thumb).
-    Litter(r"@(eadir|tmp|synoeastream|synoresource|sharebin|appstore|download|s2s|img_bkp_cache)", STORAGE),
+    Litter(
+        r"@(eadir|tmp|synoeastream|synoresource|sharebin|appstore|download|s2s|img_bkp_cache)",
+        STORAGE,
+    ),
     Litter(r".*@syno(eastream|resource)", STORAGE),
     Litter(r"#(recycle|snapshot|trash)", STORAGE),
     Litter(r"@(recycle|recently-snapshot|recently_snapshot|__thumb|qmapping)", STORAGE),

@@ -153,7 +153,10 @@ def choose_splits(words: Iterable[str]) -> dict[str, str]:
         The word -> split of those that are used. Of two names for one split the first in `SPLITS` is.
     """
     there = set(words)
-    chosen = {split: next((name for name in names if name in there), None) for split, names in SPLITS.items()}
+    chosen = {
+        split: next((name for name in names if name in there), None)
+        for split, names in SPLITS.items()
+    }
     return {word: split for split, word in chosen.items() if word is not None}
 
 
@@ -179,7 +182,9 @@ def assign_splits(words: Iterable[str], said: Mapping[str, str], where: str) -> 
             raise unknown_split(word, where)
         splits[word] = split
     for split in SPLITS:
-        alike = [word for word, found in splits.items() if found == split and word.lower() not in said]
+        alike = [
+            word for word, found in splits.items() if found == split and word.lower() not in said
+        ]
         if len({word.lower() for word in alike}) > 1:
             raise UsageError(
                 f"{where} has {' and '.join(map(repr, alike))}, which are all names of the split {split}; say which one "
@@ -188,7 +193,9 @@ def assign_splits(words: Iterable[str], said: Mapping[str, str], where: str) -> 
     return splits
 
 
-def file_splits(paths: Sequence[str], said: Mapping[str, str], where: str) -> tuple[dict[str, str], dict[str, str]]:
+def file_splits(
+    paths: Sequence[str], said: Mapping[str, str], where: str
+) -> tuple[dict[str, str], dict[str, str]]:
     """Decide for every data file of a source what split it belongs to: tars, Parquet and arrow files.
 
     Args:

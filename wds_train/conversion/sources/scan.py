@@ -1,4 +1,4 @@
-"""What is met on the way through a source's files."""
+"""Scan a source's files: collect rows, notes, and a stamp of every file."""
 
 import hashlib
 import os
@@ -24,7 +24,10 @@ MAPPED = 32 * CHUNK  # rows; their paths are no more than a column of texts hold
 
 
 class Rows:
-    """Collects the rows of a split, at about 100 bytes each; of a large one in files, `MAPPED` in each."""
+    """Collect the rows of a split, at about 100 bytes each.
+
+    The rows of a large split are kept in files, `MAPPED` in each.
+    """
 
     def __init__(self) -> None:
         self._mapped: list[pa.RecordBatch] = []
@@ -32,17 +35,20 @@ class Rows:
         self._pending: list[tuple[str, int, str, int, int]] = []
 
     def add(self, key: str, label: int, path: str, offset: int, length: int) -> None:
+        """Add a row; see `ROWS`."""
         self._pending.append((key, label, path, offset, length))
         if len(self._pending) == CHUNK:
             self._flush()
 
     def add_batch(self, batch: pa.RecordBatch) -> None:
+        """Add the rows of a batch."""
         self._chunks.append(batch)
         if sum(chunk.num_rows for chunk in self._chunks) >= MAPPED:
-            self._mapped.append(_mapped(self._chunks))
+            self._mapped.append(_map_batches(self._chunks))
             self._chunks = []
 
     def table(self) -> pa.Table:
+        """Return all rows."""
         self._flush()
         return pa.Table.from_batches(self._mapped + self._chunks, ROWS)
 
@@ -52,8 +58,11 @@ class Rows:
             self._pending.clear()
 
 
-def _mapped(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    """The rows of `batches` as one batch, in a file without a name, which goes with it: memory that the system can take back."""
+def _map_batches(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """Return the rows of `batches` as one batch that is mapped from a file.
+
+    The system can take back its memory. The file has no name, and goes with the batch.
+    """
     try:
         home().mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=home()) as file:
@@ -64,27 +73,40 @@ def _mapped(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
             return pa.ipc.open_file(pa.memory_map(file.name)).get_batch(0)
     except OSError as error:
         raise StoreError(
-            f"the table of the source's files cannot be kept in {home()}: {error.strerror or error}; free some room, or set "
-            "WDS_HOME to another folder"
+            f"the table of the source's files cannot be kept in {home()}: "
+            f"{error.strerror or error}; free some room, or set WDS_HOME to another folder"
         ) from error
 
 
 class Stamp:
-    """A digest over the names, sizes and times of files: cheap, and another one when any was replaced."""
+    """A digest over the names, sizes and times of files, which changes when one is replaced."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def add(self, name: str, stat: os.stat_result) -> None:
-        self._digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        """Add a file."""
+        line = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+        self._digest.update(line.encode(errors="surrogateescape"))
 
     def hexdigest(self) -> str:
+        """Return the digest."""
         return self._digest.hexdigest()
 
 
 class SplitScan:
-    """What scanning the files of a split brings together: rows, notes, and a stamp of every file looked at. `foreign`:
-    whether images count that shards do not hold.
+    """The results of scanning the files of a split.
+
+    Args:
+        split: The split.
+        foreign: Take images of formats that shards do not hold, too.
+
+    Attributes:
+        rows: The samples.
+        notes: Files that are no samples, and why.
+        sidecars: Files that often lie next to images, counted by their suffix.
+        stamp: The digest of every file that was looked at.
+        seen: A number for callers that count their samples.
     """
 
     def __init__(self, split: str, *, foreign: bool = False) -> None:
@@ -97,25 +119,37 @@ class SplitScan:
         self._suffixes = IMAGE_SUFFIXES + (FOREIGN_SUFFIXES if foreign else ())
 
     def note(self, origin: str | Path, what: str, cause: str) -> None:
+        """Add a note; see `Note`."""
         self.notes.append(Note(self.split, readable(str(origin)), what, cause))
 
     def all_notes(self) -> list[Note]:
-        """The notes, and one for each kind of file that lay beside the images."""
-        beside = [
-            Note(self.split, f"{count} files {suffix}", "ignored", "beside the images")
-            for suffix, count in sorted(self.sidecars.items())
-        ]
-        return self.notes + beside
+        """Return the notes, and one for each kind of sidecar."""
+        notes = list(self.notes)
+        for suffix, count in sorted(self.sidecars.items()):
+            notes.append(
+                Note(self.split, f"{count} files {suffix}", "ignored", "beside the images")
+            )
+        return notes
 
     def note_label(self, origin: str, label: int, classes: int) -> None:
-        """Note a sample whose label is none of the classes'. Test images are often handed out without."""
+        """Note a sample whose label is no class, or missing, as often in test splits."""
         if label == NO_LABEL:
-            self.note(origin, "ignored", "a test image without a label" if self.split == "test" else UNLABELED)
+            cause = "a test image without a label" if self.split == "test" else UNLABELED
+            self.note(origin, "ignored", cause)
         else:
             self.note(origin, "left out", f"its label {label} is outside the {classes} classes")
 
     def add_file(self, label: int, path: Path, name: str) -> bool:
-        """Add the image at `path`, whose key comes from `name`, or note why not; whether it was added."""
+        """Add the image at `path`, or note why it is no sample.
+
+        Args:
+            label: Its label.
+            path: The file.
+            name: Its name in the source, which its key is made from.
+
+        Returns:
+            Whether it was added.
+        """
         try:
             stat = path.stat()
         except OSError as error:
@@ -125,20 +159,33 @@ class SplitScan:
         return self.add(label, name, str(path), 0, stat.st_size)
 
     def add(self, label: int, name: str, path: str, offset: int, length: int) -> bool:
-        """Add the image file `name`, whose bytes lie at `path`, or note why it is no sample; whether it was added."""
+        """Add an image, or note why it is no sample.
+
+        Args:
+            label: Its label.
+            name: Its name in the source, which its key is made from.
+            path: The file that holds its bytes.
+            offset: Where they begin in that file; 0 for a file of its own.
+            length: The number of bytes.
+
+        Returns:
+            Whether it was added.
+        """
         base = name.rpartition("/")[2]
         suffix = Path(base).suffix
         origin = f"{path}: {name}" if offset else path
-        if litter := litter_origin(base):
+        litter = litter_origin(base)
+        if litter:
             self.note(origin, "ignored", litter)
         elif suffix.lower() in SIDECARS:
             self.sidecars[suffix.lower()] += 1
         elif suffix.lower() not in self._suffixes:
             remedy = "; --reencode takes it" if suffix.lower() in FOREIGN_SUFFIXES else ""
-            self.note(origin, "left out", f"not an image that shards hold ({suffix or 'no extension'}){remedy}")
+            cause = f"not an image that shards hold ({suffix or 'no extension'}){remedy}"
+            self.note(origin, "left out", cause)
         elif length == 0:
             self.note(origin, "left out", "zero bytes")
-        elif any("\udc80" <= letter <= "\udcff" for letter in path):  # os.fsdecode's mark for bytes that are no UTF-8
+        elif any("\udc80" <= letter <= "\udcff" for letter in path):  # os.fsdecode's: no UTF-8
             self.note(origin, "left out", "its name is not UTF-8; rename it")
         else:
             self.rows.add(key_of(name[: -len(suffix)]), label, path, offset, length)
@@ -147,25 +194,47 @@ class SplitScan:
 
 
 def read_bytes(path: str, offset: int, length: int) -> bytes:
-    """The bytes of one row; `DataError` when the file is no longer what it was when the source was scanned."""
+    """Return the bytes of one row.
+
+    Args:
+        path: The file.
+        offset: Where the bytes begin.
+        length: Their number.
+
+    Raises:
+        DataError: The file is not what it was when the source was scanned.
+        AccessDenied: It may not be read.
+    """
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (Path.open costs as much as the read)
+        # Path.open costs as much as the read.
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
             data = os.pread(file.fileno(), length, offset)
-            while len(data) < length and (more := os.pread(file.fileno(), length - len(data), offset + len(data))):
+            while len(data) < length:
+                more = os.pread(file.fileno(), length - len(data), offset + len(data))
+                if not more:
+                    break
                 data += more
     except PermissionError as error:
         raise AccessDenied(f"no permission to read {path}; check its owner and mode") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); restore it and run again") from error
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); restore it and run again"
+        ) from error
     if len(data) < length:
         raise DataError(
-            f"{path} ends at byte {offset + len(data)}, {offset + length} were there at the start; convert again"
+            f"{path} ends at byte {offset + len(data)}, {offset + length} were there at the start; "
+            "convert again"
         )
     return data
 
 
 def scan(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """The entries of `folder` by name, so that every machine sees the same order."""
+    """Yield the entries of `folder` by name, so that every machine sees the same order.
+
+    Raises:
+        AccessDenied: It may not be listed.
+        DataError: It cannot be listed.
+    """
     try:
         with os.scandir(folder) as entries:
             yield from sorted(entries, key=lambda entry: entry.name)

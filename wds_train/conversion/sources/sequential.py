@@ -1,8 +1,9 @@
-"""Sources that can only be read from front to back: a hub's stream, Parquet, images that are computed.
+"""Read sources that come from front to back: a hub's stream, Parquet, images that are computed.
 
-A global shuffle needs every image in an order of its own, so a stream is kept in a local spool first. A stream larger
-than the spool's limit is read several times: once for labels and sizes, which is all that the plan needs, then once for
-every group of shards whose images fit. Memory holds the rows alone, disk never more than the limit.
+A global shuffle needs every image in another order, so a stream is kept in a local spool first. A
+stream larger than the spool's limit is read several times: once for labels and sizes, which is all
+that the plan needs, then once for every group of shards whose images fit. Memory holds the rows
+alone, the disk never more than the limit.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from wds_train.errors import DataError
 
 
 class Item(NamedTuple):
-    """What a stream yields. `name` is unique in its split."""
+    """A sample of a stream. `name` is unique in its split; `image` is encoded."""
 
     split: str
     name: str
@@ -32,23 +33,41 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class ItemStream:
-    """A stream of items. `read` yields the same items in the same order each time."""
+    """A stream of items that does not fit its spool.
+
+    Attributes:
+        read: Yields the same items in the same order each time.
+        spool: Where some of the images lie for a while.
+    """
 
     read: Callable[[], Iterator[Item]]
     spool: Spool
 
     def held_out(self, keys: set[str]) -> "ItemStream":
-        """This stream, its samples of `train` that have `keys` in `val`."""
+        """Return this stream with the samples of `train` that have `keys` in `val`."""
 
         def read() -> Iterator[Item]:
             for item in self.read():
-                held = item.split == "train" and key_of(item.name) in keys
-                yield item._replace(split="val") if held else item
+                if item.split == "train" and key_of(item.name) in keys:
+                    yield item._replace(split="val")
+                else:
+                    yield item
 
         return ItemStream(read, self.spool)
 
     def fetch(self, wanted: pa.Table, split: str) -> pa.Table:
-        """The `wanted` rows of `split`, with the places in the spool where their images now lie."""
+        """Read the images of some rows into the spool.
+
+        Args:
+            wanted: Rows of `split`.
+            split: Their split.
+
+        Returns:
+            The same rows, with the places in the spool where their images now lie.
+
+        Raises:
+            DataError: The stream holds one of them no more.
+        """
         sizes = dict(zip(wanted["key"].to_pylist(), wanted["length"].to_pylist(), strict=True))
         places: dict[str, tuple[str, int, int]] = {}
         for item in self.read():
@@ -56,20 +75,32 @@ class ItemStream:
             if item.split == split and sizes.get(key) == len(item.image):
                 places[key] = self.spool.append(item.image)
         self.spool.flush()
-        gone = next((key for key in sizes if key not in places), None)
-        if gone is not None:
-            raise DataError(f"the sample {gone!r} of {split} was in the stream at first and is not now; convert again")
-        found = [places[key] for key in sizes]
-        paths = to_array([place[0] for place in found], pa.string())
-        offsets = to_array([place[1] for place in found], pa.int64())
-        columns = {name: wanted[name] for name in ROWS.names} | {"path": paths, "offset": offsets}
+        for key in sizes:
+            if key not in places:
+                raise DataError(
+                    f"the sample {key!r} of {split} was in the stream at first and is not now; "
+                    "convert again"
+                )
+        columns = {name: wanted[name] for name in ROWS.names}
+        columns["path"] = to_array([places[key][0] for key in sizes], pa.string())
+        columns["offset"] = to_array([places[key][1] for key in sizes], pa.int64())
         return pa.table(columns, schema=ROWS)
 
 
-def spooled(
-    description: str, classes: tuple[ClassInfo, ...], read: Callable[[], Iterator[Item]], spool: Spool
+def spool_items(
+    description: str,
+    classes: tuple[ClassInfo, ...],
+    read: Callable[[], Iterator[Item]],
+    spool: Spool,
 ) -> Source:
-    """The source of a stream. Its images are in the spool, or, when they do not fit, `Source.stream` brings them."""
+    """Read a stream, and return it as a source.
+
+    Args:
+        description: The source, for the manifest.
+        classes: The classes.
+        read: Yields the same items in the same order each time.
+        spool: Where the images are kept, if all of them fit; if not, `Source.stream` fetches them.
+    """
     scans: dict[str, SplitScan] = {}
     fits = True
     for item in read():
@@ -82,8 +113,13 @@ def spooled(
         elif not item.image:
             found.note(item.name, "left out", "zero bytes")
         else:
-            path, offset, length = spool.append(item.image) if fits else ("", 0, len(item.image))
-            found.rows.add(key_of(item.name), item.label, path, offset, length)
+            path = ""
+            offset = 0
+            if fits:
+                path, offset, _ = spool.append(item.image)
+            found.rows.add(key_of(item.name), item.label, path, offset, len(item.image))
     spool.flush()
     source = from_scans(description, classes, [*scans.values()])
-    return source if fits else replace(source, stream=ItemStream(read, spool))
+    if fits:
+        return source
+    return replace(source, stream=ItemStream(read, spool))

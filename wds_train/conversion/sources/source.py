@@ -1,6 +1,8 @@
-"""What every source of images becomes: classes, and per split a table with a row per sample that says where its bytes
-lie. A format is read once, for its rows; whoever then holds a row reads the image with one `pread` and knows nothing of
-the format. That makes a shard a pure function of its rows, whichever process or machine computes it.
+"""The common form of all sources: classes, and for each split a table with a row per sample.
+
+A row says where an image's bytes lie. A format is read once, for its rows; code that has a row
+reads the image with one `pread` and knows nothing of the format. That makes a shard a pure function
+of its rows, in every process and on every machine.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ from wds_train.dataset.arrow import to_array
 from wds_train.dataset.manifest import ClassInfo
 from wds_train.errors import UsageError
 
-# `path`, `offset`, `length`: where the image's bytes are. Offset 0 is a file of its own.
+# `path`, `offset`, `length`: where the image's bytes are. Offset 0: the image is the whole file.
 ROWS = pa.schema(
     [
         ("key", pa.string()),
@@ -35,7 +37,7 @@ CHUNK = 16_384
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a person said of a source, by flags.
+    """The flags that a person gave about a source.
 
     Attributes:
         image: The column of the files or images (--image-column).
@@ -43,10 +45,12 @@ class Wanted:
         split: The column of the splits (--split-column); `none` for no column.
         table: The table that says the labels (--table).
         splits: Split name in small letters -> train, val, test or none (--split WORD=SPLIT).
-        class_level: How many levels below SOURCE, or below a split's folder, the folders lie that name the classes.
-        group: The column, or the pattern of paths, that says which samples are held out together (--group).
-        labels: What was said of the labels.
-        reencode: Whether images that shards do not hold are taken, too (`ImagePolicy.reencode`).
+        class_level: How many levels below SOURCE, or below a split's folder, the folders lie that
+            name the classes.
+        group: The column, or the pattern of paths, that says which samples are held out together
+            (--group).
+        labels: Which labels are classes.
+        reencode: Images of formats that shards do not hold are taken, too (`ImagePolicy.reencode`).
     """
 
     image: str | None = None
@@ -65,10 +69,10 @@ ANYTHING = Wanted()
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which samples belong together: those of a patient, or of a burst of shots.
+    """The groups of samples that belong together: those of a patient, or of a burst of shots.
 
     Attributes:
-        what: What --group said: a column, or a pattern.
+        what: The value of --group: a column, or a pattern.
         column: The value of the column for each image, by its path; None where `what` is a pattern.
         root: The source's folder: patterns are matched with paths below it.
     """
@@ -86,23 +90,24 @@ class Grouping:
         if self.column is not None:
             return self.column[path]
         for text in (path.removeprefix(self.root).lstrip("/"), key):
-            if found := re.search(self.what, text):
+            found = re.search(self.what, text)
+            if found:
                 return found[1] if found.groups() else found[0]
         raise UsageError(
-            f"--group {self.what} is no column of a table here, and as a pattern it does not match {path}; correct it, as in "
-            "--group 'patient_(\\d+)'"
+            f"--group {self.what} is no column of a table here, and as a pattern it does not match "
+            f"{path}; correct it, as in --group 'patient_(\\d+)'"
         )
 
 
 @dataclass
 class Understood:
-    """How a source was read, in words: printed before the work, and kept in the report.
+    """A description of how a source was read: printed before the work, and kept in the report.
 
     Attributes:
-        layout: What the source was taken for, and where its splits come from.
+        layout: The layout that the source has, and where its splits come from.
         labels: Where the labels come from.
-        said: What else was decided, a sentence each.
-        doubtful: What may be otherwise than it was read, a sentence each.
+        said: Other decisions, a sentence each.
+        doubtful: Decisions that may be wrong, a sentence each.
     """
 
     layout: str
@@ -112,24 +117,32 @@ class Understood:
 
 
 class Stream(Protocol):
-    """Brings the images of a source that can only be read from front to back."""
+    """Fetches the images of a source that can only be read from front to back."""
 
     @property
     def spool(self) -> Spool:
         """Where the images lie for a while."""
 
     def held_out(self, keys: set[str]) -> "Stream":
-        """This stream, its samples of `train` that have `keys` in `val`."""
+        """Return this stream with the samples of `train` that have `keys` in `val`."""
 
     def fetch(self, wanted: pa.Table, split: str) -> pa.Table:
-        """The `wanted` rows of `split`, with the places in the spool where their images now lie."""
+        """Return the `wanted` rows of `split` with the places in the spool of their images."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as it was found. `description` goes into the manifest; `stamp` changes when a file of the source does.
+    """A dataset as it was found.
 
-    `grouping`: which samples are held out together; None where each stands for itself.
+    Attributes:
+        description: The source in a few words, for the manifest.
+        classes: The classes, in the order of their labels.
+        splits: The rows of each split.
+        notes: Files and samples that are not in the rows, and why.
+        stamp: Text that changes when a file of the source does.
+        stream: Fetches the images of rows that have no places yet; None where all have.
+        understood: How the source was read.
+        grouping: The samples that are held out together; None where each stands for itself.
     """
 
     description: str
@@ -137,17 +150,19 @@ class Source:
     splits: dict[str, pa.Table]
     notes: list[Note] = field(default_factory=list)
     stamp: str = ""
-    stream: Stream | None = None  # rows have no places yet; this brings them
+    stream: Stream | None = None
     understood: Understood | None = None
     grouping: Grouping | None = None
 
     @property
     def samples(self) -> int:
+        """The samples of all splits."""
         return sum(table.num_rows for table in self.splits.values())
 
     def digest(self) -> str:
-        """A sha256 over every row's key, label and length, and the stamp: sources with equal ones convert to the same
-        bytes.
+        """Return a sha256 over every row's key, label and length, and the stamp.
+
+        Sources with equal digests convert to the same bytes.
         """
         digest = hashlib.sha256(self.stamp.encode())
         for split, table in self.splits.items():
@@ -159,10 +174,19 @@ class Source:
 
 
 def take(rows: pa.Table, ids: Sequence[int] | np.ndarray) -> pa.Table:
-    """The rows of these numbers, in that order. Each batch is asked for its own: Arrow's `take` of a table first copies the whole
-    of every text column, of which it then has room for 2 GB.
+    """Return some rows of a table, in the order of `ids`.
+
+    Each batch is asked for its own rows: Arrow's `take` of a table first copies the whole of every
+    text column, of which it then has room for 2 GB.
+
+    Args:
+        rows: The table.
+        ids: The numbers of the rows.
     """
-    batches, wanted = rows.to_batches(), np.asarray(ids, np.int64)
+    batches = rows.to_batches()
+    wanted = np.asarray(ids, np.int64)
+
+    # Group the ids by their batch, and take those of each batch.
     ends = np.cumsum([batch.num_rows for batch in batches])
     batch_of = np.searchsorted(ends, wanted, side="right")
     order = np.argsort(batch_of, kind="stable")
@@ -170,4 +194,7 @@ def take(rows: pa.Table, ids: Sequence[int] | np.ndarray) -> pa.Table:
     for number in np.unique(batch_of).tolist():
         of_batch = wanted[batch_of == number] - (ends[number] - batches[number].num_rows)
         found.append(batches[number].take(to_array(of_batch, pa.int64())))
-    return pa.Table.from_batches(found, rows.schema).take(to_array(np.argsort(order), pa.int64()))
+
+    # Return to the order of `ids`.
+    together = pa.Table.from_batches(found, rows.schema)
+    return together.take(to_array(np.argsort(order), pa.int64()))

@@ -1,4 +1,4 @@
-"""What the scans of a source become, its splits: keys made distinct, a share held out."""
+"""Turn the scans of a source into splits: make keys distinct, hold out a share."""
 
 import hashlib
 from collections import Counter
@@ -20,22 +20,51 @@ from wds_train.errors import DataError, UsageError
 
 
 def from_scans(
-    description: str, classes: tuple[ClassInfo, ...], scans: Sequence[SplitScan], understood: Understood | None = None
+    description: str,
+    classes: tuple[ClassInfo, ...],
+    scans: Sequence[SplitScan],
+    understood: Understood | None = None,
 ) -> "Source":
-    """Return the source that `scans`, one a split, found. A test split whose samples have no labels is none."""
-    found = {scan.split: scan.rows.table() for scan in sorted(scans, key=lambda scan: [*SPLITS].index(scan.split))}
+    """Return the source that was scanned.
+
+    Args:
+        description: The source, for the manifest.
+        classes: The classes.
+        scans: One for each split. A test split without any labelled sample is dropped.
+        understood: How the source was read.
+    """
+    order = [*SPLITS]
+    splits = {}
+    for scan in sorted(scans, key=lambda scan: order.index(scan.split)):
+        splits[scan.split] = scan.rows.table()
+    notes = []
+    for scan in scans:
+        notes += scan.all_notes()
     return Source(
-        readable(description),
-        classes,
-        {split: rows for split, rows in found.items() if rows.num_rows or split != "test"},
-        [note for scan in scans for note in scan.all_notes()],
-        "".join(scan.stamp.hexdigest() for scan in scans),
+        description=readable(description),
+        classes=classes,
+        splits=_without_empty_test(splits),
+        notes=notes,
+        stamp="".join(scan.stamp.hexdigest() for scan in scans),
         understood=understood,
     )
 
 
+def _without_empty_test(splits: dict[str, pa.Table]) -> dict[str, pa.Table]:
+    """Return the splits, without `test` where it has no samples."""
+    return {split: rows for split, rows in splits.items() if rows.num_rows or split != "test"}
+
+
 def label_counts(scans: Iterable[SplitScan], texts: Sequence[str]) -> dict[str, int]:
-    """Return how often each of `texts` occurs, where a row's label is a place in `texts`."""
+    """Count the labels of scanned rows.
+
+    Args:
+        scans: The rows; a label is a place in `texts`.
+        texts: The labels' texts.
+
+    Returns:
+        Each text, and the number of samples that have it.
+    """
     counts = np.zeros(len(texts), np.int64)
     for found in scans:
         rows = found.rows.table()
@@ -44,28 +73,45 @@ def label_counts(scans: Iterable[SplitScan], texts: Sequence[str]) -> dict[str, 
     return dict(zip(texts, counts.tolist(), strict=True))
 
 
-def relabelled(source: Source, labels: np.ndarray) -> Source:
-    """Return the `source`, whose label n is now `labels[n]` (int32); rows that become `NO_LABEL` are left out, and noted."""
+def relabel(source: Source, labels: np.ndarray) -> Source:
+    """Replace the labels of a source.
+
+    Args:
+        source: The source.
+        labels: Label n becomes `labels[n]`, int32. Rows that become `NO_LABEL` are removed, and
+            noted.
+    """
     notes = list(source.notes)
     splits = {}
     for split, rows in source.splits.items():
-        new = labels[to_numpy(rows["label"])] if rows.num_rows else np.zeros(0, np.int32)
+        new = np.zeros(0, np.int32)
+        if rows.num_rows:
+            new = labels[to_numpy(rows["label"])]
         place = rows.schema.get_field_index("label")
         kept = rows.set_column(place, ROWS.field("label"), to_array(new, pa.int32()))
-        if (new == NO_LABEL).any():
-            for row in take(rows, np.flatnonzero(new == NO_LABEL)).to_pylist():
-                notes.append(Note(split, row["key"] if row["offset"] else row["path"], "ignored", UNLABELED))
-            kept = take(kept, np.flatnonzero(new != NO_LABEL))
+        unlabeled = new == NO_LABEL
+        if unlabeled.any():
+            for row in take(rows, np.flatnonzero(unlabeled)).to_pylist():
+                origin = row["key"] if row["offset"] else row["path"]
+                notes.append(Note(split, origin, "ignored", UNLABELED))
+            kept = take(kept, np.flatnonzero(~unlabeled))
         splits[split] = kept
-    splits = {split: rows for split, rows in splits.items() if rows.num_rows or split != "test"}
-    return replace(source, splits=splits, notes=notes)
+    return replace(source, splits=_without_empty_test(splits), notes=notes)
 
 
 def hold_out(source: Source, share: float) -> Source:
-    """Return the `source`, which has no `val`, with `share` of `train` for one.
+    """Make a `val` split of a share of `train`.
 
-    Of each class the samples whose keys' hashes are the lowest, at least one, and never the class's only one; or, where the
-    source has a grouping, whole groups. Neither the machine nor the seed of the shuffle matters.
+    Of each class, the samples are held out whose keys' hashes are the lowest: at least one, and
+    never the class's only one. If the source has a grouping, whole groups are held out instead.
+    Neither the machine nor the seed of the shuffle matters.
+
+    Args:
+        source: A source without `val`.
+        share: The share of `train`, 0 to 1.
+
+    Raises:
+        UsageError: The grouping puts all samples into one group, or no group can be held out.
     """
     rows = source.splits["train"]
     labels = to_numpy(rows["label"])
@@ -73,44 +119,65 @@ def hold_out(source: Source, share: float) -> Source:
         held = _held_samples(rows, labels, share)
     else:
         held = _held_groups(rows, labels, share, source.grouping)
-    parts, start = {"train": Rows(), "val": Rows()}, 0
+
+    # Divide the rows, a batch at a time.
+    train = Rows()
+    val = Rows()
+    start = 0
     for batch in rows.to_batches():
         of_batch = held[start : start + batch.num_rows]
-        for split, found in parts.items():
-            found.add_batch(batch.take(to_array(np.flatnonzero(of_batch == (split == "val")), pa.int64())))
+        train.add_batch(batch.take(to_array(np.flatnonzero(~of_batch), pa.int64())))
+        val.add_batch(batch.take(to_array(np.flatnonzero(of_batch), pa.int64())))
         start += batch.num_rows
-    tables = {split: found.table() for split, found in parts.items()}
-    stream = source.stream and source.stream.held_out({*tables["val"]["key"].to_pylist()})
-    return replace(source, splits=tables | {k: v for k, v in source.splits.items() if k != "train"}, stream=stream)
+    splits = {"train": train.table(), "val": val.table()}
+
+    stream = source.stream
+    if stream is not None:
+        stream = stream.held_out({*splits["val"]["key"].to_pylist()})
+    for split, others in source.splits.items():
+        splits.setdefault(split, others)
+    return replace(source, splits=splits, stream=stream)
 
 
 def _held_samples(rows: pa.Table, labels: np.ndarray, share: float) -> np.ndarray:
     """Return which rows are held out, bool [rows]."""
     hashes = np.concatenate([np.zeros(0, ">u8"), *(_hashes(chunk) for chunk in rows["key"].chunks)])
-    order, counts = np.lexsort((hashes, labels)), np.bincount(labels)
-    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)  # in its class, in `order`
+    order = np.lexsort((hashes, labels))
+    counts = np.bincount(labels)
+    # The place of each sample of `order` in its class.
+    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     wanted = np.minimum(np.maximum(np.round(share * counts), 1), counts - 1)
     held = np.zeros(len(order), bool)
     held[order] = place < np.repeat(wanted, counts)
     return held
 
 
-def _held_groups(rows: pa.Table, labels: np.ndarray, share: float, grouping: Grouping) -> np.ndarray:
-    """Return which rows are held out, bool [rows]: whole groups in the order of their names' hashes.
+def _held_groups(
+    rows: pa.Table, labels: np.ndarray, share: float, grouping: Grouping
+) -> np.ndarray:
+    """Return which rows are held out, bool [rows].
 
-    A group is passed over when a class would be left without samples to train on.
+    Whole groups are held out, in the order of their names' hashes. A group is passed over when a
+    class would be left without samples to train on.
     """
+    # Collect the groups.
     members: dict[str, list[int]] = {}
-    places = zip(rows["path"].to_pylist(), rows["offset"].to_pylist(), rows["key"].to_pylist(), strict=True)
-    for number, (path, offset, key) in enumerate(places):
-        members.setdefault(grouping.group_of(key if offset else path, key), []).append(number)
+    paths = rows["path"].to_pylist()
+    offsets = rows["offset"].to_pylist()
+    keys = rows["key"].to_pylist()
+    for number, (path, offset, key) in enumerate(zip(paths, offsets, keys, strict=True)):
+        group = grouping.group_of(key if offset else path, key)
+        members.setdefault(group, []).append(number)
     if len(members) < 2:
         raise UsageError(
-            f"--group {grouping.what} puts all samples into one group, {next(iter(members))!r}; name another one"
+            f"--group {grouping.what} puts all samples into one group, {next(iter(members))!r}; "
+            "name another one"
         )
+
+    # Hold out groups until the share is reached.
     left = np.bincount(labels)
     held = np.zeros(len(labels), bool)
-    for group in sorted(members, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest()):
+    for group in sorted(members, key=_hash):
         of_group = np.array(members[group])
         classes = np.bincount(labels[of_group], minlength=len(left))
         if held.sum() + len(of_group) / 2 > share * len(labels):
@@ -120,47 +187,57 @@ def _held_groups(rows: pa.Table, labels: np.ndarray, share: float, grouping: Gro
             left = left - classes
     if not held.any():
         raise UsageError(
-            f"--group {grouping.what} makes {len(members)} groups, none of which can be held out: each is larger than the share, "
-            "or holds all samples of a class; raise --hold-out, or name another column or pattern"
+            f"--group {grouping.what} makes {len(members)} groups, none of which can be held out: "
+            "each is larger than the share, or holds all samples of a class; "
+            "raise --hold-out, or name another column or pattern"
         )
     return held
 
 
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
 def _hashes(keys: pa.StringArray) -> np.ndarray:
-    return np.frombuffer(
-        b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys.to_pylist()), ">u8"
-    )
+    return np.frombuffer(b"".join(_hash(key) for key in keys.to_pylist()), ">u8")
 
 
-def checked(source: Source) -> Source:
-    """The `source`, if it can become a dataset, each sample of a split with a key of its own; `DataError` for no
-    samples or no classes.
+def check_source(source: Source) -> Source:
+    """Return the source with different keys for all samples of a split.
+
+    Raises:
+        DataError: It has no samples or no classes, or none to train on.
     """
     if not source.classes or not source.samples:
         raise DataError(
-            f"{source.description} holds no images that can be used{reasons(source.notes)}; check the address"
+            f"{source.description} holds no images that can be used{reasons(source.notes)}; "
+            "check the address"
         )
     splits = {split: _distinct(rows) for split, rows in source.splits.items() if rows.num_rows}
     left = [note for note in source.notes if note.split == "train" and note.what == "ignored"]
     if "train" not in splits and "train" in source.splits:
         raise DataError(
-            f"{source.description} holds images of {', '.join(splits)} and none to train on{reasons(left)}; name the table or the "
-            "folder of train: --table FILE, --split WORD=train"
+            f"{source.description} holds images of {', '.join(splits)} and none to train on"
+            f"{reasons(left)}; name the table or the folder of train: "
+            "--table FILE, --split WORD=train"
         )
     return replace(source, splits=splits)
 
 
 def _distinct(rows: pa.Table) -> pa.Table:
-    """The `rows`, of which those that share a key (a.jpg beside a.png, one name in two tars) get others, but for the
-    first.
+    """Return the rows with different keys.
+
+    Of those that share a key (a.jpg and a.png, one name in two tars), all but the first get others.
     """
-    # A set of the texts would take 100 bytes a sample. Two of one hash are looked at as if they were equal.
+    # A set of the texts would take 100 bytes a sample. Two of one hash are treated as equal here.
     keys = (key for chunk in rows["key"].chunks for key in chunk.to_pylist())
     hashes = np.sort(np.fromiter(map(hash, keys), np.int64, rows.num_rows))
     if (hashes[1:] != hashes[:-1]).all():
         return rows
-    seen, distinct = Counter[str](), list[str]()
+    seen: Counter[str] = Counter()
+    distinct = []
     for key in rows["key"].to_pylist():
         seen[key] += 1
         distinct.append(key if seen[key] == 1 else key_of(f"{key}~{seen[key]}"))
-    return rows.set_column(rows.schema.get_field_index("key"), ROWS.field("key"), to_array(distinct, pa.string()))
+    place = rows.schema.get_field_index("key")
+    return rows.set_column(place, ROWS.field("key"), to_array(distinct, pa.string()))

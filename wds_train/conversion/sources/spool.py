@@ -1,4 +1,4 @@
-"""A local file of images that come as a stream, so that they can be read again in any order."""
+"""Keep images that come as a stream in a local file, so that they can be read in any order."""
 
 import contextlib
 import errno
@@ -15,12 +15,19 @@ FILE = "images"
 
 
 class Spool:
-    """A folder of one conversion's own, made on first use, emptied before it, gone after it. `limit` in bytes."""
+    """A local folder of one conversion, made when it is first used, and removed after it.
+
+    Args:
+        parent: The folder of all spools.
+        destination: The dataset's address; no two conversions to it may run at once.
+        limit: The most that the images may take, bytes.
+    """
 
     def __init__(self, parent: Path, destination: str, limit: int = 50 << 30) -> None:
         self.folder = parent.absolute() / hashlib.sha256(destination.encode()).hexdigest()[:16]
         self.limit = limit
-        self.bytes = self._files = 0
+        self.bytes = 0
+        self._files = 0
         self._destination = destination
         self._lock: IO[str] | None = None
         self._file: IO[bytes] | None = None
@@ -29,7 +36,10 @@ class Spool:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._file is not None and self._lock is not None:
             with contextlib.suppress(OSError):  # a full disk again, at what was still to be written
@@ -38,9 +48,11 @@ class Spool:
             self._lock.close()
 
     def append(self, data: bytes) -> tuple[str, int, int]:
-        """Keep `data`; the path, offset and length that it can be read at after `flush`."""
+        """Keep `data`, and return path, offset and length where it can be read after `flush`."""
         try:
-            self._file = file = self._file or self._open()
+            if self._file is None:
+                self._file = self._open()
+            file = self._file
             file.write(data)
         except OSError as error:
             raise self._translated(error) from error
@@ -48,7 +60,10 @@ class Spool:
         return file.name, file.tell() - len(data), len(data)
 
     def file(self, name: str) -> Path:
-        """A place for another file, which is gone with the spool; whoever writes it adds to `bytes`."""
+        """Return the path for another file, which is removed with the spool.
+
+        The caller writes the file, and adds its size to `bytes`.
+        """
         if self._file is None:
             try:
                 self._file = self._open()
@@ -58,6 +73,7 @@ class Spool:
         return self.folder / f"{self._files:06d}-{name}"
 
     def flush(self) -> None:
+        """Write out all that was appended."""
         try:
             if self._file is not None:
                 self._file.flush()
@@ -65,7 +81,7 @@ class Spool:
             raise self._translated(error) from error
 
     def clear(self) -> None:
-        """Forget everything kept so far."""
+        """Drop all images that were appended so far."""
         if self._file is not None:
             self._file.seek(1)
             self._file.truncate()
@@ -77,14 +93,21 @@ class Spool:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(f"another conversion to {self._destination} is running here; wait for it") from error
+            raise UsageError(
+                f"another conversion to {self._destination} is running here; wait for it"
+            ) from error
         file = (self.folder / FILE).open("wb")
         file.write(b"\0")  # so that no image lies at offset 0, which means a file of its own
         return file
 
     def _translated(self, error: OSError) -> Exception:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return StoreError(f"no space left on the disk of {self.folder}; free some, or set --spool to a larger disk")
+            return StoreError(
+                f"no space left on the disk of {self.folder}; "
+                "free some, or set --spool to a larger disk"
+            )
         if isinstance(error, PermissionError):
-            return AccessDenied(f"no permission to write {self.folder}; set --spool to a folder of yours")
+            return AccessDenied(
+                f"no permission to write {self.folder}; set --spool to a folder of yours"
+            )
         return StoreError(f"{self.folder}: {error.strerror}")

@@ -95,8 +95,12 @@ IS_SPLIT = re.compile(
     re.IGNORECASE,
 )
 NAMES_IMAGES = 0.5  # of a column's cells, above which it is the column of the files
-SPLIT_LIST = re.compile(r"(?:^|[-_ ])(?:split|partition|fold)s?(?:[-_ .]|$)", re.IGNORECASE)  # list_eval_partition.txt
-SUBMISSION = re.compile(r".*submission.*", re.IGNORECASE)  # Kaggle's sample_submission.csv: every label is made up
+SPLIT_LIST = re.compile(
+    r"(?:^|[-_ ])(?:split|partition|fold)s?(?:[-_ .]|$)", re.IGNORECASE
+)  # list_eval_partition.txt
+SUBMISSION = re.compile(
+    r".*submission.*", re.IGNORECASE
+)  # Kaggle's sample_submission.csv: every label is made up
 NO_COLUMN = "none"
 
 
@@ -175,7 +179,9 @@ class LabelTable:
         return framed.split if framed else ""
 
 
-def read_labels(table: Table, images: ImageIndex, wanted: Wanted, classes: Collection[str] = ()) -> LabelTable:
+def read_labels(
+    table: Table, images: ImageIndex, wanted: Wanted, classes: Collection[str] = ()
+) -> LabelTable:
     """Read what `table` says of `images`.
 
     Args:
@@ -194,7 +200,11 @@ def read_labels(table: Table, images: ImageIndex, wanted: Wanted, classes: Colle
     onehot = [table.columns.index(name) for name in columns.onehot]
     for line, cells in table.lines:
         name = normal(str(cells[image] if cells[image] is not None else "")).strip()
-        word = "" if split is None else normal(str(cells[split] if cells[split] is not None else "")).strip()
+        word = (
+            ""
+            if split is None
+            else normal(str(cells[split] if cells[split] is not None else "")).strip()
+        )
         of_split = columns.split.get(word, "")
         raw = cells[label] if label is not None else _hot(cells, onehot, columns.onehot)
         try:
@@ -211,9 +221,13 @@ def read_labels(table: Table, images: ImageIndex, wanted: Wanted, classes: Colle
 
 def _with_header_as_row(table: Table, images: ImageIndex) -> Table:
     """Return the table with its first line as a row where that names an image, and is no line of names."""
-    if not table.named or any(name.lower() in (*FILE_COLUMNS, *LABEL_COLUMNS) for name in table.columns):
+    if not table.named or any(
+        name.lower() in (*FILE_COLUMNS, *LABEL_COLUMNS) for name in table.columns
+    ):
         return table
-    if any(_is_image(name, images, table.path) for name in table.columns if "." in name or "/" in name):
+    if any(
+        _is_image(name, images, table.path) for name in table.columns if "." in name or "/" in name
+    ):
         return without_names(table)
     return table
 
@@ -226,7 +240,9 @@ def _is_image(text: str, images: ImageIndex, path: Path) -> bool:
     return True
 
 
-def find_columns(table: Table, images: ImageIndex, wanted: Wanted, classes: Collection[str] = ()) -> Columns:
+def find_columns(
+    table: Table, images: ImageIndex, wanted: Wanted, classes: Collection[str] = ()
+) -> Columns:
     """Tell which columns of `table` say the file, the label and the split."""
     image = _image_column(table, images, wanted)
     label, label_name, onehot = _label_column(table, image, wanted, classes)
@@ -245,7 +261,9 @@ def _named(table: Table, name: str, flag: str) -> str:
     """Return the column of `table` that a person named."""
     found = next((column for column in table.columns if fold(column) == fold(name)), None)
     if found is None:
-        raise UsageError(f"{table.path} has no column {name!r}; it has {', '.join(table.columns)}: correct {flag}")
+        raise UsageError(
+            f"{table.path} has no column {name!r}; it has {', '.join(table.columns)}: correct {flag}"
+        )
     return found
 
 
@@ -260,7 +278,11 @@ def _image_column(table: Table, images: ImageIndex, wanted: Wanted) -> str | Non
     # Numbers may be names of images (1.jpg) or labels: only where nothing else names images are they asked.
     other = [name for name in table.columns if shares[name] > NAMES_IMAGES]
     texts_first = sorted(
-        other, key=lambda name: (all(text.isdigit() for text in texts(table.column(name), 20)), -shares[name])
+        other,
+        key=lambda name: (
+            all(text.isdigit() for text in texts(table.column(name), 20)),
+            -shares[name],
+        ),
     )
     if texts_first:
         return texts_first[0]
@@ -292,7 +314,9 @@ def _label_column(
     rest = [name for name in table.columns if name != image]
     usual = [name for known in LABEL_COLUMNS for name in rest if name.lower().strip() == known]
     if not usual and classes:
-        usual = [name for name in rest if (cells := texts(table.column(name))) and {*cells} <= {*classes}]
+        usual = [
+            name for name in rest if (cells := texts(table.column(name))) and {*cells} <= {*classes}
+        ]
     if not usual and image is not None and len(table.columns) == 2:
         usual = [name for name in rest if _may_be_label(table, name, wanted)]
     if not usual:
@@ -304,7 +328,9 @@ def _label_column(
                 f"{table.path} has the columns {first} and {other}, which both may be the labels, and differ; say which one it is: "
                 f"--label-column {first}, or --label-column {other}"
             )
-    in_words = [name for name in usual[1:] if not all(text.isdigit() for text in texts(table.column(name)))]
+    in_words = [
+        name for name in usual[1:] if not all(text.isdigit() for text in texts(table.column(name)))
+    ]
     if in_words and all(text.isdigit() for text in texts(table.column(first))):
         return first, in_words[0], ()
     return first, None, ()
@@ -329,7 +355,11 @@ def _onehot_columns(table: Table, rest: Sequence[str]) -> tuple[str, ...]:
     found = []
     for name in rest:
         cells = texts(table.column(name), len(table.lines))
-        if cells and len(cells) == len(table.lines) and {cell.lower() for cell in cells} <= TRUTHS.keys():
+        if (
+            cells
+            and len(cells) == len(table.lines)
+            and {cell.lower() for cell in cells} <= TRUTHS.keys()
+        ):
             found.append(name)
     marks = [name for name in found if table.named and not IS_SPLIT.fullmatch(name)]
     classes = [name for name in marks if name.lower() not in UNLABELED]
@@ -338,7 +368,11 @@ def _onehot_columns(table: Table, rest: Sequence[str]) -> tuple[str, ...]:
 
 def _hot(cells: Sequence[Any], places: Sequence[int], names: Sequence[str]) -> Any:
     """Return the names of the columns that are 1."""
-    hot = [name for place, name in zip(places, names, strict=True) if TRUTHS[str(cells[place]).strip().lower()]]
+    hot = [
+        name
+        for place, name in zip(places, names, strict=True)
+        if TRUTHS[str(cells[place]).strip().lower()]
+    ]
     return hot or None
 
 
@@ -389,7 +423,12 @@ def _looks_like_split(table: Table, name: str, wanted: Wanted) -> bool | None:
     words = {cell.lower() for cell in cells}
     known = words & (SPLIT_OF.keys() | wanted.splits.keys())
     called = name.lower().strip() in SPLIT_COLUMNS
-    if IS_SPLIT.fullmatch(name) and name.lower() not in SPLIT_COLUMNS and words and words <= TRUTHS.keys():
+    if (
+        IS_SPLIT.fullmatch(name)
+        and name.lower() not in SPLIT_COLUMNS
+        and words
+        and words <= TRUTHS.keys()
+    ):
         return True
     if called and (known or name.lower().strip() in SURE_SPLITS) and words:
         return True
@@ -410,7 +449,9 @@ def _cells_to_splits(table: Table, name: str, wanted: Wanted) -> dict[str, str]:
         truths = [TRUTHS[_text(cell).lower()] for cell in table.column(name) if _text(cell)]
         if split != "train" and sum(truths) > len(truths) / 2:
             true, false = (
-                sorted(cells, key=lambda cell: not TRUTHS[cell.lower()])[:2] if len(cells) > 1 else (*cells, "0")
+                sorted(cells, key=lambda cell: not TRUTHS[cell.lower()])[:2]
+                if len(cells) > 1
+                else (*cells, "0")
             )
             raise UsageError(
                 f"{where} is true for {sum(truths):,} of {len(truths):,} rows: does it say the split {split}, or that an image is sound? "
@@ -463,7 +504,9 @@ def read_splits(table: Table, images: ImageIndex, wanted: Wanted) -> dict[int, s
     return found
 
 
-def split_of_row(row: Row, table: LabelTable, images: ImageIndex, listed: Mapping[int, str], wanted: Wanted) -> str:
+def split_of_row(
+    row: Row, table: LabelTable, images: ImageIndex, listed: Mapping[int, str], wanted: Wanted
+) -> str:
     """Return the split of a row.
 
     It is what the row says itself, else what its table is called, else what a list of splits says, else the folder of its image.
@@ -478,5 +521,7 @@ def split_of_row(row: Row, table: LabelTable, images: ImageIndex, listed: Mappin
     if not said and row.image in listed:
         return listed[row.image]
     if said and lies and said != lies:
-        raise DataError(f"{table.path.name} is a table of {said}, and the image lies in a folder of {lies}")
+        raise DataError(
+            f"{table.path.name} is a table of {said}, and the image lies in a folder of {lies}"
+        )
     return said or lies or "train"

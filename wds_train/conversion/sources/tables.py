@@ -92,7 +92,9 @@ def read_table(path: Path) -> Table | None:
     except PermissionError as error:
         raise AccessDenied(f"no permission to read {path}; check its owner and mode") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}; restore it, or move it away") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; restore it, or move it away"
+        ) from error
 
 
 def decode(data: bytes) -> str:
@@ -128,7 +130,9 @@ def _read_text(path: Path, *, listed: bool) -> Table | None:
 def _spaced_lines(text: str) -> list[tuple[int, list[Any]]]:
     """Split lines at blanks: into as many cells as all of them have, else into the first one and the rest (`1.jpg Boeing 707`)."""
     filled = [
-        (number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")
+        (number, line)
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip() and not line.startswith("#")
     ]
     widths = {len(line.split()) for _, line in filled}
     most = -1 if len(widths) == 1 else 1
@@ -189,14 +193,18 @@ def _read_json(path: Path) -> Table | None:
     if isinstance(content, dict) and content:
         values = list(content.values())
         if all(isinstance(value, str | int | list) for value in values):
-            lines = [(number, [name, value]) for number, (name, value) in enumerate(content.items(), 1)]
+            lines = [
+                (number, [name, value]) for number, (name, value) in enumerate(content.items(), 1)
+            ]
             return Table(path, ["1", "2"], lines, named=False)
     return None
 
 
 def _from_objects(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> Table:
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
-    return Table(path, columns, [(number, [row.get(name) for name in columns]) for number, row in rows])
+    return Table(
+        path, columns, [(number, [row.get(name) for name in columns]) for number, row in rows]
+    )
 
 
 def _read_parquet(path: Path) -> Table | None:
@@ -209,7 +217,9 @@ def _read_parquet(path: Path) -> Table | None:
         rows = file.read(plain).to_pylist()
     except (pa.ArrowException, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; download or write it again") from error
-    return Table(path, plain, [(number, [row[name] for name in plain]) for number, row in enumerate(rows, 1)])
+    return Table(
+        path, plain, [(number, [row[name] for name in plain]) for number, row in enumerate(rows, 1)]
+    )
 
 
 def holds_bytes(kind: pa.DataType) -> bool:

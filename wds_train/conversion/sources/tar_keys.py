@@ -1,8 +1,8 @@
-"""Keys with dots: where the key ends in the names of a source's tars.
+"""Find where the key ends in the names of a source's tars, which may have several dots.
 
-By webdataset's rule it ends at the first dot: cat.0.jpg and cat.1.jpg are the members 0.jpg and 1.jpg of one sample `cat`.
-In the tars of many people they are two samples. What is meant follows from which of the two readings gives each image a
-label of its own.
+By webdataset's rule it ends at the first dot: cat.0.jpg and cat.1.jpg are the members 0.jpg and
+1.jpg of one sample `cat`. In the tars of many people they are two samples. The reading is chosen
+that gives each image its own label.
 """
 
 import re
@@ -10,33 +10,45 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
-from wds_train.conversion.sources.tar_samples import BESIDE_CAPTIONS, Split, WdsSample, gather, is_field
+from wds_train.conversion.sources.tar_samples import (
+    BESIDE_CAPTIONS,
+    Split,
+    WdsSample,
+    gather,
+    is_field,
+)
 from wds_train.dataset.tar import FIELD_WORDS, Member, key_and_extension, key_and_last_extension
 from wds_train.errors import DataError
 
-FIRST, LAST = key_and_extension, key_and_last_extension  # the dot at which a key ends
-ANYTHING: tuple[str, ...] = ()  # instead of the kinds of labels, where samples need neither image nor label
+# The dot at which a key ends.
+FIRST = key_and_extension
+LAST = key_and_last_extension
+# Instead of the kinds of labels, where samples need neither image nor label.
+ANYTHING: tuple[str, ...] = ()
 NEARLY = 0.9  # of the samples
-NO_FIELD = re.compile(r"[^\w.-]")  # no field of a sample is called so
+NO_FIELD = re.compile(r"[^\w.-]")  # the name of no field has such letters
 
 
 class Keys:
-    """How the names in the tars of a source are split: one way for all of them."""
+    """Chooses how the names in the tars of a source are split: one way for all of them."""
 
     def __init__(self) -> None:
-        self._decided: dict[Split, str] = {}  # by the split, the first tar that can only be read so
+        self._decided: dict[Split, str] = {}  # the first tar that can only be read by this split
         self._example = ("", "")  # a name whose dots may belong to it, and its key
         self._samples = {FIRST: 0, LAST: 0}  # of the tars that have such names
 
-    def choose(self, tar: str, members: Sequence[Member], kinds: Collection[str] = BESIDE_CAPTIONS) -> Split:
-        """How the `members` of the next tar are split.
+    def choose(
+        self, tar: str, members: Sequence[Member], kinds: Collection[str] = BESIDE_CAPTIONS
+    ) -> Split:
+        """Return how the names of the next tar are split.
 
         Args:
             tar: Its name, for messages.
+            members: Its members.
             kinds: Of the members that may hold a label; `ANYTHING` for none.
 
         Raises:
-            DataError: an earlier tar can only be read the other way.
+            DataError: An earlier tar can only be read the other way.
         """
         dotted = [member.name for member in members if LAST(member.name) != FIRST(member.name)]
         if not dotted:
@@ -47,87 +59,120 @@ class Keys:
         self._decided.setdefault(rule, tar)
         if len(self._decided) > 1:
             raise DataError(
-                f"the names in {self._decided[LAST]} are samples only where their keys end before the last extension, those "
-                f"in {self._decided[FIRST]} only where they end at the first dot; make a dataset of each: they cannot be one"
+                f"the names in {self._decided[LAST]} are samples only where their keys end before "
+                f"the last extension, those in {self._decided[FIRST]} only where they end at the "
+                "first dot; make a dataset of each: they cannot be one"
             )
         split = rule
         if rule is LAST:
-            split = partial(LAST, fields=FIELD_WORDS | _own_fields(gather(members, LAST), kinds))
+            own = _own_fields(gather(members, LAST), kinds)
+            split = partial(LAST, fields=FIELD_WORDS | own)
             self._remember(members, kinds, split, dotted)
         elif not kinds and not all(is_field(FIRST(name)[1]) for name in dotted):
             self._remember(members, kinds, LAST, dotted)
         return split
 
-    def _remember(self, members: Sequence[Member], kinds: Collection[str], split: Split, dotted: Sequence[str]) -> None:
-        """Keep what `told` says of a tar whose names may be split before the last extension by `split`."""
+    def _remember(
+        self, members: Sequence[Member], kinds: Collection[str], split: Split, dotted: Sequence[str]
+    ) -> None:
+        """Keep the facts for `remark` about a tar whose names `split` may split."""
         if not self._example[0]:
             example = next((name for name in dotted if split(name) != FIRST(name)), dotted[0])
             self._example = (example, split(example)[0])
         samples = gather(members, split)
-        self._samples[LAST] += sum(bool(sample.images()) for sample in samples) if kinds else len(samples)
+        if kinds:
+            self._samples[LAST] += sum(bool(sample.images()) for sample in samples)
+        else:
+            self._samples[LAST] += len(samples)
         self._samples[FIRST] += _stock_samples(members)
 
-    def told(self) -> str:
-        """What there is to say of the keys: nothing where no name has dots that may belong to it."""
+    def remark(self) -> str:
+        """Return a sentence about the keys; empty where no name has dots that may belong to it."""
         name, key = self._example
         if not name:
             return ""
-        first, last = (f"{self._samples[split]:,}" for split in (FIRST, LAST))
+        first = f"{self._samples[FIRST]:,}"
+        last = f"{self._samples[LAST]:,}"
         if LAST in self._decided:
             return (
                 f"its names have dots: {key!r} is the key of {name!r}, which makes {last} samples; "
-                f"stock webdataset, whose keys end at the first dot, would see {first} in these {last}"
+                "stock webdataset, whose keys end at the first dot, "
+                f"would see {first} in these {last}"
             )
         return (
-            f"its names have dots: {FIRST(name)[0]!r} is the key of {name!r}, as in stock webdataset, which "
-            f"makes {first} samples; were the dots part of the names, it would be {last}"
+            f"its names have dots: {FIRST(name)[0]!r} is the key of {name!r}, as in stock "
+            f"webdataset, which makes {first} samples; "
+            f"were the dots part of the names, it would be {last}"
         )
 
 
 def _by_labels(members: Sequence[Member], kinds: Collection[str]) -> Split | None:
-    """The split that leaves fewer images and labels without each other; None where neither gives any image its label."""
-    stock_pairs, stock_lost = _pairs(gather(members, FIRST), kinds)
-    pairs, lost = _pairs(gather(members, LAST), kinds)
+    """Return the split that leaves fewer images and labels single.
+
+    It is None where neither gives any image its label.
+    """
+    stock_pairs, stock_single = _pairs(gather(members, FIRST), kinds)
+    pairs, single = _pairs(gather(members, LAST), kinds)
     if not pairs and not stock_pairs:
         labelled = _with_one_label(members, LAST, kinds)
-        return LAST if labelled and labelled >= _with_one_label(members, FIRST, kinds) else None
-    # Where both fit, the image and the label share what lies between their dots: a.1.jpg, a.1.cls.
-    return LAST if pairs and lost <= stock_lost else FIRST
+        if labelled and labelled >= _with_one_label(members, FIRST, kinds):
+            return LAST
+        return None
+    # Where both fit, image and label have the same text between their dots: a.1.jpg, a.1.cls.
+    if pairs and single <= stock_single:
+        return LAST
+    return FIRST
 
 
 def _pairs(samples: Iterable[WdsSample], kinds: Collection[str]) -> tuple[int, int]:
-    """How many of `samples` have one image and one label, and how many images or labels are in others."""
-    pairs = lost = 0
+    """Count the samples with one image and one label, and the images or labels in others."""
+    pairs = 0
+    single = 0
     for sample in samples:
         images = len(sample.images())
-        labels = next((len(found) for kind in kinds if (found := sample.labels(kind))), 0)
+        labels = 0
+        for kind in kinds:
+            labels = len(sample.labels(kind))
+            if labels:
+                break
         if images == labels == 1:
             pairs += 1
         else:
-            lost += images or labels
-    return pairs, lost
+            single += images or labels
+    return pairs, single
 
 
 def _with_one_label(members: Sequence[Member], split: Split, kinds: Collection[str]) -> int:
-    """How many samples have one label, and images of which nothing says which one is meant: a.1.png, a.1.jpg, a.1.cls."""
-    samples = [sample for sample in gather(members, split) if sample.images()]
-    return sum(sum(len(sample.labels(kind)) for kind in kinds) == 1 for sample in samples)
+    """Count the samples with one label, and any number of images: a.1.png, a.1.jpg, a.1.cls."""
+    count = 0
+    for sample in gather(members, split):
+        labels = sum(len(sample.labels(kind)) for kind in kinds)
+        if sample.images() and labels == 1:
+            count += 1
+    return count
 
 
 def _own_fields(samples: Sequence[WdsSample], kinds: Collection[str]) -> set[str]:
-    """The words that name fields in these tars alone: `edges`, where cat.0 has an image and a label, and cat.0.edges none."""
+    """Return words that name fields in these tars alone.
+
+    Such as `edges`, where cat.0 has an image and a label, and cat.0.edges has no label.
+    """
     labelled = {sample.key for sample in samples if any(sample.labels(kind) for kind in kinds)}
-    words = {True: set[str](), False: set[str]()}  # by whether such a name has a label of its own
+    fields: set[str] = set()
+    of_samples: set[str] = set()  # words of names that have their own label
     for sample in samples:
         parent, _, word = sample.key.rpartition(".")
         if parent in labelled and is_field(word):
-            words[sample.key in labelled].add(word.lower())
-    return words[False] - words[True]
+            words = of_samples if sample.key in labelled else fields
+            words.add(word.lower())
+    return fields - of_samples
 
 
 def _by_extensions(members: Sequence[Member], dotted: Sequence[str]) -> Split:
-    """The split of samples that may hold anything: before the last extension where that makes samples of several members
-    that are alike, or where one of the `dotted` names holds what no field's name does.
+    """Return the split of samples that may hold anything.
+
+    Keys end before the last extension where that makes samples of several members that are alike,
+    or where one of the `dotted` names has letters that no field's name has.
     """
     if any(NO_FIELD.search(FIRST(name)[1]) for name in dotted):
         return LAST
@@ -138,8 +183,9 @@ def _by_extensions(members: Sequence[Member], dotted: Sequence[str]) -> Split:
 
 
 def _stock_samples(members: Sequence[Member]) -> int:
-    """How many samples webdataset makes of `members`: of those in a row whose names are equal up to the first dot."""
-    count, before = 0, ""
+    """Count the samples that webdataset makes: neighbours with equal names up to the first dot."""
+    count = 0
+    before = ""
     for member in members:
         folder, _, base = member.name.rpartition("/")
         stem, dot, _ = base.partition(".")

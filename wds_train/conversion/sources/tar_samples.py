@@ -14,7 +14,13 @@ from wds_train.dataset.tar import Member, key_and_extension
 from wds_train.errors import DataError, UsageError
 
 MAX_LABEL = 1 << 16  # bytes
-LABELS = ("cls", "json", "label", "class", "txt")  # the members that may hold a sample's label, the first that is there
+LABELS = (
+    "cls",
+    "json",
+    "label",
+    "class",
+    "txt",
+)  # the members that may hold a sample's label, the first that is there
 CAPTION = "txt"  # a label only where nothing else is one
 BESIDE_CAPTIONS = LABELS[:-1]
 LABEL_FIELDS = ("label", "cls", "class", "class_name", "category")  # of a .json
@@ -22,8 +28,12 @@ SPLIT_FIELDS = ("split", "subset", "partition", "usage", "set")  # of a .json, i
 IMAGE_WORDS = {"image", "img"}  # 7.image.jpg
 LABEL_WORDS = {"label", "cls", "class", "target"}  # 7.label.cls
 FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-SEVERAL = re.compile(r"[+-]?\d+(?:\.\d+)?(?:(?:\s*[,;|]\s*|\s+)[+-]?\d+(?:\.\d+)?)+[,;|]?")  # 0 1; 3, 5
-SEVERAL_WHOLE = re.compile(r"\d+(?:(?:\s*[,;|]\s*|\s+)\d+)+")  # in a .txt, where fractions are the corners of boxes
+SEVERAL = re.compile(
+    r"[+-]?\d+(?:\.\d+)?(?:(?:\s*[,;|]\s*|\s+)[+-]?\d+(?:\.\d+)?)+[,;|]?"
+)  # 0 1; 3, 5
+SEVERAL_WHOLE = re.compile(
+    r"\d+(?:(?:\s*[,;|]\s*|\s+)\d+)+"
+)  # in a .txt, where fractions are the corners of boxes
 DECIMAL = re.compile(rb"-?[0-9]+\.[0-9]+")
 Split = Callable[[str], tuple[str, str]]  # a member's name into key and extension
 Read = Callable[[int, int], bytes]  # offset, length
@@ -51,14 +61,20 @@ class WdsSample:
     def images(self) -> list[str]:
         """The extensions of the members that may be the image: one, but where nothing says which of several it is."""
         found = [name for name in self.members if kind_of(name) in IMAGE_EXTENSIONS]
-        found = found or [name for name in self.members if is_image(f".{name}")]  # in a format that shards do not hold
+        found = found or [
+            name for name in self.members if is_image(f".{name}")
+        ]  # in a format that shards do not hold
         return _meant(found, IMAGE_WORDS)
 
     def labels(self, kind: str) -> list[str]:
         """The extensions of the members of this kind (cls, json ...) that may hold the label."""
         found = [name for name in self.members if kind_of(name) == kind]
         if kind == "label":  # 7.label.txt is no caption
-            found += [name for name in self.members if "label" in _prefix(name).split(".") and not is_image(f".{name}")]
+            found += [
+                name
+                for name in self.members
+                if "label" in _prefix(name).split(".") and not is_image(f".{name}")
+            ]
         meant = _meant(found, LABEL_WORDS)
         # 7.mask.jpg with a 7.mask.cls of its own is no mask: its label counts, and may differ.
         other = [name for name in found if name not in meant and self._has_image(_prefix(name))]
@@ -105,7 +121,9 @@ class WdsSample:
             said = set(texts.values()) - {NO_TEXT}
             if len(said) > 1:
                 told = ", ".join(f"{text} in {self._named([name])}" for name, text in texts.items())
-                raise DataError(f"it holds several labels: {told}; rename the one to train on to {self.key}.cls")
+                raise DataError(
+                    f"it holds several labels: {told}; rename the one to train on to {self.key}.cls"
+                )
             if said:
                 return said.pop()
             is_empty |= bool(texts)
@@ -116,7 +134,9 @@ class WdsSample:
     def _text(self, name: str, kind: str, read: Read) -> str:
         member = self.members[name]
         if member.size > MAX_LABEL:
-            raise DataError(f"its label member .{name} has {member.size} bytes, at most {MAX_LABEL} can be read")
+            raise DataError(
+                f"its label member .{name} has {member.size} bytes, at most {MAX_LABEL} can be read"
+            )
         text = read(member.data_offset, member.size)
         label = label_text(text if kind == CAPTION else _value(text, name))
         pattern = SEVERAL_WHOLE if kind == CAPTION else SEVERAL
@@ -191,15 +211,17 @@ class Labels:
         said = SPLIT_OF.get(word.lower())
         if said is None:
             if field and not self._unread:
-                self._unread = f"the field {field} of the .json members, {word!r} in {sample.key}, is not read"
+                self._unread = (
+                    f"the field {field} of the .json members, {word!r} in {sample.key}, is not read"
+                )
         elif said != split:
             raise UsageError(
                 f"{origin}: its .json says {field} {word!r}, and its tar is read as {split}; make a tar of each split, called "
                 "train.tar, val.tar and test.tar, or take the field out"
             )
 
-    def told(self) -> str:
-        """What there is to say of the labels of all samples, or nothing."""
+    def remark(self) -> str:
+        """Return a sentence about the labels of all samples; empty for nothing unusual."""
         return "; ".join(sentence for sentence in (self._two, self._unread) if sentence)
 
     def refuse(self, where: str, tars: int) -> None:
@@ -209,19 +231,21 @@ class Labels:
         seen = "there is no .cls or .json member with one"
         if self._fields:
             shown = ", ".join(self._fields[:8]) + (", ..." if self._fields[8:] else "")
-            seen = f"the .json members have the fields {shown}, and none of {', '.join(LABEL_FIELDS)}"
+            seen = (
+                f"the .json members have the fields {shown}, and none of {', '.join(LABEL_FIELDS)}"
+            )
         if self._captions:
             seen += "; the .txt beside an image is its caption"
         if len(self._folders) > 1:
-            shown = ", ".join(sorted(self._folders)[:4]) + (", ..." if len(self._folders) > 4 else "")
-            seen += (
-                f"; if the folders {shown} are the classes, unpack the tars, and give the folder to wds-train shards"
+            shown = ", ".join(sorted(self._folders)[:4]) + (
+                ", ..." if len(self._folders) > 4 else ""
             )
+            seen += f"; if the folders {shown} are the classes, unpack the tars, and give the folder to wds-train shards"
         elif tars > 1 and not self._fields and not self._captions:
-            seen += (
-                "; if each tar is a class, unpack each into a folder of its name, and convert the folder around these"
-            )
-        raise DataError(f"{where}: none of {self._asked:,} samples has a label: {seen}; {how_to_label(where)}")
+            seen += "; if each tar is a class, unpack each into a folder of its name, and convert the folder around these"
+        raise DataError(
+            f"{where}: none of {self._asked:,} samples has a label: {seen}; {how_to_label(where)}"
+        )
 
 
 def _second(sample: WdsSample, kinds: Sequence[str], read: Read, text: str) -> str:
@@ -304,7 +328,9 @@ def _value(text: bytes, name: str) -> Any:
     if isinstance(content, dict):
         field = next((field for field in LABEL_FIELDS if field in content), None)
         if field is None:
-            raise NoLabel(f"its .{name} has none of the fields {', '.join(LABEL_FIELDS)}", [*content])
+            raise NoLabel(
+                f"its .{name} has none of the fields {', '.join(LABEL_FIELDS)}", [*content]
+            )
         content = content[field]
     elif isinstance(content, float) and not DECIMAL.fullmatch(text.strip()):
         return text  # 1e5 and NaN may be names

@@ -1,4 +1,7 @@
-"""Tars as sources: read where they lie, through their headers. Nothing is unpacked, no link followed, nothing executed."""
+"""Read tars as sources, where they lie, through their headers.
+
+Nothing is unpacked, no link is followed, nothing is executed.
+"""
 
 import gzip
 import os
@@ -31,7 +34,7 @@ from wds_train.conversion.sources.litter import is_litter
 from wds_train.conversion.sources.names import SPLIT_FOLDER, SPLIT_OF, file_splits
 from wds_train.conversion.sources.scan import SplitScan, Stamp, read_bytes
 from wds_train.conversion.sources.source import Source, Understood, Wanted
-from wds_train.conversion.sources.splits import from_scans, label_counts, relabelled
+from wds_train.conversion.sources.splits import from_scans, label_counts, relabel
 from wds_train.conversion.sources.spool import Spool
 from wds_train.conversion.sources.tar_keys import Keys
 from wds_train.conversion.sources.tar_lists import refuse_lists
@@ -57,19 +60,23 @@ from wds_train.errors import AccessDenied, DataError, UsageError
 OUTSIDE = "its name points outside the archive"
 CHUNK = 1 << 20
 TARS = (".tar", ".tar.gz", ".tgz")  # in any case
-# Archives that are not read: other compressions, other formats, and the pieces of an archive that was cut.
+# Archives that are not read: other compressions, other formats, and the pieces of a cut archive.
 ARCHIVE = re.compile(
     r".+\.(?:tar\.(?:xz|bz2?|zstd?|lz4?|lzma|lzo|br|sz|z|7z)|t(?:xz|bz2?|b2|zst|lz|az)|zip|7z|rar"
     r"|(?:tar|tgz|zip|7z|tar\.\w+)\.(?:part)?[-_]?(?:\d+|[a-z]{2})|z\d\d)",
     re.IGNORECASE,
 )
 UNPACK = "unpack each to a plain .tar, or move it away"
-SENTENCE = 4  # words, in half of the texts: of what are captions
+SENTENCE = 4  # captions: half of the texts have so many words or more
 CLASS_LISTS = ("classes.txt", "classes.json", "labels.txt", "class_names.txt")
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether `path` is a folder; `DataError` for what is no file either: opening a FIFO would wait for ever."""
+    """Return whether `path` is a folder.
+
+    Raises:
+        DataError: It is no plain file either: opening a FIFO would wait for ever.
+    """
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -80,29 +87,49 @@ def _is_folder(path: Path) -> bool:
 
 
 def is_tar(name: str) -> bool:
-    """Tell whether a file of this name is a tar that can be read, plain or compressed with gzip."""
+    """Return whether a file of this name is a tar that can be read, plain or gzip-compressed."""
     return name.lower().endswith(TARS)
 
 
 def refuse_archives(names: Iterable[str], where: str) -> None:
-    """Raise `DataError` for archives among the files of a source: what is in them would be missing in silence.
+    """Raise `DataError` for archives that cannot be read among the files of a source.
+
+    Their samples would be missing in silence.
 
     Args:
         names: The paths of all files of the source, or the one file that is the source.
         where: The source, for the message.
     """
-    found = sorted(name for name in names if ARCHIVE.fullmatch(name) and not is_tar(name) and not is_litter(name))
+    found = []
+    for name in names:
+        if ARCHIVE.fullmatch(name) and not is_tar(name) and not is_litter(name):
+            found.append(name)
     if found:
+        found.sort()
         shown = ", ".join(found[:4]) + (", ..." if found[4:] else "")
         raise DataError(f"{where} holds {shown}, which cannot be read as it is; {UNPACK}")
 
 
 def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """The members of the tar at `path`, or of the one inside it at [start, start + size)."""
+    """Yield the members of a tar.
+
+    Args:
+        path: The file.
+        start: Where the tar begins in it, for one inside another.
+        size: The tar's bytes; None for all up to the end of the file.
+
+    Raises:
+        AccessDenied: It may not be read.
+        DataError: It is no tar, or damaged.
+    """
     try:
         with path.open("rb", buffering=0) as file:
             end = os.fstat(file.fileno()).st_size if size is None else start + size
-            yield from members(lambda offset, length: os.pread(file.fileno(), length, offset), start, end)
+
+            def read(offset: int, length: int) -> bytes:
+                return os.pread(file.fileno(), length, offset)
+
+            yield from members(read, start, end)
     except PermissionError as error:
         raise AccessDenied(f"no permission to read {path}; check its owner and mode") from error
     except (DataError, OSError) as error:
@@ -110,12 +137,15 @@ def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator
 
 
 def outside(name: str) -> bool:
-    """Whether a member of this name, unpacked by others, would not stay where it is unpacked."""
+    """Return whether a member of this name would leave the folder that it is unpacked to."""
     return name.startswith("/") or ".." in name.split("/")
 
 
 def is_safe(found: SplitScan, origin: str, member: Member) -> bool:
-    """Whether the member is a plain file with a plain name; noted when not (folders and litter are passed over)."""
+    """Return whether the member is a plain file with a safe name.
+
+    Others are noted in `found`, except folders and litter.
+    """
     if member.kind == "directory" or is_litter(member.name):
         return False
     if member.kind != "file":
@@ -128,13 +158,14 @@ def is_safe(found: SplitScan, origin: str, member: Member) -> bool:
 
 
 def folder_files(tars: Mapping[Path, Path]) -> tuple[dict[Path, list[TarFile]], list[Note]]:
-    """List the files of tars that hold folders of images and no labels, as `tar cf data.tar CLASSES/` makes them.
+    """List the files of tars that hold folders of images, as `tar cf data.tar CLASSES/` makes them.
 
     Args:
         tars: The tars, and where each lies as a plain one.
 
     Returns:
-        The files of each tar, none where these are not such tars; and notes on members that are no files.
+        The files of each tar, none where the tars hold labels or no folders of images; and notes on
+        members that are no files.
     """
     files = {tar: list[TarFile]() for tar in tars}
     found = SplitScan("train")
@@ -155,11 +186,19 @@ def folder_files(tars: Mapping[Path, Path]) -> tuple[dict[Path, list[TarFile]], 
     return files, found.notes
 
 
-def webdataset(root: Path, spool: Spool, wanted: Wanted) -> Source:
-    """Read existing tars: every .tar, .tar.gz or .tgz, in any case, below the folder `root`, or the one file.
+def open_tars(root: Path, spool: Spool, wanted: Wanted) -> Source:
+    """Open existing tars, which are WebDataset's, or hold folders of images.
 
-    They are WebDataset's, or hold folders of images.
+    Args:
+        root: A folder, for every .tar, .tar.gz or .tgz below it, in any case; or one file.
+        spool: Where compressed tars are unpacked.
+        wanted: The flags.
+
+    Raises:
+        UsageError: There are no tars, or flags do not fit them.
+        DataError: The tars cannot be used.
     """
+    # Find the tars, and their splits.
     base = root if root.is_dir() else root.parent
     below = [root]
     if root.is_dir():
@@ -172,79 +211,139 @@ def webdataset(root: Path, spool: Spool, wanted: Wanted) -> Source:
     names = {path.relative_to(base).as_posix(): path for path in paths}
     used, unused = file_splits([*names], wanted.splits, str(root))
     splits = {names[name]: split for name, split in used.items()}
-    tars = {path: path if path.name.lower().endswith(".tar") else unpacked(path, spool) for path in splits}
     ignored = {names[name]: cause for name, cause in unused.items()}
+    tars = {}
+    for path in splits:
+        is_plain = path.name.lower().endswith(".tar")
+        tars[path] = path if is_plain else unpack_gzip(path, spool)
+
+    # Read what they hold.
     files, notes = folder_files(tars)
-    if files:
-        source = _class_folders(root, files, splits, wanted)
-        notes += [Note("train", readable(str(path)), "ignored", cause) for path, cause in ignored.items()]
-        return replace(source, notes=[*source.notes, *notes])
-    return _samples(root, tars, splits, ignored, wanted)
+    if not files:
+        return _samples(root, tars, splits, ignored, wanted)
+    source = _class_folders(root, files, splits, wanted)
+    for path, cause in ignored.items():
+        notes.append(Note("train", readable(str(path)), "ignored", cause))
+    return replace(source, notes=[*source.notes, *notes])
 
 
 def _samples(
-    root: Path, tars: Mapping[Path, Path], splits: Mapping[Path, str], ignored: Mapping[Path, str], wanted: Wanted
+    root: Path,
+    tars: Mapping[Path, Path],
+    splits: Mapping[Path, str],
+    ignored: Mapping[Path, str],
+    wanted: Wanted,
 ) -> Source:
-    """Return the samples of WebDataset tars."""
+    """Return the source of WebDataset tars.
+
+    Args:
+        root: The source.
+        tars: The tars, and where each lies as a plain one.
+        splits: The split of each.
+        ignored: Tars that are not used, and why.
+        wanted: The flags.
+    """
     if wanted.class_level:
-        raise UsageError(f"{root} holds labelled samples, and --class-level is of class folders; leave it out")
-    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in dict.fromkeys(splits.values())}
+        raise UsageError(
+            f"{root} holds labelled samples, and --class-level is of class folders; leave it out"
+        )
+
+    # Scan them.
+    scans = {}
+    for split in dict.fromkeys(splits.values()):
+        scans[split] = SplitScan(split, foreign=wanted.reencode)
     first = next(iter(scans.values()))
     for path, cause in ignored.items():
         first.note(path, "ignored", cause)
     scan = _TarScan(root, tars)
     for path, split in splits.items():
         scan.add(path, scans[split])
-    scan.judge()
+    scan.check_labels()
+
+    # Number the classes.
     counts = label_counts(scans.values(), [*scan.labels])
-    # What was left out is told first: it may be the other classes.
+    # A single class is no error yet where samples are unreadable: these may be the other classes,
+    # and are reported first.
     left_out = any(note.what == "left out" for found in scans.values() for note in found.notes)
-    classes = wds_classes(root if root.is_dir() else root.parent, counts, wanted.labels, one=left_out)
-    told = scan.told()
-    for sentence in told:
+    folder = root if root.is_dir() else root.parent
+    classes = wds_classes(folder, counts, wanted.labels, one=left_out)
+    remarks = scan.remarks()
+    for sentence in remarks:
         first.note(root, "kept", sentence)
-    understood = Understood("WebDataset tars", scan.origin, [*classes.said, *told])
+    understood = Understood("WebDataset tars", scan.origin, [*classes.said, *remarks])
     source = from_scans(f"webdataset {root.name}", classes.infos, [*scans.values()], understood)
-    return relabelled(source, np.array([classes.numbers[text] for text in scan.labels], np.int32))
+    numbers = [classes.numbers[text] for text in scan.labels]
+    return relabel(source, np.array(numbers, np.int32))
 
 
 def _class_folders(
     root: Path, files: Mapping[Path, list[TarFile]], splits: Mapping[Path, str], wanted: Wanted
 ) -> Source:
-    """Return the images of folders in tars, which are read like folders on a disk."""
+    """Return the source of tars with class folders, which are read like folders on a disk.
+
+    Args:
+        root: The source.
+        files: The files of each tar.
+        splits: The split of each tar.
+        wanted: The flags.
+    """
     refuse_lists(root, files)
-    together, stamp = list[TarFile](), Stamp()
+    several = len(set(splits.values())) > 1
+    together = []
+    stamp = Stamp()
     for tar, of_tar in files.items():
         stamp.add(tar.name, tar.stat())
-        # train.tar and val.tar, each with the same folders of classes.
-        prefix = f"{splits[tar]}/" if len(set(splits.values())) > 1 else ""
-        together += [replace(file, name=prefix + file.name.removeprefix("./")) for file in of_tar]
+        # train.tar and val.tar may each have the same folders of classes.
+        prefix = f"{splits[tar]}/" if several else ""
+        for file in of_tar:
+            together.append(replace(file, name=prefix + file.name.removeprefix("./")))
     found = TarFiles(together)
     source = folder_source(read_layout(found.tree(root.name), wanted), root.name, found, wanted)
     return replace(source, stamp=source.stamp + stamp.hexdigest())
 
 
 def refuse_split_folders(tar: str, samples: Sequence[WdsSample], split: str) -> None:
-    """Raise `DataError` for samples that lie in folders of other splits than the `split` of their tar."""
-    folders = {folder for sample in samples for folder in sample.key.split("/")[:-1]}
-    named = {folder: SPLIT_OF[found[1].lower()] for folder in folders if (found := SPLIT_FOLDER.fullmatch(folder))}
+    """Raise `DataError` for samples that lie in folders of other splits than their tar.
+
+    Args:
+        tar: The tar, for the message.
+        samples: Its samples.
+        split: Its split.
+    """
+    named = {}
+    for sample in samples:
+        for folder in sample.key.split("/")[:-1]:
+            found = SPLIT_FOLDER.fullmatch(folder)
+            if found:
+                named[folder] = SPLIT_OF[found[1].lower()]
     if set(named.values()) - {split}:
         raise DataError(
-            f"{tar} holds samples in the folders {', '.join(sorted(named))}, which are called as splits are, and would all be "
-            f"{split}; make a tar of each split, called train.tar, val.tar and test.tar"
+            f"{tar} holds samples in the folders {', '.join(sorted(named))}, "
+            f"which are called as splits are, and would all be {split}; "
+            "make a tar of each split, called train.tar, val.tar and test.tar"
         )
 
 
 class _TarScan:
-    """Scans the tars of a source, one after the other, with what they have in common."""
+    """Scans the tars of a source, one after the other, with what they have in common.
+
+    Args:
+        root: The source.
+        places: The tars, and where each lies as a plain one.
+
+    Attributes:
+        labels: The labels' texts in the order in which they come, with their numbers.
+    """
 
     def __init__(self, root: Path, places: Mapping[Path, Path]) -> None:
-        self.labels: dict[str, int] = {}  # in the order in which they come
+        self.labels: dict[str, int] = {}
+        self._root = root
+        self._places = places
         self._keys = Keys()
-        self._root, self._places = root, places
         self._asked = Labels()
-        self._texts = Counter[str]()  # those of .txt members that are labels
-        self._tar_of: dict[str, Path] = {}  # the first whose labels are in .txt, and the first with others
+        self._texts: Counter[str] = Counter()  # of .txt members that are labels
+        # The first tar whose labels are in .txt members, by CAPTION; and the first with others.
+        self._tar_of: dict[str, Path] = {}
 
     def add(self, path: Path, found: SplitScan) -> None:
         """Add the samples in the tar at `path` to those `found`."""
@@ -264,17 +363,20 @@ class _TarScan:
         for extension, count in others.items():
             found.note(path, "ignored", f"{count} members .{extension}")
 
-    def _add_sample(self, sample: WdsSample, path: Path, found: SplitScan, kinds: Collection[str]) -> Member | None:
-        """Add the sample, or note why not; its image, where it was added."""
+    def _add_sample(
+        self, sample: WdsSample, path: Path, found: SplitScan, kinds: Collection[str]
+    ) -> Member | None:
+        """Add the sample, or note why not; return its image if it was added."""
         place = str(self._places[path])
+        read = partial(read_bytes, place)
         origin = f"{path}: {sample.key}"
         if not sample.images():
             if not sample.is_none:
                 found.note(origin, "left out", "no image member")
             return None
         try:
-            text = self._asked.label(sample, partial(read_bytes, place), kinds)
-            self._asked.check_split(origin, sample, partial(read_bytes, place), found.split)
+            text = self._asked.label(sample, read, kinds)
+            self._asked.check_split(origin, sample, read, found.split)
             image = sample.image()
         except SeveralLabels as error:
             raise DataError(f"{origin}: {error}") from error
@@ -285,14 +387,16 @@ class _TarScan:
             found.note(origin, "left out", str(error))
             return None
         assert image is not None, "it has one"
-        self._texts.update([text] if CAPTION in kinds else [])
+        if CAPTION in kinds:
+            self._texts[text] += 1
         label = self.labels.setdefault(text, len(self.labels))
         found.add(label, image.name, place, image.data_offset, image.size)
         return image
 
     def _kinds(self, path: Path, samples: Sequence[WdsSample]) -> Collection[str]:
-        """The kinds of members of a tar that may hold labels: beside any other label, in any of the tars, a .txt is a
-        caption.
+        """Return the kinds of members of a tar that may hold labels.
+
+        If there is any other label, in any of the tars, a .txt is a caption.
         """
         with_image = [sample for sample in samples if sample.images()]
         if any(sample.labels(kind) for sample in with_image for kind in BESIDE_CAPTIONS):
@@ -303,52 +407,81 @@ class _TarScan:
                 return (CAPTION,)
         if len(self._tar_of) > 1 and self._tar_of["others"] == path:
             raise DataError(
-                f"{self._tar_of[CAPTION]} has labels in .txt members alone, {path} in others, beside which a .txt is a "
-                "caption; make a dataset of each, or add a .cls to every sample"
+                f"{self._tar_of[CAPTION]} has labels in .txt members alone, {path} in others, "
+                "beside which a .txt is a caption; "
+                "make a dataset of each, or add a .cls to every sample"
             )
         return BESIDE_CAPTIONS
 
     @property
     def origin(self) -> str:
-        """Where the labels come from."""
+        """The place that the labels come from, in words."""
         if CAPTION in self._tar_of and "others" not in self._tar_of:
             return "the .txt members, beside which there is nothing else that holds one"
         return "the members .cls, .json and their like"
 
-    def told(self) -> list[str]:
-        """What there is to say of the keys and labels, a sentence each."""
-        return [sentence for sentence in (self._keys.told(), self._asked.told()) if sentence]
+    def remarks(self) -> list[str]:
+        """Return remarks on how keys and labels were read, a sentence each."""
+        return [sentence for sentence in (self._keys.remark(), self._asked.remark()) if sentence]
 
-    def judge(self) -> None:
-        """Refuse tars without any label, and those whose .txt members hold captions."""
+    def check_labels(self) -> None:
+        """Raise `DataError` if there are no labels, or the .txt members hold captions."""
         self._asked.refuse(str(self._root), len(self._places))
+        if not self._texts:
+            return
+        # Captions differ from sample to sample, and are sentences.
         words = sorted(len(text.split()) for text in self._texts)
-        if words and len(words) > CAPTIONS * self._texts.total() and words[len(words) // 2] >= SENTENCE:
+        many = len(words) > CAPTIONS * self._texts.total()
+        if many and words[len(words) // 2] >= SENTENCE:
+            shortest = min(self._texts, key=len)
             raise DataError(
-                f"{self._root} has a .txt for each sample and no other label, such as {min(self._texts, key=len)!r}: these are "
-                f"captions; {how_to_label(str(self._root))}"
+                f"{self._root} has a .txt for each sample and no other label, such as "
+                f"{shortest!r}: these are captions; {how_to_label(str(self._root))}"
             )
 
 
 def _beside(sample: WdsSample, image: Member | None) -> list[str]:
-    """The extensions of what a sample has besides its `image` (None where it was left out) and what may be its label."""
-    there = {name: member for name, member in sample.members.items() if kind_of(name) not in LABELS}
-    if image is None:
-        return [name for name in there if not is_image(f".{name}")]
-    return [name for name, member in there.items() if member != image]
+    """Return the extensions of members that are neither the image nor may be the label.
+
+    Args:
+        sample: A sample.
+        image: Its image; None where the sample was left out.
+    """
+    extensions = []
+    for extension, member in sample.members.items():
+        if kind_of(extension) in LABELS:
+            continue
+        used = member == image if image is not None else is_image(f".{extension}")
+        if not used:
+            extensions.append(extension)
+    return extensions
 
 
-def unpacked(path: Path, spool: Spool) -> Path:
-    """The plain tar in the compressed one at `path`, in the spool; of at most the spool's size, whatever it claims."""
+def unpack_gzip(path: Path, spool: Spool) -> Path:
+    """Unpack a compressed tar into the spool.
+
+    Args:
+        path: The tar.
+        spool: Where it goes.
+
+    Returns:
+        The plain tar.
+
+    Raises:
+        UsageError: It is larger than the spool may be.
+        DataError: It is damaged.
+    """
     target = spool.file(path.name)
     left = spool.limit - spool.bytes
     try:
         with gzip.open(path) as packed, target.open("wb") as file:
+            # At most the spool's size is written, whatever size the file claims.
             while piece := packed.read(CHUNK):
                 left -= len(piece)
                 if left < 0:
                     raise UsageError(
-                        f"{path} unpacks to more than the spool may hold; raise --spool-gb, or unpack it yourself"
+                        f"{path} unpacks to more than the spool may hold; "
+                        "raise --spool-gb, or unpack it yourself"
                     )
                 file.write(piece)
     except (OSError, EOFError, zlib.error) as error:
@@ -357,15 +490,26 @@ def unpacked(path: Path, spool: Spool) -> Path:
     return target
 
 
-def wds_classes(root: Path, counts: Mapping[str, int], rules: LabelRules, *, one: bool = False) -> Classes:
-    """Find the classes of tars: those that a person, a manifest of ours or a list beside the tars names, or else what follows
-    from the labels.
+def wds_classes(
+    root: Path, counts: Mapping[str, int], rules: LabelRules, *, one: bool = False
+) -> Classes:
+    """Find the classes of tars.
+
+    They are those that a person names, or a manifest of ours or a list in the folder; if there is
+    none of these, those of the labels.
+
+    Args:
+        root: The folder of the tars.
+        counts: Each label, and how often it occurs.
+        rules: The flags about labels.
+        one: A single class is no error.
     """
-    place = next((root / name for name in (manifests.NAME, *CLASS_LISTS) if (root / name).is_file()), None)
-    if place is None or rules.classes:
-        return tar_classes(counts, str(root), rules, one=one)
-    named = replace(rules, classes=read_class_list(place))
-    return tar_classes(counts, str(root), named, place.name, one=one)
+    if not rules.classes:
+        for name in (manifests.NAME, *CLASS_LISTS):
+            if (root / name).is_file():
+                listed = replace(rules, classes=read_class_list(root / name))
+                return tar_classes(counts, str(root), listed, name, one=one)
+    return tar_classes(counts, str(root), rules, one=one)
 
 
 def tar_classes(
@@ -376,23 +520,28 @@ def tar_classes(
     Args:
         counts: Each text that occurs, and how often.
         where: The tars, for messages.
-        rules: What a person said, or the list of classes beside the tars.
+        rules: The flags about labels, with the list of classes that lies with the tars.
         listed: The name of that list.
-        one: Whether a single class may be all that was found.
+        one: A single class is no error.
 
     Raises:
         UsageError: The labels are measurements, or longer numbers than can be read.
         DataError: There is one class.
     """
-    texts = [text for text in counts if text.casefold() not in MISSING_BESIDE_NUMBERS | {NO_TEXT} | rules.none]
+    missing = MISSING_BESIDE_NUMBERS | {NO_TEXT} | rules.none
+    texts = [text for text in counts if text.casefold() not in missing]
     odd = sorted(text for text in texts if not WHOLE.fullmatch(text))
     if odd and all(NUMBER.fullmatch(text) for text in texts) and not rules.classes:
         raise UsageError(
-            f"{where} holds the label {odd[0]}, which is no whole number of up to 19 digits: a measurement is no class. Write "
-            "the class's name or number into each label member, or list the values with --classes FILE, one a line"
+            f"{where} holds the label {odd[0]}, which is no whole number of up to 19 digits: "
+            "a measurement is no class. Write the class's name or number into each label member, "
+            "or list the values with --classes FILE, one a line"
         )
     found = classes_of(counts, where, rules)
     if len(found.infos) == 1 and not one:
-        raise DataError(f"the tars of {where} know one label, {found.infos[0].id!r}: there is nothing to tell apart")
+        raise DataError(
+            f"the tars of {where} know one label, {found.infos[0].id!r}: "
+            "there is nothing to tell apart"
+        )
     said = [f"the classes are those of {listed}"] if listed else []
     return Classes(found.infos, found.numbers, [*said, *found.said])

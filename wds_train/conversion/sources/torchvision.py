@@ -1,8 +1,8 @@
-"""torchvision's datasets that download themselves: `torchvision:Imagenette`, `torchvision:CIFAR10`, ...
+"""Read torchvision's datasets that download themselves, such as `torchvision:CIFAR10`.
 
-Where a dataset knows its files (ImageFolder and its like), their bytes are taken as they are. The others hand out
-decoded images, which become PNG. torchvision checks each archive's MD5 before it reads it, CIFAR's pickles included; no
-other pickle is opened here.
+Where a dataset knows its files (ImageFolder and its like), their bytes are taken as they are. The
+others return decoded images, which become PNG. torchvision checks each archive's MD5 before it
+reads it, CIFAR's pickles included; no other pickle is opened here.
 """
 
 import inspect
@@ -15,56 +15,90 @@ from typing import Any
 from wds_train.conversion.sources.labels import to_classes
 from wds_train.conversion.sources.names import SPLITS
 from wds_train.conversion.sources.scan import SplitScan
-from wds_train.conversion.sources.sequential import Item, spooled
+from wds_train.conversion.sources.sequential import Item, spool_items
 from wds_train.conversion.sources.source import Source, Understood
 from wds_train.conversion.sources.splits import from_scans
 from wds_train.conversion.sources.spool import Spool
 from wds_train.errors import DataError, UsageError
 
 
-def torchvision(name: str, root: Path, spool: Spool) -> Source:
-    """The dataset class `name` of torchvision, downloaded below `root` unless it is there."""
+def open_torchvision(name: str, root: Path, spool: Spool) -> Source:
+    """Open a dataset of torchvision, and download it if it is not there.
+
+    Args:
+        name: Its class, such as `CIFAR10`.
+        root: The folder of its files.
+        spool: Where images are kept that come decoded.
+
+    Raises:
+        UsageError: There is no such dataset, or it has no `train` split.
+        DataError: It cannot be downloaded.
+    """
     from torchvision import datasets
 
     kind = getattr(datasets, name, None)
     if not isinstance(kind, type):
-        raise UsageError(f"torchvision has no dataset {name!r}; its class's name is needed, as in torchvision:CIFAR10")
-    found = {split: _open(kind, root, split) for split in SPLITS}
-    parts = {split: part for split, part in found.items() if part is not None}
-    ids = getattr(parts["train"], "wnids", None) or [_word(entry) for entry in parts["train"].classes]
-    names = dict(zip(ids, map(_word, parts["train"].classes), strict=True))
+        raise UsageError(
+            f"torchvision has no dataset {name!r}; "
+            "its class's name is needed, as in torchvision:CIFAR10"
+        )
+    parts = {}
+    for split in SPLITS:
+        part = _open_split(kind, root, split)
+        if part is not None:
+            parts[split] = part
+
+    names = [_join_words(entry) for entry in parts["train"].classes]
+    ids = getattr(parts["train"], "wnids", None) or names
+    classes = to_classes(ids, dict(zip(ids, names, strict=True)))
     understood = Understood(
-        f"torchvision's {name}; splits {', '.join(parts)} as torchvision has them", "torchvision's own"
+        layout=f"torchvision's {name}; splits {', '.join(parts)} as torchvision has them",
+        labels="torchvision's own",
     )
+    description = f"torchvision {name}"
     if all(_samples(part) for part in parts.values()):
         scans = [_scan(split, _samples(part)) for split, part in parts.items()]
-        return from_scans(f"torchvision {name}", to_classes(ids, names), scans, understood)
-    source = spooled(f"torchvision {name}", to_classes(ids, names), lambda: _items(parts), spool)
+        return from_scans(description, classes, scans, understood)
+    source = spool_items(description, classes, lambda: _items(parts), spool)
     return replace(source, understood=understood)
 
 
-def _open(kind: Any, root: Path, split: str) -> Any:
-    """The split of the dataset; None when it has none but `train`, which it must have."""
-    by_flag = "train" in inspect.signature(kind).parameters  # the older classes: train=False is their test set
-    if by_flag and split == "val":
-        return None
+def _open_split(kind: Any, root: Path, split: str) -> Any:
+    """Open a split of the dataset class `kind`.
+
+    Returns:
+        The dataset; None when it has no such split.
+
+    Raises:
+        UsageError: It has no `train`.
+        DataError: It cannot be downloaded.
+    """
+    arguments: dict[str, Any] = {"split": split}
+    if "train" in inspect.signature(kind).parameters:  # the older classes
+        if split == "val":  # train=False is their test set
+            return None
+        arguments = {"train": split == "train"}
     try:
-        return kind(str(root), download=True, **{"train": split == "train"} if by_flag else {"split": split})
+        return kind(str(root), download=True, **arguments)
     except ValueError as error:
         if split == "train":
-            raise UsageError(f"torchvision's {kind.__name__} has no split {split!r}: {error}") from error
+            raise UsageError(
+                f"torchvision's {kind.__name__} has no split {split!r}: {error}"
+            ) from error
         return None
     except (OSError, RuntimeError, TypeError) as error:
-        message = f"torchvision's {kind.__name__} cannot be had: {error}; put its files below {root}"
-        raise DataError(message) from error
+        raise DataError(
+            f"torchvision's {kind.__name__} cannot be had: {error}; put its files below {root}"
+        ) from error
 
 
-def _word(entry: Any) -> str:
+def _join_words(entry: Any) -> str:
+    """Return a class's name, which some datasets give as several words."""
     return entry if isinstance(entry, str) else ", ".join(entry)
 
 
 def _samples(part: Any) -> list[tuple[str, int]]:
-    """The (path, label) of every image, where the dataset keeps them as files."""
+    """Return the (path, label) of every image; empty where the dataset keeps no files of images."""
     return getattr(part, "samples", None) or getattr(part, "_samples", None) or []
 
 

@@ -110,7 +110,9 @@ def read_tree(path: Path, above: frozenset[Path] = frozenset()) -> Folder:
     return found
 
 
-def walk_files(folder: Path, prefix: str = "", without: Collection[Path] = ()) -> Iterator[tuple[Path, str]]:
+def walk_files(
+    folder: Path, prefix: str = "", without: Collection[Path] = ()
+) -> Iterator[tuple[Path, str]]:
     """Yield every file under `folder` and its name below it, without folders of litter and those in `without`."""
     for entry in scan(folder):
         name = f"{prefix}{entry.name}"
@@ -126,7 +128,9 @@ def walk_files(folder: Path, prefix: str = "", without: Collection[Path] = ()) -
 class DiskFiles:
     """Adds the images of folders on a disk to a scan."""
 
-    def add(self, found: SplitScan, label: int, folder: Folder, key: str, without: Collection[Path] = ()) -> int:
+    def add(
+        self, found: SplitScan, label: int, folder: Folder, key: str, without: Collection[Path] = ()
+    ) -> int:
         """Add every image below `folder`, with keys that begin with `key`.
 
         Args:
@@ -186,7 +190,9 @@ class TarFiles:
             base = file.name.rpartition("/")[2]
             found.note(f"{file.tar}: {file.name}", _what_outside(base), OUTSIDE_CLASSES)
 
-    def add(self, found: SplitScan, label: int, folder: Folder, key: str, without: Collection[Path] = ()) -> int:
+    def add(
+        self, found: SplitScan, label: int, folder: Folder, key: str, without: Collection[Path] = ()
+    ) -> int:
         """Add every image below `folder`, with keys that begin with `key`."""
         inside = "/".join(folder.path.parts[1:])
         added = 0

@@ -30,7 +30,11 @@ def leave(*_: object) -> None:
 
 for each in ENDS:
     signal.signal(each, leave)
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": VISITORS.name, "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ |= {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_TEMP_DIR": VISITORS.name,
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 
 import gradio as gr  # noqa: E402  (reads the environment)
 from classifier import MOST_BYTES, Classifier, Refused, opened  # noqa: E402
@@ -58,12 +62,16 @@ class Photo(gr.Image):
                 raise Refused("This is no file.")
             path = Path(payload.path)
             if (size := path.stat().st_size) > MOST_BYTES:
-                raise Refused(f"This file has {size >> 20} MB; at most {MOST_BYTES >> 20} MB are taken.")
+                raise Refused(
+                    f"This file has {size >> 20} MB; at most {MOST_BYTES >> 20} MB are taken."
+                )
             return opened(path.read_bytes())
         except Refused as error:
             raise gr.Error(str(error), print_exception=False) from error
         except OSError as error:
-            raise gr.Error("This file is not there any more: send it again.", print_exception=False) from error
+            raise gr.Error(
+                "This file is not there any more: send it again.", print_exception=False
+            ) from error
 
 
 @functools.cache
@@ -71,7 +79,9 @@ def classifier(title: str) -> Classifier:
     return Classifier(MODELS[title])
 
 
-def answer(image: Image.Image | None, title: str) -> tuple[dict[str, float] | None, Image.Image | None, str]:
+def answer(
+    image: Image.Image | None, title: str
+) -> tuple[dict[str, float] | None, Image.Image | None, str]:
     if image is None:
         return None, None, ""
     started = time.perf_counter()
@@ -107,14 +117,20 @@ def learned(image: Image.Image | None) -> str:
         found = model.answer(image)
         best = found.top(1)[0]
         share = f"{100 * found.probabilities[best]:.1f} %"
-        cells = (title, model.facts["names"][best], f"{share}, not calibrated" if _uncalibrated(model) else share)
+        cells = (
+            title,
+            model.facts["names"][best],
+            f"{share}, not calibrated" if _uncalibrated(model) else share,
+        )
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     return f"<table class=learn><caption>{CAPTION}</caption><tr><th>weights<th>answer<th>probability</tr>{''.join(rows)}</table>"
 
 
 def page() -> gr.Blocks:
     examples = [str(path) for path in sorted((HERE / "examples").glob("*"))]
-    with gr.Blocks(title=ABOUT["title"], analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as blocks:
+    with gr.Blocks(
+        title=ABOUT["title"], analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)
+    ) as blocks:
         gr.Markdown(f"# {ABOUT['title']}\n\n{ABOUT['what']}")
         with gr.Row():
             with gr.Column():
@@ -128,14 +144,25 @@ def page() -> gr.Blocks:
                 chosen = gr.Radio(ABOUT["choices"], value=ABOUT["choices"][0], label="Weights")
                 if examples:
                     gr.Examples(
-                        examples, photo, cache_examples=False, label="Images of the validation, never trained on"
+                        examples,
+                        photo,
+                        cache_examples=False,
+                        label="Images of the validation, never trained on",
                     )
             with gr.Column():
                 label = gr.Label(label="Answer", num_top_classes=TOP)
                 note = gr.Markdown()
                 tried = classifier(ABOUT["choices"][0]).answer(Image.new("RGB", (8, 8))).heat
-                tells = tried is not None and tried.size > 1  # of one place, it could look nowhere else
-                heat = gr.Image(label="Where it looked", interactive=False, buttons=[], height=320, visible=tells)
+                tells = (
+                    tried is not None and tried.size > 1
+                )  # of one place, it could look nowhere else
+                heat = gr.Image(
+                    label="Where it looked",
+                    interactive=False,
+                    buttons=[],
+                    height=320,
+                    visible=tells,
+                )
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         gr.on([photo.change, chosen.change], answer, [photo, chosen], [label, heat, note], **quiet)
         if len(MODELS) > 2:

@@ -20,7 +20,9 @@ SHOWN = 448  # side of the heat map, pixels
 THIN = 16  # a longer side of more times the shorter is cut before it is resized
 HOT = np.array([255, 60, 0], np.float32)
 THREADS = 2
-Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS is the limit; Pillow's own would call a larger image damaged
+Image.MAX_IMAGE_PIXELS = (
+    None  # MOST_PIXELS is the limit; Pillow's own would call a larger image damaged
+)
 # A PNG's texts and colour profile, of which Pillow's own limit is 1 MB: it would call a sound image damaged.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 BACKGROUND = "white"  # below transparent pixels, as in training
@@ -55,8 +57,12 @@ class Classifier:
     def __init__(self, path: Path) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = THREADS
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.facts: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map["wds-train"])
+        self._session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        self.facts: dict[str, Any] = json.loads(
+            self._session.get_modelmeta().custom_metadata_map["wds-train"]
+        )
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def pixels(self, image: Image.Image) -> Pixels:
@@ -67,7 +73,9 @@ class Classifier:
     def shown(self, image: Image.Image, heat: NDArray[np.float32]) -> Image.Image:
         """The part of the image that the model sees, hot where it looked."""
         square = np.asarray(_square(image, self.facts["view"]["crop"], SHOWN), np.float32)
-        spread = Image.fromarray((255 * heat).astype(np.uint8)).resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
+        spread = Image.fromarray((255 * heat).astype(np.uint8)).resize(
+            (SHOWN, SHOWN), Image.Resampling.BICUBIC
+        )
         share = 0.6 * np.asarray(spread, np.float32)[:, :, None] / 255
         return Image.fromarray(((1 - share) * square + share * HOT).astype(np.uint8))
 
@@ -77,17 +85,25 @@ class Classifier:
         logits = found["logits"][0].astype(np.float64) / self.facts["calibration"]["temperature"]
         seconds = time.perf_counter() - started
         shares = np.exp(logits - logits.max())
-        heat = _heat(found["features"][0], found["head"][int(logits.argmax())]) if "head" in found else None
+        heat = (
+            _heat(found["features"][0], found["head"][int(logits.argmax())])
+            if "head" in found
+            else None
+        )
         return Answer(shares / shares.sum(), heat, seconds)
 
     def run(self, pixels: Pixels) -> dict[str, NDArray[np.float32]]:
         """The file's outputs for uint8 [n, side, side, 3]; the logits are the mean of both views where the model was validated
         so.
         """
-        found = dict(zip(self._outputs, self._session.run(self._outputs, {"pixels": pixels}), strict=True))
+        found = dict(
+            zip(self._outputs, self._session.run(self._outputs, {"pixels": pixels}), strict=True)
+        )
         if self.facts["view"]["flip"]:
             mirrored = np.ascontiguousarray(pixels[:, :, ::-1])
-            found["logits"] = (found["logits"] + self._session.run(["logits"], {"pixels": mirrored})[0]) / 2
+            found["logits"] = (
+                found["logits"] + self._session.run(["logits"], {"pixels": mirrored})[0]
+            ) / 2
         return found
 
 
@@ -100,7 +116,9 @@ def _heat(features: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArra
 def opened(data: bytes) -> Image.Image:
     """The image as RGB, upright; `Refused` for what is none, or too large: found out before any pixel is made."""
     if len(data) > MOST_BYTES:
-        raise Refused(f"This file has {len(data) >> 20} MB; at most {MOST_BYTES >> 20} MB are taken.")
+        raise Refused(
+            f"This file has {len(data) >> 20} MB; at most {MOST_BYTES >> 20} MB are taken."
+        )
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
@@ -108,7 +126,10 @@ def opened(data: bytes) -> Image.Image:
                 f"This image has {image.width} x {image.height} pixels; at most {MOST_PIXELS // 10**6} million are taken."
             )
         image.load()
-        for text in ("xmp", "XML:com.adobe.xmp"):  # by which Pillow turns an image, and browsers do not
+        for text in (
+            "xmp",
+            "XML:com.adobe.xmp",
+        ):  # by which Pillow turns an image, and browsers do not
             image.info.pop(text, None)
         is_deep = image.format == "PNG" and data[24] == 16
         if (
@@ -138,7 +159,9 @@ def _of_sixteen_bits(image: Image.Image, data: bytes) -> Image.Image:
     if samples.shape[2] > colours:
         planes.append(_eight(samples[..., colours:], bits[colours:]))
     elif hidden is not None:
-        planes.append(np.where((samples == hidden).all(axis=2, keepdims=True), 0, 255).astype(np.uint8))
+        planes.append(
+            np.where((samples == hidden).all(axis=2, keepdims=True), 0, 255).astype(np.uint8)
+        )
     pixels = np.concatenate(planes, axis=2)
     return _colours(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
@@ -209,10 +232,16 @@ def _square(image: Image.Image, crop: float, side: int) -> Image.Image:
     `crop`, `side` of each cut from the middle.
     """
     shorter = min(image.size)
-    if max(image.size) > THIN * shorter:  # resized, a strip of one pixel by a million would be gigabytes
+    if (
+        max(image.size) > THIN * shorter
+    ):  # resized, a strip of one pixel by a million would be gigabytes
         image = ImageOps.fit(
-            image, (min(image.width, THIN * shorter), min(image.height, THIN * shorter)), Image.Resampling.NEAREST
+            image,
+            (min(image.width, THIN * shorter), min(image.height, THIN * shorter)),
+            Image.Resampling.NEAREST,
         )
     resized = [int(math.floor(side / crop) * each / shorter) for each in image.size]
     left, top = (round((each - side) / 2) for each in resized)
-    return image.resize((resized[0], resized[1]), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+    return image.resize((resized[0], resized[1]), Image.Resampling.BILINEAR).crop(
+        (left, top, left + side, top + side)
+    )
