@@ -341,7 +341,7 @@ def _make_dataset(images: list[bytes], samples: int, workers: int, folder: Path,
     command = [
         sys.executable,
         "-m",
-        "wds_train.conversion.command",
+        "shards.make_shards",
         str(folder),
         url,
         "--source",

@@ -22,7 +22,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 COMMAND = re.compile(
     r"(\$ )?([A-Z_]+=\S+ )*(\.venv/bin/)?(make|wds-train|python3?|torchrun|accelerate) .*"
 )
-OURS = ("wds_train.cli", "wds_train.conversion.command")  # modules that are run as the command line
+OURS = ("wds_train.cli", "shards.make_shards")  # modules that are run as the command line
 # What makes a documented training one of a second.
 SMALL = "--workers 0 --init '' --set model.name=test_resnet --set model.init= --set schedule.epochs=1 --set batch=16 --set "
 SMALL += (

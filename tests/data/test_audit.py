@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from shards.make_shards import main
 from wds_train.cli import main as wds_train
-from wds_train.conversion.command import main
 from wds_train.dataset import integrity as audit
 from wds_train.dataset.index import image_of
 from wds_train.dataset.manifest import DatasetManifest, Index

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shards.make_shards import main
 from wds_train.cli import main as wds_train
-from wds_train.conversion.command import main
 from wds_train.dataset.integrity import verify
 from wds_train.dataset.manifest import KIND
 from wds_train.dataset.reader import Dataset

@@ -689,7 +689,7 @@ def test_an_overwritten_dataset_stays_whole_until_the_new_one_is(tmp_path: Path)
     begin = [
         sys.executable,
         "-m",
-        "wds_train.conversion.command",
+        "shards.make_shards",
         str(root),
         str(out),
         "--shard-mb",
@@ -733,7 +733,7 @@ def test_two_overwrites_at_once(tmp_path: Path) -> None:
     begin = [
         sys.executable,
         "-m",
-        "wds_train.conversion.command",
+        "shards.make_shards",
         str(root),
         str(out),
         "--shard-mb",

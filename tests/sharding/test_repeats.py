@@ -257,7 +257,7 @@ def test_killed_and_resumed_it_is_the_same_count(tmp_path: Path) -> None:
         command = [
             sys.executable,
             "-m",
-            "wds_train.conversion.command",
+            "shards.make_shards",
             *map(str, [options[0], out, *options[1:]]),
         ]
         for _ in range(kills):

@@ -23,8 +23,8 @@ import webdataset
 from fault_proxy import FaultProxy
 from PIL import Image
 
+from shards.make_shards import main
 from wds_train.conversion import pack
-from wds_train.conversion.command import main
 from wds_train.conversion.image_policy import ImagePolicy, check
 from wds_train.dataset import shard as shard_format
 from wds_train.dataset.integrity import verify
@@ -62,7 +62,7 @@ def run(*arguments: str | Path, processes: int = 1) -> int:
 
 
 def start(*arguments: str | Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "wds_train.conversion.command", *map(str, arguments)]
+    command = [sys.executable, "-m", "shards.make_shards", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -552,7 +552,7 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, s3_url: str) -> N
 def test_pandas_stays_out_of_conversions(tmp_path: Path) -> None:
     """Importing it takes each process longer than anything else; pyarrow does so where it is given Python values."""
     source = layouts.image_folder(tmp_path / "folder", layouts.small_tree())
-    code = "import sys; from wds_train.conversion.command import main; assert main() == 0; assert 'pandas' not in sys.modules"
+    code = "import sys; from shards.make_shards import main; assert main() == 0; assert 'pandas' not in sys.modules"
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), "--processes", "1"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 

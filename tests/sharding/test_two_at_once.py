@@ -12,7 +12,7 @@ from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
 from wds_train.storage.open import open_store
 
-CONVERT = [sys.executable, "-m", "wds_train.conversion.command"]
+CONVERT = [sys.executable, "-m", "shards.make_shards"]
 
 
 def images(folder: Path) -> Path:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(metavar="BENCH", required=True)
     loading()
     for name, benchmark in BENCHMARKS.items():
-        module = _import(benchmark.module)
+        module = import_benchmark(benchmark.module)
         one = benches.add_parser(name, help=benchmark.help)
         module.add_arguments(one)
         one.set_defaults(bench=module.run)
@@ -52,12 +52,20 @@ def run(args: argparse.Namespace) -> int:
     return args.bench(args)
 
 
-def _import(name: str) -> ModuleType:
+def import_benchmark(name: str) -> ModuleType:
+    """Import a benchmark by its dotted name, such as "benchmarks.scale".
+
+    Benchmarks stand above the commands: they run some. So they are named by strings, as
+    `wds_train.cli` names the commands.
+
+    Raises:
+        UsageError: There are no benchmarks, since wds-train was not started in a clone.
+    """
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name not in ("benchmarks", name):
             raise
         raise UsageError(
-            "bench needs a clone of the repository, in whose folder it is started"
+            "benchmarks are not installed; clone the repository and start the command in its folder"
         ) from error

@@ -13,6 +13,7 @@ from typing import Any
 from wds_train.aws.cost import IMAGENET, MACHINE_BENCH, Images, Machine, model_speed
 from wds_train.aws.cost_table import Row, best, calibrated, draw, quotes, row, spot_prices, top1_of
 from wds_train.aws.prices import DATED, MACHINES
+from wds_train.commands.bench import import_benchmark
 from wds_train.commands.flags import add_bucket, dollars, resolve_dataset
 from wds_train.config.presets import PRESETS, preset
 from wds_train.config.recipe import Recipe
@@ -137,14 +138,14 @@ def _calibrate(machines: list[Machine], recipe: Recipe) -> list[Machine]:
     """Return `machines` with the measured speed of this machine's cores and GPU."""
     import torch
 
-    from benchmarks.decode_rates import OURS, bench_decode, read_images
-    from benchmarks.train_rates import bench_train
-
-    core = bench_decode(read_images(None))["img_per_s_per_core"][OURS] / MACHINE_BENCH
+    decode = import_benchmark("benchmarks.decode_rates")
+    train = import_benchmark("benchmarks.train_rates")
+    rates = decode.bench_decode(decode.read_images(None))["img_per_s_per_core"]
+    core = rates[decode.OURS] / MACHINE_BENCH
     if not torch.cuda.is_available():
         print(f"measured: a core is {core:.2f} of the reference; no GPU here", file=sys.stderr)
         return calibrated(machines, core, "", None)
-    measured = bench_train(replace(recipe, batch=128), [224], steps=20, repeats=3)
+    measured = train.bench_train(replace(recipe, batch=128), [224], steps=20, repeats=3)
     ours = next(each for each in measured["rows"] if each["way"] == "wds-train")
     rate = ours["img_s"] / model_speed(recipe.model)
     device = measured["device"]

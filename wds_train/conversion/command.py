@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import logging
 import os
-import sys
 import time
 from array import array
 from collections import Counter
@@ -65,7 +64,7 @@ from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 from wds_train.storage.proof import prove
 
-__all__ = ["add_arguments", "main", "run"]
+__all__ = ["add_arguments", "run"]
 
 MIB = 1 << 20
 
@@ -379,14 +378,3 @@ def _drop_unlabeled(found: Indexed) -> list[str]:
         replace(shard, samples=samples[number]) for number, shard in enumerate(found.shards)
     ]
     return dropped
-
-
-def main() -> int:
-    """Run `wds-train shards` with this process's arguments."""
-    from wds_train.cli import main as wds_train  # which imports this module
-
-    return wds_train(["shards", *sys.argv[1:]])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
