@@ -117,7 +117,7 @@ class Watch:
         self._beat_at = self._began_at = self._talked_at = time.monotonic()
         if self._ranks.size > 1:
             threading.Thread(target=self._talk, name="news", daemon=True).start()
-        self._arm()
+        _put_off_watchdog(self._limit + 4 * self._every)
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def beat(self, doing: str, *at: int) -> None:
@@ -171,18 +171,10 @@ class Watch:
             if now - looked_at > 3 * self._every + 1:
                 self._forget(now - looked_at)
             looked_at = now
-            self._arm()
+            _put_off_watchdog(self._limit + 4 * self._every)
             # Asked to stop, the training has a deadline already.
             if not self._stop.cause:
                 self._judge(now - self._beat_at > self._limit + 3 * self._every)
-
-    def _arm(self) -> None:
-        """Let Python's own watchdog show where the threads are, unless it is put off again.
-
-        It is for C code that keeps all Python threads from running, the watching one included. That may be so
-        from the very first steps on.
-        """
-        faulthandler.dump_traceback_later(self._limit + 4 * self._every, file=2)
 
     def _judge(self, late: bool) -> None:
         """End this process where a rank is to blame.
@@ -411,3 +403,12 @@ def _bounded(seconds: float, work: Callable[[], None]) -> None:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
+
+
+def _put_off_watchdog(seconds: float) -> None:
+    """Let Python's own watchdog show where the threads are, unless this is called again within `seconds`.
+
+    It is for C code that keeps all Python threads from running, the watching one included. That may be so
+    from the very first steps on.
+    """
+    faulthandler.dump_traceback_later(seconds, file=2)
