@@ -107,7 +107,7 @@ def as_judged_now(found: Calibration) -> Calibration:
     """
     if found.reason or not found.fitted:
         return found
-    # It was fitted on one half of the images, and judged on the other.
+    # It was fitted on some of the images, and judged on the others.
     if found.fitted + found.judged < NEEDED:
         return uncalibrated(found.fitted + found.judged)
     if found.helps:
