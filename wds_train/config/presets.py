@@ -22,14 +22,22 @@ from wds_train.errors import UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class Preset:
+    """A recipe, with what is known of its trainings.
+
+    Attributes:
+        recipe: The recipe.
+        source: Its source: a paper, or somebody's configuration.
+        expected: The expected top-1, and how it is evaluated.
+        hours: GPU-hours, and the cost at spot prices.
+    """
+
     recipe: Recipe
     source: str
     expected: str
-    """Top-1, and how it is evaluated."""
     hours: str
-    """GPU-hours and the cost at spot prices."""
 
 
+# FFCV's configurations differ from each other in the epochs alone.
 _FFCV = Recipe(
     name="quick",
     batch=1024,
@@ -238,11 +246,16 @@ _ALL = (
     ),
 )
 
+# The presets by name, in the order in which `wds-train recipes` lists them.
 PRESETS = {each.recipe.name: each for each in _ALL}
 
 
 def preset(name: str) -> Recipe:
-    """Return the recipe of that name; `UsageError` with the nearest names when there is none."""
+    """Return the recipe of a preset.
+
+    Raises:
+        UsageError: There is none of that name. The message has the most similar names.
+    """
     if name not in PRESETS:
         hint = did_you_mean(name, PRESETS, 2) or f"; there are {', '.join(PRESETS)}"
         raise UsageError(f"there is no recipe {name!r}{hint}")
