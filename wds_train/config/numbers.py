@@ -54,6 +54,8 @@ class Number:
         """Return the range in words."""
         if self.kind is int and not math.isinf(self.most):
             return f"a whole number from {self.least:g} to {self.most:g}"
+
+        # The bounds that there are.
         bounds = []
         if not math.isinf(self.least):
             word = "at least"

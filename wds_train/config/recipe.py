@@ -378,7 +378,7 @@ class Recipe:
         return self.optimizer.lr * (self.batch / reference)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as JSON holds it: tuples are lists, so that it equals its round trip."""
+        """Return the recipe as JSON holds it: tuples are lists, so that it equals what is read."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod

@@ -39,7 +39,9 @@ def lr_share(schedule: ScheduleRecipe, step: int, steps_per_epoch: int) -> float
             if epoch >= after:
                 share *= schedule.step_factor
         return share
-    begin = max(warmup if schedule.warmup_prefix else 0.0, schedule.flat * schedule.epochs)
+    begin = schedule.flat * schedule.epochs
+    if schedule.warmup_prefix:
+        begin = max(warmup, begin)
     progress = max(0.0, epoch - begin) / (schedule.epochs - begin)
     fallen = progress
     if schedule.kind != "linear":

@@ -127,6 +127,7 @@ def data_recipe(**settings: Any) -> DataRecipe:
     Raises:
         UsageError: A setting has another type, or a value that cannot work.
     """
+    # Values of NumPy become Python's, which is all that a recipe takes.
     plain = {}
     for name, value in settings.items():
         plain[name] = np.asarray(value).tolist()
@@ -150,12 +151,14 @@ def place(rank: int | None, world: int | None) -> tuple[int, int]:
     """
     if (rank is None) != (world is None):
         raise UsageError(f"rank = {rank} and world = {world} belong together; give both, or none")
+    # As they were given.
     if rank is not None and world is not None:
         if not 0 <= whole("rank", rank, 0) < whole("world", world, 1):
             raise UsageError(
                 f"rank = {rank} cannot work: ranks of world = {world} are 0 to {world - 1}"
             )
         return rank, world
+    # As torch.distributed says.
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
 
@@ -182,6 +185,7 @@ def device_of(device: torch.device | str | None) -> torch.device:
     Raises:
         UsageError: It is neither the CPU nor a GPU that can be used.
     """
+    # A name that PyTorch knows, of a kind that batches can be copied to.
     if device is None:
         device = "cpu"
     try:
@@ -194,6 +198,7 @@ def device_of(device: torch.device | str | None) -> torch.device:
         raise UsageError(
             f"device = {device!r} cannot work: batches go to 'cpu' or 'cuda'; move them on yourself"
         )
+    # Said here, and not by the first batch.
     if found.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             f"device = {device!r}, but PyTorch finds no GPU that it can use; "
@@ -216,6 +221,7 @@ def normalisation(normalize: Normalisation) -> DataRecipe | None:
         return DataRecipe()
     if normalize is None or normalize is False:
         return None
+    # A pair of three numbers each; anything else ends in the message below.
     try:
         mean, std = normalize
         mean = tuple(map(float, mean))

@@ -1,4 +1,4 @@
-"""Batches: the images, labels and places of a step."""
+"""Batches: the images, labels and places of a step. `TrainLoader` and `EvalLoader` yield them."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

@@ -27,7 +27,15 @@ from wds_train.rng import Ids
 
 
 def make_cache_folder(folder: Path, dataset: Dataset, split: str) -> Path:
-    """Make the folder below `folder` that keeps blocks of a split of `dataset`, and return it.
+    """Make the folder that keeps the blocks of a split.
+
+    Args:
+        folder: Where all caches are.
+        dataset: The dataset.
+        split: The split's name.
+
+    Returns:
+        A folder below `folder`, which other versions of the dataset do not share.
 
     Raises:
         StoreError: It cannot be made.
@@ -56,6 +64,7 @@ class BlockCache:
     """
 
     def __init__(self, folder: Path, max_bytes: int, split: SplitReader, dataset: Dataset) -> None:
+        # Blocks are numbered through the split, as the order numbers them.
         self._split = split
         self._folder = make_cache_folder(folder, dataset, split.name)
         self._samples = np.asarray(split.shard_samples, np.int64)
@@ -94,6 +103,7 @@ class BlockCache:
         start = int(index.offset[first])
         length = int(index.offset[last] + index.length[last]) - start
 
+        # The disk, or else the store, whose bytes are kept.
         path = self._path(block)
         if not self._broken.locked():
             try:
@@ -109,7 +119,7 @@ class BlockCache:
         return start, data
 
     def drop(self, sample: int) -> None:
-        """Remove the block of `sample`, whose bytes turned out to be damaged."""
+        """Remove the block of a sample whose bytes turned out to be damaged."""
         # If the disk does not let it be removed, the sample still comes from the store.
         with contextlib.suppress(OSError):
             self._path(self._block(sample)).unlink(missing_ok=True)
@@ -125,6 +135,8 @@ class BlockCache:
             sizes = np.cumsum(self._split.shard_bytes)
             shards = int(np.searchsorted(sizes, max_bytes, side="right"))
             return int((-(-self._samples[:shards] // BLOCK)).sum())
+
+        # Else the size of every block is known.
         first, length = blocks(self._split.shard_samples)
         last = first + length - 1
         sizes = np.cumsum(index.offset[last] + index.length[last] - index.offset[first])

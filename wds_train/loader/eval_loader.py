@@ -104,6 +104,7 @@ class EvalLoader:
         decode: bool = True,
         max_bad: float | None = 0.001,
     ) -> None:
+        # The samples, and this rank's part of them.
         self.dataset = open_dataset(dataset)
         self.split = split
         self.device = device_of(device)
@@ -111,10 +112,13 @@ class EvalLoader:
         self.samples = self.dataset.manifest.split(split).samples
         self._plan = EvalPlan(self.samples, whole("batch", batch, 1), *place(rank, world))
         self._workers = count_workers(workers)
+
+        # The images that are made of them.
         data = data_recipe(eval_size=size, eval_crop=crop_ratio)
         self._view = EvalTransform(data.eval_size, data.eval_crop)
         self._images = Images(transform, decode, normalize, self.device)
-        self._unreadable = None
+
+        self._unreadable: UnreadableCounter | None = None
         if max_bad is not None:
             self._unreadable = UnreadableCounter(UnreadableLimit(max_bad, self.samples))
         self._pipeline: Pipeline | None = None
@@ -151,7 +155,7 @@ class EvalLoader:
                 seen += len(batch.ids)
                 yield self._images.normalised(batch)
         except WorkerDied:
-            self._pipeline = None  # the next iteration has workers of its own
+            self._pipeline = None  # the next iteration forks new workers
             raise
         if seen != self._plan.own_samples:
             raise RunError(
@@ -160,8 +164,10 @@ class EvalLoader:
             )
 
     def _ready(self) -> Pipeline:
+        """Return the pipeline, whose workers are kept from one iteration to the next."""
         if self._pipeline is None:
             split = self.dataset.split(self.split)
+            # The seed of a transform is 0: an evaluation has no seed, and is always the same.
             transform = self._images.transform(split, 0) or self._view
             pinned = self.device.type == "cuda"
             self._pipeline = Pipeline(split, self._plan, transform, self._workers, pinned=pinned)

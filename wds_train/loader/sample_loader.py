@@ -159,6 +159,7 @@ class SampleLoader(StepLoader[Samples]):
         return ObjectTransform(self._function, split, self.seed, self._fields)
 
     def _finish(self, batch: Batch) -> Samples:
+        # A worker sends each sample with its key.
         keys = []
         fields = []
         for key, value in batch.items:

@@ -69,7 +69,6 @@ class StepLoader(ABC, Generic[Item]):
         # Plans refuse what cannot work, such as a batch that the ranks cannot share.
         for each, share in zip(self.datasets, self.shares, strict=True):
             _plan(self, each, share, range(1))
-
         self._cache: Path | None = None
         if cache:
             self._cache = Path(cache)
@@ -131,6 +130,7 @@ class StepLoader(ABC, Generic[Item]):
             self._next = batch.step + 1
             if self._unreadable:
                 self._unreadable.add(batch.epoch, batch.unreadable)
+            # Before the batch is handed out: the state of a loop that ends in it includes it.
             self.step = self._next
             yield self._finish(batch)
         if self.step >= self.steps:
@@ -273,6 +273,7 @@ def _check_state(state: Any, identity: dict[str, Any]) -> None:
             f"the state is {state!r:.60}, nothing that state_dict() gave; "
             "without one, make a new loader"
         )
+    # A state may name more: `step`, and what newer versions add.
     for name, ours in identity.items():
         if name not in state:
             raise UsageError(

@@ -217,6 +217,7 @@ class Images:
         normalize: Normalisation,
         device: torch.device,
     ) -> None:
+        # The default transforms decode.
         if not decode and function is None:
             raise UsageError(
                 "decode = False gives the bytes to a transform; "

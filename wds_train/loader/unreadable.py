@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from wds_train.errors import DataError, UsageError
 from wds_train.loader.batch import Unreadable
 
+# A user's program may configure it by this name.
 LOG = logging.getLogger("wds_train.loader")
 
 
@@ -45,7 +46,11 @@ class UnreadableLimit:
 
 
 class UnreadableCounter:
-    """Counts and logs this process's unreadable samples of an epoch, and stops at the limit."""
+    """Counts and logs this process's unreadable samples of an epoch, and stops at the limit.
+
+    Args:
+        limit: The number that an epoch may have.
+    """
 
     def __init__(self, limit: UnreadableLimit) -> None:
         self._limit = limit
@@ -57,11 +62,16 @@ class UnreadableCounter:
         self._count = 0
 
     def add(self, epoch: int, unreadable: Iterable[Unreadable]) -> None:
-        """Count and log the `unreadable` samples of one batch of `epoch`.
+        """Count and log the unreadable samples of one batch.
+
+        Args:
+            epoch: The batch's epoch.
+            unreadable: Its unreadable samples.
 
         Raises:
             DataError: The epoch has more unreadable samples than its limit.
         """
+        # The limit is for each epoch by itself.
         if epoch != self._epoch:
             self._epoch = epoch
             self._count = 0

@@ -64,6 +64,7 @@ class Predictor:
 
         Each is followed by its mirror image, if that is wanted.
         """
+        # Slices, which copy nothing.
         views = [pixels]
         side = self._side
         surplus = pixels.shape[-1] - side

@@ -22,7 +22,7 @@ INK = "#1f2328"
 GRID = "#c9d1d9"
 # Blue, vermilion, green, purple, and a darker yellow: theirs cannot be read on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")
-DASHES = ("-", "--", "-.", ":")
+DASHES = ("-", "--", "-.", ":")  # of lines
 HATCHES = ("", "///")  # of bars
 # Variables of the style sheet, which gives them other colours on a dark page.
 VARIABLES = {
@@ -42,9 +42,10 @@ END_COLOURS = {
     "failed": "#cc79a7",
     "interrupted": "#8a6d00",
 }
-WIDTH = 4.6  # inches: small, so that the text can be read on a phone
-HEIGHT = 2.9  # inches
-DPI = 150
+# Inches: small, so that the text can be read on a phone.
+WIDTH = 4.6
+HEIGHT = 2.9
+DPI = 150  # of the PNG
 POINTS = 600  # of a line: more than its pixels, and the page stays small
 MARKED = 40  # points: below so many each has a dot, and a single one is seen as well
 LABELLED = 12  # bars: the names of more would overlap
@@ -131,6 +132,8 @@ def line_chart(
         for number, line in shown:
             _draw_line(axes, line, COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)])
             heights += _values(line)
+
+        # Axes begin at 0, so that two charts can be compared at a glance.
         axes.set_xlabel(xlabel)
         axes.set_xlim(left=0)
         if zero:
@@ -155,6 +158,7 @@ def _draw_line(axes: Any, line: Line, colour: str, dash: str) -> None:
     points = line.points[:: -(-len(line.points) // POINTS)]
     if points[-1] != line.points[-1]:
         points = [*points, line.points[-1]]
+    # Few points are marked, so that each can be seen.
     marker = ""
     if len(points) < MARKED and not line.faint:
         marker = "."
@@ -234,6 +238,7 @@ def stacked_chart(name: str, title: str, parts: Sequence[tuple[str, float]], tex
 
     def draw(axes: Any) -> None:
         begin = 0.0
+        # Not strict: there are more looks than parts.
         for (label, share), (colour, hatch) in zip(parts, looks, strict=False):
             if not share:
                 continue
@@ -300,11 +305,13 @@ def _chart(name: str, title: str, text: str, draw: Callable[[Any], None]) -> Cha
 
 
 def _inline(svg: str, name: str) -> Markup:
-    """Return `svg` as a part of a page: without a file's head, unused ids, and fixed colours."""
+    """Return an SVG as a part of a page: without a file's head, unused ids, and fixed colours."""
+    # Ids that count elements would occur again in the next chart.
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])
     svg = re.sub(
         r"<style type.*?</style>|<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL
     )
+    # The page's style sheet has the colours.
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-text" ', 1))

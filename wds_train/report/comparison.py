@@ -86,6 +86,7 @@ def results(accounts: Sequence[Account], price: float | None) -> Table:
         accounts: What is known of the runs.
         price: Dollars of an instance hour. None: the one that each attempt noted.
     """
+    # Each run's figures are a column.
     columns = [_result_column(account, price) for account in accounts]
     rows = []
     for name in columns[0]:
@@ -97,6 +98,7 @@ def results(accounts: Sequence[Account], price: float | None) -> Table:
 
 def _result_column(account: Account, price: float | None) -> dict[str, str]:
     """Return the figures of one run by the name of their row."""
+    # The order of the names is the order of the rows.
     last = account.last
     totals = account.manifest.totals()
     cost = cost_of(account.manifest, attempts_of(account, price), price, None)
@@ -123,6 +125,7 @@ def differences(accounts: Sequence[Account]) -> list[list[str]]:
 
     A recipe that cannot be read has "?" for its settings.
     """
+    # Only rows that tell the runs apart.
     columns = [_settings(account) for account in accounts]
     different = []
     for name in columns[0]:
@@ -155,6 +158,7 @@ def _settings(account: Account) -> dict[str, str]:
 
 def _names(accounts: Sequence[Account]) -> list[str]:
     """Return the runs' names, or their addresses if two names are the same."""
+    # A run is called by its folder: others may have one of the same name.
     names = [account.manifest.run for account in accounts]
     if len(set(names)) < len(names):
         return [account.url for account in accounts]

@@ -51,6 +51,7 @@ def _curves(account: Account) -> list[Block]:
             "waiting", "waiting for data, % of the time", [Line("", _waits(account))], zero=True
         ),
     ]
+    # A run without metrics has no chart.
     blocks: list[Block] = []
     drawn = [chart for chart in charts if chart]
     if drawn:
@@ -101,6 +102,7 @@ def _milestones(account: Account) -> list[Block]:
     """Return the table of milestones; a sentence if there is no validation."""
     if not account.epochs:
         return [Text("No epoch has been validated yet.")]
+    # Rows of older versions lack some of the metrics.
     rows = []
     for row in milestones(account.epochs):
         rows.append(

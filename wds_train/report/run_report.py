@@ -71,6 +71,7 @@ def report(account: Account, prices: Prices, findings: Findings | str) -> Docume
     Returns:
         The report; `page.write` makes files of it.
     """
+    # Figures of which several sections speak.
     attempts = attempts_of(account, prices.paid)
     cost = cost_of(account.manifest, attempts, prices.paid, prices.on_demand)
     classes: list[Block]
@@ -79,6 +80,7 @@ def report(account: Account, prices: Prices, findings: Findings | str) -> Docume
     else:
         classes = class_blocks(findings)
 
+    # The page.
     link = None
     page = account.manifest.page.url
     if page:
@@ -183,6 +185,7 @@ def _step(account: Account) -> int:
 
 def _again(account: Account) -> list[Block]:
     """Return the section on repeating the training: its command, dataset and versions."""
+    # The command, and what it leaves out.
     blocks: list[Block] = [
         Code("The command, which also goes on with this run where it stopped", command(account))
     ]
@@ -190,10 +193,12 @@ def _again(account: Account) -> list[Block]:
     if dataset.get("mix"):
         blocks.append(Text(MIXTURE))
 
-    rows = []
-    rows.append(["dataset", str(dataset.get("url", "?"))])
-    rows.append(["fingerprint", str(dataset.get("fingerprint", "?"))])
-    rows.append(["classes", str(dataset.get("classes", "?"))])
+    # What else decides the outcome.
+    rows = [
+        ["dataset", str(dataset.get("url", "?"))],
+        ["fingerprint", str(dataset.get("fingerprint", "?"))],
+        ["classes", str(dataset.get("classes", "?"))],
+    ]
     for name in DISTRIBUTIONS:
         rows.append([name, _version(name)])
     rows.append(["Python", python_version()])
