@@ -49,6 +49,7 @@ _FFCV = Recipe(
 )
 
 _ALL = (
+    # For ImageNet, from hours to days.
     Preset(
         _FFCV,
         source="FFCV's rn50 configuration, 16 epochs (libffcv/ffcv-imagenet)",
@@ -102,6 +103,7 @@ _ALL = (
         expected="80.85 % at 224 px (p)",
         hours="A10G 169 h, $61-100; H100 30 h (i)",
     ),
+    # For ImageNet, as others trained before.
     Preset(
         Recipe(
             name="seed",
@@ -158,6 +160,7 @@ _ALL = (
         expected="75-76 % at 224 px (p)",
         hours="A10G 41 h, $15-24; H100 7.3 h (i)",
     ),
+    # For smaller datasets, and first tries.
     Preset(
         Recipe(
             name="imagenette",

@@ -36,12 +36,14 @@ def _check(part: Any, section: str, *rules: tuple[str, bool, str]) -> None:
 class ModelRecipe:
     """The model, its layer options and its first weights."""
 
+    # The network, and where it starts.
     name: str = "resnet50"
     """A timm model name."""
     init: str = ""
     """Weights to start from: `timm:NAME`, timm's pretrained ones (`timm:` those of `name`), a file
     of `wds-train export`, or a safetensors file of timm's weights for `name`. Empty: random.
     """
+    # Changes of its layers.
     drop_path: float = 0.0
     """Stochastic depth rate of the last block (timm scales it down towards the first)."""
     blur_pool: bool = False
@@ -62,6 +64,7 @@ class ModelRecipe:
         They are those of timm/models/resnet.py for resnetblur50, resnet50d and seresnet50.
         `aa_layer` is the name of a class of timm.layers, because a recipe must fit into JSON.
         """
+        # By their arguments, not by the models' names: so that options can be combined.
         known: dict[str, dict[str, Any]] = {
             "blur_pool": {"aa_layer": "BlurPool2d"},
             "deep_stem": {"stem_width": 32, "stem_type": "deep", "avg_down": True},
@@ -85,6 +88,7 @@ class ModelRecipe:
 class DataRecipe:
     """Images: sizes, crops, augmentation and normalisation."""
 
+    # Sizes, of training and validation.
     size: int = 224
     """Side of the training images, pixels; with `start_size`, of the last epochs'."""
     start_size: int = 0
@@ -99,6 +103,7 @@ class DataRecipe:
     """Share of the shorter side that validation keeps."""
     eval_flip: bool = False
     """Validate on the mean of the logits of each image and its mirror image."""
+    # Augmentation.
     scale: tuple[float, float] = (0.08, 1.0)
     """RandomResizedCrop: smallest and largest area share."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -121,6 +126,7 @@ class DataRecipe:
     """Repeated augmentation (Hoffer et al. 2019, arXiv:1901.09335): how often each sample stands in
     its batch, each time with new augmentation. A pass over the dataset then takes so many epochs.
     """
+    # Normalisation.
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean of pixels in [0, 1], ImageNet's by default."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -129,10 +135,12 @@ class DataRecipe:
     """Take the sizes, `eval_crop`, `mean` and `std` from the weights of `model.init`, but for those
     that are set.
     """
+    # Tolerance.
     max_bad: float = 0.001
     """Share of an epoch's samples that may be unreadable before the run stops."""
 
     def __post_init__(self) -> None:
+        # A side of less than 8 pixels is a slip: no model could learn from such images.
         _check(
             self,
             "data.",
@@ -199,11 +207,13 @@ class OptimizerRecipe:
 class ScheduleRecipe:
     """The learning rate over the training, and its length."""
 
+    # The length and the form of the curve.
     kind: Literal["cosine", "linear", "step", "onecycle"] = "cosine"
     """The curve of the learning rate after the warm-up. `onecycle` is `cosine` with a warm-up of
     the same shape.
     """
     epochs: int = 90
+    # The way up.
     warmup_epochs: float = 5.0
     """Epochs of warm-up to the peak."""
     warmup_start: float = 0.0
@@ -212,6 +222,7 @@ class ScheduleRecipe:
     """True if the cosine begins when the warm-up ends; otherwise at step 0, hidden by the warm-up
     until then (timm's default).
     """
+    # The way down.
     flat: float = 0.0
     """Share of the training, warm-up included, during which the peak is kept before `cosine` or
     `linear` come down.
@@ -221,6 +232,7 @@ class ScheduleRecipe:
     step_epochs: tuple[float, ...] = ()
     """`step`: the epochs after which the learning rate is multiplied by `step_factor`."""
     step_factor: float = 0.1
+    # An early end.
     patience: int = 0
     """End early when neither raw nor EMA top-1 has been higher than ever before for so many epochs;
     0: never.
@@ -359,6 +371,7 @@ class Recipe:
     distill: DistillRecipe = field(default_factory=DistillRecipe)
 
     def __post_init__(self) -> None:
+        # What binds two sections is checked here; each section has checked itself.
         mixes = self.mix.mixup > 0 or self.mix.cutmix > 0
         repeats = self.data.repeats
         _check(

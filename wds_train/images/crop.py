@@ -50,7 +50,7 @@ def random_resized_crop(
         if 0 < w <= width and 0 < h <= height:
             return Box(int(x * (width - w + 1)), int(y * (height - h + 1)), w, h)
 
-    # No box fits: the image is much wider or higher than the allowed ratios.
+    # No try fitted: as a rule, the image is much wider or higher than the allowed ratios.
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     return Box((width - w) // 2, (height - h) // 2, w, h)

@@ -120,7 +120,7 @@ def decode_center(data: bytes | memoryview, crop: float, out: NDArray[np.uint8])
     Raises:
         DataError: As for `decode_crop`.
     """
-    # Only the middle of a strip.
+    # Every pixel, exactly; of a strip only the middle.
     image = whole(data)
     side = len(out)
     shorter = min(image.size)
@@ -232,6 +232,7 @@ def _to_stored(box: Box, header: jpeg.Header) -> Box:
 
 def _check_box(box: Box, info: ImageInfo) -> Box:
     """Return `box`; raise `DataError` if the image does not contain it."""
+    # An index that was made of other images would cut at random.
     left, top, width, height = box
     inside = min(left, top) >= 0 and left + width <= info.width and top + height <= info.height
     if not inside or min(width, height) < 1:
@@ -244,6 +245,7 @@ def _check_box(box: Box, info: ImageInfo) -> Box:
 
 def _pillow_crop(data: bytes | memoryview, box: Box) -> NDArray[np.uint8]:
     """Decode `box` of the upright image by Pillow, uint8 [height, width, 3]."""
+    # Pillow decodes a file as a whole, whatever is needed of it.
     image = open_upright(data)
     left, top, width, height = _check_box(box, ImageInfo(*image.size))
     image = image.crop((left, top, left + width, top + height))

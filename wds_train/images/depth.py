@@ -175,7 +175,7 @@ def _png_as(data: bytes, raw: str) -> NDArray[np.uint8]:
 
 
 def _sixteen(upper: NDArray[np.uint8], lower: NDArray[np.uint8]) -> NDArray[np.uint16]:
-    """Return numbers of 16 bits, of their upper and lower 8."""
+    """Join the upper and lower 8 bits to numbers of 16."""
     return np.left_shift(upper, 8, dtype=np.uint16) | lower
 
 
@@ -188,6 +188,7 @@ def _by_sbit(samples: NDArray[np.uint16], bits: bytes) -> Range | None:
     """
     if not bits or not 0 < max(bits) <= 16:
         return None
+    # Numbers above what the bits can hold, or all scaled up: the upper bits are meant.
     count = max(bits)
     top = (1 << count) - 1
     if samples.max() > top or (count > SURE_BITS and _is_scaled_up(samples, count)):
@@ -309,6 +310,7 @@ def _eight(samples: NDArray[Any], stated: Range | None, kind: str) -> Plane:
         return Plane((samples >> 8).astype(np.uint8))
     if stated is None:
         raise DataError(f"{seen}, and it does not say which number is white; {REMEDY}")
+    # To clip would hide that the range, or the reading of it, is wrong.
     if lowest < stated.low or highest > stated.high:
         raise DataError(f"{seen}, beyond the range that it states, {stated}; {REMEDY}")
     scaled = np.rint((samples.astype(np.float64) - stated.low) * 255 / (stated.high - stated.low))

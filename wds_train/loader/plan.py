@@ -123,6 +123,7 @@ class TrainPlan:
     repeats: int = 1
 
     def __post_init__(self) -> None:
+        # Ranks read whole lanes. So a batch is the same for every number of them.
         lanes = lane_count(self.global_batch)
         if lanes % self.world:
             raise UsageError(
@@ -308,7 +309,8 @@ def plan_training(
     Raises:
         UsageError: As for `TrainPlan`.
     """
-    shard_samples = tuple(shard.samples for shard in dataset.manifest.split(split).shards)
+    # Repeated samples are read once. A pass over the samples has more steps than an epoch of images.
+    shard_samples = tuple([shard.samples for shard in dataset.manifest.split(split).shards])
     samples = images // repeats
     steps_per_pass = max(1, sum(shard_samples) // samples)  # TrainPlan refuses too small a split
     passes = range(-(-steps.stop // steps_per_pass))

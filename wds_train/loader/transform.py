@@ -18,7 +18,7 @@ from wds_train.images.decode import decode_center, decode_crop
 from wds_train.images.policies import apply, policies
 from wds_train.rng import rekeyed
 
-GREY = 128  # the pixels of an unreadable image
+GREY = 128  # the pixels of an unreadable image: neither black nor white
 
 
 class Form(NamedTuple):

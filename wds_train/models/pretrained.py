@@ -26,7 +26,8 @@ from wds_train.images.normalise import memory_layout
 from wds_train.models.model import create_model
 from wds_train.models.weights import SUFFIX, Weights, is_exported
 
-TIMM = "timm:"
+TIMM = "timm:"  # the prefix of a source that timm knows
+# The place of timm's weights, and the file of a repository that has them.
 HUB = "https://huggingface.co"
 FILE = "model.safetensors"
 HUB_SECONDS = 3.0  # for the hub's first answer
@@ -68,6 +69,7 @@ def initialise(model: nn.Module, recipe: Recipe) -> str:
         UsageError: Anything but the head does not fit.
         StoreError: The weights could not be fetched.
     """
+    # The tensors of both models, by name.
     setting = recipe.model.init
     device = next(model.parameters()).device
     source = _load("model.init", setting, recipe.model, _load_device(device)).model
@@ -92,6 +94,7 @@ def initialise(model: nn.Module, recipe: Recipe) -> str:
             "have them"
         )
 
+    # All of theirs, and perhaps our head.
     tensors = dict(own)
     for name, value in theirs.items():
         if not (keeps_head and name.startswith(heads)):
@@ -122,6 +125,7 @@ class Teacher:
     """
 
     def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:
+        # A teacher of other classes would teach nonsense without an error.
         name = recipe.distill.teacher
         model, mean, std = _load("distill.teacher", name, None, _load_device(device))
         if model.num_classes != classes:
@@ -168,6 +172,7 @@ def as_init(recipe: Recipe, settings: list[str]) -> Recipe:
     found = _image_fields(recipe)
     if found is None:
         return recipe
+    # What a person has set is set again, over the weights'.
     changed = with_settings(replace(recipe, data=replace(recipe.data, **found)), settings)
     return replace(changed, data=replace(changed.data, as_init=False))
 
@@ -219,6 +224,7 @@ def _load(setting: str, source: str, own: ModelRecipe | None, device: torch.devi
     """
     if source.startswith(TIMM):
         return _load_from_timm(setting, source, timm_name(source, own), device)
+    # A file: one that describes its model, or one of timm's weights alone.
     path = Path(source)
     if own is not None and not is_exported(path):
         return _load_plain_file(setting, path, own, device)
@@ -280,6 +286,7 @@ def _load_from_timm(setting: str, source: str, name: str, device: torch.device) 
         model = _create_pretrained(ModelRecipe(name=name), config.num_classes, device, overlay)
     # Whatever the hub's client and its HTTP library raise: it depends on their versions.
     except Exception as error:
+        # The first line has the cause; a file from elsewhere always helps.
         cause = (str(error).strip().splitlines() or ["no reason given"])[0]
         remedy = f"name a file of `wds-train export`: --set {setting}=FILE"
         if setting == "model.init" and repository:
@@ -395,6 +402,7 @@ def _shape(tensors: dict[str, torch.Tensor], name: str) -> list[int] | str:
 
 def _fingerprint(model: nn.Module) -> str:
     """Return the sha256 of all weights and their names."""
+    # Names, too: two layers of one shape may change places.
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.contiguous().numpy().tobytes())

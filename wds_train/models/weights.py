@@ -84,6 +84,7 @@ class Weights:
         Raises:
             UsageError: It cannot be written.
         """
+        # The tensors, and a header with our description and timm's.
         own = asdict(replace(self, tensors={})) | {"recipe": self.recipe.to_dict()}
         header = {"config": json.dumps(self.timm_config()), OWN: json.dumps(own)}
         # Not by safetensors' `save_file`, which leaves a file that nobody else may read.
@@ -168,6 +169,7 @@ class Weights:
         Returns:
             The content of a `config.json` (timm/models/_hub.py, save_config_for_hf).
         """
+        # The model, by the arguments that timm's `create_model` takes.
         data = self.recipe.data
         classes = len(self.classes)
         model = self.recipe.model
@@ -180,6 +182,7 @@ class Weights:
             name = blurred
             del arguments["aa_layer"]
 
+        # Its classes and images.
         names = {}
         for entry in self.classes:
             names[entry.id] = entry.name

@@ -11,8 +11,11 @@ from wds_train.report.page import Block, Charts, Table, Text
 from wds_train.report.run_data import Account
 from wds_train.report.run_summary import Attempt, Cost, audit_of
 
-SHOWN_ENDS = 12  # attempts in the chart's text: it is read aloud
-SHOWN_DIFFERENCES = 20  # rows: enough to see which values differ
+# Attempts in the chart's text, which is read aloud.
+SHOWN_ENDS = 12
+# Rows: enough to see which values differ.
+SHOWN_DIFFERENCES = 20
+# Columns of the table.
 HEAD = [
     "attempt",
     "where",
@@ -39,27 +42,35 @@ def attempt_blocks(account: Account, attempts: list[Attempt], cost: Cost) -> lis
         attempts: The attempts that the manifest lists, from `attempts_of`.
         cost: The run's cost, from `cost_of`.
     """
+    # When each attempt ran. Of the oldest, the manifest keeps only sums.
     blocks: list[Block] = []
     if attempts:
         blocks.append(Charts([_timeline(attempts)]))
     earlier = account.manifest.earlier.attempts
     if earlier:
         blocks.append(Text(f"{count(earlier, 'earlier attempt')} are in the sums alone."))
+
+    # What each cost, and what interruptions cost.
     blocks.append(_attempt_table(attempts))
     blocks.append(Text(EXPLANATION))
     if cost.on_demand is not None:
         blocks.append(Text(f"On demand, without what was done again: {dollars(cost.on_demand)}."))
+
+    # The steps that were trained twice, compared.
     return [*blocks, *_audit(account)]
 
 
 def _timeline(attempts: Sequence[Attempt]) -> Chart:
     """Draw the attempts by time, in seconds since the first of them began."""
+    # One bar for each attempt.
     begin = attempts[0].started
     spans = []
     for attempt in attempts:
         start = attempt.started - begin
         end = attempt.started + attempt.seconds - begin
         spans.append((str(attempt.number), start, end, attempt.ended))
+
+    # The same in words.
     ends = []
     for attempt in attempts[-SHOWN_ENDS:]:
         ends.append(f"{attempt.number} {attempt.ended}")

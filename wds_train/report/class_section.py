@@ -69,6 +69,7 @@ def _describe_confidences(findings: Findings) -> str:
 
 
 def _calibration_chart(findings: Findings) -> Chart:
+    # In words, the surest predictions stand for the others.
     surest = findings.bins[-1]
     text = (
         f"Of predictions with a confidence of {surest.confidence:.0f} %, "
@@ -113,6 +114,7 @@ def _confusion_matrix(titles: list[str], confusion: NDArray[np.int64]) -> Table:
 
 def _worst_classes(findings: Findings) -> Table:
     """Return the table of the classes with the lowest accuracy, of those that were evaluated."""
+    # A class without images has no accuracy.
     tested = [row for row in findings.report["classes"] if row["samples"]]
     tested.sort(key=lambda row: row["top1"])
     rows = []
@@ -127,6 +129,7 @@ def _mistakes(findings: Findings) -> Block:
     if not findings.mistakes:
         return Text("There is no mistake to show.")
     pictures = []
+    # Files are numbered from the surest on.
     for number, mistake in enumerate(findings.mistakes, start=1):
         caption = [
             f"{mistake.truth}, taken for {mistake.taken_for}",

@@ -74,6 +74,7 @@ def span(seconds: float) -> str:
     """Return a duration as people say it: 41 s, 12 min, 2 h 10 min."""
     if seconds < 60:
         return f"{seconds:.0f} s"
+    # Rounded before it is split: 59.6 minutes are an hour, not 60 minutes.
     hours, minutes = divmod(round(seconds / 60), 60)
     if not hours:
         return f"{minutes} min"

@@ -99,6 +99,7 @@ def find(
     Raises:
         WdsTrainError: The weights or the dataset cannot be used.
     """
+    # The weights, and the dataset that they were trained on.
     choice, weights = from_newest(store, manifest, lambda newest: _best(store, newest))
     dataset = Dataset.open(str(manifest.dataset.get("url", "")))
     if dataset.fingerprint != manifest.dataset.get("fingerprint"):
@@ -149,6 +150,7 @@ def _surest_mistakes(
     confidence: NDArray[Any],
 ) -> list[Mistake]:
     """Return the most confident mistakes, the surest first."""
+    # A stable sort: equal confidences keep the split's order, in every report.
     wrong = np.flatnonzero((predicted >= 0) & (predicted != labels))
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     mistakes = []

@@ -152,10 +152,11 @@ def write(document: Document, folder: Path, name: str) -> Path:
     for kind in ("md", "html"):
         files[f"{name}.{kind}"] = _render(document, f"report.{kind}").encode()
 
+    # Each file is whole or not there: a kill leaves the one that was there before.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, data in files.items():
-            part = folder / f"{file}.part"  # a kill leaves the file that was there
+            part = folder / f"{file}.part"
             part.write_bytes(data)
             part.replace(folder / file)
     except OSError as error:
@@ -178,6 +179,7 @@ def _picture_files(document: Document) -> dict[str, bytes]:
 
 
 def _render(document: Document, template: str) -> str:
+    # StrictUndefined: a slip in a template is an error, not an empty place.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=template.endswith(".html"),

@@ -63,12 +63,15 @@ class Account:
 
     @classmethod
     def _read(cls, store: Store, manifest: RunManifest) -> "Account":
+        # An older or newer version's recipe costs the page some figures, not the page.
         notes: list[str] = []
         recipe = None
         try:
             recipe = manifest.settings
         except RunError as error:
             notes.append(f"{error}; what needs the recipe is left out")
+
+        # All metrics that were committed, and those of steps that were taken back.
         run = Run(store, manifest, "", say=notes.append, leads=False)
         history = run.history()
         replayed = []
@@ -114,6 +117,7 @@ def _sound(rows: list[Row], note: Callable[[str], None]) -> Iterator[Row]:
 
     What is left out is counted and noted.
     """
+    # One note for each kind of fault, with its count.
     odd: Counter[str] = Counter()
     for row in rows:
         finite = {}

@@ -274,7 +274,7 @@ def _place(row: Row) -> tuple[Any, bool]:
 
 def _differences(before: Row, after: Row) -> Iterator[tuple[int, str, str, str]]:
     for name in sorted(before.keys() | after.keys()):
-        # As text, in which NaN equals NaN.
+        # As text, in which NaN equals NaN, and two floats that print alike are the same bits.
         first = json.dumps(before.get(name))
         again = json.dumps(after.get(name))
         if first != again:
@@ -303,6 +303,7 @@ def milestones(epochs: list[Row], most: int = 16) -> list[Row]:
 
 def changed(recipe: Recipe, before: Recipe) -> list[str]:
     """Return the `--set` arguments that make `before` into `recipe`."""
+    # As texts, as a person would type them.
     settings = []
     for name in setting_names():
         value = setting_of(recipe, name)
@@ -317,6 +318,7 @@ def expectation(account: Account) -> str:
     Args:
         account: What is known of the run.
     """
+    # A recipe that was changed expects something else: the changes are listed.
     preset = PRESETS.get(str(account.manifest.recipe.get("name")))
     if preset is None or account.recipe is None:
         return "The recipe is none that this version knows an expectation for."
