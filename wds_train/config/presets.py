@@ -257,7 +257,7 @@ def preset(name: str) -> Recipe:
     """Return the recipe of a preset.
 
     Raises:
-        UsageError: There is none of that name. The message has the most similar names.
+        UsageError: There is no preset of that name. The message has the most similar names.
     """
     if name not in PRESETS:
         hint = did_you_mean(name, PRESETS, 2) or f"; there are {', '.join(PRESETS)}"

@@ -132,7 +132,7 @@ class DataRecipe:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per-channel standard deviation of pixels in [0, 1]."""
     as_init: bool = False
-    """Take the sizes, `eval_crop`, `mean` and `std` from the weights of `model.init`, but for those
+    """Take the sizes, `eval_crop`, `mean` and `std` from the weights of `model.init`, except those
     that are set.
     """
     # Tolerance.

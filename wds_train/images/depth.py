@@ -73,7 +73,7 @@ class Range(NamedTuple):
     by: str
 
     def __str__(self) -> str:
-        return f"{_shown(self.low)} to {_shown(self.high)} ({self.by})"
+        return f"{_format_number(self.low)} to {_format_number(self.high)} ({self.by})"
 
 
 class Eight(NamedTuple):
@@ -143,7 +143,7 @@ def _of_png(image: ImageFile.ImageFile, data: bytes) -> Eight:
         key = np.frombuffer(chunks[b"tRNS"][: 2 * count], ">u2")
         hidden = (samples == key).all(axis=2, keepdims=True)
         planes.append(Plane(np.where(hidden, 0, 255).astype(np.uint8)))
-    return _joined(planes)
+    return _join(planes)
 
 
 def _png_samples(image: ImageFile.ImageFile, data: bytes) -> NDArray[np.uint16]:
@@ -224,7 +224,7 @@ def _of_tiff(image: TiffImagePlugin.TiffImageFile, data: bytes) -> Eight:
     mode = None
     if image.mode == "CMYK":  # four channels would be taken for RGBA
         mode = "CMYK"
-    return _joined(planes, mode)
+    return _join(planes, mode)
 
 
 def _tiff_samples(image: TiffImagePlugin.TiffImageFile, data: bytes, bits: int) -> NDArray[Any]:
@@ -305,7 +305,7 @@ def _eight(samples: NDArray[Any], stated: Range | None, kind: str) -> Plane:
     # The upper 8 bits, as the loader reads them; or the range that is stated.
     lowest = samples.min().item()
     highest = samples.max().item()
-    seen = f"its samples ({kind}) are {_shown(lowest)} to {_shown(highest)}"
+    seen = f"its samples ({kind}) are {_format_number(lowest)} to {_format_number(highest)}"
     if samples.dtype == np.uint16 and (highest == 0 or _is_filled(highest, stated)):
         return Plane((samples >> 8).astype(np.uint8))
     if stated is None:
@@ -327,13 +327,13 @@ def _is_filled(highest: int, stated: Range | None) -> bool:
     return highest >= FILLED
 
 
-def _shown(number: float) -> str:
+def _format_number(number: float) -> str:
     if isinstance(number, int):
         return str(number)
     return f"{number:g}"
 
 
-def _joined(planes: list[Plane], mode: str | None = None) -> Eight:
+def _join(planes: list[Plane], mode: str | None = None) -> Eight:
     """Join planes to one image.
 
     Args:

@@ -81,7 +81,7 @@ def read_header(data: memoryview) -> Header:
         data: The file.
 
     Raises:
-        DataError: There is none that makes sense, or it is a kind of JPEG that no decoder here
+        DataError: It has no header that makes sense, or is a kind of JPEG that no decoder here
             reads.
     """
     # All that segments before the first scan say.
@@ -267,7 +267,7 @@ def _decode_whole(data: memoryview, header: Header, *, fast: bool = True) -> NDA
 
 
 def _decode(data: memoryview, pixels: NDArray[np.uint8], *, fast: bool = True) -> str | None:
-    """Fill `pixels`; return why it cannot be done, or None."""
+    """Fill `pixels`. Return None, or the cause if it cannot be done."""
     height, width, _ = pixels.shape
     cause = contradiction(data, height, width)
     if cause is not None:

@@ -126,7 +126,9 @@ def orientation(data: bytes | memoryview) -> int:
 
 
 def turn_of(image: Image.Image, data: bytes | memoryview) -> Image.Transpose | None:
-    """Return what turns an image of any format upright after `load`; None if it is upright.
+    """Return the turn that makes an image upright after `load`; None if it is upright.
+
+    The image may be of any format.
 
     For formats that shards do not hold, Pillow says it: it knows that AVIF is turned by its own
     boxes, and has turned a TIFF already.
@@ -256,17 +258,17 @@ def _raw_profile(kind: bytes, content: bytes) -> bytes:
         if kind == b"tEXt":
             text = rest[:MOST_RAW_PROFILE]
         elif kind == b"zTXt":
-            text = _inflated(rest[1:])
+            text = _inflate(rest[1:])
         elif kind == b"iTXt":
             body = rest[2:].split(b"\0", 2)[2]  # behind a language and a translated keyword
             text = body[:MOST_RAW_PROFILE]
             if rest[0]:  # the flag of compression
-                text = _inflated(body)
+                text = _inflate(body)
         return bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:]))
     return b""
 
 
-def _inflated(data: bytes) -> bytes:
+def _inflate(data: bytes) -> bytes:
     """Decompress a text, of which no more than MOST_RAW_PROFILE bytes are looked at."""
     return zlib.decompressobj().decompress(data, MOST_RAW_PROFILE)
 

@@ -83,7 +83,7 @@ class BlockCache:
         return self._first_block[shard] + (samples - self._first[shard]) // BLOCK
 
     def keeps(self, sample: int) -> bool:
-        """Return whether the block of `sample` may be on the disk."""
+        """Return True if the block of a sample may be on the disk."""
         return self._block(sample) < self._kept
 
     def read(self, sample: int) -> tuple[int, bytes]:
@@ -125,7 +125,7 @@ class BlockCache:
             self._path(self._block(sample)).unlink(missing_ok=True)
 
     def _count_fitting(self, max_bytes: int) -> int:
-        """Return how many of the split's first blocks fit into `max_bytes`.
+        """Return the number of the split's first blocks that fit into `max_bytes`.
 
         For a large split this would read the rows of all shards. There only the blocks of shards
         that fit as a whole count.

@@ -54,7 +54,7 @@ class CustomTransform:
         self._calls = 0
 
     def __call__(self, make_input: Callable[[], Any], place: Place) -> Any:
-        """Return what the function returns for the sample at `place`.
+        """Call the function for a sample, and return its result.
 
         Args:
             make_input: Makes the function's first argument. It is called again if the function

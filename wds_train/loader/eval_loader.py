@@ -153,7 +153,7 @@ class EvalLoader:
                 if self._unreadable:
                     self._unreadable.add(0, batch.unreadable)
                 seen += len(batch.ids)
-                yield self._images.normalised(batch)
+                yield self._images.normalise(batch)
         except WorkerDied:
             self._pipeline = None  # the next iteration forks new workers
             raise

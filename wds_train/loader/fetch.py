@@ -191,7 +191,7 @@ class Fetcher:
     ) -> memoryview | DataError:
         """Return the wanted bytes of a sample, or why it is unreadable."""
         with contextlib.suppress(DataError):
-            return self._checked(record, content)
+            return self._check(record, content)
         # Read it again from the store: that mends a byte that flipped on the way or in the cache.
         if self._cache is not None:
             self._cache.drop(sample)
@@ -200,12 +200,12 @@ class Fetcher:
         for _ in times:
             again = self._split.record(sample)
             try:
-                return self._checked(again, content)
+                return self._check(again, content)
             except DataError as error:
                 damage = error
         return damage
 
-    def _checked(self, record: memoryview, content: Content) -> memoryview:
+    def _check(self, record: memoryview, content: Content) -> memoryview:
         """Return the wanted bytes of `record`; raise `DataError` if its CRC is another."""
         image = content.image(record)
         if self._whole:

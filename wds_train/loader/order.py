@@ -180,10 +180,7 @@ class EpochOrder:
             number += 1
 
     def _window_end(self, lane: int, number: int) -> int:
-        """Return where window `number` would end in the sequence of an endless lane.
-
-        It is 0 for number -1.
-        """
+        """Return the end of a window in the sequence of an endless lane; 0 for number -1."""
         if number < len(RAMP):
             return sum(RAMP[: number + 1])
         first_full = sum(RAMP) + WINDOW * (lane + 1) // self.lanes
@@ -217,7 +214,7 @@ class EpochOrder:
         return places + self._shifts[self._block(places)]
 
     def _block(self, places: Ids | int) -> Any:
-        """Return which blocks of the permuted sequence hold `places`."""
+        """Return the blocks of the permuted sequence that hold `places`."""
         # NumPy would convert all starts if they were searched for places of another dtype.
         wanted = np.asarray(places, self._starts.dtype)
         return np.searchsorted(self._starts, wanted, side="right") - 1

@@ -118,7 +118,7 @@ class Pipeline:
     def __iter__(self) -> Iterator[Batch]:
         # Parts come from the workers in turn, so that the parts of a step come together.
         parts: list[Decoded] = []
-        for part in self._received():
+        for part in self._receive():
             parts.append(part)
             if len(parts) == self._parts_per_batch:
                 yield self._merge(parts)
@@ -128,7 +128,7 @@ class Pipeline:
         """Raise `WorkerDied` if a worker has died."""
         self._workers.check()
 
-    def _received(self) -> Iterator[Decoded]:
+    def _receive(self) -> Iterator[Decoded]:
         """Yield the parts as they come from the workers; raise the error that came instead."""
         items = self._begun or iter(self._pipeline)
         self._begun = None

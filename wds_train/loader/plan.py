@@ -71,10 +71,10 @@ class Plan(Protocol):
     """Says what each worker of one rank reads, and how it is cut into parts."""
 
     def useful_workers(self, workers: int) -> int:
-        """Return how many of `workers` have something to read."""
+        """Return the number of workers that have something to read, at most `workers`."""
 
     def parts_per_batch(self, workers: int) -> int:
-        """Return from how many parts, each of another worker, a batch is merged."""
+        """Return the number of parts of a batch, each of another worker."""
 
     def part_samples(self, workers: int) -> int:
         """Return the most samples that a part holds if there are `workers`."""
@@ -309,7 +309,8 @@ def plan_training(
     Raises:
         UsageError: As for `TrainPlan`.
     """
-    # Repeated samples are read once. A pass over the samples has more steps than an epoch of images.
+    # A repeated sample is read once, and a pass over the samples takes `repeats` times the steps of
+    # an epoch.
     shard_samples = tuple([shard.samples for shard in dataset.manifest.split(split).shards])
     samples = images // repeats
     steps_per_pass = max(1, sum(shard_samples) // samples)  # TrainPlan refuses too small a split
@@ -378,7 +379,7 @@ class EvalPlan:
 
 
 def split_batch(global_batch: int, weights: list[float], repeats: int = 1) -> list[int]:
-    """Return how many images of a batch each dataset of a mixture gives.
+    """Return the number of images that each dataset of a mixture gives to a batch.
 
     Shares are multiples of 8 distinct samples, so that ranks can divide them. Where the batch is
     not, they are multiples of the largest power of two that divides it.

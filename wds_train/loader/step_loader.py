@@ -88,11 +88,11 @@ class StepLoader(ABC, Generic[Item]):
 
     @abstractmethod
     def _transform(self, split: SplitReader) -> Transform:
-        """Return what the workers make of the samples of `split`."""
+        """Return the transform that the workers apply to the samples of a split."""
 
     @abstractmethod
     def _finish(self, batch: Batch) -> Item:
-        """Return what is handed out for `batch`."""
+        """Return the object that the loader yields for a batch."""
 
     @property
     def step(self) -> int:

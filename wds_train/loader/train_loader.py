@@ -197,7 +197,7 @@ class TrainLoader(StepLoader[Batch]):
         return TrainTransform(self._data, self.seed, self.epochs, self.steps_per_epoch)
 
     def _finish(self, batch: Batch) -> Batch:
-        return self._images.normalised(batch)
+        return self._images.normalise(batch)
 
 
 class Images:
@@ -254,7 +254,7 @@ class Images:
             )
         return custom
 
-    def normalised(self, batch: Batch) -> Batch:
+    def normalise(self, batch: Batch) -> Batch:
         """Return the batch with normalised images, float32 [n, 3, size, size].
 
         If that was not asked for, it is the batch itself.

@@ -35,7 +35,7 @@ def default_workers() -> int:
 
 
 def own_cores() -> int:
-    """Return how many cores this process may use: the ranks of a machine share its cores."""
+    """Return the cores that this process may use: the ranks of a machine share its cores."""
     allowed = cores()
     tasks = tasks_here()
     # Slurm may have bound each task to its cores already. To divide them would count that twice.
@@ -104,7 +104,7 @@ class Workers:
                 raise self.death("")
 
     def has(self, pid: int) -> bool:
-        """Return whether the process `pid` is one of these workers."""
+        """Return True if the process `pid` is one of these workers."""
         return pid in [each.pid for each in self._processes]
 
     def death(self, message: str) -> WorkerDied:

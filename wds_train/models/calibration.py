@@ -52,17 +52,19 @@ class Calibration:
     @property
     def helps(self) -> bool:
         """True if the error that is printed is less with the temperature than without."""
-        return float(_printed(self.error)) < float(_printed(self.error_raw))
+        return float(_format_points(self.error)) < float(_format_points(self.error_raw))
 
     def __str__(self) -> str:
         if self.reason:
             return f"not calibrated: {self.reason}"
         if not self.used:
             return "not calibrated"
+        error = _format_points(self.error)
+        error_raw = _format_points(self.error_raw)
         return (
             f"temperature {self.temperature:.2f} of {self.fitted} validation samples; on "
-            f"{self.judged} others the probabilities are off by {_printed(self.error)} points "
-            f"({_printed(self.error_raw)} without), {self.sure:.0f} % of the answers are sure"
+            f"{self.judged} others the probabilities are off by {error} points "
+            f"({error_raw} without), {self.sure:.0f} % of the answers are sure"
         )
 
 
@@ -87,17 +89,19 @@ def refused(found: Calibration) -> Calibration:
     Returns:
         A calibration of temperature 1, with the reason. The caller fills in its figures.
     """
+    error = _format_points(found.error)
+    error_raw = _format_points(found.error_raw)
     reason = (
         f"a temperature of {found.temperature:.2f}, fitted on {found.fitted} images, does not "
-        f"help: on {found.judged} others the probabilities are off by {_printed(found.error)} "
-        f"points with it, {_printed(found.error_raw)} without"
+        f"help: on {found.judged} others the probabilities are off by {error} "
+        f"points with it, {error_raw} without"
     )
     return Calibration(
         1.0, found.fitted, found.judged, found.error_raw, found.error_raw, reason=reason
     )
 
 
-def as_judged_now(found: Calibration) -> Calibration:
+def judge_again(found: Calibration) -> Calibration:
     """Apply today's rules to the calibration in a manifest or file.
 
     Earlier versions used temperatures that were fitted on a few images, or that did not help.
@@ -128,6 +132,6 @@ def probabilities(logits: NDArray[Any], temperature: float) -> NDArray[np.float6
     return np.exp(log_softmax(logits.astype(np.float64) / temperature, axis=1))
 
 
-def _printed(points: float) -> str:
+def _format_points(points: float) -> str:
     """Return an error as messages show it: two that look equal must count as equal."""
     return f"{points:.1f}"

@@ -207,7 +207,7 @@ def _image_fields(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _load_device(device: torch.device) -> torch.device:
-    """Return where weights are loaded for a model on `device`: the CPU, or "meta" for a check."""
+    """Return the device to load weights on: the CPU, or "meta" for a check on "meta"."""
     if device == META:
         return META
     return CPU

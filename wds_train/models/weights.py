@@ -21,7 +21,7 @@ from wds_train.config.recipe import Recipe
 from wds_train.config.schedule import is_averaged
 from wds_train.dataset.manifest import ClassInfo
 from wds_train.errors import NotFound, RunError, UsageError, WdsTrainError, unwritable
-from wds_train.models.calibration import Calibration, as_judged_now
+from wds_train.models.calibration import Calibration, judge_again
 from wds_train.models.tensor_checks import refuse_other_weights
 from wds_train.schema import typed
 
@@ -146,7 +146,7 @@ class Weights:
                 "of its run makes a better file",
                 *(path, every, weights.step),
             )
-        return replace(weights, calibration=as_judged_now(weights.calibration))
+        return replace(weights, calibration=judge_again(weights.calibration))
 
     def timm_call(self, path: Path) -> str:
         """Return the Python expression that makes the model from the file at `path`."""

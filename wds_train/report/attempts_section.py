@@ -9,7 +9,7 @@ from wds_train.report.charts import Chart, timeline_chart
 from wds_train.report.formatting import UNKNOWN, at_least, count, date, dollars
 from wds_train.report.page import Block, Charts, Table, Text
 from wds_train.report.run_data import Account
-from wds_train.report.run_summary import Attempt, Cost, audit_of
+from wds_train.report.run_summary import Attempt, Cost, audit_replays
 
 # Attempts in the chart's text, which is read aloud.
 SHOWN_ENDS = 12
@@ -39,8 +39,8 @@ def attempt_blocks(account: Account, attempts: list[Attempt], cost: Cost) -> lis
 
     Args:
         account: What is known of the run.
-        attempts: The attempts that the manifest lists, from `attempts_of`.
-        cost: The run's cost, from `cost_of`.
+        attempts: The attempts that the manifest lists, from `list_attempts`.
+        cost: The run's cost, from `add_up_cost`.
     """
     # When each attempt ran. Of the oldest, the manifest keeps only sums.
     blocks: list[Block] = []
@@ -105,7 +105,7 @@ def _attempt_table(attempts: Sequence[Attempt]) -> Table:
 
 def _audit(account: Account) -> list[Block]:
     """Return the verdict of the determinism audit, and the values that differ."""
-    audit = audit_of(account)
+    audit = audit_replays(account)
     blocks: list[Block] = [Text(f"Determinism audit: {audit.verdict}")]
     if audit.waiting:
         waiting = count(audit.waiting, "record")

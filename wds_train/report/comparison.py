@@ -13,7 +13,7 @@ from wds_train.report.charts import Chart, Line, line_chart
 from wds_train.report.formatting import count, dollars, number, percent
 from wds_train.report.page import Block, Charts, Document, Section, Table, Text
 from wds_train.report.run_data import Account
-from wds_train.report.run_summary import attempts_of, cost_of
+from wds_train.report.run_summary import add_up_cost, list_attempts
 
 # File name, title and metric of each chart.
 CURVES = (
@@ -101,7 +101,7 @@ def _result_column(account: Account, price: float | None) -> dict[str, str]:
     # The order of the names is the order of the rows.
     last = account.last
     totals = account.manifest.totals()
-    cost = cost_of(account.manifest, attempts_of(account, price), price, None)
+    cost = add_up_cost(account.manifest, list_attempts(account, price), price, None)
     epochs: int | str = "?"
     if account.recipe:
         epochs = account.recipe.schedule.epochs

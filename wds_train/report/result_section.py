@@ -11,7 +11,7 @@ from wds_train.report.charts import Line, line_chart
 from wds_train.report.formatting import date, number, percent
 from wds_train.report.page import Block, Charts, Table, Text
 from wds_train.report.run_data import Account, Points, Row
-from wds_train.report.run_summary import expectation, milestones
+from wds_train.report.run_summary import choose_milestones, describe_expectation
 
 HEAD = [
     "epoch",
@@ -31,7 +31,7 @@ def result_blocks(account: Account) -> list[Block]:
     Args:
         account: What is known of the run.
     """
-    return [Text(expectation(account)), *_curves(account), *_milestones(account)]
+    return [Text(describe_expectation(account)), *_curves(account), *_milestones(account)]
 
 
 def _curves(account: Account) -> list[Block]:
@@ -104,7 +104,7 @@ def _milestones(account: Account) -> list[Block]:
         return [Text("No epoch has been validated yet.")]
     # Rows of older versions lack some of the metrics.
     rows = []
-    for row in milestones(account.epochs):
+    for row in choose_milestones(account.epochs):
         rows.append(
             [
                 f"{row['epoch']:g}",

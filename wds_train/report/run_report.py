@@ -32,7 +32,14 @@ from wds_train.report.model_checks import Findings
 from wds_train.report.page import Block, Code, Document, Fact, Section, Table, Text
 from wds_train.report.result_section import result_blocks
 from wds_train.report.run_data import Account
-from wds_train.report.run_summary import FIGURES, Attempt, Cost, attempts_of, changed, cost_of
+from wds_train.report.run_summary import (
+    FIGURES,
+    Attempt,
+    Cost,
+    add_up_cost,
+    list_attempts,
+    list_changes,
+)
 
 # Packages whose version decides what a training computes.
 DISTRIBUTIONS = ("wds-train", "torch", "torchvision", "timm", "numpy")
@@ -72,8 +79,8 @@ def report(account: Account, prices: Prices, findings: Findings | str) -> Docume
         The report; `page.write` makes files of it.
     """
     # Figures of which several sections speak.
-    attempts = attempts_of(account, prices.paid)
-    cost = cost_of(account.manifest, attempts, prices.paid, prices.on_demand)
+    attempts = list_attempts(account, prices.paid)
+    cost = add_up_cost(account.manifest, attempts, prices.paid, prices.on_demand)
     classes: list[Block]
     if isinstance(findings, str):
         classes = [Text(findings)]
@@ -156,7 +163,7 @@ def _expected_figure(account: Account) -> str:
 
 
 def _count_repeated(attempts: list[Attempt]) -> str:
-    """Return how many images were trained twice, of the attempts that recorded it."""
+    """Return the number of images that were trained twice, of attempts that recorded it."""
     recorded = [attempt.twice for attempt in attempts if attempt.twice is not None]
     if not recorded:
         return UNKNOWN
@@ -225,7 +232,7 @@ def command(account: Account) -> str:
         base = Recipe(name=name)
         if name in PRESETS:
             base = PRESETS[name].recipe
-        for setting in changed(account.recipe, base):
+        for setting in list_changes(account.recipe, base):
             words += ["--set", setting]
     return shlex.join(words)
 

@@ -63,7 +63,7 @@ class Attempt:
         return self.down + (self.again or 0.0)
 
 
-def attempts_of(account: Account, price: float | None) -> list[Attempt]:
+def list_attempts(account: Account, price: float | None) -> list[Attempt]:
     """Return the attempts that the manifest lists one by one.
 
     Args:
@@ -111,7 +111,7 @@ def _describe_machine(attempt: ListedAttempt) -> str:
 def _repeated(
     account: Account, number: int, this: ListedAttempt, after: ListedAttempt
 ) -> tuple[float | None, int | None]:
-    """Return what the successor of an attempt had to do again.
+    """Return the time and the images that the successor of an attempt had to repeat.
 
     Args:
         account: What is known of the run.
@@ -184,14 +184,14 @@ class Cost:
     unpriced: int
 
 
-def cost_of(
+def add_up_cost(
     manifest: RunManifest, attempts: list[Attempt], price: float | None, on_demand: float | None
 ) -> Cost:
     """Return the cost of a run.
 
     Args:
         manifest: The run's.
-        attempts: As `attempts_of` returns them.
+        attempts: As `list_attempts` returns them.
         price: Dollars an hour, of all attempts. None: each attempt's own.
         on_demand: Dollars an hour on demand, if known.
     """
@@ -243,7 +243,7 @@ class Audit:
         return f"{what}: not equal; {differing} of them, first at step {first_step}."
 
 
-def audit_of(account: Account) -> Audit:
+def audit_replays(account: Account) -> Audit:
     """Compare the rows of steps that were trained again with the newer ones."""
     again = {}
     for row in account.history:
@@ -268,7 +268,7 @@ def audit_of(account: Account) -> Audit:
 
 
 def _place(row: Row) -> tuple[Any, bool]:
-    """Return what identifies a row. A step may have two, its own and its validation's."""
+    """Return the key of a row. A step may have two rows, its own and its validation's."""
     return row["step"], "val/top1" in row
 
 
@@ -281,7 +281,7 @@ def _differences(before: Row, after: Row) -> Iterator[tuple[int, str, str, str]]
             yield int(before["step"]), name, first, again
 
 
-def milestones(epochs: list[Row], most: int = 16) -> list[Row]:
+def choose_milestones(epochs: list[Row], most: int = 16) -> list[Row]:
     """Return some validations, evenly spaced.
 
     Among them are the first, the last, and those of the best raw and EMA top-1.
@@ -301,7 +301,7 @@ def milestones(epochs: list[Row], most: int = 16) -> list[Row]:
     return [row for row in epochs if id(row) in kept]
 
 
-def changed(recipe: Recipe, before: Recipe) -> list[str]:
+def list_changes(recipe: Recipe, before: Recipe) -> list[str]:
     """Return the `--set` arguments that make `before` into `recipe`."""
     # As texts, as a person would type them.
     settings = []
@@ -312,8 +312,10 @@ def changed(recipe: Recipe, before: Recipe) -> list[str]:
     return settings
 
 
-def expectation(account: Account) -> str:
-    """Return what the recipe's source expects, and how far a run on ImageNet is from it.
+def describe_expectation(account: Account) -> str:
+    """Return the accuracy that the recipe's source expects, and a run's distance from it.
+
+    The distance is for runs on ImageNet alone.
 
     Args:
         account: What is known of the run.
@@ -323,7 +325,7 @@ def expectation(account: Account) -> str:
     if preset is None or account.recipe is None:
         return "The recipe is none that this version knows an expectation for."
     text = f"The recipe {preset.recipe.name} expects: {preset.expected}. Source: {preset.source}."
-    settings = changed(account.recipe, preset.recipe)
+    settings = list_changes(account.recipe, preset.recipe)
     if settings:
         text += f" This run differs from it by {', '.join(settings)}."
 
