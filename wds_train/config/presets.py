@@ -259,6 +259,7 @@ def preset(name: str) -> Recipe:
     Raises:
         UsageError: There is no preset of that name. The message has the most similar names.
     """
+    # Without a similar name, all of them: they fit in a line.
     if name not in PRESETS:
         hint = did_you_mean(name, PRESETS, 2) or f"; there are {', '.join(PRESETS)}"
         raise UsageError(f"there is no recipe {name!r}{hint}")

@@ -56,7 +56,8 @@ def lr_at(recipe: Recipe, epoch: float) -> float:
         recipe: The recipe.
         epoch: The time, in epochs; it may lie inside an epoch.
     """
-    steps = 1 << 16  # an epoch: enough for any column or pixel
+    # Steps of an epoch: enough for any column of a table and any pixel of a chart.
+    steps = 1 << 16
     return recipe.peak_lr * lr_share(recipe.schedule, round(epoch * steps), steps)
 
 
@@ -82,6 +83,7 @@ def image_side(data: DataRecipe, epoch: int, epochs: int) -> int:
         return data.size
     if epoch <= begin:
         return data.start_size
+    # On the ramp.
     side = data.start_size + (data.size - data.start_size) * (epoch - begin) / (end - begin)
     return min(data.size, max(data.start_size, round(side / SIZE_STEP) * SIZE_STEP))
 
@@ -108,6 +110,7 @@ def average_decay(ema: EmaRecipe, step: int, total_steps: int) -> float | None:
         return None
     if ema.kind == "ema":
         return min(ema.decay, update / (9 + update))  # `update` counts from 1
+    # For the plain mean, counted from its start.
     since = update - 1 - math.ceil(ema.swa_start * total_steps / ema.every)
     return max(0, since) / (max(0, since) + 1)
 

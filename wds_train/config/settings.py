@@ -47,6 +47,7 @@ def describe_followers(recipe: Recipe, settings: list[str]) -> list[str]:
         recipe: The recipe before the settings.
         settings: Texts "section.field=value".
     """
+    # The settings are applied as `with_settings` applies them, which also checks them.
     changed = with_settings(recipe, settings)
     scaled = _scale_followers(recipe, parse_settings(settings))
     lines = []
@@ -70,6 +71,7 @@ def _scale_followers(recipe: Recipe, values: dict[str, Any]) -> dict[str, Any]:
         for name in names:
             old = operator.attrgetter(name)(recipe)
             new = _scale(old, factor, _field_type(name))
+            # What a person has set stays as it was set.
             if new != old and name not in values:
                 scaled[name] = new
     return scaled
@@ -157,6 +159,7 @@ def _meant(name: str, known: Iterable[str]) -> str:
 
     It is a name with the same last part (`lr`, `sgd.lr`), or with a similar one.
     """
+    # The names by their last part, which people remember.
     ends: dict[str, list[str]] = {}
     for each in known:
         ends.setdefault(each.rpartition(".")[2], []).append(each)

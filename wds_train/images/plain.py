@@ -103,7 +103,8 @@ def plain_bytes(data: bytes) -> bytes:
     Raises:
         DataError: The image cannot be read.
     """
-    if not data or data[:2] == jpeg.START:  # opaque, and of 8 bits
+    # A JPEG is opaque, and of 8 bits. An empty file is for the loader to refuse.
+    if not data or data[:2] == jpeg.START:
         return data
     with foreign_errors(data):
         if is_heic(data):
@@ -141,6 +142,7 @@ def _lay_on_background(image: Image.Image) -> tuple[Image.Image, str]:
     """Return the image in RGB, and a note on its transparent pixels, empty if it has none."""
     if image.mode != "RGBA":
         return image, ""
+    # An alpha channel may say nothing: then the colours stay as they are.
     least, most = image.getchannel("A").getextrema()
     if least == OPAQUE:
         return image.convert("RGB"), ""

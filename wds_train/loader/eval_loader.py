@@ -118,6 +118,7 @@ class EvalLoader:
         self._view = EvalTransform(data.eval_size, data.eval_crop)
         self._images = Images(transform, decode, normalize, self.device)
 
+        # The state of a pass.
         self._unreadable: UnreadableCounter | None = None
         if max_bad is not None:
             self._unreadable = UnreadableCounter(UnreadableLimit(max_bad, self.samples))
@@ -169,6 +170,7 @@ class EvalLoader:
             split = self.dataset.split(self.split)
             # The seed of a transform is 0: an evaluation has no seed, and is always the same.
             transform = self._images.transform(split, 0) or self._view
+            # A GPU copies from pinned memory without stopping the loop.
             pinned = self.device.type == "cuda"
             self._pipeline = Pipeline(split, self._plan, transform, self._workers, pinned=pinned)
         return self._pipeline

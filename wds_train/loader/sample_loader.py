@@ -54,8 +54,8 @@ class SampleLoader(StepLoader[Samples]):
     Args:
         dataset: An open `Dataset`, or its address: `s3://BUCKET/PREFIX`, a path like `./data`, or a
             name below `$WDS_BUCKET/datasets`.
-        batch: Samples of a step, over all ranks. The number of ranks must divide its largest power
-            of two, and is at most 64.
+        batch: Samples of a step, over all ranks. Its largest power of two, up to 64, must be
+            divisible by the number of ranks: 256 can be shared by 1, 2, 4, ... 64 ranks.
         epochs: Passes over the dataset.
         fields: The extensions of the members that are wanted. A sample that lacks one is
             unreadable. Default: all members that a sample has.

@@ -149,6 +149,7 @@ class TrainTransform:
         self, data: memoryview, place: Place, drawn: tuple[Box, bool], out: NDArray[np.uint8]
     ) -> None:
         """Fill `out`, uint8 [side, side, 3], with the crop, resized, flipped and augmented."""
+        # The policies come last: they are made for images of the final size.
         box, flip = drawn
         decode_crop(data, box, out, flip=flip)
         self.augment(place.epoch, place.position, out)

@@ -37,6 +37,7 @@ class UnreadableLimit:
             epoch: The epoch.
             last: The name of the last one, and why it could not be read.
         """
+        # A share of 0 allows none, and a share of 1 all of them.
         if unreadable > self._max_bad * self._samples:
             raise DataError(
                 f"{unreadable} of the {self._samples} samples of epoch {epoch} could not be read, "
@@ -78,4 +79,5 @@ class UnreadableCounter:
         for sample in unreadable:
             self._count += 1
             LOG.warning("unreadable sample: %s", sample.named)
+            # One by one, so that the message names the sample that was one too many.
             self._limit.check(self._count, epoch, sample.named)

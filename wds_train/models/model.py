@@ -37,7 +37,7 @@ def create_model(
     Raises:
         UsageError: timm has no such model, or it cannot have these options.
     """
-    # The layer options are arguments that only timm's ResNets have.
+    # A model that timm has, with options that it can have.
     if not timm.is_model(recipe.name):
         raise UsageError(
             f"timm has no model {recipe.name!r}" + did_you_mean(recipe.name, timm.list_models())
@@ -49,6 +49,8 @@ def create_model(
             f"{asked} cannot be had with {recipe.name}: choose one of timm's ResNets, such as "
             "resnet50"
         )
+
+    # The options as arguments of timm, which wants a class where a recipe has its name.
     arguments = recipe.timm_arguments()
     if "aa_layer" in arguments:
         arguments["aa_layer"] = getattr(timm.layers, arguments["aa_layer"])

@@ -66,7 +66,8 @@ def date(unix: float | None) -> str:
         return UNKNOWN
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.gmtime(unix))
-    except (OverflowError, ValueError, OSError):  # a wrong clock, or a damaged file
+    # Of a wrong clock, or of a damaged file.
+    except (OverflowError, ValueError, OSError):
         return UNKNOWN
 
 

@@ -170,6 +170,7 @@ def _confusion(
     labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int
 ) -> NDArray[np.int64] | None:
     """Count how often each class was predicted for each; None for too many classes to read."""
+    # With more classes, the page lists the most confused pairs alone.
     if classes > LARGEST_MATRIX:
         return None
     counts = np.zeros((classes, classes), np.int64)
@@ -187,6 +188,7 @@ def _titles(classes: Sequence[ClassInfo]) -> list[str]:
 
     If two are the same, it is all names, and the id.
     """
+    # ImageNet has two classes "crane", and two "maillot".
     first = [entry.name.split(",")[0] for entry in classes]
     times = Counter(first)
     titles = []

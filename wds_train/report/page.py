@@ -169,6 +169,7 @@ def _picture_files(document: Document) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for section in document.sections:
         for block in section.blocks:
+            # Other blocks are text in the page itself.
             if isinstance(block, Charts):
                 for chart in block.charts:
                     files[f"{chart.name}.png"] = chart.png

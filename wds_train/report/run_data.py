@@ -107,6 +107,7 @@ class Account:
             rows = self.epochs
         points = []
         for row in rows:
+            # An older version did not log all metrics.
             if name in row:
                 points.append((row["epoch"], row[name]))
         return points
@@ -136,8 +137,9 @@ def _sound(rows: list[Row], note: Callable[[str], None]) -> Iterator[Row]:
 
 def _telling(rows: Iterable[Row], every: int, note: Callable[[str], None]) -> list[Row]:
     """Return the rows without scores of EMA weights that were not updated yet, which are noted."""
+    # The last step of which a score is left out; 0 for none.
     found = []
-    last = 0  # the last step of which a score is left out
+    last = 0
     for row in rows:
         kept = telling(row, row["step"], every)
         if len(kept) < len(row):

@@ -156,6 +156,7 @@ def _catch_up_seconds(
         attempt: The attempt.
         furthest: The step that some earlier attempt reached.
     """
+    # The times of all rows that show the run to have come so far.
     times = []
     for row in (*account.steps, *account.epochs, *account.replayed):
         is_its_own = "time/unix" in row and row.get("time/attempt") == number
@@ -205,6 +206,8 @@ def add_up_cost(
     if price is not None:
         dollars = seconds / 3600 * price
         unpriced = 0
+
+    # On demand nothing is interrupted, so that nothing is done again.
     on_demand_dollars = None
     if on_demand is not None:
         needed = seconds - sum(attempt.again or 0.0 for attempt in attempts)
