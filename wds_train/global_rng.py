@@ -63,22 +63,30 @@ def derived_randomness(device: torch.device, *parts: str | int) -> Iterator[None
 def keyed(rng: np.random.Generator) -> Iterator[None]:
     """Let code that draws from global generators, as torchvision's transforms do, draw from `rng`.
 
-    Their draws follow from one draw of `rng`. After the `with`, the global generators are as they
-    were before.
+    Within the `with`, the draws from Python's `random`, from NumPy's global generator and from
+    PyTorch's on the CPU follow from one draw of `rng`. After it, these generators are as they were
+    before. So a transform makes the same sample in whichever worker it runs.
 
     Args:
-        rng: The generator that a transform gets.
+        rng: The generator that a `transform` of a loader gets.
+
+    Yields:
+        Nothing.
 
     Example:
         >>> import random
         >>> import numpy as np
-        >>> def draw(seed):
-        ...     with keyed(np.random.default_rng(seed)):
-        ...         return random.random()
-        >>> draw(7) == draw(7)
-        True
-        >>> draw(7) == draw(8)
-        False
+        >>> from wds_train import keyed
+        >>> def transform(image, key, rng):
+        ...     with keyed(rng):
+        ...         shift = random.randrange(1000)  # or a transform of torchvision
+        ...     return np.roll(image, shift, axis=1)
+        >>> image = np.arange(3000).reshape(1, 1000, 3)
+        >>> first = transform(image, "cat/0001", np.random.default_rng(7))
+        >>> again = transform(image, "cat/0001", np.random.default_rng(7))
+        >>> other = transform(image, "cat/0001", np.random.default_rng(8))
+        >>> np.array_equal(first, again), np.array_equal(first, other)
+        (True, False)
     """
     with derived_randomness(torch.device("cpu"), int(rng.integers(1 << 63))):
         yield

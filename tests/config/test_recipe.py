@@ -8,7 +8,7 @@ import pytest
 
 from wds_train.config.presets import PRESETS, Preset, preset
 from wds_train.config.recipe import Recipe
-from wds_train.config.settings import following, setting_names, with_settings
+from wds_train.config.settings import describe_followers, setting_names, with_settings
 from wds_train.errors import UsageError
 
 
@@ -46,7 +46,7 @@ def test_what_is_set_takes_along_what_is_not(
         name for name in setting_names() if attrgetter(name)(after) != attrgetter(name)(before)
     } - named
     assert {name: attrgetter(name)(after) for name in others} == changed
-    lines = following(before, settings)
+    lines = describe_followers(before, settings)
     assert len(lines) == len(changed)
     assert all(any(f": {name} " in line for line in lines) for name in changed)
     assert with_settings(after, settings) == after  # a run that goes on is the same

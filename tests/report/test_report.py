@@ -27,7 +27,13 @@ from wds_train.report.charts import timeline_chart
 from wds_train.report.page import write
 from wds_train.report.run_data import Account
 from wds_train.report.run_report import NOT_EVALUATED, Prices, report
-from wds_train.report.run_summary import attempts_of, audit_of, cost_of, expectation, milestones
+from wds_train.report.run_summary import (
+    add_up_cost,
+    audit_replays,
+    choose_milestones,
+    describe_expectation,
+    list_attempts,
+)
 from wds_train.storage.open import open_store
 
 
@@ -123,7 +129,7 @@ def test_the_command_trains_the_same(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_recipe_s_expectation_is_told_with_its_source(tmp_path: Path, name: str) -> None:
     account = account_of(tmp_path, make_run(tmp_path, history_of(3), recipe=preset(name)))
-    text = expectation(account)
+    text = describe_expectation(account)
     assert PRESETS[name].expected in text
     assert PRESETS[name].source in text
     assert "differs" not in text
@@ -151,15 +157,15 @@ def test_what_interruptions_cost(tmp_path: Path) -> None:
     account = account_of(
         folder, manifest, [row_of(step, 1, BEGAN + step) for step in range(265, 301, 5)]
     )
-    first, second, third = attempts_of(account, None)
+    first, second, third = list_attempts(account, None)
     assert first.place == "a g5.2xlarge NVIDIA A10G"
     assert (first.down, first.again, first.twice) == (1200.0, 100.0, 40 * 1024)
     assert (second.down, second.again, second.twice) == (1000.0, None, 0)
     assert (third.down, third.again, third.twice) == (0.0, None, None)
-    cost = cost_of(manifest, [first, second, third], None, 1.0)
+    cost = add_up_cost(manifest, [first, second, third], None, 1.0)
     assert (cost.dollars, cost.unpriced) == (pytest.approx(0.5 * 4800 / 3600 + 0.4), 1)
     assert cost.on_demand == pytest.approx((4800 + 3600 + 1800 - 100) / 3600)
-    cost = cost_of(manifest, attempts_of(account, 2.0), 2.0, None)
+    cost = add_up_cost(manifest, list_attempts(account, 2.0), 2.0, None)
     assert (cost.dollars, cost.unpriced, cost.on_demand) == (
         pytest.approx(2 * 10200 / 3600),
         0,
@@ -193,7 +199,7 @@ def test_what_a_crash_loop_costs_is_counted_once(tmp_path: Path) -> None:
     ]
     manifest = make_run(tmp_path / "run", rows, attempts=attempts)
     replayed = [row_of(80, 1, BEGAN + 790), row_of(75, 2, BEGAN + 1700)]
-    told = attempts_of(account_of(tmp_path / "run", manifest, replayed), None)
+    told = list_attempts(account_of(tmp_path / "run", manifest, replayed), None)
     assert [(each.down, each.again) for each in told] == [
         (200.0, 800.0),
         (36_200.0, 800.0),
@@ -201,7 +207,9 @@ def test_what_a_crash_loop_costs_is_counted_once(tmp_path: Path) -> None:
         (0.0, None),
     ]
     assert [each.twice for each in told] == [14 * 1024, 9 * 1024, 0, None]
-    assert cost_of(manifest, told, None, 1.0).on_demand == pytest.approx((4 * 800 - 1660) / 3600)
+    assert add_up_cost(manifest, told, None, 1.0).on_demand == pytest.approx(
+        (4 * 800 - 1660) / 3600
+    )
 
 
 def test_no_two_ways_to_end_look_alike() -> None:
@@ -217,7 +225,7 @@ def test_the_determinism_audit(tmp_path: Path) -> None:
     manifest = make_run(tmp_path / "run", history)
     replayed = [row | {"time/unix": 1.0, "time/attempt": 1} for row in history[5:13]]
     account = account_of(tmp_path / "run", manifest, replayed)
-    audit = audit_of(account)
+    audit = audit_replays(account)
     assert (audit.compared, audit.first, audit.last, audit.waiting, audit.differences) == (
         8,
         25,
@@ -230,7 +238,7 @@ def test_the_determinism_audit(tmp_path: Path) -> None:
     replayed[3] = replayed[3] | {"train/loss": changed}
     late = row_of(500, 1, BEGAN)
     account = replace(account, replayed=[*replayed, late])
-    audit = audit_of(account)
+    audit = audit_replays(account)
     assert (audit.compared, audit.waiting) == (8, 1)
     step, value = replayed[3]["step"], history[8]["train/loss"]
     assert audit.differences == [(step, "train/loss", repr(changed), repr(value))]
@@ -254,11 +262,11 @@ def test_milestones_hold_the_first_the_best_and_the_last() -> None:
         for i in range(1, 601)
     ]
     rows[416]["val/top1"], rows[222]["val/top1_ema"] = 999.0, 999.0
-    chosen = milestones(rows)
+    chosen = choose_milestones(rows)
     assert len(chosen) <= 17
     assert {1.0, 223.0, 417.0, 600.0} <= {row["epoch"] for row in chosen}
-    assert milestones(rows[:5]) == rows[:5]
-    assert milestones([]) == []
+    assert choose_milestones(rows[:5]) == rows[:5]
+    assert choose_milestones([]) == []
 
 
 def damaged(run: Path) -> None:

@@ -30,7 +30,7 @@ from wds_train.evaluation.calibrate import calibrate
 from wds_train.evaluation.evaluate import Member, View, chosen_weights
 from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
-from wds_train.models.calibration import Calibration, as_judged_now, probabilities
+from wds_train.models.calibration import Calibration, judge_again, probabilities
 from wds_train.models.weights import Weights
 from wds_train.report.model_checks import find
 from wds_train.serving import demo_page as demo
@@ -634,7 +634,7 @@ def test_what_an_earlier_version_fitted_is_judged_by_the_same_rule(
     found = Weights.read(tmp_path / "old.safetensors").calibration
     assert found.temperature == temperature
     assert text in str(found)
-    assert as_judged_now(found) == found
+    assert judge_again(found) == found
 
 
 def test_without_the_validation_there_is_no_temperature_until_it_is_back(

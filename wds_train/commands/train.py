@@ -37,7 +37,7 @@ from wds_train.config.numbers import above_zero
 from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
 from wds_train.config.recipe import Recipe
-from wds_train.config.settings import following, parsed, with_settings
+from wds_train.config.settings import describe_followers, parse_settings, with_settings
 from wds_train.console import loading, say
 from wds_train.dataset.manifest import NAME
 from wds_train.dataset.reader import Dataset
@@ -345,7 +345,7 @@ def _resolve_job(args: argparse.Namespace, dataset: str | None) -> Job:
     settings = list(args.settings)
     if args.init:
         settings.append(f"model.init={args.init}")
-    parsed(settings)  # before a store is asked: a typo is answered at once
+    parse_settings(settings)  # before a store is asked: a typo is answered at once
 
     # The recipe: the one that is named, or that of the run.
     wanted = preset(args.recipe or DEFAULT)
@@ -372,7 +372,9 @@ def _resolve_job(args: argparse.Namespace, dataset: str | None) -> Job:
         data = data_of(opened, [(Dataset.open(url), share) for url, share in mix])
         fresh = replace(own, recipe=recipe.to_dict(), dataset=data)
         check_resume(own, fresh, run)  # raises if the run cannot go on so
-    return Job(run, recipe, opened.store.url, mix, settings, following(wanted, settings), own)
+    return Job(
+        run, recipe, opened.store.url, mix, settings, describe_followers(wanted, settings), own
+    )
 
 
 def _keeps_recipe(recipe: str | None, source: RunManifest) -> bool:

@@ -1,4 +1,7 @@
-"""Numbers as people write them on the command line: their ranges, in messages and in --help."""
+"""Numbers as people write them on the command line: their ranges, in messages and in --help.
+
+The commands give a `Number` to argparse as the type of an argument.
+"""
 
 import argparse
 import math
@@ -8,15 +11,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Number:
-    """The type of an argument: a number of at least `least` and at most `most`, or above and below
-    them where they are `open`.
+    """The type of an argument: a number within a range.
+
+    Attributes:
+        kind: int or float.
+        least: The lower bound.
+        most: The upper bound.
+        open: The bounds that are no values themselves: "(" the lower one, ")" the upper one.
     """
 
     kind: type[int] | type[float]
     least: float = -math.inf
     most: float = math.inf
     open: str = ""
-    """Which bounds are no values themselves: "(" the lower one, ")" the upper one."""
 
     def __call__(self, text: str) -> int | float:
         """Return the number that a flag's value says, as argparse asks for it."""
@@ -29,12 +36,17 @@ class Number:
         """Return the number that `text` says.
 
         Raises:
-            ValueError: It says none, or one out of range.
+            ValueError: It is not a number, or one out of range.
         """
         value = self.kind(text)
-        low = value > self.least if "(" in self.open else value >= self.least
-        high = value < self.most if ")" in self.open else value <= self.most
-        if not (low and high) or abs(value) == math.inf:  # of NaN, both are false
+        # Of NaN, every comparison is false.
+        low = value >= self.least
+        if "(" in self.open:
+            low = value > self.least
+        high = value <= self.most
+        if ")" in self.open:
+            high = value < self.most
+        if not (low and high) or abs(value) == math.inf:
             raise ValueError(text)
         return value
 
@@ -42,23 +54,44 @@ class Number:
         """Return the range in words."""
         if self.kind is int and not math.isinf(self.most):
             return f"a whole number from {self.least:g} to {self.most:g}"
-        low = f"{'more than' if '(' in self.open else 'at least'} {self.least:g}"
-        high = f"{'less than' if ')' in self.open else 'at most'} {self.most:g}"
-        bounds = [
-            text for text, bound in ((low, self.least), (high, self.most)) if not math.isinf(bound)
-        ]
-        noun = "a whole number" if self.kind is int else "a number"
-        return f"{noun}{' of ' * bool(bounds)}{' and '.join(bounds)}"
+
+        # The bounds that there are.
+        bounds = []
+        if not math.isinf(self.least):
+            word = "at least"
+            if "(" in self.open:
+                word = "more than"
+            bounds.append(f"{word} {self.least:g}")
+        if not math.isinf(self.most):
+            word = "at most"
+            if ")" in self.open:
+                word = "less than"
+            bounds.append(f"{word} {self.most:g}")
+
+        noun = "a number"
+        if self.kind is int:
+            noun = "a whole number"
+        if not bounds:
+            return noun
+        return f"{noun} of {' and '.join(bounds)}"
 
 
 def with_range(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of an argument, whose help says the range of a number."""
+    """Add the range of a number to the help of an argument.
+
+    Args:
+        options: The keywords for `add_argument`.
+
+    Returns:
+        The keywords to use: those of an argument that is not a `Number` stay as they are.
+    """
     kind = options.get("type")
     if not isinstance(kind, Number):
         return options
     return options | {"help": f"{options.get('help', '')} [{kind}]".strip()}
 
 
+# Ranges that several commands use.
 count = Number(int, 0)
 positive = Number(int, 1)
 whole = Number(int)

@@ -1,4 +1,7 @@
-"""The precision of the arithmetic: the choice of a machine, not of a recipe."""
+"""The precision of the arithmetic: the choice of a machine, not of a recipe.
+
+It stands alone because the command line offers it without importing PyTorch.
+"""
 
 from typing import Literal
 

@@ -22,14 +22,22 @@ from wds_train.errors import UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class Preset:
+    """A recipe, with what is known of its trainings.
+
+    Attributes:
+        recipe: The recipe.
+        source: Its source: a paper, or somebody's configuration.
+        expected: The expected top-1, and how it is evaluated.
+        hours: GPU-hours, and the cost at spot prices.
+    """
+
     recipe: Recipe
     source: str
     expected: str
-    """Top-1, and how it is evaluated."""
     hours: str
-    """GPU-hours and the cost at spot prices."""
 
 
+# FFCV's configurations differ from each other in the epochs alone.
 _FFCV = Recipe(
     name="quick",
     batch=1024,
@@ -41,6 +49,7 @@ _FFCV = Recipe(
 )
 
 _ALL = (
+    # For ImageNet, from hours to days.
     Preset(
         _FFCV,
         source="FFCV's rn50 configuration, 16 epochs (libffcv/ffcv-imagenet)",
@@ -94,6 +103,7 @@ _ALL = (
         expected="80.85 % at 224 px (p)",
         hours="A10G 169 h, $61-100; H100 30 h (i)",
     ),
+    # For ImageNet, as others trained before.
     Preset(
         Recipe(
             name="seed",
@@ -150,6 +160,7 @@ _ALL = (
         expected="75-76 % at 224 px (p)",
         hours="A10G 41 h, $15-24; H100 7.3 h (i)",
     ),
+    # For smaller datasets, and first tries.
     Preset(
         Recipe(
             name="imagenette",
@@ -238,11 +249,17 @@ _ALL = (
     ),
 )
 
+# The presets by name, in the order in which `wds-train recipes` lists them.
 PRESETS = {each.recipe.name: each for each in _ALL}
 
 
 def preset(name: str) -> Recipe:
-    """Return the recipe of that name; `UsageError` with the nearest names when there is none."""
+    """Return the recipe of a preset.
+
+    Raises:
+        UsageError: There is no preset of that name. The message has the most similar names.
+    """
+    # Without a similar name, all of them: they fit in a line.
     if name not in PRESETS:
         hint = did_you_mean(name, PRESETS, 2) or f"; there are {', '.join(PRESETS)}"
         raise UsageError(f"there is no recipe {name!r}{hint}")

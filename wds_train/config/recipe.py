@@ -1,8 +1,10 @@
 """Recipes: everything that decides a training's outcome except the data.
 
-They are frozen, typed, and kept in the run's manifest.
+They are frozen, typed, and kept in the run's manifest. `--set section.field=value` changes one
+field (`settings.py`). `presets.py` has the recipes to begin with.
 
-`--set section.field=value` changes one field. `presets.py` has the recipes to begin with.
+A field that is added needs a default that changes nothing: the manifests of older runs do not have
+it.
 """
 
 import dataclasses
@@ -16,8 +18,12 @@ from wds_train.schema import typed
 
 
 def _check(part: Any, section: str, *rules: tuple[str, bool, str]) -> None:
-    """Raise `UsageError` with the first field of `part` that breaks its rule; `section` comes
-    before its name.
+    """Raise `UsageError` if a field breaks its rule.
+
+    Args:
+        part: The part of the recipe that has the field.
+        section: The prefix of its name in settings, such as "model.".
+        rules: For each rule the field, True if it holds, and what the value must be, in words.
     """
     for name, holds, rule in rules:
         if not holds:
@@ -28,12 +34,16 @@ def _check(part: Any, section: str, *rules: tuple[str, bool, str]) -> None:
 
 @dataclass(frozen=True)
 class ModelRecipe:
+    """The model, its layer options and its first weights."""
+
+    # The network, and where it starts.
     name: str = "resnet50"
     """A timm model name."""
     init: str = ""
     """Weights to start from: `timm:NAME`, timm's pretrained ones (`timm:` those of `name`), a file
     of `wds-train export`, or a safetensors file of timm's weights for `name`. Empty: random.
     """
+    # Changes of its layers.
     drop_path: float = 0.0
     """Stochastic depth rate of the last block (timm scales it down towards the first)."""
     blur_pool: bool = False
@@ -49,26 +59,36 @@ class ModelRecipe:
         _check(self, "model.", ("drop_path", 0 <= self.drop_path < 1, "in [0, 1)"))
 
     def layers(self) -> dict[str, dict[str, Any]]:
-        """Return the layer options that are on, each with what timm's `create_model` takes for it
-        (timm/models/resnet.py: resnetblur50, resnet50d, seresnet50); `aa_layer` is the name of a
-        class of timm.layers.
+        """Return the layer options that are on, each with its arguments for timm's `create_model`.
+
+        They are those of timm/models/resnet.py for resnetblur50, resnet50d and seresnet50.
+        `aa_layer` is the name of a class of timm.layers, because a recipe must fit into JSON.
         """
+        # By their arguments, not by the models' names: so that options can be combined.
         known: dict[str, dict[str, Any]] = {
             "blur_pool": {"aa_layer": "BlurPool2d"},
             "deep_stem": {"stem_width": 32, "stem_type": "deep", "avg_down": True},
             "squeeze_excite": {"block_args": {"attn_layer": "se"}},
         }
-        return {name: arguments for name, arguments in known.items() if getattr(self, name)}
+        chosen = {}
+        for name, arguments in known.items():
+            if getattr(self, name):
+                chosen[name] = arguments
+        return chosen
 
     def timm_arguments(self) -> dict[str, Any]:
-        """Return what timm's `create_model` takes for all layer options together."""
-        return {
-            name: value for arguments in self.layers().values() for name, value in arguments.items()
-        }
+        """Return the arguments for timm's `create_model` of all layer options together."""
+        together: dict[str, Any] = {}
+        for arguments in self.layers().values():
+            together |= arguments
+        return together
 
 
 @dataclass(frozen=True)
 class DataRecipe:
+    """Images: sizes, crops, augmentation and normalisation."""
+
+    # Sizes, of training and validation.
     size: int = 224
     """Side of the training images, pixels; with `start_size`, of the last epochs'."""
     start_size: int = 0
@@ -83,6 +103,7 @@ class DataRecipe:
     """Share of the shorter side that validation keeps."""
     eval_flip: bool = False
     """Validate on the mean of the logits of each image and its mirror image."""
+    # Augmentation.
     scale: tuple[float, float] = (0.08, 1.0)
     """RandomResizedCrop: smallest and largest area share."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -105,18 +126,21 @@ class DataRecipe:
     """Repeated augmentation (Hoffer et al. 2019, arXiv:1901.09335): how often each sample stands in
     its batch, each time with new augmentation. A pass over the dataset then takes so many epochs.
     """
+    # Normalisation.
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean of pixels in [0, 1], ImageNet's by default."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per-channel standard deviation of pixels in [0, 1]."""
     as_init: bool = False
-    """Take the sizes, `eval_crop`, `mean` and `std` from the weights of `model.init`, but for those
+    """Take the sizes, `eval_crop`, `mean` and `std` from the weights of `model.init`, except those
     that are set.
     """
+    # Tolerance.
     max_bad: float = 0.001
     """Share of an epoch's samples that may be unreadable before the run stops."""
 
     def __post_init__(self) -> None:
+        # A side of less than 8 pixels is a slip: no model could learn from such images.
         _check(
             self,
             "data.",
@@ -146,6 +170,8 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
+    """The optimizer and its rates."""
+
     name: str = "sgd"
     """A timm optimizer name. timm's `sgd` is Nesterov, `momentum` is plain."""
     lr: float = 0.1
@@ -179,11 +205,15 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
+    """The learning rate over the training, and its length."""
+
+    # The length and the form of the curve.
     kind: Literal["cosine", "linear", "step", "onecycle"] = "cosine"
     """The curve of the learning rate after the warm-up. `onecycle` is `cosine` with a warm-up of
     the same shape.
     """
     epochs: int = 90
+    # The way up.
     warmup_epochs: float = 5.0
     """Epochs of warm-up to the peak."""
     warmup_start: float = 0.0
@@ -192,6 +222,7 @@ class ScheduleRecipe:
     """True if the cosine begins when the warm-up ends; otherwise at step 0, hidden by the warm-up
     until then (timm's default).
     """
+    # The way down.
     flat: float = 0.0
     """Share of the training, warm-up included, during which the peak is kept before `cosine` or
     `linear` come down.
@@ -201,6 +232,7 @@ class ScheduleRecipe:
     step_epochs: tuple[float, ...] = ()
     """`step`: the epochs after which the learning rate is multiplied by `step_factor`."""
     step_factor: float = 0.1
+    # An early end.
     patience: int = 0
     """End early when neither raw nor EMA top-1 has been higher than ever before for so many epochs;
     0: never.
@@ -227,6 +259,8 @@ class ScheduleRecipe:
 
 @dataclass(frozen=True)
 class MixRecipe:
+    """Mixing of pairs of samples: mixup (arXiv:1710.09412) and CutMix (arXiv:1905.04899)."""
+
     mixup: float = 0.0
     """Alpha of mixup's Beta distribution; 0 is off."""
     cutmix: float = 0.0
@@ -249,6 +283,8 @@ class MixRecipe:
 
 @dataclass(frozen=True)
 class LossRecipe:
+    """The loss for the labels."""
+
     kind: Literal["cross_entropy", "bce"] = "cross_entropy"
     """`bce`: a binary cross-entropy per class, averaged over samples and classes
     (arXiv:2110.00476).
@@ -269,6 +305,8 @@ class LossRecipe:
 
 @dataclass(frozen=True)
 class EmaRecipe:
+    """The average of the weights over the training."""
+
     kind: Literal["ema", "swa"] = "ema"
     """`ema`: an exponential moving average of the weights; `swa`: their plain mean
     (arXiv:1803.05407).
@@ -294,6 +332,8 @@ class EmaRecipe:
 
 @dataclass(frozen=True)
 class DistillRecipe:
+    """A teacher to learn from as well (Hinton et al. 2015, arXiv:1503.02531)."""
+
     teacher: str = ""
     """A model to learn from as well: `timm:NAME` with timm's pretrained weights, or a file of
     `wds-train export`.
@@ -315,6 +355,8 @@ class DistillRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
+    """A whole recipe, in sections."""
+
     name: str
     batch: int = 256
     """Global batch: samples per optimizer step over all ranks."""
@@ -329,6 +371,7 @@ class Recipe:
     distill: DistillRecipe = field(default_factory=DistillRecipe)
 
     def __post_init__(self) -> None:
+        # What binds two sections is checked here; each section has checked itself.
         mixes = self.mix.mixup > 0 or self.mix.cutmix > 0
         repeats = self.data.repeats
         _check(
@@ -342,21 +385,25 @@ class Recipe:
     @property
     def peak_lr(self) -> float:
         """The peak learning rate at this recipe's batch."""
-        per_batch = self.optimizer.lr_batch
-        return self.optimizer.lr * (self.batch / per_batch if per_batch else 1)
+        reference = self.optimizer.lr_batch
+        if not reference:
+            return self.optimizer.lr
+        return self.optimizer.lr * (self.batch / reference)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as JSON would hold it.
-
-        Tuples become lists, so that it equals its own round trip.
-        """
+        """Return the recipe as JSON holds it: tuples are lists, so that it equals what is read."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Recipe":
-        """Return the recipe that `to_dict` gave; what it does not name, having been added since, is
-        the default. `RunError` for a name that there is no more, or a value that is none of its
-        field's.
+        """Return the recipe that `to_dict` gave.
+
+        Args:
+            tree: The recipe as JSON holds it. A field that it does not name has been added since,
+                and gets its default.
+
+        Raises:
+            RunError: A field exists no more, or has a value of another type.
         """
         try:
             return typed(cls, tree, "recipe")

@@ -102,20 +102,36 @@ class SplitReader:
 class Dataset:
     """A dataset that `wds-train shards` made: tar shards, their index, and a manifest.
 
-    `Dataset.open` opens one by its address.
+    `Dataset.open` opens one by its address. `TrainLoader`, `EvalLoader` and `SampleLoader` take it,
+    or open the address themselves.
+
+    Args:
+        store: The place where its objects are.
+        manifest: Its manifest.
 
     Attributes:
-        store: The place where its objects are.
-        manifest: Its classes, splits and shards.
+        store: The place where its objects are. `store.url` is its address.
+        manifest: Its manifest. `manifest.classes` has the id and name of each class, in the order
+            of the labels; `manifest.splits` has the shards and the number of samples of each split.
 
     Example:
-        >>> dataset = Dataset.open("./photos-dataset")  # doctest: +SKIP
-        >>> [each.name for each in dataset.manifest.classes]  # doctest: +SKIP
+        >>> from wds_train import Dataset
+        >>> dataset = Dataset.open("./photos-dataset")
+        >>> [each.name for each in dataset.manifest.classes]
         ['cat', 'dog']
-        >>> train = dataset.split("train")  # doctest: +SKIP
-        >>> len(train), train.index.key_of(0), int(train.index.label[0])  # doctest: +SKIP
-        (1437, 'cat/0001', 0)
-        >>> image = train.image(0)  # still encoded, as JPEG or the like  # doctest: +SKIP
+        >>> train = dataset.split("train")
+        >>> len(train)
+        40
+
+        The index has a row for each sample, without a read of its image:
+
+        >>> label = int(train.index.label[0])  # a number of a class
+        >>> key = train.index.key_of(0)
+        >>> width, height = int(train.index.width[0]), int(train.index.height[0])
+
+        An image is read by its number, and is still encoded, as JPEG, PNG or the like:
+
+        >>> encoded = train.image(0)
     """
 
     store: Store
@@ -123,16 +139,20 @@ class Dataset:
 
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> "Dataset":
-        """Open a dataset.
+        """Open a dataset. Its manifest is read now, the index of a split by `split`.
 
         Args:
-            url: Its address, `s3://BUCKET/PREFIX` or a path like `./data`; or a name below
-                `$WDS_BUCKET/datasets`, or else below the embedded server's.
+            url: Its address: `s3://BUCKET/PREFIX`, a path like `/data` or `./data`, or a name below
+                `$WDS_BUCKET/datasets`. Without a bucket, a name is one of the embedded server. A
+                `pathlib.Path` is always a folder.
+
+        Returns:
+            The dataset.
 
         Raises:
-            UsageError: `url` is no address.
+            UsageError: `url` is not an address.
             NotFound: There is no dataset.
-            DataError: Its manifest is damaged, or a newer version's.
+            DataError: Its manifest is damaged, or was written by a newer version.
         """
         # Path("./photos") has lost its "./". As a text, it would be a name.
         if isinstance(url, os.PathLike):
@@ -165,7 +185,10 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of its content; see `DatasetManifest.fingerprint`."""
+        """The sha256 of its content, 64 hexadecimal digits; see `DatasetManifest.fingerprint`.
+
+        Two datasets with the same fingerprint give the same batches, wherever they are.
+        """
         return self.manifest.fingerprint
 
     def find_flaws(self, name: str, index: SampleIndex, shard: int | None = None) -> Iterator[str]:
@@ -189,10 +212,15 @@ class Dataset:
     def split(self, name: str) -> SplitReader:
         """Return the reader of a split.
 
-        An index of each shard is read and checked when the first of its rows is asked for.
+        If each shard has an index, it is read and checked when the first of its rows is asked
+        for; the index of a whole split is read now.
 
         Args:
             name: The split's name: "train", "val" or another that the manifest has.
+
+        Returns:
+            The reader. `len(reader)` is the number of samples; `reader.index` has a row for each
+            of them, with columns such as `label`, int32, and `width` and `height`, in pixels.
 
         Raises:
             DataError: There is no such split; or its index is damaged, or does not fit the

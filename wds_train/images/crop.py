@@ -1,4 +1,7 @@
-"""Crop boxes, drawn from a generator or computed. No pixels here."""
+"""Crop boxes, drawn from a generator or computed. No pixels here.
+
+`loader/transform.py` draws a box for each sample of a training.
+"""
 
 import math
 from typing import NamedTuple
@@ -32,6 +35,9 @@ def random_resized_crop(
         height: The height of the image, pixels.
         scale: Smallest and largest share of the image's area, drawn uniformly.
         ratio: Smallest and largest width / height, drawn log-uniformly.
+
+    Returns:
+        A box that lies inside the image.
     """
     for _ in range(10):
         # Doubles alone: NumPy may change how its other distributions use the bits (NEP 19), and
@@ -43,6 +49,8 @@ def random_resized_crop(
         h = round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return Box(int(x * (width - w + 1)), int(y * (height - h + 1)), w, h)
+
+    # No try fitted: as a rule, the image is much wider or higher than the allowed ratios.
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     return Box((width - w) // 2, (height - h) // 2, w, h)

@@ -12,6 +12,8 @@ Colours are those of Pillow's `convert("RGB")`: transparency and colour profiles
 16 bits the upper 8 are kept. A conversion lays transparent pixels on white, and stretches samples
 of less than 16 bits, before they come here (`plain.py`); older shards are read as before. Boxes are
 in the pixels of the upright image: EXIF's orientation is applied.
+
+The transforms of the loader call it for each sample (`loader/transform.py`).
 """
 
 import math
@@ -32,7 +34,8 @@ from wds_train.images.pillow import fast_header, open_upright, to_rgb, whole
 
 # From this factor on, plain bilinear skips source pixels. 1 makes every reduction anti-aliased.
 BILINEAR_UP_TO = 2
-THIN = 16  # from this ratio of the sides on, only the middle of an image is resized
+# From this ratio of the sides on, only the middle of an image is resized.
+THIN = 16
 
 # Loader workers are the parallelism: OpenCV's own threads would fight them for the cores.
 cv2.setNumThreads(0)
@@ -41,7 +44,12 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageInfo(NamedTuple):
-    """The size of the upright image, in pixels, by its header."""
+    """The size of the upright image by its header.
+
+    Attributes:
+        width: The width, pixels.
+        height: The height, pixels.
+    """
 
     width: int
     height: int
@@ -49,6 +57,9 @@ class ImageInfo(NamedTuple):
 
 def probe(data: bytes | memoryview) -> ImageInfo:
     """Read the header of an image.
+
+    Args:
+        data: The encoded image.
 
     Raises:
         DataError: It is not an image that can be read, or has more than MAX_PIXELS.
@@ -83,20 +94,15 @@ def decode_crop(
         _resize(_pillow_crop(data, box), out, (False, False, flip))
         return
 
-    # The box in the pixels of the stored image.
+    # Only the rows down to the box's bottom are decoded.
+    stored = _to_stored(box, header)
+    bottom = stored.top + stored.height
+    pixels = jpeg.decode_rows(memoryview(data), header, bottom)
+    crop = pixels[stored.top : bottom, stored.left : stored.left + stored.width]
+
+    # The flip is one turn together with the orientation's.
     transposed, mirror_rows, mirror_columns = ORIENTATIONS[header.orientation]
-    info = _upright_size(header)
-    left, top, width, height = _check_box(box, info)
-    if mirror_columns:
-        left = info.width - left - width
-    if mirror_rows:
-        top = info.height - top - height
-    if transposed:
-        left, top = top, left
-        width, height = height, width
-    pixels = jpeg.decode_rows(memoryview(data), header, top + height)
-    turn = (transposed, mirror_rows, mirror_columns != flip)
-    _resize(pixels[top : top + height, left : left + width], out, turn)
+    _resize(crop, out, (transposed, mirror_rows, mirror_columns != flip))
 
 
 def decode_center(data: bytes | memoryview, crop: float, out: NDArray[np.uint8]) -> None:
@@ -114,6 +120,7 @@ def decode_center(data: bytes | memoryview, crop: float, out: NDArray[np.uint8])
     Raises:
         DataError: As for `decode_crop`.
     """
+    # Every pixel, exactly; of a strip only the middle.
     image = whole(data)
     side = len(out)
     shorter = min(image.size)
@@ -121,10 +128,13 @@ def decode_center(data: bytes | memoryview, crop: float, out: NDArray[np.uint8])
         # Resized, a strip of one pixel by a million would be gigabytes.
         size = (min(image.width, THIN * shorter), min(image.height, THIN * shorter))
         image = ImageOps.fit(image, size, Image.Resampling.NEAREST)
-    resized = [int(math.floor(side / crop) * each / shorter) for each in image.size]
-    left = round((resized[0] - side) / 2)
-    top = round((resized[1] - side) / 2)
-    image = image.resize((resized[0], resized[1]), Image.Resampling.BILINEAR)
+
+    # The order of multiplication, division and rounding is timm's: another one is a pixel off.
+    width = int(math.floor(side / crop) * image.width / shorter)
+    height = int(math.floor(side / crop) * image.height / shorter)
+    left = round((width - side) / 2)
+    top = round((height - side) / 2)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
     out[...] = np.asarray(image.crop((left, top, left + side, top + side)))
 
 
@@ -137,7 +147,7 @@ def decode_whole(data: bytes | memoryview) -> NDArray[np.uint8]:
     return np.array(whole(data))
 
 
-# How the stored image becomes the upright one, by EXIF orientation: whether to transpose it, then
+# The turn of the stored image into the upright one, by EXIF orientation: True to transpose it, then
 # to mirror its rows, and its columns.
 ORIENTATIONS = {
     1: (False, False, False),
@@ -165,7 +175,9 @@ def _resize(
     transposed, mirror_rows, mirror_columns = turn
     height, width = out.shape[:2]
     if transposed:
-        height, width = width, height
+        width, height = out.shape[:2]
+
+    # Resized before turned: the result is smaller than the crop, as a rule.
     if pixels.shape[0] > BILINEAR_UP_TO * height or pixels.shape[1] > BILINEAR_UP_TO * width:
         small = _resize_antialiased(pixels, height, width)
     elif any(turn):
@@ -175,6 +187,7 @@ def _resize(
     else:
         cv2.resize(pixels, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
         return
+
     if transposed:
         small = np.asarray(cv2.transpose(small), np.uint8)
     if mirror_rows or mirror_columns:
@@ -184,6 +197,7 @@ def _resize(
 
 
 def _resize_antialiased(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Resize by PyTorch's anti-aliased bilinear filter, to uint8 [height, width, 3]."""
     # Batched before permuted: in any other order PyTorch does not see channels-last strides, and
     # takes a slower way.
     image = torch.from_numpy(np.ascontiguousarray(pixels)).unsqueeze(0).permute(0, 3, 1, 2)
@@ -198,8 +212,27 @@ def _upright_size(header: jpeg.Header) -> ImageInfo:
     return ImageInfo(header.width, header.height)
 
 
+def _to_stored(box: Box, header: jpeg.Header) -> Box:
+    """Return a box of the upright image in the pixels of the stored one.
+
+    Raises:
+        DataError: The image does not contain it.
+    """
+    transposed, mirror_rows, mirror_columns = ORIENTATIONS[header.orientation]
+    info = _upright_size(header)
+    left, top, width, height = _check_box(box, info)
+    if mirror_columns:
+        left = info.width - left - width
+    if mirror_rows:
+        top = info.height - top - height
+    if transposed:
+        return Box(left=top, top=left, width=height, height=width)
+    return Box(left, top, width, height)
+
+
 def _check_box(box: Box, info: ImageInfo) -> Box:
     """Return `box`; raise `DataError` if the image does not contain it."""
+    # An index that was made of other images would cut at random.
     left, top, width, height = box
     inside = min(left, top) >= 0 and left + width <= info.width and top + height <= info.height
     if not inside or min(width, height) < 1:
@@ -212,6 +245,7 @@ def _check_box(box: Box, info: ImageInfo) -> Box:
 
 def _pillow_crop(data: bytes | memoryview, box: Box) -> NDArray[np.uint8]:
     """Decode `box` of the upright image by Pillow, uint8 [height, width, 3]."""
+    # Pillow decodes a file as a whole, whatever is needed of it.
     image = open_upright(data)
     left, top, width, height = _check_box(box, ImageInfo(*image.size))
     image = image.crop((left, top, left + width, top + height))

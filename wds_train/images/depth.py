@@ -10,6 +10,9 @@ bright as the other.
 * Unsigned 16 bits without such a statement, with a value of 4096 or more: the upper 8 bits, as the
   loader reads them.
 * All else is refused, with the values that were seen.
+
+`plain.py` calls it for the images of a conversion, and for those that a trained model is asked
+about.
 """
 
 import io
@@ -23,8 +26,10 @@ from PIL import Image, ImageFile, TiffImagePlugin
 from wds_train.errors import DataError
 from wds_train.images.pillow import PNG, as_pillow_reads, load, png_chunks
 
-FULL = 0xFFFF
-FILLED = 0x1000  # from this value on, 16 bits are taken for filled
+FULL = 0xFFFF  # the largest number of 16 bits
+# From this value on, 16 bits are taken for filled: a camera of 12 bits gives none so large.
+FILLED = 0x1000
+# Up to so many bits, only an almost black image leaves the upper ones of 16 bits empty.
 SURE_BITS = 12
 # Kinds of a PNG.
 GREY = 0
@@ -40,6 +45,11 @@ MAX_VALUE = 281
 FORMAT = 339
 SMIN_VALUE = 340
 SMAX_VALUE = 341
+# Tags of a range, and the name of it for messages. The first one with white is taken.
+RANGE_TAGS = (
+    (SMIN_VALUE, SMAX_VALUE, "SMaxSampleValue"),
+    (MIN_VALUE, MAX_VALUE, "MaxSampleValue"),
+)
 WHITE_IS_ZERO = 0
 UNSIGNED = 1
 SIGNED = 2
@@ -63,7 +73,7 @@ class Range(NamedTuple):
     by: str
 
     def __str__(self) -> str:
-        return f"{_shown(self.low)} to {_shown(self.high)} ({self.by})"
+        return f"{_format_number(self.low)} to {_format_number(self.high)} ({self.by})"
 
 
 class Eight(NamedTuple):
@@ -86,7 +96,12 @@ class Plane(NamedTuple):
 
 
 def is_deep(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Return whether a sample has more than 8 bits, or a sign, by the header."""
+    """Return True if a sample has more than 8 bits, or a sign, by the header.
+
+    Args:
+        image: The image, opened and not decoded.
+        data: The file that it is in.
+    """
     if data.startswith(PNG):
         return data[24] == 16
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -112,8 +127,13 @@ def eight_bits(image: ImageFile.ImageFile, data: bytes) -> Eight:
 def _of_png(image: ImageFile.ImageFile, data: bytes) -> Eight:
     samples = _png_samples(image, data)
     count = PNG_COLOURS[data[25]]
-    colours, alpha = samples[..., :count], samples[..., count:]
-    chunks = {chunk.kind: data[chunk.content] for chunk in png_chunks(data)}
+    colours = samples[..., :count]
+    alpha = samples[..., count:]
+    chunks = {}
+    for chunk in png_chunks(data):
+        chunks[chunk.kind] = data[chunk.content]
+
+    # Colours and alpha may be of different ranges.
     bits = chunks.get(b"sBIT", b"")
     kind = f"mode {image.mode}, 16 bits"
     planes = [_eight(colours, _by_sbit(colours, bits[:count]), kind)]
@@ -123,7 +143,7 @@ def _of_png(image: ImageFile.ImageFile, data: bytes) -> Eight:
         key = np.frombuffer(chunks[b"tRNS"][: 2 * count], ">u2")
         hidden = (samples == key).all(axis=2, keepdims=True)
         planes.append(Plane(np.where(hidden, 0, 255).astype(np.uint8)))
-    return _joined(planes)
+    return _join(planes)
 
 
 def _png_samples(image: ImageFile.ImageFile, data: bytes) -> NDArray[np.uint16]:
@@ -137,7 +157,9 @@ def _png_samples(image: ImageFile.ImageFile, data: bytes) -> NDArray[np.uint16]:
         return np.asarray(image).astype(np.uint16)[..., None]
     if kind == GREY_ALPHA:  # the four bytes of a pixel, as if they were four colours of 8 bits
         return _png_as(data, "RGBA").view(">u2").astype(np.uint16)
-    colours = "RGB" if kind == COLOUR else "RGBA"
+    colours = "RGBA"
+    if kind == COLOUR:
+        colours = "RGB"
     return _sixteen(_png_as(data, f"{colours};16B"), _png_as(data, f"{colours};16L"))
 
 
@@ -153,6 +175,7 @@ def _png_as(data: bytes, raw: str) -> NDArray[np.uint8]:
 
 
 def _sixteen(upper: NDArray[np.uint8], lower: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """Join the upper and lower 8 bits to numbers of 16."""
     return np.left_shift(upper, 8, dtype=np.uint16) | lower
 
 
@@ -165,6 +188,7 @@ def _by_sbit(samples: NDArray[np.uint16], bits: bytes) -> Range | None:
     """
     if not bits or not 0 < max(bits) <= 16:
         return None
+    # Numbers above what the bits can hold, or all scaled up: the upper bits are meant.
     count = max(bits)
     top = (1 << count) - 1
     if samples.max() > top or (count > SURE_BITS and _is_scaled_up(samples, count)):
@@ -173,7 +197,7 @@ def _by_sbit(samples: NDArray[np.uint16], bits: bytes) -> Range | None:
 
 
 def _is_scaled_up(samples: NDArray[np.uint16], bits: int) -> bool:
-    """Return whether all samples are numbers of `bits` that were scaled up to 16 bits.
+    """Return True if all samples are numbers of `bits` bits that were scaled up to 16.
 
     The lower bits of such numbers are zeros, or their own first bits again.
     """
@@ -187,14 +211,20 @@ def _of_tiff(image: TiffImagePlugin.TiffImageFile, data: bytes) -> Eight:
     stated = _by_tags(image, bits)
     samples = _tiff_samples(image, data, bits)
     count = samples.shape[2] - image.has_transparency_data
-    colours, alpha = samples[..., :count], samples[..., count:]
+    colours = samples[..., :count]
+    alpha = samples[..., count:]
+
+    # All channels are of the range that the tags say.
     kind = f"mode {image.mode}, {bits} bits"
     planes = [_eight(colours, stated, kind)]
     if _numbers(image, PHOTOMETRIC) == (WHITE_IS_ZERO,):  # Pillow inverts those of 8 bits alone
         planes = [Plane(255 - planes[0].pixels, planes[0].note)]
     if alpha.size:
         planes.append(_eight(alpha, stated, kind))
-    return _joined(planes, "CMYK" if image.mode == "CMYK" else None)
+    mode = None
+    if image.mode == "CMYK":  # four channels would be taken for RGBA
+        mode = "CMYK"
+    return _join(planes, mode)
 
 
 def _tiff_samples(image: TiffImagePlugin.TiffImageFile, data: bytes, bits: int) -> NDArray[Any]:
@@ -203,8 +233,10 @@ def _tiff_samples(image: TiffImagePlugin.TiffImageFile, data: bytes, bits: int) 
     unsigned = _numbers(image, FORMAT) in ((), (UNSIGNED,))
     if image.mode.startswith("I;16"):
         return pixels.astype(np.uint16)[..., None]
-    if image.mode == "I":  # Pillow has no mode for 32 bits without a sign
-        return (pixels.view(np.uint32) if unsigned and bits == 32 else pixels)[..., None]
+    if image.mode == "I" and unsigned and bits == 32:  # Pillow has no mode without a sign
+        return pixels.view(np.uint32)[..., None]
+    if image.mode == "I":
+        return pixels[..., None]
     if image.mode == "F":
         return pixels[..., None]
     if image.mode == "L":  # with a sign, of which Pillow has not heard
@@ -215,7 +247,11 @@ def _tiff_samples(image: TiffImagePlugin.TiffImageFile, data: bytes, bits: int) 
 def _lower_bytes(data: bytes) -> NDArray[np.uint8]:
     """Return the lower 8 of 16 bits in a TIFF of several channels, which Pillow leaves away."""
     image = Image.open(io.BytesIO(data), formats=("TIFF",))
-    other = str.maketrans("LBN", "BLB" if sys.byteorder == "little" else "BLL")
+    # Pillow takes the upper byte of 16 bits by their order: little (L), big (B) or the machine's
+    # (N). With the other order, it takes the lower one.
+    other = str.maketrans("LBN", "BLL")
+    if sys.byteorder == "little":
+        other = str.maketrans("LBN", "BLB")
     tiles = []
     for tile in image.tile:
         assert isinstance(tile.args, tuple)
@@ -228,28 +264,27 @@ def _lower_bytes(data: bytes) -> NDArray[np.uint8]:
 
 def _by_tags(image: TiffImagePlugin.TiffImageFile, bits: int) -> Range | None:
     """Return the range that a TIFF's tags say. Black is 0 if they say white alone."""
-    for least, most, name in (
-        (SMIN_VALUE, SMAX_VALUE, "SMaxSampleValue"),
-        (MIN_VALUE, MAX_VALUE, "MaxSampleValue"),
-    ):
-        if highest := _numbers(image, most):
-            lowest = _numbers(image, least) or (0,)
-            if min(lowest) < max(highest):
-                return Range(min(lowest), max(highest), name)
+    for least, most, name in RANGE_TAGS:
+        highest = _numbers(image, most)
+        lowest = _numbers(image, least) or (0,)
+        if highest and min(lowest) < max(highest):
+            return Range(min(lowest), max(highest), name)
     if 8 < bits < 16:
         return Range(0, (1 << bits) - 1, "BitsPerSample")
     return None
 
 
 def _bits(image: TiffImagePlugin.TiffImageFile) -> int:
+    """Return the bits of a TIFF's samples, the most of all channels."""
     return int(max(_numbers(image, BITS_PER_SAMPLE), default=1))
 
 
 def _numbers(image: TiffImagePlugin.TiffImageFile, tag: int) -> tuple[float, ...]:
     """Return the numbers of a TIFF's tag; empty if it has none."""
-    found = image.tag_v2.get(tag, ())
-    values = found if isinstance(found, tuple) else (found,)
-    return tuple(each for each in values if isinstance(each, int | float))
+    values = image.tag_v2.get(tag, ())
+    if not isinstance(values, tuple):
+        values = (values,)
+    return tuple([each for each in values if isinstance(each, int | float)])
 
 
 def _eight(samples: NDArray[Any], stated: Range | None, kind: str) -> Plane:
@@ -263,15 +298,19 @@ def _eight(samples: NDArray[Any], stated: Range | None, kind: str) -> Plane:
     Raises:
         DataError: There is no range, or samples lie beyond it.
     """
+    # Numbers that nobody can show.
     if samples.dtype.kind == "f" and not np.isfinite(samples).all():
         raise DataError(f"some of its samples ({kind}) are infinite, or no numbers; {REMEDY}")
+
+    # The upper 8 bits, as the loader reads them; or the range that is stated.
     lowest = samples.min().item()
     highest = samples.max().item()
-    seen = f"its samples ({kind}) are {_shown(lowest)} to {_shown(highest)}"
+    seen = f"its samples ({kind}) are {_format_number(lowest)} to {_format_number(highest)}"
     if samples.dtype == np.uint16 and (highest == 0 or _is_filled(highest, stated)):
         return Plane((samples >> 8).astype(np.uint8))
     if stated is None:
         raise DataError(f"{seen}, and it does not say which number is white; {REMEDY}")
+    # To clip would hide that the range, or the reading of it, is wrong.
     if lowest < stated.low or highest > stated.high:
         raise DataError(f"{seen}, beyond the range that it states, {stated}; {REMEDY}")
     scaled = np.rint((samples.astype(np.float64) - stated.low) * 255 / (stated.high - stated.low))
@@ -279,20 +318,22 @@ def _eight(samples: NDArray[Any], stated: Range | None, kind: str) -> Plane:
 
 
 def _is_filled(highest: int, stated: Range | None) -> bool:
-    """Return whether all of 16 unsigned bits are used, by what the file says.
+    """Return True if all of 16 unsigned bits are used.
 
-    Otherwise, `highest`, the largest sample, shows it.
+    The file says so; or else `highest`, the largest sample, shows it.
     """
     if stated is not None:
         return (stated.low, stated.high) == (0, FULL)
     return highest >= FILLED
 
 
-def _shown(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:g}"
+def _format_number(number: float) -> str:
+    if isinstance(number, int):
+        return str(number)
+    return f"{number:g}"
 
 
-def _joined(planes: list[Plane], mode: str | None = None) -> Eight:
+def _join(planes: list[Plane], mode: str | None = None) -> Eight:
     """Join planes to one image.
 
     Args:
@@ -300,7 +341,16 @@ def _joined(planes: list[Plane], mode: str | None = None) -> Eight:
         mode: Pillow's mode of the joined image. Default: by the number of channels.
     """
     pixels = np.concatenate([plane.pixels for plane in planes], axis=2)
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels, mode)
-    notes = dict.fromkeys(plane.note for plane in planes if plane.note)
-    plain_mode = "RGBA" if image.has_transparency_data else "RGB"
+    if pixels.shape[2] == 1:  # Pillow wants a grey image without channels
+        pixels = pixels[..., 0]
+    image = Image.fromarray(pixels, mode)
+    plain_mode = "RGB"
+    if image.has_transparency_data:
+        plain_mode = "RGBA"
+
+    # Each note once.
+    notes = []
+    for plane in planes:
+        if plane.note and plane.note not in notes:
+            notes.append(plane.note)
     return Eight(image.convert(plain_mode), ", ".join(notes))

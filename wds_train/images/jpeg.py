@@ -1,4 +1,4 @@
-"""JPEG: its header, and the pixels of its first rows.
+"""JPEG: its header, and the pixels of its first rows. `decode.py` and `pillow.py` call it.
 
 A crop needs no row below it, and rows are coded top to bottom. So the height in the frame header is
 lowered to the crop's bottom edge before libjpeg-turbo sees the file: it decodes that many rows, to
@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 
 from wds_train.errors import DataError
 
-START = b"\xff\xd8"
-SCAN, RESTART_INTERVAL, EXIF = 0xDA, 0xDD, 0xE1
+START = b"\xff\xd8"  # the first two bytes of every JPEG
+# Markers, the second bytes of a segment's head.
+SCAN = 0xDA
+RESTART_INTERVAL = 0xDD
+EXIF = 0xE1
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 SEQUENTIAL_FRAMES = (0xC0, 0xC1)
 USUAL_FRAMES = (0xC0, 0xC1, 0xC2)  # with Huffman codes, sequential or progressive
@@ -25,15 +28,19 @@ UNREAD_FRAMES = dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchica
     0xCB: "lossless JPEG of arithmetic codes"
 }
 JPEG_LS_FRAME = 0xF7
-BITS = 8
-GREY, COLOURS, CMYK = 1, 3, 4  # components of a frame
+BITS = 8  # of a sample
+# Numbers of components of a frame.
+GREY = 1
+COLOURS = 3
+CMYK = 4
 # Of the first colour, as two digits; the others are 0x11. All decoders know these: 4:4:4, 4:2:2,
 # 4:4:0, 4:2:0 and 4:1:1.
 USUAL_SAMPLING = (0x11, 0x21, 0x12, 0x22, 0x41)
 # Stuffing, the markers without content, and fill bytes.
 NO_SEGMENT = (0x00, 0x01, *range(0xD0, 0xD8), 0xFF)
 ORIENTATION_TAG = 0x0112
-INTEGERS = {1: 1, 3: 2, 4: 4}  # TIFF's BYTE, SHORT and LONG: their sizes in bytes
+# Sizes in bytes of TIFF's BYTE, SHORT and LONG.
+INTEGERS = {1: 1, 3: 2, 4: 4}
 # A progressive file may hold thousands of scans of a few bytes, each a pass over all pixels.
 # Encoders write about ten.
 MAX_SCANS = 100
@@ -70,14 +77,20 @@ class Header(NamedTuple):
 def read_header(data: memoryview) -> Header:
     """Read the header of a JPEG file.
 
+    Args:
+        data: The file.
+
     Raises:
-        DataError: There is none that makes sense, or it is a kind of JPEG that no decoder here
+        DataError: It has no header that makes sense, or is a kind of JPEG that no decoder here
             reads.
     """
+    # All that segments before the first scan say.
     orientation = 1
     frame_marker = 0
     frame = 0
     restarts = False
+
+    # Segment by segment: a marker of two bytes, the segment's length, and its content.
     at = len(START)
     while at + 4 <= len(data):
         marker = data[at + 1]
@@ -113,7 +126,16 @@ def _make_header(
     *,
     restarts: bool,
 ) -> Header:
-    """Make the header from the contents of the frame header and of the first scan's, at offsets."""
+    """Make the header from the contents of the frame header and of the first scan's.
+
+    Args:
+        data: The file.
+        frame_marker: The marker of the frame, which says the process.
+        frame: The offset of the frame header's content.
+        scan: The offset of the scan header's content.
+        orientation: The orientation by EXIF.
+        restarts: True if the file has restart markers.
+    """
     components = data[frame + 5]
     _refuse_unread(frame_marker, data[frame], components)
     one_scan = data[scan] == components  # the scan has all colours
@@ -134,24 +156,31 @@ def _make_header(
 
 
 def is_fast(data: memoryview, header: Header) -> bool:
-    """Return whether simplejpeg decodes this JPEG correctly, and to RGB.
+    """Return True if simplejpeg decodes a JPEG correctly, and to RGB.
 
     Pillow reads the others, such as those of four colours.
+
+    Args:
+        data: The file.
+        header: Its header.
     """
     if header.lossless or header.components == CMYK:
         return False
-    return header.usual or not isinstance(_read_size(data), str)
+    if header.usual:
+        return True
+    return not isinstance(_read_size(data), str)  # with a cause, it cannot read it
 
 
 def contradiction(data: memoryview, height: int, width: int) -> str | None:
-    """Return what is wrong with the header of a JPEG as simplejpeg reads it; None if nothing is.
-
-    No pixel is decoded.
+    """Check the header of a JPEG as simplejpeg reads it. No pixel is decoded.
 
     Args:
         data: A JPEG that `is_fast`.
         height: The rows that it should have.
         width: The columns that it should have.
+
+    Returns:
+        The fault, in words; None if there is none.
     """
     size = _read_size(data)
     if isinstance(size, str):
@@ -181,6 +210,10 @@ def decode_all(data: memoryview, header: Header) -> NDArray[np.uint8]:
 
     They come from the exact inverse DCT and the smooth chroma upsampling.
 
+    Args:
+        data: The JPEG.
+        header: Its header.
+
     Raises:
         DataError: The image is damaged or cut off.
     """
@@ -205,9 +238,12 @@ def decode_rows(data: memoryview, header: Header, rows: int) -> NDArray[np.uint8
     Raises:
         DataError: One of these rows is damaged or missing.
     """
+    # With the height of its header lowered, the file ends at the last row that is needed.
     if header.simple and rows < header.height:
         pixels = np.empty((rows, header.width, 3), np.uint8)
-        shortened = memoryview(bytearray(data)) if data.readonly else data
+        shortened = data
+        if data.readonly:
+            shortened = memoryview(bytearray(data))
         height = slice(header.frame + 1, header.frame + 3)
         shortened[height] = rows.to_bytes(2, "big")
         try:
@@ -217,6 +253,8 @@ def decode_rows(data: memoryview, header: Header, rows: int) -> NDArray[np.uint8
             shortened[height] = header.height.to_bytes(2, "big")
         if cause is None:
             return pixels
+
+    # All rows are decoded of other kinds of files, and of one that seems damaged, for its cause.
     return _decode_whole(data, header)
 
 
@@ -229,7 +267,7 @@ def _decode_whole(data: memoryview, header: Header, *, fast: bool = True) -> NDA
 
 
 def _decode(data: memoryview, pixels: NDArray[np.uint8], *, fast: bool = True) -> str | None:
-    """Fill `pixels`; return why it cannot be done, or None."""
+    """Fill `pixels`. Return None, or the cause if it cannot be done."""
     height, width, _ = pixels.shape
     cause = contradiction(data, height, width)
     if cause is not None:
@@ -237,7 +275,8 @@ def _decode(data: memoryview, pixels: NDArray[np.uint8], *, fast: bool = True) -
     try:
         simplejpeg.decode_jpeg(data, fastdct=fast, fastupsample=fast, buffer=pixels)
     except ValueError as error:
-        return None if LEFT_OVER in str(error) else str(error)
+        if LEFT_OVER not in str(error):
+            return str(error)
     return None
 
 
@@ -258,7 +297,7 @@ def _refuse_unread(process: int, precision: int, components: int) -> None:
 
 
 def _is_usual(sampling: bytes) -> bool:
-    """Return whether every decoder knows this sampling, a byte for each colour."""
+    """Return True if every decoder knows a sampling, which has a byte for each colour."""
     if len(sampling) == GREY:  # the sampling of a single colour has no meaning
         return True
     first, *chroma = sampling
@@ -268,6 +307,7 @@ def _is_usual(sampling: bytes) -> bool:
 
 
 def _check_scans(data: memoryview) -> None:
+    """Raise `DataError` for a file of more than MAX_SCANS scans."""
     scans = bytes(data).count(b"\xff\xda")
     if scans > MAX_SCANS:
         raise DataError(
@@ -284,18 +324,23 @@ def exif_orientation(exif: bytes) -> int:
         exif: The EXIF data, with or without their own header.
     """
     tiff = exif.removeprefix(b"Exif\0\0")
-    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
+    order: Literal["little", "big"] = "big"
+    if tiff[:2] == b"II":
+        order = "little"
 
     def number(at: int, size: int) -> int:
         return int.from_bytes(tiff[at : at + size], order)
 
+    # A directory has a count, and 12 bytes for each entry: tag, type, count and value.
     if tiff[:2] in (b"II", b"MM") and number(2, 2) == 42:
         directory = number(4, 4)
         end = min(directory + 2 + 12 * number(directory, 2), len(tiff))
         for entry in range(directory + 2, end, 12):
             if number(entry, 2) == ORIENTATION_TAG:
                 value = number(entry + 8, INTEGERS.get(number(entry + 2, 2), 0))
-                return value if 1 <= value <= 8 else 1
+                if 1 <= value <= 8:
+                    return value
+                return 1
     return 1
 
 

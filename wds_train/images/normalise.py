@@ -13,7 +13,9 @@ def memory_layout(device: torch.device) -> torch.memory_format:
     (docs/benchmarks.md). To choose by measurement would change from one start of a run to the next,
     and the run's bits with it.
     """
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    if device.type == "cuda":
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 class Normaliser:
@@ -33,7 +35,12 @@ class Normaliser:
         self._device = device
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise uint8 [n, h, w, 3] to float32 [n, 3, h, w], in the model's layout."""
+        """Return normalised images, float32 [n, 3, height, width], in the model's layout.
+
+        Args:
+            images: Pixels, uint8 [n, height, width, 3], on any device.
+        """
+        # In place from here on: the floats take four times the memory of the pixels.
         pixels = images.to(self._device, non_blocking=True).float()
         pixels = pixels.mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
         # On a GPU, they have the model's layout already.

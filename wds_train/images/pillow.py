@@ -19,7 +19,9 @@ from wds_train.dataset.index import MAX_PIXELS
 from wds_train.errors import DataError
 from wds_train.images import jpeg
 
+# The formats that shards may hold.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+# The first bytes of files.
 PNG = b"\x89PNG\r\n\x1a\n"
 RIFF = b"RIFF"
 WEBP = b"WEBP"
@@ -32,7 +34,9 @@ UNREAD_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 RAW_PROFILE = b"Raw profile type exif"
 # Bytes of that text. EXIF of a JPEG has 64 KiB at most, and digits take twice as many.
 MOST_RAW_PROFILE = 1 << 20
-XMP = ("xmp", "XML:com.adobe.xmp")  # what Pillow calls it
+# Pillow's names for a description that it would turn images by.
+XMP = ("xmp", "XML:com.adobe.xmp")
+# The turns that make an image upright, by EXIF orientation.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -56,7 +60,9 @@ def fast_header(data: bytes | memoryview) -> jpeg.Header | None:
         return None
     header = jpeg.read_header(memoryview(data))
     check_size(header.width, header.height)
-    return header if jpeg.is_fast(memoryview(data), header) else None
+    if not jpeg.is_fast(memoryview(data), header):
+        return None
+    return header
 
 
 def check_size(width: int, height: int) -> None:
@@ -120,7 +126,9 @@ def orientation(data: bytes | memoryview) -> int:
 
 
 def turn_of(image: Image.Image, data: bytes | memoryview) -> Image.Transpose | None:
-    """Return what turns an image of any format upright after `load`; None if it is upright.
+    """Return the turn that makes an image upright after `load`; None if it is upright.
+
+    The image may be of any format.
 
     For formats that shards do not hold, Pillow says it: it knows that AVIF is turned by its own
     boxes, and has turned a TIFF already.
@@ -137,7 +145,9 @@ def turn_of(image: Image.Image, data: bytes | memoryview) -> Image.Transpose | N
 def upright(image: Image.Image, data: bytes | memoryview) -> Image.Image:
     """Return the image in the file `data`, turned as its EXIF says."""
     turn = turn_of(image, data)
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    return image.transpose(turn)
 
 
 def load(image: ImageFile.ImageFile) -> None:
@@ -165,13 +175,16 @@ def as_pillow_reads(data: bytes) -> bytes:
             f"it is no PNG of the standard: it begins with {data[12:16]!r}, "
             "as Apple's programs write; convert it"
         )
+    # The stretches between the chunks that are left out.
     kept = []
     start = 0
     for chunk in png_chunks(data):
         if chunk.kind in UNREAD_CHUNKS:
             kept.append(data[start : chunk.start])
             start = chunk.end
-    return b"".join([*kept, data[start:]]) if start else data
+    if start == 0:
+        return data
+    return b"".join([*kept, data[start:]])
 
 
 class Chunk(NamedTuple):
@@ -239,20 +252,24 @@ def _raw_profile(kind: bytes, content: bytes) -> bytes:
     keyword, _, rest = content.partition(b"\0")
     if keyword != RAW_PROFILE:
         return b""
+    # A PNG has three kinds of text: plain, compressed, and international, which may be either.
     text = b""
     with suppress(zlib.error, ValueError, IndexError):
         if kind == b"tEXt":
             text = rest[:MOST_RAW_PROFILE]
         elif kind == b"zTXt":
-            text = _inflated(rest[1:])
+            text = _inflate(rest[1:])
         elif kind == b"iTXt":
             body = rest[2:].split(b"\0", 2)[2]  # behind a language and a translated keyword
-            text = _inflated(body) if rest[0] else body[:MOST_RAW_PROFILE]
+            text = body[:MOST_RAW_PROFILE]
+            if rest[0]:  # the flag of compression
+                text = _inflate(body)
         return bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:]))
     return b""
 
 
-def _inflated(data: bytes) -> bytes:
+def _inflate(data: bytes) -> bytes:
+    """Decompress a text, of which no more than MOST_RAW_PROFILE bytes are looked at."""
     return zlib.decompressobj().decompress(data, MOST_RAW_PROFILE)
 
 
@@ -267,11 +284,9 @@ def _chunks(data: bytes, at: int, head: str, tail: int) -> Iterator[Chunk]:
             to even sizes.
     """
     while at + 8 <= len(data):
-        one, other = struct.unpack_from(head, data, at)
-        if isinstance(one, int):
-            kind, size = other, one
-        else:
-            kind, size = one, other
+        kind, size = struct.unpack_from(head, data, at)
+        if isinstance(kind, int):  # PNG has the size first
+            kind, size = size, kind
         end = at + 8 + size + (tail or size % 2)
         yield Chunk(kind, at, end, slice(at + 8, at + 8 + size))
         at = end

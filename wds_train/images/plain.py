@@ -28,7 +28,7 @@ from wds_train.images.pillow import (
 )
 
 BACKGROUND = "white"
-OPAQUE = 255
+OPAQUE = 255  # the largest alpha
 # A grey PNG of 2 or 4 bits: Pillow scales its samples to 8 by this, but not the one that it calls
 # transparent.
 FEW_GREYS = {b"\2\0": 85, b"\4\0": 17}
@@ -52,7 +52,12 @@ class Plain(NamedTuple):
 
 
 def may_change(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Return whether `plain` has to look at the pixels of the image in `data`, by its header."""
+    """Return True if `plain` has to look at the pixels of an image, by its header.
+
+    Args:
+        image: The image, opened and not decoded.
+        data: The file that it is in.
+    """
     return image.has_transparency_data or is_deep(image, data)
 
 
@@ -66,6 +71,7 @@ def plain(image: ImageFile.ImageFile, data: bytes) -> Plain:
     Raises:
         DataError: The file does not say what its samples mean.
     """
+    # 8 bits a sample.
     notes = []
     if is_deep(image, data):
         shallow, stretched = eight_bits(image, data)
@@ -74,16 +80,22 @@ def plain(image: ImageFile.ImageFile, data: bytes) -> Plain:
         load(image)
         shallow = _convert_colours(image, data)
         stretched = ""
+
+    # Opaque, and upright. The loader turns an image by itself: that is no change.
     opaque, laid = _lay_on_background(shallow)
     if laid:
         notes.append(laid)
     turn = turn_of(image, data)
-    upright = opaque if turn is None else opaque.transpose(turn)
-    return Plain(upright, bool(stretched or laid), notes)
+    if turn is not None:
+        opaque = opaque.transpose(turn)
+    return Plain(opaque, bool(stretched or laid), notes)
 
 
 def plain_bytes(data: bytes) -> bytes:
     """Return the file as a conversion would put it into a shard.
+
+    Args:
+        data: The file of one image.
 
     Returns:
         `data` itself, or a PNG of the image made plain.
@@ -91,7 +103,8 @@ def plain_bytes(data: bytes) -> bytes:
     Raises:
         DataError: The image cannot be read.
     """
-    if not data or data[:2] == jpeg.START:  # opaque, and of 8 bits
+    # A JPEG is opaque, and of 8 bits. An empty file is for the loader to refuse.
+    if not data or data[:2] == jpeg.START:
         return data
     with foreign_errors(data):
         if is_heic(data):
@@ -102,7 +115,9 @@ def plain_bytes(data: bytes) -> bytes:
         if not may_change(image, data):
             return data
         made = plain(image, data)
-        return png_of(made.image) if made.changed else data
+        if not made.changed:
+            return data
+        return png_of(made.image)
 
 
 def png_of(image: Image.Image) -> bytes:
@@ -118,16 +133,21 @@ def _convert_colours(image: Image.Image, data: bytes) -> Image.Image:
         image.info["transparency"] *= FEW_GREYS[data[24:26]]
     if image.mode == "La":  # Pillow converts it to nothing else
         image = image.convert("LA")
-    return image.convert("RGBA") if image.has_transparency_data else to_rgb(image)
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    return to_rgb(image)
 
 
 def _lay_on_background(image: Image.Image) -> tuple[Image.Image, str]:
     """Return the image in RGB, and a note on its transparent pixels, empty if it has none."""
     if image.mode != "RGBA":
         return image, ""
+    # An alpha channel may say nothing: then the colours stay as they are.
     least, most = image.getchannel("A").getextrema()
     if least == OPAQUE:
         return image.convert("RGB"), ""
     below = Image.new("RGBA", image.size, BACKGROUND)
     opaque = Image.alpha_composite(below, image).convert("RGB")
-    return opaque, TRANSPARENT if most else INVISIBLE
+    if not most:
+        return opaque, INVISIBLE
+    return opaque, TRANSPARENT

@@ -25,6 +25,7 @@ from wds_train.rng import key
 Policy = Callable[[Image.Image], Image.Image]
 
 CPU = torch.device("cpu")
+# A number in the name of a policy.
 NUMBER = r"\d+(\.\d+)?"
 # timm skips what it does not know in these names, and a training would run without it.
 RAND_AUGMENT = re.compile(
@@ -81,14 +82,19 @@ def _auto_augment(name: str, mean: tuple[float, ...], side: int) -> Policy:
         )
     from timm.data import auto_augment
 
-    grey = tuple(min(255, round(255 * each)) for each in mean)
+    # Pixels that an operation uncovers get the mean colour.
+    grey = tuple([min(255, round(255 * each)) for each in mean])
     settings: dict[str, Any] = {"translate_const": int(0.45 * side), "img_mean": grey}
     if name.startswith("rand"):
         policy = auto_augment.rand_augment_transform(name, settings)
         operations = policy.ops
     else:
         policy = auto_augment.auto_augment_transform(name, settings)
-        operations = [each for pair in policy.policy for each in pair]
+        operations = []
+        for sub_policy in policy.policy:
+            operations += sub_policy
+
+    # timm's operation fails for some draws.
     for each in operations:
         if each.aug_fn is auto_augment.posterize:
             each.aug_fn = _posterize
@@ -118,6 +124,7 @@ def apply(chosen: tuple[Policy, ...], pixels: NDArray[np.uint8], *parts: str | i
     """
     if not chosen:
         return
+    # The libraries draw from global generators, which are the trainer's if there are no workers.
     image = Image.fromarray(pixels)
     bits = key(*parts)
     with generators_kept(CPU):

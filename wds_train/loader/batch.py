@@ -1,11 +1,11 @@
-"""Batches: the images, labels and places of a step."""
+"""Batches: the images, labels and places of a step. `TrainLoader` and `EvalLoader` yield them."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from wds_train.rng import Ids
 
@@ -56,6 +56,11 @@ class Batch:
     unreadable: list[Unreadable] = field(default_factory=list)
     epoch: int = 0
     items: list[tuple[str, Any]] = field(default_factory=list)
+
+
+def mask_unreadable(batch: Batch) -> NDArray[np.bool_]:
+    """Return a mask of the samples that could not be used, bool [n]."""
+    return np.isin(batch.ids, [entry.sample for entry in batch.unreadable])
 
 
 def empty_images(shape: tuple[int, ...], dtype: DTypeLike, *, pinned: bool) -> torch.Tensor:

@@ -27,7 +27,15 @@ from wds_train.rng import Ids
 
 
 def make_cache_folder(folder: Path, dataset: Dataset, split: str) -> Path:
-    """Make the folder below `folder` that keeps blocks of a split of `dataset`, and return it.
+    """Make the folder that keeps the blocks of a split.
+
+    Args:
+        folder: Where all caches are.
+        dataset: The dataset.
+        split: The split's name.
+
+    Returns:
+        A folder below `folder`, which other versions of the dataset do not share.
 
     Raises:
         StoreError: It cannot be made.
@@ -56,6 +64,7 @@ class BlockCache:
     """
 
     def __init__(self, folder: Path, max_bytes: int, split: SplitReader, dataset: Dataset) -> None:
+        # Blocks are numbered through the split, as the order numbers them.
         self._split = split
         self._folder = make_cache_folder(folder, dataset, split.name)
         self._samples = np.asarray(split.shard_samples, np.int64)
@@ -74,7 +83,7 @@ class BlockCache:
         return self._first_block[shard] + (samples - self._first[shard]) // BLOCK
 
     def keeps(self, sample: int) -> bool:
-        """Return whether the block of `sample` may be on the disk."""
+        """Return True if the block of a sample may be on the disk."""
         return self._block(sample) < self._kept
 
     def read(self, sample: int) -> tuple[int, bytes]:
@@ -94,6 +103,7 @@ class BlockCache:
         start = int(index.offset[first])
         length = int(index.offset[last] + index.length[last]) - start
 
+        # The disk, or else the store, whose bytes are kept.
         path = self._path(block)
         if not self._broken.locked():
             try:
@@ -109,13 +119,13 @@ class BlockCache:
         return start, data
 
     def drop(self, sample: int) -> None:
-        """Remove the block of `sample`, whose bytes turned out to be damaged."""
+        """Remove the block of a sample whose bytes turned out to be damaged."""
         # If the disk does not let it be removed, the sample still comes from the store.
         with contextlib.suppress(OSError):
             self._path(self._block(sample)).unlink(missing_ok=True)
 
     def _count_fitting(self, max_bytes: int) -> int:
-        """Return how many of the split's first blocks fit into `max_bytes`.
+        """Return the number of the split's first blocks that fit into `max_bytes`.
 
         For a large split this would read the rows of all shards. There only the blocks of shards
         that fit as a whole count.
@@ -125,6 +135,8 @@ class BlockCache:
             sizes = np.cumsum(self._split.shard_bytes)
             shards = int(np.searchsorted(sizes, max_bytes, side="right"))
             return int((-(-self._samples[:shards] // BLOCK)).sum())
+
+        # Else the size of every block is known.
         first, length = blocks(self._split.shard_samples)
         last = first + length - 1
         sizes = np.cumsum(index.offset[last] + index.length[last] - index.offset[first])

@@ -1,4 +1,8 @@
-"""User-supplied transforms: call them, check that they use only `rng`, validate the result."""
+"""User-supplied transforms: call them, check that they use only `rng`, validate the result.
+
+`ArrayTransform` is for `TrainLoader` and `EvalLoader`, `ObjectTransform` for `SampleLoader`. They
+run in a loader worker, as `decoder.py` asks.
+"""
 
 import copyreg
 import io
@@ -27,6 +31,7 @@ CHECKED_EVERY = 32
 # A generator must move in so many tries: once, it may be a thread of a library that draws from it.
 SUSPICIONS = 3
 SEARCHED = 100  # samples, among which one must be readable
+# The form of samples that are objects: they travel to the training process without a slot.
 OBJECT = Form((1,), np.dtype(object))
 
 
@@ -49,7 +54,7 @@ class CustomTransform:
         self._calls = 0
 
     def __call__(self, make_input: Callable[[], Any], place: Place) -> Any:
-        """Return what the function returns for the sample at `place`.
+        """Call the function for a sample, and return its result.
 
         Args:
             make_input: Makes the function's first argument. It is called again if the function
@@ -60,9 +65,13 @@ class CustomTransform:
             UsageError: The function failed, or draws from a global generator.
             DataError: The function says so: the sample is unreadable.
         """
+        # Comparing the generators costs more than many a transform, so that not every call is
+        # checked.
         self._calls += 1
         if self._calls > FIRST_CHECKED and self._calls % CHECKED_EVERY:
             return self._call(make_input(), place)
+
+        # The sample is made again and again, until no generator moves.
         for _ in range(SUSPICIONS):
             before = generator_states()
             result = self._call(make_input(), place)
@@ -128,15 +137,19 @@ class ArrayTransform:
         self._call = CustomTransform(function, split, seed)
         self._split = split
         self._decoded = decoded
-        self.largest = form or self._measure()
+        if form is None:
+            form = self._measure()
+        self.largest = form
 
     def form(self, step: int) -> Form:
+        """Return the form of all samples."""
         return self.largest
 
     def draw(self, place: Place) -> None:
         """Draw nothing: the function draws from its own generator."""
 
     def decode(self, data: memoryview, place: Place, drawn: None, out: NDArray[Any]) -> None:
+        """Fill `out` with the array that the function makes of the encoded image `data`."""
         array = self._make_array(data, place)
         form = Form(array.shape, array.dtype)
         if form != self.largest:
@@ -148,7 +161,9 @@ class ArrayTransform:
 
     def _make_array(self, data: memoryview, place: Place) -> NDArray[Any]:
         def make_input() -> Any:
-            return decode_whole(data) if self._decoded else bytes(data)
+            if self._decoded:
+                return decode_whole(data)
+            return bytes(data)
 
         result = self._call(make_input, place)
         try:
@@ -165,6 +180,7 @@ class ArrayTransform:
     def _measure(self) -> Form:
         """Return the form of the first sample that can be read."""
         split = self._split
+        # The cause is that of the last try.
         cause = DataError(f"the split {split.name!r} of {split.store.url} has no samples")
         searched = min(SEARCHED, len(split))
         for sample in range(searched):
@@ -202,17 +218,21 @@ class ObjectTransform:
         seed: int,
         names: Collection[str] | None,
     ) -> None:
-        self._call = CustomTransform(function, split, seed) if function else None
+        self._call: CustomTransform | None = None
+        if function:
+            self._call = CustomTransform(function, split, seed)
         self._split = split
         self._names = names
 
     def form(self, step: int) -> Form:
+        """Return the form of an object."""
         return OBJECT
 
     def draw(self, place: Place) -> None:
         """Draw nothing: the function draws from its own generator."""
 
     def decode(self, data: memoryview, place: Place, drawn: None, out: NDArray[Any]) -> None:
+        """Put the object that is made of the sample's bytes `data` into `out`."""
         if self._call is None:
             out[0] = self._fields(data, place)
         else:
@@ -220,6 +240,7 @@ class ObjectTransform:
 
     def _transform(self, call: CustomTransform, data: memoryview, place: Place) -> Any:
         result = call(lambda: self._fields(data, place), place)
+        # Here the message can name the sample.
         if torch.utils.data.get_worker_info():
             try:
                 _try_sending(result)

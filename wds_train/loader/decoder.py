@@ -1,4 +1,4 @@
-"""Decoding into shared memory."""
+"""Decoding into shared memory: the last stage of a loader worker (`pipeline.py`)."""
 
 import math
 import mmap
@@ -14,9 +14,11 @@ from wds_train.loader.batch import Unreadable
 from wds_train.loader.plan import Part
 from wds_train.loader.transform import Form, Place, Transform, square
 
-# Per worker, in shared memory: evens out steps whose images are slow to decode.
+# Parts that a worker decodes ahead: they even out steps whose images are slow to decode.
 PREFETCHED_PARTS = 4
+# Parts per worker in shared memory: those, and the one that is being copied into a batch.
 SLOTS = PREFETCHED_PARTS + 1
+# The form of a part without pixels.
 NOTHING = square(0)
 
 
@@ -85,6 +87,7 @@ class OrderAlone:
     largest = NOTHING
 
     def form(self, step: int) -> Form:
+        """Return the form of an image without pixels."""
         return NOTHING
 
     def draw(self, place: Place) -> None:
@@ -114,6 +117,7 @@ class Decoder:
             yield self._decode(part, worker, number % SLOTS)
 
     def _decode(self, part: Part, worker: int, slot: int) -> Decoded:
+        # The array of the part's samples: in shared memory, unless they are objects.
         index = self._split.index
         form = self._transform.form(part.step)
         if form.holds_objects:
@@ -121,6 +125,7 @@ class Decoder:
         else:
             made = self._slots(worker, slot, len(part.ids), form)
 
+        # Each sample is decoded into its row. An unreadable one is blank, and named.
         unreadable = []
         samples = zip(part.records, self._draw(part), strict=True)
         for number, (record, (place, drawn)) in enumerate(samples):
@@ -137,14 +142,15 @@ class Decoder:
         # Objects travel to the training process by themselves, and leave the slot empty.
         items = []
         if form.holds_objects:
-            keys = [index.key_of(sample) for sample in part.ids.tolist()]
-            items = list(zip(keys, made[:, 0], strict=True))
+            for sample, value in zip(part.ids.tolist(), made[:, 0], strict=True):
+                items.append((index.key_of(sample), value))
             form = NOTHING
         labels = index.label[part.ids].astype(np.int64)
         return Decoded(part._replace(records=[]), labels, unreadable, form, worker, slot, items)
 
     def _draw(self, part: Part) -> list[tuple[Place, Any]]:
         """Return the places of the samples, and what the transform draws for each."""
+        # Columns at once: a cell of an array takes as long to get as the whole of it.
         index = self._split.index
         ids = part.ids
         sizes = zip(index.width[ids].tolist(), index.height[ids].tolist(), strict=True)

@@ -1,4 +1,7 @@
-"""EvalLoader: every sample of a split once, for an evaluation."""
+"""EvalLoader: every sample of a split once, for an evaluation.
+
+Users' loops, the training's validation and `wds-train eval` iterate it.
+"""
 
 from collections.abc import Iterator
 
@@ -9,6 +12,7 @@ from wds_train.errors import RunError, WorkerDied
 from wds_train.loader.arguments import (
     Address,
     Normalisation,
+    count_workers,
     data_recipe,
     device_of,
     open_dataset,
@@ -22,44 +26,65 @@ from wds_train.loader.plan import EvalPlan
 from wds_train.loader.train_loader import Images, refuse_no_images
 from wds_train.loader.transform import EvalTransform
 from wds_train.loader.unreadable import UnreadableCounter, UnreadableLimit
-from wds_train.loader.workers import default_workers
 
 
 class EvalLoader:
     """Every sample of a split once over all ranks, in dataset order.
 
-    Batches go to the ranks in turn. All have `batch` images but the last. Each iteration is a
-    whole pass.
+    Each iteration is a whole pass. All batches have `batch` images but the last. They go to the
+    ranks in turn, so that one rank may have a batch more than another: call collectives of
+    torch.distributed after the loop, not inside it.
+
+    The pixels are those of timm's transform for evaluation, to the last bit.
 
     Args:
-        dataset: An open `Dataset`, or its address, as for `TrainLoader`.
+        dataset: An open `Dataset`, or its address: `s3://BUCKET/PREFIX`, a path like `./data`, or a
+            name below `$WDS_BUCKET/datasets`.
         batch: Samples of a batch.
         split: The split to read.
-        size: Side of the images, pixels.
-        crop_ratio: Share of the shorter side that the central square keeps.
-        rank: This process's rank. Default: as torch.distributed says.
+        size: Side of the images, in pixels.
+        crop_ratio: Share of the shorter side that the central square keeps, above 0 and up to 1.
+        rank: This process's rank. Default: as torch.distributed says if it is initialised, or 0.
         world: The number of ranks. Give both `rank` and `world`, or neither.
-        workers: Processes that decode; 0 decodes in this one. Default: the cores less one.
+        workers: Processes that read and decode for this rank; 0 does so in this process. Default:
+            the cores that this rank may use less one, from 1 to 16.
         device: Where images and labels go: "cpu" (default) or "cuda".
-        normalize: As for `TrainLoader`.
-        transform: A function of your own instead, as for `TrainLoader`.
-        decode: False gives `transform` the encoded bytes.
-        max_bad: The share of the samples that may be unreadable before `DataError` is raised. None:
-            the caller looks at `batch.unreadable` itself.
+        normalize: True subtracts ImageNet's mean and divides by its deviation; a pair
+            `(mean, deviation)` does so with those, three numbers each for pixels in [0, 1]. None
+            or False (default): images stay uint8.
+        transform: A function that makes the image instead of the central crop:
+            `transform(image, key, rng)`, as for `TrainLoader`.
+        decode: False gives `transform` the encoded bytes instead of pixels.
+        max_bad: The share of the samples, 0 to 1, that may be unreadable before `DataError` is
+            raised. Each rank counts its own. None: the caller looks at `batch.unreadable`.
 
     Attributes:
         samples: The samples of the split, over all ranks.
 
+    Yields:
+        `Batch` objects. `images` is uint8 [n, size, size, 3]; with `normalize` float32
+        [n, 3, size, size], in channels_last on a GPU; with `transform` its arrays, stacked.
+        `labels` is int64 [n]. Pixels of unreadable samples are grey.
+
     Raises:
         UsageError: An argument cannot work; the message says which, and what would.
+        NotFound: There is no dataset at the address.
         DataError: While iterating: more samples than `max_bad` allows could not be read.
+        RunError: While iterating: another iteration of this loader began before this one ended.
+        WorkerDied: While iterating: a worker was killed, as a rule for want of memory.
 
     Example:
-        >>> loader = EvalLoader("imagenet", 256, normalize=True)  # doctest: +SKIP
-        >>> correct = sum(
-        ...     (model(batch.images).argmax(1) == batch.labels).sum() for batch in loader
-        ... )  # doctest: +SKIP
-        >>> correct / loader.samples  # doctest: +SKIP
+        >>> import torch
+        >>> from wds_train import EvalLoader
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+        >>> loader = EvalLoader("./photos-dataset", 8, size=32, normalize=True)
+        >>> correct = 0
+        >>> for batch in loader:
+        ...     predicted = model(batch.images).argmax(dim=1)
+        ...     correct += int((predicted == batch.labels).sum())
+        >>> accuracy = correct / loader.samples
+        >>> 0 <= accuracy <= 1
+        True
     """
 
     def __init__(
@@ -79,17 +104,22 @@ class EvalLoader:
         decode: bool = True,
         max_bad: float | None = 0.001,
     ) -> None:
+        # The samples, and this rank's part of them.
         self.dataset = open_dataset(dataset)
         self.split = split
         self.device = device_of(device)
         refuse_no_images(self.dataset)
         self.samples = self.dataset.manifest.split(split).samples
         self._plan = EvalPlan(self.samples, whole("batch", batch, 1), *place(rank, world))
-        self._workers = default_workers() if workers is None else whole("workers", workers, 0)
+        self._workers = count_workers(workers)
+
+        # The images that are made of them.
         data = data_recipe(eval_size=size, eval_crop=crop_ratio)
         self._view = EvalTransform(data.eval_size, data.eval_crop)
         self._images = Images(transform, decode, normalize, self.device)
-        self._unreadable = None
+
+        # The state of a pass.
+        self._unreadable: UnreadableCounter | None = None
         if max_bad is not None:
             self._unreadable = UnreadableCounter(UnreadableLimit(max_bad, self.samples))
         self._pipeline: Pipeline | None = None
@@ -101,7 +131,9 @@ class EvalLoader:
     @property
     def fallbacks(self) -> int:
         """The ranges that took a second request, of this process and its workers."""
-        return self._pipeline.fallbacks if self._pipeline else 0
+        if self._pipeline is None:
+            return 0
+        return self._pipeline.fallbacks
 
     def start(self) -> None:
         """Begin to read now, rather than with the first batch; see `TrainLoader.start`."""
@@ -115,15 +147,16 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self._unreadable:
             self._unreadable.reset()
+        # Two iterations at a time would share the workers' batches: the count finds it.
         seen = 0
         try:
             for batch in copy_to_device(self._ready(), self.device):
                 if self._unreadable:
                     self._unreadable.add(0, batch.unreadable)
                 seen += len(batch.ids)
-                yield self._images.normalised(batch)
+                yield self._images.normalise(batch)
         except WorkerDied:
-            self._pipeline = None  # the next iteration has workers of its own
+            self._pipeline = None  # the next iteration forks new workers
             raise
         if seen != self._plan.own_samples:
             raise RunError(
@@ -132,9 +165,12 @@ class EvalLoader:
             )
 
     def _ready(self) -> Pipeline:
+        """Return the pipeline, whose workers are kept from one iteration to the next."""
         if self._pipeline is None:
             split = self.dataset.split(self.split)
+            # The seed of a transform is 0: an evaluation has no seed, and is always the same.
             transform = self._images.transform(split, 0) or self._view
+            # A GPU copies from pinned memory without stopping the loop.
             pinned = self.device.type == "cuda"
             self._pipeline = Pipeline(split, self._plan, transform, self._workers, pinned=pinned)
         return self._pipeline

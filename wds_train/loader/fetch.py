@@ -1,4 +1,7 @@
-"""Ranged GETs of whole blocks, a bounded number of bytes ahead. Every sample's CRC is checked."""
+"""Ranged GETs of whole blocks, a bounded number of bytes ahead. Every sample's CRC is checked.
+
+It is the first stage of a loader worker (`pipeline.py`).
+"""
 
 import contextlib
 import mmap
@@ -20,9 +23,10 @@ from wds_train.loader.cache import BlockCache
 from wds_train.loader.plan import Fetched, Request
 from wds_train.rng import Ids
 
-FETCH_THREADS = 8
+FETCH_THREADS = 8  # GETs at a time, of one worker
 # Per worker: enough to cover the store's latency, and little compared to the windows themselves.
 AHEAD_BYTES = 32 << 20
+# Pieces of a slab are freed one by one, and the whole only with the last of them.
 SLAB_BYTES = 32 << 20
 GAP_BYTES = 64 << 10  # to fetch a hole this small costs less than another request
 ROWS_AHEAD = 32  # requests whose rows are read ahead: the first of each lane
@@ -59,7 +63,10 @@ class Memory:
     def _slab(self, size: int) -> memoryview:
         if size > SLAB_BYTES:
             return _map_pages(size).data
-        slab = self._free.pop() if self._free else _map_pages(SLAB_BYTES)
+        if self._free:
+            slab = self._free.pop()
+        else:
+            slab = _map_pages(SLAB_BYTES)
         # Only the pieces cut from the slab hold this view: when it goes, the slab is free again.
         view = slab[:]
         weakref.finalize(view, self._free.append, slab).atexit = False
@@ -85,7 +92,7 @@ class _Pending(NamedTuple):
     reads: list[Future[Records]]
 
     def wait(self) -> Fetched:
-        """Wait for the bytes of all its samples."""
+        """Wait for the bytes of all its samples, and put them into the request's order."""
         found: Records = {}
         for read in self.reads:
             found |= read.result()
@@ -119,16 +126,18 @@ class Fetcher:
         pool = ThreadPoolExecutor(FETCH_THREADS)
         memory = Memory()
         pending: deque[_Pending] = deque()
-        ahead = 0
+        ahead = 0  # bytes of all that is pending
         # Little at first: reading would take the cores from the decoding of the first images.
         bound = AHEAD_BYTES // 8
         try:
             for request in read_rows_ahead(self._split.index, requests):
+                # One GET for each run of neighbours.
                 size = int(self._split.index.length[request.ids].sum())
                 runs = self._split_runs(request.ids)
                 reads = [pool.submit(self._read_run, run, memory) for run in runs]
                 pending.append(_Pending(request, size, reads))
                 ahead += size
+                # Wait only when enough is on its way.
                 while ahead > bound and len(pending) > 1:
                     done = pending[0].bytes
                     ahead -= done
@@ -157,6 +166,7 @@ class Fetcher:
 
     def _read_run(self, ids: Ids, memory: Memory) -> Records:
         """Read the samples `ids` of one run, which are sorted."""
+        # All bytes of the run.
         index = self._split.index
         if self._cache is not None and self._cache.keeps(ids[0]):
             first, block = self._cache.read(ids[0])
@@ -181,7 +191,7 @@ class Fetcher:
     ) -> memoryview | DataError:
         """Return the wanted bytes of a sample, or why it is unreadable."""
         with contextlib.suppress(DataError):
-            return self._checked(record, content)
+            return self._check(record, content)
         # Read it again from the store: that mends a byte that flipped on the way or in the cache.
         if self._cache is not None:
             self._cache.drop(sample)
@@ -190,26 +200,33 @@ class Fetcher:
         for _ in times:
             again = self._split.record(sample)
             try:
-                return self._checked(again, content)
+                return self._check(again, content)
             except DataError as error:
                 damage = error
         return damage
 
-    def _checked(self, record: memoryview, content: Content) -> memoryview:
+    def _check(self, record: memoryview, content: Content) -> memoryview:
         """Return the wanted bytes of `record`; raise `DataError` if its CRC is another."""
         image = content.image(record)
-        return record if self._whole else image
+        if self._whole:
+            return record
+        return image
 
 
 def read_rows_ahead(index: SampleIndex, requests: Iterable[Request]) -> Iterator[Request]:
-    """Yield `requests` once the index rows of their samples are in memory.
+    """Yield requests once the index rows of their samples are in memory.
 
     The rows of a large split are read when they are first needed. Those of the next ROWS_AHEAD
     requests are read while earlier ones are used.
+
+    Args:
+        index: The index of the split. One that is in memory as a whole needs no reading.
+        requests: The requests, in the order of need.
     """
     if not isinstance(index, SharedIndex):
         yield from requests
         return
+    # Each request waits here, with the shards whose rows are being read for it.
     rows = index.rows
     pool = ThreadPoolExecutor(AT_ONCE)
     waiting: deque[tuple[Request, list[Future[None]]]] = deque()

@@ -1,4 +1,4 @@
-"""Batches that take fixed shares of several datasets."""
+"""Batches that take fixed shares of several datasets: the `mix` of a loader."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,11 @@ from wds_train.rng import permutation
 
 
 def check_same_classes(other: Dataset, dataset: Dataset) -> Dataset:
-    """Return `other`, which is to be mixed into `dataset`.
+    """Return a dataset that is to be mixed into another one.
+
+    Args:
+        other: The dataset.
+        dataset: The first dataset of the mixture.
 
     Raises:
         UsageError: They have different classes, or the same ones in another order.
@@ -70,12 +74,14 @@ class Mixture:
 
     def _interleave(self, parts: tuple[Batch, ...]) -> Batch:
         """Make one batch of each dataset's part of it."""
+        # The places in the batch, of each part's samples.
         first = parts[0]
-        sizes = [len(part.ids) for part in parts]
-        total = sum(sizes)
+        ends = np.cumsum([len(part.ids) for part in parts])
+        total = int(ends[-1])
         shuffled = permutation(total, self._seed, "mixture", first.step)
-        places = np.split(shuffled, np.cumsum(sizes)[:-1])  # in the batch, of each part's samples
+        places = np.split(shuffled, ends[:-1])
 
+        # Pixels are copied once, straight to their places.
         pixels = first.images.numpy()
         images = empty_images((total, *pixels.shape[1:]), pixels.dtype, pinned=self._pinned)
         labels = torch.empty(total, dtype=torch.int64, pin_memory=self._pinned)
@@ -87,8 +93,12 @@ class Mixture:
             positions[place] = part.positions
             ids[place] = part.ids
 
-        unreadable = [each for part in parts for each in part.unreadable]
-        items = [each for part in parts for each in part.items]
+        # Lists go the same way: the permutation is inverted by its argsort.
+        unreadable = []
+        items = []
+        for part in parts:
+            unreadable += part.unreadable
+            items += part.items
         if items:
-            items = [items[number] for number in np.argsort(np.concatenate(places))]
+            items = [items[number] for number in np.argsort(shuffled)]
         return Batch(first.step, positions, ids, images, labels, unreadable, first.epoch, items)

@@ -25,11 +25,13 @@ from numpy.typing import NDArray
 
 from wds_train.rng import Ids, permutation
 
-BLOCK = 32
-WINDOW = 128
-RAMP = (4, 8, 16, 32, 64)
-MAX_LANES = 64
+# All four decide the order: another value would change the samples of every run that is resumed.
+BLOCK = 32  # samples of one ranged GET
+WINDOW = 128  # samples that are shuffled with each other
+RAMP = (4, 8, 16, 32, 64)  # sizes of an epoch's first windows
+MAX_LANES = 64  # so many ranks can divide a batch
 
+# Places in a sequence of samples, int32 or int64.
 Places = NDArray[np.integer]
 
 
@@ -48,11 +50,14 @@ def blocks(shard_samples: Sequence[int]) -> tuple[Places, NDArray[np.uint8]]:
         The first sample and the length of every block, in dataset order, [blocks] each: int32, or
         int64 for over 2,000 M samples; and uint8.
     """
+    # Blocks of each shard, rounded up, and their numbers.
     samples = np.asarray(shard_samples, np.int64)
     counts = -(-samples // BLOCK)
     ends = np.cumsum(counts)
     count = int(ends[-1])
-    kind = np.int32 if count * BLOCK < 1 << 31 else np.int64  # int32 takes half the memory
+    kind: type[np.int32 | np.int64] = np.int64
+    if count * BLOCK < 1 << 31:
+        kind = np.int32  # it takes half the memory
 
     # A block starts BLOCK samples after the one before it, except for the gaps that the short last
     # blocks of earlier shards make.
@@ -61,6 +66,7 @@ def blocks(shard_samples: Sequence[int]) -> tuple[Places, NDArray[np.uint8]]:
     first = np.repeat((shard_starts - first_blocks * BLOCK).astype(kind), counts)
     first += np.arange(0, count * BLOCK, BLOCK, dtype=kind)
 
+    # The last block of a shard may be shorter. A shard without samples has none.
     length = np.full(count, BLOCK, np.uint8)
     filled = counts > 0
     length[ends[filled] - 1] -= (counts * BLOCK - samples)[filled].astype(np.uint8)
@@ -112,6 +118,7 @@ class EpochOrder:
         self._lane_samples = self.steps * self.per_lane
         self._key = (fingerprint, seed, epoch)
 
+        # The blocks in the order of the epoch.
         first, length = blocks(shard_samples)
         shuffled = permutation(len(first), *self._key, "blocks")
         length = length[shuffled]
@@ -133,11 +140,15 @@ class EpochOrder:
         return self
 
     def window(self, lane: int, number: int) -> Window:
-        """Return window `number` of `lane`.
+        """Return a window of a lane.
 
         The sizes begin with RAMP, so that a first batch needs a few samples of every lane and not a
         whole window. Then comes one of a size that differs from lane to lane, so that from there on
         the lanes do not all need the next window at the same step.
+
+        Args:
+            lane: The lane.
+            number: The window's number in the lane, from 0.
         """
         stop = min(self._window_end(lane, number), self._lane_samples)
         start = min(self._window_end(lane, number - 1), stop)
@@ -145,10 +156,14 @@ class EpochOrder:
         return Window(lane, start, ids[permutation(len(ids), *self._key, "window", lane, number)])
 
     def windows(self, lane: int, from_step: int = 0) -> Iterator[Window]:
-        """Yield the windows of `lane` that `from_step` and later steps need.
+        """Yield the windows of a lane that are still to come.
 
-        The first one is cut to what is still to come.
+        Args:
+            lane: The lane.
+            from_step: The first step that needs them, counted in the epoch. The first window lacks
+                the samples of earlier steps.
         """
+        # The window that holds the next sample.
         begin = from_step * self.per_lane
         number = 0
         # Behind the ramp all windows are equal, and need not be counted one by one.
@@ -165,20 +180,24 @@ class EpochOrder:
             number += 1
 
     def _window_end(self, lane: int, number: int) -> int:
-        """Return where window `number` would end in the sequence of an endless lane.
-
-        It is 0 for number -1.
-        """
+        """Return the end of a window in the sequence of an endless lane; 0 for number -1."""
         if number < len(RAMP):
             return sum(RAMP[: number + 1])
         first_full = sum(RAMP) + WINDOW * (lane + 1) // self.lanes
         return first_full + WINDOW * (number - len(RAMP))
 
     def batch(self, step: int) -> Ids:
-        """Return the samples of `step` in lane order, int64 [global_batch]."""
+        """Return the samples of a step in lane order, int64 [global_batch].
+
+        The loader does not use it. It is for those who ask for single steps.
+
+        Args:
+            step: The step, counted in the epoch.
+        """
         return np.concatenate([self._take(lane, step) for lane in range(self.lanes)])
 
     def _take(self, lane: int, step: int) -> Ids:
+        """Return the samples that a step takes of a lane, int64 [per_lane]."""
         taken: list[Ids] = []
         missing = self.per_lane
         for window in self.windows(lane, step):
@@ -195,7 +214,7 @@ class EpochOrder:
         return places + self._shifts[self._block(places)]
 
     def _block(self, places: Ids | int) -> Any:
-        """Return which blocks of the permuted sequence hold `places`."""
+        """Return the blocks of the permuted sequence that hold `places`."""
         # NumPy would convert all starts if they were searched for places of another dtype.
         wanted = np.asarray(places, self._starts.dtype)
         return np.searchsorted(self._starts, wanted, side="right") - 1

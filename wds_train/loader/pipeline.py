@@ -27,6 +27,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,11 +74,16 @@ class Pipeline:
     ) -> None:
         workers = plan.useful_workers(workers)
         self._parts_per_batch = plan.parts_per_batch(workers)
-        transform = transform or OrderAlone()
+        if transform is None:
+            transform = OrderAlone()
+
+        # The stages, with the memory that workers and this process share.
         part_bytes = plan.part_samples(max(1, workers)) * transform.largest.bytes
         self._slots = Slots(workers, part_bytes)
         fetch = Fetcher(split, cache, whole=transform.largest.holds_objects)
         stages = _Stages(plan, fetch, Decoder(split, transform, self._slots))
+
+        # The workers.
         self._pipeline = wds.WebLoader(
             wds.DataPipeline(stages, _errors_as_values),
             batch_size=None,
@@ -86,11 +92,8 @@ class Pipeline:
             # Otherwise each iteration would move the global generator of the caller.
             generator=torch.Generator(),
             persistent_workers=workers > 0,
-            prefetch_factor=PREFETCHED_PARTS if workers else None,
-            # Fork: the index is shared copy-on-write, and a worker is ready in milliseconds, not
-            # after importing torch.
-            multiprocessing_context="fork" if workers else None,
             worker_init_fn=_init_worker,
+            **_worker_options(workers),
         )
         self._workers = Workers(workers)
         self._pinned = pinned
@@ -113,8 +116,9 @@ class Pipeline:
             self._begun = itertools.chain(first, items)
 
     def __iter__(self) -> Iterator[Batch]:
+        # Parts come from the workers in turn, so that the parts of a step come together.
         parts: list[Decoded] = []
-        for part in self._received():
+        for part in self._receive():
             parts.append(part)
             if len(parts) == self._parts_per_batch:
                 yield self._merge(parts)
@@ -124,7 +128,7 @@ class Pipeline:
         """Raise `WorkerDied` if a worker has died."""
         self._workers.check()
 
-    def _received(self) -> Iterator[Decoded]:
+    def _receive(self) -> Iterator[Decoded]:
         """Yield the parts as they come from the workers; raise the error that came instead."""
         items = self._begun or iter(self._pipeline)
         self._begun = None
@@ -148,30 +152,56 @@ class Pipeline:
 
         The parts hold ascending lanes, so their order is the lanes'.
         """
+        # The columns of all parts.
         first = decoded[0]
-        steps = [each.part.step for each in decoded]
-        assert len(set(steps)) == 1, f"workers out of step: {steps}"
-        ids = np.concatenate([each.part.ids for each in decoded])
-        positions = np.concatenate([each.part.positions for each in decoded])
-        images = empty_images((len(ids), *first.form.shape), first.form.dtype, pinned=self._pinned)
-        slots = [
-            self._slots(each.worker, each.slot, len(each.part.ids), first.form) for each in decoded
-        ]
-        # torch.cat would wake a pool of threads, which would take the workers' cores.
+        ids = []
+        positions = []
+        slots = []
+        labels = []
+        unreadable = []
+        items = []
+        for each in decoded:
+            part = each.part
+            assert part.step == first.part.step, f"workers out of step: {_steps_of(decoded)}"
+            ids.append(part.ids)
+            positions.append(part.positions)
+            slots.append(self._slots(each.worker, each.slot, len(part.ids), first.form))
+            labels.append(each.labels)
+            unreadable += each.unreadable
+            items += each.items
+
+        # The only copy of the pixels in this process. torch.cat would wake a pool of threads, which
+        # would take the workers' cores.
+        all_ids = np.concatenate(ids)
+        shape = (len(all_ids), *first.form.shape)
+        images = empty_images(shape, first.form.dtype, pinned=self._pinned)
         np.concatenate(slots, out=images.numpy())
-        labels = torch.from_numpy(np.concatenate([each.labels for each in decoded]))
+        all_labels = torch.from_numpy(np.concatenate(labels))
         if self._pinned:
-            labels = labels.pin_memory()
+            all_labels = all_labels.pin_memory()
         return Batch(
-            first.part.step,
-            positions,
-            ids,
-            images,
-            labels,
-            [entry for each in decoded for entry in each.unreadable],
-            first.part.epoch,
-            [item for each in decoded for item in each.items],
+            step=first.part.step,
+            positions=np.concatenate(positions),
+            ids=all_ids,
+            images=images,
+            labels=all_labels,
+            unreadable=unreadable,
+            epoch=first.part.epoch,
+            items=items,
         )
+
+
+def _steps_of(decoded: list[Decoded]) -> list[int]:
+    return [each.part.step for each in decoded]
+
+
+def _worker_options(workers: int) -> dict[str, Any]:
+    """Return the options of DataLoader that it takes only if there are workers."""
+    if workers == 0:
+        return {}
+    # Fork: the index is shared copy-on-write, and a worker is ready in milliseconds, not after
+    # importing torch.
+    return {"prefetch_factor": PREFETCHED_PARTS, "multiprocessing_context": "fork"}
 
 
 class _Stages:
@@ -183,8 +213,13 @@ class _Stages:
         self._decode = decode
 
     def __call__(self) -> Iterator[Decoded]:
+        # Without workers, this process is the only one.
+        worker = 0
+        workers = 1
         info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if info is not None:
+            worker = info.id
+            workers = info.num_workers
         requests = self._plan.requests(worker, workers, self._fetch.small)
         fetched = self._fetch(requests)
         parts = self._plan.parts(fetched, worker, workers)
@@ -239,6 +274,7 @@ def copy_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[B
     stream = torch.cuda.Stream(device)
     ahead: deque[tuple[Batch, torch.cuda.Event]] = deque()
     for batch in batches:
+        # The copy is queued before the batch ahead of it is handed out.
         with torch.cuda.stream(stream):
             images = batch.images.to(device, non_blocking=True)
             labels = batch.labels.to(device, non_blocking=True)

@@ -1,4 +1,7 @@
-"""The read plan: what each worker requests when, and how that becomes the parts of a step."""
+"""The read plan: what each worker requests when, and how that becomes the parts of a step.
+
+`TrainPlan` reads the steps of a training, `EvalPlan` a split once. `pipeline.py` carries them out.
+"""
 
 import heapq
 from collections import deque
@@ -13,6 +16,8 @@ from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError, UsageError
 from wds_train.loader.order import EpochOrder, lane_count
 from wds_train.rng import Ids
+
+SHARE_UNIT = 8  # samples: up to so many ranks can divide each dataset's share of a batch
 
 
 class Request(NamedTuple):
@@ -66,10 +71,10 @@ class Plan(Protocol):
     """Says what each worker of one rank reads, and how it is cut into parts."""
 
     def useful_workers(self, workers: int) -> int:
-        """Return how many of `workers` have something to read."""
+        """Return the number of workers that have something to read, at most `workers`."""
 
     def parts_per_batch(self, workers: int) -> int:
-        """Return from how many parts, each of another worker, a batch is merged."""
+        """Return the number of parts of a batch, each of another worker."""
 
     def part_samples(self, workers: int) -> int:
         """Return the most samples that a part holds if there are `workers`."""
@@ -118,6 +123,7 @@ class TrainPlan:
     repeats: int = 1
 
     def __post_init__(self) -> None:
+        # Ranks read whole lanes. So a batch is the same for every number of them.
         lanes = lane_count(self.global_batch)
         if lanes % self.world:
             raise UsageError(
@@ -168,7 +174,7 @@ class TrainPlan:
         return max(1, workers)
 
     def part_samples(self, workers: int) -> int:
-        # The first worker has the most lanes.
+        # The first worker has the most lanes: its parts decide the size of a slot.
         return len(self.lanes(0, workers)) * self._lane_samples * self.repeats
 
     @property
@@ -180,7 +186,7 @@ class TrainPlan:
         """Return the adjacent lanes that `worker` of this rank's `workers` reads."""
         lanes = lane_count(self.global_batch)
         of_rank = range(self.rank * lanes // self.world, (self.rank + 1) * lanes // self.world)
-        return [int(lane) for lane in np.array_split(of_rank, workers)[worker]]
+        return np.array_split(of_rank, workers)[worker].tolist()
 
     def requests(self, worker: int, workers: int, small: int = 0) -> Iterator[Request]:
         lanes = self.lanes(worker, workers)
@@ -191,20 +197,25 @@ class TrainPlan:
         def order(epoch: int) -> EpochOrder:
             return self.order(epoch).keep(lanes)
 
+        # Each lane's requests are in the order of need; merged, those of all lanes are.
         by_lane = [_join_small(self._lane_requests(lane, order), small) for lane in lanes]
         return heapq.merge(*by_lane, key=lambda request: (request.step, request.lane))
 
     def parts(self, fetched: Iterator[Fetched], worker: int, workers: int) -> Iterator[Part]:
+        # The places of this worker's samples in the batch.
         lanes = self.lanes(worker, workers)
         per_lane = self._lane_samples
         starts = np.array(lanes, dtype=np.int64) * per_lane
-        places = (starts[:, None] + np.arange(per_lane)).ravel()  # in the batch
+        places = (starts[:, None] + np.arange(per_lane)).ravel()
+
+        # Samples that came, and whose step has not: a request holds those of several steps.
         waiting: dict[int, deque[tuple[int, memoryview | DataError]]] = {}
         for lane in lanes:
             waiting[lane] = deque()
 
         for step in range(self.from_step, self.epochs.stop * self.steps_per_epoch):
             taken: list[tuple[int, memoryview | DataError]] = []
+            # In lane order, so that the batch is the same for every number of workers.
             for lane in lanes:
                 # Requests come in the order of need, so the next ones fill this lane.
                 while len(waiting[lane]) < per_lane:
@@ -214,13 +225,18 @@ class TrainPlan:
                     del records
                 taken += [waiting[lane].popleft() for _ in range(per_lane)]
 
+            ids = []
+            records = []
+            for sample, record in taken:
+                ids.append(sample)
+                records.append(record)
             epoch, epoch_step = divmod(step, self.steps_per_epoch)
             part = Part(
                 step,
                 epoch,
                 positions=epoch_step * self.global_batch + places,
-                ids=np.array([sample for sample, _ in taken], dtype=np.int64),
-                records=[record for _, record in taken],
+                ids=np.array(ids, dtype=np.int64),
+                records=records,
             )
             yield _repeat_samples(part, self.repeats)
 
@@ -228,6 +244,7 @@ class TrainPlan:
         """Yield a request for every window of `lane` that is still to come."""
         for epoch in self.epochs:
             first_step = epoch * self.steps_per_epoch
+            # No order is computed for epochs that are over.
             if self.from_step >= first_step + self.steps_per_epoch:
                 continue
             order = order_of(epoch)
@@ -253,11 +270,16 @@ def _join_small(requests: Iterator[Request], small: int) -> Iterator[Request]:
 
 def _repeat_samples(part: Part, repeats: int) -> Part:
     """Return `part` with every sample `repeats` times, each copy at its own position."""
+    if repeats == 1:
+        return part
+    records = []
+    for record in part.records:
+        records += [record] * repeats
     copies = np.tile(np.arange(repeats), len(part.ids))
     return part._replace(
         positions=np.repeat(part.positions, repeats) * repeats + copies,
         ids=np.repeat(part.ids, repeats),
-        records=[record for record in part.records for _ in range(repeats)],
+        records=records,
     )
 
 
@@ -287,7 +309,9 @@ def plan_training(
     Raises:
         UsageError: As for `TrainPlan`.
     """
-    shard_samples = tuple(shard.samples for shard in dataset.manifest.split(split).shards)
+    # A repeated sample is read once, and a pass over the samples takes `repeats` times the steps of
+    # an epoch.
+    shard_samples = tuple([shard.samples for shard in dataset.manifest.split(split).shards])
     samples = images // repeats
     steps_per_pass = max(1, sum(shard_samples) // samples)  # TrainPlan refuses too small a split
     passes = range(-(-steps.stop // steps_per_pass))
@@ -338,8 +362,11 @@ class EvalPlan:
 
     @property
     def own_samples(self) -> int:
-        """The samples of this rank's batches."""
-        return sum(min(self.batch, self.samples - b * self.batch) for b in self.batches)
+        """The samples of this rank's batches, of which the split's last one may be smaller."""
+        count = 0
+        for number in self.batches:
+            count += min(self.batch, self.samples - number * self.batch)
+        return count
 
     def requests(self, worker: int, workers: int, small: int = 0) -> Iterator[Request]:
         for batch in self.batches[worker::workers]:
@@ -352,7 +379,7 @@ class EvalPlan:
 
 
 def split_batch(global_batch: int, weights: list[float], repeats: int = 1) -> list[int]:
-    """Return how many images of a batch each dataset of a mixture gives.
+    """Return the number of images that each dataset of a mixture gives to a batch.
 
     Shares are multiples of 8 distinct samples, so that ranks can divide them. Where the batch is
     not, they are multiples of the largest power of two that divides it.
@@ -365,9 +392,13 @@ def split_batch(global_batch: int, weights: list[float], repeats: int = 1) -> li
     Raises:
         UsageError: Nothing is left for the first dataset.
     """
+    # The unit of a share, in images.
     distinct = global_batch // repeats
-    unit = min(8, distinct & -distinct) * repeats
-    others = [max(1, round(weight * global_batch / unit)) * unit for weight in weights]
+    unit = min(SHARE_UNIT, distinct & -distinct) * repeats
+    others = []
+    for weight in weights:
+        units = max(1, round(weight * global_batch / unit))
+        others.append(units * unit)
     if sum(others) >= global_batch:
         raise UsageError(
             f"mixing {weights} into a batch of {global_batch} leaves none for the first dataset; "

@@ -1,4 +1,7 @@
-"""SampleLoader: samples beyond images, as the members of tars or what a function makes of them."""
+"""SampleLoader: samples beyond images, as the members of tars or what a function makes of them.
+
+What it shares with `TrainLoader` is in `step_loader.py`.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -44,44 +47,68 @@ class Samples:
 class SampleLoader(StepLoader[Samples]):
     """Samples beyond images for a training, in the order and with the state of `TrainLoader`.
 
-    A sample is a dictionary of its members' bytes by extension, as {"jpg": b"...", "txt": b"..."},
-    or what `transform` makes of it.
+    A sample is a dictionary of its members' bytes by extension, such as
+    {"jpg": b"...", "txt": b"..."}, or what `transform` makes of it. A member's extension is the
+    part of its name after the sample's key.
 
     Args:
-        dataset: An open `Dataset`, or its address, as for `TrainLoader`.
-        batch: Samples of a step, over all ranks.
+        dataset: An open `Dataset`, or its address: `s3://BUCKET/PREFIX`, a path like `./data`, or a
+            name below `$WDS_BUCKET/datasets`.
+        batch: Samples of a step, over all ranks. Its largest power of two, up to 64, must be
+            divisible by the number of ranks: 256 can be shared by 1, 2, 4, ... 64 ranks.
         epochs: Passes over the dataset.
         fields: The extensions of the members that are wanted. A sample that lacks one is
             unreadable. Default: all members that a sample has.
-        transform: A function of yours: `transform(fields, key, rng)` gets the dictionary, and
-            returns anything that a worker can send: arrays, numbers, texts, or lists and
-            dictionaries of them.
+        transform: A function that makes the sample. `transform(fields, key, rng)` gets the
+            dictionary, the sample's key, and a `numpy.random.Generator` that is the same whenever
+            the sample is made. It returns anything that a worker can send: arrays of NumPy,
+            numbers, texts, or lists and dictionaries of them. It must draw from `rng` alone, or
+            within `with keyed(rng):`. If it raises `DataError`, the sample counts as unreadable.
         seed: Seed of the order, and of the `rng` that `transform` gets.
-        from_step: The step to begin with.
-        rank: This process's rank. Default: as torch.distributed says.
+        from_step: The step to begin with, counted over all epochs.
+        rank: This process's rank. Default: as torch.distributed says if it is initialised, or 0.
         world: The number of ranks. Give both `rank` and `world`, or neither.
-        workers: Processes that read and transform; 0 does so in this one. Default: the cores less
-            one.
-        mix: Other datasets with their shares of each batch: `[("s3://bucket/more", 0.25)]`.
-        cache: A local folder that keeps blocks of the dataset for later epochs.
-        cache_gb: The most that the cache may hold, GB.
+        workers: Processes that read and transform for this rank; 0 does so in this process.
+            Default: the cores that this rank may use less one, from 1 to 16.
+        mix: Other datasets of the same classes with their shares of each batch:
+            `[("s3://bucket/more", 0.25)]`. `dataset` gives the rest, and counts the epochs.
+        cache: A folder on a local disk that keeps blocks of `dataset`, so that later epochs do not
+            read them again. Default: no cache.
+        cache_gb: The most that the cache may hold, in GB (1e9 bytes).
         split: The split to read.
-        max_bad: The share of an epoch's samples that may be unreadable before `DataError` is
-            raised. None: the caller looks at `samples.unreadable` itself.
-        per_epoch: End each iteration at the end of an epoch.
+        max_bad: The share of an epoch's samples, 0 to 1, that may be unreadable before `DataError`
+            is raised. Each rank counts its own. None: the caller looks at `samples.unreadable`.
+        per_epoch: End each iteration at the end of an epoch; the next one goes on with the next
+            epoch. By default, one iteration has all epochs.
+
+    Attributes:
+        step: The number of batches that were handed out. Inside the loop it includes the current
+            batch. Set it to go on elsewhere.
+        steps: The steps of all epochs.
+        steps_per_epoch: The steps of one epoch.
+
+    Yields:
+        `Samples` objects, of `batch / world` samples each.
 
     Raises:
         UsageError: An argument cannot work; the message says which, and what would.
+        NotFound: There is no dataset at the address.
         DataError: While iterating: more samples than `max_bad` allows could not be read.
+        WorkerDied: While iterating: a worker was killed, as a rule for want of memory.
 
     Example:
-        >>> def caption(fields, key, rng):
+        >>> from wds_train import SampleLoader
+        >>> def read_caption(fields, key, rng):
         ...     return fields["txt"].decode()
-        >>> loader = SampleLoader(  # doctest: +SKIP
-        ...     "captions", 256, epochs=10, fields=("jpg", "txt"), transform=caption
+        >>> loader = SampleLoader(
+        ...     "./captions-dataset", 8, epochs=1, fields=("png", "txt"), transform=read_caption
         ... )
-        >>> for samples in loader:  # doctest: +SKIP
-        ...     print(samples.step, samples.keys[0], samples.fields[0])
+        >>> captions = {}
+        >>> for samples in loader:
+        ...     for key, caption in zip(samples.keys, samples.fields):
+        ...         captions[key] = caption
+        >>> captions["0007"]
+        'number 7'
     """
 
     def __init__(
@@ -122,6 +149,7 @@ class SampleLoader(StepLoader[Samples]):
         )
         if isinstance(fields, str):
             raise UsageError(f"fields = {fields!r} is one text; write fields=({fields!r},)")
+        # Extensions are kept as the index of a tar has them: in small letters, without a dot.
         self._fields: list[str] | None = None
         if fields is not None:
             self._fields = [name.removeprefix(".").lower() for name in fields]
@@ -131,13 +159,19 @@ class SampleLoader(StepLoader[Samples]):
         return ObjectTransform(self._function, split, self.seed, self._fields)
 
     def _finish(self, batch: Batch) -> Samples:
+        # A worker sends each sample with its key.
+        keys = []
+        fields = []
+        for key, value in batch.items:
+            keys.append(key)
+            fields.append(value)
         return Samples(
             step=batch.step,
             epoch=batch.epoch,
-            keys=[key for key, _ in batch.items],
+            keys=keys,
             labels=batch.labels,
             ids=batch.ids,
             positions=batch.positions,
-            fields=[value for _, value in batch.items],
+            fields=fields,
             unreadable=batch.unreadable,
         )

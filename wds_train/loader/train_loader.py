@@ -1,4 +1,8 @@
-"""TrainLoader: the images of a training, in its exact order."""
+"""TrainLoader: the images of a training, in its exact order.
+
+Users' loops and `training/session.py` iterate it. What it shares with `SampleLoader` is in
+`step_loader.py`; how a sample becomes an image is in `transform.py`.
+"""
 
 from dataclasses import replace
 
@@ -29,51 +33,100 @@ class TrainLoader(StepLoader[Batch]):
 
     The same samples come in the same order for every number of ranks and workers, from any step.
     The order of an epoch is a pure function of the dataset's fingerprint, `seed` and the epoch.
+    So `step` is the whole state of a loader: see `state_dict` and `load_state_dict`.
+
+    An epoch has only full batches. The remainder, less than one batch, is dropped, a different one
+    in each epoch.
 
     Args:
         dataset: An open `Dataset`, or its address: `s3://BUCKET/PREFIX`, a path like `./data`, or a
             name below `$WDS_BUCKET/datasets`.
-        batch: Samples of a step, over all ranks.
+        batch: Samples of a step, over all ranks. Its largest power of two, up to 64, must be
+            divisible by the number of ranks: 256 can be shared by 1, 2, 4, ... 64 ranks.
         epochs: Passes over the dataset.
-        size: Side of the images, pixels.
+        size: Side of the images, in pixels.
         seed: Seed of the order and of all random draws.
-        from_step: The step to begin with.
-        rank: This process's rank. Default: as torch.distributed says.
+        from_step: The step to begin with, counted over all epochs.
+        rank: This process's rank. Default: as torch.distributed says if it is initialised, or 0.
         world: The number of ranks. Give both `rank` and `world`, or neither.
-        workers: Processes that decode; 0 decodes in this one. Default: the cores less one.
-        device: Where images and labels go: "cpu" (default) or "cuda".
-        normalize: True normalises by ImageNet's mean and deviation, a pair `(mean, deviation)` by
-            those: images are then float32 [n, 3, size, size] on the device. Otherwise they are
-            uint8 [n, size, size, 3].
-        augment: A policy of timm, such as "rand-m6-mstd0.5-inc1", or "trivial".
+        workers: Processes that read and decode for this rank; 0 does so in this process. Default:
+            the cores that this rank may use less one, from 1 to 16.
+        device: Where images and labels go: "cpu" (default) or "cuda". For a GPU, each batch is
+            copied while the one before is worked on.
+        normalize: True subtracts ImageNet's mean and divides by its deviation; a pair
+            `(mean, deviation)` does so with those, three numbers each for pixels in [0, 1]. None
+            or False (default): images stay uint8.
+        augment: A policy: timm's RandAugment or AutoAugment, such as "rand-m6-mstd0.5-inc1" or
+            "original", or torchvision's "trivial". Default: none.
         scale: Smallest and largest share of the image's area that a crop takes.
         ratio: Smallest and largest aspect ratio of a crop, width / height.
         flip: Probability of a horizontal flip.
-        color_jitter: Largest changes of brightness, contrast, saturation and hue.
-        transform: A function of your own instead: `transform(image, key, rng)` gets uint8
-            [height, width, 3] and returns an array; all must have one shape and dtype.
-        decode: False gives `transform` the encoded bytes.
-        mix: Other datasets with their shares of each batch: `[("s3://bucket/more", 0.25)]`.
-        cache: A local folder that keeps blocks of the dataset for later epochs.
-        cache_gb: The most that the cache may hold, GB.
+        color_jitter: Largest changes of brightness, contrast and saturation (shares), and of hue
+            (turns, at most 0.5), as in torchvision's ColorJitter.
+        transform: A function that makes the image instead of crop, flip and policies.
+            `transform(image, key, rng)` gets an upright RGB image, uint8 [height, width, 3], the
+            sample's key, and a `numpy.random.Generator` that is the same whenever the sample is
+            made. It returns an array; all must have one shape and dtype. It must draw from `rng`
+            alone, or within `with keyed(rng):`. If it raises `DataError`, the sample counts as
+            unreadable.
+        decode: False gives `transform` the encoded bytes instead of pixels.
+        mix: Other datasets of the same classes with their shares of each batch:
+            `[("s3://bucket/more", 0.25)]`. `dataset` gives the rest, and counts the epochs.
+        cache: A folder on a local disk that keeps blocks of `dataset`, so that later epochs do not
+            read them again. Default: no cache.
+        cache_gb: The most that the cache may hold, in GB (1e9 bytes).
         split: The split to read.
-        max_bad: The share of an epoch's samples that may be unreadable before `DataError` is
-            raised. None: the caller looks at `batch.unreadable` itself.
-        per_epoch: End each iteration at the end of an epoch.
-        start_size: Side of the first epochs' images, which grows to `size`; 0: `size` throughout.
+        max_bad: The share of an epoch's samples, 0 to 1, that may be unreadable before `DataError`
+            is raised. Each rank counts its own. None: the caller looks at `batch.unreadable`.
+        per_epoch: End each iteration at the end of an epoch; the next one goes on with the next
+            epoch. By default, one iteration has all epochs.
+        start_size: Side of the first epochs' images, in pixels, which grows to `size` in multiples
+            of 32; 0: `size` throughout.
         size_ramp: The shares of the epochs between which the side grows.
         repeats: How often each sample stands in its batch, each time augmented again (repeated
-            augmentation, Hoffer et al. 2019, arXiv:1901.09335). A pass then takes so many epochs.
+            augmentation, Hoffer et al. 2019, arXiv:1901.09335). A pass over the dataset then takes
+            so many epochs.
+
+    Attributes:
+        step: The number of batches that were handed out. Inside the loop it includes the current
+            batch. Set it to go on elsewhere.
+        steps: The steps of all epochs.
+        steps_per_epoch: The steps of one epoch.
+
+    Yields:
+        `Batch` objects, of `batch / world` images each. `images` is uint8 [n, size, size, 3];
+        with `normalize` float32 [n, 3, size, size], in channels_last on a GPU; with `transform`
+        its arrays, stacked. `labels` is int64 [n]. Pixels of unreadable samples are grey.
 
     Raises:
         UsageError: An argument cannot work; the message says which, and what would.
+        NotFound: There is no dataset at the address.
         DataError: While iterating: more samples than `max_bad` allows could not be read.
+        WorkerDied: While iterating: a worker was killed, as a rule for want of memory.
 
     Example:
-        >>> loader = TrainLoader("imagenet", 256, epochs=90, normalize=True)  # doctest: +SKIP
-        >>> for batch in loader:  # doctest: +SKIP
-        ...     loss = criterion(model(batch.images), batch.labels)
-        ...     checkpoint = {"loader": loader.state_dict()}
+        A loop that saves the loader's state with the model's:
+
+        >>> import torch
+        >>> from wds_train import TrainLoader
+        >>> loader = TrainLoader("./photos-dataset", 8, epochs=2, size=32, normalize=True)
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> for batch in loader:
+        ...     loss = torch.nn.functional.cross_entropy(model(batch.images), batch.labels)
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     checkpoint = {"model": model.state_dict(), "loader": loader.state_dict()}
+        ...     if loader.step == 3:
+        ...         break  # or the process is killed
+
+        Another process goes on after the third step, with any number of ranks and workers:
+
+        >>> loader = TrainLoader("./photos-dataset", 8, epochs=2, size=32, normalize=True)
+        >>> loader.load_state_dict(checkpoint["loader"])
+        >>> [batch.step for batch in loader]
+        [3, 4, 5, 6, 7, 8, 9]
     """
 
     def __init__(
@@ -139,10 +192,12 @@ class TrainLoader(StepLoader[Batch]):
 
     def _transform(self, split: SplitReader) -> Transform:
         custom = self._images.transform(split, self.seed)
-        return custom or TrainTransform(self._data, self.seed, self.epochs, self.steps_per_epoch)
+        if custom is not None:
+            return custom
+        return TrainTransform(self._data, self.seed, self.epochs, self.steps_per_epoch)
 
     def _finish(self, batch: Batch) -> Batch:
-        return self._images.normalised(batch)
+        return self._images.normalise(batch)
 
 
 class Images:
@@ -162,6 +217,7 @@ class Images:
         normalize: Normalisation,
         device: torch.device,
     ) -> None:
+        # The default transforms decode.
         if not decode and function is None:
             raise UsageError(
                 "decode = False gives the bytes to a transform; "
@@ -171,16 +227,24 @@ class Images:
         self._decode = decode
         self._form: Form | None = None
         data = normalisation(normalize)
-        self._normalise = Normaliser(data, device) if data else None
+        self._normalise: Normaliser | None = None
+        if data:
+            self._normalise = Normaliser(data, device)
 
     def transform(self, split: SplitReader, seed: int) -> ArrayTransform | None:
-        """Return the caller's transform of the samples of `split`; None if there is none.
+        """Return the caller's transform for a split; None if there is none.
+
+        Args:
+            split: The split, of which the first readable sample is transformed to learn the form
+                of the arrays.
+            seed: The seed of the transform's generators.
 
         Raises:
             UsageError: Its arrays are not images, but were to be normalised.
         """
         if self._function is None:
             return None
+        # A second dataset of a mixture must give arrays of the first one's form.
         custom = ArrayTransform(self._function, split, seed, decoded=self._decode, form=self._form)
         self._form = custom.largest
         if self._normalise and not _is_image(self._form):
@@ -190,8 +254,11 @@ class Images:
             )
         return custom
 
-    def normalised(self, batch: Batch) -> Batch:
-        """Return the batch with normalised images, if that was asked for."""
+    def normalise(self, batch: Batch) -> Batch:
+        """Return the batch with normalised images, float32 [n, 3, size, size].
+
+        If that was not asked for, it is the batch itself.
+        """
         if self._normalise is None:
             return batch
         return replace(batch, images=self._normalise(batch.images))

@@ -1,4 +1,8 @@
-"""Transforms of one image on its way into a batch: for training, and for evaluation."""
+"""Transforms of one image on its way into a batch: for training, and for evaluation.
+
+A `Transform` runs in a loader worker (`decoder.py`). Those that call a user's function are in
+`custom_transform.py`.
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +18,7 @@ from wds_train.images.decode import decode_center, decode_crop
 from wds_train.images.policies import apply, policies
 from wds_train.rng import rekeyed
 
-GREY = 128  # the pixels of an unreadable image
+GREY = 128  # the pixels of an unreadable image: neither black nor white
 
 
 class Form(NamedTuple):
@@ -28,19 +32,24 @@ class Form(NamedTuple):
 
     @property
     def holds_objects(self) -> bool:
+        """True if a sample is an object rather than an array."""
         return self.dtype == object
 
     @property
     def bytes(self) -> int:
         """The bytes that it takes of shared memory, into which no object can be put."""
-        return 0 if self.holds_objects else math.prod(self.shape) * self.dtype.itemsize
+        if self.holds_objects:
+            return 0
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def blank(self) -> int | None:
         """The value that fills the array of an unreadable sample: grey for pixels."""
         if self.holds_objects:
             return None
-        return GREY if self.dtype == np.uint8 else 0
+        if self.dtype == np.uint8:
+            return GREY
+        return 0
 
 
 def square(side: int) -> Form:
@@ -51,7 +60,11 @@ def square(side: int) -> Form:
 class Place(NamedTuple):
     """A sample of a split, and its position in the epoch's order.
 
-    `size` is its image's width and height, as the index has them.
+    Attributes:
+        sample: The sample's number in the split.
+        size: Width and height of its image, as the index has them.
+        epoch: The epoch.
+        position: The sample's place in the epoch's order.
     """
 
     sample: int
@@ -78,7 +91,17 @@ class Transform(Protocol):
         """
 
     def decode(self, data: memoryview, place: Place, drawn: Any, out: NDArray[Any]) -> None:
-        """Fill `out`, of the step's form, from the bytes `data` of the sample at `place`."""
+        """Make the array of a sample.
+
+        Args:
+            data: The bytes of its image, or, for objects, of the whole sample.
+            place: The sample.
+            drawn: What `draw` returned for it.
+            out: The array to fill, of the step's form.
+
+        Raises:
+            DataError: The sample is unreadable.
+        """
 
 
 @dataclass(frozen=True)
@@ -107,13 +130,16 @@ class TrainTransform:
 
     @property
     def largest(self) -> Form:
+        """The form of the last epochs' images."""
         return square(self.data.size)
 
     def form(self, step: int) -> Form:
+        """Return the form of the images of a step."""
         return square(image_side(self.data, step // self.steps_per_epoch, self.epochs))
 
     def draw(self, place: Place) -> tuple[Box, bool]:
         """Draw the box to cut out, and whether to flip it."""
+        # The order of the draws is a part of every run: the flip comes first.
         rng = rekeyed(self.seed, "augment", place.epoch, place.position)
         flip = bool(rng.random() < self.data.flip)
         box = random_resized_crop(rng, *place.size, self.data.scale, self.data.ratio)
@@ -122,20 +148,30 @@ class TrainTransform:
     def decode(
         self, data: memoryview, place: Place, drawn: tuple[Box, bool], out: NDArray[np.uint8]
     ) -> None:
+        """Fill `out`, uint8 [side, side, 3], with the crop, resized, flipped and augmented."""
+        # The policies come last: they are made for images of the final size.
         box, flip = drawn
         decode_crop(data, box, out, flip=flip)
         self.augment(place.epoch, place.position, out)
 
     def augment(self, epoch: int, position: int, pixels: NDArray[np.uint8]) -> None:
-        """Apply the policies to `pixels`, uint8 [side, side, 3], in place."""
+        """Apply the policies to an image in place.
+
+        Args:
+            epoch: The epoch.
+            position: The sample's place in the epoch's order.
+            pixels: The image, uint8 [side, side, 3].
+        """
         apply(policies(self.data, len(pixels)), pixels, self.seed, "policy", epoch, position)
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Cut the central square, `crop_ratio` of the shorter side, and resize it to `side` pixels.
+    """Cut the central square of an image, and resize it, as timm does.
 
-    timm does the same.
+    Attributes:
+        side: The side of the result, pixels.
+        crop_ratio: The share of the shorter side that the square keeps.
     """
 
     side: int
@@ -143,13 +179,16 @@ class EvalTransform:
 
     @property
     def largest(self) -> Form:
+        """The form of all images."""
         return square(self.side)
 
     def form(self, step: int) -> Form:
+        """Return the form of all images."""
         return square(self.side)
 
     def draw(self, place: Place) -> None:
         """Draw nothing: the crop is always the central one."""
 
     def decode(self, data: memoryview, place: Place, drawn: None, out: NDArray[np.uint8]) -> None:
+        """Fill `out`, uint8 [side, side, 3], with the central square."""
         decode_center(data, self.crop_ratio, out)

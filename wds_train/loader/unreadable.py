@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from wds_train.errors import DataError, UsageError
 from wds_train.loader.batch import Unreadable
 
+# A user's program may configure it by this name.
 LOG = logging.getLogger("wds_train.loader")
 
 
@@ -36,6 +37,7 @@ class UnreadableLimit:
             epoch: The epoch.
             last: The name of the last one, and why it could not be read.
         """
+        # A share of 0 allows none, and a share of 1 all of them.
         if unreadable > self._max_bad * self._samples:
             raise DataError(
                 f"{unreadable} of the {self._samples} samples of epoch {epoch} could not be read, "
@@ -45,7 +47,11 @@ class UnreadableLimit:
 
 
 class UnreadableCounter:
-    """Counts and logs this process's unreadable samples of an epoch, and stops at the limit."""
+    """Counts and logs this process's unreadable samples of an epoch, and stops at the limit.
+
+    Args:
+        limit: The number that an epoch may have.
+    """
 
     def __init__(self, limit: UnreadableLimit) -> None:
         self._limit = limit
@@ -57,15 +63,21 @@ class UnreadableCounter:
         self._count = 0
 
     def add(self, epoch: int, unreadable: Iterable[Unreadable]) -> None:
-        """Count and log the `unreadable` samples of one batch of `epoch`.
+        """Count and log the unreadable samples of one batch.
+
+        Args:
+            epoch: The batch's epoch.
+            unreadable: Its unreadable samples.
 
         Raises:
             DataError: The epoch has more unreadable samples than its limit.
         """
+        # The limit is for each epoch by itself.
         if epoch != self._epoch:
             self._epoch = epoch
             self._count = 0
         for sample in unreadable:
             self._count += 1
             LOG.warning("unreadable sample: %s", sample.named)
+            # One by one, so that the message names the sample that was one too many.
             self._limit.check(self._count, epoch, sample.named)

@@ -22,17 +22,20 @@ from wds_train.slurm import tasks_here
 
 # The pids of all workers that this process has had. Their loaders report their deaths.
 _PIDS: set[int] = set()
-# The workers whose batch the main thread waits for.
+# The workers whose batch the main thread waits for. One loader may be read inside another's loop.
 _WAITING: "list[Workers]" = []
+
+
+MOST_WORKERS = 16  # by default; `workers=` may ask for more
 
 
 def default_workers() -> int:
     """Return the default number of workers: this process's cores less one, from 1 to 16."""
-    return max(1, min(16, own_cores() - 1))
+    return max(1, min(MOST_WORKERS, own_cores() - 1))
 
 
 def own_cores() -> int:
-    """Return how many cores this process may use: the ranks of a machine share its cores."""
+    """Return the cores that this process may use: the ranks of a machine share its cores."""
     allowed = cores()
     tasks = tasks_here()
     # Slurm may have bound each task to its cores already. To divide them would count that twice.
@@ -73,6 +76,7 @@ class Workers:
         Raises:
             WorkerDied: A worker has died.
         """
+        # Processes that are there before the workers are forked.
         before = []
         if self._number and not self._processes:
             before = multiprocessing.active_children()
@@ -91,16 +95,17 @@ class Workers:
                 _WAITING.pop()
             if self._number and not self._processes:
                 children = multiprocessing.active_children()
-                self._know([each for each in children if each not in before])
+                self._remember([each for each in children if each not in before])
 
     def check(self) -> None:
         """Raise `WorkerDied` if a worker has ended: workers live as long as their loader."""
-        if any(each.exitcode is not None for each in self._processes):
-            raise self.death("")
+        for each in self._processes:
+            if each.exitcode is not None:
+                raise self.death("")
 
     def has(self, pid: int) -> bool:
-        """Return whether the process `pid` is one of these workers."""
-        return any(each.pid == pid for each in self._processes)
+        """Return True if the process `pid` is one of these workers."""
+        return pid in [each.pid for each in self._processes]
 
     def death(self, message: str) -> WorkerDied:
         """Return the error that says which worker died, and of what.
@@ -108,6 +113,7 @@ class Workers:
         Args:
             message: PyTorch's error, which is used if no worker has ended yet.
         """
+        # PyTorch's first sentence says that a worker died, and the rest what a person may try.
         how = message.strip().split(". ")[0].rstrip(".")
         for each in self._processes:
             code = each.exitcode
@@ -115,9 +121,11 @@ class Workers:
                 how = f"process {each.pid} {_describe_exit(code)}"
         return WorkerDied(how)
 
-    def _know(self, processes: list[BaseProcess]) -> None:
+    def _remember(self, processes: list[BaseProcess]) -> None:
         self._processes = processes
-        _PIDS.update(each.pid for each in processes if each.pid)
+        for process in processes:
+            if process.pid:
+                _PIDS.add(process.pid)
         _calm_pytorch()
 
 
@@ -140,6 +148,7 @@ def _calm_pytorch() -> None:
     # Other threads may set no handler, and PyTorch has set none there either.
     if threading.current_thread() is not threading.main_thread():
         return
+    # PyTorch sets its handler with the first DataLoader, and never again: ours stays around it.
     handler = signal.getsignal(signal.SIGCHLD)
     if not callable(handler) or isinstance(handler, _Calm):
         return
@@ -159,6 +168,7 @@ class _Calm:
         try:
             self._handler(number, frame)
         except RuntimeError as error:
+            # An error of somebody else's workers, or of anything else, goes on.
             found = re.search(r"DataLoader worker \(pid (\d+)\)", str(error))
             if found is None or int(found[1]) not in _PIDS:
                 raise

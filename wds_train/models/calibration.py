@@ -1,4 +1,7 @@
-"""The calibration of a model's probabilities, and the one function that makes them."""
+"""The calibration of a model's probabilities, and the one function that makes them.
+
+`evaluation/calibrate.py` fits the temperature. A run's manifest and exported files keep it.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,19 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-SURE = 0.5  # the probability of an answer below which it is likelier wrong than right
-NEEDED = 100  # images: the temperature of fewer is chance
+# An answer of a lower probability is likelier wrong than right.
+SURE = 0.5
+# Images: a temperature of fewer is chance.
+NEEDED = 100
 
 
 @dataclass(frozen=True)
 class Calibration:
     """A temperature, by which logits are divided, and how well it does.
 
-    It was fitted on `fitted` samples, none where it is 0, and judged on `judged` others:
-    `error_raw` and `error` are the expected calibration error there without and with it, `sure` the
-    share of sure answers, `right_sure` and `right_unsure` the shares of right ones among these and
-    the others; all in percent, -1 where there were none. `reason` says why the temperature is 1,
-    where it is known.
+    A figure is -1 where there were no samples to measure it on.
+
+    Attributes:
+        temperature: The temperature; 1 changes nothing.
+        fitted: The samples that it was fitted on; 0 if it was not.
+        judged: The other samples, on which the figures below were measured.
+        error_raw: Expected calibration error without the temperature, in percent.
+        error: Expected calibration error with it, in percent.
+        sure: Share of sure answers, whose probability is at least SURE, in percent.
+        right_sure: Share of right ones among the sure answers, in percent.
+        right_unsure: Share of right ones among the other answers, in percent.
+        reason: The reason why the temperature is 1, if it is known.
     """
 
     temperature: float = 1.0
@@ -40,58 +52,86 @@ class Calibration:
     @property
     def helps(self) -> bool:
         """True if the error that is printed is less with the temperature than without."""
-        return float(_printed(self.error)) < float(_printed(self.error_raw))
+        return float(_format_points(self.error)) < float(_format_points(self.error_raw))
 
     def __str__(self) -> str:
+        if self.reason:
+            return f"not calibrated: {self.reason}"
         if not self.used:
-            return f"not calibrated: {self.reason}" if self.reason else "not calibrated"
+            return "not calibrated"
+        error = _format_points(self.error)
+        error_raw = _format_points(self.error_raw)
         return (
             f"temperature {self.temperature:.2f} of {self.fitted} validation samples; on "
-            f"{self.judged} others the probabilities are off by {_printed(self.error)} points "
-            f"({_printed(self.error_raw)} without), {self.sure:.0f} % of the answers are sure"
+            f"{self.judged} others the probabilities are off by {error} points "
+            f"({error_raw} without), {self.sure:.0f} % of the answers are sure"
         )
 
 
 def uncalibrated(images: int) -> Calibration:
-    """Return the calibration by so few images that no temperature is fitted."""
-    return Calibration(
-        reason=f"{images} image{'' if images == 1 else 's'}, at least {NEEDED} are needed"
-    )
+    """Return the calibration for a model that has too few images to fit a temperature.
+
+    Args:
+        images: The number of images, less than NEEDED.
+    """
+    plural = "s"
+    if images == 1:
+        plural = ""
+    return Calibration(reason=f"{images} image{plural}, at least {NEEDED} are needed")
 
 
 def refused(found: Calibration) -> Calibration:
-    """Return the calibration that is left of a temperature that does not help.
+    """Return the calibration that replaces a temperature that does not help.
 
-    The figures without it are to be filled in.
+    Args:
+        found: The calibration with that temperature.
+
+    Returns:
+        A calibration of temperature 1, with the reason. The caller fills in its figures.
     """
+    error = _format_points(found.error)
+    error_raw = _format_points(found.error_raw)
     reason = (
         f"a temperature of {found.temperature:.2f}, fitted on {found.fitted} images, does not "
-        f"help: on {found.judged} others the probabilities are off by {_printed(found.error)} "
-        f"points with it, {_printed(found.error_raw)} without"
+        f"help: on {found.judged} others the probabilities are off by {error} "
+        f"points with it, {error_raw} without"
     )
     return Calibration(
         1.0, found.fitted, found.judged, found.error_raw, found.error_raw, reason=reason
     )
 
 
-def as_judged_now(found: Calibration) -> Calibration:
-    """Return, as it is judged now, `found` as an earlier version wrote it, which used temperatures
-    of a few images, and such as did not help.
+def judge_again(found: Calibration) -> Calibration:
+    """Apply today's rules to the calibration in a manifest or file.
+
+    Earlier versions used temperatures that were fitted on a few images, or that did not help.
+
+    Args:
+        found: The calibration as it was written.
     """
     if found.reason or not found.fitted:
         return found
+    # It was fitted on some of the images, and judged on the others.
     if found.fitted + found.judged < NEEDED:
         return uncalibrated(found.fitted + found.judged)
-    return found if found.helps else refused(found)
+    if found.helps:
+        return found
+    return refused(found)
 
 
 def probabilities(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
-    """Return the softmax of `logits` [samples, classes] at `temperature`.
+    """Return the probabilities of logits, float64 [samples, classes].
 
     Every command, page and file takes an image's probabilities from here.
+
+    Args:
+        logits: Logits of any float dtype, [samples, classes].
+        temperature: The temperature of their calibration; 1 for none.
     """
+    # In float64: float32 would round the small probabilities that a large temperature makes.
     return np.exp(log_softmax(logits.astype(np.float64) / temperature, axis=1))
 
 
-def _printed(points: float) -> str:
+def _format_points(points: float) -> str:
+    """Return an error as messages show it: two that look equal must count as equal."""
     return f"{points:.1f}"

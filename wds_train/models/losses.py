@@ -8,10 +8,10 @@ from wds_train.config.recipe import DistillRecipe, LossRecipe
 
 
 class Criterion:
-    """The mean loss of logits, float32 [n, classes], for targets.
+    """The loss of a recipe.
 
-    Targets are class numbers, int64 [n], or distributions, float32 [n, classes], which are taken as
-    they are: mixing has smoothed them already.
+    Args:
+        recipe: The kind of loss, and its label smoothing.
     """
 
     def __init__(self, recipe: LossRecipe) -> None:
@@ -24,22 +24,37 @@ class Criterion:
         self._kind = recipe.kind
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss over a batch, float32 [].
+
+        Args:
+            logits: The model's logits, float32 [n, classes].
+            targets: Class numbers, int64 [n], or distributions, float32 [n, classes].
+        """
         if self._kind == "bce":
             return self._bce(logits, targets)
-        return F.cross_entropy(
-            logits, targets, label_smoothing=0.0 if targets.ndim == 2 else self._smoothing
-        )
+        smoothing = self._smoothing
+        if targets.ndim == 2:  # mixing has smoothed them already
+            smoothing = 0.0
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
 def distilled(
     recipe: DistillRecipe, loss: torch.Tensor, logits: torch.Tensor, teacher_logits: torch.Tensor
 ) -> torch.Tensor:
-    """Return the loss with the teacher's share: (1 - weight) * loss + weight * T^2 * KL(teacher / T
-    || student / T), Hinton et al. 2015 (arXiv:1503.02531): T^2 keeps the gradient's size where T
-    changes it. Logits float32 [n, classes]; the KL is the mean over samples.
+    """Mix the loss with the distance to a teacher (Hinton et al. 2015, arXiv:1503.02531).
+
+    It is (1 - weight) * loss + weight * T^2 * KL(teacher / T || student / T), with the mean of the
+    KL divergence over samples.
+
+    Args:
+        recipe: The weight, and the temperature T.
+        loss: The loss for the labels, float32 [].
+        logits: The student's logits, float32 [n, classes].
+        teacher_logits: The teacher's logits, float32 [n, classes].
     """
     t = recipe.temperature
     student = F.log_softmax(logits / t, dim=1)
     teacher = F.log_softmax(teacher_logits / t, dim=1)
     divergence = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    # A temperature divides the gradient by T^2. The factor brings it back to its size.
     return (1 - recipe.weight) * loss + recipe.weight * t * t * divergence

@@ -1,10 +1,11 @@
-"""Checks that tensors are those of a recipe's model and optimizer.
+"""Checks that the tensors in a file are those of a recipe's model and optimizer.
 
-Every name, shape and type that a training reads back.
+All names, shapes and types that a training reads back are compared. A checkpoint is checked before
+a run is resumed from it, an exported file before it is used.
 
-Both are made on PyTorch's "meta" device, where tensors have a shape and no memory: no weight is
-drawn, no thread starts that a loader's fork would not survive, and a ResNet50 with one step of its
-optimizer takes 0.2 s.
+The model and the optimizer are made on PyTorch's "meta" device, where tensors have a shape and no
+memory: no weight is drawn, no thread starts that a loader's fork would not survive, and a ResNet50
+with one step of its optimizer takes 0.2 s.
 """
 
 from collections.abc import Mapping
@@ -19,13 +20,23 @@ from wds_train.models.model import create_model, create_optimizer
 from wds_train.schema import NOUNS
 
 META = torch.device("meta")
+# Values of an optimizer's options that stand for "PyTorch chooses": which one does so differs from
+# version to version.
+FREE_CHOICES = (None, True, False)
 
 
 def refuse_other_state(
     tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any], recipe: Recipe, classes: int
 ) -> None:
-    """Raise `RunError` with the entry when a training of `recipe` could not go on from these
-    entries of a checkpoint.
+    """Raise `RunError` if a training cannot go on from the entries of a checkpoint.
+
+    The message has the first entry that does not fit.
+
+    Args:
+        tensors: The checkpoint's tensors by name.
+        scalars: Its other values by name.
+        recipe: The recipe of the training.
+        classes: The number of the dataset's classes.
     """
     model = _model(recipe.model, classes)
     for part in ("model/", "ema/"):
@@ -36,17 +47,23 @@ def refuse_other_state(
 def refuse_other_weights(
     tensors: Mapping[str, torch.Tensor], recipe: ModelRecipe, classes: int
 ) -> None:
-    """Raise `RunError` with the tensor when `tensors` are not the state of the model."""
+    """Raise `RunError` if tensors are not the state of a model.
+
+    Args:
+        tensors: The tensors by name.
+        recipe: The model.
+        classes: The number of its outputs.
+    """
     _refuse_other_weights(tensors, _model(recipe, classes), recipe.name, "")
 
 
 def section(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the entries whose names begin with `prefix`, without it."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in entries.items()
-        if name.startswith(prefix)
-    }
+    """Return the entries whose names begin with `prefix`, by their names without it."""
+    found = {}
+    for name, value in entries.items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = value
+    return found
 
 
 def _refuse_other_weights(
@@ -61,22 +78,26 @@ def _refuse_other_weights(
 
 
 def _refuse_other_optimizer(entries: Mapping[str, Any], recipe: Recipe, model: nn.Module) -> None:
-    """Raise `RunError` for an entry that the optimizer does not have so.
+    """Raise `RunError` if an entry is not as the optimizer has it.
 
-    `entries` named optimizer/INDEX/SLOT and group/INDEX/NAME are the optimizer's, others are passed
-    over.
+    Entries named optimizer/INDEX/SLOT and group/INDEX/NAME are the optimizer's. All others are
+    passed over.
     """
+    # The optimizer as it is after a step, with an entry for each parameter and group.
     try:
         optimizer = create_optimizer(recipe, model)
     except UsageError:
         return  # it takes a GPU, where there is none: the weights can be exported all the same
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
     _step(optimizer, parameters)
     state, groups = optimizer.state_dict().values()
-    places = {
-        "optimizer": {str(i): state.get(i, {}) for i in range(len(parameters))},
-        "group": {str(i): group for i, group in enumerate(groups)},
-    }
+    places: dict[str, dict[str, Any]] = {"optimizer": {}, "group": {}}
+    for number in range(len(parameters)):
+        places["optimizer"][str(number)] = state.get(number, {})
+    for number, group in enumerate(groups):
+        places["group"][str(number)] = group
 
     # Every entry must be one that an optimizer after a step has, of the same shape.
     for name, value in entries.items():
@@ -105,28 +126,34 @@ def _model(recipe: ModelRecipe, classes: int) -> nn.Module:
 
 
 def _step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """One step, which makes the optimizer's state."""
+    """Make a step, after which the optimizer has its state."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     try:
         optimizer.step()
-    except (
-        Exception
-    ):  # whatever an optimizer raises that looks at numbers, of which there are none here
-        optimizer.state.clear()  # the shapes of its slots go unchecked
+    # Some optimizers look at numbers, of which there are none on "meta", and raise anything. The
+    # shapes of their slots are not checked.
+    except Exception:
+        optimizer.state.clear()
 
 
 def _alike(value: Any, like: Any) -> bool:
+    """Return True if a value of a checkpoint can stand where the optimizer has `like`."""
     if isinstance(like, tuple | list):
-        return isinstance(value, list) and len(value) == len(like) and all(map(_alike, value, like))
-    choices = (
-        None,
-        True,
-        False,
-    )  # which of them stands for PyTorch's own choice differs from version to version
-    if any(value is choice for choice in choices) and any(like is choice for choice in choices):
+        # JSON has made lists of tuples.
+        if not isinstance(value, list) or len(value) != len(like):
+            return False
+        return all(map(_alike, value, like))
+    if _is_free_choice(value) and _is_free_choice(like):
         return True
-    return (_is_number(value) and _is_number(like)) or _kind(value) == _kind(like)
+    if _is_number(value) and _is_number(like):
+        return True
+    return _kind(value) == _kind(like)
+
+
+def _is_free_choice(value: Any) -> bool:
+    # By identity: 1 equals True, and comparing a tensor gives a tensor.
+    return any(value is choice for choice in FREE_CHOICES)
 
 
 def _is_number(value: Any) -> bool:
@@ -135,12 +162,17 @@ def _is_number(value: Any) -> bool:
     A step's count is a number in one version of PyTorch, and a tensor without dimensions in
     another.
     """
-    return value.ndim == 0 if isinstance(value, torch.Tensor) else type(value) in (int, float)
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0
+    return type(value) in (int, float)
 
 
 def _kind(value: Any) -> str:
+    """Return the dtype and shape of a tensor, or the kind of another value, for messages."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if value is None:
         return "absent"
-    return "a number" if _is_number(value) else NOUNS.get(type(value), type(value).__name__)
+    if _is_number(value):
+        return "a number"
+    return NOUNS.get(type(value), type(value).__name__)

@@ -1,6 +1,7 @@
 """A trained model's weights, with all that it takes to use them.
 
-They come out of a run's checkpoint, or of an exported file.
+They come out of a run's checkpoint, or of a file of `wds-train export`. Evaluation, the server and
+`model.init` use them.
 """
 
 import json
@@ -20,18 +21,26 @@ from wds_train.config.recipe import Recipe
 from wds_train.config.schedule import is_averaged
 from wds_train.dataset.manifest import ClassInfo
 from wds_train.errors import NotFound, RunError, UsageError, WdsTrainError, unwritable
-from wds_train.models.calibration import Calibration, as_judged_now
+from wds_train.models.calibration import Calibration, judge_again
 from wds_train.models.tensor_checks import refuse_other_weights
 from wds_train.schema import typed
 
-SUFFIX = ".safetensors"  # timm tells the format by the name
-OWN = "wds-train"  # the entry of a file's header that says what the weights are of
+# timm tells the format of a file by the end of its name.
+SUFFIX = ".safetensors"
+# The entry of a file's header that describes the weights.
+OWN = "wds-train"
 LOG = logging.getLogger(__name__)
 
 
 def is_exported(path: Path) -> bool:
-    """Return True if the file says what its weights are of, as those of `wds-train export` do; an
-    error as of `Weights.read`.
+    """Return True if a file describes its weights, as those of `wds-train export` do.
+
+    Args:
+        path: A safetensors file.
+
+    Raises:
+        NotFound: There is no such file.
+        RunError: It is not a safetensors file.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -44,9 +53,16 @@ def is_exported(path: Path) -> bool:
 class Weights:
     """A trained model, and all that it takes to use it.
 
-    `tensors` is the state of a model by name, on the CPU: the `kind` ("raw" or "ema") weights of
-    `step` of `run`, with the `metrics` of their validation, if there was one. `classes` are in the
-    order of the model's outputs.
+    Attributes:
+        tensors: The state of the model by name, on the CPU.
+        kind: "raw" or "ema".
+        run: The run's name.
+        step: The step that the weights are of.
+        epoch: The epochs that were trained until then.
+        metrics: The scores of their validation; empty if there was none.
+        recipe: The recipe of the run.
+        classes: The classes, in the order of the model's outputs.
+        calibration: The calibration of the probabilities.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -60,15 +76,21 @@ class Weights:
     calibration: Calibration = field(default_factory=Calibration)
 
     def save(self, path: Path) -> None:
-        """Write a file for `timm.create_model(NAME, checkpoint_path=path)`, which `read` reads,
-        too.
+        """Write a file for `read`, and for `timm.create_model(NAME, checkpoint_path=path)`.
+
+        Args:
+            path: The file. It is replaced if it exists.
+
+        Raises:
+            UsageError: It cannot be written.
         """
+        # The tensors, and a header with our description and timm's.
         own = asdict(replace(self, tensors={})) | {"recipe": self.recipe.to_dict()}
-        data = encoded(
-            self.tensors, {"config": json.dumps(self.timm_config()), OWN: json.dumps(own)}
-        )
+        header = {"config": json.dumps(self.timm_config()), OWN: json.dumps(own)}
+        # Not by safetensors' `save_file`, which leaves a file that nobody else may read.
+        data = encoded(self.tensors, header)
         unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-        try:  # safetensors' own `save_file` leaves a file that nobody else may read
+        try:
             unfinished.write_bytes(data)
             unfinished.replace(path)
         except OSError as error:
@@ -77,15 +99,26 @@ class Weights:
 
     @classmethod
     def read(cls, path: Path) -> "Weights":
-        """Return the weights that `save` wrote; `NotFound` when there is no such file, `RunError`
-        when `save` did not write it, or it lacks weights. What an earlier version wrote, and this
-        one would not, is read all the same, and said.
+        """Read the weights that `save` wrote.
+
+        A file of an earlier version may hold what this one would not write. It is read all the
+        same, with a warning.
+
+        Args:
+            path: The file.
+
+        Raises:
+            NotFound: There is no such file.
+            RunError: `save` did not write it, or it lacks weights.
         """
+        # The header is a description that this version knows.
         try:
             with safe_open(path, "pt") as file:
                 own = json.loads((file.metadata() or {})[OWN])
-                # It is no dict, though it has keys.
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {}
+                # `file` has keys, and is no mapping.
+                for name in file.keys():  # noqa: SIM118
+                    tensors[name] = file.get_tensor(name)
             weights = replace(typed(cls, own), tensors=tensors)
             typed(Literal["raw", "ema"], weights.kind, "kind")
         except (SafetensorError, OSError) as error:
@@ -94,6 +127,8 @@ class Weights:
             raise RunError(
                 f"{path} was not written by this version of `wds-train export` ({error!r})"
             ) from error
+
+        # The tensors are those of the model that the file describes.
         model = weights.recipe.model
         try:
             refuse_other_weights(tensors, model, len(weights.classes))
@@ -101,6 +136,7 @@ class Weights:
             raise RunError(
                 f"the weights of {path} do not fit the model {model.name}: {error}"
             ) from error
+
         # Earlier versions wrote files that this one would not.
         every = weights.recipe.ema.every
         if weights.kind == "ema" and not is_averaged(weights.step, every):
@@ -110,42 +146,51 @@ class Weights:
                 "of its run makes a better file",
                 *(path, every, weights.step),
             )
-        return replace(weights, calibration=as_judged_now(weights.calibration))
+        return replace(weights, calibration=judge_again(weights.calibration))
 
     def timm_call(self, path: Path) -> str:
         """Return the Python expression that makes the model from the file at `path`."""
         model = self.recipe.model
-        values = {
-            name: f"timm.layers.{value}" if name == "aa_layer" else repr(value)
-            for name, value in model.timm_arguments().items()
-        }
-        more = "".join(f", {name}={value}" for name, value in values.items())
-        return (
-            f"timm.create_model({model.name!r}, num_classes={len(self.classes)}, "
-            f"checkpoint_path={str(path)!r}{more})"
-        )
+        arguments = [
+            repr(model.name),
+            f"num_classes={len(self.classes)}",
+            f"checkpoint_path={str(path)!r}",
+        ]
+        for name, value in model.timm_arguments().items():
+            text = repr(value)
+            if name == "aa_layer":  # its value is the name of a class
+                text = f"timm.layers.{value}"
+            arguments.append(f"{name}={text}")
+        return f"timm.create_model({', '.join(arguments)})"
 
     def timm_config(self) -> dict[str, Any]:
         """Return the description of the model for timm.
 
-        It is the content of a `config.json` (timm/models/_hub.py, save_config_for_hf).
+        Returns:
+            The content of a `config.json` (timm/models/_hub.py, save_config_for_hf).
         """
+        # The model, by the arguments that timm's `create_model` takes.
         data = self.recipe.data
         classes = len(self.classes)
         model = self.recipe.model
         arguments = model.timm_arguments()
         name = model.name
-        if arguments.get("aa_layer") == "BlurPool2d" and timm.is_model(
-            blurred := name.replace("resnet", "resnetblur", 1)
-        ):
-            # In JSON the layer would be its name, which timm's ResNets do not take.
+        # In JSON the layer would be its name, which timm's ResNets do not take. Some have a variant
+        # that blurs by itself.
+        blurred = name.replace("resnet", "resnetblur", 1)
+        if arguments.get("aa_layer") == "BlurPool2d" and timm.is_model(blurred):
             name = blurred
             del arguments["aa_layer"]
+
+        # Its classes and images.
+        names = {}
+        for entry in self.classes:
+            names[entry.id] = entry.name
         return {
             "architecture": name,
             "num_classes": classes,
             "label_names": [entry.id for entry in self.classes],
-            "label_descriptions": {entry.id: entry.name for entry in self.classes},
+            "label_descriptions": names,
             "model_args": arguments,
             "pretrained_cfg": {
                 "num_classes": classes,

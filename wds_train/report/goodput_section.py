@@ -1,4 +1,7 @@
-"""The report's section on goodput: a bar of the paid time, its parts, and those of each attempt."""
+"""The report's section on goodput: a bar of the paid time, its parts, and those of each attempt.
+
+`run_report.py` puts it on the page.
+"""
 
 from dataclasses import asdict
 
@@ -9,6 +12,7 @@ from wds_train.report.charts import stacked_chart
 from wds_train.report.formatting import NAMES, headline, span
 from wds_train.report.page import Block, Charts, Table, Text
 
+# Explanations of the parts, by their field in `Parts`.
 MEANINGS = {
     "steps": "steps whose result a checkpoint holds: the goodput",
     "start": "imports, the claim, restoring the checkpoint, and the first batch",
@@ -22,21 +26,25 @@ MEANINGS = {
 
 
 def goodput_blocks(manifest: RunManifest, now: float) -> list[Block]:
-    """Return the section; only a sentence if no attempt noted where its time went."""
+    """Return the section's blocks; only a sentence if no attempt noted where its time went.
+
+    Args:
+        manifest: The run's manifest.
+        now: The present time, seconds since 1970: an attempt that runs is counted until then.
+    """
     parts = where_time_went(manifest, now)
     if parts.goodput is None:
         return [Text("Where the paid time went was not recorded.")]
-    shares = parts.shares()
     sentence = f"Of {span(parts.paid)} that were paid, {headline(parts)} became steps that count."
-    figures = ", ".join(
-        f"{NAMES[name]} {100 * share:.1f} %" for name, share in shares.items() if share
-    )
-    chart = stacked_chart(
-        "goodput",
-        "where the paid time went",
-        [(NAMES[name], share) for name, share in shares.items()],
-        f"{sentence} All of it: {figures}.",
-    )
+    bars = []
+    figures = []
+    for name, share in parts.shares().items():
+        # A part of 0 stays in the chart's list, so that each part keeps its colour.
+        bars.append((NAMES[name], share))
+        if share:
+            figures.append(f"{NAMES[name]} {100 * share:.1f} %")
+    text = f"{sentence} All of it: {', '.join(figures)}."
+    chart = stacked_chart("goodput", "where the paid time went", bars, text)
     return [Text(sentence), Charts([chart]), _meanings(parts), _attempts(manifest, now)]
 
 
@@ -55,6 +63,7 @@ def _attempts(manifest: RunManifest, now: float) -> Table:
     """Return a table of the parts of each attempt, and of all together."""
     earlier = manifest.earlier
     rows = []
+    # The manifest keeps old attempts as one sum.
     if earlier.attempts:
         rows.append(_row(f"1 to {earlier.attempts}", earlier.known_parts))
     for number, parts in enumerate(parts_by_attempt(manifest, now), start=earlier.attempts + 1):
@@ -64,5 +73,7 @@ def _attempts(manifest: RunManifest, now: float) -> Table:
 
 
 def _row(name: str, parts: Parts) -> list[str]:
-    minutes = [parts.paid, *asdict(parts).values()]
-    return [name, *(f"{seconds / 60:.2f}" for seconds in minutes)]
+    row = [name]
+    for seconds in (parts.paid, *asdict(parts).values()):
+        row.append(f"{seconds / 60:.2f}")
+    return row

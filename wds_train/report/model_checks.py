@@ -1,4 +1,7 @@
-"""Evaluate the best checkpoint for the report, on a part of the validation split."""
+"""Evaluate the best checkpoint for the report, on a part of the validation split.
+
+`wds-train report` calls `find`, and `class_section.py` shows its findings.
+"""
 
 import io
 from collections import Counter
@@ -25,14 +28,22 @@ from wds_train.models.weights import Weights
 from wds_train.storage.base import Store
 from wds_train.tracking.contact_sheet import thumbnail
 
-LARGEST_MATRIX = 20  # classes
-MISTAKES = 24  # images shown
+LARGEST_MATRIX = 20  # classes: a larger matrix does not fit the page
+MISTAKES = 24  # images shown, of a few KB each in the page
 SIDE = 112  # pixels of each
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A validation image that the model takes for another class."""
+    """A validation image that the model takes for another class.
+
+    Attributes:
+        jpeg: A thumbnail.
+        truth: The name of its class.
+        taken_for: The name of the class that the model predicts.
+        confidence: The calibrated probability of that, 0 to 1.
+        key: The sample's key.
+    """
 
     jpeg: bytes
     truth: str
@@ -78,21 +89,27 @@ def find(
     Args:
         store: The run's.
         manifest: The run's.
-        most: The most images to evaluate.
+        most: The most images to evaluate, evenly taken of the split.
         workers: Loader processes.
         device: Where the model computes.
+
+    Returns:
+        The findings, whose confidences are calibrated.
 
     Raises:
         WdsTrainError: The weights or the dataset cannot be used.
     """
+    # The weights, and the dataset that they were trained on.
     choice, weights = from_newest(store, manifest, lambda newest: _best(store, newest))
     dataset = Dataset.open(str(manifest.dataset.get("url", "")))
     if dataset.fingerprint != manifest.dataset.get("fingerprint"):
         raise DataError(
-            f"{dataset.store.url} is another dataset now than the run was trained on; its fingerprint "
-            "differs"
+            f"{dataset.store.url} is another dataset now than the run was trained on; "
+            "its fingerprint differs"
         )
     refuse_other_classes(weights, dataset)
+
+    # A part of the split is scored as `wds-train eval` scores the whole.
     whole = dataset.split("val")
     split = spread(whole, most)
     view = View.of(weights.recipe, None)
@@ -104,6 +121,7 @@ def find(
     weights = calibrated(weights, manifest, choice, device)
     confidence = probabilities(scored.logits, weights.calibration.temperature).max(axis=1)
 
+    # An unreadable image has the prediction -1. It says nothing of the model's confidence.
     labels = split.index.label[:].astype(np.int64)
     predicted = scored.predicted
     classes = dataset.manifest.classes
@@ -132,6 +150,7 @@ def _surest_mistakes(
     confidence: NDArray[Any],
 ) -> list[Mistake]:
     """Return the most confident mistakes, the surest first."""
+    # A stable sort: equal confidences keep the split's order, in every report.
     wrong = np.flatnonzero((predicted >= 0) & (predicted != labels))
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     mistakes = []
@@ -151,6 +170,7 @@ def _confusion(
     labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int
 ) -> NDArray[np.int64] | None:
     """Count how often each class was predicted for each; None for too many classes to read."""
+    # With more classes, the page lists the most confused pairs alone.
     if classes > LARGEST_MATRIX:
         return None
     counts = np.zeros((classes, classes), np.int64)
@@ -168,11 +188,15 @@ def _titles(classes: Sequence[ClassInfo]) -> list[str]:
 
     If two are the same, it is all names, and the id.
     """
+    # ImageNet has two classes "crane", and two "maillot".
     first = [entry.name.split(",")[0] for entry in classes]
     times = Counter(first)
     titles = []
     for name, entry in zip(first, classes, strict=True):
-        titles.append(name if times[name] == 1 else title_of(entry))
+        title = name
+        if times[name] > 1:
+            title = title_of(entry)
+        titles.append(title)
     return titles
 
 

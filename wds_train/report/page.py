@@ -15,18 +15,24 @@ import jinja2
 from wds_train.errors import unwritable
 from wds_train.report.charts import Chart
 
+# Marks of Markdown and HTML: a class name or a key may hold any of them.
 _MARKS = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")
+# A cell that is a figure, such as "≥ 1,024", "$1.40" or "98.61 %": the page aligns it right.
 _NUMBER = re.compile(r"[-+$≥]*\s?[\d.,]+( \S{1,3})?|–")
 
 
 @dataclass(frozen=True)
 class Text:
+    """A paragraph."""
+
     kind: ClassVar[str] = "text"
     text: str
 
 
 @dataclass(frozen=True)
 class Code:
+    """A command to copy, below its caption."""
+
     kind: ClassVar[str] = "code"
     caption: str
     text: str
@@ -54,13 +60,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Charts:
+    """Charts that stand next to each other."""
+
     kind: ClassVar[str] = "charts"
     charts: Sequence[Chart]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A JPEG, with the lines of its caption."""
+    """A picture.
+
+    Attributes:
+        name: The name of its file.
+        data: The bytes of a JPEG.
+        lines: The lines of its caption.
+    """
 
     name: str
     data: bytes
@@ -68,47 +82,59 @@ class Picture:
 
     @property
     def url(self) -> str:
+        """The picture as an address: the page needs no other file."""
         return f"data:image/jpeg;base64,{base64.b64encode(self.data).decode()}"
 
 
 @dataclass(frozen=True)
 class Pictures:
+    """Pictures in a grid, below their caption."""
+
     kind: ClassVar[str] = "pictures"
     caption: str
     pictures: Sequence[Picture]
 
 
 Block = Text | Code | Table | Charts | Pictures
+Fact = tuple[str, str, str]  # name, value and remark
 
 
 @dataclass(frozen=True)
 class Section:
+    """A part of the page with a heading."""
+
     title: str
     blocks: Sequence[Block]
 
     @property
     def anchor(self) -> str:
+        """The id of its heading, which a link can name."""
         return self.title.lower().replace(" ", "-")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A report.
+    """A report, or a comparison of runs.
 
-    `facts` are name, value and remark of what stands at the top. `notes` say what is missing.
-    `link` is a name and the address of a page on the web.
+    Attributes:
+        title: The page's title.
+        subtitle: The line below it.
+        facts: The figures at the top.
+        sections: The parts of the page, in order.
+        notes: Sentences on what is missing.
+        link: The name and the address of a page on the web; None for no link.
     """
 
     title: str
     subtitle: str
-    facts: Sequence[tuple[str, str, str]]
+    facts: Sequence[Fact]
     sections: Sequence[Section]
     notes: Sequence[str] = field(default_factory=list)
     link: tuple[str, str] | None = None
 
 
 def write(document: Document, folder: Path, name: str) -> Path:
-    """Write `name`.html, `name`.md and the pictures.
+    """Write the files of a report: `name`.html, `name`.md and the pictures.
 
     Args:
         document: The report.
@@ -121,20 +147,16 @@ def write(document: Document, folder: Path, name: str) -> Path:
     Raises:
         UsageError: Nothing can be written there.
     """
-    files: dict[str, bytes] = {}
-    for section in document.sections:
-        for block in section.blocks:
-            if isinstance(block, Charts):
-                files |= {f"{chart.name}.png": chart.png for chart in block.charts}
-            elif isinstance(block, Pictures):
-                files |= {picture.name: picture.data for picture in block.pictures}
+    files = _picture_files(document)
+    # The page is the last file: where it is, the pictures are, too.
     for kind in ("md", "html"):
         files[f"{name}.{kind}"] = _render(document, f"report.{kind}").encode()
 
+    # Each file is whole or not there: a kill leaves the one that was there before.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, data in files.items():
-            part = folder / f"{file}.part"  # a kill leaves the file that was there
+            part = folder / f"{file}.part"
             part.write_bytes(data)
             part.replace(folder / file)
     except OSError as error:
@@ -142,7 +164,23 @@ def write(document: Document, folder: Path, name: str) -> Path:
     return folder / f"{name}.html"
 
 
+def _picture_files(document: Document) -> dict[str, bytes]:
+    """Return the bytes of all pictures and charts by the names of their files."""
+    files: dict[str, bytes] = {}
+    for section in document.sections:
+        for block in section.blocks:
+            # Other blocks are text in the page itself.
+            if isinstance(block, Charts):
+                for chart in block.charts:
+                    files[f"{chart.name}.png"] = chart.png
+            elif isinstance(block, Pictures):
+                for picture in block.pictures:
+                    files[picture.name] = picture.data
+    return files
+
+
 def _render(document: Document, template: str) -> str:
+    # StrictUndefined: a slip in a template is an error, not an empty place.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=template.endswith(".html"),

@@ -1,4 +1,7 @@
-"""A run as it is on S3, read for a report. Nothing is claimed, and nothing is changed."""
+"""A run as it is on S3, read for a report. Nothing is claimed, and nothing is changed.
+
+`wds-train report` and `wds-train compare` read each run by `Account.of`.
+"""
 
 import math
 from collections import Counter
@@ -16,6 +19,7 @@ from wds_train.report.formatting import count
 from wds_train.storage.base import Store
 
 Row = dict[str, Any]
+Points = list[tuple[float, float]]  # epochs, and a value at each
 LARGEST = 1e300  # beyond it the ends of an axis, or a sum, are not finite
 
 
@@ -50,7 +54,7 @@ class Account:
         Args:
             store: The run's.
             manifest: The run's. If a commit has dropped objects that it names, the newest is read.
-            say: Prints what cannot be read.
+            say: Prints a sentence on what cannot be read.
         """
         account = from_newest(store, manifest, lambda newest: cls._read(store, newest))
         for note in account.notes:
@@ -59,15 +63,22 @@ class Account:
 
     @classmethod
     def _read(cls, store: Store, manifest: RunManifest) -> "Account":
+        # An older or newer version's recipe costs the page some figures, not the page.
         notes: list[str] = []
         recipe = None
         try:
             recipe = manifest.settings
         except RunError as error:
             notes.append(f"{error}; what needs the recipe is left out")
+
+        # All metrics that were committed, and those of steps that were taken back.
         run = Run(store, manifest, "", say=notes.append, leads=False)
         history = run.history()
-        replayed = [row for row in run.replayed() if abs(row.get("step", math.inf)) < LARGEST]
+        replayed = []
+        for row in run.replayed():
+            # A damaged row has no step, or one that is not finite: it belongs to no attempt.
+            if abs(row.get("step", math.inf)) < LARGEST:
+                replayed.append(row)
 
         # Rows that a chart can show.
         rows = _telling(_sound(history, notes.append), every_of(manifest.recipe), notes.append)
@@ -80,12 +91,26 @@ class Account:
     @property
     def last(self) -> Row:
         """The last validation's row; empty if there was none."""
-        return self.epochs[-1] if self.epochs else {}
+        if not self.epochs:
+            return {}
+        return self.epochs[-1]
 
-    def points(self, name: str) -> list[tuple[float, float]]:
-        """Return the epochs at which `name` was logged, each with its value."""
-        rows = self.epochs if name.startswith(("val/", "epoch/")) else self.steps
-        return [(row["epoch"], row[name]) for row in rows if name in row]
+    def points(self, name: str) -> Points:
+        """Return the epochs at which a metric was logged, each with its value.
+
+        Args:
+            name: The metric's name, such as "val/top1". Those of validations begin with "val/" or
+                "epoch/", all others are of training steps.
+        """
+        rows = self.steps
+        if name.startswith(("val/", "epoch/")):
+            rows = self.epochs
+        points = []
+        for row in rows:
+            # An older version did not log all metrics.
+            if name in row:
+                points.append((row["epoch"], row[name]))
+        return points
 
 
 def _sound(rows: list[Row], note: Callable[[str], None]) -> Iterator[Row]:
@@ -93,10 +118,15 @@ def _sound(rows: list[Row], note: Callable[[str], None]) -> Iterator[Row]:
 
     What is left out is counted and noted.
     """
+    # One note for each kind of fault, with its count.
     odd: Counter[str] = Counter()
     for row in rows:
-        finite = {name: value for name, value in row.items() if abs(value) < LARGEST}
-        odd.update(f"{name} is not finite" for name in row.keys() - finite.keys())
+        finite = {}
+        for name, value in row.items():
+            if abs(value) < LARGEST:
+                finite[name] = value
+            else:
+                odd[f"{name} is not finite"] += 1
         if {"step", "epoch"} <= finite.keys():
             yield finite
         else:
@@ -107,8 +137,9 @@ def _sound(rows: list[Row], note: Callable[[str], None]) -> Iterator[Row]:
 
 def _telling(rows: Iterable[Row], every: int, note: Callable[[str], None]) -> list[Row]:
     """Return the rows without scores of EMA weights that were not updated yet, which are noted."""
+    # The last step of which a score is left out; 0 for none.
     found = []
-    last = 0  # the last step of which a score is left out
+    last = 0
     for row in rows:
         kept = telling(row, row["step"], every)
         if len(kept) < len(row):

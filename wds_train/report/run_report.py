@@ -1,72 +1,65 @@
-"""The report of one run, section by section."""
+"""The report of one run: the figures at the top, and the sections of the page.
 
-import math
+`wds-train report` and the end of a training call `report`, and `page.py` writes its files. The
+longer sections have modules of their own: `result_section.py`, `goodput_section.py`,
+`attempts_section.py` and `class_section.py`.
+"""
+
 import shlex
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 
-import numpy as np
-from numpy.typing import NDArray
-
 from wds_train.checkpoint.standing import where_time_went
-from wds_train.checkpoint.weight_choice import Choice, best_weights
+from wds_train.checkpoint.weight_choice import best_weights
 from wds_train.config.presets import PRESETS
 from wds_train.config.recipe import Recipe
-from wds_train.config.schedule import image_side, lr_at
-from wds_train.report.charts import Chart, Line, calibration_chart, line_chart, timeline_chart
+from wds_train.report.attempts_section import attempt_blocks
+from wds_train.report.class_section import class_blocks
 from wds_train.report.formatting import (
     UNKNOWN,
+    at_least,
     count,
     date,
     dollars,
     headline,
-    number,
     percent,
     span,
 )
 from wds_train.report.goodput_section import goodput_blocks
 from wds_train.report.model_checks import Findings
-from wds_train.report.page import (
-    Block,
-    Charts,
-    Code,
-    Document,
-    Picture,
-    Pictures,
-    Section,
-    Table,
-    Text,
-)
-from wds_train.report.run_data import Account, Row
+from wds_train.report.page import Block, Code, Document, Fact, Section, Table, Text
+from wds_train.report.result_section import result_blocks
+from wds_train.report.run_data import Account
 from wds_train.report.run_summary import (
     FIGURES,
     Attempt,
     Cost,
-    attempts_of,
-    audit_of,
-    changed,
-    cost_of,
-    expectation,
-    milestones,
+    add_up_cost,
+    list_attempts,
+    list_changes,
 )
 
+# Packages whose version decides what a training computes.
 DISTRIBUTIONS = ("wds-train", "torch", "torchvision", "timm", "numpy")
 NOT_EVALUATED = (
     "The model was not evaluated for this report; `wds-train report` does, unless --no-images "
     "is given."
 )
-WORST = 10  # classes
+MIXTURE = (
+    "The run's batches are a mixture; add its --mix DATASET=SHARE, of which the run keeps "
+    "fingerprint and share."
+)
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Dollars an instance hour.
+    """Prices of an instance, in dollars an hour.
 
     Attributes:
         paid: The price that was paid. None: the one that each attempt noted.
-        on_demand: The price on demand, to compare with.
+        on_demand: The price on demand, to compare with. None: no comparison.
     """
 
     paid: float | None = None
@@ -74,78 +67,111 @@ class Prices:
 
 
 def report(account: Account, prices: Prices, findings: Findings | str) -> Document:
-    """Return the report of a run.
+    """Build the report of a run.
 
     Args:
         account: What is known of the run.
         prices: Prices of an instance hour.
-        findings: What the model gets right and wrong; a sentence if it was not evaluated.
+        findings: The result of evaluating the model. If it was not evaluated, a sentence that says
+            why.
+
+    Returns:
+        The report; `page.write` makes files of it.
     """
+    # Figures of which several sections speak.
+    attempts = list_attempts(account, prices.paid)
+    cost = add_up_cost(account.manifest, attempts, prices.paid, prices.on_demand)
+    classes: list[Block]
+    if isinstance(findings, str):
+        classes = [Text(findings)]
+    else:
+        classes = class_blocks(findings)
+
+    # The page.
+    link = None
     page = account.manifest.page.url
-    evaluated = [Text(findings)] if isinstance(findings, str) else _classes(findings)
-    attempts = attempts_of(account, prices.paid)
-    cost = cost_of(account.manifest, attempts, prices.paid, prices.on_demand)
+    if page:
+        link = ("The run in Weights & Biases", page)
+    written = date(account.manifest.written)
     return Document(
         title=f"Run {account.manifest.run}",
-        subtitle=f"{account.url}, {_state(account)}, last written {date(account.manifest.written)}",
+        subtitle=f"{account.url}, {_state(account)}, last written {written}",
         facts=_facts(account, attempts, cost),
         notes=account.notes,
-        link=("The run in Weights & Biases", page) if page else None,
+        link=link,
         sections=[
-            Section(
-                "Result", [Text(expectation(account)), *_curves(account), *_milestones(account)]
-            ),
+            Section("Result", result_blocks(account)),
             Section("Goodput", goodput_blocks(account.manifest, time.time())),
-            Section("Attempts", _attempts(account, attempts, cost)),
-            Section("Classes", evaluated),
+            Section("Attempts", attempt_blocks(account, attempts, cost)),
+            Section("Classes", classes),
             Section("Again", _again(account)),
         ],
     )
 
 
 def _state(account: Account) -> str:
-    return (
-        "still running, or lost"
-        if account.manifest.status == "running"
-        else account.manifest.status
-    )
+    # A run that died without a word still has this status.
+    if account.manifest.status == "running":
+        return "still running, or lost"
+    return account.manifest.status
 
 
-def _facts(account: Account, attempts: list[Attempt], cost: Cost) -> list[tuple[str, str, str]]:
-    totals = account.manifest.totals()
-    epochs = account.recipe.schedule.epochs if account.recipe else "?"
+def _facts(account: Account, attempts: list[Attempt], cost: Cost) -> list[Fact]:
+    """Return name, value and remark of each figure at the top of the page."""
     last = account.last
-    parts = where_time_went(account.manifest, time.time())
-    preset = PRESETS.get(str(account.manifest.recipe.get("name")))
-    figures = FIGURES.match(preset.expected) if preset else None
-    expected = figures[0] if figures else "not measured"
-    twice = [attempt.twice for attempt in attempts if attempt.twice is not None]
-    lost = sum(attempt.lost for attempt in attempts)
-
-    # Name, value and remark of each figure at the top of the page.
     facts = [("top-1", percent(last.get("val/top1")), f"EMA {percent(last.get('val/top1_ema'))}")]
     best = best_weights(account.manifest)
     if best:
+        epoch = best.checkpoint.progress.evaluated
         facts.append(
-            ("best top-1", percent(best.top1), f"the {best.kind} weights of epoch {_epoch(best)}")
+            ("best top-1", percent(best.top1), f"the {best.kind} weights of epoch {epoch}")
         )
-    facts += [
-        ("expected", expected, f"recipe {account.manifest.recipe.get('name', '?')}"),
-        ("epochs", f"{last.get('epoch', 0):g} of {epochs}", f"step {_step(account):,}"),
-        ("hours", f"{cost.hours:.2f}", f"in {count(totals.attempts, 'attempt')}"),
-        ("goodput", headline(parts).replace("at least", "≥"), f"of {span(parts.paid)} paid"),
-        ("dollars", dollars(cost.dollars), _cost_remark(cost)),
-        ("interruptions", str(totals.interruptions + totals.failures), f"{lost / 60:.1f} min lost"),
-        ("trained twice", _at_least(sum(twice)) if twice else UNKNOWN, "images"),
-    ]
+
+    # The progress, compared with the recipe's.
+    name = account.manifest.recipe.get("name", "?")
+    epochs: int | str = "?"
+    if account.recipe:
+        epochs = account.recipe.schedule.epochs
+    facts.append(("expected", _expected_figure(account), f"recipe {name}"))
+    facts.append(("epochs", f"{last.get('epoch', 0):g} of {epochs}", f"step {_step(account):,}"))
+
+    # The cost of it in time and dollars.
+    totals = account.manifest.totals()
+    parts = where_time_went(account.manifest, time.time())
+    goodput = headline(parts).replace("at least", "≥")
+    facts.append(("hours", f"{cost.hours:.2f}", f"in {count(totals.attempts, 'attempt')}"))
+    facts.append(("goodput", goodput, f"of {span(parts.paid)} paid"))
+    facts.append(("dollars", dollars(cost.dollars), _describe_cost(cost)))
+
+    # The losses to interruptions.
+    lost = sum(attempt.lost for attempt in attempts)
+    ends = totals.interruptions + totals.failures
+    facts.append(("interruptions", str(ends), f"{lost / 60:.1f} min lost"))
+    facts.append(("trained twice", _count_repeated(attempts), "images"))
     return facts
 
 
-def _epoch(choice: Choice) -> int:
-    return choice.checkpoint.progress.evaluated
+def _expected_figure(account: Account) -> str:
+    """Return the accuracy that the recipe's source expects."""
+    preset = PRESETS.get(str(account.manifest.recipe.get("name")))
+    if preset is None:
+        return "not measured"
+    figures = FIGURES.match(preset.expected)
+    if figures is None:
+        return "not measured"
+    return figures[0]
 
 
-def _cost_remark(cost: Cost) -> str:
+def _count_repeated(attempts: list[Attempt]) -> str:
+    """Return the number of images that were trained twice, of attempts that recorded it."""
+    recorded = [attempt.twice for attempt in attempts if attempt.twice is not None]
+    if not recorded:
+        return UNKNOWN
+    return at_least(sum(recorded))
+
+
+def _describe_cost(cost: Cost) -> str:
+    """Return the remark on the dollars: what they compare with, and what they leave out."""
     if cost.dollars is None:
         return "no price is known: --price"
     remark = "for instances"
@@ -157,305 +183,56 @@ def _cost_remark(cost: Cost) -> str:
 
 
 def _step(account: Account) -> int:
+    """Return the last step that a checkpoint holds; 0 without a checkpoint."""
     checkpoints = account.manifest.checkpoints
-    return checkpoints[-1].progress.step if checkpoints else 0
-
-
-def _curves(account: Account) -> list[Block]:
-    charts = [
-        line_chart(
-            "loss",
-            "loss",
-            [
-                Line("train, per step", account.points("train/loss"), faint=True),
-                Line("train, epoch mean", account.points("epoch/loss")),
-                Line("validation", account.points("val/loss")),
-                Line("validation, EMA", account.points("val/loss_ema")),
-            ],
-        ),
-        line_chart(
-            "accuracy",
-            "validation top-1, %",
-            [Line("raw", account.points("val/top1")), Line("EMA", account.points("val/top1_ema"))],
-        ),
-        line_chart("rate", "learning rate", [Line("", account.points("train/lr"))], zero=True),
-        line_chart(
-            "resolution", "side of the training images, px", [Line("", _sides(account))], zero=True
-        ),
-        line_chart(
-            "throughput", "images a second", [Line("", account.points("time/img_s"))], zero=True
-        ),
-        line_chart(
-            "waiting", "waiting for data, % of the time", [Line("", _waits(account))], zero=True
-        ),
-    ]
-    drawn = [chart for chart in charts if chart]
-    found: list[Block] = [Charts(drawn)] if drawn else []
-    if account.steps and not account.points("time/img_s"):
-        found.append(Text("The metrics hold no throughput: an older version wrote them."))
-    return found
-
-
-def _waits(account: Account) -> list[tuple[float, float]]:
-    return [(epoch, 100 * share) for epoch, share in account.points("time/data_wait")]
-
-
-def _sides(account: Account) -> list[tuple[float, float]]:
-    """Return the side as logged, or as the recipe has it for rows of older versions.
-
-    It is empty if the side never changes.
-    """
-    points = account.points("train/resolution")
-    if not points and account.recipe:
-        data, epochs = account.recipe.data, account.recipe.schedule.epochs
-        points = [
-            (row["epoch"], image_side(data, max(0, math.ceil(row["epoch"]) - 1), epochs))
-            for row in account.steps
-        ]
-    return points if len({side for _, side in points}) > 1 else []
-
-
-def _milestones(account: Account) -> list[Block]:
-    if not account.epochs:
-        return [Text("No epoch has been validated yet.")]
-    rows = [
-        [
-            f"{row['epoch']:g}",
-            percent(row.get("val/top1")),
-            percent(row.get("val/top1_ema")),
-            percent(row.get("val/top5")),
-            number(row.get("epoch/loss")),
-            number(row.get("val/loss")),
-            number(_rate(account.recipe, row)),
-            date(row.get("time/unix")),
-        ]
-        for row in milestones(account.epochs)
-    ]
-    head = [
-        "epoch",
-        "top-1",
-        "top-1, EMA",
-        "top-5",
-        "train loss",
-        "validation loss",
-        "learning rate",
-        "date (UTC)",
-    ]
-    return [Table("Milestones: the first, the best, the last, and some between", head, rows)]
-
-
-def _rate(recipe: Recipe | None, row: Row) -> float | None:
-    return lr_at(recipe, row["epoch"]) if recipe else None
-
-
-def _attempts(account: Account, attempts: list[Attempt], cost: Cost) -> list[Block]:
-    shown: list[Block] = []
-    if attempts:
-        begin = attempts[0].started
-        spans = [
-            (str(a.number), a.started - begin, a.started + a.seconds - begin, a.ended)
-            for a in attempts
-        ]
-        text = f"{count(len(attempts), 'attempt')}, which the table below lists: {_ends(attempts)}."
-        shown.append(Charts([timeline_chart(spans, text)]))
-    if before := account.manifest.earlier.attempts:
-        shown.append(Text(f"{count(before, 'earlier attempt')} are in the sums alone."))
-    head = [
-        "attempt",
-        "where",
-        "began (UTC)",
-        "minutes",
-        "ended",
-        "dollars",
-        "minutes lost after it",
-        "images trained twice",
-    ]
-    rows = [
-        [
-            str(a.number),
-            a.place,
-            date(a.started),
-            f"{a.seconds / 60:.1f}",
-            a.ended,
-            dollars(a.dollars),
-            f"{a.lost / 60:.1f}" if a is not attempts[-1] else "–",
-            "–" if a.twice is None else _at_least(a.twice),
-        ]
-        for a in attempts
-    ]
-    shown.append(Table("Attempts", head, rows))
-    shown.append(
-        Text(
-            "The minutes lost after an attempt are those from its last sign of life until the next one began, by the clocks of "
-            "their machines, and, where the metrics tell, until the run was as far again; the goodput is of paid time alone. "
-            "Dollars are hours of instances, without storage and requests."
-        )
-    )
-    if cost.on_demand is not None:
-        shown.append(Text(f"On demand, without what was done again: {dollars(cost.on_demand)}."))
-    return [*shown, *_audit(account)]
-
-
-def _at_least(images: int) -> str:
-    """What the metrics do not tell of may have been more; nothing was nothing."""
-    return f"≥ {images:,}" if images else "0"
-
-
-def _ends(attempts: list[Attempt]) -> str:
-    return ", ".join(f"{attempt.number} {attempt.ended}" for attempt in attempts[-12:])
-
-
-def _audit(account: Account) -> list[Block]:
-    audit = audit_of(account)
-    shown: list[Block] = [Text(f"Determinism audit: {audit.verdict}")]
-    if audit.waiting:
-        shown.append(
-            Text(f"{count(audit.waiting, 'record')} of dead attempts wait to be trained again.")
-        )
-    if audit.differences:
-        rows = [[str(step), *rest] for step, *rest in audit.differences[:20]]
-        shown.append(Table("Values that differ", ["step", "name", "first time", "again"], rows))
-    return shown
-
-
-def _classes(found: Findings) -> list[Block]:
-    part = "all" if found.samples == found.total else f"{found.samples:,} (evenly taken) of the"
-    report, member = found.report, found.member
-    shown: list[Block] = [
-        Text(
-            f"The {member['weights']} weights of step {member['step']} (epoch {member['epoch']}), on {part} {found.total:,} "
-            f"validation images at {member['size']} px: top-1 {percent(report['top1'])}, top-5 {percent(report['top5'])}, "
-            f"expected calibration error {percent(found.calibration_error)}."
-        ),
-        Text(_calibrated(found)),
-    ]
-    if unreadable := report["unreadable"]:
-        shown.append(
-            Text(f"{count(len(unreadable), 'image')} could not be read, and count as wrong.")
-        )
-    rows = [
-        [f"{bin.confidence:.1f}", f"{bin.accuracy:.1f}", str(bin.samples)] for bin in found.bins
-    ]
-    if found.bins:
-        shown.append(Charts([_calibration(found)]))
-        shown.append(
-            Table(
-                "Calibration in figures",
-                ["confidence, %", "accuracy, %", "images"],
-                rows,
-                folded=True,
-            )
-        )
-    if found.confusion is not None:
-        shown.append(_matrix(found.titles, found.confusion))
-    tested = sorted(
-        (row for row in report["classes"] if row["samples"]), key=lambda row: row["top1"]
-    )
-    worst = [
-        [found.titles[row["label"]], percent(row["top1"]), f"{row['correct']} of {row['samples']}"]
-        for row in tested[:WORST]
-    ]
-    shown.append(Table(f"The worst of {len(tested)} classes", ["class", "top-1", "right"], worst))
-    if report["confused"]:
-        pairs = [
-            [pair["class"], pair["taken_for"], str(pair["samples"])] for pair in report["confused"]
-        ]
-        shown.append(Table("Most confused", ["class", "taken for", "images"], pairs))
-    return [*shown, _mistakes(found)]
-
-
-def _calibrated(found: Findings) -> str:
-    """How the confidences came about."""
-    if found.calibration.used:
-        return f"The confidences are calibrated, as in every command: {found.calibration}."
-    return f"The confidences are {found.calibration}."
-
-
-def _calibration(found: Findings) -> Chart:
-    text = (
-        f"Of predictions with a confidence of {found.bins[-1].confidence:.0f} %, {found.bins[-1].accuracy:.0f} % are right; the "
-        f"expected calibration error is {found.calibration_error:.2f} %."
-    )
-    return calibration_chart([(each.confidence, each.accuracy) for each in found.bins], text)
-
-
-def _matrix(titles: list[str], confusion: NDArray[np.int64]) -> Table:
-    rows = [
-        [title, *(str(number or "") for number in counts)]
-        for title, counts in zip(titles, confusion.tolist(), strict=True)
-    ]
-    heat = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
-    return Table(
-        "Confusion: true classes down, predicted ones across",
-        ["", *titles],
-        rows,
-        heat=heat.tolist(),
-    )
-
-
-def _mistakes(found: Findings) -> Block:
-    if not found.mistakes:
-        return Text("There is no mistake to show.")
-    pictures = [
-        Picture(
-            f"mistake-{number:02d}.jpg",
-            mistake.jpeg,
-            [
-                f"{mistake.truth}, taken for {mistake.taken_for}",
-                f"{100 * mistake.confidence:.0f} % sure",
-                mistake.key,
-            ],
-        )
-        for number, mistake in enumerate(found.mistakes, start=1)
-    ]
-    return Pictures("The mistakes that the model is surest of", pictures)
+    if not checkpoints:
+        return 0
+    return checkpoints[-1].progress.step
 
 
 def _again(account: Account) -> list[Block]:
-    """How to train the same once more."""
+    """Return the section on repeating the training: its command, dataset and versions."""
+    # The command, and what it leaves out.
+    blocks: list[Block] = [
+        Code("The command, which also goes on with this run where it stopped", command(account))
+    ]
     dataset = account.manifest.dataset
+    if dataset.get("mix"):
+        blocks.append(Text(MIXTURE))
+
+    # What else decides the outcome.
     rows = [
         ["dataset", str(dataset.get("url", "?"))],
         ["fingerprint", str(dataset.get("fingerprint", "?"))],
         ["classes", str(dataset.get("classes", "?"))],
-        *([name, _version(name)] for name in DISTRIBUTIONS),
-        ["Python", python_version()],
-        ["report of", date(time.time())],
     ]
-    return [
-        Code("The command, which also goes on with this run where it stopped", command(account)),
-        *(
-            [
-                Text(
-                    "The run's batches are a mixture; add its --mix DATASET=SHARE, of which the run keeps fingerprint and share."
-                )
-            ]
-            if dataset.get("mix")
-            else []
-        ),
-        Table(
-            "What it was trained on, and the versions of the machine that wrote this report",
-            ["", ""],
-            rows,
-        ),
-    ]
+    for name in DISTRIBUTIONS:
+        rows.append([name, _version(name)])
+    rows.append(["Python", python_version()])
+    rows.append(["report of", date(time.time())])
+    caption = "What it was trained on, and the versions of the machine that wrote this report"
+    blocks.append(Table(caption, ["", ""], rows))
+    return blocks
 
 
 def command(account: Account) -> str:
-    """What to type for this training."""
-    manifest, name = account.manifest, str(account.manifest.recipe.get("name", ""))
-    words = [
-        "wds-train",
-        "train",
-        "--dataset",
-        str(manifest.dataset.get("url", "")),
-        "--run",
-        account.url,
-    ]
+    """Return the shell command that starts this training, or goes on with it.
+
+    Args:
+        account: What is known of the run. Without a readable recipe, the command has its name and
+            no settings.
+    """
+    name = str(account.manifest.recipe.get("name", ""))
+    words = ["wds-train", "train"]
+    words += ["--dataset", str(account.manifest.dataset.get("url", ""))]
+    words += ["--run", account.url]
     words += ["--recipe", name]
     if account.recipe:
-        preset = PRESETS.get(name)
-        for setting in changed(account.recipe, preset.recipe if preset else Recipe(name=name)):
+        # A recipe of a name that this version does not know began with the defaults.
+        base = Recipe(name=name)
+        if name in PRESETS:
+            base = PRESETS[name].recipe
+        for setting in list_changes(account.recipe, base):
             words += ["--set", setting]
     return shlex.join(words)
 
