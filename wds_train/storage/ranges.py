@@ -1,4 +1,8 @@
-"""Reads of ranges of a bucket's objects, by addresses that are signed once for many reads."""
+"""Reads of ranges of a bucket's objects, by addresses that are signed once for many reads.
+
+It is the way of the loader's blocks, so it does without boto3 and http.client; `Ranges` has the
+figures. All that is not a plain answer goes back to boto3.
+"""
 
 import contextlib
 import os
@@ -17,12 +21,16 @@ from botocore.httpsession import get_cert_path
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-SIGNED_SECONDS = 3600  # for which an address for reads is valid
+# An address for reads is valid for so long; it is used for half the time.
+SIGNED_SECONDS = 3600
 CONNECT_SECONDS = 5
 # Hugging Face redirects all clients but boto3 to another server.
 AGENT = f"Botocore/{botocore.__version__}"
-HEAD_BYTES = 4096  # read at a time: bytes of the body among them are copied
+# Read at a time, of the head of an answer. Bytes of the body among them are copied.
+HEAD_BYTES = 4096
+# Of all headers; more is no answer of an S3 server.
 MOST_HEAD_BYTES = 64 << 10
+END_OF_HEAD = b"\r\n\r\n"
 
 
 class NoAnswer(Exception):
@@ -30,19 +38,26 @@ class NoAnswer(Exception):
 
 
 class Answer:
-    """The answer of a server to a GET.
+    """The answer of a server to a GET, whose head has come when it is made.
+
+    Args:
+        sock: The connection, on which the request was sent.
 
     Attributes:
         status: The HTTP status.
         headers: Values by names in lower case.
         left: Bytes of the body that are still to come; None if the server does not say.
-        last: Whether the connection cannot be used again.
+        last: True if the connection cannot be used again.
         socket: The connection.
+
+    Raises:
+        NoAnswer: What comes is not HTTP/1.0 or HTTP/1.1.
     """
 
     def __init__(self, sock: socket.socket) -> None:
+        # The head: a status line, and lines of headers.
         head = _receive_head(sock)
-        end = head.find(b"\r\n\r\n")
+        end = head.find(END_OF_HEAD)
         first, *lines = head[:end].decode("latin-1").split("\r\n")
         protocol, _, rest = first.partition(" ")
         if not protocol.startswith("HTTP/1.") or not rest[:3].isdecimal():
@@ -57,8 +72,10 @@ class Answer:
         length = self.headers.get("content-length", "")
         is_plain = "transfer-encoding" not in self.headers
         has_length = is_plain and re.fullmatch(r"\d{1,18}", length, re.ASCII)
-        self.left = int(length) if has_length else None
-        come = memoryview(head)[end + 4 :]
+        self.left = None
+        if has_length:
+            self.left = int(length)
+        come = memoryview(head)[end + len(END_OF_HEAD) :]
         self._come = come[: self.left]
 
         # More bytes than the body's cannot be told from the next answer.
@@ -73,12 +90,14 @@ class Answer:
             The number of bytes; 0 at the end of the body.
         """
         target = target[: self.left]
+        count = 0
         if self._come:
+            # What came with the head.
             count = min(len(target), len(self._come))
             target[:count] = self._come[:count]
             self._come = self._come[count:]
-        else:
-            count = self.socket.recv_into(target) if target else 0
+        elif target:
+            count = self.socket.recv_into(target)
         self.left = (self.left or 0) - count
         return count
 
@@ -91,7 +110,7 @@ class Answer:
 def _receive_head(sock: socket.socket) -> bytes:
     """Return the head of an answer, with bytes of the body that came along."""
     head = b""
-    while b"\r\n\r\n" not in head:
+    while END_OF_HEAD not in head:
         if len(head) > MOST_HEAD_BYTES:
             raise NoAnswer(f"a header of over {MOST_HEAD_BYTES} bytes")
         piece = sock.recv(HEAD_BYTES)
@@ -124,11 +143,17 @@ class Ranges:
         self._signed: dict[str, tuple[SplitResult, float]] = {}
         self._idle: list[socket.socket] = []
         self._pid = os.getpid()
-        self._context = _context() if client.meta.endpoint_url.startswith("https:") else None
+        self._context: ssl.SSLContext | None = None
+        if client.meta.endpoint_url.startswith("https:"):
+            self._context = _make_context()
 
     @contextlib.contextmanager
     def get(self, key: str, headers: dict[str, str]) -> Iterator[Answer | None]:
         """Yield the answer, whose body is the range; None for any other answer.
+
+        Args:
+            key: The object's key in the bucket.
+            headers: `{"Range": "bytes=..."}`.
 
         Raises:
             NoAnswer: The server cannot be reached, or the connection broke while the body was read.
@@ -140,11 +165,13 @@ class Ranges:
             if answer.status == 206 and answer.left is not None:
                 yield answer
             else:
+                # The address may be to blame: the next read gets a new one.
                 self._signed.pop(key, None)
                 yield None
         except OSError as error:
             raise NoAnswer(f"{url.scheme}://{url.netloc}: {error}") from error
         finally:
+            # A connection with bytes left on it would answer the next request by those.
             if answer is not None:
                 if answer.left == 0 and not answer.last:
                     self._idle.append(answer.socket)
@@ -152,6 +179,7 @@ class Ranges:
                     answer.socket.close()
 
     def _request(self, url: SplitResult, headers: dict[str, str]) -> Answer:
+        """Send a request over an idle connection, or else over a new one."""
         # On a socket shared with a forked parent, the answers of both would mix.
         if self._pid != os.getpid():
             self._idle = []
@@ -163,9 +191,13 @@ class Ranges:
 
     def _connect(self, url: SplitResult) -> socket.socket:
         host = url.hostname or ""
-        port = url.port or (443 if self._context else 80)
+        default_port = 80
+        if self._context:
+            default_port = 443
+        port = url.port or default_port
         sock = socket.create_connection((host, port), CONNECT_SECONDS)
         with _close_on_failure(sock):
+            # Or the kernel holds back a short request, to send it together with more.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._context:
                 sock = self._context.wrap_socket(sock, server_hostname=host)
@@ -173,6 +205,7 @@ class Ranges:
             return sock
 
     def _address(self, key: str) -> SplitResult:
+        """Return an address of an object, signed so that it stays valid while it is read."""
         address, since = self._signed.get(key, (None, 0.0))
         if address is None or time.monotonic() - since > SIGNED_SECONDS / 2:
             where = {"Bucket": self._bucket, "Key": key}
@@ -200,7 +233,7 @@ def _close_on_failure(sock: socket.socket) -> Iterator[None]:
         raise
 
 
-def _context() -> ssl.SSLContext:
+def _make_context() -> ssl.SSLContext:
     """Return a context that trusts the certificates that boto3 trusts."""
     bundle = botocore.session.Session().get_config_variable("ca_bundle")
     bundle = bundle or os.environ.get("REQUESTS_CA_BUNDLE")
