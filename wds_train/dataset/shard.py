@@ -83,6 +83,7 @@ class ShardWriter:
         start = len(self._buffer)
         self._add_member(f"{sample.key}.cls", str(sample.label).encode())
         data_start = self._add_member(f"{sample.key}.{sample.extension}", sample.image)
+        # Places count from the shard's start, of which a part may have been taken.
         self.rows.append(
             {
                 "shard": self.number,

@@ -17,8 +17,8 @@ SLOWEST = 100_000
 ATTEMPT_SECONDS = 60.0
 # Of one pause, in seconds.
 LONGEST_PAUSE = 5.0
-# The bounds of the first pause, in seconds, are 0 and twice this.
-SHORTEST_PAUSE = 0.1
+# The longest pause after progress, in seconds. It doubles with each attempt that brings nothing.
+PAUSE_AFTER_PROGRESS = 0.1
 # Shared by no seed and no fork: processes that failed together must not ask again together.
 JITTER = random.SystemRandom()
 
@@ -67,7 +67,7 @@ class Retry:
         self._fruitless += 1
         if progressed:
             self._fruitless = 0
-        pause = JITTER.uniform(0, min(LONGEST_PAUSE, SHORTEST_PAUSE * 2**self._fruitless))
+        pause = JITTER.uniform(0, min(LONGEST_PAUSE, PAUSE_AFTER_PROGRESS * 2**self._fruitless))
 
         # Count the time of the last attempt, unless this process stood still meanwhile.
         took = self._clock() - self._since
