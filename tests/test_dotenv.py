@@ -1,4 +1,7 @@
-"""The file `.env` is read as python-dotenv reads it; what that would skip in silence is refused by its line's number."""
+"""The file `.env` is read as python-dotenv reads it.
+
+What that would skip in silence is refused by its line's number.
+"""
 
 import os
 from pathlib import Path

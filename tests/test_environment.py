@@ -1,4 +1,7 @@
-"""Numbers in the environment are refused as those of flags are: one line that names variable, value and range."""
+"""Numbers in the environment are refused as those of flags are.
+
+One line names variable, value and range.
+"""
 
 import os
 from pathlib import Path

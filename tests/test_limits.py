@@ -1,4 +1,7 @@
-"""A container's cores and memory are those of its cgroup, of either version, and workers and threads follow them."""
+"""A container's cores and memory are those of its cgroup, of either version.
+
+Workers and threads follow them.
+"""
 
 import argparse
 import os
@@ -12,7 +15,8 @@ from wds_train.loader.workers import default_workers, limit_threads, own_cores
 from wds_train.machine import cores, memory
 from wds_train.slurm import OTHERS
 
-V2, GIB = "0::/\n", 1 << 30
+V2 = "0::/\n"
+GIB = 1 << 30
 DEEP = "0::/kubepods/pod1/box\n"
 V1 = "4:memory:/docker/box\n3:cpu,cpuacct:/docker/box\n2:cpuset:/\n1:name=systemd:/\n"
 

@@ -1,4 +1,7 @@
-"""Several tasks of Slurm are the ranks of one training, or are refused with what to type; one task is an ordinary run."""
+"""Several tasks of Slurm are the ranks of one training, or are refused with what to type.
+
+One task is an ordinary run.
+"""
 
 import os
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Train image classifiers from WebDataset shards on S3, on machines that may vanish at any moment.
 
-For a training loop of one's own (docs/loader.md): `TrainLoader`, `EvalLoader` and `SampleLoader` over a `Dataset`.
+The public names are those of the loaders, for any training loop (docs/loader.md): `TrainLoader`,
+`EvalLoader` and `SampleLoader` read a `Dataset`.
 """
 
 from importlib import import_module
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from wds_train.loader.sample_loader import SampleLoader, Samples
     from wds_train.loader.train_loader import TrainLoader
 
-# Imported when they are asked for: PyTorch takes seconds, which `wds-train --help` has no use for.
+# The modules of the public names. They are imported when a name is asked for: PyTorch takes
+# seconds, which `wds-train --help` has no use for.
 _PLACES = {
     "Batch": "wds_train.loader.batch",
     "DataError": "wds_train.errors",

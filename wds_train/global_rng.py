@@ -1,4 +1,7 @@
-"""Randomness derived from what is being done, for libraries that draw from global generators."""
+"""Randomness derived from what is being done, for libraries that draw from global generators.
+
+The trainer wraps each step in it, and `keyed` lets a user's transform call such libraries.
+"""
 
 import random
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ def point_generators(device: torch.device, *parts: str | int) -> None:
         device: The device whose generator is pointed, too.
         parts: The parts of the key.
     """
+    # Each generator takes as many of the key's bits as it can.
     bits = key(*parts)
     random.seed(bits)
     np.random.seed(bits % (1 << 32))
@@ -36,7 +40,11 @@ def generators_kept(device: torch.device) -> Iterator[None]:
     """Keep the state of all global generators: after the `with`, they are as they were before."""
     python_state = random.getstate()
     numpy_state = np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    # The CPU's generator is kept without being named.
+    gpus = []
+    if device.type == "cuda":
+        gpus = [device]
+    with torch.random.fork_rng(gpus):
         try:
             yield
         finally:

@@ -1,4 +1,7 @@
-"""Keys and the generators that are made of them: what is random here is derived from (seed, epoch, position) or the like, never saved."""
+"""Keys, and the random generators that are made from them.
+
+What is random here is derived from (seed, epoch, position) or the like, never saved.
+"""
 
 import hashlib
 import json
@@ -9,31 +12,35 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
+# The generator of each thread, for `rekeyed`.
 _kept = threading.local()
 
 
 def key(*parts: str | int) -> int:
-    """A 128-bit key of `parts`. Hashed together, never added: seed 7 epoch 1 must not equal seed 8 epoch 0."""
-    return int.from_bytes(
-        hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest(), "little"
-    )
+    """Return a 128-bit key of `parts`.
+
+    They are hashed together, never added: seed 7 epoch 1 must not equal seed 8 epoch 0.
+    """
+    text = json.dumps(parts).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
 
 
 def generator(*parts: str | int) -> np.random.Generator:
-    """A generator of its own for `parts`; drawing from it changes nothing else."""
+    """Return a new generator for `parts`. Drawing from it changes nothing else."""
     return np.random.Generator(np.random.Philox(key=key(*parts)))
 
 
 def rekeyed(*parts: str | int) -> np.random.Generator:
-    """The thread's one generator, borrowed: it draws what `generator(*parts)` would until the thread's next call gives it
-    another key.
+    """Return this thread's one generator, which draws what `generator(*parts)` would.
 
-    Between two decodes, which leave nothing of all this in the CPU's caches, a crop's box takes 24 us so, and 41 with a
-    Philox made for it.
+    It does so until the thread's next call gives it another key. Between two decodes, which leave
+    nothing of all this in the CPU's caches, a crop's box takes 24 us so, and 41 with a Philox made
+    for it.
     """
     if not hasattr(_kept, "generator"):
         _kept.generator = np.random.Generator(np.random.Philox(key=0))
-        _kept.state = _kept.generator.bit_generator.state  # at its start: nothing was drawn
+        # The state at its start: nothing was drawn.
+        _kept.state = _kept.generator.bit_generator.state
     high, low = divmod(key(*parts), 1 << 64)
     _kept.state["state"]["key"][:] = low, high
     _kept.generator.bit_generator.state = _kept.state
@@ -41,9 +48,10 @@ def rekeyed(*parts: str | int) -> np.random.Generator:
 
 
 def permutation(n: int, *parts: str | int) -> Ids:
-    """A permutation of range(n), int64 [n], keyed by `parts`.
+    """Return a permutation of range(n), int64 [n], keyed by `parts`.
 
-    Sorts raw Philox words rather than calling Generator.permutation: NumPy promises the bit generator's stream for
-    ever but not the Generator's (NEP 19), and an order that changed with NumPy would break every resume.
+    It sorts raw Philox words rather than calling Generator.permutation: NumPy promises the bit
+    generator's stream for ever but not the Generator's (NEP 19), and an order that changed with
+    NumPy would break every resume.
     """
     return np.argsort(np.random.Philox(key=key(*parts)).random_raw(n), kind="stable")

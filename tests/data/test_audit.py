@@ -1,4 +1,7 @@
-"""`verify` finds every kind of damage and names it; `inspect` tells what is there; `index` makes a dataset of foreign tars."""
+"""`verify` finds every kind of damage and names it; `inspect` tells what is there.
+
+`index` makes a dataset of foreign tars.
+"""
 
 import dataclasses
 import hashlib
@@ -122,7 +125,8 @@ def test_a_missing_shard(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_swapped_shards(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (out / "train" / f"shard-00000{n}.tar" for n in (0, 1))
-    first, second = one.read_bytes(), two.read_bytes()
+    first = one.read_bytes()
+    second = two.read_bytes()
     one.write_bytes(second)
     two.write_bytes(first)
     assert verify(out, capsys) == [
@@ -216,7 +220,8 @@ def test_index_makes_a_dataset_of_tars_on_s3(
     }
     dataset = Dataset.open(s3_url)
     for split in ("train", "val"):
-        reader, found = dataset.split(split), Counter[tuple[str, str]]()
+        reader = dataset.split(split)
+        found = Counter[tuple[str, str]]()
         for n in range(len(reader)):
             shard = reader.shard_names[reader.index.shard[n]]
             record = store.read(shard, int(reader.index.offset[n]), int(reader.index.length[n]))
@@ -290,10 +295,12 @@ def test_index_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_our_own_shards_can_be_sharded_again(out: Path, tmp_path: Path) -> None:
     """Through wds:, with the classes of the manifest beside them; the same samples, another cut."""
     assert shards(f"wds:{out}", tmp_path / "again") == 0
-    old, new = Dataset.open(str(out)), Dataset.open(str(tmp_path / "again"))
+    old = Dataset.open(str(out))
+    new = Dataset.open(str(tmp_path / "again"))
     assert new.manifest.classes == old.manifest.classes
     for split in ("train", "val"):
-        one, two = old.split(split).index, new.split(split).index
+        one = old.split(split).index
+        two = new.split(split).index
         assert sorted(zip(one.key.to_pylist(), one.label, one.data_length, strict=True)) == sorted(
             zip(two.key.to_pylist(), two.label, two.data_length, strict=True)
         )

@@ -1,5 +1,6 @@
-"""A split with an index for each shard is the split with one index: the same order, pixels, rows and damage; its rows are read once
-a machine.
+"""A split with an index for each shard is the split with one index.
+
+It has the same order, pixels, rows and damage. Its rows are read once a machine.
 """
 
 import dataclasses
@@ -39,7 +40,10 @@ TRANSFORM = TrainTransform(
 
 @pytest.fixture(scope="session")
 def twin_at(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `digits`, whose 1,437 samples of train have an index for each shard. Not to be written to."""
+    """The `digits`, whose 1,437 samples of train have an index for each shard.
+
+    Not to be written to.
+    """
     folder = tmp_path_factory.mktemp("twin")
     arguments = [
         "shards",
@@ -78,10 +82,12 @@ def test_it_is_the_same_dataset(digits: Dataset, twin: Dataset) -> None:
     )
     facts = [inspect(dataset) | {"dataset": ""} for dataset in (digits, twin)]
     assert facts[0] == facts[1]
-    one, two = digits.split("train").index, twin.split("train").index
+    one = digits.split("train").index
+    two = twin.split("train").index
     rows = np.arange(len(one))
     for name in SCHEMA.names:
-        column, shared = getattr(one, name), getattr(two, name)
+        column = getattr(one, name)
+        shared = getattr(two, name)
         if name == "key":
             assert column.to_pylist() == [two.key_of(n) for n in rows.tolist()]
             continue
@@ -99,7 +105,8 @@ def test_batches_are_the_same(
 ) -> None:
     found = []
     for dataset in (digits, twin):
-        split, cache = dataset.split("train"), None
+        split = dataset.split("train")
+        cache = None
         plan: Plan = EvalPlan(len(split), 300)
         if kind != "eval":
             plan = TrainPlan(
@@ -152,7 +159,8 @@ def test_rows_half_written_are_read_again(
     data = bytearray(path.read_bytes())
     data[place : place + 4 or None] = b"\xff\0\xff\0"
     path.write_bytes(data)
-    index, whole = twin.split("train").index, digits.split("train").index
+    index = twin.split("train").index
+    whole = digits.split("train").index
     assert (index.offset[:] == whole.offset).all() and (index.crc32[:] == whole.crc32).all()
 
 
@@ -173,7 +181,8 @@ def replace(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Non
 def cells(column: str, value: int) -> Callable[[bytes], bytes]:
     def change(data: bytes) -> bytes:
         table = pq.ParquetFile(pa.BufferReader(data)).read()
-        place, field = table.schema.get_field_index(column), table.schema.field(column)
+        place = table.schema.get_field_index(column)
+        field = table.schema.field(column)
         sink = pa.BufferOutputStream()
         pq.write_table(
             table.set_column(place, field, pa.array([value] * table.num_rows, field.type)), sink

@@ -122,8 +122,9 @@ def test_a_name_that_is_a_folder_here(
 def test_no_secret_is_told(
     fault_proxy: FaultProxy, s3_server: Endpoint, s3_url: str, tmp_path: Path
 ) -> None:
-    """A conversion, a verification, an order and a training while the server misbehaves: what they print, and all that they
-    leave anywhere, holds no signature and no key.
+    """A conversion, a verification, an order and a training while the server misbehaves.
+
+    What they print, and all that they leave anywhere, holds no signature and no key.
     """
     environment = os.environ | {
         "WDS_S3_PATIENCE": "3",

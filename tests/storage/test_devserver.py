@@ -1,4 +1,4 @@
-"""The embedded S3 server: shared, found again, replaced when dead, stopped by the last who leaves."""
+"""The embedded S3 server: shared, found again, replaced when dead, stopped by the last user."""
 
 import contextlib
 import http.client
@@ -31,7 +31,8 @@ sys.stdin.read()
 """
 
 
-# What SeaweedFS's servers answer, by its own documentation; `x/known` is the object that the test has written.
+# What SeaweedFS's servers answer, by its own documentation; `x/known` is the object that the test
+# has written.
 PATHS = [
     *(
         "/",
@@ -110,7 +111,10 @@ def listening(pid: int) -> tuple[set[tuple[str, int]], set[Path]]:
 
 
 def stored_as(folder: Path, content: bytes) -> str:
-    """The name that the volume server keeps `content` under, as only the owner of its files can know."""
+    """Return the name that the volume server keeps `content` under.
+
+    Only the owner of its files can know it.
+    """
     ((file, data),) = (
         (path, raw) for path in folder.glob("*.dat") if content in (raw := path.read_bytes())
     )
@@ -134,7 +138,10 @@ def asked(port: int, scheme: str, method: str, path: str) -> int | None:
 
 
 def speaks_grpc(port: int) -> bool:
-    """Whether the port answers the opening of HTTP/2 with its own settings, in the clear or by TLS without a certificate."""
+    """Return True if the port answers the opening of HTTP/2 with its own settings.
+
+    It is tried in the clear, and by TLS without a certificate.
+    """
     context = ssl._create_unverified_context()
     context.set_alpn_protocols(["h2"])
     for wrap in (contextlib.nullcontext, context.wrap_socket):
@@ -260,10 +267,11 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_only_the_s3_port_serves_and_only_with_keys(tmp_path: Path) -> None:
-    """A known object, asked for without keys at every port of the server, by every path that SeaweedFS knows."""
+    """A known object is asked for without keys at every port, by every path that SeaweedFS knows."""
     tmp_path.chmod(0o755)  # as older versions made it
     endpoint = embedded.ensure_running(tmp_path)
-    store, secret = S3Store("embedded", "x", endpoint), random.Random(0).randbytes(1000)
+    store = S3Store("embedded", "x", endpoint)
+    secret = random.Random(0).randbytes(1000)
     store.write("known", secret)
     (pid,) = embedded.pids(tmp_path)
     addresses, sockets = listening(pid)

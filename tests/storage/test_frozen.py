@@ -1,4 +1,7 @@
-"""What is no fault of the server: a process that did not run for minutes, and a folder that no sockets can be made in."""
+"""What is no fault of the server.
+
+A process did not run for minutes, or no sockets can be made in a folder.
+"""
 
 from pathlib import Path
 
@@ -53,7 +56,9 @@ def test_time_of_trying_counts_as_before(took: float) -> None:
 
 
 def test_a_large_body_may_take_its_time() -> None:
-    clock, size = Clock(), 100 * SLOWEST  # 100 s of it
+    clock = Clock()
+    # 100 s of it
+    size = 100 * SLOWEST
     retry = Retry(10, clock, clock.sleep)
     clock.now += 90
     retry.pause(Unavailable("broken"), size)

@@ -1,4 +1,7 @@
-"""Bodies whole on their way, with S3's checksums and on servers that do not take them; and reads of one version alone."""
+"""Bodies whole on their way, and reads of one version alone.
+
+With S3's checksums, and on servers that do not take them.
+"""
 
 import base64
 import hashlib
@@ -57,7 +60,8 @@ def test_every_body_goes_with_a_checksum(fault_proxy: FaultProxy, s3_url: str, s
 def test_without_checksums_it_goes_with_its_md5(
     fault_proxy: FaultProxy, s3_url: str, size: int
 ) -> None:
-    store, body = open_store(s3_url), random.Random(size).randbytes(size)
+    store = open_store(s3_url)
+    body = random.Random(size).randbytes(size)
     tag = store.write("a", body, if_absent=True)
     store.write_pieces("b", iter([body]))
     assert sent(fault_proxy) == {"content-md5"}
@@ -221,7 +225,8 @@ def test_a_server_that_tells_no_etags_is_refused(
     s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without one, a swap would be a write without a condition."""
-    store, ask = open_store(s3_url), S3Connection.ask
+    store = open_store(s3_url)
+    ask = S3Connection.ask
     store.write("a", b"1")
 
     def without_tags(self: S3Connection, verb: str, key: str, **details: Any) -> dict[str, Any]:

@@ -63,9 +63,10 @@ def test_a_server_that_ignores_a_condition_is_refused(
     with pytest.raises(StoreError) as caught:
         prove(store, "ckpt/", print)
     assert str(caught.value) == (
-        f"{store.url}: the S3 server {fault_proxy.url} {flaw}, so that two processes could own one run or dataset at a time, and "
-        "overwrite each other's work unnoticed. AWS S3, Cloudflare R2 and SeaweedFS (the embedded server) are known to "
-        "refuse such writes; see docs/stores.md. --unsafe-store uses it all the same, if you know that nothing else "
+        f"{store.url}: the S3 server {fault_proxy.url} {flaw}, so that two processes could own one "
+        "run or dataset at a time, and overwrite each other's work unnoticed. AWS S3, Cloudflare R2 "
+        "and SeaweedFS (the embedded server) are known to refuse such writes; see docs/stores.md. "
+        "--unsafe-store uses it all the same, if you know that nothing else "
         "writes there at the same time"
     )
     assert keys(store) == []
@@ -87,7 +88,10 @@ def test_a_sound_server_is_proved_by_eight_requests_that_leave_nothing(
 def test_a_server_that_ignores_a_condition_at_times_is_mostly_refused(
     store: S3Store, fault_proxy: FaultProxy, case: str, share: float
 ) -> None:
-    """As one of several gateways does. Of one condition, a proof asks twice; after a flaw, all looks must be sound."""
+    """As one of several gateways does.
+
+    Of one condition, a proof asks twice; after a flaw, all looks must be sound.
+    """
     strip(fault_proxy, IGNORED[case][0]).share = share
     refused = 0
     for _ in range(20):
@@ -391,7 +395,8 @@ def test_a_probe_that_another_process_removed_is_no_flaw(
     store: S3Store, monkeypatch: pytest.MonkeyPatch, passed: int
 ) -> None:
     """As the next claim does, between any two writes."""
-    ask, asked = S3Connection.ask, list[str]()
+    ask = S3Connection.ask
+    asked: list[str] = []
 
     def removed(self: S3Connection, verb: str, key: str, **details: Any) -> dict[str, Any]:
         if verb == "put_object":

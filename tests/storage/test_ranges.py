@@ -37,7 +37,9 @@ class Bucket(BaseHTTPRequestHandler):
     """One object in a bucket of eu-central-1 that takes Version 4 alone, signed for its region."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body in one packet, or the client's kernel waits 40 ms before it acknowledges the head
+    # Head and body in one packet, or the client's kernel waits 40 ms before it acknowledges the
+    # head.
+    wbufsize = -1
     requests: Counter[str]
     silently_closes = False
     content = bytes(range(256)) * 4096
@@ -91,7 +93,10 @@ class Bucket(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def strict(aws_env: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """What was asked of a server that refuses Version 2, and signatures for another region than eu-central-1."""
+    """What was asked of a server that refuses Version 2.
+
+    It also refuses signatures for another region than eu-central-1.
+    """
     with served() as server:
         aws_env.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         aws_env.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -117,7 +122,8 @@ def test_a_range_is_one_request(
     region: str, strict: Counter[str], aws_env: pytest.MonkeyPatch
 ) -> None:
     aws_env.setenv("AWS_DEFAULT_REGION", region)
-    store, count = S3Store("strict", "x"), RANGES if region == "us-east-1" else 100
+    store = S3Store("strict", "x")
+    count = RANGES if region == "us-east-1" else 100
     store.read("shard.tar", 0, 1)  # learns the bucket's region
     learnt = strict["all"]
     assert learnt <= (1 if region == "eu-central-1" else 5)
@@ -150,7 +156,10 @@ def test_ranges_that_fall_back_are_counted(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """By a server that answers no signed address: in the benchmark, its table, and a training's log; of workers, too."""
+    """By a server that answers no signed address; of workers, too.
+
+    In the benchmark, its table, and a training's log.
+    """
     store = open_store(f"{s3_url}/digits")
     for entry in digits.store.list():
         store.write(entry.key, digits.store.read(entry.key))
@@ -235,8 +244,13 @@ def test_a_connection_that_the_server_has_closed_costs_no_pause(
 
 
 def made_clients(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], threading.Event]:
-    """A list to which every client adds its process, and an event that is set when one begins to be made, slowly."""
-    made, begun, client = list[int](), threading.Event(), boto3.session.Session.client
+    """Return a list to which every client adds its process, and an event.
+
+    The event is set when a client begins to be made, slowly.
+    """
+    made: list[int] = []
+    begun = threading.Event()
+    client = boto3.session.Session.client
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         made.append(os.getpid())
@@ -278,7 +292,8 @@ def test_a_fork_while_a_client_is_made(near: S3Store, monkeypatch: pytest.Monkey
 def test_over_tls_the_settings_say_whom_to_trust(
     setting: str, aws_env: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    certificate, key = tmp_path / "crt", tmp_path / "key"
+    certificate = tmp_path / "crt"
+    key = tmp_path / "key"
     extensions = (
         "-addext",
         "subjectAltName=IP:127.0.0.1",
@@ -340,8 +355,12 @@ def test_through_a_proxy_boto3_reads(
 
 @contextlib.contextmanager
 def scripted(*pieces: bytes, pause: float = 0.0) -> Iterator[tuple[Ranges, list[bytes]]]:
-    """Ranges of a server that answers all requests with `pieces`, one by one; and what it was asked, a connection each."""
-    server, asked = socket.create_server(("127.0.0.1", 0)), list[bytes]()
+    """Yield ranges of a server that answers all requests with `pieces`, one by one.
+
+    With them comes what it was asked, an entry for each connection.
+    """
+    server = socket.create_server(("127.0.0.1", 0))
+    asked: list[bytes] = []
 
     def serve() -> None:
         with contextlib.suppress(OSError):
@@ -445,7 +464,8 @@ def test_what_is_no_answer_is_named(answer: bytes, message: str) -> None:
 
 def test_a_shard_goes_up_as_a_tar(s3_url: str) -> None:
     """Or SeaweedFS compresses what begins with a tar's header, for nothing."""
-    store, told = open_store(s3_url), list[str]()
+    store = open_store(s3_url)
+    told: list[str] = []
     assert isinstance(store, S3Store)
     for verb in ("UploadPart", "PutObject"):
         store.client.meta.events.register(

@@ -1,4 +1,4 @@
-"""Credentials that are renewed while a store is in use, clocks that are off, writes under way, and redirects."""
+"""Credentials that are renewed while a store is in use, clocks that are off, and redirects."""
 
 import json
 import os
@@ -199,7 +199,8 @@ def test_many_reads_renew_once(
 def test_a_store_that_was_never_open_refuses_at_once(
     fault_proxy: FaultProxy, keys: KeyFile, s3_url: str, status: int, code: str
 ) -> None:
-    fault_proxy.denial.status, fault_proxy.denial.code = status, code
+    fault_proxy.denial.status = status
+    fault_proxy.denial.code = code
     fault_proxy.accepted = set()
     with pytest.raises(AccessDenied, match=f"was denied \\({code}\\)"):
         open_store(s3_url).read("object")
@@ -389,7 +390,7 @@ def test_a_patience_that_is_no_number_is_refused(aws_env: pytest.MonkeyPatch, va
 def test_a_training_goes_on_with_new_credentials(
     small: str, s3_url: str, keys: KeyFile, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    """Its dataset and its run lie on a store whose old key is accepted no more from the middle of the run on."""
+    """Its dataset and its run lie on a store that stops to accept the old key amid the run."""
     local = Training(Job(small, str(tmp_path / "unbroken"), str(tmp_path)))
     assert local.end() == 0, local.output
     dataset = open_store(f"{s3_url}/data")

@@ -40,7 +40,8 @@ LACKS = {
 def test_a_claim_goes_on_without_housekeeping(
     fault_proxy: FaultProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch, lack: str
 ) -> None:
-    store, orphan = open_store(s3_url), "ckpt/000001-000000099-000009.safetensors"
+    store = open_store(s3_url)
+    orphan = "ckpt/000001-000000099-000009.safetensors"
     store.write(orphan, b"1")
     fault_proxy.fail("status", times=ALWAYS, **LACKS[lack])  # type: ignore[arg-type]
     said: list[str] = []
@@ -67,7 +68,8 @@ def test_a_claim_does_not_wait_for_housekeeping_beyond_its_lease(
     monkeypatch.setattr("wds_train.checkpoint.orphans.TIDY_SECONDS", 1.0)
     monkeypatch.setattr("wds_train.storage.s3_session.SOCKET_SECONDS", 2.0)
     fault_proxy.fail(times=ALWAYS, **SLOW[case])  # type: ignore[arg-type]
-    store, said = open_store(s3_url), list[str]()
+    store = open_store(s3_url)
+    said: list[str] = []
     began = time.monotonic()
     assert Run.claim(store, FRESH, said.append).manifest.status == "running"
     assert time.monotonic() - began < 15
@@ -81,7 +83,8 @@ def test_orphans_that_take_too_long_are_left_to_the_next_claim(
     s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wds_train.checkpoint.orphans.TIDY_SECONDS", 0.5)
-    store, said = open_store(s3_url), list[str]()
+    store = open_store(s3_url)
+    said: list[str] = []
     for number in range(9):
         store.write(f"ckpt/000001-00000000{number}-000000.safetensors", b"1")
     delete = S3Store.delete
@@ -100,7 +103,8 @@ def test_orphans_that_take_too_long_are_left_to_the_next_claim(
 def test_who_may_only_read_a_finished_run_is_told_nothing(
     fault_proxy: FaultProxy, s3_url: str
 ) -> None:
-    store, said = open_store(s3_url), list[str]()
+    store = open_store(s3_url)
+    said: list[str] = []
     Run.claim(store, FRESH, print).end("done", result={"val/top1": 1.0, "val/top1_ema": 1.0})
     store.write("ckpt/000001-000000099-000009.safetensors", b"1")
     for method in ("DELETE", "PUT", "POST"):
@@ -137,7 +141,10 @@ def test_a_conversion_ends_well_without_housekeeping(
 def test_all_pages_of_a_listing_are_read(
     s3_url: str, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    """Pages of five, of objects and of uploads that killed writers left; those of other prefixes stay."""
+    """Pages of five, of objects and of uploads that killed writers left.
+
+    Uploads of other prefixes stay.
+    """
     store = open_store(s3_url)
     assert isinstance(store, S3Store)
     for number in range(count):
@@ -178,7 +185,8 @@ FOREIGN = {"Key": "other/a/0", "UploadId": "0"}
 def test_a_listing_that_has_no_next_page_ends(
     s3_url: str, monkeypatch: pytest.MonkeyPatch, verb: str, page: dict[str, Any]
 ) -> None:
-    store, asked = open_store(s3_url), list[str]()
+    store = open_store(s3_url)
+    asked: list[str] = []
 
     def answer(self: S3Connection, verb: str, key: str, **details: Any) -> dict[str, Any]:
         asked.append(verb)
@@ -194,7 +202,8 @@ def test_uploads_of_other_prefixes_are_left_alone(
     s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a server lists them that does not know prefixes."""
-    store, asked = open_store(s3_url), list[str]()
+    store = open_store(s3_url)
+    asked: list[str] = []
 
     def answer(self: S3Connection, verb: str, key: str, **details: Any) -> dict[str, Any]:
         asked.append(verb)

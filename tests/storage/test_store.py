@@ -1,4 +1,4 @@
-"""The store's promises, for a local directory and for S3 alike; then what only one of them can meet."""
+"""The store's promises, for a local directory and for S3 alike; then what only one can meet."""
 
 import dataclasses
 import hashlib
@@ -339,7 +339,8 @@ def test_every_verb_survives_passing_trouble(
 def test_a_lost_acknowledgement_is_no_conflict(
     proxied: S3Store, fault_proxy: FaultProxy, size: int
 ) -> None:
-    one, two = b"1" * size, b"2" * size
+    one = b"1" * size
+    two = b"2" * size
     for body, condition in ((one, {"if_absent": True}), (two, {"if_match": ""})):
         if "if_match" in condition:
             condition = {"if_match": proxied.head("m")[1]}  # noqa: PLW2901
@@ -453,7 +454,8 @@ def test_bytes_damaged_on_their_way_up_are_sent_again(
 
 
 def test_pauses_double_up_to_a_bound_start_anew_after_progress_and_end() -> None:
-    now, pauses = [0.0], []
+    now = [0.0]
+    pauses = []
 
     def sleep(seconds: float) -> None:
         pauses.append(seconds)

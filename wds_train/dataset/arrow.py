@@ -1,4 +1,8 @@
-"""Arrow arrays and tables from NumPy's, and back."""
+"""Arrow arrays and tables from NumPy's, and back, without pandas.
+
+pyarrow imports pandas, if it is installed, in all that takes values from Python or turns them into
+NumPy's: .4 s in every process.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,19 +13,18 @@ from numpy.typing import NDArray
 
 
 def to_array(values: Sequence[Any] | NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """Return numbers, or text in UTF-8, as an Arrow array.
-
-    It is made from buffers. `pa.array`, and whatever else takes values from Python, imports pandas
-    if it is installed, for .4 s in every process.
+    """Return numbers, or text in UTF-8, as an Arrow array, which is made from buffers.
 
     Args:
         values: The numbers or texts, none of them None.
         kind: The Arrow type, a number's or `pa.string()`.
     """
     if kind != pa.string():
-        dtype = kind.to_pandas_dtype()  # a NumPy type, whatever its name says
+        # A NumPy type, whatever its name says.
+        dtype = kind.to_pandas_dtype()
         numbers = np.ascontiguousarray(values, dtype)
         return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
+    # Texts: the bytes of all, one after the other, and where each ends.
     text = [value.encode() for value in values]
     ends = np.cumsum([0, *map(len, text)])
     assert ends[-1] < 1 << 31, "what an Arrow array of strings can hold"
@@ -30,7 +33,12 @@ def to_array(values: Sequence[Any] | NDArray[Any], kind: pa.DataType) -> pa.Arra
 
 
 def to_batch(columns: Iterable[Sequence[Any]], schema: pa.Schema) -> pa.RecordBatch:
-    """Return a record batch of `columns`, in the order of `schema`, without empty cells."""
+    """Return a record batch.
+
+    Args:
+        columns: The columns in the order of `schema`, without empty cells.
+        schema: The names and types of the columns: numbers or strings.
+    """
     arrays = []
     for column, field in zip(columns, schema, strict=True):
         arrays.append(to_array(column, field.type))

@@ -1,6 +1,7 @@
 """The index of a split, next to its shards: a Parquet table with a row per sample.
 
 A row says where the sample's bytes are. A large split has an index of the same form for each shard.
+The conversion writes it; `reader.Dataset` reads and checks it.
 """
 
 import io
@@ -23,7 +24,8 @@ from wds_train.errors import DataError
 MAX_PIXELS = 2**26
 # In one index, which every process holds: 150 MB for so many. ImageNet has 1.28 M.
 WHOLE_INDEX_SAMPLES = 2_000_000
-MAX_KEY = 4096  # bytes, in tars that others wrote: as long as a path
+# Bytes, in tars that others wrote: as long as a path.
+MAX_KEY = 4096
 
 SCHEMA = pa.schema(
     [
@@ -43,16 +45,24 @@ SCHEMA = pa.schema(
 
 def index_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """Return `rows`, dictionaries of SCHEMA's columns, as a table."""
-    columns = [[row[name] for row in rows] for name in SCHEMA.names]
+    columns = []
+    for name in SCHEMA.names:
+        columns.append([row[name] for row in rows])
     return pa.Table.from_batches([to_batch(columns, SCHEMA)])
 
 
 def write_index(rows: Sequence[dict[str, Any]] | pa.Table) -> bytes:
-    """Return the Parquet file of `rows`, which are in dataset order.
+    """Return the Parquet file of an index.
 
     The same rows give the same bytes with the same version of pyarrow.
+
+    Args:
+        rows: The rows in dataset order, as dictionaries of SCHEMA's columns or as a table.
     """
-    table = rows if isinstance(rows, pa.Table) else index_table(rows)
+    if isinstance(rows, pa.Table):
+        table = rows
+    else:
+        table = index_table(rows)
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", store_schema=False)
     return sink.getvalue()
@@ -124,12 +134,18 @@ def read_index(data: bytes, where: str) -> SampleIndex:
         OverflowError,
     ) as error:
         raise DataError(f"{where} is not an index that can be read: {error}") from error
-    if any(table[name].null_count for name in SCHEMA.names):
-        raise DataError(f"{where} is not an index that can be read: it has empty cells")
-    columns: dict[str, Any] = {
-        name: to_numpy(table[name]) for name in SCHEMA.names if name != "key"
-    }
-    return SampleIndex(key=table["key"], **columns)
+
+    columns: dict[str, Any] = {}
+    for name in SCHEMA.names:
+        column = table[name]
+        if column.null_count:
+            raise DataError(f"{where} is not an index that can be read: it has empty cells")
+        # Keys stay as they are: a list of a million texts takes a second to make.
+        if name == "key":
+            columns[name] = column
+        else:
+            columns[name] = to_numpy(column)
+    return SampleIndex(**columns)
 
 
 def find_flaws(
@@ -144,6 +160,7 @@ def find_flaws(
         shards: The bytes and the samples of each shard that it should be of.
         classes: The number of classes; labels are in [0, classes).
     """
+    # The shard of each row first: all else compares a row with its shard.
     rows = len(index)
     if rows and not 0 <= index.shard.min() <= index.shard.max() < len(shards):
         yield (
@@ -158,6 +175,7 @@ def find_flaws(
 
     yield from _find_column_flaws(index, shards)
 
+    # Messages and file names show keys; labels are places in the list of classes.
     odd = _find_odd_key(index.key)
     if odd is not None:
         yield f"row {odd}: key {index.key_of(odd)[:60]!r} is no name of a line"
@@ -174,12 +192,15 @@ def _find_column_flaws(index: SampleIndex, shards: Sequence[tuple[int, int]]) ->
     # These sums may overflow. They matter only where the checks before them hold.
     end = index.offset + index.length
     image_end = index.data_offset + index.data_length
+
+    # Each row against the one before it.
     same_shard = index.shard[1:] == index.shard[:-1]
     ordered = np.ones(len(index), bool)
     ordered[1:] = np.where(
         same_shard, index.offset[1:] >= end[:-1], index.shard[1:] > index.shard[:-1]
     )
 
+    # The column that is named, the rows that are sound, and the flaw of the others.
     in_pixels = "is no number of pixels that can be read"
     checks = [
         ("offset", index.offset >= 0, "is negative"),
@@ -207,7 +228,9 @@ def _find_column_flaws(index: SampleIndex, shards: Sequence[tuple[int, int]]) ->
         wrong = np.flatnonzero(~sound)
         if len(wrong):
             row = int(wrong[0])
-            others = f", and {len(wrong) - 1} rows more" if len(wrong) > 1 else ""
+            others = ""
+            if len(wrong) > 1:
+                others = f", and {len(wrong) - 1} rows more"
             yield f"row {row}: {name} {getattr(index, name)[row]} {flaw}{others}"
 
 
@@ -219,18 +242,25 @@ def _find_odd_key(keys: pa.ChunkedArray) -> int | None:
     before = 0
     for chunk in keys.chunks:
         if len(chunk):
-            # Arrow keeps the texts one after the other, and where each ends.
-            ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset :][: len(chunk) + 1]
-            text = np.frombuffer(chunk.buffers()[2] or b"", np.uint8)[: ends[-1]]
-            lengths = np.diff(ends)
-            odd = np.flatnonzero((lengths == 0) | (lengths > MAX_KEY))
-            control = np.flatnonzero((text < 32) | (text == 127))
-            rows_of_control = np.searchsorted(ends, control, side="right") - 1
-            rows = np.concatenate([odd, rows_of_control[rows_of_control >= 0]])
+            rows = _find_odd_keys(chunk)
             if len(rows):
                 return before + int(rows.min())
         before += len(chunk)
     return None
+
+
+def _find_odd_keys(chunk: pa.StringArray) -> NDArray[np.int64]:
+    """Return the rows of `chunk`, in no order, whose keys are odd."""
+    # Arrow keeps the texts one after the other, and where each ends.
+    ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset :][: len(chunk) + 1]
+    text = np.frombuffer(chunk.buffers()[2] or b"", np.uint8)[: ends[-1]]
+    lengths = np.diff(ends)
+    odd = np.flatnonzero((lengths == 0) | (lengths > MAX_KEY))
+
+    # The rows that the control characters are in. Texts before the chunk's own give -1.
+    control = np.flatnonzero((text < 32) | (text == 127))
+    rows_of_control = np.searchsorted(ends, control, side="right") - 1
+    return np.concatenate([odd, rows_of_control[rows_of_control >= 0]])
 
 
 class Content(NamedTuple):
@@ -260,6 +290,10 @@ def contents(index: SampleIndex, samples: NDArray[np.int64]) -> list[Content]:
     """Return the `Content` of each of `samples`.
 
     Ask for all at once: a cell of an array takes as long to get as the whole column.
+
+    Args:
+        index: The index.
+        samples: The numbers of the samples, int64 [n].
     """
     starts = (index.data_offset[samples] - index.offset[samples]).tolist()
     lengths = index.data_length[samples].tolist()
@@ -268,7 +302,12 @@ def contents(index: SampleIndex, samples: NDArray[np.int64]) -> list[Content]:
 
 
 def image_of(index: SampleIndex, sample: int, record: memoryview) -> memoryview:
-    """Return the bytes of the image in `record`, all bytes of `sample`.
+    """Return the bytes of the image of a sample.
+
+    Args:
+        index: The index.
+        sample: The number of the sample.
+        record: All bytes of the sample, as `SplitReader.record` reads them.
 
     Raises:
         DataError: The record's CRC is not the index's.

@@ -1,4 +1,7 @@
-"""Integrity of a dataset: read every byte, and compare it with manifest, index and tar headers."""
+"""Integrity of a dataset: read every byte, and compare it with manifest, index and tar headers.
+
+`wds-train verify` prints what it finds.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +18,14 @@ from wds_train.dataset.tar import Member, extension_of, members
 from wds_train.errors import DataError, NotFound
 from wds_train.storage.base import Store
 
-CHUNK = 8 << 20  # bytes that are read at once
+# The bytes that are read at once.
+CHUNK = 8 << 20
+# Shards that are read at a time, each in a thread.
 SHARDS_AT_ONCE = 4
-Passed = Callable[[int], object]  # gets the number of bytes that were read, in several threads
+# Zeros that make an archive of a sample's bytes.
+END_BYTES = 1024
+# Gets the number of bytes that were read. Several threads call it.
+Passed = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -35,8 +43,10 @@ class Damage:
     cause: str
 
     def __str__(self) -> str:
-        sample = f" {self.key}" if self.key else ""
-        return f"{self.shard}{sample}: {self.cause}"
+        where = self.shard
+        if self.key:
+            where = f"{self.shard} {self.key}"
+        return f"{where}: {self.cause}"
 
 
 def verify(dataset: Dataset, passed: Passed = lambda _: None) -> Iterator[Damage]:
@@ -48,7 +58,8 @@ def verify(dataset: Dataset, passed: Passed = lambda _: None) -> Iterator[Damage
         dataset: The dataset.
         passed: Is called with the number of bytes that were read, for a progress bar.
     """
-    if report := dataset.manifest.report:
+    report = dataset.manifest.report
+    if report:
         yield from _verify_object(dataset.store, report, passed)
     for name in dataset.manifest.splits:
         yield from _verify_split(dataset, name, passed)
@@ -56,7 +67,10 @@ def verify(dataset: Dataset, passed: Passed = lambda _: None) -> Iterator[Damage
 
 def _verify_split(dataset: Dataset, name: str, passed: Passed) -> Iterator[Damage]:
     split = dataset.manifest.split(name)
+    # A shard in the place of another one is named.
     shard_of_sha256 = {shard.sha256: shard.name for shard in split.shards}
+
+    # The index: one for the split, or one for each shard.
     by_shard = isinstance(split.index, tuple)
     whole_index = None
     if not by_shard:
@@ -69,7 +83,8 @@ def _verify_split(dataset: Dataset, name: str, passed: Passed) -> Iterator[Damag
         index = whole_index
         if by_shard:
             found, index = _verify_index(dataset, name, number, passed)
-        if index is None:  # nothing says where samples are, so only the whole can be checked
+        # Nothing says where samples are: only the whole can be checked.
+        if index is None:
             return [*found, *_verify_object(dataset.store, shard, passed)]
         return found + _verify_shard(dataset, shard, index, number, shard_of_sha256, passed=passed)
 
@@ -88,13 +103,15 @@ def _verify_index(
         than the manifest names, and still tell which samples differ.
     """
     named = dataset.manifest.split(name).indexes[shard or 0]
-    found = [*_verify_object(dataset.store, named, passed)]
+    found = list(_verify_object(dataset.store, named, passed))
     try:
         index = read_index(read_whole(dataset.store, named), f"{dataset.store.url}/{named.name}")
     except (DataError, NotFound) as error:
         return [*found, Damage(named.name, "", str(error))], None
-    flaws = [Damage(named.name, "", flaw) for flaw in dataset.find_flaws(name, index, shard)]
-    return found + flaws, None if flaws else index
+    flaws = list(dataset.find_flaws(name, index, shard))
+    if not flaws:
+        return found, index
+    return found + [Damage(named.name, "", flaw) for flaw in flaws], None
 
 
 def _verify_object(store: Store, named: Index | Shard, passed: Passed) -> Iterator[Damage]:
@@ -126,17 +143,21 @@ def _verify_shard(
         size, _ = store.head(shard.name)
     except NotFound:
         return [Damage(shard.name, "", f"it is missing, with {shard.samples} samples")]
+
     # Bytes between the samples have no checksum but the shard's, so the shard is read again.
     for _ in readings(store):
         found, sha256 = _verify_samples(dataset, shard.name, size, index, rows, passed=passed)
         if found or sha256 == shard.sha256:
             break
+
+    # What is wrong with the shard as a whole.
     if len(rows) != shard.samples:
         cause = f"the index has {len(rows)} samples, the manifest {shard.samples}"
         found.append(Damage(shard.name, "", cause))
     if sha256 == shard.sha256:
         return found
-    if sha256 in shard_of_sha256:  # every sample differs: one line says more than all of them
+    # Another shard: every sample differs, and one line says more than all of them.
+    if sha256 in shard_of_sha256:
         return [Damage(shard.name, "", f"it holds the bytes of {shard_of_sha256[sha256]}")]
 
     cut = ""
@@ -180,6 +201,7 @@ def _verify_samples(
     found = [Damage(name, index.key_of(row), cause) for row in rows[~usable]]
     rows = rows[usable]
 
+    # Read the shard in runs of samples, and hash it on the way.
     digest = hashlib.sha256()
     at = 0
     for first, last in _split_runs(index, rows):
@@ -196,7 +218,8 @@ def _verify_samples(
             if not damaged:
                 break
         found += damaged
-        digest.update(_read(store, name, at, start))  # what lies between the runs
+        # What lies between the runs, and the run.
+        digest.update(_read(store, name, at, start))
         digest.update(data)
         passed(stop - at)
         at = stop
@@ -216,7 +239,10 @@ def _split_runs(index: SampleIndex, rows: np.ndarray) -> Iterator[tuple[int, int
 
 
 def _read(store: Store, name: str, start: int, stop: int) -> bytes:
-    return store.read(name, start, stop - start) if stop > start else b""
+    """Read the bytes [start, stop) of an object. Nothing is asked for if there are none."""
+    if stop <= start:
+        return b""
+    return store.read(name, start, stop - start)
 
 
 @dataclass(frozen=True)
@@ -243,14 +269,15 @@ class _SampleCheck:
         index = self.index
         if crc32(record) != index.crc32[row]:
             return "its bytes do not match the checksum in the index"
+
         # The record alone is not an archive: two zero blocks end it as one.
-        data = record + bytes(1024)
+        data = record + bytes(END_BYTES)
         try:
             parts = list(members(lambda at, length: data[at : at + length], 0, len(data)))
         except DataError as error:
             return str(error)
         image_start = index.data_offset[row] - index.offset[row]
-        image = next((part for part in parts if part.data_offset == image_start), None)
+        image = _find_member_at(parts, int(image_start))
         if image is None or image.size != index.data_length[row]:
             return "its image is not where the index says"
 
@@ -272,8 +299,11 @@ class _SampleCheck:
     def _find_label_fault(self, fields: dict[Member, str], data: bytes, row: int) -> str:
         """Return why the label in the shard is not the index's; empty if it may be."""
         label = None
-        for name in ("label.cls", "cls"):  # cls has precedence
-            label = next((part for part in fields if fields[part] == name), label)
+        # The first member of each name; cls has precedence.
+        for name in ("cls", "label.cls"):
+            for part, field in fields.items():
+                if label is None and field == name:
+                    label = part
         if label is None:
             return ""
         inside = data[label.data_offset : label.data_offset + label.size]
@@ -290,3 +320,11 @@ class _SampleCheck:
                 f"and {number} in the index"
             )
         return ""
+
+
+def _find_member_at(parts: Sequence[Member], data_offset: int) -> Member | None:
+    """Return the member whose data starts at `data_offset`; None if there is none."""
+    for part in parts:
+        if part.data_offset == data_offset:
+            return part
+    return None

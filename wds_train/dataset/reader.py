@@ -1,4 +1,7 @@
-"""An existing dataset: its manifest, and the index of each split, both checked."""
+"""An existing dataset: its manifest, and the index of each split, both checked.
+
+The loaders, `verify` and all commands that read a dataset use `Dataset.open`.
+"""
 
 import hashlib
 import os
@@ -34,6 +37,9 @@ def readings(store: Store) -> Iterator[None]:
     """Yield for each time to read bytes: once, and up to REREADS times more while they are damaged.
 
     The caller leaves the loop once the bytes are right.
+
+    Args:
+        store: The store that they come from, which gets a new connection each time.
     """
     yield
     for _ in range(REREADS):
@@ -44,8 +50,15 @@ def readings(store: Store) -> Iterator[None]:
 def read_whole(store: Store, named: Index | Shard) -> bytes:
     """Read an object that a manifest names, again if its sha256 is not the manifest's.
 
+    Args:
+        store: The store of the dataset.
+        named: The object.
+
     Returns:
         The object's bytes. Their sha256 may still be another: no reading brought the right ones.
+
+    Raises:
+        NotFound: There is no such object.
     """
     for _ in readings(store):
         data = store.read(named.name)
@@ -162,25 +175,19 @@ class Dataset:
                 f"the dataset {url!r} is no address; "
                 "it is s3://BUCKET/PREFIX, a path like /x or ./x, or a name"
             )
+        # A name, or an address as people write it.
         if not url.startswith("file:///"):
             text = url
             url = resolve_address(text, "datasets")
             announce_embedded(url, text)
             announce_name(url, text)
+
         store = open_store(url)
         try:
             return cls(store, _read_manifest(store))
         except NotFound as error:
-            remedy = f"check the address, or make one: wds-train shards SOURCE {shlex.quote(url)}"
-            if not store.url.startswith("s3://") and any(Path(store.url).glob("*")):
-                # The folder holds something else: photos, most likely.
-                name = make_name(Path(store.url).name)
-                remedy = (
-                    f"make one of this folder: wds-train shards {shlex.quote(url)} {name}; "
-                    f"it is then called {name}"
-                )
             raise NotFound(
-                f"there is no dataset at {store.url} (no {manifests.NAME}); {remedy}"
+                f"there is no dataset at {store.url} (no {manifests.NAME}); {_remedy(store, url)}"
             ) from error
 
     @cached_property
@@ -227,7 +234,15 @@ class Dataset:
                 manifest.
         """
         split = self.manifest.split(name)
-        samples = tuple(shard.samples for shard in split.shards)
+        names = []
+        samples = []
+        sizes = []
+        for shard in split.shards:
+            names.append(shard.name)
+            samples.append(shard.samples)
+            sizes.append(shard.bytes)
+
+        # The rows: of one index, or of one for each shard, which are read when they are needed.
         if isinstance(split.index, tuple):
             content = [each.sha256 for each in split.index]
             read_shard = partial(self._read_index, name)
@@ -238,13 +253,14 @@ class Dataset:
         return SplitReader(
             self.store,
             name,
-            shard_names=tuple(shard.name for shard in split.shards),
-            shard_samples=samples,
-            shard_bytes=tuple(shard.bytes for shard in split.shards),
+            shard_names=tuple(names),
+            shard_samples=tuple(samples),
+            shard_bytes=tuple(sizes),
             index=index,
         )
 
     def _read_index(self, name: str, shard: int | None = None) -> SampleIndex:
+        """Read and check the index of the split `name`, or of its `shard` alone."""
         named = self.manifest.split(name).indexes[shard or 0]
         where = f"{self.store.url}/{named.name}"
         data = read_whole(self.store, named)
@@ -259,7 +275,20 @@ class Dataset:
         return index
 
 
+def _remedy(store: Store, url: str) -> str:
+    """Return what to do about a place without a dataset."""
+    # A folder with something else in it: photos, most likely.
+    if not store.url.startswith("s3://") and any(Path(store.url).glob("*")):
+        name = make_name(Path(store.url).name)
+        return (
+            f"make one of this folder: wds-train shards {shlex.quote(url)} {name}; "
+            f"it is then called {name}"
+        )
+    return f"check the address, or make one: wds-train shards SOURCE {shlex.quote(url)}"
+
+
 def _read_manifest(store: Store) -> DatasetManifest:
+    """Read the manifest, again while it is damaged."""
     for _ in readings(store):
         try:
             return read_manifest(store)[0]

@@ -18,7 +18,8 @@ from wds_train.dataset.tar import TAR_BLOCK
 from wds_train.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-END_BYTES = 2 * TAR_BLOCK  # zeros
+# The zeros that end a tar.
+END_BYTES = 2 * TAR_BLOCK
 # A key is a tar member's name before its extension, by which webdataset groups. It has no dots
 # (webdataset cuts at the first) and no odd characters (it must survive every tool), and is short
 # enough for a plain ustar header.
@@ -68,6 +69,9 @@ class ShardWriter:
     def add(self, sample: Sample) -> None:
         """Add a sample after the others.
 
+        Args:
+            sample: The sample.
+
         Raises:
             DataError: Its key cannot be one.
         """
@@ -79,6 +83,7 @@ class ShardWriter:
         start = len(self._buffer)
         self._add_member(f"{sample.key}.cls", str(sample.label).encode())
         data_start = self._add_member(f"{sample.key}.{sample.extension}", sample.image)
+        # Places count from the shard's start, of which a part may have been taken.
         self.rows.append(
             {
                 "shard": self.number,
@@ -137,13 +142,16 @@ def _ustar_header(name: bytes, size: int) -> bytes:
     header = bytearray(TEMPLATE)
     header[: len(name)] = name
     header[124:135] = b"%011o" % size
-    header[148:156] = b" " * 8  # the checksum is taken with its own field as spaces
+    # The checksum is taken with its own field as spaces.
+    header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)
 
 
 def record_bytes(image_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the bytes of samples in a shard, int64 [n]: headers, label and padded image.
+
+    They are two blocks of headers, one of the label, and those of the image.
 
     Args:
         image_bytes: The sizes of their encoded images, int64 [n].

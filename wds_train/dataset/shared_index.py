@@ -42,8 +42,10 @@ ROW = np.dtype(
         ("data_length", "<u4"),
     ]
 )
-AT_ONCE = 16  # index objects: each is small, and takes the store's latency
-KEPT_KEYS = 1024  # shards: more than the windows of all lanes touch at a time
+# Index objects that are read at a time: each is small, and takes the store's latency.
+AT_ONCE = 16
+# Shards whose keys are kept: more than the windows of all lanes touch at a time.
+KEPT_KEYS = 1024
 
 
 class SharedRows:
@@ -67,10 +69,13 @@ class SharedRows:
         content: Sequence[str],
     ) -> None:
         self._read = read
+        # The sample after the last one of each shard.
         self._ends = np.cumsum(samples, dtype=np.int64)
-        self._known = np.zeros(len(samples), bool)  # this process knows that the rows are there
+        # This process knows that the rows of these shards are there.
+        self._known = np.zeros(len(samples), bool)
         self._keys = lru_cache(KEPT_KEYS)(lambda shard: read(shard).key)
 
+        # The file: the rows of all samples, and behind them a checksum for each shard.
         identity = json.dumps([ROW.descr, self._ends.tolist(), content])
         self._path = folder / hashlib.sha256(identity.encode()).hexdigest()[:32]
         room = len(self) * ROW.itemsize
@@ -88,6 +93,7 @@ class SharedRows:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._path.touch(0o600)
+            # A full disk would be met in the middle of a training.
             lacks = room - self._path.stat().st_blocks * 512
             free = shutil.disk_usage(folder).free
             if lacks > free:
@@ -97,7 +103,8 @@ class SharedRows:
                     "disk"
                 )
             with self._path.open("r+b", buffering=0) as file:
-                os.ftruncate(file.fileno(), size)  # of zeros, which take no room
+                # Of zeros, which take no room.
+                os.ftruncate(file.fileno(), size)
                 return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         # The manifest may name any number of samples.
         except (OSError, ValueError, OverflowError) as error:
@@ -131,6 +138,7 @@ class SharedRows:
     def fill(self, shard: int) -> None:
         """Read the rows of `shard` into the file, unless they are there."""
         start, end = self._range_of(shard)
+        # A checksum of 0 is that of rows that were never written.
         stored = int(self._sums[shard])
         if not stored or crc32(self._table[start:end].tobytes()) != stored:
             rows = _pack_rows(self._read(shard))
@@ -149,7 +157,9 @@ class SharedRows:
 
     def _range_of(self, shard: int) -> tuple[int, int]:
         """Return the first sample of `shard`, and the one after its last."""
-        start = int(self._ends[shard - 1]) if shard else 0
+        start = 0
+        if shard:
+            start = int(self._ends[shard - 1])
         return start, int(self._ends[shard])
 
     def _write(self, position: int, data: bytes) -> None:
@@ -172,7 +182,11 @@ class SharedRows:
 
 
 def _pack_rows(index: SampleIndex) -> bytes:
-    """Return the rows of an index as the file has them."""
+    """Return the rows of an index as the file has them.
+
+    Raises:
+        DataError: A sample is too long for the column of lengths, 32 bits.
+    """
     if (index.length >= 1 << 32).any():
         raise DataError(
             f"a sample of {index.length.max():,} bytes cannot be streamed; leave it out"
@@ -215,7 +229,11 @@ class SharedIndex(SampleIndex):
 
 
 def make_shared_index(rows: SharedRows) -> SharedIndex:
-    """Return `rows` as an index, whose columns have the same names and dtypes as a whole one's."""
+    """Return `rows` as an index, whose columns have the same names and dtypes as a whole one's.
+
+    Args:
+        rows: The rows, which are read when they are first asked for.
+    """
 
     def typed(name: str, samples: Any) -> Any:
         dtype = SCHEMA.field(name).type.to_pandas_dtype()
@@ -227,7 +245,10 @@ def make_shared_index(rows: SharedRows) -> SharedIndex:
     def data_offset(samples: Any) -> Any:
         return rows.column("offset", samples) + rows.column("data_start", samples)
 
-    columns: dict[str, Any] = {name: Column(partial(typed, name)) for name in SCHEMA.names}
+    columns: dict[str, Any] = {}
+    for name in SCHEMA.names:
+        columns[name] = Column(partial(typed, name))
+    # The columns that the file does not have.
     columns["shard"] = Column(shard)
     columns["key"] = Column(rows.key)
     columns["data_offset"] = Column(data_offset)

@@ -1,4 +1,7 @@
-"""The members of tars, from their headers alone: only plain files, whatever the tar claims."""
+"""The members of tars, from their headers alone: only plain files, whatever the tar claims.
+
+The conversion reads other people's tars by it, and `verify` reads ours.
+"""
 
 import re
 import tarfile
@@ -8,38 +11,18 @@ from typing import NamedTuple
 from wds_train.errors import DataError
 
 TAR_BLOCK = 512
+# The names of members whose key is their folder: 7/image.jpg.
 PLAIN_STEMS = {"image", "img", "label", "cls", "class", "target", "meta", "metadata"}
 # Words that name one of a sample's members (7.seg.png next to 7.jpg): they are no part of its key.
-FIELD_WORDS = PLAIN_STEMS | {
-    *("jpeg", "jpg", "png", "webp"),  # 7.jpg.json
-    *(
-        "alpha",
-        "audio",
-        "bbox",
-        "bboxes",
-        "boxes",
-        "caption",
-        "captions",
-        "clip",
-        "depth",
-        "emb",
-        "embedding",
-    ),
-    *(
-        "feature",
-        "features",
-        "input",
-        "keypoints",
-        "latent",
-        "mask",
-        "masks",
-        "original",
-        "output",
-        "rgb",
-    ),
-    *("seg", "segmentation", "text", "thumb", "thumbnail", "video"),
-}
-COMPRESSED = {"bz2", "gz", "lz4", "xz", "zst"}  # behind another extension: 7.json.gz
+FIELD_WORDS = (
+    PLAIN_STEMS
+    | {"jpeg", "jpg", "png", "webp"}  # 7.jpg.json
+    | {"alpha", "audio", "bbox", "bboxes", "boxes", "caption", "captions", "clip", "depth"}
+    | {"emb", "embedding", "feature", "features", "input", "keypoints", "latent", "mask", "masks"}
+    | {"original", "output", "rgb", "seg", "segmentation", "text", "thumb", "thumbnail", "video"}
+)
+# Behind another extension: 7.json.gz.
+COMPRESSED = {"bz2", "gz", "lz4", "xz", "zst"}
 EXTENSION = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -96,6 +79,7 @@ def key_and_last_extension(name: str, fields: Collection[str] = FIELD_WORDS) -> 
     parts = base.split(".")
     if len(parts) < 3 or not EXTENSION.fullmatch(parts[-1]):
         return key_and_extension(name)
+    # The extension begins before the last dot, a compression's, and the words that go with it.
     first = len(parts) - 1
     if parts[first].lower() in COMPRESSED and EXTENSION.fullmatch(parts[first - 1]):
         first -= 1
@@ -109,16 +93,24 @@ def key_and_last_extension(name: str, fields: Collection[str] = FIELD_WORDS) -> 
 
 
 def extension_of(name: str, key: str) -> str | None:
-    """Return the extension of the member `name` in the sample `key`; None if it is not its member.
+    """Return the extension of a member in a sample; None if it is not its member.
 
     It works for keys of `key_and_extension` and of `key_and_last_extension`.
+
+    Args:
+        name: The member's name.
+        key: The sample's key.
     """
     if name.startswith(f"{key}."):
         return name[len(key) + 1 :].lower()
+    # The key may be the member's folder.
     own_key, extension = key_and_extension(name)
-    return extension if own_key == key else None
+    if own_key != key:
+        return None
+    return extension
 
 
+# The kinds of members, by the type flag of their header.
 KINDS = {
     tarfile.REGTYPE: "file",
     tarfile.AREGTYPE: "file",
@@ -128,6 +120,7 @@ KINDS = {
     tarfile.LNKTYPE: "hard link",
     tarfile.GNUTYPE_SPARSE: "sparse file",
 }
+# Headers that say something of the member after them.
 EXTENDED = {
     tarfile.XHDTYPE,
     tarfile.GNUTYPE_LONGNAME,
@@ -135,6 +128,7 @@ EXTENDED = {
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 }
+# Of such a header, in bytes: far more than names and sizes take.
 MAX_EXTENDED = 1 << 20
 
 
@@ -157,6 +151,7 @@ def members(read: Callable[[int, int], bytes], start: int, end: int) -> Iterator
     while True:
         member, last = _member_at(read, at, end)
         if member is None:
+            # A second tar behind this one would be lost in silence.
             if any(read(last, min(end - last, 1 << 16))):
                 raise DataError(
                     f"more follows the end of the archive at byte {last}; is it two tars in one?"
@@ -189,25 +184,31 @@ def _member_at(
         given |= _read_extended(info.type, read(data, info.size))
         at = data + padded(info.size)
 
+    # The last header is the member's own.
     if any(name.startswith("GNU.sparse") for name in given):
         kind = "sparse file"
     else:
         kind = KINDS.get(info.type, "special file")
     size = info.size
     if "size" in given:
-        text = given["size"]
-        if not re.fullmatch("[0-9]{1,18}", text):
-            raise DataError(
-                f"the extended header at byte {offset} gives the size {text[:40]!r}, "
-                "which is no number of bytes"
-            )
-        size = int(text)
+        size = _parse_size(given["size"], offset)
+    # Whatever the header of a link or a folder claims, no data follows it.
     if kind not in ("file", "sparse file"):
         size = 0
     member = Member(given.get("path", info.name), kind, offset, data, size)
     if size < 0 or member.end > end:
         raise DataError(f"it ends at byte {end}, in the middle of {member.name!r}")
     return member, member.end
+
+
+def _parse_size(text: str, offset: int) -> int:
+    """Return the size that the extended header at byte `offset` gives, in bytes."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise DataError(
+            f"the extended header at byte {offset} gives the size {text[:40]!r}, "
+            "which is no number of bytes"
+        )
+    return int(text)
 
 
 def _header(read: Callable[[int, int], bytes], at: int, end: int) -> tarfile.TarInfo | None:

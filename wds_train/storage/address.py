@@ -14,8 +14,10 @@ from wds_train.errors import UsageError
 from wds_train.files import home
 
 EMBEDDED_BUCKET = "embedded"
+# A name of a dataset or a run; it is a folder's, too, so no slash and no leading dot.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
+# A path begins so; without, a name and a path could not be told apart.
 LOCAL = ("/", "./", "../", "~/")
 # The usual mistakes, and what was meant.
 SLIPS = (
@@ -50,7 +52,9 @@ def resolve_address(text: str, kind: str, bucket: str | None = None) -> str:
 def resolve_folder(kind: str, bucket: str | None = None) -> str:
     """Return the address below which all datasets, or all runs, are that have a name."""
     base = bucket or os.environ.get("WDS_BUCKET") or f"s3://{EMBEDDED_BUCKET}"
-    flag = "--bucket" if bucket else "WDS_BUCKET"
+    flag = "WDS_BUCKET"
+    if bucket:
+        flag = "--bucket"
     if NAME.fullmatch(base):
         raise UsageError(
             f"{flag} {base!r} names no place; write s3://{base}, or ./{base} for a local folder"
@@ -91,7 +95,8 @@ def announce_name(address: str, text: str) -> None:
         address: The address that `text` resolved to.
         text: What the person wrote.
     """
-    if NAME.fullmatch(text) and os.path.isdir(text):  # noqa: PTH112 (as all here: text, not a path)
+    # A text all along: a path would lose the leading "./".
+    if NAME.fullmatch(text) and os.path.isdir(text):  # noqa: PTH112
         print(
             f"{text} is the one at {address}, not the folder ./{text} (for that, write ./{text})",
             file=sys.stderr,
@@ -101,7 +106,9 @@ def announce_name(address: str, text: str) -> None:
 @functools.cache
 def _print_embedded_notice() -> None:
     hint = "to use your own, add BUCKET=s3://... to make, or --bucket s3://..., or set WDS_BUCKET"
-    data = ".wds/" if home() == Path.cwd() / ".wds" else home()
+    data = str(home())
+    if home() == Path.cwd() / ".wds":
+        data = ".wds/"
     print(
         f"no bucket is set: using the embedded S3 server, data under {data} ({hint})",
         file=sys.stderr,
@@ -109,7 +116,7 @@ def _print_embedded_notice() -> None:
 
 
 def is_embedded(address: str) -> bool:
-    """Return whether `address` is on the embedded server."""
+    """Return True if `address` is on the embedded server."""
     bucket = f"s3://{EMBEDDED_BUCKET}"
     return address == bucket or address.startswith(f"{bucket}/")
 
@@ -124,28 +131,17 @@ def check_address(text: str, what: str) -> str:
     Raises:
         UsageError: It is neither. The message says what was probably meant.
     """
-    if any(not letter.isprintable() for letter in text):
+    if not text.isprintable():
         raise UsageError(
             f"{what} {text!r} holds characters that cannot be printed; write it without"
         )
     if text.startswith("s3://"):
-        bucket, _, prefix = text.removeprefix("s3://").partition("/")
-        if not BUCKET.fullmatch(bucket):
-            raise UsageError(f"{text!r} names no bucket; write s3://BUCKET/PREFIX")
-        for mark in "?#":
-            if mark in prefix:
-                raise UsageError(
-                    f"{what} {text!r} holds {mark!r}, with which a URL's path ends; use a prefix "
-                    "without it"
-                )
-        parts = prefix.rstrip("/").split("/")
-        if parts != [""] and {"", ".", ".."} & set(parts):
-            raise UsageError(
-                f"{what} {text!r} has an empty, '.' or '..' part; write the prefix without"
-            )
+        _check_s3_address(text, what)
         return text
     if text.startswith(LOCAL) or text in (".", "..", "~"):
-        return os.path.expanduser(text)  # noqa: PTH111 (a path would lose the leading ./)
+        return os.path.expanduser(text)  # noqa: PTH111
+
+    # It is neither: say what was probably meant.
     remedy = "it is s3://BUCKET/PREFIX, a path like /x or ./x, or a name"
     for slip, form in SLIPS:
         found = slip.fullmatch(text.strip())
@@ -153,3 +149,21 @@ def check_address(text: str, what: str) -> str:
             remedy = f"write {form.format(**found.groupdict())}"
             break
     raise UsageError(f"{what} {text!r} is neither an address nor a name; {remedy}")
+
+
+def _check_s3_address(text: str, what: str) -> None:
+    bucket, _, prefix = text.removeprefix("s3://").partition("/")
+    if not BUCKET.fullmatch(bucket):
+        raise UsageError(f"{text!r} names no bucket; write s3://BUCKET/PREFIX")
+    for mark in "?#":
+        if mark in prefix:
+            raise UsageError(
+                f"{what} {text!r} holds {mark!r}, with which a URL's path ends; use a prefix "
+                "without it"
+            )
+    # HTTP libraries resolve such parts, and would ask for another key.
+    parts = prefix.rstrip("/").split("/")
+    if parts != [""] and {"", ".", ".."} & set(parts):
+        raise UsageError(
+            f"{what} {text!r} has an empty, '.' or '..' part; write the prefix without"
+        )

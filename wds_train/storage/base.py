@@ -18,8 +18,10 @@ from typing import NamedTuple, Protocol
 from wds_train.errors import StoreError
 
 Body = bytes | bytearray | memoryview
-PART_BYTES = 16 << 20  # a larger body is uploaded in parts of exactly this size
-UPLOAD_THREADS = 4  # parts of one body that are uploaded at a time
+# A larger body is uploaded in parts of exactly this size.
+PART_BYTES = 16 << 20
+# The parts of one body that are uploaded at a time.
+UPLOAD_THREADS = 4
 
 
 class Entry(NamedTuple):
@@ -112,8 +114,16 @@ class Store(Protocol):
 
 
 def too_short(name: str, start: int, length: int | None) -> StoreError:
-    """Return the error for an object that has fewer bytes than were asked for."""
-    span = f"from {start} on" if length is None else f"{start} up to {start + length}"
+    """Return the error for an object that has fewer bytes than were asked for.
+
+    Args:
+        name: The object's address.
+        start: The first byte that was asked for.
+        length: The number of bytes; None for all from `start` on.
+    """
+    span = f"from {start} on"
+    if length is not None:
+        span = f"{start} up to {start + length}"
     return StoreError(f"{name} is too short: bytes {span} were asked for")
 
 
@@ -129,11 +139,16 @@ def check_key(key: str, url: str) -> str:
 
 
 def read_file(path: Path) -> Body:
-    """Return the bytes of a file. A large one is mapped, not read."""
+    """Return the bytes of a file. A large one is mapped, not read.
+
+    Raises:
+        StoreError: It cannot be read.
+    """
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size <= PART_BYTES:
                 return file.read()
+            # A second copy of a large file could be more than the memory holds.
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,5 +1,7 @@
-"""The embedded S3 server: SeaweedFS, from its PyPI package, on loopback ports, its data under
-`.wds/s3`.
+"""The embedded S3 server: SeaweedFS, from its PyPI package, on loopback ports.
+
+It serves `s3://embedded/...`, with its data under `.wds/s3`, so that wds-train works without an
+account anywhere. `storage.open` starts it.
 
 Commands that need it share one server. Each holds a shared lock on `users.lock` while it lives,
 which the kernel drops even on SIGKILL; whoever leaves last, alone on that lock, stops the server.
@@ -8,7 +10,7 @@ no longer answers is replaced. The data needs no care: what SeaweedFS acknowledg
 -9.
 
 Only its S3 port serves, whoever has the keys of `server.json`. Its other ports want keys that the
-server alone has, made anew at each start, and its folder is the user's alone.
+server alone has, made at each start, and its folder is the user's alone.
 """
 
 import atexit
@@ -30,7 +32,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import boto3
@@ -44,11 +46,19 @@ from wds_train.errors import UsageError, WdsTrainError
 from wds_train.files import home
 from wds_train.storage.address import EMBEDDED_BUCKET
 
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
 LOG = logging.getLogger(__name__)
+# For a server to answer after its start, or while it is busy.
 READY_SECONDS = 60.0
+# On the disk, to start a server at all.
 MIN_FREE_BYTES = 512 << 20
+# A running server keeps so much of the disk free, and refuses writes instead.
 RESERVED_BYTES = 256 << 20
-SOCKETS = Path("/tmp")  # where SeaweedFS makes its Unix sockets, whatever TMPDIR says
+# SeaweedFS makes its Unix sockets there, whatever TMPDIR says.
+SOCKETS = Path("/tmp")
+# What SeaweedFS logs when another program has one of its ports.
 PORT_TAKEN = "address already in use"
 CERTIFICATE = "tls.crt"
 KEY = "tls.key"
@@ -56,7 +66,17 @@ OPENSSL = (
     "openssl req -x509 -config /dev/null -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj "
     "/CN=wds -days 9999"
 )
-GRPC_OFFSET = 10_000  # SeaweedFS adds it to every port for its gRPC twin
+# SeaweedFS adds it to every port for its gRPC twin.
+GRPC_OFFSET = 10_000
+# The parts of the server that want certificates from one another.
+CERTIFIED_PARTS = (
+    "GRPC_MASTER",
+    "GRPC_VOLUME",
+    "GRPC_FILER",
+    "GRPC_S3",
+    "GRPC_CLIENT",
+    "HTTPS_MASTER",
+)
 
 
 @dataclass(frozen=True)
@@ -78,13 +98,14 @@ class Endpoint:
     root: str
 
     def is_full(self) -> bool:
-        """Return whether its disk has less space than it keeps free.
+        """Return True if its disk has less space than it keeps free.
 
         It then refuses writes by an internal error.
         """
         return Path(self.root).exists() and shutil.disk_usage(self.root).free < RESERVED_BYTES
 
 
+# The locks that this process holds on `users.lock` of the servers that it uses.
 _held: dict[Path, IO[str]] = {}
 
 
@@ -102,12 +123,14 @@ def ensure_running(root: Path | None = None) -> Endpoint:
     root = (root or home() / "s3").absolute()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        root.chmod(0o700)  # files of servers before this rule are readable by all
+        # Files of servers before this rule are readable by all.
+        root.chmod(0o700)
     except OSError as error:
         raise WdsTrainError(
             f"cannot create {root} for the embedded S3 server: {error.strerror}"
         ) from error
-    with _starting(root):
+    with _lock_start(root):
+        # Held before the look at the server: nobody may stop it between the look and our use.
         _hold(root)
         endpoint = _read(root)
         if endpoint is None or not _serves(endpoint, root):
@@ -122,13 +145,15 @@ def stop(root: Path | None = None) -> bool:
 
 
 @contextlib.contextmanager
-def _starting(root: Path) -> Iterator[None]:
+def _lock_start(root: Path) -> Iterator[None]:
+    """Let one process at a time start or stop the server over `root`."""
     with (root / "start.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _hold(root: Path) -> None:
+    """Use the server over `root` until this process ends."""
     if root not in _held:
         _held[root] = (root / "users.lock").open("w")
         fcntl.flock(_held[root], fcntl.LOCK_SH)
@@ -136,18 +161,21 @@ def _hold(root: Path) -> None:
 
 
 def _leave(root: Path, owner: int) -> None:
-    if (
-        os.getpid() != owner
-    ):  # a forked child inherits the atexit entry, but must not stop the server
+    """Stop the server over `root`, unless others use it."""
+    # A forked child inherits the atexit entry, but must not stop the server.
+    if os.getpid() != owner:
         return
     # The folder may be gone by now, and its locks with it: then nobody else can use the server.
-    starting = _starting(root) if root.exists() else contextlib.nullcontext()
+    starting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if root.exists():
+        starting = _lock_start(root)
     with contextlib.suppress(BlockingIOError), starting:
         fcntl.flock(_held.pop(root), fcntl.LOCK_EX | fcntl.LOCK_NB)
         _kill(root)
 
 
 def _read(root: Path) -> Endpoint | None:
+    """Return the endpoint of the last server over `root`; None if there is none that is whole."""
     try:
         saved = json.loads((root / "server.json").read_text())
         return Endpoint(**saved | {"ports": tuple(saved["ports"])})
@@ -156,7 +184,7 @@ def _read(root: Path) -> Endpoint | None:
 
 
 def _serves(endpoint: Endpoint, root: Path) -> bool:
-    """Return whether the server runs and answers.
+    """Return True if the server runs and answers.
 
     A busy one gets time: to kill it would fail all who use it now.
     """
@@ -170,20 +198,19 @@ def _serves(endpoint: Endpoint, root: Path) -> bool:
 
 
 def _lists_buckets(endpoint: Endpoint) -> bool:
-    """Return whether the server lists its buckets for its keys.
+    """Return True if the server lists its buckets for its keys.
 
     boto3 is not used: to make its client takes a tenth of a second.
     """
     request = AWSRequest("GET", f"{endpoint.url}/")
-    S3SigV4Auth(Credentials(endpoint.access_key, endpoint.secret_key), "s3", "us-east-1").add_auth(
-        request
-    )
+    credentials = Credentials(endpoint.access_key, endpoint.secret_key)
+    S3SigV4Auth(credentials, "s3", "us-east-1").add_auth(request)
     with contextlib.closing(HTTPConnection(urlsplit(endpoint.url).netloc, timeout=5)) as connection:
         connection.request("GET", "/", headers=dict(request.headers))
         return connection.getresponse().status == 200
 
 
-def _client(endpoint: Endpoint):  # type: ignore[no-untyped-def]
+def _client(endpoint: Endpoint) -> "S3Client":
     session = boto3.session.Session(
         endpoint.access_key, endpoint.secret_key, region_name="us-east-1"
     )
@@ -192,7 +219,10 @@ def _client(endpoint: Endpoint):  # type: ignore[no-untyped-def]
         endpoint_url=endpoint.url,
         # An HTTP proxy named in the environment must not get what is meant for this machine.
         config=Config(
-            connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={}
+            connect_timeout=2,
+            read_timeout=5,
+            retries={"total_max_attempts": 1},
+            proxies={},
         ),
     )
 
@@ -236,9 +266,14 @@ def _free_ports() -> tuple[int, ...]:
     ports: list[int] = []
     while len(ports) < 4:
         port = 11_000 + secrets.randbelow(11_000)
-        if port not in ports and _is_free(port) and _is_free(port + GRPC_OFFSET):
+        if port not in ports and _are_free((port,)):
             ports.append(port)
     return tuple(ports)
+
+
+def _are_free(ports: tuple[int, ...]) -> bool:
+    """Return True if all `ports` and their gRPC twins are free."""
+    return all(_is_free(port) and _is_free(port + GRPC_OFFSET) for port in ports)
 
 
 def _is_free(port: int) -> bool:
@@ -257,13 +292,12 @@ def _start(root: Path, last: Endpoint | None) -> Endpoint:
     if shutil.disk_usage(root).free < MIN_FREE_BYTES:
         raise WdsTrainError(
             f"less than {MIN_FREE_BYTES >> 20} MiB are free on the disk of {root}; the embedded "
-            "S3 server needs room: "
-            "free some, or set WDS_HOME to a folder on another disk"
+            "S3 server needs room: free some, or set WDS_HOME to a folder on another disk"
         )
     _refuse_no_sockets()
     LOG.info("starting the embedded S3 server ...")
     (root / "data").mkdir(exist_ok=True)
-    if last and all(_is_free(port) and _is_free(port + GRPC_OFFSET) for port in last.ports):
+    if last and _are_free(last.ports):
         return _launch(root, last)
 
     # Another program may take a port between our look and the server's bind. Three tries are
@@ -293,20 +327,22 @@ def _refuse_no_sockets() -> None:
     except OSError as error:
         raise WdsTrainError(
             f"nothing can be written in {SOCKETS} ({error.strerror}), where the embedded S3 "
-            "server makes "
-            "its sockets; make it writable (in a container: --tmpfs /tmp), or give a bucket with "
-            "--bucket "
-            "or WDS_BUCKET"
+            "server makes its sockets; make it writable (in a container: --tmpfs /tmp), or give a "
+            "bucket with --bucket or WDS_BUCKET"
         ) from error
 
 
 def _launch(root: Path, endpoint: Endpoint) -> Endpoint:
+    """Start a server with the ports and keys of `endpoint`, and return that once it answers."""
+    # What the server reads, and what other processes find it by.
     keys = {"accessKey": endpoint.access_key, "secretKey": endpoint.secret_key}
     identities = {"identities": [{"name": "wds", "credentials": [keys], "actions": ["Admin"]}]}
     _write_private(root / "identities.json", identities)
     _write_private(root / "server.json", asdict(endpoint))
     command = _command(root, endpoint.ports)
     _certify(root)
+
+    # The server outlives this process if others use it.
     with (root / "server.log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -316,7 +352,8 @@ def _launch(root: Path, endpoint: Endpoint) -> Endpoint:
             cwd=root,
             # A soft limit: with 400 MiB, collecting garbage took a third of the speed of uploads.
             env=os.environ | {"GOMEMLIMIT": "2GiB"} | _locks(),
-            umask=0o077,  # its Unix sockets in /tmp have no other lock
+            # Its Unix sockets in /tmp have no other lock.
+            umask=0o077,
             # Ctrl-C must reach only the trainer, which still needs the server to commit.
             start_new_session=True,
         )
@@ -352,41 +389,46 @@ def _locks() -> dict[str, str]:
         "WEED_GRPC_CA": CERTIFICATE,
         "WEED_HTTPS_MASTER_CA": CERTIFICATE,
     }
-    for part in (
-        "GRPC_MASTER",
-        "GRPC_VOLUME",
-        "GRPC_FILER",
-        "GRPC_S3",
-        "GRPC_CLIENT",
-        "HTTPS_MASTER",
-    ):
+    for part in CERTIFIED_PARTS:
         settings[f"WEED_{part}_CERT"] = CERTIFICATE
         settings[f"WEED_{part}_KEY"] = KEY
     return settings
 
 
-def _command(root: Path, ports: tuple[int, ...]) -> list[str]:
-    master, volume, filer, s3 = ports
+def _find_program() -> str:
+    """Return the path of SeaweedFS's program: this environment's, or another on the PATH."""
     weed = Path(sys.executable).parent / "weed"
-    program = str(weed) if weed.exists() else shutil.which("weed")
+    if weed.exists():
+        return str(weed)
+    program = shutil.which("weed")
     if program is None:
         raise WdsTrainError("the embedded S3 server (weed) is not installed; run `make setup`")
+    return program
+
+
+def _command(root: Path, ports: tuple[int, ...]) -> list[str]:
+    """Return the command line of the server. `pids` finds it by the flag `-dir`."""
+    program = _find_program()
+    master, volume, filer, s3 = ports
     flags = {
         "dir": f"{root}/data",
         "ip": "127.0.0.1",
         "ip.bind": "127.0.0.1",
-        "disableHttp": "true",  # the filer's, which takes and gives every object
+        # The filer's, which takes and gives every object.
+        "disableHttp": "true",
         "master.port": master,
         "master.volumeSizeLimitMB": 1024,
         "master.volumePreallocate": "false",
         "master.telemetry": "false",
         "master.electionTimeout": "1s",
         "volume.port": volume,
-        "volume.max": 2000,  # each bucket takes 7; what they hold is bounded by the disk alone
+        # Each bucket takes 7; what they hold is bounded by the disk alone.
+        "volume.max": 2000,
         "volume.minFreeSpace": f"{RESERVED_BYTES >> 20}MiB",
         "volume.preStopSeconds": 0,
         "filer.port": filer,
-        "filer.maxMB": 1,  # the size of its chunks: it reads every chunk whole that a range touches
+        # The size of its chunks: it reads every chunk whole that a range touches.
+        "filer.maxMB": 1,
         "s3.port": s3,
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
@@ -397,18 +439,23 @@ def _command(root: Path, ports: tuple[int, ...]) -> list[str]:
 
 
 def _wait_ready(endpoint: Endpoint, process: subprocess.Popen[bytes], root: Path) -> None:
+    """Wait until the server takes objects, and make its bucket.
+
+    Raises:
+        WdsTrainError: It has stopped, met a port in use, or takes too long. It is ended then.
+    """
     deadline = time.monotonic() + READY_SECONDS
     client = _client(endpoint)
     while True:
         with contextlib.suppress(BotoCoreError, ClientError):
-            buckets = client.list_buckets()["Buckets"]
-            if EMBEDDED_BUCKET not in [bucket["Name"] for bucket in buckets]:
-                client.create_bucket(Bucket=EMBEDDED_BUCKET)
+            _make_bucket(client)
             # Only a byte written proves that the volume server has joined, at times 5 s after all
             # else answers.
             client.put_object(Bucket=EMBEDDED_BUCKET, Key=".ready", Body=b"1")
             client.delete_object(Bucket=EMBEDDED_BUCKET, Key=".ready")
             return
+
+        # It is not ready: look whether it ever can be.
         stopped = process.poll() is not None
         taken = PORT_TAKEN in _log(root)
         if stopped or taken or time.monotonic() > deadline:
@@ -424,6 +471,13 @@ def _wait_ready(endpoint: Endpoint, process: subprocess.Popen[bytes], root: Path
         time.sleep(0.1)
 
 
+def _make_bucket(client: "S3Client") -> None:
+    for bucket in client.list_buckets()["Buckets"]:
+        if bucket["Name"] == EMBEDDED_BUCKET:
+            return
+    client.create_bucket(Bucket=EMBEDDED_BUCKET)
+
+
 def _log(root: Path) -> str:
     return (root / "server.log").read_text(errors="replace")
 
@@ -433,6 +487,7 @@ def _log_tail(root: Path, lines: int = 8) -> str:
 
 
 def _write_private(path: Path, content: object) -> None:
+    """Write JSON that no other user may read; by rename, so that a kill leaves no half of it."""
     new = path.with_suffix(".new")
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         json.dump(content, file)
@@ -443,12 +498,13 @@ def main() -> None:
     """Run `python -m wds_train.storage.embedded stop`, which is what `make s3-stop` runs."""
     if sys.argv[1:] != ["stop"]:
         raise SystemExit(f"usage: python -m wds_train.storage.embedded stop, not {sys.argv[1:]}")
+    result = "no embedded S3 server is running here"
     try:
-        print(
-            "stopped the embedded S3 server" if stop() else "no embedded S3 server is running here"
-        )
+        if stop():
+            result = "stopped the embedded S3 server"
     except UsageError as error:
         raise SystemExit(str(error)) from error
+    print(result)
 
 
 if __name__ == "__main__":

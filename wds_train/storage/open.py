@@ -1,4 +1,4 @@
-"""Open the store at an address."""
+"""Stores by their addresses."""
 
 from pathlib import Path
 
@@ -14,16 +14,22 @@ def open_store(url: str) -> Store:
 
     Args:
         url: `s3://bucket/prefix`, or a local directory. `s3://embedded/...` is on the embedded
-        server,
-            which is started if it does not run.
+            server, which is started if it does not run.
+
+    Raises:
+        UsageError: It is no address. The message says what was probably meant.
+        WdsTrainError: The embedded server cannot be started.
     """
     if url.startswith("s3://"):
         address = check_address(url, "the address")
         bucket, _, prefix = address.removeprefix("s3://").partition("/")
-        endpoint = ensure_running() if bucket == EMBEDDED_BUCKET else None
+        endpoint = None
+        if bucket == EMBEDDED_BUCKET:
+            endpoint = ensure_running()
         return S3Store(bucket, prefix.strip("/"), endpoint)
     if url.startswith("file:///"):
         return LocalStore(Path(url.removeprefix("file://")))
     if "://" in url:
-        check_address(url, "the address")  # raises, and says what was meant
+        # It raises, and says what was meant.
+        check_address(url, "the address")
     return LocalStore(Path(url))

@@ -3,6 +3,8 @@
 Everything rests on that: a run has one owner, and a manifest one writer, because the server
 refuses the second one. Some servers and gateways take such a write and ignore its condition, and
 answer as if all were well.
+
+A training, a conversion and `wds-train launch` call `prove` before they own anything.
 """
 
 import secrets
@@ -15,18 +17,33 @@ from wds_train.storage.s3_connection import CHECKSUM_REMEDY, S3Connection
 from wds_train.storage.s3_errors import Refused
 from wds_train.storage.s3_write import digest_of
 
-PROBES = "metrics/"  # of a run: where an instance's role may write and delete
-PROBE = "probe-"  # the beginning of the object's name; no fence of a run sorts after it
-LOOKS = 3  # before a server is refused: another process may have removed the probe meanwhile
-TRIES = 5  # at a write that must succeed and that the server refuses for the moment (409)
+# The folder of a run where an instance's role may write and delete.
+PROBES = "metrics/"
+# The beginning of the object's name; no fence of a run sorts after it.
+PROBE = "probe-"
+# Before a server is refused: another process may have removed the probe meanwhile.
+LOOKS = 3
+# At a write that must succeed and that the server refuses for the moment (409).
+TRIES = 5
 BODY = b"wds-train"
 SWAPPED = b"wds-train, swapped"
 WRONG_TAG = f'"{"0" * 32}"'
-UNSAFE_HELP = "use a store that ignores conditional writes: only where nothing else ever writes to it at the same time"
-
-COULD_HAPPEN = "two processes could own one run or dataset at a time, and overwrite each other's work unnoticed"
-KNOWN = "AWS S3, Cloudflare R2 and SeaweedFS (the embedded server) are known to refuse such writes; see docs/stores.md"
-REMEDY = "--unsafe-store uses it all the same, if you know that nothing else writes there at the same time"
+UNSAFE_HELP = (
+    "use a store that ignores conditional writes: only where nothing else ever writes to it at the "
+    "same time"
+)
+COULD_HAPPEN = (
+    "two processes could own one run or dataset at a time, and overwrite each other's work "
+    "unnoticed"
+)
+KNOWN = (
+    "AWS S3, Cloudflare R2 and SeaweedFS (the embedded server) are known to refuse such writes; "
+    "see docs/stores.md"
+)
+REMEDY = (
+    "--unsafe-store uses it all the same, if you know that nothing else writes there at the same "
+    "time"
+)
 
 Say = Callable[[str], None]
 
@@ -46,7 +63,7 @@ def prove(store: Store, folder: str, say: Say, *, unsafe: bool = False) -> bool:
         unsafe: Say what is wrong, and return False, instead of raising.
 
     Returns:
-        Whether the store refuses what it must.
+        True if the store refuses what it must.
 
     Raises:
         StoreError: The server ignores a condition, or refuses a write whose condition holds.
@@ -55,18 +72,18 @@ def prove(store: Store, folder: str, say: Say, *, unsafe: bool = False) -> bool:
         return True
     flaw = _look(store.connection, folder, say)
     if flaw:
-        again = [_look(store.connection, folder, say) for _ in range(LOOKS - 1)]
-        flaw = next(filter(None, again), "")
+        flaw = _look_again(store.connection, folder, say)
     if not flaw:
         return True
     if not unsafe:
+        # The sentence ends with what could happen, who is better, and the way around.
         raise StoreError(f"{store.url}: {flaw}, so that {COULD_HAPPEN}. {KNOWN}. {REMEDY}")
     say(f"{store.url}: {flaw}; --unsafe-store: nothing else may write there at the same time")
     return False
 
 
 def is_probe(key: str) -> bool:
-    """Return whether an object is a probe, which a killed process left.
+    """Return True if an object is a probe, which a killed process left.
 
     It may be removed at any time: a proof that misses its probe looks again with another one.
     """
@@ -77,12 +94,21 @@ def _look(s3: S3Connection, folder: str, say: Say) -> str:
     """Return the server's flaw, found by one probe that is removed again; "" if it has none."""
     key = f"{folder}{PROBE}{secrets.token_hex(8)}"
     try:
-        return _flaw(s3, key)
+        return _find_flaw(s3, key)
     finally:
         _remove(s3, key, say)
 
 
-def _flaw(s3: S3Connection, key: str) -> str:
+def _look_again(s3: S3Connection, folder: str, say: Say) -> str:
+    """Return the first flaw that one of the later looks finds; "" if none finds any."""
+    first = ""
+    for _ in range(LOOKS - 1):
+        flaw = _look(s3, folder, say)
+        first = first or flaw
+    return first
+
+
+def _find_flaw(s3: S3Connection, key: str) -> str:
     """Return the server's flaw as a sentence that begins with its name; "" if it has none."""
     if not _is_written(s3, key):
         return f"{s3.server} refuses every write with If-None-Match, even of a new object"
@@ -90,10 +116,10 @@ def _flaw(s3: S3Connection, key: str) -> str:
         return _ignores_absence(s3)
     if not _is_refused(s3, key, IfMatch=WRONG_TAG):
         return _ignores_tag(s3)
-    return _flaw_of_swaps(s3, key)
+    return _find_flaw_of_swaps(s3, key)
 
 
-def _flaw_of_swaps(s3: S3Connection, key: str) -> str:
+def _find_flaw_of_swaps(s3: S3Connection, key: str) -> str:
     """Return the server's flaw in swaps as a run does them: by the ETag, and by an older one."""
     tag = _tag_of(s3, key)
     if not tag:
@@ -116,7 +142,10 @@ def _ignores_tag(s3: S3Connection) -> str:
 
 
 def _is_written(s3: S3Connection, key: str) -> bool:
-    """Write the probe. A repetition is refused if the answer to the first request was lost."""
+    """Write the probe, and return True if it is there then.
+
+    A repetition is refused if the answer to the first request was lost.
+    """
     for _ in range(TRIES):
         try:
             _put(s3, key, BODY, IfNoneMatch="*")
@@ -131,7 +160,10 @@ def _is_written(s3: S3Connection, key: str) -> bool:
 
 
 def _is_swapped(s3: S3Connection, key: str, tag: str) -> bool:
-    """Replace the probe of `tag`. A repetition is refused if the first answer was lost."""
+    """Replace the probe of `tag`, and return True if it was replaced.
+
+    A repetition is refused if the answer to the first request was lost.
+    """
     for _ in range(TRIES):
         try:
             _put(s3, key, SWAPPED, IfMatch=tag)
@@ -149,6 +181,7 @@ def _put(s3: S3Connection, key: str, body: bytes, **condition: str) -> None:
 
 def _explain(s3: S3Connection, key: str, error: Refused) -> StoreError:
     """Return which header the server does not take, found by omitting one after the other."""
+    # First without the checksum, then without the condition, too.
     plain = S3Connection(s3.bucket, s3.prefix, s3.endpoint, "when_required")
     if s3.checksums and _is_taken(plain, key, IfNoneMatch="*"):
         return StoreError(

@@ -1,4 +1,7 @@
-"""Reads of ranges of a bucket's objects, by addresses that are signed once for many reads."""
+"""Reads of ranges of a bucket's objects, by addresses that are signed once for many reads.
+
+The loader reads its blocks so; `Ranges` says why. Whatever is no plain answer goes back to boto3.
+"""
 
 import contextlib
 import os
@@ -16,7 +19,8 @@ from botocore.httpsession import get_cert_path
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-SIGNED_SECONDS = 3600  # for which an address for reads is valid
+# An address for reads is valid for so long; it is used for half the time.
+SIGNED_SECONDS = 3600
 CONNECT_SECONDS = 5
 # Hugging Face redirects all clients but boto3 to another server.
 AGENT = f"Botocore/{botocore.__version__}"
@@ -48,7 +52,9 @@ class Ranges:
         self._signed: dict[str, tuple[SplitResult, float]] = {}
         self._idle: list[HTTPConnection] = []
         self._pid = os.getpid()
-        self._context = _context() if client.meta.endpoint_url.startswith("https:") else None
+        self._context: ssl.SSLContext | None = None
+        if client.meta.endpoint_url.startswith("https:"):
+            self._context = _make_context()
 
     @contextlib.contextmanager
     def get(self, key: str, headers: dict[str, str]) -> Iterator[HTTPResponse | None]:
@@ -56,7 +62,7 @@ class Ranges:
 
         Args:
             key: The object's key.
-            headers: The range, as a header of HTTP.
+            headers: `{"Range": "bytes=..."}`.
 
         Raises:
             NoAnswer: The server cannot be reached, or the connection broke while the body was read.
@@ -69,6 +75,7 @@ class Ranges:
                 if answer.status == 206 and answer.length is not None:
                     yield answer
                 else:
+                    # The address may be to blame: the next read gets a new one.
                     self._signed.pop(key, None)
                     yield None
             except OSError as error:
@@ -82,6 +89,7 @@ class Ranges:
     def _request(
         self, url: SplitResult, headers: dict[str, str]
     ) -> tuple[HTTPConnection, HTTPResponse]:
+        """Send a request over an idle connection, or else over a new one."""
         # On a connection shared with a forked parent, the answers of both would mix.
         if self._pid != os.getpid():
             self._idle = []
@@ -114,6 +122,7 @@ class Ranges:
             connection.close()
 
     def _address(self, key: str) -> SplitResult:
+        """Return an address of an object, signed so that it stays valid while it is read."""
         address, since = self._signed.get(key, (None, 0.0))
         if address is None or time.monotonic() - since > SIGNED_SECONDS / 2:
             where = {"Bucket": self._bucket, "Key": key}
@@ -142,7 +151,7 @@ def _close_on_failure(connection: HTTPConnection) -> Iterator[None]:
         raise
 
 
-def _context() -> ssl.SSLContext:
+def _make_context() -> ssl.SSLContext:
     """Return a context that trusts the certificates that boto3 trusts."""
     bundle = botocore.session.Session().get_config_variable("ca_bundle")
     bundle = bundle or os.environ.get("REQUESTS_CA_BUNDLE")

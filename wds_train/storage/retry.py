@@ -10,12 +10,17 @@ from typing import TypeVar
 from wds_train.errors import Unavailable
 
 LOG = logging.getLogger(__name__)
-SLOWEST = 100_000  # bytes per second; a body that comes slower is requested again
+# Bytes per second; a body that comes slower is requested again.
+SLOWEST = 100_000
 # More than any attempt and the pause before it take. If more passed, this process did not run for
 # a part of it.
 ATTEMPT_SECONDS = 60.0
-LONGEST_PAUSE = 5.0  # seconds
-JITTER = random.SystemRandom()  # shared by no seed and no fork
+# Of one pause, in seconds.
+LONGEST_PAUSE = 5.0
+# The longest pause after progress, in seconds. It doubles with each attempt that brings nothing.
+PAUSE_AFTER_PROGRESS = 0.1
+# Shared by no seed and no fork: processes that failed together must not ask again together.
+JITTER = random.SystemRandom()
 
 T = TypeVar("T")
 
@@ -41,7 +46,8 @@ class Retry:
         self._seconds = seconds
         self._clock = clock
         self._sleep = sleep
-        self._since = clock()  # the begin of the pause before the last attempt
+        # When the pause before the last attempt began.
+        self._since = clock()
         self._spent = 0.0
         self._attempts = 0
         self._fruitless = 0
@@ -52,14 +58,18 @@ class Retry:
         Args:
             error: What ended the last one.
             size: Bytes that are read, which get time besides.
-            progressed: Whether the last attempt brought a part of them.
+            progressed: The last attempt brought a part of them.
 
         Raises:
             Unavailable: The time is up.
         """
         self._attempts += 1
-        self._fruitless = 0 if progressed else self._fruitless + 1
-        pause = JITTER.uniform(0, min(LONGEST_PAUSE, 0.1 * 2**self._fruitless))
+        self._fruitless += 1
+        if progressed:
+            self._fruitless = 0
+        pause = JITTER.uniform(0, min(LONGEST_PAUSE, PAUSE_AFTER_PROGRESS * 2**self._fruitless))
+
+        # Count the time of the last attempt, unless this process stood still meanwhile.
         took = self._clock() - self._since
         slowly = size / SLOWEST
         if took <= ATTEMPT_SECONDS + slowly:
@@ -68,6 +78,7 @@ class Retry:
             LOG.debug(
                 "%.0f s passed in one attempt: this process did not run for a part of them", took
             )
+
         if self._spent + pause > self._seconds + slowly:
             raise Unavailable(
                 f"{error}; gave up after {self._attempts} attempts in {self._spent:.0f} s"
@@ -82,14 +93,14 @@ def call_within(seconds: float, do: Callable[[], T], url: str) -> T:
 
     Args:
         seconds: The longest time to wait for it. Its thread is then left behind, so it must do
-        nothing
-            that would hurt later.
+            nothing that would hurt later.
         do: The function, which waits for a store.
         url: The store's address, for the message.
 
     Raises:
         Unavailable: It took longer.
     """
+    # Whatever comes of the call, for the thread that waits.
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -101,6 +112,7 @@ def call_within(seconds: float, do: Callable[[], T], url: str) -> T:
 
     thread = threading.Thread(target=work, name=f"within {seconds:g} s", daemon=True)
     thread.start()
+
     thread.join(seconds)
     if thread.is_alive():
         raise Unavailable(f"{url} did not answer within {seconds:g} s")

@@ -1,12 +1,21 @@
-"""The boto3 session and client for a bucket: made anew after a fork, in another region, with new credentials."""
+"""The boto3 session and client for a bucket, and single requests through them.
 
+The client is made again after a fork, in another region, and with new credentials. Repeating what
+fails is for `s3_connection`.
+"""
+
+import contextlib
+import mmap
 import os
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions as boto_errors
+import numpy as np
 from botocore.config import Config
 from botocore.utils import get_environ_proxies
 
@@ -19,16 +28,20 @@ if TYPE_CHECKING:
     from botocore.model import OperationModel
     from mypy_boto3_s3 import S3Client
 
-SOCKET_SECONDS = 20.0  # without a byte
+# The longest time to wait for a byte.
+SOCKET_SECONDS = 20.0
+CONNECT_SECONDS = 5
 GOOGLE_HOST = "storage.googleapis.com"
-GOOGLE_HEADERS = ("x-goog-", "x-guploader-")  # of its answers, under whatever name it is reached
-MOST_REDIRECTS = 5  # one after the other; a wrong region takes one or two
+# Headers of Google's answers begin so, under whatever name it is reached.
+GOOGLE_HEADERS = ("x-goog-", "x-guploader-")
+# One after the other: a wrong region takes one or two.
+MOST_REDIRECTS = 5
 REQUESTER = "requester"
 
 Checksums = Literal["when_supported", "when_required"]
 
-# Held while a client is made, which the fetch threads of a loader worker all want at once. Held by whoever
-# forks, too: a child might get it locked, by a thread that it does not have.
+# Held while a client is made, which the fetch threads of a loader worker all want at once. Held by
+# whoever forks, too: a child might get it locked, by a thread that it does not have.
 _CONNECTING = threading.RLock()
 os.register_at_fork(
     before=_CONNECTING.acquire,
@@ -37,12 +50,54 @@ os.register_at_fork(
 )
 
 
-class _Client(NamedTuple):
-    """The client of process `pid`. `ranges` is None where a proxy is in the way, which only boto3 can use."""
+class GetAnswer(NamedTuple):
+    """The answer to one GET.
+
+    Attributes:
+        tag: The object's ETag; "" if the server does not say it.
+        size: The bytes of the body.
+        content_range: The header Content-Range; "" if there is none.
+        stream: The body, with a method `read1`.
+    """
+
+    tag: str
+    size: int
+    content_range: str
+    stream: Any
+
+
+@dataclass(frozen=True)
+class _Client:
+    """The client of a process.
+
+    Attributes:
+        pid: The process.
+        boto3: The client.
+        ranges: Reads of ranges. None if a proxy is in the way, which only boto3 can use.
+    """
 
     pid: int
     boto3: "S3Client"
     ranges: Ranges | None
+
+
+class _Redirects(threading.local):
+    """The redirects that this thread got, one after the other, and where the last one led."""
+
+    count = 0
+    location = ""
+
+    def are_too_many(self, status: int, location: str) -> bool:
+        """Count an answer, and return True if it is one redirect too many."""
+        if status not in REDIRECTS:
+            self.count = 0
+            return False
+        self.count += 1
+        self.location = location
+        if self.count > MOST_REDIRECTS:
+            self.count = 0
+            return True
+        return False
 
 
 class S3Session:
@@ -51,12 +106,14 @@ class S3Session:
     Args:
         bucket: The bucket's name.
         url: The address of what is asked for in it, for messages.
-        endpoint: The embedded server; None takes endpoint and credentials from the usual AWS settings.
+        endpoint: The embedded server; None takes endpoint and credentials from the usual AWS
+            settings.
         checksum_calculation: boto3's setting of that name; None takes it from the AWS settings.
 
     Attributes:
         generation: The number of renewals. Read it before a request, and give it to `renew` after.
-        was_open: Whether any request was granted, by this process or the one that it was forked from.
+        granted: The kinds of requests that were granted, by the names of boto3's methods. Loader
+            workers inherit them when they are forked.
     """
 
     def __init__(
@@ -67,29 +124,31 @@ class S3Session:
         checksum_calculation: Checksums | None,
     ) -> None:
         self.generation = 0
-        self.was_open = False
+        self.granted: set[str] = set()
         self._bucket = bucket
         self._url = url
         self._endpoint = endpoint
         self._checksum_calculation = checksum_calculation
-        self._payer = _payer()
+        self._payer = _read_payer()
         self._client: _Client | None = None
         self._session: boto3.session.Session | None = None
-        self._region: str | None = (
-            None  # the settings', then the bucket's own, once an answer has told it
-        )
+        # That of the settings; then the bucket's own, once an answer has said it.
+        self._region: str | None = None
         self._is_google = False
-        self._redirects = threading.local()
+        self._redirects = _Redirects()
+        # Shared with the processes that are forked from this one: loader workers read, and their
+        # trainer shows the number.
+        self._fallbacks = np.ndarray((1,), np.int64, mmap.mmap(-1, 8))
 
     @property
     def client(self) -> "S3Client":
         """The boto3 client of this process."""
-        return self._connected().boto3
+        return self._connect().boto3
 
     @property
-    def ranges(self) -> Ranges | None:
-        """Reads of ranges over connections that are kept; after a fork, the parent's client signs as well."""
-        return (self._client or self._connected()).ranges
+    def fallbacks(self) -> int:
+        """The number of ranges whose signed address failed, and that took a second request."""
+        return int(self._fallbacks[0])
 
     @property
     def server(self) -> str:
@@ -98,6 +157,42 @@ class S3Session:
         if self._is_google or (urlsplit(url).hostname or "").endswith(GOOGLE_HOST):
             return f"Google Cloud Storage ({url}), which has no conditions of ETags on writes,"
         return f"the S3 server {url}"
+
+    @contextlib.contextmanager
+    def get(self, full_key: str, headers: dict[str, str]) -> Iterator[GetAnswer]:
+        """Yield the answer to one GET, whose body must be read inside the `with`.
+
+        A range goes to a signed address (`Ranges`). If the answer is no range, boto3 asks again: it
+        names the error, follows a bucket to its region, and renews credentials. boto3 also does all
+        that goes through a proxy.
+
+        Args:
+            full_key: The object's key in the bucket.
+            headers: `{"Range": "bytes=..."}`, or nothing for the whole object.
+
+        Raises:
+            NoAnswer: The server cannot be reached, or the connection broke.
+            botocore.exceptions.ClientError: It answered with an error.
+        """
+        # After a fork, the parent's client signs as well: a new one would cost half a second.
+        ranges = (self._client or self._connect()).ranges
+        if "Range" in headers and ranges:
+            with ranges.get(full_key, headers) as found:
+                if found is not None:
+                    tag = found.headers.get("etag", "")
+                    content_range = found.headers.get("content-range", "")
+                    yield GetAnswer(tag, found.length or 0, content_range, found)
+                    return
+            self._fallbacks[0] += 1
+
+        answer = self.client.get_object(
+            Bucket=self._bucket,
+            Key=full_key,
+            **headers,  # type: ignore[arg-type]
+        )
+        with contextlib.closing(answer["Body"]._raw_stream) as stream:  # type: ignore[attr-defined]
+            tag = answer.get("ETag", "")
+            yield GetAnswer(tag, answer["ContentLength"], answer.get("ContentRange", ""), stream)
 
     def reconnect(self) -> None:
         """Ask over new connections from now on."""
@@ -119,32 +214,42 @@ class S3Session:
 
     def describe_redirect(self) -> str:
         """Return the sentence for redirects that lead nowhere, of this thread's last request."""
-        location = QUERY.sub("?...", getattr(self._redirects, "location", ""))
-        target = f"to {location}" if location else "without an address or a region"
+        location = QUERY.sub("?...", self._redirects.location)
+        target = "without an address or a region"
+        if location:
+            target = f"to {location}"
         return (
-            f"the S3 server {self.client.meta.endpoint_url} redirects {target}; set AWS_ENDPOINT_URL to "
-            "the address of the bucket's own server, and AWS_REGION to its region"
+            f"the S3 server {self.client.meta.endpoint_url} redirects {target}; set "
+            "AWS_ENDPOINT_URL to the address of the bucket's own server, and AWS_REGION to its "
+            "region"
         )
 
-    def _connected(self) -> _Client:
+    def _connect(self) -> _Client:
+        """Return the client of this process, which is made if there is none."""
         # A connection pool shared with a forked parent would mix the answers of both on one socket.
         client = self._client
         if client is None or client.pid != os.getpid():
             with _CONNECTING:
+                # Another thread may have made it while this one waited.
                 client = self._client
                 if client is None or client.pid != os.getpid():
-                    self._client = client = self._connect()
+                    client = self._make_client()
+                    self._client = client
         return client
 
-    def _connect(self) -> _Client:
+    def _make_client(self) -> _Client:
+        address = None
+        if self._endpoint:
+            address = self._endpoint.url
         try:
-            # Kept over a fork: it holds S3's parsed service model, which costs a loader worker half a second
-            # to read. Kept only once it has made a client: until then, boto3 lets no two threads use it.
+            # Kept over a fork: it holds S3's parsed service model, which costs a loader worker half
+            # a second to read. Kept only once it has made a client: until then, boto3 lets no two
+            # threads use it.
             session = self._session or self._sign_in()
             client = session.client(
                 "s3",
-                config=self._config(),
-                endpoint_url=self._endpoint.url if self._endpoint else None,
+                config=_make_config(self._endpoint, self._checksum_calculation),
+                endpoint_url=address,
                 region_name=self._region,
             )
         except (ValueError, boto_errors.ProfileNotFound, boto_errors.InvalidConfigError) as error:
@@ -152,38 +257,22 @@ class S3Session:
                 f"the AWS settings cannot be used for {self._url} ({brief(error)}); "
                 "check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
             )
-            # A file that is just being written anew may lack the profile for a moment.
-            raise (Denied if self.was_open else UsageError)(message) from error
+            # A file that is just being written again may lack the profile for a moment.
+            if self.granted:
+                raise Denied(message) from error
+            raise UsageError(message) from error
+
         client.meta.events.register("response-received.s3", self._learn)
-        if self._payer:
-            client.meta.events.register("before-parameter-build.s3", _say_who_pays)
-        for write in ("PutObject", "CreateMultipartUpload", "UploadPart"):
-            client.meta.events.register(f"before-call.s3.{write}", _name_type_of_shards)
+        _register_additions(client, self._payer)
         self._session = session
         self._region = client.meta.region_name
 
+        # Reads of ranges go around boto3, unless a proxy must take them.
+        ranges = None
         url = client.meta.endpoint_url
-        proxied = not self._endpoint and urlsplit(url).scheme in get_environ_proxies(url)
-        payer = {"x-amz-request-payer": self._payer} if self._payer else {}
-        ranges = None if proxied else Ranges(client, self._bucket, SOCKET_SECONDS, payer)
+        if self._endpoint or urlsplit(url).scheme not in get_environ_proxies(url):
+            ranges = _make_ranges(client, self._bucket, self._payer)
         return _Client(os.getpid(), client, ranges)
-
-    def _config(self) -> Config:
-        return Config(
-            # Retries are ours alone: boto3's would multiply them, and resume no body.
-            retries={"mode": "standard", "total_max_attempts": 1},
-            connect_timeout=5,
-            read_timeout=SOCKET_SECONDS,
-            max_pool_connections=32,
-            request_checksum_calculation=self._checksum_calculation,
-            # It holds only for whole bodies, which resuming has none of.
-            response_checksum_validation="when_required",
-            # As boto3 does over https: bodies go with a CRC. Over plain http it would hash them too, which hides nothing.
-            s3={"payload_signing_enabled": False},
-            proxies={} if self._endpoint else None,
-            # boto3 signs addresses by Version 2 in older regions, which newer buckets refuse.
-            signature_version="s3v4",
-        )
 
     def _sign_in(self) -> boto3.session.Session:
         if self._endpoint is None:
@@ -195,13 +284,15 @@ class S3Session:
     def _learn(self, response_dict: dict[str, Any] | None, **_: object) -> None:
         """Learn from an answer's headers whose server it is, and the bucket's region.
 
-        In another region than we asked in, we connect again: botocore follows it for the one request alone,
-        and every range would cost two. `response_dict` is None when no answer came.
+        In another region than we asked in, we connect again: botocore follows it for the one
+        request alone, and every range would cost two. `response_dict` is None when no answer came.
         """
         if response_dict is None:
             return
         headers = response_dict["headers"]
-        self._count_redirects(response_dict["status_code"], headers.get("location", ""))
+        # botocore would follow redirects for ever.
+        if self._redirects.are_too_many(response_dict["status_code"], headers.get("location", "")):
+            raise StoreError(f"{self._url}: {self.describe_redirect()}")
         if any(name.lower().startswith(GOOGLE_HEADERS) for name in headers):
             self._is_google = True
         region = headers.get("x-amz-bucket-region")
@@ -209,19 +300,38 @@ class S3Session:
             self._region = region
             self._client = None
 
-    def _count_redirects(self, status: int, location: str) -> None:
-        """Raise `StoreError` at a redirect that follows too many others: botocore would follow them for ever."""
-        if status not in REDIRECTS:
-            self._redirects.count = 0
-            return
-        self._redirects.count = getattr(self._redirects, "count", 0) + 1
-        self._redirects.location = location
-        if self._redirects.count > MOST_REDIRECTS:
-            self._redirects.count = 0
-            raise StoreError(f"{self._url}: {self.describe_redirect()}")
+
+def _make_ranges(client: "S3Client", bucket: str, payer: str) -> Ranges:
+    signed = {}
+    if payer:
+        signed["x-amz-request-payer"] = payer
+    return Ranges(client, bucket, SOCKET_SECONDS, signed)
 
 
-def _payer() -> str:
+def _make_config(endpoint: Endpoint | None, checksum_calculation: Checksums | None) -> Config:
+    # An HTTP proxy named in the environment must not get what is meant for this machine.
+    proxies: dict[str, str] | None = None
+    if endpoint:
+        proxies = {}
+    return Config(
+        # Retries are ours alone: boto3's would multiply them, and resume no body.
+        retries={"mode": "standard", "total_max_attempts": 1},
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=SOCKET_SECONDS,
+        max_pool_connections=32,
+        request_checksum_calculation=checksum_calculation,
+        # It holds only for whole bodies, which resuming has none of.
+        response_checksum_validation="when_required",
+        # As boto3 does over https: bodies go with a CRC. Over plain http it would hash them too,
+        # which hides nothing.
+        s3={"payload_signing_enabled": False},
+        proxies=proxies,
+        # boto3 signs addresses by Version 2 in older regions, which newer buckets refuse.
+        signature_version="s3v4",
+    )
+
+
+def _read_payer() -> str:
     """Return who pays for requests instead of the bucket's owner; "" if nobody does."""
     payer = os.environ.get("WDS_REQUEST_PAYER", "").strip()
     if payer not in ("", REQUESTER):
@@ -229,16 +339,25 @@ def _payer() -> str:
     return payer
 
 
-def _say_who_pays(params: dict[str, Any], model: "OperationModel", **_: object) -> None:
+def _register_additions(client: "S3Client", payer: str) -> None:
+    """Let boto3 call the functions below, which add to its requests."""
+    if payer:
+        client.meta.events.register("before-parameter-build.s3", _add_payer)
+    for write in ("PutObject", "CreateMultipartUpload", "UploadPart"):
+        client.meta.events.register(f"before-call.s3.{write}", _add_type_of_shards)
+
+
+def _add_payer(params: dict[str, Any], model: "OperationModel", **_: object) -> None:
+    """Name who pays, in each request that has a parameter for it."""
     if model.input_shape and "RequestPayer" in model.input_shape.members:
         params["RequestPayer"] = REQUESTER
 
 
-def _name_type_of_shards(params: dict[str, Any], **_: object) -> None:
+def _add_type_of_shards(params: dict[str, Any], **_: object) -> None:
     """Name the type of a shard.
 
-    SeaweedFS would guess it from the first bytes of each part, the header of a tar, and compress what cannot
-    become smaller: uncompressing takes a seventh of its time when the loader reads.
+    SeaweedFS would guess it from the first bytes of each part, the header of a tar, and compress
+    what cannot become smaller: uncompressing takes a seventh of its time when the loader reads.
     """
     if params["url_path"].endswith(".tar"):
         params["headers"]["Content-Type"] = "application/x-tar"

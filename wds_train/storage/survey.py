@@ -1,4 +1,7 @@
-"""A survey of a store: try all that wds-train needs, and say what does not work."""
+"""A survey of a store: try all that wds-train needs, and say what does not work.
+
+`wds-train check-store` prints it. LOOKS has one function for each line.
+"""
 
 import contextlib
 import secrets
@@ -17,14 +20,17 @@ from wds_train.storage.s3 import S3Store
 from wds_train.storage.s3_errors import OutOfRange
 
 State = Literal["ok", "note", "fail"]
+# The least that S3 takes as a part, but for the last one.
 SMALLEST_PART = 5 << 20
 BODY = bytes(range(256))
-PATIENCE_SECONDS = (
-    5.0  # with what is not answered: some servers fail for ever at what they do not know
-)
-ROUNDS = 8  # of small requests, for the latency
-SKEW_SECONDS = 300.0  # S3 refuses requests at 900
-MANIFESTS_A_DAY = 4320  # a lease is renewed every 20 s
+# With what is not answered: some servers fail for ever at what they do not know.
+PATIENCE_SECONDS = 5.0
+# Of small requests, for the latency.
+ROUNDS = 8
+# S3 refuses requests at 900.
+SKEW_SECONDS = 300.0
+# A lease is renewed every 20 s.
+MANIFESTS_A_DAY = 4320
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ def check(store: Store) -> Iterator[Finding]:
     """Try all that is needed, and yield what was found.
 
     It writes objects of a random name below the store's prefix, and removes them at the end.
+
+    Args:
+        store: The store. Its patience stays shortened.
     """
     if not isinstance(store, S3Store):
         yield Finding(
@@ -65,8 +74,9 @@ def check(store: Store) -> Iterator[Finding]:
             except StoreError as error:
                 finding = Finding(name, "fail", str(error))
             yield finding
+            # All others would fail for the same reason.
             if finding.state == "fail" and name in ("write", "read"):
-                return  # all others would fail for the same reason
+                return
     finally:
         at.clean()
 
@@ -97,8 +107,11 @@ class _Place:
             answer = self.ask(
                 "upload_part", key, Body=bytes(size), UploadId=upload, PartNumber=number
             )
-            kept = {name: answer[name] for name in ("ETag", "ChecksumCRC32") if name in answer}
-            parts.append({"PartNumber": number} | kept)
+            part: dict[str, Any] = {"PartNumber": number}
+            for name in ("ETag", "ChecksumCRC32"):
+                if name in answer:
+                    part[name] = answer[name]
+            parts.append(part)
         return {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
 
     def abort(self, key: str, upload: str) -> None:
@@ -110,6 +123,10 @@ class _Place:
         with contextlib.suppress(StoreError):
             for entry in list(self.store.list(self.folder)):
                 self.store.delete(entry.key)
+
+    def list_keys(self) -> list[str]:
+        """Return the keys of the objects in the folder."""
+        return [entry.key for entry in self.store.list(self.folder)]
 
 
 def _write(at: _Place) -> Found:
@@ -129,9 +146,10 @@ def _read(at: _Place) -> Found:
 def _list(at: _Place) -> Found:
     other = f"{at.folder}b"
     at.store.write(other, b"1")
-    found = [entry.key for entry in at.store.list(at.folder)]
+    found = at.list_keys()
     if found != [at.key, other]:
         return "fail", f"two objects are listed as {found}"
+    # More than 1,000 objects come in pages; pages of one show whether the server makes any.
     try:
         page = at.s3.ask("list_objects_v2", "", Prefix=at.s3.full_key(at.folder), MaxKeys=1)
     except StoreError as error:
@@ -154,7 +172,7 @@ def _odd_keys(at: _Place) -> Found:
     try:
         at.store.write(key, BODY)
         is_read = at.store.read(key, 10, 100) == BODY[10:110]
-        listed = [entry.key for entry in at.store.list(at.folder)]
+        listed = at.list_keys()
     except StoreError as error:
         return "note", f"only plain letters in prefixes and the names of tars: {error}"
     if is_read and key in listed:
@@ -172,6 +190,7 @@ def _refused(at: _Place, verb: str, details: dict[str, Any], **condition: str) -
         at.ask(verb, at.key, **details, **condition)
     except (Conflict, NotFound):
         return "ok", "a wrong one is refused, as it must be"
+    # The looks after this one need the object as it was.
     at.tag = at.store.write(at.key, BODY)
     return "fail", f"ignored, so that {COULD_HAPPEN}"
 
@@ -180,10 +199,8 @@ def _swap(at: _Place) -> Found:
     try:
         at.tag = at.store.write(at.key, BODY[::-1], if_match=at.tag)
     except Conflict as error:
-        return (
-            "fail",
-            f"refused by the right ETag, too, so that no run could be committed to: {error}",
-        )
+        flaw = f"refused by the right ETag, too, so that no run could be committed to: {error}"
+        return "fail", flaw
     return "ok", "done, by the right ETag"
 
 
@@ -200,6 +217,7 @@ def _upload_refused(at: _Place, **condition: str) -> Found:
 
 
 def _ranges(at: _Place) -> Found:
+    # Inside the object, and beyond its end.
     body = at.store.read(at.key)
     if at.store.read(at.key, 10, 100) != body[10:110]:
         return "fail", "other bytes came than were asked for"
@@ -211,12 +229,13 @@ def _ranges(at: _Place) -> Found:
         return "note", f"right; past the end: {error}"
     else:
         beyond = "past the end other bytes"
+    # The loader reads by signed addresses, and asks boto3 for what they do not bring.
     if at.store.fallbacks:
-        return (
-            "note",
+        text = (
             f"right, {beyond}; signed addresses are not answered, so that each range takes two "
-            "requests",
+            "requests"
         )
+        return "note", text
     return "ok", f"right, {beyond}"
 
 
@@ -256,13 +275,13 @@ def _checksums(at: _Place) -> Found:
         return "note", "none, by AWS_REQUEST_CHECKSUM_CALCULATION; bodies go with Content-MD5"
     try:
         # Not by `ask`, which would send again what was damaged on its way.
-        with at.s3.translated("damaged"):
-            at.s3.client.put_object(
-                Bucket=at.s3.bucket,
-                Key=at.s3.full_key(f"{at.folder}damaged"),
-                Body=BODY,
-                ChecksumCRC32="AAAAAA==",
-            )
+        at.s3.ask_once(
+            "put_object",
+            "damaged",
+            Key=at.s3.full_key(f"{at.folder}damaged"),
+            Body=BODY,
+            ChecksumCRC32="AAAAAA==",
+        )
     except StoreError:
         return "ok", "a body that does not fit its CRC-32 is refused"
     return "note", "taken, but not compared: what is damaged on its way is found when it is read"
@@ -285,21 +304,18 @@ def _versioning(at: _Place) -> Found:
     try:
         status = at.s3.ask("get_bucket_versioning", "")
         rules = at.s3.ask("get_bucket_lifecycle_configuration", "").get("Rules", [])
-    except NotFound:  # S3's answer where there are no rules
+    except NotFound:
+        # S3's answer if there are no rules.
         rules = []
     except StoreError:
-        return (
-            "note",
-            "not told; docs/stores.md says what the bucket's versioning and lifecycle should be",
-        )
+        text = "not told; docs/stores.md says what the bucket's versioning and lifecycle should be"
+        return "note", text
     return versioning(status, rules)
 
 
 def _latency(at: _Place) -> Found:
-    writes = [_seconds(lambda: at.store.write(at.key, BODY)) for _ in range(ROUNDS)]
-    reads = [_seconds(lambda: at.store.read(at.key)) for _ in range(ROUNDS)]
-    write_ms = statistics.median(writes) * 1e3
-    read_ms = statistics.median(reads) * 1e3
+    write_ms = _measure_median_ms(lambda: at.store.write(at.key, BODY))
+    read_ms = _measure_median_ms(lambda: at.store.read(at.key))
     return "ok", f"{write_ms:.0f} ms a small write, {read_ms:.0f} ms a small read"
 
 
@@ -307,11 +323,12 @@ def _throughput(at: _Place) -> Found:
     key = f"{at.folder}large"
     body = secrets.token_bytes(2 * PART_BYTES)
     megabytes = len(body) / 1e6
-    up = megabytes / _seconds(lambda: at.store.write(key, body))
-    down = megabytes / _seconds(lambda: at.store.read(key, 0, len(body)))
+    up = megabytes / _measure_seconds(lambda: at.store.write(key, body))
+    down = megabytes / _measure_seconds(lambda: at.store.read(key, 0, len(body)))
     return "ok", f"{up:.0f} MB/s up, {down:.0f} MB/s down, of one object of 32 MiB"
 
 
+# In this order: the looks use the object that the first one writes.
 LOOKS: tuple[tuple[str, Callable[[_Place], Found]], ...] = (
     ("write", _write),
     ("read", _read),
@@ -332,7 +349,8 @@ LOOKS: tuple[tuple[str, Callable[[_Place], Found]], ...] = (
     ("versioning", _versioning),
     ("latency", _latency),
     ("throughput", _throughput),
-    ("odd keys", _odd_keys),  # last: what refuses them may break the connection
+    # The last: what refuses them may break the connection.
+    ("odd keys", _odd_keys),
 )
 
 
@@ -347,10 +365,8 @@ def clock(date: str) -> Found:
     except (TypeError, ValueError):
         return "note", "the server tells no time"
     if abs(skew) > SKEW_SECONDS:
-        return (
-            "fail",
-            f"this machine's clock is {skew:+.0f} s off; S3 refuses requests from 900 s on: set it",
-        )
+        flaw = f"this machine's clock is {skew:+.0f} s off"
+        return "fail", f"{flaw}; S3 refuses requests from 900 s on: set it"
     return "ok", f"{abs(skew):.0f} s apart"
 
 
@@ -361,22 +377,33 @@ def versioning(status: dict[str, Any], rules: list[dict[str, Any]]) -> Found:
         status: The answer on the bucket's versioning.
         rules: The rules of its lifecycle.
     """
-    active = [rule for rule in rules if rule.get("Status") == "Enabled"]
+    # What the enabled rules do, all together.
+    actions: set[str] = set()
+    for rule in rules:
+        if rule.get("Status") == "Enabled":
+            actions |= rule.keys()
+
     wanted = []
     kept = "off"
     if status.get("Status") == "Enabled":
         kept = "on, and older versions expire"
-        if not any("NoncurrentVersionExpiration" in rule for rule in active):
+        if "NoncurrentVersionExpiration" not in actions:
             kept = f"on: {MANIFESTS_A_DAY:,} manifests a day stay, and each old checkpoint"
             wanted.append("NoncurrentVersionExpiration of a day")
-    if not any("AbortIncompleteMultipartUpload" in rule for rule in active):
+    if "AbortIncompleteMultipartUpload" not in actions:
         wanted.append("AbortIncompleteMultipartUpload of a day")
     if wanted:
         return "note", f"{kept}; set a lifecycle rule with {' and '.join(wanted)}"
     return "ok", kept
 
 
-def _seconds(do: Callable[[], object]) -> float:
+def _measure_median_ms(do: Callable[[], object]) -> float:
+    """Return the median time of a call of `do` in ms, of ROUNDS calls."""
+    seconds = [_measure_seconds(do) for _ in range(ROUNDS)]
+    return statistics.median(seconds) * 1e3
+
+
+def _measure_seconds(do: Callable[[], object]) -> float:
     began = time.perf_counter()
     do()
     return time.perf_counter() - began
