@@ -18,10 +18,10 @@ from trainers import Job
 
 from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.clock import Clock
+from wds_train.checkpoint.find import state_of, where_time_went
 from wds_train.checkpoint.goodput import Parts, Spent, parts_of
 from wds_train.checkpoint.lease import this_process
 from wds_train.checkpoint.run_manifest import Attempt, Checkpoint, Object, Progress, RunManifest
-from wds_train.checkpoint.standing import state_of, where_time_went
 from wds_train.report.formatting import describe_goodput, headline, span
 from wds_train.report.page import write
 from wds_train.report.run_data import Account
@@ -184,7 +184,7 @@ def test_attempts_that_are_only_summed_up_keep_their_parts(known: bool) -> None:
     spent = KILLED if known else None
     run = run_of(())
     for _ in range(states.LISTED + 25):
-        run = run.claimed(this_process(), 60, BEGAN)
+        run = run.with_claim(this_process(), 60, BEGAN)
         run = run.with_attempt(seconds=143.0, spent=spent, committed=AT_COMMIT if known else None)
     run = replace(run, status="failed")
     assert (len(run.attempts), run.earlier.attempts) == (states.LISTED, 25)
@@ -216,7 +216,7 @@ def test_an_older_run_is_not_recorded_and_goes_on(tmp_path: Path) -> None:
     run = RunManifest.from_json(as_older(old.to_json()), "here")
     assert where_time_went(run, BEGAN) == Parts(not_recorded=600)
     assert describe_goodput(where_time_went(run, BEGAN)) == "not recorded, of 10 min paid"
-    went_on = run.claimed(this_process(), 60, BEGAN).with_attempt(
+    went_on = run.with_claim(this_process(), 60, BEGAN).with_attempt(
         spent=AT_COMMIT, committed=AT_COMMIT
     )
     parts = where_time_went(replace(went_on, status="done"), BEGAN)

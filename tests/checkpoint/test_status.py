@@ -167,8 +167,8 @@ def test_however_often_a_run_is_interrupted_its_manifest_stays_small(run: Path) 
             number % 3
         ]  # the last kind is found to be lost by the next claim
         manifest = replace(
-            manifest.claimed(manifest.owner, 60.0, float(number)), status=ended
-        ).stamped("n", 0.0, 36.0)
+            manifest.with_claim(manifest.owner, 60.0, float(number)), status=ended
+        ).with_stamp("n", 0.0, 36.0)
     first = manifest_of(run).attempts[0]
     assert len(manifest.to_json()) < 30_000
     assert [attempt.started for attempt in manifest.attempts] == list(range(1900, 2000))

@@ -457,7 +457,7 @@ def test_they_are_not_kept_for_their_score() -> None:
         for every in (1, 3, 4, 9)
     }
     assert kept == {1: [1, 2, 5, 6], 3: [2, 3, 5, 6], 4: [2, 4, 5, 6], 9: [2, 5, 6]}
-    assert Progress(1).validated({"val/top1": 5.0}).best == 5.0
+    assert Progress(1).with_validation({"val/top1": 5.0}).best == 5.0
 
 
 def test_an_old_file_of_such_weights_is_read_and_said(

@@ -181,7 +181,7 @@ def test_a_status_is_watched_until_the_run_ends(
     monkeypatch.setattr(status, "WATCH_SECONDS", 0.02)
     done = run_of((60.0, 65.0))
     done = replace(done, dataset={"fingerprint": "x"}, written=time.time(), lease=60.0)
-    done = done.claimed(replace(done.owner, machine="another"), 60.0, time.time())
+    done = done.with_claim(replace(done.owner, machine="another"), 60.0, time.time())
     running = tmp_path / "manifest.json"
     running.write_bytes(done.to_json())
     states = [done, done, replace(done, checkpoints=()), replace(done, status="done")]

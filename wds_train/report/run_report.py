@@ -10,7 +10,7 @@ from platform import python_version
 import numpy as np
 from numpy.typing import NDArray
 
-from wds_train.checkpoint.standing import where_time_went
+from wds_train.checkpoint.find import where_time_went
 from wds_train.checkpoint.weight_choice import Choice, best_weights
 from wds_train.config.presets import PRESETS
 from wds_train.config.recipe import Recipe

@@ -192,10 +192,10 @@ class Trainer:
         """Return the unreadable samples of the epoch so far, of all ranks."""
         return int(self.ranks.total(self.progress.lost)[0])
 
-    def evaluated(self, metrics: dict[str, float]) -> None:
+    def end_epoch(self, metrics: dict[str, float]) -> None:
         """Count the epoch as validated, which gave `metrics`, and begin the next one's sums."""
         telling_ones = telling(metrics, self.progress.step, self.recipe.ema.every)
-        self.progress = self.progress.validated(telling_ones)
+        self.progress = self.progress.with_validation(telling_ones)
         self.loss_sum.zero_()
 
     @torch.inference_mode()

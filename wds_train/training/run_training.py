@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from wds_train.checkpoint.clock import Clock
+from wds_train.checkpoint.find import where_time_went
 from wds_train.checkpoint.restore import read_object
 from wds_train.checkpoint.resume_checks import check_resume
 from wds_train.checkpoint.run import Run
 from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.checkpoint.snapshot import Snapshot
-from wds_train.checkpoint.standing import where_time_went
 from wds_train.console import say
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import Interrupted

@@ -240,7 +240,7 @@ class Session:
             batches = self._looking_up(read_until_stopped(self._val_loader, self._stop))
             metrics = trainer.evaluate(batches, self._val_samples, findings)
         unreadable = trainer.epoch_unreadable()
-        trainer.evaluated(metrics)
+        trainer.end_epoch(metrics)
 
         # Report the epoch: to W&B and the run's metrics, then on the console.
         if findings is not None:
