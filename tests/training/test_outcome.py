@@ -16,7 +16,7 @@ from wds_train.commands import status
 from wds_train.config.recipe import Recipe
 from wds_train.storage.base import Store
 from wds_train.training import dry_run as estimate
-from wds_train.training.outcome import next_commands, outcome, resume_command
+from wds_train.training.outcome import describe_outcome, next_commands, resume_command
 
 
 def run_of(*tops: tuple[float, float]) -> RunManifest:
@@ -33,7 +33,7 @@ def run_of(*tops: tuple[float, float]) -> RunManifest:
 
 
 def test_the_end_names_the_best_epoch_and_the_last() -> None:
-    assert outcome(run_of((50.0, 40.0), (60.0, 65.0), (61.0, 64.0))) == [
+    assert describe_outcome(run_of((50.0, 40.0), (60.0, 65.0), (61.0, 64.0))) == [
         "last     top-1 61.00 % raw, 64.00 % EMA",
         "best     top-1 65.00 % EMA, of epoch 2: the weights that eval takes",
     ]
