@@ -67,9 +67,9 @@ def test_what_comes_twice_by_itself_stops_no_sooner(small: str, tmp_path: Path, 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_person_who_asks_twice_is_heard_at_once(name: str) -> None:
     stop = StopRequest()
-    stop._set(signal.Signals[name], None)
+    stop._handle(signal.Signals[name], None)
     with pytest.raises(KeyboardInterrupt):
-        stop._set(signal.Signals[name], None)
+        stop._handle(signal.Signals[name], None)
     assert stop.cause == name
 
 
