@@ -1,4 +1,4 @@
-"""The run protocol on both stores: one writer, manifest last, damaged checkpoints passed over by name."""
+"""The run protocol on both stores: one writer, manifest last, damaged checkpoints named."""
 
 import json
 import threading
@@ -56,7 +56,7 @@ def said() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def owners_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All claims here are this process's, which lives: without this, each would wait for the one before."""
+    """All claims here are by this process, which lives: each would wait for the one before."""
     monkeypatch.setattr(leases, "is_gone", lambda owner: True)
 
 
@@ -84,7 +84,8 @@ def test_a_commit_names_its_own_records_and_no_later_ones(
     store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A later one's would be logged twice, were this one the last before a kill."""
-    passed, write = threading.Semaphore(0), store.write
+    passed = threading.Semaphore(0)
+    write = store.write
 
     def held(key: str, *arguments: Any, **named: Any) -> str:
         if key.startswith("ckpt/"):
@@ -120,7 +121,9 @@ def test_a_newer_claim_ends_the_older_ones_writing(store: Store, said: list[str]
     with pytest.raises(Interrupted, match=r"another instance \(.*, process \d+\) has claimed"):
         old.committer.wait()
     assert store.read(states.NAME) == manifest
-    assert Run.claim(store, FRESH, said.append).restore(said.append).progress.step == 2  # type: ignore[union-attr]
+    restored = Run.claim(store, FRESH, said.append).restore(said.append)
+    assert restored is not None
+    assert restored.progress.step == 2
 
 
 def test_an_owner_that_lives_is_waited_for_however_long(
@@ -175,7 +178,8 @@ def test_only_named_objects_are_kept(store: Store, said: list[str]) -> None:
     store.write("ckpt/000001-000000099-000001.safetensors", b"half")
     again = Run.claim(store, FRESH, said.append)
     assert said == [
-        "removed ckpt/000001-000000099-000001.safetensors, which no manifest names: left by an interrupted upload or removal"
+        "removed ckpt/000001-000000099-000001.safetensors, which no manifest names: left by an "
+        "interrupted upload or removal"
     ]
     assert len(list(store.list("ckpt/"))) == len(again.manifest.checkpoints)
 
@@ -207,7 +211,9 @@ def test_a_swap_whose_answer_is_lost_is_settled_before_the_next_commit(
     store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch, announces: bool, kept: list[int]
 ) -> None:
     """A commit that was only announced is replaced by the next one, which holds its records."""
-    run, write, lost = Run.claim(store, FRESH, said.append), store.write, list[str]()
+    run = Run.claim(store, FRESH, said.append)
+    write = store.write
+    lost = list[str]()
 
     def loses(key: str, body: bytes, **condition: Any) -> str:
         tag = write(key, body, **condition)
@@ -316,7 +322,8 @@ def test_a_rollback_deletes_what_is_newer_once_the_manifest_is_safe(
     for step in (1, 2, 3):
         commit(run, step, float(step == 1))
     run.end("interrupted")
-    named, usable = run.manifest.keys, []
+    named = run.manifest.keys
+    usable = []
     for verb in ("write", "delete"):
         monkeypatch.setattr(store, verb, killed)
         with pytest.raises(Killed):

@@ -306,7 +306,7 @@ def test_wandb_gets_the_goodput_and_its_parts(known: bool) -> None:
 
 @pytest.fixture(scope="module")
 def killed_twice(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four epochs of eleven steps that was killed in its 19th step and, resumed, in its second validation.
+    """Train four epochs of eleven steps, with a kill in step 19, and one in the second validation.
     Not to be written to.
     """
     folder = tmp_path_factory.mktemp("planted")
@@ -339,7 +339,10 @@ def test_each_planted_second_is_in_its_own_part(
     assert goodput["paid_s"] == pytest.approx(sum(PLANTED.values()))
     assert goodput["share"] == pytest.approx(44 / sum(PLANTED.values()))
     assert sum(goodput["shares"].values()) == pytest.approx(1)
-    line = "18 %: of 4 min paid, start 37 %, data 12 %, commit 3 %, validation 19 %, lost 3 %, trained twice 7 %"
+    line = (
+        "18 %: of 4 min paid, start 37 %, data 12 %, commit 3 %, validation 19 %, lost 3 %, "
+        "trained twice 7 %"
+    )
     _, out, _ = answer(capsys, "status", killed_twice / "run")
     assert f"goodput      {line}" in out.splitlines()
     log = (killed_twice / "planted.log").read_text()

@@ -1,4 +1,4 @@
-"""Looking at a run, going back in it, and taking its weights out; and runs that are none, refused by name."""
+"""Look at a run, go back in it, and export its weights; addresses without a run are refused."""
 
 import json
 import os
@@ -100,7 +100,8 @@ def test_no_machines_of_aws_are_asked_for_where_the_run_is_not_there(
 def test_rows_say_what_is_repeatable_and_how_it_went_this_time(run: Path) -> None:
     store = open_store(str(run))
     opened = Run(store, *read_run(store))
-    attempt, rows = opened.manifest.attempts[0], opened.history()
+    attempt = opened.manifest.attempts[0]
+    rows = opened.history()
     steps = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in steps] == list(range(2, 45, 2))
     assert {*repeatable(steps[-1])} == {
@@ -298,7 +299,8 @@ def test_an_export_of_a_missing_checkpoint_names_the_usable_ones(
     code, out = answer(capsys, "export", run, "--step", 33, "--to", tmp_path / "x.safetensors")
     assert (code, out) == (
         1,
-        f"wds-train: error: {run}/{key} is missing; the usable checkpoints are those of step 11, 44\n",
+        f"wds-train: error: {run}/{key} is missing; the usable checkpoints are those of step "
+        "11, 44\n",
     )
 
 
@@ -319,7 +321,8 @@ def test_timm_loads_an_export_and_it_scores_the_same(
     model = eval(call, {"timm": timm}).eval()
     split = Dataset.open(trained[0]).split("val")
     loss = 0.0
-    mean, std = torch.tensor([0.3] * 3), torch.tensor([0.35] * 3)
+    mean = torch.tensor([0.3] * 3)
+    std = torch.tensor([0.35] * 3)
     with torch.inference_mode():
         for batch in Pipeline(split, EvalPlan(len(split), 16), EvalTransform(32, 1.0), 0):
             pixels = ((batch.images / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -388,7 +391,8 @@ def test_odd_run_names_are_refused_with_the_rule(
     code, out = answer(capsys, "status", tmp_path / name)
     assert (code, out) == (
         2,
-        f"wds-train: error: {name!r} cannot be a run's name: use at most 100 letters, digits, '.', '_' and '-', a letter "
+        f"wds-train: error: {name!r} cannot be a run's name: use at most 100 letters, digits, '.', "
+        "'_' and '-', a letter "
         "or digit first\n",
     )
     assert list(tmp_path.iterdir()) == []

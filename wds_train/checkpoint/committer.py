@@ -77,7 +77,7 @@ class _Commit:
 
 
 class Committer:
-    """Commits snapshots in a thread of its own, while the training goes on.
+    """Commits snapshots in a background thread, while the training goes on.
 
     It holds two commits at most: one under way and the next. One that fails because of the store is
     tried again until it succeeds or a newer one takes its place. The training goes on meanwhile;

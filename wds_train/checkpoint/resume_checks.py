@@ -1,6 +1,6 @@
 """Checks that a run goes on with the recipe, the dataset and the mixture that it began with.
 
-Pure but for `own_dataset`, which opens a dataset.
+Pure, except `own_dataset`, which opens a dataset.
 """
 
 import operator
@@ -150,7 +150,7 @@ def _compare_settings(saved: Recipe, now: Recipe) -> list[str]:
 def _compare_data(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the differences of two descriptions by `data_of`, in words.
 
-    A dataset is the same wherever it lies: its fingerprint decides.
+    The fingerprint decides: a dataset may have moved.
     """
     different = []
     if saved["fingerprint"] != now["fingerprint"]:

@@ -491,7 +491,7 @@ class RunManifest:
         return replace(self.up_to(kept[-1]), status="interrupted", result={}, rollbacks=0)
 
     def up_to(self, checkpoint: Checkpoint) -> "RunManifest":
-        """Return the manifest without the commits after `checkpoint`, which is one of its own.
+        """Return the manifest without its commits after `checkpoint`.
 
         Their metrics become `replayed`.
         """
@@ -732,7 +732,7 @@ def best(checkpoints: Iterable[Checkpoint], kind: str, ema_every: int) -> Checkp
     for checkpoint in checkpoints:
         scores = telling(checkpoint.metrics, checkpoint.progress.step, ema_every)
         top1 = scores.get(SCORES[kind])
-        # An equal one does not take the place of an earlier one.
+        # Strictly higher: the earliest of equal ones stays.
         if top1 is not None and (found is None or top1 > highest):
             found = checkpoint
             highest = top1

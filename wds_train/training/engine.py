@@ -48,7 +48,7 @@ class Trainer:
     reading it at every step would make the CPU wait for the GPU.
 
     Args:
-        recipe: What is trained.
+        recipe: The recipe.
         classes: The number of classes.
         steps_per_epoch: The steps that the schedule counts as an epoch.
         device: Where the model is; "meta" computes shapes alone.
@@ -92,7 +92,7 @@ class Trainer:
         self._mix = Mixing(recipe, classes, device, self.ranks.rank, self.ranks.size)
         _refuse_micro_batches(self.samples, accumulate)
 
-        # The model, its teacher, and how it is called.
+        # The model, its wrappers and its teacher.
         self.model = create_model(recipe.model, classes, recipe.seed, device)
         refuse_sizes(self.model, recipe.model.name, _sides(recipe.data))
         starts_from = recipe.model.init and not resumes

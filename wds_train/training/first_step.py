@@ -27,7 +27,7 @@ ONE_VALUE = "Expected more than 1 "
 # The ends of the names of errors in a traceback's last lines.
 ERRORS = ("Error", "Compiler", "Exception")
 
-# Run in a process of its own: compiling starts threads and uses the GPU, and loader workers may
+# Run in another process: compiling starts threads and uses the GPU, and loader workers may
 # inherit neither.
 COMPILE = """
 import sys, torch
@@ -68,7 +68,7 @@ def check_first_step(trainer: Trainer) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile a small function for `device`, in a process of its own.
+    """Compile a small function for `device`, in another process.
 
     Raises:
         UsageError: There is no compiler, or what it makes cannot run where PyTorch puts it.

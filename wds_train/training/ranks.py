@@ -202,7 +202,7 @@ class Ranks:
                     dist.broadcast(buffer, 0)
 
     def meeting(self) -> dist.Store:
-        """Return another connection to the store where the ranks meet, for a thread of its own."""
+        """Return another connection to the store where the ranks meet, for one thread."""
         assert self._store is not None
         return dist.PrefixStore("watch", self._store.clone())
 

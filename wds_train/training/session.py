@@ -164,7 +164,7 @@ class Session:
         self._saver = StateSaver(trainer, parts.run, self._rows, self._classes)
         self._rebalance_said = False
 
-        # The instance's notices, told by one process a machine, and the bar of the leader.
+        # The instance's notices, shown by one process a machine, and the bar of the leader.
         voice = _quiet_unless(parts.ranks.local == 0, say)
         self._spot = SpotWatch(parts.stop, tell=parts.run.writer.note, say=voice)
         self._bar = _make_bar(parts, trainer.progress.step)

@@ -63,7 +63,7 @@ class News:
 
     Attributes:
         owner: Its process.
-        told: The number of this message, from 1.
+        number: The number of this message, from 1.
         at: Its place in the order that all ranks work in.
         doing: The same in words.
         seconds: The time that it has been there.
@@ -75,7 +75,7 @@ class News:
     """
 
     owner: Owner
-    told: int = 0
+    number: int = 0
     at: tuple[int, ...] = ()
     doing: str = "the start"
     seconds: float = 0.0
@@ -93,7 +93,7 @@ class Watch:
 
     Args:
         ranks: The processes of the training.
-        stop: The request to stop, which has a deadline of its own.
+        stop: The request to stop, which has its own deadline.
         minutes: Of --hang-minutes; None for the default.
         last_word: Called by the leader before it ends, for LAST_SECONDS at most.
     """
@@ -149,8 +149,8 @@ class Watch:
         # RuntimeError: the store is gone, with the process that held it.
         with contextlib.suppress(RuntimeError):
             store = self._ranks.meeting()
-            for told in itertools.count(1):
-                store.set(f"news-{self._ranks.rank}", json.dumps(asdict(self._news(told))))
+            for number in itertools.count(1):
+                store.set(f"news-{self._ranks.rank}", json.dumps(asdict(self._news(number))))
                 for rank in self._others:
                     if store.check([f"news-{rank}"]):
                         self._hear(rank, typed(News, json.loads(store.get(f"news-{rank}"))))
@@ -160,10 +160,10 @@ class Watch:
     def _hear(self, rank: int, news: News) -> None:
         """Keep the news of a rank; the same once more says nothing of its present."""
         known = self._heard.get(rank)
-        if known is None or known[0].told != news.told:
+        if known is None or known[0].number != news.number:
             self._heard[rank] = (news, time.monotonic())
 
-    def _news(self, told: int = 0) -> News:
+    def _news(self, number: int = 0) -> News:
         """Return the present news of this rank. Once closed, it is to blame for nothing."""
         seconds = time.monotonic() - self._beat_at
         where = ""
@@ -171,7 +171,9 @@ class Watch:
         if seconds > self._limit / 2:
             where, waits = place_of_main_thread()
         idle = self._ranks.waiting or self._closed.is_set()
-        return replace(self._own, told=told, seconds=seconds, where=where, waits=waits, idle=idle)
+        return replace(
+            self._own, number=number, seconds=seconds, where=where, waits=waits, idle=idle
+        )
 
     def _look(self) -> None:
         """Judge every few seconds: the body of a thread."""
@@ -251,11 +253,11 @@ class Watch:
     def _describe_store(self, seconds: float) -> str:
         """Return a sentence on the ranks' store, which rank 0 holds where no launcher does."""
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        told = f"where the ranks meet, at {place}, nothing has answered for {seconds:.0f} s"
+        sentence = f"where the ranks meet, at {place}, nothing has answered for {seconds:.0f} s"
         if 0 in self._heard:
             news, at = self._heard[0]
-            told += f"; {_describe_silence(0, news, time.monotonic() - at)}"
-        return told
+            sentence += f"; {_describe_silence(0, news, time.monotonic() - at)}"
+        return sentence
 
     def _end(self, verdict: str, blamed: tuple[int, ...]) -> NoReturn:
         """Say which ranks are to blame, let the leader have its last word, and end this process."""
