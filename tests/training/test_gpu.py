@@ -1,4 +1,4 @@
-"""What only a GPU shows, skipped by name elsewhere; and a GPU that PyTorch cannot use."""
+"""Tests that need a GPU, skipped by name elsewhere; and a GPU that PyTorch cannot use."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a training says at its end, and what it would take before its begin."""
+"""The lines at the end of a training, and the estimate before its start."""
 
 import re
 import signal

@@ -46,7 +46,7 @@ def flip(tensor):
 
 
 def now(trainer):
-    """Whether this is the moment: the first of the two times that the step is computed."""
+    """Return True at the moment of the fault: one of the two times that the step is computed."""
     step = trainer.progress.step
     passes[step] = passes.get(step, 0) + 1
     once = "mark" not in fault or not os.path.exists(fault["mark"])

@@ -28,7 +28,7 @@ def imds(aws_env: pytest.MonkeyPatch) -> Iterator[FakeImds]:
 
 @pytest.fixture
 def stop() -> StopRequest:
-    """That nobody's signals reach."""
+    """A request to stop that no signal reaches."""
     return StopRequest()
 
 

@@ -336,7 +336,7 @@ class RunManifest:
         dataset: Its data, as `resume_checks.data_of` describes it.
         fence: The number of claims.
         lease: Seconds of silence after which others may claim it.
-        nonce: A random text, another at each write: a renewal changes nothing else.
+        nonce: A random text, another at each write: no two manifests are equal.
         written: Unix time, for people only.
         rollbacks: Returns to a checkpoint after a loss that was not finite.
         checkpoints: Those that are kept, oldest first; so are `metrics` and `attempts`.
