@@ -126,7 +126,7 @@ def alter(run: Path, change: Callable[[Tensors, Tree], object]) -> None:
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    code = main([str(argument) for argument in arguments])
+    code = main(list(map(str, arguments)))
     captured = capsys.readouterr()
     return code, captured.out + captured.err
 
