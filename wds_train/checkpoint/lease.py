@@ -55,7 +55,7 @@ def read_run(store: Store) -> tuple[RunManifest, str]:
     return RunManifest.from_json(data, f"{store.url}/{states.NAME}"), tag
 
 
-def until_free(
+def wait_until_free(
     store: Store,
     found: RunManifest,
     tag: str,

@@ -17,7 +17,7 @@ from wds_train.checkpoint.run_manifest import (
     RunManifest,
     Segment,
     describe_object,
-    steps,
+    list_steps,
 )
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.weight_choice import Choice
@@ -132,7 +132,7 @@ def read_chosen(store: Store, run: RunManifest, chosen: Checkpoint) -> Snapshot:
             if each != chosen and flaw_of(store, run, each) is None:
                 usable.append(each)
         raise RunError(
-            f"{error}; the usable checkpoints are those of step {steps(usable)}"
+            f"{error}; the usable checkpoints are those of step {list_steps(usable)}"
         ) from error
 
 

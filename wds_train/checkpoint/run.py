@@ -30,7 +30,7 @@ from wds_train.checkpoint import lease as leases
 from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.adoption import settle_pending
 from wds_train.checkpoint.committer import Committer, collect
-from wds_train.checkpoint.lease import Say, read_run, this_process, until_free
+from wds_train.checkpoint.lease import Say, read_run, this_process, wait_until_free
 from wds_train.checkpoint.metrics_upload import MetricsUploader
 from wds_train.checkpoint.orphans import collect_orphans
 from wds_train.checkpoint.restore import read_checkpoint, read_chosen, read_records
@@ -124,7 +124,7 @@ class Run:
 
             # 2. Wait for its owner.
             if tag:
-                found, tag = until_free(store, found, tag, wait=wait, say=say, pause=pause)
+                found, tag = wait_until_free(store, found, tag, wait=wait, say=say, pause=pause)
                 found = check_resume(found, fresh, store.url)
                 if found.status == "done":
                     run = cls(store, found, tag, say=say)
@@ -158,7 +158,7 @@ class Run:
             StoreError: The store ignores conditional writes, and `unsafe` is False; nothing has
                 changed.
         """
-        before, tag = until_free(store, *read_run(store), wait=False, say=say)
+        before, tag = wait_until_free(store, *read_run(store), wait=False, say=say)
         after = before.back_to(step)
         read_chosen(store, before, after.checkpoints[-1])
         if after == before:

@@ -484,7 +484,7 @@ class RunManifest:
         if not kept or kept[-1].progress.step != step:
             raise UsageError(
                 f"run {self.run} has no checkpoint of step {step}; it has those of "
-                f"{steps(self.checkpoints)}"
+                f"{list_steps(self.checkpoints)}"
             )
         if self.status == "done" and len(kept) == len(self.checkpoints):
             return self
@@ -695,7 +695,7 @@ def adopt_commit(run: RunManifest, pending: Pending, keep_every: int = 0) -> Run
     return committed.with_attempt(step=adopted.progress.step)
 
 
-def steps(checkpoints: Iterable[Checkpoint]) -> str:
+def list_steps(checkpoints: Iterable[Checkpoint]) -> str:
     """Return the steps of `checkpoints`, for people."""
     numbers = {checkpoint.progress.step for checkpoint in checkpoints}
     return ", ".join(map(str, sorted(numbers))) or "none"

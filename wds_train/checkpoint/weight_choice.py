@@ -6,7 +6,7 @@ By default it is the checkpoint, and the kind of weights, with the highest top-1
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from wds_train.checkpoint.run_manifest import Checkpoint, RunManifest, best, steps
+from wds_train.checkpoint.run_manifest import Checkpoint, RunManifest, best, list_steps
 from wds_train.checkpoint.scores import (
     SCORES,
     describe_score,
@@ -102,7 +102,7 @@ def choose(run: RunManifest, kind: str = BEST, step: int | None = None) -> Choic
         raise UsageError(
             f"run {run.run} has no validated checkpoint yet; train until an epoch is validated, or "
             f"take a checkpoint as it is: wds-train export RUN --step {newest.progress.step} "
-            f"--best raw (there are those of step {steps(checkpoints)})"
+            f"--best raw (there are those of step {list_steps(checkpoints)})"
         )
     if kind == BEST and averaged:
         raise UsageError(

@@ -26,10 +26,10 @@ from wds_train.training.memory import fit_accumulation
 from wds_train.training.options import TrainOptions
 from wds_train.training.ranks import Ranks
 from wds_train.training.setup import (
+    describe_training,
     epoch_steps,
     expected_pace,
     fresh_run,
-    introduction,
     make_train_loader,
     make_trainer,
     refuse,
@@ -230,7 +230,7 @@ def estimate(options: TrainOptions) -> list[str]:
         too_much = ": too much; --accumulate N works on an Nth of a batch at a time"
 
     lines = [
-        introduction(options, this.datasets[0], steps, this.ranks),
+        describe_training(options, this.datasets[0], steps, this.ranks),
         f"steps    {steps * epochs:,} of {_exact(cost.step)}{of}; {epochs} validations of "
         f"{_exact(cost.validation)}",
         f"time     about {duration(cost.whole)}{paid}",

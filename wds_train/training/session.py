@@ -37,10 +37,10 @@ from wds_train.training.outcome import resume_command
 from wds_train.training.ranks import Ranks, lost_ranks
 from wds_train.training.recheck import take_step
 from wds_train.training.setup import (
+    describe_hardware,
+    describe_training,
     epoch_steps,
     expected_pace,
-    hardware,
-    introduction,
     make_train_loader,
     make_trainer,
     make_val_loader,
@@ -364,7 +364,7 @@ def begin_session(parts: SessionParts, snapshot: Snapshot | None) -> Session:
     # 2. Threads: hold the run, and meet the other ranks and W&B.
     run.committer.max_uncommitted = options.max_uncommitted_minutes * 60
     run.begin()
-    machine = {"hardware": hardware(ranks), "price": options.price}
+    machine = {"hardware": describe_hardware(ranks), "price": options.price}
     run.writer.note(**machine)
     parts.stop.doing = "the training"
     if ranks.leads:
@@ -408,7 +408,7 @@ def _restore_trainer(
     # Introduce it: the leader alone.
     tell = _quiet_unless(ranks.leads, note)
     steps = epoch_steps(options, datasets)
-    tell(introduction(options, datasets[0], steps, ranks))
+    tell(describe_training(options, datasets[0], steps, ranks))
     for each in trainer.notes:
         tell(f"weights  {each}")
     if trainer.accumulate > 1:

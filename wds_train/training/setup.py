@@ -196,7 +196,7 @@ def expected_pace(options: TrainOptions, datasets: list[Dataset]) -> Pace:
     return Pace(costs, epoch_steps(options, datasets), validation)
 
 
-def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ranks) -> str:
+def describe_training(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ranks) -> str:
     """Return the lines that introduce a training: its dataset, its run, and the dropped samples."""
     recipe = options.recipe
     splits = dataset.manifest.splits
@@ -205,7 +205,8 @@ def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ran
         f"dataset  {dataset.store.url}: {samples:,} train, {splits['val'].samples:,} val, "
         f"{len(dataset.manifest.classes)} classes\n"
         f"run      {options.run}: recipe {recipe.name}, {recipe.model.name}, "
-        f"{recipe.schedule.epochs} epochs of {steps} steps of {recipe.batch}, on {hardware(ranks)}"
+        f"{recipe.schedule.epochs} epochs of {steps} steps of {recipe.batch}, "
+        f"on {describe_hardware(ranks)}"
     )
     # An epoch has only full batches. With repeats, several epochs make up a pass over all samples.
     left = samples % (sizes(options)[0] // recipe.data.repeats)
@@ -220,7 +221,7 @@ def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ran
     return text
 
 
-def hardware(ranks: Ranks) -> str:
+def describe_hardware(ranks: Ranks) -> str:
     """Return the hardware that the training works on, such as "2 x NVIDIA A10G"."""
     device = ranks.device
     name = f"CPU, {torch.get_num_threads()} threads"
