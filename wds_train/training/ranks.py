@@ -65,7 +65,7 @@ class Ranks:
 
     @classmethod
     def of_environment(cls, *, cpu: bool = False) -> Self:
-        """Return this process's place, from its environment; alone where that says nothing.
+        """Return this process's place by its environment; without one it trains alone.
 
         Raises:
             UsageError: The variables cannot work, or some are missing.
