@@ -152,12 +152,13 @@ def _read_directory(path: Path) -> list[bytes]:
 
 
 def _read_tar(path: Path) -> list[bytes]:
+    images = []
     with tarfile.open(path, "r:") as tar:
-        return [
-            tar.extractfile(member).read()
-            for member in tar
-            if member.isfile() and _is_image(member.name)
-        ]  # type: ignore[union-attr]
+        for member in tar:
+            file = tar.extractfile(member)  # None for what is no file
+            if file and _is_image(member.name):
+                images.append(file.read())
+    return images
 
 
 def _is_image(name: str) -> bool:

@@ -104,9 +104,8 @@ def theirs(args: argparse.Namespace) -> Data:
         "device": DEVICE,
     }
     folders = {split: create_dataset("", root=args.timm, split=split) for split in ("train", "val")}
-    train = create_loader(
-        folders["train"], batch_size=args.batch, is_training=True, color_jitter=None, **images
-    )  # type: ignore[arg-type]
+    images_to_train = images | {"is_training": True, "color_jitter": None}
+    train = create_loader(folders["train"], batch_size=args.batch, **images_to_train)
     val = create_loader(folders["val"], batch_size=args.batch, crop_pct=0.875, **images)
     return Data(train, val, len(folders["train"].reader.class_to_idx), len(train))
 

@@ -38,7 +38,14 @@ def workers_of(training: Training) -> list[int]:
 def said_once(output: str, pattern: str) -> re.Match[str]:
     found = re.findall(pattern, output)
     assert len(found) == 1, output
-    assert "Traceback" not in output
+    # A death at the moment in which PyTorch starts the thread that feeds a queue is raised in that
+    # start, and Python then shows a KeyError of the thread. It changes nothing.
+    shown = re.sub(
+        r"Exception ignored in thread.*QueueFeederThread[\s\S]*?KeyError: <Thread\(.*>\n",
+        "",
+        output,
+    )
+    assert "Traceback" not in shown
     assert output.count("loader worker") == 1, output
     match = re.search(pattern, output)
     assert match is not None

@@ -4,12 +4,16 @@ It needs a clone: benchmarks are not installed.
 """
 
 import argparse
+import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 from wds_train.console import loading
 from wds_train.errors import UsageError
+
+CLONE = Path(__file__).resolve().parents[2]  # site-packages, if this is an installed copy
 
 
 class Benchmark(NamedTuple):
@@ -59,13 +63,12 @@ def import_benchmark(name: str) -> ModuleType:
     `wds_train.cli` names the commands.
 
     Raises:
-        UsageError: There are no benchmarks, since wds-train was not started in a clone.
+        UsageError: There are no benchmarks, since this is an installed copy of wds-train.
     """
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name not in ("benchmarks", name):
-            raise
+    if not (CLONE / "pyproject.toml").is_file():
         raise UsageError(
-            "benchmarks are not installed; clone the repository and start the command in its folder"
-        ) from error
+            "benchmarks are not installed; use wds-train from a clone of its repository"
+        )
+    if str(CLONE) not in sys.path:
+        sys.path.append(str(CLONE))
+    return import_module(name)

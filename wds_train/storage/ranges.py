@@ -2,11 +2,10 @@
 
 import contextlib
 import os
-import re
-import socket
 import ssl
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
@@ -21,91 +20,16 @@ SIGNED_SECONDS = 3600  # for which an address for reads is valid
 CONNECT_SECONDS = 5
 # Hugging Face redirects all clients but boto3 to another server.
 AGENT = f"Botocore/{botocore.__version__}"
-HEAD_BYTES = 4096  # read at a time: bytes of the body among them are copied
-MOST_HEAD_BYTES = 64 << 10
 
 
 class NoAnswer(Exception):
-    """The server cannot be reached, or its answer broke off."""
-
-
-class Answer:
-    """The answer of a server to a GET.
-
-    Attributes:
-        status: The HTTP status.
-        headers: Values by names in lower case.
-        left: Bytes of the body that are still to come; None if the server does not say.
-        last: Whether the connection cannot be used again.
-        socket: The connection.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        head = _receive_head(sock)
-        end = head.find(b"\r\n\r\n")
-        first, *lines = head[:end].decode("latin-1").split("\r\n")
-        protocol, _, rest = first.partition(" ")
-        if not protocol.startswith("HTTP/1.") or not rest[:3].isdecimal():
-            raise NoAnswer(f"no answer in HTTP/1.1: {first[:60]!r}")
-        self.headers = {}
-        for line in lines:
-            name, _, value = line.partition(":")
-            self.headers[name.strip().lower()] = value.strip()
-        self.status = int(rest[:3])
-
-        # The body: its length, if the server says it, and the bytes that came with the head.
-        length = self.headers.get("content-length", "")
-        is_plain = "transfer-encoding" not in self.headers
-        has_length = is_plain and re.fullmatch(r"\d{1,18}", length, re.ASCII)
-        self.left = int(length) if has_length else None
-        come = memoryview(head)[end + 4 :]
-        self._come = come[: self.left]
-
-        # More bytes than the body's cannot be told from the next answer.
-        closes = protocol == "HTTP/1.0" or self.headers.get("connection", "").lower() == "close"
-        self.last = closes or len(come) > len(self._come)
-        self.socket = sock
-
-    def readinto1(self, target: memoryview) -> int:
-        """Read into `target` what has come of the body, and wait only if nothing has.
-
-        Returns:
-            The number of bytes; 0 at the end of the body.
-        """
-        target = target[: self.left]
-        if self._come:
-            count = min(len(target), len(self._come))
-            target[:count] = self._come[:count]
-            self._come = self._come[count:]
-        else:
-            count = self.socket.recv_into(target) if target else 0
-        self.left = (self.left or 0) - count
-        return count
-
-    def read1(self, size: int) -> bytes:
-        """Return at most `size` bytes of the body, as `readinto1` does."""
-        piece = bytearray(min(size, self.left or 0))
-        return bytes(piece[: self.readinto1(memoryview(piece))])
-
-
-def _receive_head(sock: socket.socket) -> bytes:
-    """Return the head of an answer, with bytes of the body that came along."""
-    head = b""
-    while b"\r\n\r\n" not in head:
-        if len(head) > MOST_HEAD_BYTES:
-            raise NoAnswer(f"a header of over {MOST_HEAD_BYTES} bytes")
-        piece = sock.recv(HEAD_BYTES)
-        if not piece:
-            raise ConnectionResetError("the connection was closed before an answer came")
-        head += piece
-    return head
+    """The server cannot be reached, or its answer is broken."""
 
 
 class Ranges:
     """GETs of ranges, over connections that are kept. Safe to use from threads and after a fork.
 
     boto3 takes over twice the CPU for a range of 1 MB, most of it to sign, to parse and to copy.
-    http.client takes a quarter of a millisecond, most of it to parse headers as those of an e-mail.
 
     Args:
         client: Signs the addresses.
@@ -120,57 +44,74 @@ class Ranges:
         self._client = client
         self._bucket = bucket
         self._seconds = seconds
-        self._headers = signed or {}
+        self._headers = {"User-Agent": AGENT} | (signed or {})
         self._signed: dict[str, tuple[SplitResult, float]] = {}
-        self._idle: list[socket.socket] = []
+        self._idle: list[HTTPConnection] = []
         self._pid = os.getpid()
         self._context = _context() if client.meta.endpoint_url.startswith("https:") else None
 
     @contextlib.contextmanager
-    def get(self, key: str, headers: dict[str, str]) -> Iterator[Answer | None]:
+    def get(self, key: str, headers: dict[str, str]) -> Iterator[HTTPResponse | None]:
         """Yield the answer, whose body is the range; None for any other answer.
+
+        Args:
+            key: The object's key.
+            headers: The range, as a header of HTTP.
 
         Raises:
             NoAnswer: The server cannot be reached, or the connection broke while the body was read.
         """
         url = self._address(key)
-        answer = None
-        try:
-            answer = self._request(url, self._headers | headers)
-            if answer.status == 206 and answer.left is not None:
-                yield answer
-            else:
-                self._signed.pop(key, None)
-                yield None
-        except OSError as error:
-            raise NoAnswer(f"{url.scheme}://{url.netloc}: {error}") from error
-        finally:
-            if answer is not None:
-                if answer.left == 0 and not answer.last:
-                    self._idle.append(answer.socket)
+        with contextlib.ExitStack() as stack:
+            try:
+                connection, answer = self._request(url, self._headers | headers)
+                stack.callback(self._give_back, connection, answer)
+                if answer.status == 206 and answer.length is not None:
+                    yield answer
                 else:
-                    answer.socket.close()
+                    self._signed.pop(key, None)
+                    yield None
+            except OSError as error:
+                raise NoAnswer(f"{url.scheme}://{url.netloc}: {error}") from error
+            except HTTPException as error:
+                text = str(error).strip()
+                raise NoAnswer(
+                    f"{url.scheme}://{url.netloc}: no answer in HTTP/1.1: {text[:60]!r}"
+                ) from error
 
-    def _request(self, url: SplitResult, headers: dict[str, str]) -> Answer:
-        # On a socket shared with a forked parent, the answers of both would mix.
+    def _request(
+        self, url: SplitResult, headers: dict[str, str]
+    ) -> tuple[HTTPConnection, HTTPResponse]:
+        # On a connection shared with a forked parent, the answers of both would mix.
         if self._pid != os.getpid():
             self._idle = []
             self._pid = os.getpid()
         # No connection is idle, or the server has closed it meanwhile: then a new one is opened.
-        with contextlib.suppress(IndexError, ConnectionError, ssl.SSLError):
+        with contextlib.suppress(IndexError, ConnectionError, ssl.SSLError, HTTPException):
             return _request_over(self._idle.pop(), url, headers)
         return _request_over(self._connect(url), url, headers)
 
-    def _connect(self, url: SplitResult) -> socket.socket:
+    def _connect(self, url: SplitResult) -> HTTPConnection:
         host = url.hostname or ""
-        port = url.port or (443 if self._context else 80)
-        sock = socket.create_connection((host, port), CONNECT_SECONDS)
-        with _close_on_failure(sock):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._context:
-                sock = self._context.wrap_socket(sock, server_hostname=host)
-            sock.settimeout(self._seconds)
-            return sock
+        if self._context:
+            connection: HTTPConnection = HTTPSConnection(
+                host, url.port, timeout=CONNECT_SECONDS, context=self._context
+            )
+        else:
+            connection = HTTPConnection(host, url.port, timeout=CONNECT_SECONDS)
+        with _close_on_failure(connection):
+            connection.connect()
+        connection.sock.settimeout(self._seconds)
+        return connection
+
+    def _give_back(self, connection: HTTPConnection, answer: HTTPResponse) -> None:
+        """Keep the connection for the next request, if it has no bytes of this answer left."""
+        reusable = answer.length == 0 and not answer.will_close
+        answer.close()
+        if reusable:
+            self._idle.append(connection)
+        else:
+            connection.close()
 
     def _address(self, key: str) -> SplitResult:
         address, since = self._signed.get(key, (None, 0.0))
@@ -183,20 +124,21 @@ class Ranges:
         return address
 
 
-def _request_over(sock: socket.socket, url: SplitResult, headers: dict[str, str]) -> Answer:
-    headers = {"Host": url.netloc, "Accept-Encoding": "identity", "User-Agent": AGENT} | headers
-    lines = [f"GET {url.path}?{url.query} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
-    with _close_on_failure(sock):
-        sock.sendall("\r\n".join(lines).encode("latin-1"))
-        return Answer(sock)
+def _request_over(
+    connection: HTTPConnection, url: SplitResult, headers: dict[str, str]
+) -> tuple[HTTPConnection, HTTPResponse]:
+    with _close_on_failure(connection):
+        # The host as it was signed: with its port, if the address has one.
+        connection.request("GET", f"{url.path}?{url.query}", headers={"Host": url.netloc} | headers)
+        return connection, connection.getresponse()
 
 
 @contextlib.contextmanager
-def _close_on_failure(sock: socket.socket) -> Iterator[None]:
+def _close_on_failure(connection: HTTPConnection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        sock.close()
+        connection.close()
         raise
 
 

@@ -4,13 +4,13 @@ import contextlib
 import mmap
 import time
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from typing import Any
 
 import numpy as np
 
 from wds_train.errors import Conflict, StoreError, Unavailable
 from wds_train.storage.base import check_key, too_short
-from wds_train.storage.ranges import Answer
 from wds_train.storage.retry import SLOWEST
 from wds_train.storage.s3_connection import S3Connection, tag_in
 from wds_train.storage.s3_errors import OutOfRange
@@ -111,12 +111,8 @@ class S3Reader:
             with ranges.get(full_key, wanted) as found:
                 if found is not None:
                     head = found.headers
-                    yield (
-                        head.get("etag", ""),
-                        found.left or 0,
-                        head.get("content-range", ""),
-                        found,
-                    )
+                    size = found.length or 0
+                    yield head.get("ETag", ""), size, head.get("Content-Range", ""), found
                     return
             self._fallbacks[0] += 1
         answer = connection.client.get_object(Bucket=connection.bucket, Key=full_key, **wanted)  # type: ignore[arg-type]
@@ -143,8 +139,9 @@ class _Body:
 
     def receive(self, stream: Any) -> int:
         """Take what has come of `stream`, once there is anything: how many bytes that was, 0 at its end."""
-        if self.target is not None and isinstance(stream, Answer):
-            count = stream.readinto1(self.target[self.size :])
+        if self.target is not None and isinstance(stream, HTTPResponse):
+            # It makes room for as many bytes as it is asked for, so it is not asked for all.
+            count = stream.readinto1(self.target[self.size : self.size + PIECE_BYTES])
         else:
             # Both streams' `read1`; `read` returns only when all that was asked for is there, however slowly it comes.
             count = len(piece := stream.read1(PIECE_BYTES))
