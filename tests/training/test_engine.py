@@ -175,7 +175,7 @@ def test_too_many_unreadable_samples_stop_the_run() -> None:
     running.step(batch(0, unreadable=4))
     with pytest.raises(
         DataError,
-        match=r"5 samples .* data.max_bad = 0.05; the last: train/shard-000000.tar, key key0: "
+        match=r"5 of the 80 samples .* data.max_bad = 0.05; the last: train/shard-000000.tar, key key0: "
         r"it is broken",
     ):
         running.step(batch(1, unreadable=1))
