@@ -1,4 +1,4 @@
-"""A commit that was uploaded and not named: its owner was killed before the swap. The next owner adopts it, or none of it."""
+"""A commit whose owner was killed before the swap: the next owner adopts all of it, or none."""
 
 import threading
 from collections.abc import Callable
@@ -86,7 +86,8 @@ def test_a_commit_that_was_uploaded_as_a_whole_is_adopted(
     later = Run.claim(store, FRESH, said.append)
     assert resumed_at(later, said) == 4
     assert said == [
-        "the commit of step 4 was uploaded by the attempt before, which ended before it was named: adopted"
+        "the commit of step 4 was uploaded by the attempt before, which ended before it was named: "
+        "adopted"
     ]
     assert steps_logged(later) == [*before, 4]
     assert later.manifest.checkpoints[-1].metrics == {"val/top1": 4.0, "val/top1_ema": 4.0}
@@ -170,7 +171,9 @@ def test_what_a_sleeper_uploads_late_is_never_adopted(
     """It had announced its commit, and slept through its successor's claim before the upload."""
     old = Run.claim(store, FRESH, said.append)
     commit(old, 1)
-    asleep, awake, write = threading.Event(), threading.Event(), store.write
+    asleep = threading.Event()
+    awake = threading.Event()
+    write = store.write
 
     def sleeps(key: str, *arguments: object, **named: object) -> str:
         if key.startswith("ckpt/000001-000000003"):
@@ -270,7 +273,8 @@ def test_a_commit_that_replaces_one_that_failed_deletes_what_that_uploaded(
 ) -> None:
     from wds_train.errors import Unavailable
 
-    run, write = Run.claim(store, FRESH, said.append), store.write
+    run = Run.claim(store, FRESH, said.append)
+    write = store.write
 
     def fails(key: str, *arguments: object, **named: object) -> str:
         if key.startswith("ckpt/000001-000000001"):

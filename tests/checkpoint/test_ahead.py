@@ -1,4 +1,4 @@
-"""Rows of metrics that are on S3 before their commit: those of an attempt that ended before it are kept as replayed."""
+"""Rows of metrics that are uploaded ahead of their commit: those of a killed attempt are kept."""
 
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ def test_what_a_rollback_takes_back_is_replayed(store: Store) -> None:
 def test_rows_that_cannot_be_put_are_put_later(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, write = begun(store), store.write
+    run = begun(store)
+    write = store.write
 
     def fails(key: str, *arguments: Any, **named: Any) -> str:
         raise Unavailable("no answer")

@@ -1,4 +1,4 @@
-"""A change of a run's manifest by a process that does not own the run: neither it nor the owner's writes are lost."""
+"""A change of a run's manifest by another process: neither it nor the owner's writes are lost."""
 
 from dataclasses import replace
 from typing import Any
@@ -61,7 +61,8 @@ def test_a_run_that_nobody_owns_keeps_its_state(store: Store, status: str) -> No
 
 
 def test_a_write_in_between_is_kept_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, calls = Run.claim(store, FRESH, print), list[int]()
+    owner = Run.claim(store, FRESH, print)
+    calls = list[int]()
 
     def change(found: RunManifest) -> RunManifest:
         calls.append(found.step)

@@ -1,4 +1,4 @@
-"""The run protocol on both stores: one writer, manifest last, damaged checkpoints passed over by name."""
+"""The run protocol on both stores: one writer, manifest last, damaged checkpoints named."""
 
 import json
 import threading
@@ -34,11 +34,10 @@ WEIGHTS = create_model(RECIPE.model, 10, 0, torch.device("cpu")).state_dict()
 
 
 def snapshot(step: int) -> Snapshot:
-    filled = {
-        f"{part}/{name}": torch.full_like(value, step)
-        for part in ("model", "ema")
-        for name, value in WEIGHTS.items()
-    }
+    filled = {}
+    for name, value in WEIGHTS.items():
+        filled[f"model/{name}"] = torch.full_like(value, step)
+        filled[f"ema/{name}"] = torch.full_like(value, step)
     return Snapshot(filled, {"scalars": {}, "scaler": {}}, Progress(step, evaluated=step))
 
 
@@ -56,13 +55,33 @@ def said() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def owners_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All claims here are this process's, which lives: without this, each would wait for the one before."""
+    """All claims here are by this process, which lives: each would wait for the one before."""
     monkeypatch.setattr(leases, "is_gone", lambda owner: True)
 
 
 def commit(run: Run, step: int, top1: float = 0.0) -> None:
     run.committer.commit(snapshot(step), {"val/top1": top1, "val/top1_ema": top1}, [{"step": step}])
     run.committer.wait()
+
+
+def logged_steps(run: Run) -> list[float]:
+    """Return the steps of the committed rows."""
+    return [record["step"] for record in run.history()]
+
+
+def kept_steps(run: RunManifest) -> list[int]:
+    """Return the steps of the checkpoints that a manifest names."""
+    return [checkpoint.progress.step for checkpoint in run.checkpoints]
+
+
+def keys_of(store: Store, prefix: str = "") -> set[str]:
+    """Return the keys of the objects on the store."""
+    return {entry.key for entry in store.list(prefix)}
+
+
+def contents_of(store: Store) -> dict[str, bytes]:
+    """Return all objects on the store."""
+    return {key: store.read(key) for key in keys_of(store)}
 
 
 def test_what_is_committed_is_restored(store: Store, said: list[str]) -> None:
@@ -76,7 +95,7 @@ def test_what_is_committed_is_restored(store: Store, said: list[str]) -> None:
     assert restored.tensors.keys() == snapshot(2).tensors.keys()
     assert all((value == 2).all() for value in restored.tensors.values())
     assert restored.progress == Progress(2, evaluated=2)
-    assert [record["step"] for record in later.history()] == [1, 2]
+    assert logged_steps(later) == [1, 2]
     assert (later.manifest.fence, said) == (2, [])
 
 
@@ -84,7 +103,8 @@ def test_a_commit_names_its_own_records_and_no_later_ones(
     store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A later one's would be logged twice, were this one the last before a kill."""
-    passed, write = threading.Semaphore(0), store.write
+    passed = threading.Semaphore(0)
+    write = store.write
 
     def held(key: str, *arguments: Any, **named: Any) -> str:
         if key.startswith("ckpt/"):
@@ -103,11 +123,11 @@ def test_a_commit_names_its_own_records_and_no_later_ones(
             or run.manifest.checkpoints[-1].progress.step < step - 2
         ):
             time.sleep(0.01)
-        assert [record["step"] for record in run.history()] == list(range(1, step - 1))
+        assert logged_steps(run) == list(range(1, step - 1))
     for _ in range(2):
         passed.release()
     run.committer.wait()
-    assert [record["step"] for record in run.history()] == [1, 2, 3, 4]
+    assert logged_steps(run) == [1, 2, 3, 4]
 
 
 def test_a_newer_claim_ends_the_older_ones_writing(store: Store, said: list[str]) -> None:
@@ -120,7 +140,9 @@ def test_a_newer_claim_ends_the_older_ones_writing(store: Store, said: list[str]
     with pytest.raises(Interrupted, match=r"another instance \(.*, process \d+\) has claimed"):
         old.committer.wait()
     assert store.read(states.NAME) == manifest
-    assert Run.claim(store, FRESH, said.append).restore(said.append).progress.step == 2  # type: ignore[union-attr]
+    restored = Run.claim(store, FRESH, said.append).restore(said.append)
+    assert restored is not None
+    assert restored.progress.step == 2
 
 
 def test_an_owner_that_lives_is_waited_for_however_long(
@@ -167,15 +189,16 @@ def test_only_named_objects_are_kept(store: Store, said: list[str]) -> None:
     run = Run.claim(store, FRESH, said.append)
     for step, top1 in enumerate([10.0, 90.0, 20.0, 30.0, 40.0], start=1):
         commit(run, step, top1)
-    steps = [checkpoint.progress.step for checkpoint in run.manifest.checkpoints]
-    assert steps == [2, 4, 5]  # the best, and the newest two
+    # The best, and the newest two.
+    assert kept_steps(run.manifest) == [2, 4, 5]
     assert [entry.key for entry in store.list("ckpt/")] == [
         checkpoint.object.key for checkpoint in run.manifest.checkpoints
     ]
     store.write("ckpt/000001-000000099-000001.safetensors", b"half")
     again = Run.claim(store, FRESH, said.append)
     assert said == [
-        "removed ckpt/000001-000000099-000001.safetensors, which no manifest names: left by an interrupted upload or removal"
+        "removed ckpt/000001-000000099-000001.safetensors, which no manifest names: left by an "
+        "interrupted upload or removal"
     ]
     assert len(list(store.list("ckpt/"))) == len(again.manifest.checkpoints)
 
@@ -195,9 +218,9 @@ def test_a_kill_after_the_last_commit_leaves_nothing_for_ever(
     newer = f"ckpt/{run.manifest.fence + 1:06d}-000000005-000005.safetensors"
     store.write(newer, b"of one who has claimed the run since, and will name it")
     named = {checkpoint.object.key for checkpoint in run.manifest.checkpoints}
-    assert {entry.key for entry in store.list("ckpt/")} > named | {newer}
+    assert keys_of(store, "ckpt/") > named | {newer}
     assert Run.claim(store, FRESH, said.append).manifest == run.manifest
-    assert {entry.key for entry in store.list("ckpt/")} == named | {newer}
+    assert keys_of(store, "ckpt/") == named | {newer}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +230,9 @@ def test_a_swap_whose_answer_is_lost_is_settled_before_the_next_commit(
     store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch, announces: bool, kept: list[int]
 ) -> None:
     """A commit that was only announced is replaced by the next one, which holds its records."""
-    run, write, lost = Run.claim(store, FRESH, said.append), store.write, list[str]()
+    run = Run.claim(store, FRESH, said.append)
+    write = store.write
+    lost = list[str]()
 
     def loses(key: str, body: bytes, **condition: Any) -> str:
         tag = write(key, body, **condition)
@@ -225,9 +250,9 @@ def test_a_swap_whose_answer_is_lost_is_settled_before_the_next_commit(
     monkeypatch.setattr("wds_train.checkpoint.committer.RETRY_SECONDS", 0.01)
     run.committer.commit(snapshot(1), {}, [{"step": 1}])
     run.committer.wait()
-    assert lost and [record["step"] for record in run.history()] == [1, 2]
-    assert [checkpoint.progress.step for checkpoint in run.manifest.checkpoints] == kept
-    assert {entry.key for entry in store.list()} == run.manifest.keys | {states.NAME}
+    assert lost and logged_steps(run) == [1, 2]
+    assert kept_steps(run.manifest) == kept
+    assert keys_of(store) == run.manifest.keys | {states.NAME}
 
 
 def test_every_nth_epoch_is_kept_if_asked(store: Store, said: list[str]) -> None:
@@ -239,7 +264,7 @@ def test_every_nth_epoch_is_kept_if_asked(store: Store, said: list[str]) -> None
             replace(snapshot(step), progress=Progress(10 * step, evaluated=step)), {}, []
         )  # within the next epoch
         run.committer.wait()
-    assert [checkpoint.progress.step for checkpoint in run.manifest.checkpoints] == [1, 3, 6, 8, 80]
+    assert kept_steps(run.manifest) == [1, 3, 6, 8, 80]
     assert [entry.key[12:21] for entry in store.list("ckpt/")] == [
         f"{step:09d}" for step in (1, 3, 6, 8, 80)
     ]
@@ -280,11 +305,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert len(said) == 1
     assert f"checkpoint {key} cannot be used" in said[0]
     commit(later, 2)
-    assert [record["step"] for record in later.history()] == [
-        1,
-        2,
-    ]  # what is trained again is logged once
-    assert [checkpoint.progress.step for checkpoint in later.manifest.checkpoints] == [1, 2]
+    # A step that is trained again is logged once.
+    assert logged_steps(later) == [1, 2]
+    assert kept_steps(later.manifest) == [1, 2]
 
 
 @pytest.mark.parametrize("damage", [flipped, None], ids=["flip", "gone"])
@@ -300,12 +323,12 @@ def test_a_rollback_to_what_is_damaged_changes_nothing(
     store.delete(key)
     if damage is not None:
         store.write(key, damage(data))
-    before = {entry.key: store.read(entry.key) for entry in store.list()}
+    before = contents_of(store)
     with pytest.raises(
         RunError, match=rf"{key} is .*; the usable checkpoints are those of step 1, 3$"
     ):
         Run.roll_back(store, 2, said.append)
-    assert {entry.key: store.read(entry.key) for entry in store.list()} == before
+    assert contents_of(store) == before
 
 
 def test_a_rollback_deletes_what_is_newer_once_the_manifest_is_safe(
@@ -316,24 +339,26 @@ def test_a_rollback_deletes_what_is_newer_once_the_manifest_is_safe(
     for step in (1, 2, 3):
         commit(run, step, float(step == 1))
     run.end("interrupted")
-    named, usable = run.manifest.keys, []
+    named = run.manifest.keys
+    usable = []
     for verb in ("write", "delete"):
         monkeypatch.setattr(store, verb, killed)
         with pytest.raises(Killed):
             Run.roll_back(store, 2, said.append)
         monkeypatch.undo()
         monkeypatch.setattr(leases, "is_gone", lambda owner: True)
-        assert {entry.key for entry in store.list()} == named | {states.NAME}
-        usable.append([c.progress.step for c in read_run(store)[0].checkpoints])
+        assert keys_of(store) == named | {states.NAME}
+        usable.append(kept_steps(read_run(store)[0]))
     assert usable == [[1, 2, 3], [1, 2]]
     before, after = Run.roll_back(store, 1, said.append)
-    assert ([len(m.checkpoints) for m in (before, after)], said) == ([2, 1], [])
+    assert len(before.checkpoints) == 2
+    assert len(after.checkpoints) == 1
+    assert said == []
     later = Run.claim(store, FRESH, said.append)
     assert later.restore(said.append).progress.step == 1  # type: ignore[union-attr]
-    assert [
-        line for line in said if "-000000002-" in line
-    ] == []  # what the rollback dropped, it has removed itself
-    assert {entry.key for entry in store.list()} == later.manifest.keys | {states.NAME}
+    # The rollback itself has removed the objects that it dropped.
+    assert "-000000002-" not in "".join(said)
+    assert keys_of(store) == later.manifest.keys | {states.NAME}
 
 
 def test_one_that_was_rolled_back_writes_no_more(store: Store, said: list[str]) -> None:
@@ -344,7 +369,7 @@ def test_one_that_was_rolled_back_writes_no_more(store: Store, said: list[str]) 
     old.committer.commit(snapshot(3), {}, [])
     with pytest.raises(Interrupted, match="has claimed"):
         old.committer.wait()
-    assert [c.progress.step for c in read_run(store)[0].checkpoints] == [1]
+    assert kept_steps(read_run(store)[0]) == [1]
 
 
 def test_all_damaged_is_an_error_and_never_a_fresh_run(store: Store, said: list[str]) -> None:

@@ -18,10 +18,10 @@ from trainers import Job
 
 from wds_train.checkpoint import run_manifest as states
 from wds_train.checkpoint.clock import Clock
+from wds_train.checkpoint.find import state_of, where_time_went
 from wds_train.checkpoint.goodput import Parts, Spent, parts_of
 from wds_train.checkpoint.lease import this_process
 from wds_train.checkpoint.run_manifest import Attempt, Checkpoint, Object, Progress, RunManifest
-from wds_train.checkpoint.standing import state_of, where_time_went
 from wds_train.report.formatting import describe_goodput, headline, span
 from wds_train.report.page import write
 from wds_train.report.run_data import Account
@@ -184,7 +184,7 @@ def test_attempts_that_are_only_summed_up_keep_their_parts(known: bool) -> None:
     spent = KILLED if known else None
     run = run_of(())
     for _ in range(states.LISTED + 25):
-        run = run.claimed(this_process(), 60, BEGAN)
+        run = run.with_claim(this_process(), 60, BEGAN)
         run = run.with_attempt(seconds=143.0, spent=spent, committed=AT_COMMIT if known else None)
     run = replace(run, status="failed")
     assert (len(run.attempts), run.earlier.attempts) == (states.LISTED, 25)
@@ -216,7 +216,7 @@ def test_an_older_run_is_not_recorded_and_goes_on(tmp_path: Path) -> None:
     run = RunManifest.from_json(as_older(old.to_json()), "here")
     assert where_time_went(run, BEGAN) == Parts(not_recorded=600)
     assert describe_goodput(where_time_went(run, BEGAN)) == "not recorded, of 10 min paid"
-    went_on = run.claimed(this_process(), 60, BEGAN).with_attempt(
+    went_on = run.with_claim(this_process(), 60, BEGAN).with_attempt(
         spent=AT_COMMIT, committed=AT_COMMIT
     )
     parts = where_time_went(replace(went_on, status="done"), BEGAN)
@@ -306,7 +306,7 @@ def test_wandb_gets_the_goodput_and_its_parts(known: bool) -> None:
 
 @pytest.fixture(scope="module")
 def killed_twice(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four epochs of eleven steps that was killed in its 19th step and, resumed, in its second validation.
+    """Train four epochs of eleven steps, with a kill in step 19, and one in the second validation.
     Not to be written to.
     """
     folder = tmp_path_factory.mktemp("planted")
@@ -339,7 +339,10 @@ def test_each_planted_second_is_in_its_own_part(
     assert goodput["paid_s"] == pytest.approx(sum(PLANTED.values()))
     assert goodput["share"] == pytest.approx(44 / sum(PLANTED.values()))
     assert sum(goodput["shares"].values()) == pytest.approx(1)
-    line = "18 %: of 4 min paid, start 37 %, data 12 %, commit 3 %, validation 19 %, lost 3 %, trained twice 7 %"
+    line = (
+        "18 %: of 4 min paid, start 37 %, data 12 %, commit 3 %, validation 19 %, lost 3 %, "
+        "trained twice 7 %"
+    )
     _, out, _ = answer(capsys, "status", killed_twice / "run")
     assert f"goodput      {line}" in out.splitlines()
     log = (killed_twice / "planted.log").read_text()

@@ -1,5 +1,6 @@
-"""Runs that are valid JSON and safetensors and no runs of ours: refused with the field, never a traceback; what is sound in
-them is used. Single ones, and mutants by the thousand and by seed.
+"""Runs of valid JSON and safetensors that are not ours: refused by the field, with no traceback.
+
+Sound parts of them are used. Single ones, and mutants by the thousand, by seed.
 """
 
 import copy
@@ -99,7 +100,8 @@ def steps_of(run: Path) -> list[int]:
 
 def parts_of(checkpoint: Path) -> tuple[Tensors, dict[str, str]]:
     with safe_open(checkpoint, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118  (it is no dict)
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata()
 
 
 def put(run: Path, data: bytes) -> None:
@@ -124,7 +126,7 @@ def alter(run: Path, change: Callable[[Tensors, Tree], object]) -> None:
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    code = main([str(argument) for argument in arguments])
+    code = main(list(map(str, arguments)))
     captured = capsys.readouterr()
     return code, captured.out + captured.err
 
@@ -308,7 +310,7 @@ def test_looking_at_a_run_starts_no_thread(
 
 
 def mutate(tree: Any, rng: random.Random) -> Any:
-    """A copy of `tree` with one to three of its places removed, repeated, renamed, swapped, or set to what is odd there."""
+    """Return a copy with one to three places removed, repeated, renamed, swapped or made odd."""
     tree = [copy.deepcopy(tree)]
     for _ in range(rng.randint(1, 3)):
         holder, place = _somewhere(tree, rng)
@@ -330,19 +332,19 @@ def mutate(tree: Any, rng: random.Random) -> Any:
 
 
 def _somewhere(tree: list[Any], rng: random.Random) -> tuple[Any, Any]:
-    holder, place = tree, 0
+    holder = tree
+    place = 0
     while isinstance(inner := holder[place], dict | list) and inner and rng.random() < 0.85:
-        holder, place = (
-            inner,
-            rng.choice([*inner] if isinstance(inner, dict) else range(len(inner))),
-        )
+        holder = inner
+        place = rng.choice([*inner] if isinstance(inner, dict) else range(len(inner)))
     return holder, place
 
 
 def mutate_checkpoint(data: bytes, rng: random.Random) -> bytes:
-    """The header, or the JSON texts within it, mutated; or a tensor gone, renamed, of another type or shape."""
+    """Mutate the header, or the JSON in it; or a tensor's name, type or shape."""
     size = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    header = json.loads(data[8 : 8 + size])
+    body = data[8 + size :]
     if rng.random() < 0.5:
         part = rng.choice(["extra", "extra", "progress"])
         header["__metadata__"][part] = _text(mutate(json.loads(header["__metadata__"][part]), rng))
@@ -378,9 +380,13 @@ def _text(tree: Any) -> str:
 def test_mutated_runs_meet_every_command(
     run: Path, small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever they hold, the end is an exit code and a message; one that a resume takes can be trained from."""
-    rng, ends, resumed = random.Random(0), {0: 0, 1: 0, 2: 0}, 0
-    sound, steps, file = manifest_of(run), steps_of(run), tmp_path / "x.safetensors"
+    """The end is an exit code and a message; a checkpoint that is accepted can be trained from."""
+    rng = random.Random(0)
+    ends = {0: 0, 1: 0, 2: 0}
+    resumed = 0
+    sound = manifest_of(run)
+    steps = steps_of(run)
+    file = tmp_path / "x.safetensors"
     newest = (run / sound["checkpoints"][-1]["object"]["key"]).read_bytes()
     commands = [["status"], ["status", "--json"], ["checkpoints"], ["verify"], ["train"], ["train"]]
     commands += [["rollback", "--to", str(steps[-1])], ["rollback", "--to", str(steps[0])]]

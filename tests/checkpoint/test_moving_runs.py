@@ -1,4 +1,4 @@
-"""A run that is trained while it is looked at: what a commit has dropped is not missing, and the newest state is told."""
+"""A run that is trained while it is read: dropped objects do not count as missing."""
 
 import re
 import shutil
@@ -40,10 +40,8 @@ Commit = Callable[[Path, str], None]
 
 def replaced(run: Path, key: str) -> None:
     """As a commit does it that has the same state under a key of its own."""
-    manifest, new = (
-        run / "manifest.json",
-        re.sub(r"\d{6}", lambda fence: f"{int(fence[0]) + 1:06d}", key, count=1),
-    )
+    manifest = run / "manifest.json"
+    new = re.sub(r"\d{6}", lambda fence: f"{int(fence[0]) + 1:06d}", key, count=1)
     shutil.copy(run / key, run / new)
     changed = run / "changed.json"
     changed.write_text(manifest.read_text().replace(f'"{key}"', f'"{new}"'))
@@ -60,7 +58,9 @@ def commits(
     patch: pytest.MonkeyPatch, run: Path, *, part: str, times: int, commit: Commit = replaced
 ) -> None:
     """Let a commit come right before an object of `part` is read, so many times."""
-    left, before, one_at_a_time = [times], LocalStore.read, threading.Lock()
+    left = [times]
+    before = LocalStore.read
+    one_at_a_time = threading.Lock()
 
     def read_late(self: LocalStore, key: str, *arguments: Any, **named: Any) -> bytes:
         with one_at_a_time:

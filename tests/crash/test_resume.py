@@ -25,7 +25,7 @@ from wds_train.errors import Interrupted, NotFinite, RunError, WdsTrainError
 from wds_train.storage.base import Store
 from wds_train.storage.open import open_store
 from wds_train.storage.s3 import S3Store
-from wds_train.training.ending import ending
+from wds_train.training.ending import handle_early_end
 from wds_train.training.stop_request import StopRequest
 
 LONG = ("schedule.epochs=400",)
@@ -127,7 +127,10 @@ def test_an_interruption_commits_no_broken_weights(small: str, tmp_path: Path) -
 
 
 def ended_by_a_loss_of_nan(run: Run, *, repeats: bool) -> WdsTrainError:
-    with pytest.raises(WdsTrainError) as caught, ending(run, StopRequest(), repeats=repeats):
+    with (
+        pytest.raises(WdsTrainError) as caught,
+        handle_early_end(run, StopRequest(), repeats=repeats),
+    ):
         raise NotFinite("the loss is nan")
     return caught.value
 

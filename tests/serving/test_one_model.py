@@ -36,7 +36,7 @@ from wds_train.report.model_checks import find
 from wds_train.serving import demo_page as demo
 from wds_train.serving.classify import sample
 from wds_train.serving.provenance import results
-from wds_train.training.outcome import next_commands, outcome
+from wds_train.training.outcome import describe_outcome, next_commands
 
 pytest.importorskip("onnxruntime")
 CPU = torch.device("cpu")
@@ -267,7 +267,8 @@ def test_what_only_names_the_best_names_the_same(
     compared = answer(capsys, "compare", run, run)[1]
     assert compared.count(f"{named}, epoch 2") == 2
     assert (
-        outcome(manifest)[1] == f"best     top-1 {named}, of epoch 2: the weights that eval takes"
+        describe_outcome(manifest)[1]
+        == f"best     top-1 {named}, of epoch 2: the weights that eval takes"
     )
     assert (" --best raw" in next_commands(manifest, run, test=False)[0]) == (kind == "raw")
     assert (
@@ -425,7 +426,7 @@ def test_a_training_says_that_its_ema_weights_say_nothing(
     run = runs["never"]
     manifest = find_run(run)[0]
     raw = manifest.result["val/top1"]
-    assert outcome(manifest)[0] == (
+    assert describe_outcome(manifest)[0] == (
         f"last     top-1 {raw:.2f} % raw, the EMA weights were never updated: ema.every is 1000, and these are of step 44"
     )
     assert "99" not in answer(capsys, "status", run)[1].partition("metrics")[2].splitlines()[0]
@@ -457,7 +458,7 @@ def test_they_are_not_kept_for_their_score() -> None:
         for every in (1, 3, 4, 9)
     }
     assert kept == {1: [1, 2, 5, 6], 3: [2, 3, 5, 6], 4: [2, 4, 5, 6], 9: [2, 5, 6]}
-    assert Progress(1).validated({"val/top1": 5.0}).best == 5.0
+    assert Progress(1).with_validation({"val/top1": 5.0}).best == 5.0
 
 
 def test_an_old_file_of_such_weights_is_read_and_said(

@@ -1,4 +1,4 @@
-"""A loader worker that dies, as of memory: one sentence, the state committed, and another start where that helps."""
+"""A loader worker that dies, as of memory: one message, a commit, and a restart where it helps."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def job(small: str, tmp_path: Path) -> Job:
 
 
 def workers_of(training: Training) -> list[int]:
-    """The processes that have the training's command line: those that it forked, the oldest first."""
+    """Return the processes that the training forked, by its command line; the oldest first."""
     tasks = Path(f"/proc/{training.pid}/task")
     children = {
         int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()
@@ -38,8 +38,8 @@ def workers_of(training: Training) -> list[int]:
 def said_once(output: str, pattern: str) -> re.Match[str]:
     found = re.findall(pattern, output)
     assert len(found) == 1, output
-    # A death in the very moment in which PyTorch starts the thread that feeds a queue is raised in that start, and
-    # Python then shows a KeyError of the thread. It changes nothing.
+    # A death at the moment in which PyTorch starts the thread that feeds a queue is raised in that
+    # start, and Python then shows a KeyError of the thread. It changes nothing.
     shown = re.sub(
         r"Exception ignored in thread.*QueueFeederThread[\s\S]*?KeyError: <Thread\(.*>\n",
         "",
@@ -74,8 +74,9 @@ def test_a_worker_that_dies_ends_the_training_with_its_state_committed(
         assert trainings[0].end() == 75, trainings[0].output
         step = said_once(
             trainings[0].output,
-            rf"wds-train: stopped by the death of a loader worker \(process \d+ .*{how}; if the machine ran out of "
-            r"memory, use fewer --workers\) at step (\d+) of 4400, state committed to .*; the same command goes on",
+            rf"wds-train: stopped by the death of a loader worker \(process \d+ .*{how}; if the "
+            r"machine ran out of memory, use fewer --workers\) at step (\d+) of 4400, state "
+            r"committed to .*; the same command goes on",
         )[1]
         manifest, _ = read_run(open_store(job.run))
         assert (manifest.status, manifest.checkpoints[-1].progress.step) == (
@@ -115,13 +116,14 @@ def test_a_worker_that_dies_before_the_first_step_ends_it_as_failed(job: Job, be
             trainings[0].until("epoch   1/400")
             wait_for_commit(job.run)
             assert trainings[0].end(signal.SIGTERM) == 75
-        # Every worker ends before it can give anything, as where each takes more memory than there is.
+        # Every worker ends before its first batch, as where each needs more memory than there is.
         dying = replace(job, constants=SMALL | {"loader.pipeline._init_worker": _die})
         trainings.append(Training(dying))
         assert trainings[-1].end() == 1, trainings[-1].output
     said_once(
         trainings[-1].output,
-        r"wds-train: error: a loader worker died \(.*\); if the machine ran out of memory, use fewer --workers, then run",
+        r"wds-train: error: a loader worker died \(.*\); if the machine ran out of memory, use "
+        r"fewer --workers, then run",
     )
     assert read_run(open_store(job.run))[0].status == "failed"
 
@@ -131,7 +133,10 @@ def _die(_: int) -> None:
 
 
 def test_a_signal_that_ends_the_workers_too_is_a_signal(job: Job) -> None:
-    """As systemd and Slurm send it: to all processes at once. The training waits for a batch that no worker will bring."""
+    """As systemd and Slurm send it: to all processes at once.
+
+    The training waits for a batch that no worker will bring.
+    """
     trainings = [
         Training(replace(job, constants=SMALL | {"training.deadline.SIGNAL_SECONDS": 60.0}))
     ]

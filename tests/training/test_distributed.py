@@ -1,6 +1,6 @@
-"""Several ranks train what one does: the same samples, the same losses; and when one is killed, all end, and one goes on.
+"""Several ranks train as one does: the same samples and losses. When one is killed, all end.
 
-On CPUs through gloo, with a model without BatchNorm, whose statistics are those of each rank's own samples.
+On CPUs through gloo, with a model without BatchNorm, whose statistics would differ by rank.
 """
 
 import os
@@ -73,7 +73,8 @@ def losses(job: Job) -> list[float]:
 
 
 def test_1_2_and_4_ranks_train_the_same(job: Job, tmp_path: Path) -> None:
-    samples, seen = {}, {}
+    samples = {}
+    seen = {}
     for ranks in (1, 2, 4):
         micro_batches = ("--accumulate", str(4 // ranks))
         one = replace(
@@ -135,7 +136,8 @@ def test_a_killed_rank_ends_all_and_one_process_goes_on(job: Job) -> None:
         assert launcher.wait(120) == 75
     assert "rank 1 was killed by SIGKILL" in said
     assert re.search(
-        r"wds-train: contact with the other ranks is lost \(.+\); the same command, on any number of GPUs",
+        r"wds-train: contact with the other ranks is lost \(.+\); the same command, on any number "
+        r"of GPUs",
         said,
     )
     manifest, _ = read_run(open_store(job.run))
@@ -174,7 +176,8 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_by_all(job: Job) -> None
     trainings = start_ranks(replace(job, settings=(*job.settings, "batch=6")), 4)
     with all_ended(trainings):
         codes = [training.end() for training in trainings]
-    # The first that leaves may take the meeting place with it before the others come; `launch` prefers its code to theirs.
+    # The first that leaves may take the store with it before the others come; `launch` prefers
+    # its code to theirs.
     assert codes[0] == 2
     assert set(codes) <= {2, 75}
     assert (
@@ -183,7 +186,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_by_all(job: Job) -> None
 
 
 def test_a_restart_hears_no_words_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun's store outlives a restart, whose ranks would follow the last leader's checkpoint and not their own's."""
+    """torchrun's store outlives a restart: its ranks must not follow the last leader's words."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {
         "MASTER_ADDR": "127.0.0.1",

@@ -80,7 +80,7 @@ def test_the_process_is_gone_by_the_deadline_whatever_hangs(
 
 
 def test_a_main_thread_that_hangs_in_c_code_is_ended_too(small: str, tmp_path: Path) -> None:
-    """One rank is stopped for good: the other waits for it inside gloo, where Python's signal handlers do not run."""
+    """One rank is stopped for good: the other waits in gloo, where no signal handler runs."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
@@ -119,7 +119,8 @@ def test_the_cause_comes_first_and_the_last_word_takes_seconds(
         trainings[0].until("wds-train: error: nothing could be committed for")
         assert trainings[0].end() == 1, trainings[0].output
     assert re.search(
-        r"error: nothing could .*\n.*could not be marked as failed: s3://.* did not answer within 5 s",
+        r"error: nothing could .*\n.*could not be marked as failed: s3://.* did not answer "
+        r"within 5 s",
         trainings[0].output,
     )
     assert trainings[0].output.count("nothing could be committed") == 1
@@ -206,7 +207,7 @@ def test_a_signal_at_the_last_commit_leaves_a_done_run_done(
 
 
 def test_what_comes_after_the_last_commit_can_only_warn(small: str, tmp_path: Path) -> None:
-    """A segment of the metrics is missing, and nothing can be written below the working directory's .wds."""
+    """A segment of the metrics is missing, and nothing can be written to .wds."""
     run = str(tmp_path / "run")
     (tmp_path / "file").touch()
     trainings = [Training(Job(small, run, str(tmp_path), settings=LONG))]

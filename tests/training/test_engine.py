@@ -1,4 +1,4 @@
-"""One device's arithmetic: resuming is exact, the EMA is what its definition says, every draw is derived."""
+"""One device's arithmetic: resumes are exact, the EMA is as defined, every draw is derived."""
 
 from pathlib import Path
 
@@ -43,10 +43,8 @@ def trainer(*settings: str) -> Trainer:
 
 def batch(step: int, unreadable: int = 0) -> Batch:
     rng = np.random.default_rng(step)
-    images, ids = (
-        torch.from_numpy(rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)),
-        np.arange(8),
-    )
+    images = torch.from_numpy(rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
+    ids = np.arange(8)
     named = [
         Unreadable(i, "train/shard-000000.tar", f"key{i}", "it is broken")
         for i in range(unreadable)
@@ -55,7 +53,8 @@ def batch(step: int, unreadable: int = 0) -> Batch:
 
 
 def assert_same_state(one: Trainer, other: Trainer) -> None:
-    first, second = one.snapshot(), other.snapshot()
+    first = one.snapshot()
+    second = other.snapshot()
     assert first.tensors.keys() == second.tensors.keys()
     assert [
         name for name in first.tensors if not torch.equal(first.tensors[name], second.tensors[name])
@@ -66,7 +65,8 @@ def assert_same_state(one: Trainer, other: Trainer) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "lamb", "adamw"])
 def test_resuming_between_any_two_steps_is_exact(optimizer: str) -> None:
     settings = (f"optimizer.name={optimizer}", "optimizer.lr=0.01", "model.drop_path=0.2")
-    unbroken, first = trainer(*settings), trainer(*settings)
+    unbroken = trainer(*settings)
+    first = trainer(*settings)
     for step in range(6):
         unbroken.step(batch(step))
     for step in range(3):
@@ -93,7 +93,8 @@ def test_a_snapshot_does_not_change_with_the_training() -> None:
 
 def test_the_seed_decides_the_initial_weights() -> None:
     assert_same_state(trainer(), trainer())
-    one, other = trainer().model.state_dict(), trainer("seed=1").model.state_dict()
+    one = trainer().model.state_dict()
+    other = trainer("seed=1").model.state_dict()
     assert not torch.equal(one["fc.weight"], other["fc.weight"])
 
 
@@ -153,7 +154,8 @@ def test_validation_against_a_plain_count(digits: Dataset) -> None:
             logits = running.model(running.normalise(each.images))
             for row, label in zip(logits.tolist(), each.labels.tolist(), strict=True):
                 place = sorted(row, reverse=True).index(row[label])
-                hits, hits5 = hits + (place == 0), hits5 + (place < 5)
+                hits = hits + (place == 0)
+                hits5 = hits5 + (place < 5)
     assert metrics["val/top1"] == pytest.approx(100 * hits / 360)
     assert metrics["val/top5"] == pytest.approx(100 * hits5 / 360)
     with pytest.raises(RunError, match="validation saw 360 samples of 361"):
@@ -162,7 +164,8 @@ def test_validation_against_a_plain_count(digits: Dataset) -> None:
 
 def test_an_unreadable_validation_sample_counts_as_wrong() -> None:
     running = trainer()
-    whole, part = batch(0), batch(0, unreadable=8)
+    whole = batch(0)
+    part = batch(0, unreadable=8)
     assert running.evaluate([part], 8)["val/top5"] == 0.0
     assert running.evaluate([whole], 8)["val/top5"] > 0.0
 
@@ -172,7 +175,8 @@ def test_too_many_unreadable_samples_stop_the_run() -> None:
     running.step(batch(0, unreadable=4))
     with pytest.raises(
         DataError,
-        match=r"5 samples .* data.max_bad = 0.05; the last: train/shard-000000.tar, key key0: it is broken",
+        match=r"5 of the 80 samples .* data.max_bad = 0.05; the last: train/shard-000000.tar, key key0: "
+        r"it is broken",
     ):
         running.step(batch(1, unreadable=1))
 
@@ -205,7 +209,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     [
         (
             ["model.name=vit_tiny_patch16_224"],
-            r"data.size = 32 cannot work: vit_tiny_patch16_224 takes no images of that size \(Input height",
+            r"data.size = 32 cannot work: vit_tiny_patch16_224 takes no images of that size "
+            r"\(Input height",
         ),
         (
             ["model.blur_pool=true", "data.eval_size=16"],

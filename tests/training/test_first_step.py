@@ -1,4 +1,4 @@
-"""What the first step of a training would say is said before the run is claimed."""
+"""Errors of a training's first step are found before the run is claimed."""
 
 import contextlib
 import shutil

@@ -1,4 +1,4 @@
-"""What only a GPU shows, skipped by name elsewhere; and a GPU that PyTorch cannot use."""
+"""Tests that need a GPU, skipped by name elsewhere; and a GPU that PyTorch cannot use."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +35,8 @@ def test_a_step_never_waits_for_the_gpu(precision: str, optimizer: str) -> None:
         "optimizer.clip_norm=1",
         f"optimizer.name={optimizer}",
     )
-    running = Trainer(chosen, 10, 10, torch.device("cuda", 0), precision=precision, accumulate=2)  # type: ignore[arg-type]
+    gpu = torch.device("cuda", 0)
+    running = Trainer(chosen, 10, 10, gpu, precision=precision, accumulate=2)  # type: ignore[arg-type]
     batches = copy_to_device(map(_pinned, map(batch, range(6))), running.device)
     for _ in range(3):  # cuDNN chooses its algorithms
         running.step(next(batches))
@@ -49,7 +50,7 @@ def test_a_step_never_waits_for_the_gpu(precision: str, optimizer: str) -> None:
 
 @needs_gpu
 def test_batches_arrive_whole_and_in_order() -> None:
-    """Their memory is used again and again, while the GPU is kept busy for longer than a copy takes."""
+    """Their memory is reused, while the GPU is busy for longer than a copy takes."""
     device = torch.device("cuda", 0)
     busy = torch.randn(4096, 4096, device=device)
     sums = []
@@ -62,7 +63,8 @@ def test_batches_arrive_whole_and_in_order() -> None:
 
 
 def _pinned(given: Batch) -> Batch:
-    given.images.data, given.labels.data = given.images.pin_memory(), given.labels.pin_memory()
+    given.images.data = given.images.pin_memory()
+    given.labels.data = given.labels.pin_memory()
     return given
 
 

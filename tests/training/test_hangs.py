@@ -45,7 +45,8 @@ def slow_pattern():
 
 
 def stopped():
-    # The leader's commit of the epoch before is under way: a stop in its midst would leave nothing committed.
+    # The leader's commit of the epoch before is under way: stopped within it, nothing would be
+    # committed.
     while not json.load(open(fault["manifest"]))["checkpoints"]:
         time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -99,7 +100,7 @@ def machine(small: str, tmp_path: Path) -> Iterator[Machine]:
 
 
 def ended(processes: list[Rank], seconds: float) -> list[int | None]:
-    """The exit codes; None of a process that still is there after so many seconds, which is then killed."""
+    """Return the exit codes; None of a process that had to be killed after so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(0.1)
@@ -126,12 +127,16 @@ def test_a_rank_that_hangs_is_named_with_its_place(
     machine: Machine, tmp_path: Path, *, ranks: int, how: str, where: str, rank: int
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
-    there, run = replace(machine, ranks=ranks), str(tmp_path / "run")
+    there = replace(machine, ranks=ranks)
+    run = str(tmp_path / "run")
     fault = {"how": how, "step": STEP, "rank": rank, "fifo": str(tmp_path / "fifo")}
     processes = there.start(run, *HANGS, **fault)
     assert ended(processes, 300) == [75] * ranks, there.said()
     pid = processes[rank].pid
-    named = rf"wds-train: rank {rank} \(\S+, process {pid}\) has not got beyond step {STEP} for \d+ s; it is in \S+{where}\. All ranks end"
+    named = (
+        rf"wds-train: rank {rank} \(\S+, process {pid}\) has not got beyond step {STEP} for \d+ s; "
+        rf"it is in \S+{where}\. All ranks end"
+    )
     assert re.search(named, there.said()), there.said()
     # The stack of the one that hangs, and of no other.
     assert f"rank {rank}, the main thread:" in there.log(rank).read_text()
@@ -201,7 +206,8 @@ def test_a_loader_worker_that_hangs_is_named(machine: Machine, tmp_path: Path, r
     os.kill(worker, signal.SIGSTOP)
     assert ended(processes, 300) == [75] * ranks, there.said()
     named = (
-        rf"rank {ranks - 1} \(\S+, process {last.pid}\) has not got beyond the batch of step \d+ for \d+ s; it is in .*, "
+        rf"rank {ranks - 1} \(\S+, process {last.pid}\) has not got beyond the batch of step \d+ "
+        r"for \d+ s; it is in .*, "
         rf"which waits for data: .*; of its loader workers, process {worker}: T \(stopped\)"
     )
     assert re.search(named, there.said()), there.said()
@@ -269,8 +275,9 @@ def test_the_launcher_ends_what_is_stopped(machine: Machine, tmp_path: Path) -> 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_slow_is_not_hanging(machine: Machine, tmp_path: Path, ranks: int) -> None:
-    """A step that takes most of the limit; and a machine that was stopped as a whole for longer than the limit."""
-    there, run = replace(machine, ranks=ranks), str(tmp_path / "run")
+    """A step that takes most of the limit; and a machine that was stopped for longer than it."""
+    there = replace(machine, ranks=ranks)
+    run = str(tmp_path / "run")
     processes = there.start(
         run, *HANGS, how="slow_step", step=STEP, rank=ranks - 1, seconds=LIMIT / 2
     )

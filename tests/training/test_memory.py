@@ -1,4 +1,4 @@
-"""Micro-batches: their gradients add up to the batch's, and as many are made as the memory needs."""
+"""Micro-batches: their gradients add up to the batch's; the memory decides their number."""
 
 from dataclasses import replace
 
@@ -28,9 +28,11 @@ def gradients(running: Trainer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
 def test_gradients_add_up(accumulate: int) -> None:
     """3 leaves unequal micro-batches: 3, 3 and 2 samples."""
-    whole, parts = trainer(*LAYERNORM), trainer(*LAYERNORM)
+    whole = trainer(*LAYERNORM)
+    parts = trainer(*LAYERNORM)
     parts.accumulate = accumulate
-    expected, got = gradients(whole), gradients(parts)
+    expected = gradients(whole)
+    got = gradients(parts)
     assert expected.keys() == got.keys() != set()
     for name, value in expected.items():
         assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-6), name
@@ -41,7 +43,8 @@ class _Small:
     """A memory that holds `most` samples at a time, as the model's first layer finds out."""
 
     def __init__(self, model: nn.Module, most: int) -> None:
-        self.most, self.asked = most, list[int]()
+        self.most = most
+        self.asked = list[int]()
         model.register_forward_pre_hook(self._fill)
 
     def _fill(self, _model: nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -62,7 +65,8 @@ def test_as_many_as_the_memory_needs(
     most: int, asked: list[int], accumulate: int, name: str
 ) -> None:
     settings = (f"model.name={name}", "model.drop_path=0.2")
-    running, untouched = trainer(*settings), trainer(*settings)
+    running = trainer(*settings)
+    untouched = trainer(*settings)
     memory = _Small(running.model, most)
     generator = torch.get_rng_state()
     assert (fit_accumulation(running), running.accumulate) == (accumulate, 1)
@@ -92,7 +96,7 @@ def test_more_micro_batches_than_samples_are_refused() -> None:
 
 
 def test_ranks_add_up_to_the_whole_batch() -> None:
-    """Two ranks' mean gradient is that of one rank with all samples: what the exchange between ranks relies on."""
+    """Two ranks' mean gradient is that of one rank with all samples."""
     settings = (*LAYERNORM, "batch=16")
     given = batch(0), batch(1)
     whole = trainer(*settings)

@@ -1,4 +1,4 @@
-"""What a training says at its end, and what it would take before its begin."""
+"""The lines at the end of a training, and the estimate before its start."""
 
 import re
 import signal
@@ -16,7 +16,7 @@ from wds_train.commands import status
 from wds_train.config.recipe import Recipe
 from wds_train.storage.base import Store
 from wds_train.training import dry_run as estimate
-from wds_train.training.outcome import next_commands, outcome, resume_command
+from wds_train.training.outcome import describe_outcome, next_commands, resume_command
 
 
 def run_of(*tops: tuple[float, float]) -> RunManifest:
@@ -33,7 +33,7 @@ def run_of(*tops: tuple[float, float]) -> RunManifest:
 
 
 def test_the_end_names_the_best_epoch_and_the_last() -> None:
-    assert outcome(run_of((50.0, 40.0), (60.0, 65.0), (61.0, 64.0))) == [
+    assert describe_outcome(run_of((50.0, 40.0), (60.0, 65.0), (61.0, 64.0))) == [
         "last     top-1 61.00 % raw, 64.00 % EMA",
         "best     top-1 65.00 % EMA, of epoch 2: the weights that eval takes",
     ]
@@ -41,7 +41,8 @@ def test_the_end_names_the_best_epoch_and_the_last() -> None:
 
 def test_the_next_commands_are_those_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WDS_BUCKET", raising=False)
-    ema, raw = run_of((60.0, 65.0)), run_of((66.0, 65.0))
+    ema = run_of((60.0, 65.0))
+    raw = run_of((66.0, 65.0))
     assert next_commands(ema, "s3://embedded/runs/c1", test=True) == [
         "next     wds-train eval c1 --split test",
         "         wds-train export c1 --to c1.safetensors",
@@ -49,7 +50,8 @@ def test_the_next_commands_are_those_of_this_run(monkeypatch: pytest.MonkeyPatch
     ]
     assert next_commands(raw, "s3://bucket/runs/c1", test=False) == [
         "next     wds-train export s3://bucket/runs/c1 --best raw --to c1.safetensors",
-        "         wds-train train --like s3://bucket/runs/c1 --set seed=7 --run s3://bucket/runs/c1-seed-7",
+        "         wds-train train --like s3://bucket/runs/c1 --set seed=7 "
+        "--run s3://bucket/runs/c1-seed-7",
     ]
     monkeypatch.setenv("WDS_BUCKET", "s3://bucket")
     assert resume_command("s3://bucket/runs/c1") == "wds-train train c1"
@@ -125,7 +127,8 @@ def test_the_start_says_what_an_epoch_leaves_out(
         2 * (22 * float(steps[1]) + 2 * float(steps[2])), rel=0.2, abs=0.02
     )
     assert re.search(
-        r"memory   about [\d.]+ GB of [\d.]+\nnothing was written: without --dry-run, this begins\n",
+        r"memory   about [\d.]+ GB of [\d.]+\n"
+        r"nothing was written: without --dry-run, this begins\n",
         said.out,
     )
     assert not (tmp_path / "run").exists()
@@ -147,7 +150,10 @@ def test_the_start_says_what_an_epoch_leaves_out(
 def test_a_training_that_takes_too_long_here_gets_a_smaller_one_named(
     small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of those that take no larger images, the last: none is short enough. Not of one whose options it does not have."""
+    """The last of those without larger images: none is short enough.
+
+    A model that does not know the recipe's options is skipped.
+    """
     monkeypatch.setattr(estimate, "TOO_LONG", 0.0)
     monkeypatch.setattr(
         estimate, "SMALLER", (("test_resnet", 64), ("test_resnet", 32), ("test_vit", 32))
@@ -181,7 +187,7 @@ def test_a_status_is_watched_until_the_run_ends(
     monkeypatch.setattr(status, "WATCH_SECONDS", 0.02)
     done = run_of((60.0, 65.0))
     done = replace(done, dataset={"fingerprint": "x"}, written=time.time(), lease=60.0)
-    done = done.claimed(replace(done.owner, machine="another"), 60.0, time.time())
+    done = done.with_claim(replace(done.owner, machine="another"), 60.0, time.time())
     running = tmp_path / "manifest.json"
     running.write_bytes(done.to_json())
     states = [done, done, replace(done, checkpoints=()), replace(done, status="done")]

@@ -1,4 +1,4 @@
-"""Weights of others: from timm's hub, from a file of timm's, from one of ours; and the images that they were trained on."""
+"""Weights to begin with: from timm's hub, from a file of timm's, or from one of ours."""
 
 import http.server
 import re
@@ -100,8 +100,10 @@ def test_without_a_network_one_sentence_says_which_file_to_bring(no_hub: None) -
     with pytest.raises(StoreError) as caught:
         trainer("model.name=test_resnet", "model.init=timm:")
     assert re.fullmatch(
-        r"model.init = 'timm:test_resnet': the weights could not be fetched \(ConnectError: [^\n]*\); download "
-        rf"https://huggingface.co{PLACE} where there is a network, and name that file here: --init FILE",
+        r"model.init = 'timm:test_resnet': the weights could not be fetched "
+        r"\(ConnectError: [^\n]*\); download "
+        rf"https://huggingface.co{PLACE} where there is a network, and name that file here: "
+        r"--init FILE",
         str(caught.value),
     )
     with pytest.raises(
@@ -120,7 +122,7 @@ def test_weights_that_timm_does_not_have(setting: str, name: str) -> None:
 
 
 def plain(folder: Path, name: str = "test_resnet", classes: int = 1000, **options: object) -> Path:
-    """A file as timm's hub has it, of random weights; as the older ones, without BatchNorm's counters."""
+    """Write a file as timm's hub has it; older ones lack BatchNorm's counters."""
     path = folder / "model.safetensors"
     found = {
         n: v
@@ -138,7 +140,8 @@ def plain(folder: Path, name: str = "test_resnet", classes: int = 1000, **option
 def test_a_file_of_timms_is_taken(tmp_path: Path, classes: int, note: str) -> None:
     path = plain(tmp_path, classes=classes, block_args={"attn_layer": "se"})
     running = trainer(f"model.init={path}", "model.squeeze_excite=true")
-    theirs, ours = load_file(path), running.model.state_dict()
+    theirs = load_file(path)
+    ours = running.model.state_dict()
     body = {name for name in theirs if classes == 10 or not name.startswith("fc.")}
     assert all(torch.equal(ours[name], theirs[name]) for name in body)
     assert note in running.notes[0]

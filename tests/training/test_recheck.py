@@ -1,4 +1,4 @@
-"""Hardware that computes wrongly now and then: `--recheck` finds it, and nothing wrong is committed."""
+"""Hardware that computes wrongly at times: `--recheck` finds it, and nothing wrong is committed."""
 
 import contextlib
 import json
@@ -46,11 +46,12 @@ def flip(tensor):
 
 
 def now(trainer):
-    """Whether this is the moment: the first of the two times that the step is computed."""
+    """Return True at the moment of the fault: one of the two times that the step is computed."""
     step = trainer.progress.step
     passes[step] = passes.get(step, 0) + 1
     once = "mark" not in fault or not os.path.exists(fault["mark"])
-    if not (here and once and step + 1 in fault.get("steps", []) and passes[step] == fault.get("time", 1)):
+    is_due = step + 1 in fault.get("steps", []) and passes[step] == fault.get("time", 1)
+    if not (here and once and is_due):
         return False
     if "mark" in fault:
         open(fault["mark"], "w").close()
@@ -175,12 +176,16 @@ def test_a_bit_that_flips_once_is_named_and_trained_again(
     what: str,
     named: str,
 ) -> None:
-    there, last = replace(machine, ranks=ranks), ranks - 1
+    there = replace(machine, ranks=ranks)
+    last = ranks - 1
     run = str(tmp_path / "run")
     fault = {"what": what, "steps": [16], "rank": last, "mark": str(tmp_path / "flipped")}
     code, said = there.train(run, "--recheck", "4", **fault)
     assert code == 75, said
-    where = rf"step 16, computed twice on rank {last} \({socket.gethostname()}, process \d+\), gave two results"
+    where = (
+        rf"step 16, computed twice on rank {last} \({socket.gethostname()}, process \d+\), "
+        r"gave two results"
+    )
     assert re.search(rf"wds-train: {where}: they differ in {named}", said), said
     assert "goes back to step 11, and goes on from there" in said
     manifest = manifest_of(run)
@@ -201,7 +206,8 @@ def test_a_bit_that_flips_once_is_named_and_trained_again(
 def test_a_machine_that_goes_on_computing_wrongly_is_left(
     machine: Machine, tmp_path: Path, ranks: int, time: int
 ) -> None:
-    there, run = replace(machine, ranks=ranks), str(tmp_path / "run")
+    there = replace(machine, ranks=ranks)
+    run = str(tmp_path / "run")
     fault = {"what": "gradient", "steps": list(range(12, 30)), "time": time}
     assert there.train(run, "--recheck", "4", **fault)[0] == 75
     code, said = there.train(run, "--recheck", "4", **fault)
@@ -315,7 +321,7 @@ def test_a_manifest_of_before_goes_on(tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_a_step_taken_twice_leaves_what_one_leaves(settings: tuple[str, ...]) -> None:
-    """From the very first step on, when the optimizer has no state yet. Some optimizers keep numbers in their groups."""
+    """Also the first step, when the optimizer has no state. Some keep numbers in their groups."""
     usual, checked = (
         trainer("optimizer.lr=0.01", "model.drop_path=0.2", *settings) for _ in range(2)
     )

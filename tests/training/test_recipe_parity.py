@@ -1,4 +1,4 @@
-"""What recipes ask of the device, against timm's and PyTorch's own objects, closed forms, and plain sums."""
+"""Recipes on the device, compared with timm, PyTorch, closed forms and plain sums."""
 
 import copy
 import re
@@ -92,8 +92,10 @@ def test_bce_is_timms_and_the_mean_of_each_class(smoothing: float, threshold: fl
 
 def test_distillation_is_the_closed_form() -> None:
     student, _, _ = logits_and_targets()
-    teacher, t = student.flip(0), 2.0
-    p, q = (teacher / t).softmax(dim=1), (student / t).softmax(dim=1)
+    teacher = student.flip(0)
+    t = 2.0
+    p = (teacher / t).softmax(dim=1)
+    q = (student / t).softmax(dim=1)
     expected = 0.7 * 1.5 + 0.3 * t**2 * (p * (p / q).log()).sum(dim=1).mean()
     got = distilled(DistillRecipe(weight=0.3, temperature=t), torch.tensor(1.5), student, teacher)
     torch.testing.assert_close(got, expected)
@@ -108,7 +110,8 @@ def test_the_teacher_sees_the_mixed_images_in_its_own_normalisation(tmp_path: Pa
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
     teacher = create_model(recipe().model, 10, 7, CPU).eval()
     with torch.no_grad():
-        p, q = teacher((pixels - mean) / std).log_softmax(1), student(images).log_softmax(1)
+        p = teacher((pixels - mean) / std).log_softmax(1)
+        q = student(images).log_softmax(1)
     assert running.step(batch(0)).item() == pytest.approx(
         (p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4
     )
@@ -159,10 +162,8 @@ def test_an_optimizer_that_cannot_be_resumed_is_refused() -> None:
 
 
 def test_gradients_are_clipped_as_torch_does() -> None:
-    free, clipped = (
-        trainer("optimizer.lr=0.1"),
-        trainer("optimizer.lr=0.1", "optimizer.clip_norm=0.05"),
-    )
+    free = trainer("optimizer.lr=0.1")
+    clipped = trainer("optimizer.lr=0.1", "optimizer.clip_norm=0.05")
     free.step(batch(0))
     clipped.step(batch(0))
     norm = torch.nn.utils.clip_grad_norm_(free.model.parameters(), 0.05)
@@ -174,7 +175,8 @@ def test_gradients_are_clipped_as_torch_does() -> None:
 
 def test_a_scaler_is_undone_before_clipping() -> None:
     """The scaler starts at 65536: clipping scaled gradients would leave next to nothing of them."""
-    plain, scaled = trainer("optimizer.clip_norm=0.05"), trainer("optimizer.clip_norm=0.05")
+    plain = trainer("optimizer.clip_norm=0.05")
+    scaled = trainer("optimizer.clip_norm=0.05")
     scaled = Trainer(scaled.recipe, 10, 10, CPU, precision="fp16")
     plain.step(batch(0))
     scaled.step(batch(0))
@@ -192,7 +194,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
     running.step(batch(0))
     with pytest.raises(
         NotFinite,
-        match=r"norm of the gradients is (inf|nan) by step 1, .*optimizer.lr \(now 0.01\) or set .*clip_norm",
+        match=r"norm of the gradients is (inf|nan) by step 1, .*optimizer.lr \(now 0.01\) or set "
+        r".*clip_norm",
     ):
         running.epoch_loss()
 
@@ -279,8 +282,10 @@ def test_a_run_starts_from_a_file_and_resumes_without_it(tmp_path: Path) -> None
 
 def test_a_head_of_other_classes_stays_random(tmp_path: Path) -> None:
     path = exported(tmp_path, classes=7)
-    running, random = trainer(f"model.init={path}"), trainer()
-    source, own = create_model(recipe().model, 7, 7, CPU).state_dict(), running.model.state_dict()
+    running = trainer(f"model.init={path}")
+    random = trainer()
+    source = create_model(recipe().model, 7, 7, CPU).state_dict()
+    own = running.model.state_dict()
     assert all(
         torch.equal(own[name], value)
         for name, value in source.items()
@@ -294,19 +299,24 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     path = exported(tmp_path, "model.squeeze_excite=true")
     with pytest.raises(
         UsageError,
-        match=r"does not fit the model test_resnet: .*layer.*se\.fc1.* is \[.*\] there, absent here",
+        match=r"does not fit the model test_resnet: .*layer.*se\.fc1.* is \[.*\] there, "
+        r"absent here",
     ):
         trainer(f"model.init={path}")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precisions_train_and_resume_exactly(precision: engine.Precision) -> None:
-    plain, unbroken, first, second = (
-        trainer(),
-        *(Trainer(recipe(), 10, 10, CPU, precision=precision) for _ in range(3)),
-    )
+    def make() -> Trainer:
+        return Trainer(recipe(), 10, 10, CPU, precision=precision)
+
+    plain = trainer()
+    unbroken = make()
+    first = make()
+    second = make()
     for step in range(2):
-        wide, low = plain.step(batch(step)), unbroken.step(batch(step))
+        wide = plain.step(batch(step))
+        low = unbroken.step(batch(step))
         assert low.item() == pytest.approx(wide.item(), rel=0.02)
         assert low.item() != wide.item()
     first.step(batch(0))
@@ -331,7 +341,7 @@ def test_a_resume_may_change_the_precision(
 
 
 def test_a_compiled_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a backend that needs no C++ compiler, and takes seconds; checkpoints pass between it and the plain one."""
+    """With a backend that needs no C++ compiler; a checkpoint is good for both models."""
     monkeypatch.setattr(engine, "COMPILER", "aot_eager")
     calls: list[object] = []
     compiler = torch.compile
@@ -340,7 +350,8 @@ def test_a_compiled_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> 
         "compile",
         lambda *given, **named: (calls.append(named), compiler(*given, **named))[1],
     )
-    plain, compiled = trainer(), Trainer(recipe(), 10, 10, CPU, compile=True)
+    plain = trainer()
+    compiled = Trainer(recipe(), 10, 10, CPU, compile=True)
     assert calls == [{"backend": "aot_eager"}]
     for step in range(2):
         assert compiled.step(batch(step)).item() == pytest.approx(
@@ -361,7 +372,8 @@ def test_a_resume_is_exact_with_everything_on(tmp_path: Path) -> None:
     def make(resumes: bool = False) -> Trainer:
         return Trainer(settings, 10, 10, CPU, accumulate=2, precision="bf16", resumes=resumes)
 
-    unbroken, first = make(), make()
+    unbroken = make()
+    first = make()
     for step in range(8):
         unbroken.step(batch(step))
     for step in range(5):

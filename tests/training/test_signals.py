@@ -25,13 +25,16 @@ def test_a_signal_commits_and_exits_with_75(small: str, tmp_path: Path, name: st
     with all_ended(trainings):
         trainings[0].until("epoch   1/400")
         wait_for_commit(job.run)
-        # A terminal, or Slurm, sends it to the workers, too, which must go on until the trainer ends them.
+        # A terminal, or Slurm, sends it to the workers, too, which must go on until the trainer
+        # ends them.
         for worker in children(trainings[0].pid) if name != "SIGTERM" else []:
             os.kill(worker, signal.Signals[name])
         assert trainings[0].end(signal.Signals[name]) == 75, trainings[0].output
     output = trainings[0].output
     assert output.count(f"{name}: stopping at the next step, state committed") == 1
-    step = int(re.search(rf"stopped by {name} at step (\d+) of 4400, state committed", output)[1])  # type: ignore[index]
+    stopped = re.search(rf"stopped by {name} at step (\d+) of 4400, state committed", output)
+    assert stopped is not None
+    step = int(stopped[1])
     assert "report   " in output
     assert "Traceback" not in output
     manifest, _ = read_run(open_store(job.run))
@@ -67,9 +70,9 @@ def test_what_comes_twice_by_itself_stops_no_sooner(small: str, tmp_path: Path, 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_person_who_asks_twice_is_heard_at_once(name: str) -> None:
     stop = StopRequest()
-    stop._set(signal.Signals[name], None)
+    stop._handle(signal.Signals[name], None)
     with pytest.raises(KeyboardInterrupt):
-        stop._set(signal.Signals[name], None)
+        stop._handle(signal.Signals[name], None)
     assert stop.cause == name
 
 

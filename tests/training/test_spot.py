@@ -28,13 +28,14 @@ def imds(aws_env: pytest.MonkeyPatch) -> Iterator[FakeImds]:
 
 @pytest.fixture
 def stop() -> StopRequest:
-    """That nobody's signals reach."""
+    """A request to stop that no signal reaches."""
     return StopRequest()
 
 
 def assert_left(stop: StopRequest, began: float, least: float, most: float) -> None:
-    """That between `least` and `most` seconds were left at `began`, a monotonic time, or at a moment since."""
-    left, gone = stop.left, time.monotonic() - began
+    """Assert that `least` to `most` seconds were left at `began`, a monotonic time, or since."""
+    left = stop.left
+    gone = time.monotonic() - began
     assert least - gone < left <= most
 
 
@@ -104,10 +105,12 @@ def test_a_failing_service_says_nothing_and_is_asked_again(
     with SpotWatch(stop, every=3600) as spot:
         wait_until(lambda: imds.asked["GET", ACTION, 404] == 1)
         imds.give_notice()
-        imds.broken, spot._seconds = broken, 0.4
+        imds.broken = broken
+        spot._seconds = 0.4
         assert not spot.look()
         assert stop.cause is None
-        imds.broken, spot._seconds = None, 20.0
+        imds.broken = None
+        spot._seconds = 20.0
         assert spot.look()
 
 
@@ -280,7 +283,8 @@ def test_on_ec2_a_service_that_cannot_be_reached_is_said_and_asked_on(
         # It comes back, and is heeded.
         nowhere.setattr(spots, "ANSWER_SECONDS", 20.0)
         nowhere.setattr(spots, "ADDRESSES", {"ipv4": imds.url})
-        spot._seconds, imds.broken = 20.0, None
+        spot._seconds = 20.0
+        imds.broken = None
         imds.give_notice()
         wait_until(lambda: stop.cause == "the spot notice")
     assert len(said) == 2 and said[1].endswith("answers now: a spot notice will be heeded")
@@ -309,9 +313,11 @@ def test_a_service_that_falls_silent_is_said_once(
     said: list[str] = []
     with SpotWatch(stop, every=0.01, say=said.append) as spot:
         wait_until(lambda: imds.asked["GET", ACTION, 404] > 0)
-        spot._seconds, imds.broken = 0.1, broken
+        spot._seconds = 0.1
+        imds.broken = broken
         wait_until(lambda: said != [])
-        imds.broken, spot._seconds = None, 20.0
+        imds.broken = None
+        spot._seconds = 20.0
         imds.give_notice()
         wait_until(lambda: stop.cause == "the spot notice")
     assert len(said) == 1 and "answers no more (" in said[0]

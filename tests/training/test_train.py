@@ -1,4 +1,4 @@
-"""Whole trainings in processes of their own: killed, resumed, and compared bit by bit with one that ran unbroken."""
+"""Whole trainings in processes: killed, resumed, and bit by bit equal to unbroken ones."""
 
 import json
 import os
@@ -82,7 +82,8 @@ def final(url: str) -> tuple[RunManifest, Snapshot, list[str]]:
 
 
 def assert_equal_runs(one: str, other: str) -> None:
-    (manifest, snapshot, history), (manifest2, snapshot2, history2) = final(one), final(other)
+    manifest, snapshot, history = final(one)
+    manifest2, snapshot2, history2 = final(other)
     assert manifest.status == manifest2.status == "done"
     assert manifest.result == manifest2.result
     assert history == history2
@@ -108,7 +109,8 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(
     """SIGKILL at three moments, SIGTERM at a fourth, another number of workers each time."""
     unbroken = Training(digits.store.url, f"{s3_url}/unbroken")
     assert unbroken.end() == 0, unbroken.output
-    broken, rng = f"{s3_url}/broken", random.Random(0)
+    broken = f"{s3_url}/broken"
+    rng = random.Random(0)
     for workers, moment, sent in (
         (0, "dataset", signal.SIGKILL),
         (2, "epoch   1/2", signal.SIGKILL),
@@ -135,7 +137,7 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(
 
 
 def test_a_first_training_needs_no_settings(home: Path, aws_env: pytest.MonkeyPatch) -> None:
-    """The embedded server and the digits come by themselves; a second call knows that the run is done."""
+    """The embedded server and the digits need no set-up; a second call finds the run done."""
     command = [
         sys.executable,
         "-m",

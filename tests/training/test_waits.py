@@ -1,4 +1,4 @@
-"""What a training waits for its batches is data, but for what its device still had to do meanwhile."""
+"""A wait for batches counts as data, except the time in which the device still had work."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -26,7 +26,8 @@ class Gpu:
 
 class Event:
     def __init__(self, gpu: Gpu, at: float) -> None:
-        self.gpu, self.at = gpu, at
+        self.gpu = gpu
+        self.at = at
 
     def query(self) -> bool:
         return self.at <= self.gpu.now

@@ -1,11 +1,14 @@
-"""Settling a commit that an earlier attempt announced and did not finish."""
+"""Settle a commit that an earlier attempt announced and did not finish.
+
+`Run.restore` does it first of all, before it reads a checkpoint.
+"""
 
 from functools import partial
 
 from wds_train.checkpoint.committer import collect
 from wds_train.checkpoint.lease import Say
 from wds_train.checkpoint.restore import read_pending
-from wds_train.checkpoint.run_manifest import adopting
+from wds_train.checkpoint.run_manifest import adopt_commit
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.writer import Writer
 from wds_train.errors import RunError
@@ -18,9 +21,9 @@ def settle_pending(writer: Writer, keep_every: int, say: Say) -> Snapshot | None
     or damaged, it is forgotten and deleted as a whole, its metrics with it.
 
     Args:
-        writer: The run's, by which this process owns it.
-        keep_every: As a commit has it.
-        say: Told what became of the commit.
+        writer: The writer of the run's manifest.
+        keep_every: Keep the checkpoint of every so many'th validation; 0: of none for that reason.
+        say: Called with a line on what became of the commit.
 
     Returns:
         The state to go on from, or None where there is no such commit or it is not whole.
@@ -32,6 +35,8 @@ def settle_pending(writer: Writer, keep_every: int, say: Say) -> Snapshot | None
     pending = before.pending
     if pending is None:
         return None
+
+    # Read it as a whole, and decide.
     step = pending.checkpoint.progress.step
     snapshot: Snapshot | None = None
     try:
@@ -49,6 +54,8 @@ def settle_pending(writer: Writer, keep_every: int, say: Say) -> Snapshot | None
             f"the commit of step {step} was uploaded by the attempt before, which ended before it "
             "was named: adopted"
         )
-        writer.write(partial(adopting, pending=pending, keep_every=keep_every))
+        writer.write(partial(adopt_commit, pending=pending, keep_every=keep_every))
+
+    # Delete the objects of the commit itself, or the checkpoints that it replaces.
     collect(writer.store, before, writer.manifest, say)
     return snapshot

@@ -1,4 +1,7 @@
-"""A clock of a process's activities, which says where its seconds go."""
+"""A clock of a process's activities, for the report of where paid time goes.
+
+The training turns it; the writer of the manifest reads it at every write.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,9 +11,10 @@ from typing import Literal
 from wds_train.checkpoint.goodput import Spent
 
 Activity = Literal["start", "steps", "data", "commit", "validation"]
+# Activities that are lost when the process ends in the middle of them.
 UNFINISHED = ("steps", "validation")
-"""Activities that are lost when the process ends in the middle of them."""
-DIGITS = 3  # of the seconds that are noted
+# Decimals of the seconds in a manifest: milliseconds, far below the length of a step.
+DIGITS = 3
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,13 @@ class _Since:
 
 
 class Clock:
-    """Adds up the seconds of a process by its activities; it begins with "start".
+    """Adds up the seconds of a process by its activities; the first one is "start".
 
     One thread turns it and others read it, without a lock: all that it knows is one object, which
     is replaced.
+
+    Args:
+        now: Returns the monotonic time, seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
@@ -39,29 +46,34 @@ class Clock:
         return self._since.activity
 
     def turn(self, activity: Activity, also: float = 0.0) -> None:
-        """Say that the activity so far is finished, and that another one begins.
+        """Finish the activity so far, and begin another one.
 
-        `also` are seconds of the finished one that belong to the new one.
+        Args:
+            activity: The new one.
+            also: Seconds of the finished one that belong to the new one.
         """
         now = self._now()
         spent = _spent(self._since, now)
         if also:
+            # Moved one after the other: both may be the same activity.
             left: float = getattr(spent, self._since.activity) - also
             spent = replace(spent, **{self._since.activity: left})
             spent = replace(spent, **{activity: getattr(spent, activity) + also})
         self._since = _Since(activity, now, spent)
 
     def read(self) -> Spent:
-        """Return what was spent so far, the activity under way included."""
+        """Return the seconds so far, with those of the activity under way."""
+        # Read once: another thread may turn the clock meanwhile.
         since = self._since
         now = self._now()
-        spent = _spent(since, now)
-        under_way = now - since.began if since.activity in UNFINISHED else 0.0
-        rounded = {name: round(seconds, DIGITS) for name, seconds in vars(spent).items()}
-        return Spent(**rounded | {"under_way": round(under_way, DIGITS)})
+        under_way = 0.0
+        if since.activity in UNFINISHED:
+            under_way = now - since.began
+        spent = replace(_spent(since, now), under_way=under_way)
+        return Spent(**{name: round(seconds, DIGITS) for name, seconds in vars(spent).items()})
 
 
 def _spent(since: _Since, now: float) -> Spent:
-    """Return what was spent until `now`."""
+    """Return the seconds until `now`."""
     so_far: float = getattr(since.before, since.activity)
     return replace(since.before, **{since.activity: so_far + now - since.began})

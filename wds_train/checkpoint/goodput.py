@@ -1,8 +1,7 @@
-"""The paid time of a run by its use.
+"""The paid time of a run by its use, and the share that became steps that count.
 
-Here are the notes of an attempt, and the share that became steps that count.
-
-docs/report.md defines each part. Every paid second is in exactly one of them.
+Pure: `checkpoint/clock.py` takes the time, and the run's manifest keeps it. docs/report.md defines
+each part. Every paid second is in exactly one of them.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,7 +9,9 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of one process by its activities, which add up to its whole time.
+    """Seconds of one process by its activities.
+
+    All but `under_way` add up to its whole time.
 
     Attributes:
         start: Until the first step.
@@ -18,7 +19,8 @@ class Spent:
         data: Waiting for batches.
         commit: Blocked by a commit.
         validation: Validating.
-        under_way: Those of `steps` or `validation` that belong to what is not finished yet.
+        under_way: The seconds of the step or the validation that is not finished yet. They are in
+            `steps` or `validation`, too.
     """
 
     start: float = 0.0
@@ -36,7 +38,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Parts:
-    """Paid seconds by what became of them.
+    """Paid seconds by their use.
 
     Attributes:
         steps: Became steps that count.
@@ -45,8 +47,8 @@ class Parts:
         commit: Blocked by a commit.
         validation: Validations that count.
         lost: In a step or a validation that was never finished.
-        trained_twice: In steps and validations that were finished, and that no checkpoint holds.
-        not_recorded: Of attempts whose version noted nothing of this.
+        trained_twice: In steps and validations that were finished, but are in no checkpoint.
+        not_recorded: Of attempts of an older version, which did not record this.
     """
 
     steps: float = 0.0
@@ -65,9 +67,9 @@ class Parts:
 
     @property
     def goodput(self) -> float | None:
-        """The share of the paid time that became steps that count; None where no attempt noted it.
+        """The share of the paid time that became steps that count; None where nothing is recorded.
 
-        Time that was not recorded does not count: the share is then the least that it can be.
+        Time that was not recorded counts as paid, but not as steps: the share is a lower bound.
         """
         if self.paid <= self.not_recorded:
             return None
@@ -75,6 +77,7 @@ class Parts:
 
     def shares(self) -> dict[str, float]:
         """Return each part as a share of the paid time; empty where nothing was paid."""
+        # An attempt that was claimed this moment has paid for nothing yet.
         paid = self.paid
         if not paid:
             return {}
@@ -82,24 +85,28 @@ class Parts:
 
     def plus(self, other: "Parts") -> "Parts":
         """Return the sum of both, part by part."""
-        added = asdict(other)
-        return Parts(**{name: seconds + added[name] for name, seconds in asdict(self).items()})
+        sums = asdict(self)
+        for name, seconds in asdict(other).items():
+            sums[name] += seconds
+        return Parts(**sums)
 
 
 def parts_of(spent: Spent | None, committed: Spent | None, seconds: float, *, over: bool) -> Parts:
-    """Account for the time of one attempt.
+    """Divide the time of one attempt by its use.
 
     Args:
-        spent: Up to the attempt's last sign of life; None where its version noted nothing.
+        spent: Up to the attempt's last sign of life; None where its version recorded nothing.
         committed: Up to its newest state that counts; None where none does.
         seconds: From its claim to its last sign of life.
-        over: Whether the attempt has ended, so that it commits nothing more.
+        over: True if the attempt has ended, so that it commits nothing more.
     """
     if spent is None:
         return Parts(not_recorded=seconds)
+    # The work of an attempt that goes on may yet be committed.
     counted = spent
     if over:
         counted = committed or Spent()
+    # What is not committed was either left unfinished, or will be trained again.
     useless = spent.steps - counted.steps + spent.validation - counted.validation
     lost = min(useless, spent.under_way)
     return Parts(

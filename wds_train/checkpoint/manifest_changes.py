@@ -1,8 +1,7 @@
-"""Changing what a run's manifest says beside the training, from a process that does not own the
-run.
+"""Change a run's manifest from a process that does not own the run.
 
-The fence stays as it is. An owner that meets the change at its next write finds its own fence,
-takes the manifest up, and writes again.
+`wds-train wandb` does so, to note the run's page. The fence stays as it is: an owner that meets the
+change at its next write finds its own fence, takes the manifest up, and writes again.
 """
 
 import secrets
@@ -16,14 +15,17 @@ from wds_train.errors import Conflict, StoreError
 from wds_train.storage.base import Store
 from wds_train.storage.proof import PROBES, prove
 
-ATTEMPTS = 10
+ATTEMPTS = 10  # an owner writes every 20 s or so: two collisions in a row are rare
 
 
 def amend(store: Store, change: Callable[[RunManifest], RunManifest], say: Say) -> RunManifest:
-    """Swap the newest manifest of the run at `store` for what `change` makes of it.
+    """Apply `change` to the newest manifest of the run at `store`.
 
     Args:
-        change: Is called again with a newer manifest when somebody else has written meanwhile.
+        store: The run's folder.
+        change: Returns the changed manifest. It is called again with a newer one when somebody else
+            has written meanwhile.
+        say: Called with a line on a store that is proved.
 
     Returns:
         The manifest as it is now. Nothing is written where `change` changes nothing.
@@ -38,9 +40,10 @@ def amend(store: Store, change: Callable[[RunManifest], RunManifest], say: Say) 
         changed = change(found)
         if changed == found:
             return found
-        # Nobody writes to a run that is done.
+        # A run that is done needs no proof: nobody else writes to it.
         if found.status != "done" and not proven:
             proven = prove(store, PROBES, say)
+        # Another nonce: the owner could take an equal manifest for its own write.
         changed = replace(changed, nonce=secrets.token_hex(16))
         try:
             store.write(states.NAME, changed.to_json(), if_match=tag)

@@ -1,6 +1,6 @@
-"""Removal of what killed instances left below a run.
+"""Remove the leftovers of killed instances below a run.
 
-That is, objects that no manifest names, parts of uploads, and probes.
+These are objects that no manifest names, parts of uploads, and probes. `Run.claim` does it.
 """
 
 import time
@@ -13,43 +13,49 @@ from wds_train.storage.base import Store
 from wds_train.storage.proof import is_probe
 from wds_train.storage.s3 import hurried
 
-TIDY_SECONDS = 10.0  # for all of it: nobody renews the lease of a claim meanwhile
+# For all of the removal. Nobody renews the lease of a fresh claim meanwhile: a slow server must not
+# let it expire.
+TIDY_SECONDS = 10.0
 
 
 def collect_orphans(store: Store, manifest: RunManifest, say: Say) -> None:
-    """Delete what killed instances uploaded and never named, right after a claim.
+    """Delete the objects that killed instances uploaded and never named, right after a claim.
 
     It is safe for fences up to that of `manifest`: their owners can name nothing more.
 
-    This is housekeeping: what a server lacks for it, or a role may not do, is told in one line. Who
-    may only read a finished run leaves it as it is, and is told nothing.
+    This is housekeeping, so it never ends a training: a server that lacks a function for it, or a
+    role that may not delete, gives one line. A finished run gives none, since its reader may have
+    no right to write.
 
     Args:
-        store: Where the run is.
-        manifest: What the claim wrote, or that of a run that is done.
-        say: What is told to a person.
+        store: The run's folder.
+        manifest: The manifest of the claim, or of a run that is done.
+        say: Called with a line on each object that is removed, or on what cannot be.
     """
-    told = manifest.status == "done"
+    is_said = manifest.status == "done"
     end = time.monotonic() + TIDY_SECONDS
     for prefix in ("ckpt/", "metrics/"):
+        # Objects first; then the parts of uploads that were never completed, which S3 bills, too.
         for tidy in (partial(_remove_orphans, store, manifest, say, end), store.abort_uploads):
             try:
                 _refuse_late(store, end)
                 with hurried(store, TIDY_SECONDS):
                     tidy(prefix)
             except StoreError as error:
-                if not told:
+                if not is_said:
                     say(f"what interrupted uploads left stays there ({error}); see docs/stores.md")
-                told = True
-                # The next request would wait as long.
+                is_said = True
+                # The next request would wait as long, while nobody renews the lease.
                 if isinstance(error, Unavailable):
                     return
 
 
 def _remove_orphans(store: Store, manifest: RunManifest, say: Say, end: float, prefix: str) -> None:
+    """Delete the objects below `prefix` that no manifest can name any more."""
     named = manifest.keys
     for entry in list(store.list(prefix)):
         fence = entry.key.removeprefix(prefix).partition("-")[0]
+        # An object of a later fence belongs to an instance that has claimed the run meanwhile.
         is_orphan = entry.key not in named and fence <= f"{manifest.fence:06d}"
         if is_orphan or is_probe(entry.key):
             _refuse_late(store, end)
@@ -61,6 +67,6 @@ def _remove_orphans(store: Store, manifest: RunManifest, say: Say, end: float, p
 
 
 def _refuse_late(store: Store, end: float) -> None:
-    """Raise `Unavailable` after `end`: the lease must be renewed before it runs out."""
+    """Raise `Unavailable` after `end`: the lease must be renewed before it expires."""
     if time.monotonic() > end:
         raise Unavailable(f"{store.url} is slow: the rest is left to the next start")

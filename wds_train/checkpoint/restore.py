@@ -1,6 +1,10 @@
-"""Reading what a run's manifest names: nothing is claimed, and no thread is started."""
+"""Read the checkpoints and metrics that a run's manifest names.
 
-import hashlib
+Nothing is claimed, and no thread is started: `Run.restore` uses it, and so do commands that only
+look at a run. Every object is checked by its size and sha256, and a checkpoint's tensors by name,
+shape and type.
+"""
+
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,7 +16,8 @@ from wds_train.checkpoint.run_manifest import (
     Pending,
     RunManifest,
     Segment,
-    steps,
+    describe_object,
+    list_steps,
 )
 from wds_train.checkpoint.snapshot import Snapshot
 from wds_train.checkpoint.weight_choice import Choice
@@ -24,12 +29,20 @@ from wds_train.schema import typed
 from wds_train.storage.base import Store
 
 T = TypeVar("T")
-ROUNDS = 10  # of reading what a run in training has replaced meanwhile
+# Rounds of reading objects that a run in training replaces meanwhile; one is the rule.
+ROUNDS = 10
 
 
 def from_newest(store: Store, manifest: RunManifest, read: Callable[[RunManifest], T]) -> T:
-    """Return what `read` makes of the run's manifest, the newest one where a commit has dropped
-    what it named.
+    """Call `read` with the run's manifest; once more with the newest where a commit was faster.
+
+    Args:
+        store: The run's folder.
+        manifest: Its manifest.
+        read: Reads objects that the manifest names; it may raise `Dropped`.
+
+    Returns:
+        The result of `read`.
 
     Raises:
         RunError: The run commits faster than it can be read.
@@ -38,6 +51,7 @@ def from_newest(store: Store, manifest: RunManifest, read: Callable[[RunManifest
         try:
             return read(manifest)
         except Dropped:
+            # A commit has replaced the object: its manifest names others.
             manifest = read_run(store)[0]
     raise too_fast(store)
 
@@ -55,19 +69,21 @@ def read_object(store: Store, named: Object) -> bytes:
     """Return the bytes of an object that a manifest names.
 
     Raises:
-        Dropped: They are gone, and the run's manifest names them no more: a training has committed
-            meanwhile.
-        RunError: They are missing, or not those that the manifest names.
+        Dropped: The object is gone, and the run's manifest names it no more: a training has
+            committed meanwhile.
+        RunError: It is missing, or has other bytes than the manifest says.
     """
     try:
         data = store.read(named.key)
     except NotFound as error:
+        # Replaced by a newer commit, or lost?
         if _is_dropped(store, named.key):
             raise Dropped(
                 f"{store.url}/{named.key} was replaced by a newer commit of the run; try again"
             ) from error
         raise RunError(f"{store.url}/{named.key} is missing") from error
-    found = Object(named.key, len(data), hashlib.sha256(data).hexdigest())
+    # The store may have kept other bytes than were sent.
+    found = describe_object(named.key, data)
     if found != named:
         raise RunError(
             f"{store.url}/{named.key} is damaged: it has {found.bytes} bytes of sha256 "
@@ -80,7 +96,8 @@ def _is_dropped(store: Store, key: str) -> bool:
     """Return True if the run's manifest, read again, does not name the object."""
     try:
         newest, _ = read_run(store)
-    except WdsTrainError:  # then nothing tells that it was replaced
+    except WdsTrainError:
+        # Nothing says that it was replaced: the object counts as missing.
         return False
     return key not in newest.keys
 
@@ -89,7 +106,7 @@ def read_checkpoint(store: Store, run: RunManifest, named: Checkpoint) -> Snapsh
     """Return a checkpoint that `run` names.
 
     Raises:
-        RunError: A training could not go on from it.
+        RunError: It is damaged, or of another model or optimizer: no training could go on from it.
     """
     data = read_object(store, named.object)
     try:
@@ -101,22 +118,26 @@ def read_checkpoint(store: Store, run: RunManifest, named: Checkpoint) -> Snapsh
 
 
 def read_chosen(store: Store, run: RunManifest, chosen: Checkpoint) -> Snapshot:
-    """Return the checkpoint that a person asked for, as `read_checkpoint` gives it; the error names
-    the steps whose checkpoints could be used.
+    """Return the checkpoint that a person asked for.
+
+    Raises:
+        RunError: It cannot be used; the message names the steps whose checkpoints can be.
     """
     try:
         return read_checkpoint(store, run, chosen)
     except RunError as error:
-        usable = [
-            each for each in run.checkpoints if each != chosen and flaw_of(store, run, each) is None
-        ]
+        # All are read, which may take minutes; a person has to choose another one.
+        usable = []
+        for each in run.checkpoints:
+            if each != chosen and flaw_of(store, run, each) is None:
+                usable.append(each)
         raise RunError(
-            f"{error}; the usable checkpoints are those of step {steps(usable)}"
+            f"{error}; the usable checkpoints are those of step {list_steps(usable)}"
         ) from error
 
 
 def flaw_of(store: Store, run: RunManifest, named: Checkpoint) -> RunError | None:
-    """Return why a checkpoint cannot be used, if it cannot."""
+    """Return the error for a checkpoint that cannot be used; None for one that can."""
     try:
         read_checkpoint(store, run, named)
     except RunError as error:
@@ -125,50 +146,57 @@ def flaw_of(store: Store, run: RunManifest, named: Checkpoint) -> RunError | Non
 
 
 def read_records(store: Store, segment: Segment) -> list[dict[str, Any]]:
-    """Return the records of a segment of metrics, a line each.
+    """Return the rows of a segment of metrics.
 
     Raises:
         RunError: It is damaged.
     """
     data = read_object(store, segment.object)
+    rows: list[dict[str, Any]] = []
     try:
-        return [typed(dict[str, float], json.loads(line), "a record") for line in data.splitlines()]
+        for line in data.splitlines():
+            rows.append(typed(dict[str, float], json.loads(line), "a record"))
     except (ValueError, RecursionError) as error:
         raise RunError(f"{store.url}/{segment.object.key} is damaged: {error}") from error
+    return rows
 
 
 def read_pending(store: Store, run: RunManifest, pending: Pending) -> Snapshot:
-    """Return the state that a commit holds which was announced and not finished.
+    """Return the state of a commit that was announced and not finished.
 
     Raises:
-        RunError: Not all of it arrived, or it is damaged, or the run has a newer checkpoint: it
-            must not be used.
+        RunError: It must not be used: not all of it arrived, it is damaged, or the run has a newer
+            checkpoint.
     """
+    # A late retry of an older state must not take the run back.
     at = pending.checkpoint.progress
-    for newest in run.checkpoints[-1:]:
-        committed = newest.progress
+    if run.checkpoints:
+        committed = run.checkpoints[-1].progress
         if (at.step, at.evaluated) < (committed.step, committed.evaluated):
             raise RunError(f"{pending.checkpoint.object.key} is older than the newest checkpoint")
+    # Read its metrics, too: a segment that is missing makes the commit incomplete.
     if pending.segment is not None:
         read_records(store, pending.segment)
     return read_checkpoint(store, run, pending.checkpoint)
 
 
 def weights_of(store: Store, manifest: RunManifest, choice: Choice) -> Weights:
-    """Return the weights chosen out of the run's checkpoints.
+    """Return the weights that were chosen from the run's checkpoints.
 
     Raises:
-        RunError: Theirs is damaged, with the steps of those that are not, or of a version that did
-            not note the classes.
+        RunError: Their checkpoint is damaged (the message names the steps of sound ones), or of an
+            older version that did not record the classes.
     """
     chosen = choice.checkpoint
     snapshot = read_chosen(store, manifest, chosen)
+    # Without the names of the classes a prediction would be a bare number.
     if "classes" not in snapshot.extra:
         raise RunError(
             f"{store.url}/{chosen.object.key} does not hold its classes, being of an older "
             "wds-train; train again"
         )
     part = {"raw": "model/", "ema": "ema/"}[choice.kind]
+    classes = [ClassInfo(*entry) for entry in snapshot.extra["classes"]]
     return Weights(
         section(snapshot.tensors, part),
         choice.kind,
@@ -177,5 +205,5 @@ def weights_of(store: Store, manifest: RunManifest, choice: Choice) -> Weights:
         chosen.progress.evaluated,
         choice.metrics,
         manifest.settings,
-        tuple(ClassInfo(*entry) for entry in snapshot.extra["classes"]),
+        tuple(classes),
     )

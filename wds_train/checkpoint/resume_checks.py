@@ -1,4 +1,7 @@
-"""Checks that a run goes on with what it began with: its recipe, its dataset and its mixture."""
+"""Checks that a run goes on with the recipe, the dataset and the mixture that it began with.
+
+Pure, except `own_dataset`, which opens a dataset.
+"""
 
 import operator
 from collections.abc import Iterable
@@ -12,26 +15,34 @@ from wds_train.dataset.reader import Dataset
 from wds_train.errors import NotFound, RunError, UsageError
 from wds_train.schema import typed
 
-NAMED = 5  # differences; another recipe differs in dozens
+# Differences in a message; another recipe differs in dozens.
+NAMED = 5
 REMEDY = "leave out what differs, or begin another run: wds-train train NAME --like"
 
 
 def kept_nothing(run: RunManifest) -> bool:
-    """Return True if it was given up without a checkpoint.
+    """Return True if the run ended without a checkpoint.
 
-    A mistyped setting must not hold the name for ever.
+    Its name is free for another training: a mistyped setting must not occupy it for ever.
     """
     return not run.checkpoints and run.status in ("failed", "interrupted", "stopped")
 
 
 def own_dataset(run: RunManifest) -> Dataset:
-    """Return the dataset that `run` was begun on; an error when it is gone, or another one is in
-    its place.
+    """Return the dataset that `run` was begun on.
+
+    Raises:
+        UsageError: The manifest of an older version has no address.
+        NotFound: There is no dataset any more.
+        RunError: There is another dataset at its address.
     """
-    if not (url := run.dataset.get("url")):
+    url = run.dataset.get("url")
+    if not url:
         raise UsageError(
             f"run {run.run} does not say where its dataset is; give its address with --dataset"
         )
+
+    # Open it. It may have been removed, or written once more, since the run began.
     remedy = "give --dataset with the address of the one that the run began on"
     try:
         dataset = Dataset.open(url)
@@ -49,86 +60,126 @@ def own_dataset(run: RunManifest) -> Dataset:
 
 
 def own_mixture(run: RunManifest) -> tuple[tuple[str, float], ...]:
-    """Return the other datasets of `run` and their shares, as --mix gives them."""
-    mixture = _mixture(run.dataset)
-    if any(not each.url for each in mixture):
-        shares = " ".join(f"--mix DATASET={each.share:g}" for each in mixture)
+    """Return the addresses of the other datasets of `run`, and their shares, as --mix gives them.
+
+    Raises:
+        UsageError: The manifest of an older version has no addresses.
+    """
+    mixture = []
+    options = []
+    has_addresses = True
+    for each in _mixture_of(run.dataset):
+        mixture.append((each.url, each.share))
+        options.append(f"--mix DATASET={each.share:g}")
+        if not each.url:
+            has_addresses = False
+    if not has_addresses:
         raise UsageError(
             f"run {run.run} does not say where the datasets of its mixture are; give them again: "
-            f"{shares}"
+            f"{' '.join(options)}"
         )
-    return tuple((each.url, each.share) for each in mixture)
+    return tuple(mixture)
 
 
 def data_of(dataset: Dataset, mixture: Iterable[tuple[Dataset, float]]) -> dict[str, Any]:
-    """Return what a run's manifest says of the data that it is begun on."""
-    mix = [
-        {"fingerprint": other.fingerprint, "share": share, "url": other.store.url}
-        for other, share in mixture
-    ]
-    classes = len(dataset.manifest.classes)
+    """Return the description of a run's data for its manifest.
+
+    Args:
+        dataset: The dataset.
+        mixture: The other datasets, and their shares of every batch.
+    """
+    mix = []
+    for other, share in mixture:
+        mix.append({"fingerprint": other.fingerprint, "share": share, "url": other.store.url})
     return {
         "url": dataset.store.url,
         "fingerprint": dataset.fingerprint,
-        "classes": classes,
+        "classes": len(dataset.manifest.classes),
         "mix": mix,
     }
 
 
 def check_resume(found: RunManifest, fresh: RunManifest, where: str) -> RunManifest:
-    """Return the run `found` at `where` as it goes on: with the dataset where it lies now, and if
-    it kept nothing, as `fresh`. `UsageError` that names all in which `fresh` is another training.
+    """Return the run as it goes on, with the dataset at its present address.
+
+    Args:
+        found: The run's manifest. If the run kept nothing, it goes on as `fresh`.
+        fresh: The run as it would begin.
+        where: The run's address, for the message.
+
+    Raises:
+        UsageError: `fresh` is another training; the message names the differences.
     """
+    # The settings are compared one by one only where the recipes differ, to name them. Those of a
+    # run that kept nothing need not be readable at all.
+    different = []
+    if found.recipe != fresh.recipe and not kept_nothing(found):
+        different = _compare_settings(found.settings, fresh.settings)
+    different += _compare_data(found.dataset, fresh.dataset)
+
+    # The name of a run that kept nothing is free for any training.
     if kept_nothing(found):
-        # What an earlier attempt left half done is of use to the same training alone.
-        same = found.recipe == fresh.recipe and not _other_data(found.dataset, fresh.dataset)
-        pending = found.pending if same else None
+        # The commit that an earlier attempt left half done is of use to the same training alone.
+        pending = found.pending
+        if found.recipe != fresh.recipe or different:
+            pending = None
         return replace(found, recipe=fresh.recipe, dataset=fresh.dataset, pending=pending)
-    settings = (
-        [] if found.recipe == fresh.recipe else _other_settings(found.settings, fresh.settings)
-    )
-    if different := settings + _other_data(found.dataset, fresh.dataset):
-        more = f" and {len(different) - NAMED} more" if len(different) > NAMED else ""
-        raise UsageError(
-            f"{where} was begun with {'; '.join(different[:NAMED])}{more}; {REMEDY} {where}"
-        )
+
+    if different:
+        named = "; ".join(different[:NAMED])
+        if len(different) > NAMED:
+            named += f" and {len(different) - NAMED} more"
+        raise UsageError(f"{where} was begun with {named}; {REMEDY} {where}")
     return replace(found, dataset=fresh.dataset)
 
 
-def _other_settings(saved: Recipe, now: Recipe) -> list[str]:
+def _compare_settings(saved: Recipe, now: Recipe) -> list[str]:
+    """Return the settings that differ, in words; another recipe's name says enough."""
     if saved.name != now.name:
         return [f"recipe {saved.name}, not {now.name}"]
-    different = [
-        name
-        for name in setting_names()
-        if operator.attrgetter(name)(saved) != operator.attrgetter(name)(now)
-    ]
-    return [
-        f"{name} {setting_of(saved, name) or 'empty'}, not {setting_of(now, name) or 'empty'}"
-        for name in different
-    ]
-
-
-def _other_data(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     different = []
-    if saved["fingerprint"] != now["fingerprint"]:
-        names = [
-            f"{each.get('url', 'one')} (fingerprint {each['fingerprint'][:8]})"
-            for each in (saved, now)
-        ]
-        different.append(f"dataset {', not '.join(names)}")
-    mixtures = [_mixture(each) for each in (saved, now)]
-    if len({tuple((each.fingerprint, each.share) for each in mixture) for mixture in mixtures}) > 1:
-        different.append(f"mixture {', not '.join(map(_named, mixtures))}")
+    for name in setting_names():
+        setting = operator.attrgetter(name)
+        if setting(saved) != setting(now):
+            before = setting_of(saved, name) or "empty"
+            after = setting_of(now, name) or "empty"
+            different.append(f"{name} {before}, not {after}")
     return different
 
 
-def _mixture(dataset: dict[str, Any]) -> tuple[Mixed, ...]:
+def _compare_data(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the differences of two descriptions by `data_of`, in words.
+
+    The fingerprint decides: a dataset may have moved.
+    """
+    different = []
+    if saved["fingerprint"] != now["fingerprint"]:
+        different.append(f"dataset {_describe_dataset(saved)}, not {_describe_dataset(now)}")
+    before = _mixture_of(saved)
+    after = _mixture_of(now)
+    if not _are_same(before, after):
+        different.append(f"mixture {_describe_mixture(before)}, not {_describe_mixture(after)}")
+    return different
+
+
+def _mixture_of(dataset: dict[str, Any]) -> tuple[Mixed, ...]:
     return typed(tuple[Mixed, ...], dataset.get("mix", []))
 
 
-def _named(mixture: tuple[Mixed, ...]) -> str:
-    return (
-        ", ".join(f"{each.url or each.fingerprint[:8]}={each.share:g}" for each in mixture)
-        or "none"
-    )
+def _are_same(mixture: tuple[Mixed, ...], other: tuple[Mixed, ...]) -> bool:
+    """Return True if two mixtures are of the same datasets and shares, in the same order."""
+    if len(mixture) != len(other):
+        return False
+    for one, another in zip(mixture, other, strict=True):
+        if (one.fingerprint, one.share) != (another.fingerprint, another.share):
+            return False
+    return True
+
+
+def _describe_dataset(dataset: dict[str, Any]) -> str:
+    return f"{dataset.get('url', 'one')} (fingerprint {dataset['fingerprint'][:8]})"
+
+
+def _describe_mixture(mixture: tuple[Mixed, ...]) -> str:
+    named = [f"{each.url or each.fingerprint[:8]}={each.share:g}" for each in mixture]
+    return ", ".join(named) or "none"

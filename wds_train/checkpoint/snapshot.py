@@ -1,4 +1,7 @@
-"""A training's state in host memory, and as safetensors."""
+"""A training's state in host memory, and as the safetensors of a checkpoint.
+
+`Trainer.snapshot` makes it, the committer encodes it, and `checkpoint/restore.py` decodes it.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,7 +17,7 @@ from wds_train.errors import NotFinite, RunError
 from wds_train.models.tensor_checks import refuse_other_state
 from wds_train.schema import refuse_depth, typed
 
-# What of a checkpoint is no tensor; `teacher` and `classes` are not in all.
+# The types of the parts that are no tensors; `teacher` and `classes` are not in all checkpoints.
 EXTRA = {
     "scalars": dict[str, Any],
     "scaler": dict[str, float],
@@ -45,8 +48,8 @@ class Snapshot:
     def check_finite(self) -> None:
         """Raise `NotFinite` when a tensor is not finite.
 
-        The last step can have broken weights that the loss, which comes before the update, does not
-        show yet.
+        The loss is computed before the update: it does not show yet that the last step broke the
+        weights.
         """
         for name, tensor in self.tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -57,18 +60,24 @@ class Snapshot:
 
     @classmethod
     def decode(cls, data: bytes, progress: Progress) -> "Snapshot":
-        """Read what `encode` wrote.
+        """Read the bytes that `encode` wrote.
+
+        Args:
+            data: The bytes, which may be damaged, or made by somebody who means harm.
+            progress: The progress that the manifest names.
 
         Raises:
             RunError: `data` is no checkpoint of `progress`; the message names the field.
         """
         try:
+            # The header by hand: safetensors does not give the metadata to `load`.
             size = int.from_bytes(data[:8], "little")
             header = typed(dict[str, dict[str, Any]], json.loads(data[8 : 8 + size]), "header")
             metadata = header.get("__metadata__", {})
             parts = {}
             for name in ("extra", "progress"):
                 parts[name] = json.loads(typed(str, metadata.get(name), name))
+            # Nested so deeply that Python's recursion limit would end the process?
             refuse_depth(parts)
             extra = typed(dict[str, Any], parts["extra"], "extra")
             for name, value in extra.items():
@@ -76,20 +85,27 @@ class Snapshot:
             tensors = load_tensors(data)
             snapshot = cls(tensors, extra, typed(Progress, parts["progress"], "progress"))
         except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
-            cause = str(error) if type(error) is ValueError else repr(error)
+            # Our own messages are sentences; those of others need their type beside them.
+            cause = repr(error)
+            if type(error) is ValueError:
+                cause = str(error)
             raise RunError(f"it is no checkpoint: {cause}") from error
         if snapshot.progress != progress:
             raise RunError(f"it holds {snapshot.progress}, the manifest says {progress}")
         return snapshot
 
     def refuse_misfit(self, run: RunManifest) -> None:
-        """Raise `RunError` with the field that is not of the run's model and optimizer."""
+        """Raise `RunError` if the state does not fit the run's model and optimizer.
+
+        The message names the field.
+        """
         recipe = run.settings
-        noted = self.extra.get("classes")
-        classes = run.dataset.get("classes", len(noted or ()))
-        if noted is not None and len(noted) != classes:
+        # Older checkpoints and older manifests lack the classes.
+        names = self.extra.get("classes")
+        classes = run.dataset.get("classes", len(names or ()))
+        if names is not None and len(names) != classes:
             raise RunError(
-                f"extra.classes names {len(noted)} classes, the run's dataset has {classes}"
+                f"extra.classes names {len(names)} classes, the run's dataset has {classes}"
             )
         missing = {"scalars", "scaler"} - self.extra.keys()
         if missing:

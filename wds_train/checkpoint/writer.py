@@ -1,4 +1,7 @@
-"""Writing a run's manifest: compare-and-swap, by the one whose fence it carries."""
+"""Write a run's manifest: by compare-and-swap, and only while it carries our fence.
+
+The committer, the metrics' uploader and the lease thread all write by the one `Writer` of a run.
+"""
 
 import secrets
 import threading
@@ -19,17 +22,18 @@ from wds_train.storage.base import Store
 class Writer:
     """Writes a run's manifest, while it carries the fence that this process claimed with.
 
-    Every write says what `clock` has counted so far.
+    Every write notes the seconds that `clock` has counted so far.
 
     Args:
         store: The run's folder.
-        manifest: Its manifest, as it is there.
+        manifest: Its manifest, as it is on the store.
         tag: The manifest's version on the store.
-        say: Told when the lease could not be renewed.
+        say: Called with a line when the lease could not be renewed.
         leads: False in a rank other than 0, which writes nothing.
 
     Attributes:
-        fatal: The error, found in a thread, after which nothing may be written any more.
+        clock: Counts the paid seconds of this process by activity.
+        fatal: An error of a thread, after which nothing may be written any more.
         closed: Set when the attempt is over.
     """
 
@@ -44,33 +48,38 @@ class Writer:
         self.closed = threading.Event()
         self._tag = tag
         self._say = say
+        # Fields of the attempt for the next write.
         self._noted: dict[str, Any] = {}
         self._claimed_at = time.monotonic()
         self._written_at = self._claimed_at
+        # One write at a time: two threads with the same tag would refuse one another.
         self._writing = threading.Lock()
 
     def start_renewing(self) -> None:
-        """Renew the lease from here on.
+        """Start the thread that renews the lease.
 
-        This process must not fork any more: a forked child would inherit the lock, perhaps held.
+        This process must not fork any more: a child would inherit the lock, perhaps held.
         """
         if self.leads:
             threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def close(self) -> None:
-        """Renew the lease no more."""
+        """Stop renewing the lease."""
         self.closed.set()
 
     def announce(self, pending: Pending | None) -> None:
-        """Name in the manifest the commit that goes up next; None for none.
+        """Name the next commit in the manifest; None for none.
 
         Raises:
-            Interrupted: Another instance has claimed the run.
+            WdsTrainError: As `write`.
         """
         self._swap(lambda manifest: replace(manifest, pending=pending))
 
     def write(self, change: Callable[[RunManifest], RunManifest]) -> None:
-        """Swap the manifest for what `change` makes of it.
+        """Apply `change` to the manifest, and write the result.
+
+        Args:
+            change: Returns the changed manifest. It may be called again, with a newer one.
 
         Raises:
             Interrupted: Another instance has claimed the run.
@@ -80,19 +89,20 @@ class Writer:
         self._swap(change)
 
     def _swap(self, change: Callable[[RunManifest], RunManifest]) -> None:
-        """Write the manifest under the condition that it is as this process left it.
+        """Write the manifest on the condition that it is as this process left it.
 
-        Our own fence in the manifest after a lost swap means that an earlier write of ours arrived,
-        though its answer did not, or that the server refused two writes at one moment (409): take
-        it up and try again.
+        A swap that is refused while our own fence is in the manifest means that an earlier write of
+        ours arrived, though its answer did not, or that the server refused two writes at one moment
+        (409). The manifest is then taken up, and the swap tried again.
         """
         with self._writing:
             for _ in range(3):
+                # The change, and a sign of life: its time, a new nonce, the seconds so far.
                 seconds = time.monotonic() - self._claimed_at
                 spent = self.clock.read()
                 manifest = change(self.manifest).with_attempt(**self._noted, spent=spent)
-                manifest = manifest.stamped(secrets.token_hex(16), time.time(), seconds)
-                # A lost swap is tried again if the manifest is still ours.
+                manifest = manifest.with_stamp(secrets.token_hex(16), time.time(), seconds)
+                # Swap. A refused one is tried again if the manifest is still ours.
                 try:
                     self._look()
                     data = manifest.to_json()
@@ -108,31 +118,31 @@ class Writer:
         )
 
     def note(self, **details: Any) -> None:
-        """Let the next write say more of this attempt, even if it only renews the lease.
+        """Set fields of the attempt with the next write, even if it only renews the lease.
 
-        Nobody waits for it.
+        It does not wait for that write.
         """
+        # Replaced, not changed: the threads that write read it without a lock.
         self._noted = self._noted | details
 
     def _look(self) -> None:
         """Raise `Conflict` when the manifest is not as this process left it.
 
-        The swap itself would be refused. But a server that ignores some conditions, or all with
-        `--unsafe-store`, would take it, and a process that slept would overwrite what its successor
-        has committed.
+        The swap itself would be refused, except by a server that ignores some conditions, or all of
+        them (`--unsafe-store`). There a process that slept would overwrite its successor's commits.
         """
         if self.store.head(states.NAME)[1] != self._tag:
             raise Conflict(f"{self.store.url}/{states.NAME} was written by another writer")
 
     def _take_up(self, error: StoreError) -> None:
-        """Take up the manifest that is there, if it is ours; raise `Interrupted` if it is not."""
+        """Take up the manifest on the store if it is ours; raise `Interrupted` if it is not."""
         try:
             found, tag = read_run(self.store)
         except NotFound as gone:
             raise RunError(
                 f"{self.store.url}/{states.NAME} was deleted while this instance was training"
             ) from gone
-        # Two claims have one fence where a server took both.
+        # The owner, too: a server that took both of two claims gave them one fence.
         if (found.fence, found.owner) != (self.manifest.fence, self.manifest.owner):
             raise Interrupted(
                 f"another instance ({found.owner}) has claimed {self.store.url}; this one stops "
@@ -144,8 +154,8 @@ class Writer:
     def _renew(self) -> None:
         """Renew the lease until the attempt is over: the body of the lease thread.
 
-        A write that fails now may succeed later. Others may claim the run by then, which the next
-        write that passes finds out.
+        A write that fails now may succeed later. If another instance has claimed the run by then,
+        the next write that reaches the store finds out.
         """
         every = self.manifest.lease / leases.RENEWALS
         while not self.closed.wait(max(0.0, self._written_at + every - time.monotonic())):

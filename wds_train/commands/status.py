@@ -9,11 +9,10 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from wds_train.checkpoint.find import find_run
+from wds_train.checkpoint.find import find_run, state_of, where_time_went
 from wds_train.checkpoint.goodput import Parts
 from wds_train.checkpoint.run_manifest import Checkpoint, RunManifest, Totals, name_of
-from wds_train.checkpoint.scores import SCORES, every_of, telling, told
-from wds_train.checkpoint.standing import state_of, where_time_went
+from wds_train.checkpoint.scores import SCORES, describe_score, every_of, telling
 from wds_train.checkpoint.weight_choice import best_weights
 from wds_train.commands.flags import add_region, add_run, dollars, resolve_run
 from wds_train.console import align_columns
@@ -232,7 +231,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
     weights = status["weights"]
     if weights:
         score = {SCORES[weights["kind"]]: weights["top1"]}
-        best = told(weights["kind"], weights["step"], weights["epoch"], score)
+        best = describe_score(weights["kind"], weights["step"], weights["epoch"], score)
     heard = f"last heard of {status['lease_age_s']:.0f} s ago (lease {status['lease_s']:g} s)"
     ended = f"{status['interruptions']} interrupted, {status['failures']} failed"
     rows = [

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wds_train.checkpoint.scores import SCORES, told
+from wds_train.checkpoint.scores import SCORES, describe_score
 from wds_train.dataset.manifest import ClassInfo
 from wds_train.dataset.reader import SplitReader
 from wds_train.evaluation.evaluate import Scored, View
@@ -104,7 +104,7 @@ def write_classes(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def describe_weights(weights: Weights) -> str:
     """Return kind, step and score of weights, in a line."""
-    return told(weights.kind, weights.step, weights.epoch, weights.metrics)
+    return describe_score(weights.kind, weights.step, weights.epoch, weights.metrics)
 
 
 def describe_member(weights: Weights, view: View, *, best: bool) -> dict[str, Any]:

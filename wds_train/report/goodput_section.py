@@ -5,9 +5,9 @@
 
 from dataclasses import asdict
 
+from wds_train.checkpoint.find import parts_by_attempt, where_time_went
 from wds_train.checkpoint.goodput import Parts
 from wds_train.checkpoint.run_manifest import RunManifest
-from wds_train.checkpoint.standing import parts_by_attempt, where_time_went
 from wds_train.report.charts import stacked_chart
 from wds_train.report.formatting import NAMES, headline, span
 from wds_train.report.page import Block, Charts, Table, Text

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 
-from wds_train.checkpoint.standing import where_time_went
+from wds_train.checkpoint.find import where_time_went
 from wds_train.checkpoint.weight_choice import best_weights
 from wds_train.config.presets import PRESETS
 from wds_train.config.recipe import Recipe

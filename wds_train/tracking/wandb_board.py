@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from wds_train.checkpoint.find import where_time_went
 from wds_train.checkpoint.goodput import Parts
 from wds_train.checkpoint.run_manifest import Page, RunManifest
-from wds_train.checkpoint.standing import where_time_went
 from wds_train.checkpoint.weight_choice import best_weights
 from wds_train.files import home
 from wds_train.tracking.metrics import Row

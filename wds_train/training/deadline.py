@@ -1,4 +1,7 @@
-"""Batches that a training waits for no longer than it can."""
+"""Read batches in a thread, so that a request to stop ends the wait for one.
+
+`training/session.py` reads its training and validation batches by it.
+"""
 
 import time
 from collections.abc import Iterator
@@ -10,14 +13,16 @@ from wds_train.loader.eval_loader import EvalLoader
 from wds_train.loader.train_loader import TrainLoader
 from wds_train.training.stop_request import StopRequest
 
-LOOK_SECONDS = 0.5  # between two looks at the request to stop, and at the workers
-DATA_SECONDS = 10.0  # for the batch that is waited for when the training is asked to stop
-# After the death of a worker, for the signal to come that has ended it and this process, too.
+# Between two looks at the request to stop, and at the workers.
+LOOK_SECONDS = 0.5
+# For the next batch once the training is asked to stop. The rest of the grace is for the commit.
+DATA_SECONDS = 10.0
+# After the death of a worker, for the signal that killed it to reach this process, too.
 SIGNAL_SECONDS = 1.0
 
 
 class Stopped(Exception):
-    """Asked to stop, between two steps or two batches of a validation."""
+    """The training was asked to stop, between two steps or two batches of a validation."""
 
 
 def read_until_stopped(loader: TrainLoader | EvalLoader, stop: StopRequest) -> Iterator[Batch]:
@@ -26,11 +31,16 @@ def read_until_stopped(loader: TrainLoader | EvalLoader, stop: StopRequest) -> I
     A training that was asked to stop waits for the next one DATA_SECONDS at most: the run's store
     can take the last commit while the dataset's hangs.
 
+    Args:
+        loader: The loader, whose workers run.
+        stop: The request to stop.
+
     Raises:
-        Stopped: The training was asked to stop, and the batch did not come, or its worker was ended
-            by the same signal.
+        Stopped: The training was asked to stop, and the batch did not come, or its worker was
+            killed by the same signal.
         WorkerDied: A worker has died by itself.
     """
+    # watch.py looks for threads of this name, to say where a batch hangs.
     reader = ThreadPoolExecutor(1, "batches")
     batches = iter(loader)
     try:
@@ -41,6 +51,7 @@ def read_until_stopped(loader: TrainLoader | EvalLoader, stop: StopRequest) -> I
                 return
             yield batch
     finally:
+        # Not waited for: it may hang in a store that does not answer.
         reader.shutdown(wait=False)
 
 
@@ -51,6 +62,7 @@ def _await_or_stop(
     try:
         return _await(coming, loader, stop)
     except WorkerDied:
+        # Ctrl-C, and the end of a Slurm job, reach all processes at one moment.
         end = time.monotonic() + SIGNAL_SECONDS
         while not stop.cause and time.monotonic() < end:
             time.sleep(0.05)
@@ -62,6 +74,7 @@ def _await_or_stop(
 def _await(
     coming: Future[Batch | None], loader: TrainLoader | EvalLoader, stop: StopRequest
 ) -> Batch | None:
+    """Return the batch that is coming; None after the last."""
     until = float("inf")
     while not wait([coming], LOOK_SECONDS).done:
         if stop.cause:

@@ -1,6 +1,6 @@
 """`wds-train train --dry-run`: the time and memory of a training, measured on this machine.
 
-Nothing is claimed, and nothing stays written: the store is proved, as by a claim.
+Nothing is claimed. The store is proved, as by a claim, and the probes are removed again.
 """
 
 import itertools
@@ -26,19 +26,22 @@ from wds_train.training.memory import fit_accumulation
 from wds_train.training.options import TrainOptions
 from wds_train.training.ranks import Ranks
 from wds_train.training.setup import (
+    describe_training,
     epoch_steps,
     expected_pace,
     fresh_run,
-    introduction,
     make_train_loader,
     make_trainer,
     refuse,
 )
 
-MEASURED = 2  # steps, after one that sets up memory and kernels
+# Steps that are measured, after one that sets up memory and kernels.
+MEASURED = 2
 # Samples of those steps on a CPU, whose time and memory grow with them; 1,024 would take minutes.
 CPU_BATCH = 32
-TOO_LONG = 2 * 3600.0  # seconds of a training on a CPU, from which on a smaller one is looked for
+# Seconds. A longer training on a CPU gets the advice of a smaller one.
+TOO_LONG = 2 * 3600.0
+# Models and sides of images to advise, from the best to the fastest.
 SMALLER = (
     ("resnet18", 160),
     ("resnet18", 128),
@@ -49,7 +52,7 @@ SMALLER = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a step, of a validation and of the whole training; the most bytes it holds."""
+    """The cost of a training: seconds of a step, of a validation and of all of it; peak bytes."""
 
     step: float
     validation: float
@@ -75,6 +78,8 @@ class Estimate:
         self.datasets = [first]
         for url, _ in options.mix:
             self.datasets.append(check_same_classes(Dataset.open(url), first))
+
+        # The batch that is measured, and the steps of it that make up one of the training.
         batch = options.recipe.batch
         repeats = options.recipe.data.repeats
         if self.on_cpu:
@@ -89,16 +94,19 @@ class Estimate:
     def read(self) -> tuple[list[Batch], float]:
         """Read the last batches of the training, which are of its largest images.
 
-        It forks: no trainer may have been made.
+        It forks: call it before a trainer is made.
 
         Returns:
             The batches, and the seconds that the loader takes for one.
         """
+        # Without the cache: it would measure this machine's disk, and leave files on it.
         total = self.options.recipe.schedule.epochs * epoch_steps(self.small, self.datasets)
         uncached = replace(self.small, cache_dir=None)
         from_step = max(0, total - MEASURED - 1)
         loader = make_train_loader(uncached, self.datasets, self.ranks, from_step)
         loader.start()
+
+        # From the first batch on: before it the workers start.
         batches = []
         began = 0.0
         for batch in loader:
@@ -107,13 +115,14 @@ class Estimate:
         return batches, (time.perf_counter() - began) / max(1, len(batches) - 1)
 
     def cost(self, options: TrainOptions, batches: list[Batch], loading: float) -> Cost:
-        """Measure the cost of `options`, which are `small` or those of another model.
+        """Measure the cost of a training.
 
         Args:
-            options: The training.
+            options: The training: `small`, or one of another model.
             batches: The batches to work on.
             loading: The seconds that the loader takes for each.
         """
+        # Measure its steps and a batch of its validation.
         trainer = make_trainer(options, self.datasets, self.ranks.device, self.ranks, resumes=True)
         if not self.on_cpu and options.accumulate is None:
             trainer.accumulate = fit_accumulation(trainer)
@@ -125,13 +134,14 @@ class Estimate:
         blank = torch.zeros(shape, dtype=torch.uint8)
         scored = _seconds(_scores(trainer, replace(batches[0], images=blank)))
 
-        # On a CPU loading and work add up; next to a GPU they overlap.
-        step_s = worked + loading if self.on_cpu else max(worked, loading)
-        score_s = scored + loading if self.on_cpu else max(scored, loading)
-        step = step_s * self.share
-        validation = score_s * samples / self.batch / self.processes
+        # Project them on the whole training.
+        step = self._with_loading(worked, loading) * self.share
+        scored = self._with_loading(scored, loading)
+        validation = scored * samples / self.batch / self.processes
         pace = expected_pace(self.options, self.datasets)
         whole = step * sum(pace.costs) * pace.epoch_steps + validation * len(pace.costs)
+
+        # On a CPU the memory of activations grows with the batch, too; a GPU had a whole one.
         grown = self._memory() - made
         if self.on_cpu:
             grown *= self.share
@@ -149,12 +159,14 @@ class Estimate:
                 f"data.size={side}",
                 f"data.eval_size={side}",
             ]
+            # The same batches with smaller images: decoding is not measured once more.
+            blank = torch.zeros(self.batch, side, side, 3, dtype=torch.uint8)
+            same = [replace(batch, images=blank) for batch in batches]
             try:
                 recipe = with_settings(self.small.recipe, settings)
-                blank = torch.zeros(self.batch, side, side, 3, dtype=torch.uint8)
-                same = [replace(batch, images=blank) for batch in batches]
                 cost = self.cost(replace(self.small, recipe=recipe), same, loading)
-            except UsageError:  # an option of the recipe that this model does not have
+            except UsageError:
+                # The recipe has an option that this model does not know.
                 continue
             said = f"instead  about {duration(cost.whole)} with --set " + " --set ".join(settings)
             if cost.whole <= TOO_LONG:
@@ -162,32 +174,49 @@ class Estimate:
         return said
 
     def room(self) -> float:
-        """Return the bytes of memory that there are."""
+        """Return the bytes of memory of the device."""
         if self.on_cpu:
             return float(memory())
         return float(torch.cuda.get_device_properties(self.ranks.device).total_memory)
 
-    def _memory(self) -> float:
+    def _with_loading(self, worked: float, loading: float) -> float:
+        """Return the seconds of a batch that is loaded and worked on.
+
+        On a CPU both share the cores, and add up; next to a GPU they overlap.
+        """
         if self.on_cpu:
+            return worked + loading
+        return max(worked, loading)
+
+    def _memory(self) -> float:
+        """Return the peak of the memory so far, in bytes."""
+        if self.on_cpu:
+            # Linux counts it in KiB.
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
         return float(torch.cuda.max_memory_allocated(self.ranks.device))
 
 
 def estimate(options: TrainOptions) -> list[str]:
-    """Return lines on the training, and the time and memory that it would take.
+    """Estimate the time and memory of a training; return the lines for the user.
 
     Where it takes too long on a CPU, a line names a smaller training.
+
+    Raises:
+        WdsTrainError: As the training itself, before its first step.
     """
+    # Refuse what the training would refuse.
     limit_threads()
     this = Estimate(options)
     store = open_store(options.run)
     refuse(options, this.datasets, fresh_run(options, this.datasets), store, this.ranks)
     prove(store, PROBES, say, unsafe=options.unsafe_store)
 
-    # The loader forks, so that it is measured before there is a trainer.
+    # Measure. The loader forks, so it comes before the trainer.
     note("measuring two steps ...")
     batches, loading = this.read()
     cost = this.cost(this.small, batches, loading)
+
+    # Describe the result.
     steps = epoch_steps(options, this.datasets)
     epochs = options.recipe.schedule.epochs
     of = f", from {MEASURED} of them"
@@ -201,7 +230,7 @@ def estimate(options: TrainOptions) -> list[str]:
         too_much = ": too much; --accumulate N works on an Nth of a batch at a time"
 
     lines = [
-        introduction(options, this.datasets[0], steps, this.ranks),
+        describe_training(options, this.datasets[0], steps, this.ranks),
         f"steps    {steps * epochs:,} of {_exact(cost.step)}{of}; {epochs} validations of "
         f"{_exact(cost.validation)}",
         f"time     about {duration(cost.whole)}{paid}",
@@ -215,23 +244,28 @@ def estimate(options: TrainOptions) -> list[str]:
 
 
 def _exact(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
+    """Return a time in words, with two digits where it is short."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    return duration(seconds)
 
 
 def _steps(trainer: Trainer, batches: list[Batch]) -> Iterator[object]:
+    """Take one step for each item that is asked for."""
     for batch in itertools.islice(itertools.cycle(batches), MEASURED + 1):
-        yield trainer.step(
-            replace(batch, step=trainer.progress.step)
-        ).item()  # which waits for the GPU
+        loss = trainer.step(replace(batch, step=trainer.progress.step))
+        # Reading the loss waits for the GPU.
+        yield loss.item()
 
 
 def _scores(trainer: Trainer, batch: Batch) -> Iterator[object]:
+    """Validate on one batch for each item that is asked for."""
     for _ in range(2):
         yield trainer.evaluate([batch], len(batch.ids))
 
 
 def _seconds(work: Iterator[object]) -> float:
-    """Return what each but the first piece of `work` takes."""
+    """Return the mean seconds of the pieces of `work`, without the first, which warms up."""
     next(work)
     began = time.perf_counter()
     pieces = len(list(work))

@@ -1,4 +1,7 @@
-"""Handling of trainings that end early."""
+"""The ends of a training: by its schedule, and early, by an error or a request.
+
+`run_training` and `session` call it. The manifest's status decides what the next start does.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -25,13 +28,14 @@ from wds_train.training.ranks import LAST_SECONDS
 from wds_train.training.recheck import judge
 from wds_train.training.stop_request import StopRequest
 
-ROLLBACKS = 2  # per run, after a loss that is not finite
+# Returns to a checkpoint per run, after a loss that is not finite. A third would only repeat them.
+ROLLBACKS = 2
 
 
 def early_end(schedule: ScheduleRecipe, progress: Progress) -> str:
-    """Return why a training ends with this epoch though the schedule has more; "" if it goes on.
+    """Return the reason why a training ends with this epoch, before its schedule; "" if none.
 
-    It follows from what is committed alone, so that a resumed run ends where an unbroken one does.
+    It depends on committed values alone, so that a resumed run ends where an unbroken one does.
     """
     stale = 0 < schedule.patience <= progress.evaluated - progress.best_epoch
     if not stale or progress.evaluated == schedule.epochs:
@@ -44,18 +48,23 @@ def early_end(schedule: ScheduleRecipe, progress: Progress) -> str:
 
 
 def is_over(schedule: ScheduleRecipe, progress: Progress) -> bool:
-    """Return True if a training has no epoch before it, so that its run is done."""
+    """Return True if a training has no further epoch, so that its run is done."""
     return progress.evaluated == schedule.epochs or bool(early_end(schedule, progress))
 
 
 def cause_of_end(error: WorkerDied, trained: bool, ranks: int) -> str:
-    """Return the cause to name when a training commits and leaves since a loader worker died.
+    """Return the cause to name when a training commits and leaves because a loader worker died.
 
-    The training is then started again.
+    A supervisor then starts the training again.
+
+    Args:
+        error: The death of the worker.
+        trained: True if there was a step or a validation since this start.
+        ranks: The number of processes that train together.
 
     Raises:
         WorkerDied: Nothing was trained since this start: the next one would only repeat it.
-        RanksLost: There are other ranks, which wait within the step that this one has no batch for.
+        RanksLost: Other ranks wait within the step for which this one has no batch.
     """
     if not trained:
         raise error
@@ -70,10 +79,10 @@ def cause_of_end(error: WorkerDied, trained: bool, ranks: int) -> str:
 
 
 @contextlib.contextmanager
-def ending(run: Run, stop: StopRequest, *, repeats: bool) -> Iterator[None]:
-    """Handle the early end of the training within.
+def handle_early_end(run: Run, stop: StopRequest, *, repeats: bool) -> Iterator[None]:
+    """Handle an error that ends the training inside the block.
 
-    The cause is told, and then written to the manifest if the store takes that within seconds. A
+    The cause is printed, and then written to the manifest if the store takes that within seconds. A
     run that is done stays done, whatever fails after its last commit.
 
     Args:
@@ -89,6 +98,7 @@ def ending(run: Run, stop: StopRequest, *, repeats: bool) -> Iterator[None]:
     except WdsTrainError as caught:
         stop.doing = f"the last word to {run.store.url}"
         error, status = _settle(run, caught, repeats)
+        # Print it first: the store may keep the rest waiting.
         if run.manifest.status != "done":
             tell(error)
             if status is not None:
@@ -103,10 +113,10 @@ def ending(run: Run, stop: StopRequest, *, repeats: bool) -> Iterator[None]:
 
 
 def _settle(run: Run, error: WdsTrainError, repeats: bool) -> tuple[WdsTrainError, str | None]:
-    """Return the error to tell, and the status that it gives the run.
+    """Return the error to end with, and the status that it gives the run.
 
-    The status is None where the manifest has it already, is another instance's, or lies in a store
-    that does not answer, which takes no last word either.
+    The status is None where nothing is to be written: the manifest has it already, belongs to
+    another instance, or is in a store that does not answer.
     """
     if isinstance(error, NotFinite):
         return _go_back(run, error, repeats)
@@ -120,11 +130,12 @@ def _settle(run: Run, error: WdsTrainError, repeats: bool) -> tuple[WdsTrainErro
 
 
 def _go_back(run: Run, error: NotFinite, repeats: bool) -> tuple[WdsTrainError, str | None]:
-    """Go back to the newest checkpoint after a loss that is not finite, which was not committed.
+    """Leave the run to its newest checkpoint after a loss that is not finite.
 
     On a GPU the next attempt may round otherwise and pass. Where the same arithmetic would only
     fail again, it is not tried.
     """
+    # An earlier state may still be on its way, and is a better point to go back to.
     _finish_commits(run)
     if not run.manifest.checkpoints or repeats:
         return error, "failed"
@@ -133,34 +144,36 @@ def _go_back(run: Run, error: NotFinite, repeats: bool) -> tuple[WdsTrainError, 
     done = run.manifest.rollbacks + 1
     give_up(run, "interrupted", rollbacks=done)
     newest = run.manifest.checkpoints[-1].progress.step
-    told = f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})"
-    return Interrupted(told), None
+    message = f"{error}; the next start goes back to step {newest} (return {done} of {ROLLBACKS})"
+    return Interrupted(message), None
 
 
 def _leave_machine(run: Run, error: Miscomputed) -> tuple[WdsTrainError, str | None]:
-    """Note in the manifest a step that gave two results, and leave this machine.
+    """Write a step that gave two results to the manifest, and leave this machine.
 
-    The first on a machine may be chance, and the next start goes back to the newest checkpoint; the
-    second is no chance.
+    The first one on a machine may be chance: the next start goes back to the newest checkpoint. The
+    second one fails the run.
     """
-    told, may_go_on = judge(error, run.manifest)
-    status = "interrupted" if may_go_on else "failed"
+    message, may_go_on = judge(error, run.manifest)
+    status = "failed"
+    if may_go_on:
+        status = "interrupted"
     _finish_commits(run)
     give_up(run, status, differences=(*run.manifest.differences, error.difference))
     if may_go_on:
-        return Interrupted(told), None
-    return RunError(told), None
+        return Interrupted(message), None
+    return RunError(message), None
 
 
 def last_word(run: Run) -> None:
-    """Leave the run, whose training hangs, to the next start."""
+    """Leave a run whose training hangs to the next start."""
     if run.manifest.status != "done":
         _finish_commits(run)
         give_up(run, "interrupted")
 
 
 def _finish_commits(run: Run) -> None:
-    """Wait for the commit under way, which is of an earlier and sound state.
+    """Wait for the commit under way, of an earlier and sound state; half of LAST_SECONDS at most.
 
     Up to an epoch would be lost with it.
     """
@@ -171,7 +184,7 @@ def _finish_commits(run: Run) -> None:
 def give_up(run: Run, status: str, **changes: Any) -> None:
     """Write to the manifest that the attempt ended as `status`, with other `changes`.
 
-    If the store does not take it, the lease runs out by itself.
+    If the store does not take it, the lease expires by itself.
     """
     try:
         run.end(status, **changes)

@@ -1,6 +1,6 @@
-"""The arithmetic of training.
+"""The arithmetic of training: an optimizer step, a validation, and the state that both change.
 
-One optimizer step, one validation, and the state that both leave behind.
+`training/session.py` drives it; nothing here reads a clock, a store or a signal.
 """
 
 import json
@@ -35,7 +35,8 @@ from wds_train.training.mixing import Mixing
 from wds_train.training.ranks import Ranks
 from wds_train.training.state import copy_entries, load_optimizer
 
-COMPILER = "inductor"  # of torch.compile
+# The backend of torch.compile. Tests take one that needs no C++ compiler.
+COMPILER = "inductor"
 
 
 class Trainer:
@@ -47,14 +48,14 @@ class Trainer:
     reading it at every step would make the CPU wait for the GPU.
 
     Args:
-        recipe: What is trained.
+        recipe: The recipe.
         classes: The number of classes.
         steps_per_epoch: The steps that the schedule counts as an epoch.
         device: Where the model is; "meta" computes shapes alone.
         ranks: The processes that train the model together; default: this one alone.
         accumulate: Micro-batches of a rank's batch, whose gradients add up to those of the batch. A
             resume on other hardware may change it.
-        precision: What the model computes in.
+        precision: The floating-point format that the model computes in.
         compile: Compile the model with torch.compile.
         resumes: `restore` is to follow, so that the weights of `model.init` are not read.
 
@@ -91,7 +92,7 @@ class Trainer:
         self._mix = Mixing(recipe, classes, device, self.ranks.rank, self.ranks.size)
         _refuse_micro_batches(self.samples, accumulate)
 
-        # The model, its teacher, and how it is called.
+        # The model, its wrappers and its teacher.
         self.model = create_model(recipe.model, classes, recipe.seed, device)
         refuse_sizes(self.model, recipe.model.name, _sides(recipe.data))
         starts_from = recipe.model.init and not resumes
@@ -102,7 +103,7 @@ class Trainer:
         if compile:
             self._called = torch.compile(self._parallel, backend=COMPILER)
 
-        # What changes its weights, and what scores them.
+        # Its updates and its scores.
         self.ema = Ema(self.model, recipe.ema)
         self.optimizer = create_optimizer(recipe, self.model)
         self._amp = amp_dtype(device, precision)
@@ -111,7 +112,7 @@ class Trainer:
         self.normalise = Normaliser(recipe.data, device)
         self._predictor = Predictor(device, flip=recipe.data.eval_flip, precision=precision)
 
-        # How far it is.
+        # Its progress.
         self.progress = Progress()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.grad_norm = torch.zeros((), device=device)
@@ -128,6 +129,7 @@ class Trainer:
     def gradients(self, batch: Batch) -> torch.Tensor:
         """Leave the gradients of the step's loss in the parameters; return that loss, detached."""
         step = self.progress.step
+        # A loader that is one step off after a resume would train on other samples, unseen.
         assert batch.step == step, f"the loader gave step {batch.step}, the trainer is at {step}"
         self._parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -161,7 +163,7 @@ class Trainer:
     def loss(
         self, model: Callable[..., torch.Tensor], images: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """Return the mean loss of `model`, which is this trainer's, on normalised images."""
+        """Return the mean loss on normalised images; `targets` are [n], or [n, classes]."""
         taught = None
         with autocast(self.device, self._amp):
             logits = model(images).float()
@@ -192,10 +194,10 @@ class Trainer:
         """Return the unreadable samples of the epoch so far, of all ranks."""
         return int(self.ranks.total(self.progress.lost)[0])
 
-    def evaluated(self, metrics: dict[str, float]) -> None:
-        """Count the epoch as validated, which gave `metrics`, and begin the next one's sums."""
-        telling_ones = telling(metrics, self.progress.step, self.recipe.ema.every)
-        self.progress = self.progress.validated(telling_ones)
+    def end_epoch(self, metrics: dict[str, float]) -> None:
+        """Count the epoch as validated, with these `metrics`, and reset its sums."""
+        scores = telling(metrics, self.progress.step, self.recipe.ema.every)
+        self.progress = self.progress.with_validation(scores)
         self.loss_sum.zero_()
 
     @torch.inference_mode()
@@ -207,7 +209,7 @@ class Trainer:
         Args:
             batches: This rank's batches.
             samples: The samples of all ranks.
-            found: Gets the predictions of the raw weights.
+            found: Collects the predictions of the raw weights.
 
         Returns:
             Top-1 and top-5 in percent, and the mean cross-entropy; the EMA's names end in "_ema".
@@ -215,9 +217,9 @@ class Trainer:
         return _score(self, batches, samples, found)
 
     def snapshot(self, **noted: Any) -> Snapshot | None:
-        """Copy the state to host memory, with what is `noted`; training may go on at once.
+        """Copy the state, and what is `noted`, to host memory; the training may go on at once.
 
-        All ranks take part; the leader gets it, the others None.
+        All ranks take part; the leader gets the snapshot, the others None.
         """
         own_sum = self.loss_sum.item() / self.ranks.size
         loss_sum, unreadable = self.ranks.total(own_sum, self.progress.lost)
@@ -231,7 +233,7 @@ class Trainer:
         return Snapshot(tensors, extra | noted, progress)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Become what `snapshot` holds.
+        """Take up the state of `snapshot`.
 
         Raises:
             RunError: It is of another model, optimizer or teacher.
@@ -245,11 +247,12 @@ def _backward(trainer: Trainer, images: torch.Tensor, targets: torch.Tensor) -> 
     part_targets = targets.tensor_split(trainer.accumulate)
     total = torch.zeros((), device=trainer.device)
     for number, (part, target) in enumerate(zip(parts, part_targets, strict=True), start=1):
+        # The ranks exchange gradients at the last micro-batch; those of the others only add up.
         exchange: AbstractContextManager[object] = nullcontext()
-        # The ranks exchange gradients at the last alone; those of the others only add up.
         if isinstance(trainer._parallel, DistributedDataParallel) and number < len(parts):
             exchange = trainer._parallel.no_sync()
         with exchange:
+            # Micro-batches may differ by one sample: each counts by its share.
             loss = trainer.loss(trainer._called, part, target) * (len(part) / len(images))
             trainer.scaler.scale(loss).backward()
         total += loss.detach()
@@ -259,13 +262,18 @@ def _backward(trainer: Trainer, images: torch.Tensor, targets: torch.Tensor) -> 
 def _clip(trainer: Trainer) -> None:
     """Scale the gradients down to `clip_norm`, and keep their norm before."""
     trainer.scaler.unscale_(trainer.optimizer)
-    weights = [weight for weight in trainer.model.parameters() if weight.grad is not None]
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    weights = []
+    gradients = []
+    for weight in trainer.model.parameters():
+        if weight.grad is not None:
+            weights.append(weight)
+            gradients.append(weight.grad)
     trainer.grad_norm = torch.nn.utils.get_total_norm(gradients)
     clip_norm = trainer.recipe.optimizer.clip_norm
     if clip_norm:
         torch.nn.utils.clip_grads_with_norm_(weights, clip_norm, trainer.grad_norm)
-    if not trainer.scaler.is_enabled():  # a scaler skips the step, and tries a smaller scale
+    # With a scaler an infinite norm is no fault: it skips the step, and tries a smaller scale.
+    if not trainer.scaler.is_enabled():
         trainer.largest_norm = torch.maximum(trainer.largest_norm, trainer.grad_norm)
 
 
@@ -281,16 +289,21 @@ def _average(trainer: Trainer, step: int) -> None:
 def _score(
     trainer: Trainer, batches: Iterable[Batch], samples: int, found: Findings | None
 ) -> dict[str, float]:
+    """Score the raw and the EMA weights: the body of `Trainer.evaluate`."""
+    # All ranks score the leader's model: its buffers, too.
     trainer.ranks.adopt(trainer.model, trainer.ema.module)
     models = {"": trainer.model.eval(), "_ema": trainer.ema.module.eval()}
     totals = torch.zeros((len(models), 4), dtype=torch.float64, device=trainer.device)
     for batch in batches:
         pixels = trainer.normalise(batch.images)
-        logits = [trainer._predictor.logits(model, pixels) for model in models.values()]
-        totals += torch.stack([sums(each, batch) for each in logits])
-        if found is not None:
-            found.add(logits[0], batch)
+        for row, model in enumerate(models.values()):
+            logits = trainer._predictor.logits(model, pixels)
+            totals[row] += sums(logits, batch)
+            # The raw weights come first.
+            if found is not None and row == 0:
+                found.add(logits, batch)
 
+    # Add up the sums of all ranks, and divide them by the samples.
     everywhere = torch.tensor(trainer.ranks.total(*totals.flatten().tolist()), dtype=torch.float64)
     scores: dict[str, float] = {}
     for suffix, total in zip(models, everywhere.view(len(models), 4), strict=True):
@@ -300,22 +313,24 @@ def _score(
 
 
 def _load(trainer: Trainer, snapshot: Snapshot) -> None:
-    """Load the tensors of `snapshot`, its settings and its progress."""
+    """Load a snapshot: the body of `Trainer.restore`."""
     if trainer._teacher is not None:
         _refuse_other_teacher(trainer.recipe, trainer._teacher, snapshot)
     try:
         trainer.model.load_state_dict(section(snapshot.tensors, "model/"))
         trainer.ema.module.load_state_dict(section(snapshot.tensors, "ema/"))
         load_optimizer(trainer.optimizer, snapshot.tensors | snapshot.extra["scalars"])
-        # After another precision there is none: the scale begins at its default.
+        # A checkpoint of another precision has no scale: it begins at its default.
         if trainer.scaler.is_enabled() and snapshot.extra["scaler"]:
             trainer.scaler.load_state_dict(snapshot.extra["scaler"])
     except (RuntimeError, KeyError, ValueError) as error:
         name = trainer.recipe.model.name
         raise RunError(f"the checkpoint does not fit the model {name}: {error}") from error
+
+    # The sums of the epoch so far are those of all ranks: the leader alone carries them on. Its
+    # loss is taken times the ranks, since their mean is read.
     trainer.progress = snapshot.progress
     if trainer.ranks.leads:
-        # So that the mean over the ranks stays what it was.
         trainer.loss_sum.fill_(trainer.progress.loss_sum * trainer.ranks.size)
     else:
         trainer.progress = replace(trainer.progress, lost=0)
@@ -336,14 +351,18 @@ def _refuse_other_teacher(recipe: Recipe, teacher: Teacher, snapshot: Snapshot) 
 
 
 def gpu_figures(trainer: Trainer) -> dict[str, float]:
-    """Return a GPU's peak memory so far, and fp16's factor of losses; empty on a CPU."""
+    """Return a GPU's peak memory so far, in GB, and the loss scale of fp16; empty on a CPU."""
     if trainer.device.type != "cuda":
         return {}
-    scale = {"gpu/amp_scale": trainer.scaler.get_scale()} if trainer.scaler.is_enabled() else {}
-    return scale | {"gpu/memory_gb": torch.cuda.max_memory_allocated(trainer.device) / 1e9}
+    figures: dict[str, float] = {}
+    if trainer.scaler.is_enabled():
+        figures["gpu/amp_scale"] = trainer.scaler.get_scale()
+    figures["gpu/memory_gb"] = torch.cuda.max_memory_allocated(trainer.device) / 1e9
+    return figures
 
 
 def _set_up(recipe: Recipe, device: torch.device) -> None:
+    """Set PyTorch's global switches for a training on `device`."""
     if device.type == "cuda":
         _tune_cuda()
     if torch.are_deterministic_algorithms_enabled():
@@ -360,12 +379,16 @@ def _refuse_micro_batches(samples: int, accumulate: int) -> None:
 
 def _sides(data: DataRecipe) -> dict[str, int]:
     """Return the sides of images, in pixels, by the settings that ask for them."""
-    names = ("size", "start_size", "eval_size")
-    return {f"data.{name}": getattr(data, name) for name in names if getattr(data, name)}
+    sides = {"data.size": data.size}
+    # 0: the size does not grow.
+    if data.start_size:
+        sides["data.start_size"] = data.start_size
+    sides["data.eval_size"] = data.eval_size
+    return sides
 
 
 def _count_step(trainer: Trainer, batch: Batch) -> Progress:
-    """Return the trainer's progress with the step of `batch` in it."""
+    """Return the trainer's progress after the step on `batch`."""
     done = trainer.progress
     unreadable = done.lost + len(batch.unreadable)
     named = "; ".join(entry.named for entry in batch.unreadable)
@@ -391,7 +414,7 @@ def _refuse_infinite(loss: float, norm: float, recipe: Recipe, step: int) -> Non
 
 
 def refuse_nondeterministic(recipe: Recipe, device: torch.device) -> None:
-    """Raise `UsageError` for what PyTorch would only refuse in the midst of the first step."""
+    """Raise `UsageError` for a model that PyTorch would only refuse in the middle of a step."""
     if recipe.model.blur_pool and device.type == "cuda":
         raise UsageError(
             "--deterministic cannot work with model.blur_pool = True on a GPU: PyTorch has no "
@@ -401,8 +424,10 @@ def refuse_nondeterministic(recipe: Recipe, device: torch.device) -> None:
 
 
 def _tune_cuda() -> None:
-    """Let cuDNN try its algorithms on every new size and keep the fastest, which need not be the
-    same the next time; and use TF32 for what autocast leaves in float32.
+    """Choose speed on the GPU: cuDNN's fastest algorithms, and TF32.
+
+    cuDNN tries its algorithms on every new size; the fastest need not be the same the next time.
+    TF32 is for the operations that autocast leaves in float32.
     """
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

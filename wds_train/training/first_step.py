@@ -1,4 +1,8 @@
-"""Checks of a training's first step, before its run is claimed."""
+"""Checks of a training's first step, before its run is claimed.
+
+`training/setup.py` calls them: a batch, a model or a machine that cannot work is refused within
+seconds, and no run is created.
+"""
 
 import subprocess
 import sys
@@ -12,12 +16,19 @@ from wds_train.errors import UsageError
 from wds_train.global_rng import generators_kept
 from wds_train.training.engine import Trainer
 
-NAMED = 3  # parameters that a message names
-COMPILE_SECONDS = 300.0  # for a first compilation, on a slow disk
-ONE_VALUE = "Expected more than 1 "  # how PyTorch's checks of normalisation layers begin
+# Parameters that a message names.
+NAMED = 3
+# Characters of an error of the compiler, which may be a page.
+CAUSE_LENGTH = 300
+# For a first compilation, on a slow disk.
+COMPILE_SECONDS = 300.0
+# The beginning of the error of PyTorch's normalisation layers.
+ONE_VALUE = "Expected more than 1 "
+# The ends of the names of errors in a traceback's last lines.
+ERRORS = ("Error", "Compiler", "Exception")
 
-# A process of its own: compiling starts threads and uses the GPU, and loader workers may inherit
-# neither.
+# Run in another process: compiling starts threads and uses the GPU, and loader workers may
+# inherit neither.
 COMPILE = """
 import sys, torch
 double = torch.compile(lambda x: x * 2 + 1, backend="inductor")
@@ -27,9 +38,7 @@ assert double(torch.ones(64, device=sys.argv[1])).sum().item() == 192
 
 @dataclass(frozen=True)
 class _Part:
-    """The smallest micro-batch of a rank: `samples` images of `side` pixels, asked for by
-    `setting`.
-    """
+    """A rank's smallest micro-batch: `samples` images of `side` pixels, as `setting` says."""
 
     setting: str
     side: int
@@ -40,8 +49,7 @@ def check_first_step(trainer: Trainer) -> None:
     """Take a forward and a backward pass of a rank's smallest micro-batch, in training mode.
 
     Args:
-        trainer: A trainer on the device "meta", which computes shapes alone, and is of no other
-            use.
+        trainer: A trainer on the device "meta", which computes shapes alone.
 
     Raises:
         UsageError: The pass fails, or with several ranks, it does not reach all parameters.
@@ -52,14 +60,15 @@ def check_first_step(trainer: Trainer) -> None:
             with generators_kept(torch.device("cpu")):
                 _pass_over(trainer, model, part)
         except (ValueError, RuntimeError, AssertionError, IndexError) as error:
+            # Undecided: the first step itself will show it.
             if _needs_memory(error):
-                return  # the step itself has to tell
+                return
             raise UsageError(_describe(trainer, part, error)) from error
         _check_all_reached(trainer, model)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile a small function for `device`, in a process of its own.
+    """Compile a small function for `device`, in another process.
 
     Raises:
         UsageError: There is no compiler, or what it makes cannot run where PyTorch puts it.
@@ -70,11 +79,13 @@ def check_compiler(device: torch.device) -> None:
             command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        return  # slow, but it may well work
+        # Slow, but it may well work.
+        return
     if done.returncode == 0:
         return
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    cause = _cause_of(lines) or f"exit code {done.returncode}"
+
+    # Name the cause, and the three remedies that have helped.
+    cause = _cause_of(done.stderr) or f"exit code {done.returncode}"
     raise UsageError(
         f"--compile cannot work here ({cause}); install a C++ compiler (for example `apt install "
         "g++`), let TORCHINDUCTOR_CACHE_DIR name a folder in which programs may be written and "
@@ -85,27 +96,34 @@ def check_compiler(device: torch.device) -> None:
 def _parts(trainer: Trainer) -> Iterator[_Part]:
     """Yield the smallest micro-batch for each size of training images."""
     data = trainer.recipe.data
-    samples = trainer.samples // trainer.accumulate  # of parts that differ by one, the smaller
+    # Micro-batches differ by one sample at most: this is the smaller size.
+    samples = trainer.samples // trainer.accumulate
     yield _Part("data.size", data.size, samples)
     if data.start_size not in (0, data.size):
         yield _Part("data.start_size", data.start_size, samples)
 
 
 def _pass_over(trainer: Trainer, model: nn.Module, part: _Part) -> None:
+    """Take a forward and a backward pass; raise `ValueError` for logits of another shape."""
     shape = (part.samples, part.side, part.side, 3)
     images = trainer.normalise(torch.zeros(shape, dtype=torch.uint8, device="meta"))
     labels = torch.zeros(part.samples, dtype=torch.int64, device="meta")
     model.zero_grad(set_to_none=True)
     logits = model(images)
     expected = [part.samples, trainer.classes]
-    if not isinstance(logits, torch.Tensor) or [*logits.shape] != expected:
-        found = [*logits.shape] if isinstance(logits, torch.Tensor) else type(logits).__name__
+    found: object = type(logits).__name__
+    if isinstance(logits, torch.Tensor):
+        found = [*logits.shape]
+    if found != expected:
         raise ValueError(f"it gives {found}, where logits of shape {expected} are needed")
     trainer.criterion(logits.float(), labels).backward()
 
 
 def _needs_memory(error: Exception) -> bool:
-    """Return whether a pass failed only because "meta" has no values: a model may well look at them."""
+    """Return True if a pass failed only because "meta" has no values.
+
+    A model may well look at them, and work on a device with memory.
+    """
     return isinstance(error, NotImplementedError) or "meta tensor" in str(error)
 
 
@@ -113,13 +131,14 @@ def _check_all_reached(trainer: Trainer, model: nn.Module) -> None:
     """Raise `UsageError` for parameters without a gradient, which the ranks would wait for."""
     if trainer.ranks.size == 1:
         return
-    unreached = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.grad is None
-    ]
+    unreached = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            unreached.append(name)
     if unreached:
-        named = ", ".join(unreached[:NAMED]) + (", ..." if len(unreached) > NAMED else "")
+        named = ", ".join(unreached[:NAMED])
+        if len(unreached) > NAMED:
+            named += ", ..."
         raise UsageError(
             f"{trainer.recipe.model.name} cannot be trained by {trainer.ranks.size} ranks: the "
             f"loss does not reach {len(unreached)} of its parameters ({named}), whose gradients "
@@ -129,15 +148,19 @@ def _check_all_reached(trainer: Trainer, model: nn.Module) -> None:
 
 
 def _describe(trainer: Trainer, part: _Part, error: Exception) -> str:
-    """Return the sentence for an `error` of a pass over `part`."""
+    """Return the message for an `error` of a pass over `part`."""
+    # The settings that make the micro-batch, and its size.
     name = trainer.recipe.model.name
     cut = f"batch = {trainer.recipe.batch}"
     if trainer.ranks.size > 1:
         cut += f" over {trainer.ranks.size} ranks"
     if trainer.accumulate > 1:
         cut += f" in {trainer.accumulate} micro-batches (--accumulate)"
-    plural = "" if part.samples == 1 else "s"
-    images = f"{part.samples} image{plural} of {part.setting} = {part.side} pixels"
+    images = f"{part.samples} images of {part.setting} = {part.side} pixels"
+    if part.samples == 1:
+        images = f"1 image of {part.setting} = {part.side} pixels"
+
+    # The remedy: a batch of one small image, or a model of another kind.
     if str(error).startswith(ONE_VALUE):
         return (
             f"{cut} cannot work: {name} works on {images} at a time, which leave one of its "
@@ -150,11 +173,13 @@ def _describe(trainer: Trainer, part: _Part, error: Exception) -> str:
     )
 
 
-def _cause_of(lines: list[str]) -> str:
-    """Return the line of a traceback that tells most: the last that begins as an error does."""
-    errors = [
-        line
-        for line in lines
-        if line.split(":")[0].rsplit(".", 1)[-1].endswith(("Error", "Compiler", "Exception"))
-    ]
-    return (errors or lines or [""])[-1][:300]
+def _cause_of(output: str) -> str:
+    """Return the last line of a traceback that names an error; else the last line; else ""."""
+    last = ""
+    for line in reversed(output.splitlines()):
+        text = line.strip()
+        name = text.split(":")[0].rsplit(".", 1)[-1]
+        if name.endswith(ERRORS):
+            return text[:CAUSE_LENGTH]
+        last = last or text
+    return last[:CAUSE_LENGTH]

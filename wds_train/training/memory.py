@@ -1,4 +1,7 @@
-"""The number of micro-batches with which a batch fits in the device's memory."""
+"""The number of micro-batches with which a batch fits in the device's memory.
+
+A training on a GPU without --accumulate calls it before its first step, and so does `--dry-run`.
+"""
 
 import torch
 
@@ -10,16 +13,17 @@ def fit_accumulation(trainer: Trainer) -> int:
     """Return the number of micro-batches with which a batch of `trainer` fits in memory.
 
     It is the trainer's own `accumulate`, doubled until a forward and backward pass over a
-    micro-batch of the largest images fits. Nothing of the trainer or of any generator changes.
+    micro-batch of the largest images fits. The trainer and all generators stay as they are.
 
-    Uses the bare model: no other rank has to take part, and what one needs may differ from the
-    others.
+    The bare model is tried: no other rank has to take part, and the ranks may need different
+    numbers.
 
     Raises:
         RunError: A single sample does not fit.
     """
     accumulate = trainer.accumulate
     while True:
+        # The largest micro-batch: rounded up.
         micro = -(-trainer.samples // accumulate)
         if _fits(trainer, micro):
             return accumulate
@@ -34,40 +38,51 @@ def fit_accumulation(trainer: Trainer) -> int:
 
 
 def _fits(trainer: Trainer, samples: int) -> bool:
+    """Return True if a pass over so many samples fits."""
     model = trainer.model
     side = trainer.recipe.data.size
+    on_gpu = trainer.device.type == "cuda"
+
+    # Try it. Buffers (as those of BatchNorm) and generators change, and are put back.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     was_training = model.training
     model.train()
+    devices: list[torch.device] = []
+    if on_gpu:
+        devices = [trainer.device]
     try:
-        with torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices):
             _pass_over(trainer, samples, side)
     except torch.OutOfMemoryError:
-        fits = False  # not handled here: what the exception refers to would still be in memory
+        # Not handled here: the exception refers to tensors, which would still be in memory.
+        fits = False
     else:
         fits = True
+
+    # Put all back.
     model.train(was_training)
     trainer.optimizer.zero_grad(set_to_none=True)
     for buffer, before in buffers:
         buffer.copy_(before)
-    if not fits and trainer.device.type == "cuda":
-        torch.cuda.empty_cache()  # pieces of the failed size would be in the way of the next
+    # PyTorch keeps pieces of the failed size, which would be in the way of the next.
+    if not fits and on_gpu:
+        torch.cuda.empty_cache()
     return fits
 
 
 def _pass_over(trainer: Trainer, samples: int, side: int) -> None:
-    weights = list(trainer.model.parameters())
-    # Room for what the optimizer will hold, which comes into being with the first step: two copies,
-    # as Adam's.
-    reserved = (
-        []
-        if trainer.optimizer.state
-        else [torch.empty_like(weight) for weight in weights for _ in range(2)]
-    )
-    # And for the pixels of the whole batch, and of the next one, which is copied ahead.
+    """Take a forward and a backward pass, with all in memory that a step has there."""
+    # The optimizer's state, which its first step makes: two copies of the weights, as Adam's.
+    reserved = []
+    if not trainer.optimizer.state:
+        for weight in trainer.model.parameters():
+            reserved.append(torch.empty_like(weight))
+            reserved.append(torch.empty_like(weight))
+    # The pixels of the whole batch: normalised, as float32, and as they came, uint8. The next
+    # batch is copied ahead.
     pixels = trainer.samples * side * side * 3
-    reserved += [torch.empty(pixels, device=trainer.device)]
-    reserved += [torch.empty(2 * pixels, dtype=torch.uint8, device=trainer.device)]
+    reserved.append(torch.empty(pixels, device=trainer.device))
+    reserved.append(torch.empty(2 * pixels, dtype=torch.uint8, device=trainer.device))
     images = torch.zeros(samples, side, side, 3, dtype=torch.uint8)
     labels = torch.zeros(samples, dtype=torch.int64, device=trainer.device)
     trainer.loss(trainer.model, trainer.normalise(images), labels).backward()

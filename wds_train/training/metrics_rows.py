@@ -1,4 +1,8 @@
-"""Rows of a run's metrics: the figures of the training's steps, and their speed."""
+"""Rows of a run's metrics: the figures of the training's steps and epochs, and their speed.
+
+`training/session.py` logs them; they go to the run's metrics and to Weights & Biases.
+docs/watching.md lists their names.
+"""
 
 import time
 
@@ -11,12 +15,12 @@ from wds_train.tracking.tracker import Tracker
 class MetricsRows:
     """Puts rows into the run's metrics and W&B.
 
-    Steps are timed together, from a row up to the next, when the GPU is idle: a single step's time
-    would hold the work of those that the GPU was still doing, or none of its own.
+    Steps are timed together, from one row to the next, when the GPU is idle. The CPU runs ahead of
+    it: a single step's time would hold the work of earlier steps, or none of its own.
 
     Args:
         run: The run that the rows belong to.
-        tracker: What passes them on to W&B.
+        tracker: Passes them on to W&B.
         batch: Samples of a step, over all ranks.
 
     Attributes:
@@ -37,11 +41,12 @@ class MetricsRows:
         self._seconds += waited + worked
 
     def log_step(self, row: Row, at: Progress) -> None:
-        """Note a step's row, with the speed of the steps since the last one.
+        """Log a step's row, with the speed of the steps since the last one.
 
-        Added are the images a second, the share of the time that was waited for data, and the cost
-        of the newest commit: `stall_ms` of the training, `upload_s` in the background.
+        It gets the images a second, the share of the time that the training waited for data, and
+        the cost of the newest commit: `stall_ms` of the training, `upload_s` in the background.
         """
+        # The speed.
         images = self._steps * self._batch
         row |= {
             "time/img_s": images / self._seconds,
@@ -49,6 +54,7 @@ class MetricsRows:
         }
         self._forget_steps()
 
+        # The newest commit, which is in one row alone.
         committer = self._run.committer
         if self.stall_ms is not None:
             row["commit/stall_ms"] = self.stall_ms
@@ -61,7 +67,7 @@ class MetricsRows:
     def log_epoch(
         self, loss: float, unreadable: int, metrics: dict[str, float], at: Progress
     ) -> None:
-        """Note the row of an epoch, which ended with a validation of these `metrics`."""
+        """Log the row of an epoch, which ended with a validation of these `metrics`."""
         row: Row = {
             "step": at.step,
             "epoch": float(at.evaluated),
@@ -75,9 +81,10 @@ class MetricsRows:
         return self._tracker.drain()
 
     def log(self, row: Row, at: Progress) -> None:
-        """Note a row of the progress `at`.
+        """Log a row of the progress `at`.
 
-        `repeatable(row)` must be the same for a resumed and an unbroken run.
+        Its figures must be the same in a resumed and an unbroken run, except those of time
+        (`tracking.metrics.repeatable` leaves these out).
         """
         totals = self._run.manifest.totals()
         row |= {
@@ -91,6 +98,7 @@ class MetricsRows:
         self._run.uploader.log(row, at)
 
     def _forget_steps(self) -> None:
+        """Begin the next row's steps."""
         self._steps = 0
         self._waited = 0.0
         self._seconds = 0.0

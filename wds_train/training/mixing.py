@@ -1,10 +1,10 @@
-"""Augmentation of a batch's normalised images.
+"""Augmentation of a batch's normalised images: erasing, then mixup or CutMix.
 
-Erasing, then mixup or CutMix, in timm's order (its loader erases).
+The order is timm's (its loader erases).
 
-Mixing pairs samples, so that what comes out depends on who is together. The global batch is
-therefore cut into groups, each erased and mixed with randomness of its own; ranks own whole groups,
-and how many ranks there are changes no pixel.
+Mixing pairs samples, so its result depends on the samples that are together. The global batch is
+therefore cut into groups, each erased and mixed by random numbers of its own. Ranks own whole
+groups: the number of ranks changes no pixel.
 """
 
 import torch
@@ -15,13 +15,22 @@ from wds_train.config.recipe import Recipe
 from wds_train.errors import UsageError
 from wds_train.global_rng import generators_kept, point_generators
 
+# Groups of a batch, for as many ranks at least. More would leave fewer samples to pair.
+MIX_GROUPS = 8
+
 
 class Mixing:
-    """Erases and mixes the part of a global batch that `rank` of `world` has.
+    """Erases and mixes a rank's part of a global batch.
 
-    It has the samples [rank * batch / world, ...), in order.
+    Args:
+        recipe: The recipe; its `mix` and `data.erasing` say how.
+        classes: The number of classes.
+        device: The device of the images.
+        rank: The rank, which has the samples [rank * batch / world, ...), in order.
+        world: The number of ranks.
 
-    Raises `UsageError` when the batch cannot be cut so.
+    Raises:
+        UsageError: The batch cannot be cut into whole groups for so many ranks.
     """
 
     def __init__(
@@ -30,8 +39,11 @@ class Mixing:
         self._seed = recipe.seed
         self._device = device
         self._mixup = _mixup(recipe, classes)
-        erasing = recipe.data.erasing
-        self._erase = RandomErasing(erasing, mode="pixel", device=device) if erasing else None
+        self._erase: RandomErasing | None = None
+        if recipe.data.erasing:
+            self._erase = RandomErasing(recipe.data.erasing, mode="pixel", device=device)
+
+        # Cut the batch. Without mixing and erasing, ranks may have any equal part of it.
         groups = mix_groups(recipe.batch, world)
         if recipe.batch % world or ((self._mixup or self._erase) and groups % world):
             raise UsageError(
@@ -44,15 +56,22 @@ class Mixing:
 
     @property
     def mixes(self) -> bool:
-        """True if targets are distributions, float32 [n, classes], smoothed already, and not class
-        numbers.
-        """
+        """True if targets are smoothed distributions, float32 [n, classes], not class numbers."""
         return self._mixup is not None
 
     def __call__(
         self, step: int, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the `images`, float32 [n, 3, h, w], changed in place, and their targets."""
+        """Erase and mix the images of a step.
+
+        Args:
+            step: The optimizer step, which the random numbers follow from.
+            images: float32 [n, 3, h, w]; they are changed in place.
+            labels: int64 [n].
+
+        Returns:
+            The images, and their targets: the labels, or distributions where `mixes` is True.
+        """
         if self._mixup is None and self._erase is None:
             return images, labels
         targets = []
@@ -62,11 +81,17 @@ class Mixing:
                 point_generators(self._device, self._seed, step, "group", number)
                 if self._erase is not None:
                     self._erase(part)
-                targets.append(self._mixup(part, target)[1] if self._mixup is not None else target)
+                if self._mixup is None:
+                    targets.append(target)
+                else:
+                    # It changes the images in place, too.
+                    _, mixed = self._mixup(part, target)
+                    targets.append(mixed)
         return images, torch.cat(targets)
 
 
 def _mixup(recipe: Recipe, classes: int) -> Mixup | None:
+    """Make timm's mixup and CutMix as the recipe says; None where it has neither."""
     mix = recipe.mix
     if mix.mixup <= 0 and mix.cutmix <= 0:
         return None
@@ -80,16 +105,14 @@ def _mixup(recipe: Recipe, classes: int) -> Mixup | None:
     )
 
 
-MIX_GROUPS = 8
-
-
 def mix_groups(global_batch: int, world: int) -> int:
     """Return the number of groups of consecutive samples that a batch is cut into for mixing.
 
     It is the largest power of two of at most max(MIX_GROUPS, world) that leaves groups of an even
-    size, or 1. The same for any world of up to MIX_GROUPS ranks.
+    size, or 1. It is the same for any number of ranks up to MIX_GROUPS.
     """
     groups = 1
+    # mixup and CutMix pair the samples of a group: twice as many groups must still be even ones.
     while groups * 2 <= max(MIX_GROUPS, world) and global_batch % (groups * 4) == 0:
         groups *= 2
     return groups

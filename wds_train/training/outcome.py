@@ -9,15 +9,19 @@ from wds_train.console import program
 from wds_train.storage.address import shorten
 
 
-def outcome(run: RunManifest) -> list[str]:
-    """Return the best epoch's accuracy, and the last's."""
+def describe_outcome(run: RunManifest) -> list[str]:
+    """Return lines on the accuracy of the last epoch, and of the best, of a run that is done."""
+    # The last epoch, whose EMA weights may never have been updated.
     every = every_of(run.recipe)
     result = telling(run.result, run.step, every)
     ema = f"the EMA weights were {never_averaged(run.step, every)}"
     if "val/top1_ema" in result:
         ema = f"{result['val/top1_ema']:.2f} % EMA"
     lines = [f"last     top-1 {result['val/top1']:.2f} % raw, {ema}"]
-    if found := best_weights(run):
+
+    # The best one, whose checkpoint is kept.
+    found = best_weights(run)
+    if found:
         epoch = found.checkpoint.progress.evaluated
         top = f"top-1 {found.top1:.2f} % {NAMES[found.kind]}, of epoch {epoch}"
         lines.append(f"best     {top}: the weights that eval takes")
@@ -25,20 +29,36 @@ def outcome(run: RunManifest) -> list[str]:
 
 
 def next_commands(run: RunManifest, url: str, *, test: bool) -> list[str]:
-    """Return what suits this run, at `url`, whose dataset has a split for a last `test` or not."""
-    wds_train = program()
+    """Return lines with commands that a person may want to type next.
+
+    Args:
+        run: The run, which is done.
+        url: Its address.
+        test: True if its dataset has a split "test".
+    """
     name = quote(shorten(url))
+    commands = []
+    if test:
+        commands.append(f"eval {name} --split test")
+
+    # The raw weights are named where they are the better ones: most people expect the EMA's.
     found = best_weights(run)
-    seed = run.recipe["seed"] + 1
-    weights = " --best raw" if found and found.kind == "raw" else ""
-    another = quote(shorten(f"{url.rstrip('/')}-seed-{seed}"))
-    commands = [f"eval {name} --split test"] if test else []
+    weights = ""
+    if found and found.kind == "raw":
+        weights = " --best raw"
     commands.append(f"export {name}{weights} --to {run.run}.safetensors")
+
+    # The same with another seed, to see how much of a difference is chance.
+    seed = run.recipe["seed"] + 1
+    another = quote(shorten(f"{url.rstrip('/')}-seed-{seed}"))
     commands.append(f"train --like {name} --set seed={seed} --run {another}")
-    return [
-        f"{'' if number else 'next':9}{wds_train} {command}"
-        for number, command in enumerate(commands)
-    ]
+
+    lines = []
+    label = "next"
+    for command in commands:
+        lines.append(f"{label:9}{program()} {command}")
+        label = ""
+    return lines
 
 
 def resume_command(url: str) -> str:

@@ -1,10 +1,12 @@
-"""Several processes that train one model, each on its GPU (or its share of the cores).
+"""The processes that train one model, and their communication.
 
-This is where they tell one another what each has to know.
+Each has a GPU, or a share of the cores, and learns its place from the environment that torchrun
+sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...); `launch` sets the same on one machine. Rank 0
+leads: it alone claims, commits and reports the run.
 
-A process learns its place from the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR, ...), and so does every process that `launch` starts on one machine. Rank 0 leads: it
-alone claims, commits and reports the run.
+    announce / await_announcement   before there are threads: the claimed run
+    connect                         from here on, no process may fork
+    total, largest, exchange, adopt, parallel
 """
 
 import json
@@ -27,27 +29,29 @@ from torch.nn.parallel import DistributedDataParallel
 from wds_train.environment import PLACE, number_of, refuse_bad_numbers
 from wds_train.errors import RanksLost, UsageError
 
-FIRST_WORD = "run"
-# A rank that says nothing for so long has died without closing its connections.
+# The key of the leader's announcement in the store where the ranks meet.
+ANNOUNCEMENT = "run"
+# A rank that is silent for so long has died without closing its connections.
 SILENCE = timedelta(minutes=10)
-# for the other ranks to end once one has failed: time for the leader's commit under way
+# For the other ranks to end once one has failed: time for the leader's commit under way.
 LAST_SECONDS = 30.0
+# Set when a thread ends this process, as all ranks end: their connections then close as intended.
 LEAVING = threading.Event()
-"""Set when a thread ends this process, as all ranks end: that their connections close is then no
-news.
-"""
 
 
 class Ranks:
     """The processes that train one model, as this one of them sees them.
 
-    A process alone, or one that is not connected, answers everything on the spot.
+    A single process, or one that is not connected, talks to nobody: it is its own sum and maximum.
 
     Args:
         rank: The number of this process, from 0.
         size: The number of all processes.
         local: The number of this process on its machine, which is that of its GPU.
-        cpu: Leave the GPUs alone.
+        cpu: Use no GPU.
+
+    Attributes:
+        waiting: True while the main thread waits for an answer of the other ranks.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local: int = 0, *, cpu: bool = False) -> None:
@@ -56,12 +60,16 @@ class Ranks:
         self.local = local
         self._cpu = cpu
         self.waiting = False
-        """True while the main thread waits for a word of the other ranks."""
         self._store: dist.Store | None = None
         self._group: Any = None
 
     @classmethod
     def of_environment(cls, *, cpu: bool = False) -> Self:
+        """Return this process's place by its environment; without one it trains alone.
+
+        Raises:
+            UsageError: The variables cannot work, or some are missing.
+        """
         refuse_bad_numbers(PLACE)
         rank = int(number_of("RANK", 0))
         size = int(number_of("WORLD_SIZE", 1))
@@ -70,7 +78,7 @@ class Ranks:
             raise UsageError(
                 f"RANK = {rank} cannot work with WORLD_SIZE = {size}; start with torchrun"
             )
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        missing = sorted({"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys())
         if size > 1 and missing:
             raise UsageError(
                 f"WORLD_SIZE = {size}, but the environment lacks {' and '.join(missing)}; start "
@@ -80,6 +88,7 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
+        """True in rank 0, which alone writes."""
         return self.rank == 0
 
     @property
@@ -95,22 +104,23 @@ class Ranks:
         return torch.device("cuda", self.local)
 
     def announce(self, content: dict[str, Any]) -> None:
-        """Tell the others the leader's first word, before `connect`, which starts threads."""
+        """Send the leader's announcement to the others, before `connect`, which starts threads."""
         if self.size > 1:
             with lost_ranks():
                 self._store = _meeting()
-                self._store.set(FIRST_WORD, json.dumps(content))
+                self._store.set(ANNOUNCEMENT, json.dumps(content))
 
     def await_announcement(self, pause: Callable[[float], None]) -> dict[str, Any]:
         """Wait for the leader's announcement, and return it.
 
-        It may take hours until the run is free; `pause` may raise what ends that.
+        It may take hours until the run is free. `pause` sleeps so many seconds; an error that it
+        raises ends the wait.
         """
         with lost_ranks():
             self._store = _meeting()
-            while not self._store.check([FIRST_WORD]):
+            while not self._store.check([ANNOUNCEMENT]):
                 pause(0.2)
-            return json.loads(self._store.get(FIRST_WORD))
+            return json.loads(self._store.get(ANNOUNCEMENT))
 
     def connect(self, silence: timedelta = SILENCE) -> None:
         """Join the other ranks, which may keep this one waiting for `silence` at most.
@@ -120,19 +130,16 @@ class Ranks:
         if self.size == 1:
             return
         assert self._store is not None, "connect() comes after announce()"
-        # Of layers whose gradients DDP has to copy, a matter of microseconds: nothing that its
-        # reader could mend.
+        # DDP warns of layers whose gradients it has to copy, a matter of microseconds. A person
+        # can do nothing about it.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         with lost_ranks():
+            # NCCL refuses two ranks on one GPU, which `bench gpu` tries with gloo.
             backend = "gloo"
             device = None
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and os.environ.get("WDS_BACKEND") != "gloo":
                 backend = "nccl"
                 device = self.device
-            # NCCL takes no two ranks on one GPU, as `bench gpu` tries it
-            if os.environ.get("WDS_BACKEND") == "gloo":
-                backend = "gloo"
-                device = None
             dist.init_process_group(
                 backend,
                 store=self._store,
@@ -141,9 +148,8 @@ class Ranks:
                 timeout=silence,
                 device_id=device,
             )
-            self._group = dist.new_group(
-                backend="gloo", timeout=silence
-            )  # for the host's words: no GPU is waited for
+            # A second group for numbers of the host: they must not wait for the GPU.
+            self._group = dist.new_group(backend="gloo", timeout=silence)
 
     def total(self, *values: float) -> list[float]:
         """Return the sum over all ranks of each value, in float64."""
@@ -154,27 +160,33 @@ class Ranks:
         return self._reduced((value,), dist.ReduceOp.MAX)[0]
 
     def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
+        """Return each value, reduced over all ranks."""
         if self._group is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        with _awaiting(self):
+        with _note_waiting(self):
             dist.all_reduce(tensor, how, group=self._group)
         return tensor.tolist()
 
     def exchange(self, about: str, word: str) -> list[str]:
-        """Return every rank's word about something, in the order of the ranks; this one's is
-        `word`.
+        """Send `word` to the other ranks; return the words of all, in the order of the ranks.
+
+        `about` is the key of this exchange, which no other one may have.
         """
         if self._group is None:
             return [word]
         assert self._store is not None
-        with _awaiting(self):
+        words = []
+        with _note_waiting(self):
             self._store.set(f"{about}/{self.rank}", word)
-            return [self._store.get(f"{about}/{rank}").decode() for rank in range(self.size)]
+            for rank in range(self.size):
+                words.append(self._store.get(f"{about}/{rank}").decode())
+        return words
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """Return the `model`, whose backward pass averages the gradients over all ranks; with the
-        leader's weights and buffers.
+        """Wrap `model` so that its backward pass averages the gradients over all ranks.
+
+        All ranks get the leader's weights and buffers.
         """
         if self._group is None:
             return model
@@ -184,24 +196,28 @@ class Ranks:
         """Give all ranks the leader's buffers: each rank's BatchNorm has seen other samples."""
         if self._group is None:
             return
-        with _awaiting(self):
-            for buffer in (buffer for model in models for buffer in model.buffers()):
-                dist.broadcast(buffer, 0)
+        with _note_waiting(self):
+            for model in models:
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
 
     def meeting(self) -> dist.Store:
-        """Return another connection to the store where the ranks meet, for a thread of its own."""
+        """Return another connection to the store where the ranks meet, for one thread."""
         assert self._store is not None
         return dist.PrefixStore("watch", self._store.clone())
 
     def close(self) -> None:
+        """Leave the group. The other ranks must be done with it, too."""
         if self._group is not None:
             self._group = None
             dist.destroy_process_group()
 
 
 def _meeting() -> dist.Store:
-    """Return where the ranks of this start meet. torchrun keeps its store over restarts, with the
-    words of those who are gone.
+    """Return the store where the ranks of this start meet.
+
+    torchrun keeps its store over restarts, with the words of ranks that are gone: the number of the
+    start is part of every key.
     """
     store = next(dist.rendezvous("env://", timeout=SILENCE))[0]
     start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.environ['WORLD_SIZE']}"
@@ -219,7 +235,7 @@ def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
     if not (driver or any(dev.glob("nvidia[0-9]*"))):
         return
 
-    # What PyTorch was built for, and why it cannot use the GPU.
+    # Name the build, the reason and the remedy.
     built = "a build for CPUs alone"
     remedy = "install one for CUDA"
     if torch.version.cuda:
@@ -228,7 +244,7 @@ def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
     reason = "no more is known"
     try:
         torch.zeros(1, device="cuda")
-    except (RuntimeError, AssertionError) as error:  # the latter of a build for CPUs
+    except (RuntimeError, AssertionError) as error:  # an AssertionError of a build for CPUs
         reason = str(error).strip().split(". ")[0].splitlines()[0]
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None:
@@ -241,9 +257,7 @@ def refuse_unusable_gpu(dev: Path = Path("/dev")) -> None:
 
 
 def _nvidia_driver() -> str:
-    """Return the driver's version that `nvidia-smi` names; empty without it, or where it finds no
-    GPU.
-    """
+    """Return the driver's version as `nvidia-smi` names it; "" without it, or without a GPU."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
@@ -254,16 +268,17 @@ def _nvidia_driver() -> str:
 
 @contextmanager
 def lost_ranks() -> Iterator[None]:
-    """Translate what the backends raise when another rank is gone.
+    """Turn the errors of the backends into `RanksLost` when another rank is gone.
 
-    Gloo raises a bare RuntimeError, with its own file's name in it.
+    Gloo raises a bare RuntimeError, with the name of its own source file in it.
     """
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        if LEAVING.is_set():  # and has said why
+        # A thread is about to end this process, and has said why: leave it the last line.
+        if LEAVING.is_set():
             time.sleep(2 * LAST_SECONDS)
         reason = str(error).strip().splitlines()[0]
         raise RanksLost(
@@ -273,8 +288,8 @@ def lost_ranks() -> Iterator[None]:
 
 
 @contextmanager
-def _awaiting(ranks: Ranks) -> Iterator[None]:
-    """Within, the main thread waits for the other ranks."""
+def _note_waiting(ranks: Ranks) -> Iterator[None]:
+    """Mark this rank as waiting for the others inside the block: it is not the one that hangs."""
     ranks.waiting = True
     try:
         with lost_ranks():

@@ -3,13 +3,14 @@
     begin_session: fork the loader workers -> connect -> make or restore the trainer
     Session.run_to_end: steps, validations and commits -> the upload of the last state -> "done"
 
-The loop looks at signals, the spot notice and the clock between steps only, so that what is
-committed is always a whole step. While validating, it looks between batches: the validation is then
-repeated after the resume.
+The loop looks at signals, the spot notice and the clock between steps only, so that a commit is
+always of a whole step. While validating, it looks between batches: the validation is then repeated
+after the resume.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from wds_train.checkpoint.run import Run
@@ -36,10 +37,10 @@ from wds_train.training.outcome import resume_command
 from wds_train.training.ranks import Ranks, lost_ranks
 from wds_train.training.recheck import take_step
 from wds_train.training.setup import (
+    describe_hardware,
+    describe_training,
     epoch_steps,
     expected_pace,
-    hardware,
-    introduction,
     make_train_loader,
     make_trainer,
     make_val_loader,
@@ -49,13 +50,16 @@ from wds_train.training.stop_request import StopRequest
 from wds_train.training.waits import time_waits
 from wds_train.training.watch import Watch
 
+# Rows of metrics in a short epoch, so that its curve has a shape.
 LOGS_PER_EPOCH = 4
-LOG_STEPS = 50  # at most so many steps between two records; each makes the CPU wait for the GPU
+# The most steps between two rows. Each row makes the CPU wait for the GPU.
+LOG_STEPS = 50
 REBALANCE = (
     "EC2 recommends to move: this spot instance is at an elevated risk of being taken back; "
     "training goes on"
 )
-LAST_MOMENT = 2.0  # seconds of the last commit's time that are left to say how it went
+# Seconds before the deadline that the last commit leaves for the last message and the end.
+LAST_MOMENT = 2.0
 
 
 class Loaders(NamedTuple):
@@ -65,8 +69,31 @@ class Loaders(NamedTuple):
     val: EvalLoader
 
 
+@dataclass(frozen=True)
+class SessionParts:
+    """The parts of a training that exist before its session.
+
+    Attributes:
+        options: How the training works.
+        datasets: The training's dataset, and the others of its mixture.
+        run: The run, which is claimed.
+        stop: The request to stop.
+        ranks: The processes of the training, not connected yet.
+        tracker: Passes metrics on to W&B; not started yet.
+        watch: Finds ranks that hang; not started yet.
+    """
+
+    options: TrainOptions
+    datasets: list[Dataset]
+    run: Run
+    stop: StopRequest
+    ranks: Ranks
+    tracker: Tracker
+    watch: Watch
+
+
 class StateSaver:
-    """Hands the state of a training to the run's committer, and knows which it handed over last."""
+    """Hands the state of a training to the run's committer, and remembers the newest one."""
 
     def __init__(
         self, trainer: Trainer, run: Run, rows: MetricsRows, classes: Sequence[ClassInfo]
@@ -79,19 +106,23 @@ class StateSaver:
         self._saved_at = time.monotonic()
 
     def is_due(self, minutes: float) -> bool:
-        """Return True if the last commit is so many minutes old, and none is under way."""
+        """Return True if the last commit is `minutes` old, and none is under way."""
         is_old = time.monotonic() - self._saved_at >= minutes * 60
         return is_old and not self._run.committer.busy
 
     def has_newest(self) -> bool:
-        """Return True if the trainer's very state is committed or on its way."""
+        """Return True if the trainer's present state is committed or on its way."""
         now = self._trainer.progress
         return (now.step, now.evaluated) == (self._saved.step, self._saved.evaluated)
 
     def commit(self, metrics: dict[str, float], **changes: Any) -> None:
-        """Copy the state, and hand it over with the newest rows and `changes` of the manifest.
+        """Copy the state, and hand it over with the newest rows.
 
         All ranks take part; the leader's committer uploads it in the background.
+
+        Args:
+            metrics: Of the validation at this step; empty without one.
+            changes: Other fields of the manifest.
         """
         start = time.perf_counter()
         self._run.writer.clock.turn("commit")
@@ -110,42 +141,33 @@ class Session:
     `begin_session` makes it, since workers, threads and the GPU must come in that order.
     """
 
-    def __init__(
-        self,
-        options: TrainOptions,
-        datasets: list[Dataset],
-        run: Run,
-        stop: StopRequest,
-        *,
-        ranks: Ranks,
-        tracker: Tracker,
-        watch: Watch,
-        loaders: Loaders,
-        trainer: Trainer,
-    ) -> None:
-        self._options = options
-        self._schedule = options.recipe.schedule
-        self._run = run
-        self._stop = stop
-        self._ranks = ranks
-        self._tracker = tracker
-        self._watch = watch
+    def __init__(self, parts: SessionParts, loaders: Loaders, trainer: Trainer) -> None:
+        self._options = parts.options
+        self._schedule = parts.options.recipe.schedule
+        self._run = parts.run
+        self._stop = parts.stop
+        self._ranks = parts.ranks
+        self._tracker = parts.tracker
+        self._watch = parts.watch
         self._loader = loaders.train
         self._val_loader = loaders.val
         self._trainer = trainer
-        self._rows = MetricsRows(run, tracker, options.recipe.batch)
-        self._classes = datasets[0].manifest.classes
-        self._val_samples = datasets[0].manifest.split("val").samples
+        self._rows = MetricsRows(parts.run, parts.tracker, parts.options.recipe.batch)
+        manifest = parts.datasets[0].manifest
+        self._classes = manifest.classes
+        self._val_samples = manifest.split("val").samples
         self._epoch_steps = trainer.steps_per_epoch
         self._total = self._schedule.epochs * self._epoch_steps
 
-        # What changes while it trains, and what a person sees of it.
+        # The state that changes while it trains.
         self._began_at = trainer.progress
-        self._saver = StateSaver(trainer, run, self._rows, self._classes)
-        voice = _quiet_unless(ranks.local == 0, say)  # of one process a machine
-        self._spot = SpotWatch(stop, tell=run.writer.note, say=voice)
+        self._saver = StateSaver(trainer, parts.run, self._rows, self._classes)
         self._rebalance_said = False
-        self._bar = _make_bar(options, datasets, trainer.progress.step, shown=ranks.leads)
+
+        # The instance's notices, shown by one process a machine, and the bar of the leader.
+        voice = _quiet_unless(parts.ranks.local == 0, say)
+        self._spot = SpotWatch(parts.stop, tell=parts.run.writer.note, say=voice)
+        self._bar = _make_bar(parts, trainer.progress.step)
 
     def run_to_end(self) -> None:
         """Train until the run is done and uploaded.
@@ -160,6 +182,7 @@ class Session:
             except Stopped:
                 self._interrupt()
             except WorkerDied as error:
+                # Commit, and let the next start try once more.
                 trained = self._trainer.progress != self._began_at
                 self._stop.ask(cause_of_end(error, trained, self._ranks.size))
                 self._interrupt()
@@ -172,13 +195,16 @@ class Session:
             self._stop.doing = "what comes after the run"
 
     def _train(self) -> None:
+        """Take steps, validate and commit until the schedule ends."""
         trainer = self._trainer
         read = read_until_stopped(self._loader, self._stop)
         batches = time_waits(read, self._run.writer.clock, trainer.device)
         while not is_over(self._schedule, trainer.progress):
+            # A commit that is due. A loss that is not finite must not be committed.
             if self._look_up():
                 trainer.epoch_loss()
                 self._saver.commit({})
+            # A resume may begin at the end of an epoch, before its validation.
             step = trainer.progress.step
             if step == (trainer.progress.evaluated + 1) * self._epoch_steps:
                 self._end_epoch()
@@ -192,7 +218,7 @@ class Session:
 
         Raises:
             Stopped: A rank was asked to stop.
-            WdsTrainError: What `Committer.check` raises.
+            WdsTrainError: As `Committer.check`.
         """
         self._run.committer.check()
         if self._spot.rebalance and not self._rebalance_said:
@@ -216,12 +242,14 @@ class Session:
         with lost_ranks():
             loss = take_step(trainer, batch, self._options.recheck, self._began_at.step)
 
-        # Reading the loss makes the CPU wait for the GPU, which the step's time is to include.
+        # Read the loss of a step that is logged. It waits for the GPU, within the step's time.
         done = trainer.progress.step
         mean_loss = None
         if _is_logged(done, self._epoch_steps):
             mean_loss = self._ranks.total(loss.item())[0] / self._ranks.size
             trainer.epoch_loss()
+
+        # Log the step, and show it.
         self._rows.add_step(waited, time.perf_counter() - start)
         if mean_loss is not None:
             row = _figures(trainer, batch, mean_loss, self._loader.fallbacks)
@@ -235,32 +263,32 @@ class Session:
         self._run.writer.clock.turn("validation")
         self._watch.beat(f"the validation of epoch {before.evaluated + 1}", before.step, 0)
         loss = trainer.epoch_loss()
-        findings = Findings() if self._tracker.watching else None
+        findings: Findings | None = None
+        if self._tracker.watching:
+            findings = Findings()
         with lost_ranks():
-            batches = self._looking_up(read_until_stopped(self._val_loader, self._stop))
+            batches = self._look_up_before(read_until_stopped(self._val_loader, self._stop))
             metrics = trainer.evaluate(batches, self._val_samples, findings)
         unreadable = trainer.epoch_unreadable()
-        trainer.evaluated(metrics)
+        trainer.end_epoch(metrics)
 
-        # Report the epoch: to W&B and the run's metrics, then on the console.
+        # Report the epoch to W&B, in the run's metrics, and on the console.
         if findings is not None:
             self._tracker.show_findings(findings, self._classes)
         self._rows.log_epoch(loss, unreadable, metrics, trainer.progress)
         if self._ranks.leads:
             note(_epoch_line(trainer, loss, metrics, unreadable, self._loader.fallbacks))
 
-        # The commit of the last epoch says that the run is done.
+        # Commit it. The commit of the last epoch also ends the run.
         if is_over(self._schedule, trainer.progress):
             self._saver.commit(metrics, status="done", result=metrics | {"epoch/loss": loss})
         else:
             self._saver.commit(metrics)
         self._bar.validated()
 
-    def _looking_up(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches of a validation, with a look up before each that all ranks have.
-
-        The ranks' numbers of batches differ by one.
-        """
+    def _look_up_before(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches of a validation, with a look up before each that all ranks have."""
+        # Ranks may differ by one batch: in the last one some would wait for the others in vain.
         size = min(self._options.recipe.batch, EVAL_BATCH)
         shared = -(-self._val_samples // size) // self._ranks.size
         progress = self._trainer.progress
@@ -275,7 +303,7 @@ class Session:
             yield batch
 
     def _finish_upload(self) -> None:
-        """Wait until the last state is committed, and heed a request to stop meanwhile."""
+        """Wait until the last state is committed, or the training is asked to stop."""
         with Bar(1, shown=self._ranks.leads) as bar:
             while not self._run.committer.wait(0.2):
                 if self._stop.cause:
@@ -288,6 +316,7 @@ class Session:
 
         Return normally if that commit was the last that the run needed.
         """
+        # The cause if this rank knows of none. The deadline runs in every rank.
         self._stop.ask("another rank")
         self._stop.doing = f"the last commit to {self._run.store.url}"
         status = "stopped" if self._stop.by_person else "interrupted"
@@ -296,6 +325,8 @@ class Session:
         if not self._saver.has_newest():
             self._trainer.epoch_loss()
             self._saver.commit({}, status=status)
+
+        # Wait for the upload, as long as the deadline allows.
         committed = self._run.committer.wait(self._stop.left - LAST_MOMENT)
         if self._run.manifest.status == "done":
             return
@@ -303,75 +334,59 @@ class Session:
             give_up(self._run, status)
         _leave_together(self._stop, self._ranks)
         where = self._run.store.url
-        raise _stopped(self._stop, _outcome(progress.step, self._total, where, committed))
+        raise _stop_error(self._stop, _outcome(progress.step, self._total, where, committed))
 
 
-def begin_session(
-    options: TrainOptions,
-    datasets: list[Dataset],
-    run: Run,
-    snapshot: Snapshot | None,
-    stop: StopRequest,
-    *,
-    ranks: Ranks,
-    tracker: Tracker,
-    watch: Watch,
-) -> Session:
+def begin_session(parts: SessionParts, snapshot: Snapshot | None) -> Session:
     """Begin a process's work on a claimed run, and return it ready to run.
 
     The order matters: loader workers are forked, and a forked child survives neither the threads of
     its parent nor its use of a GPU.
 
     Args:
-        options: How the training works.
-        datasets: The training's dataset, and the others of its mixture.
-        run: The run, which is claimed.
+        parts: The parts of the training.
         snapshot: The checkpoint to go on from; None begins at step 0.
-        stop: What asks the training to stop.
-        ranks: The processes of the training, not connected yet.
-        tracker: What passes metrics on to W&B, not started yet.
-        watch: What finds ranks that hang, not started yet.
 
     Raises:
         RunError: The checkpoint does not fit the model.
         RanksLost: Another rank has gone.
     """
+    options = parts.options
+    run = parts.run
+    ranks = parts.ranks
+
     # 1. Processes.
-    loaders = fork_loaders(options, datasets, ranks, snapshot.progress.step if snapshot else 0)
+    from_step = 0
+    if snapshot is not None:
+        from_step = snapshot.progress.step
+    loaders = fork_loaders(options, parts.datasets, ranks, from_step)
 
     # 2. Threads: hold the run, and meet the other ranks and W&B.
     run.committer.max_uncommitted = options.max_uncommitted_minutes * 60
     run.begin()
-    machine = {"hardware": hardware(ranks), "price": options.price}
+    machine = {"hardware": describe_hardware(ranks), "price": options.price}
     run.writer.note(**machine)
-    stop.doing = "the training"
+    parts.stop.doing = "the training"
     if ranks.leads:
-        splits = datasets[0].manifest.splits
+        splits = parts.datasets[0].manifest.splits
         samples = {name: split.samples for name, split in splits.items()}
-        history = run.history()  # names what is damaged
-        tracker.start(history, samples=samples, **machine)
-    watch.start()
-    ranks.connect(watch.silence)
+        # Reading the history names the segments that are damaged.
+        parts.tracker.start(run.history(), samples=samples, **machine)
+    parts.watch.start()
+    ranks.connect(parts.watch.silence)
 
     # 3. The GPU.
-    trainer = _restore_trainer(options, datasets, ranks, snapshot)
-    return Session(
-        options,
-        datasets,
-        run,
-        stop,
-        ranks=ranks,
-        tracker=tracker,
-        watch=watch,
-        loaders=loaders,
-        trainer=trainer,
-    )
+    trainer = _restore_trainer(options, parts.datasets, ranks, snapshot)
+    return Session(parts, loaders, trainer)
 
 
 def fork_loaders(
     options: TrainOptions, datasets: list[Dataset], ranks: Ranks, from_step: int
 ) -> Loaders:
-    """Make both loaders, and fork their workers, which begin to read for step `from_step`."""
+    """Make both loaders, and fork their workers.
+
+    Those of the training begin to read at once, for step `from_step`.
+    """
     train = make_train_loader(options, datasets, ranks, from_step)
     val = make_val_loader(options, datasets[0], ranks)
     train.start()
@@ -382,21 +397,24 @@ def fork_loaders(
 def _restore_trainer(
     options: TrainOptions, datasets: list[Dataset], ranks: Ranks, snapshot: Snapshot | None
 ) -> Trainer:
-    """Make the trainer, as `snapshot` left it, and introduce the training."""
+    """Make the trainer in the state of `snapshot`, and introduce the training."""
+    # Make it. All ranks cut their batches alike: the one with the least memory decides.
     resumes = snapshot is not None
     trainer = make_trainer(options, datasets, ranks.device, ranks, resumes=resumes)
     # A CPU's memory holds any batch that it can work on.
     if options.accumulate is None and ranks.device.type == "cuda":
         trainer.accumulate = round(ranks.largest(fit_accumulation(trainer)))
 
+    # Introduce it: the leader alone.
     tell = _quiet_unless(ranks.leads, note)
     steps = epoch_steps(options, datasets)
-    tell(introduction(options, datasets[0], steps, ranks))
+    tell(describe_training(options, datasets[0], steps, ranks))
     for each in trainer.notes:
         tell(f"weights  {each}")
     if trainer.accumulate > 1:
         tell(f"memory   each batch in {trainer.accumulate} micro-batches")
 
+    # Restore it.
     if snapshot:
         trainer.restore(snapshot)
         step = trainer.progress.step
@@ -406,21 +424,24 @@ def _restore_trainer(
 
 
 def _leave_together(stop: StopRequest, ranks: Ranks) -> None:
-    """Wait for the other ranks: one that leaves earlier looks lost, and ends them all."""
+    """Wait for the other ranks: to them, one that leaves earlier looks lost."""
     stop.doing = "another rank"
     ranks.total(1)
 
 
-def _make_bar(
-    options: TrainOptions, datasets: list[Dataset], step: int, *, shown: bool
-) -> TrainingBar:
-    pace = expected_pace(options, datasets)
-    return TrainingBar(pace, step, options.recipe.batch, options.price, shown=shown)
+def _make_bar(parts: SessionParts, step: int) -> TrainingBar:
+    """Make the bar, which the leader alone shows."""
+    options = parts.options
+    pace = expected_pace(options, parts.datasets)
+    batch = options.recipe.batch
+    return TrainingBar(pace, step, batch, options.price, shown=parts.ranks.leads)
 
 
 def _quiet_unless(speaks: bool, tell: Callable[[str], object]) -> Callable[[str], object]:
-    """Return `tell`, or a function that says nothing for a process that does not speak."""
-    return tell if speaks else _keep_quiet
+    """Return `tell`, or for a process that does not speak, a function that says nothing."""
+    if speaks:
+        return tell
+    return _keep_quiet
 
 
 def _keep_quiet(_: str) -> None:
@@ -428,7 +449,7 @@ def _keep_quiet(_: str) -> None:
 
 
 def _figures(trainer: Trainer, batch: Batch, loss: float, fallbacks: int) -> dict[str, Any]:
-    """Return the record of the step that was just taken."""
+    """Return the row of the step that was just taken."""
     done = trainer.progress.step
     figures: dict[str, Any] = {
         "step": done,
@@ -446,6 +467,7 @@ def _figures(trainer: Trainer, batch: Batch, loss: float, fallbacks: int) -> dic
 def _epoch_line(
     trainer: Trainer, loss: float, metrics: dict[str, float], unreadable: int, fallbacks: int
 ) -> str:
+    """Return the line of an epoch on the console."""
     recipe = trainer.recipe
     shown = telling(metrics, trainer.progress.step, recipe.ema.every)
     ema = "not updated yet"
@@ -461,21 +483,22 @@ def _epoch_line(
 
 
 def _is_logged(step: int, epoch_steps: int) -> bool:
-    """Return True if the step has a record.
+    """Return True if the step has a row.
 
-    It depends on the step alone, so that a resumed run logs what the unbroken one does.
+    It depends on the step alone, so that a resumed run has the rows of an unbroken one.
     """
     return step % min(LOG_STEPS, max(1, epoch_steps // LOGS_PER_EPOCH)) == 0
 
 
-def _stopped(stop: StopRequest, outcome: str) -> Interrupted | StoppedByPerson:
+def _stop_error(stop: StopRequest, outcome: str) -> Interrupted | StoppedByPerson:
+    """Return the error that a training ends with when it was asked to stop."""
     if stop.by_person:
         return StoppedByPerson(f"stopped for good by {stop.cause}, {outcome}, given --go-on")
     return Interrupted(f"stopped by {stop.cause} {outcome}")
 
 
 def _outcome(step: int, total: int, where: str, committed: bool) -> str:
-    """Say where the training was, what became of its state, and what the same command will do."""
+    """Return where the training was, if its state is safe, and how to go on, as a sentence."""
     if not step:
         return f"before the first of {total} steps; the same command begins anew"
     at = f"at step {step} of {total}"

@@ -1,4 +1,7 @@
-"""The parts of a training, and the checks before it claims its run."""
+"""The parts of a training, and the checks before it claims its run.
+
+The training makes its loaders and its trainer here, and so does `--dry-run`: one assembly for both.
+"""
 
 import contextlib
 import secrets
@@ -32,7 +35,7 @@ def refuse(
     """Refuse a training that cannot work, before the claim: its name must stay free.
 
     The model is made without memory for its weights, and called without arithmetic (PyTorch's
-    device "meta"), which takes a fraction of a second.
+    device "meta"). That takes a fraction of a second.
 
     Args:
         options: The training.
@@ -44,14 +47,16 @@ def refuse(
     Raises:
         UsageError: A setting, an option or the machine cannot work.
     """
+    # A run that is there must be of this training. If it goes on from a checkpoint, the weights
+    # that it began with are not needed, and may be gone.
     resumes = False
     with contextlib.suppress(NotFound):
         found = check_resume(read_run(store)[0], fresh, store.url)
         if found.status == "done":
             return
-        resumes = bool(found.checkpoints)  # the weights that it began from may be gone by now
+        resumes = bool(found.checkpoints)
 
-    # The loader refuses what the datasets and the ranks cannot do.
+    # The loader refuses datasets and ranks that cannot work.
     make_train_loader(options, datasets, ranks)
     model = options.recipe.model
     if ranks.leads and not resumes and model.init.startswith(TIMM):
@@ -61,7 +66,8 @@ def refuse(
             "hub ..."
         )
 
-    # The trainer refuses the rest.
+    # The trainer refuses the rest. Alone: the ranks are not connected, and a step on "meta" needs
+    # no compiler.
     uncompiled = replace(options, compile=False)
     unconnected = Ranks(ranks.rank, ranks.size)
     meta = torch.device("meta")
@@ -103,7 +109,7 @@ def fresh_run(options: TrainOptions, datasets: list[Dataset]) -> RunManifest:
 
 
 def sizes(options: TrainOptions) -> list[int]:
-    """Return the number of images that each dataset gives every batch."""
+    """Return the number of images that each dataset gives to every batch."""
     weights = [share for _, share in options.mix]
     return split_batch(options.recipe.batch, weights, options.recipe.data.repeats)
 
@@ -156,7 +162,7 @@ def make_train_loader(
 
 
 def make_val_loader(options: TrainOptions, dataset: Dataset, ranks: Ranks) -> EvalLoader:
-    """Make the loader of the validation. Its unreadable samples count as wrong."""
+    """Make the loader of the validation, whose unreadable samples count as wrong predictions."""
     data = options.recipe.data
     return EvalLoader(
         dataset,
@@ -172,24 +178,26 @@ def make_val_loader(options: TrainOptions, dataset: Dataset, ranks: Ranks) -> Ev
 
 
 def expected_pace(options: TrainOptions, datasets: list[Dataset]) -> Pace:
-    """Return the pace to expect before any step was timed.
-
-    A step's work grows with the area of its images. A validation is the forward pass, a third of a
-    step, of two models.
-    """
+    """Return the pace to expect before any step was timed, in steps of the largest images."""
     data = options.recipe.data
     epochs = options.recipe.schedule.epochs
+    # A step's work grows with the area of its images.
     costs = []
     for epoch in range(epochs):
         costs.append((image_side(data, epoch, epochs) / data.size) ** 2)
+
+    # A validation is the forward pass, a third of a step, of two models; of each image twice where
+    # it is flipped.
     batches = datasets[0].manifest.split("val").samples / options.recipe.batch
-    passes = 2 if data.eval_flip else 1
+    passes = 1
+    if data.eval_flip:
+        passes = 2
     validation = batches * 2 / 3 * (data.eval_size / data.size) ** 2 * passes
     return Pace(costs, epoch_steps(options, datasets), validation)
 
 
-def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ranks) -> str:
-    """Return the lines that introduce a training: its dataset, its run, and what is left out."""
+def describe_training(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ranks) -> str:
+    """Return the lines that introduce a training: its dataset, its run, and the dropped samples."""
     recipe = options.recipe
     splits = dataset.manifest.splits
     samples = splits["train"].samples
@@ -197,12 +205,15 @@ def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ran
         f"dataset  {dataset.store.url}: {samples:,} train, {splits['val'].samples:,} val, "
         f"{len(dataset.manifest.classes)} classes\n"
         f"run      {options.run}: recipe {recipe.name}, {recipe.model.name}, "
-        f"{recipe.schedule.epochs} epochs of {steps} steps of {recipe.batch}, on {hardware(ranks)}"
+        f"{recipe.schedule.epochs} epochs of {steps} steps of {recipe.batch}, "
+        f"on {describe_hardware(ranks)}"
     )
-    # An epoch has only full batches.
+    # An epoch has only full batches. With repeats, several epochs make up a pass over all samples.
     left = samples % (sizes(options)[0] // recipe.data.repeats)
     if left:
-        turn = "epoch" if recipe.data.repeats == 1 else "pass"
+        turn = "epoch"
+        if recipe.data.repeats > 1:
+            turn = "pass"
         text += (
             f"\n{turn:8} {samples - left:,} of {samples:,} samples; {left:,}, other ones each "
             f"{turn}, are left out"
@@ -210,10 +221,12 @@ def introduction(options: TrainOptions, dataset: Dataset, steps: int, ranks: Ran
     return text
 
 
-def hardware(ranks: Ranks) -> str:
+def describe_hardware(ranks: Ranks) -> str:
     """Return the hardware that the training works on, such as "2 x NVIDIA A10G"."""
     device = ranks.device
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return f"{ranks.size} x {name}" if ranks.size > 1 else name
+    if ranks.size == 1:
+        return name
+    return f"{ranks.size} x {name}"

@@ -1,6 +1,6 @@
-"""The warning that this instance is about to go, from the instance metadata service (IMDSv2).
+"""The notice that this instance is about to end, from the instance metadata service (IMDSv2).
 
-EC2's, which takes a spot instance back, or its Auto Scaling group's.
+It comes from EC2, which takes a spot instance back, or from its Auto Scaling group.
 
 https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html:
 `spot/instance-action` answers 404 until about two minutes before the end, best effort; AWS asks to
@@ -25,33 +25,49 @@ from urllib.parse import urlsplit
 
 from wds_train.training.stop_request import StopRequest
 
+# Between two looks: AWS asks for this interval.
 POLL_SECONDS = 5.0
-FIRST_SECONDS = 0.4  # for each of the first two answers, where nothing else says that this is EC2
-# For each later one, and where it is EC2: a busy machine's service may be slow, and nobody waits
+# For each of the first two answers where nothing else says that this is EC2: elsewhere the address
+# may swallow every packet.
+FIRST_SECONDS = 0.4
+# For each later answer, and on EC2: the service of a busy machine may be slow, and nothing waits
 # for it.
 ANSWER_SECONDS = 5.0
+# From the notice to the end, as AWS promises.
 NOTICE_SECONDS = 120.0
-SILENT_LOOKS = 12  # in a row without an answer, after which it is said: a minute
+# Looks in a row without an answer until a line says so: a minute.
+SILENT_LOOKS = 12
+# Seconds that a token is valid: 6 hours, the most that the service gives.
 TOKEN_TTL = "21600"
+# The kernel's files on the machine; tests have another folder.
 SYSTEM = Path("/sys")
 ADDRESSES = {"ipv4": "http://169.254.169.254", "ipv6": "http://[fd00:ec2::254]"}
 
-NO_ANSWER = (OSError, http.client.HTTPException, ValueError)  # the last of an address that is none
+# The errors of a service that does not answer; a ValueError comes of an address that cannot be one.
+NO_ANSWER = (OSError, http.client.HTTPException, ValueError)
+# Sends a request: (method, path, headers) -> (status, body). It raises one of NO_ANSWER.
 Ask = Callable[[str, str, dict[str, str]], tuple[int, bytes]]
-"""(method, path, headers) -> (status, body); one of NO_ANSWER when there is none."""
+# Gets facts of the instance, by their names.
 Tell = Callable[..., None]
+# Shows a line to a person.
 Say = Callable[[str], object]
 
 
 class SpotWatch:
-    """Looks for the notice in a thread, as a context manager; the training loop reads the
-    attributes.
+    """Looks for the notice in a thread, inside a `with` block.
 
-    A notice asks `stop` to end the training by the time at which the instance goes. `rebalance`:
-    whether EC2 has recommended to move. `tell(instance=...)` is told the instance's type. Where
-    this is EC2, the service is asked as long as the training lives, and `say` gets a line when it
-    cannot be reached. Elsewhere the thread ends in under a second. A service that fails means that
-    nothing is known, never that the instance goes.
+    A notice asks `stop` to end the training by the time at which the instance ends. On EC2 the
+    service is asked as long as the training lives, and a line says so when it cannot be reached.
+    Elsewhere the thread ends within seconds. A service that fails never counts as a notice.
+
+    Args:
+        ask: Sends a request to the service; tests have their own.
+        every: Seconds between two looks.
+        tell: Called with `instance=`, the type of the instance.
+        say: Called with a line for a person.
+
+    Attributes:
+        rebalance: True once EC2 has recommended to move.
     """
 
     def __init__(
@@ -75,7 +91,7 @@ class SpotWatch:
         self._problem = ""
         self._reached = False
         self._silent = 0
-        self._told = False
+        self._warned = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="spot", daemon=True)
 
@@ -93,24 +109,25 @@ class SpotWatch:
         at: TracebackType | None,
     ) -> None:
         self._stopped.set()
-        # the training was over before the thread could tell
+        # A training that was over before the thread could say so.
         if self._evidence and not self._reached:
             self._warn(*_remedy(self._problem or "no answer yet"))
 
     def look(self) -> bool:
-        """Look once; whether there is a notice. What cannot be learnt stays as it was."""
-        if (action := self._learnt("spot/instance-action")) is not None:
+        """Look once; return True if there is a notice. No answer changes nothing."""
+        action = self._fetch("spot/instance-action")
+        if action is not None:
             self._stop.ask("the spot notice", _seconds_left(action))
             return True
-        self.rebalance |= self._learnt("events/recommendations/rebalance") is not None
-        if self._learnt("autoscaling/target-lifecycle-state") == b"Terminated":
+        self.rebalance |= self._fetch("events/recommendations/rebalance") is not None
+        if self._fetch("autoscaling/target-lifecycle-state") == b"Terminated":
             self._stop.ask("the Auto Scaling group, which ends this instance")
             return True
         return False
 
     def _watch(self) -> None:
-        """The body of the thread."""
-        if not self._is_ec2():
+        """Look until there is a notice, or the training ends: the body of the thread."""
+        if not self._reach_service():
             return
         self._tell_type()
         while not self.look():
@@ -118,28 +135,30 @@ class SpotWatch:
             if self._stopped.wait(self._every):
                 return
 
-    def _is_ec2(self) -> bool:
-        """Return True if this is EC2, once it is known; on EC2, whether the service has answered
-        before the training's end.
-        """
-        for seconds in (
-            (ANSWER_SECONDS,) if self._evidence else (FIRST_SECONDS, FIRST_SECONDS, ANSWER_SECONDS)
-        ):
+    def _reach_service(self) -> bool:
+        """Wait for the first answer of the service; return False where this is not EC2."""
+        # Ask, elsewhere three times: one packet may be lost.
+        waits = [FIRST_SECONDS, FIRST_SECONDS, ANSWER_SECONDS]
+        if self._evidence:
+            waits = [ANSWER_SECONDS]
+        for seconds in waits:
             self._seconds = seconds
             if self._is_reached():
                 return True
         if not self._evidence:
             return False
+
+        # EC2, whose service does not answer: warn, and go on asking until the training ends.
         while not self._is_reached():
             self._warn(*_remedy(self._problem))
             if self._stopped.wait(self._every):
                 return False
-        if self._told:
+        if self._warned:
             self._say("spot     the metadata service answers now: a spot notice will be heeded")
         return True
 
     def _is_reached(self) -> bool:
-        """Return True if the service gives a token, without which it says nothing."""
+        """Return True if the service gives a token: it answers nothing without one."""
         try:
             self._renew()
         except NO_ANSWER as error:
@@ -151,35 +170,49 @@ class SpotWatch:
         return True
 
     def _judge_silence(self) -> None:
-        """Say once when a service that has answered before does so no more."""
-        if self._silent >= 3 * SILENT_LOOKS and not self._told:
+        """Warn once when a service that has answered before does so no more."""
+        # Each look has three requests.
+        if self._silent >= 3 * SILENT_LOOKS and not self._warned:
             self._warn(
                 f"answers no more ({self._problem})",
                 "it is asked on, but a notice may be missed meanwhile",
             )
 
     def _warn(self, what: str, remedy: str) -> None:
-        if not self._told:
-            self._told = True
-            seen = f" ({self._evidence})" if self._evidence else ""
-            self._say(
-                f"spot     this is EC2{seen}, whose metadata service at {address()} {what}: "
-                f"no spot notice would be seen; {remedy}"
-            )
+        """Say once that no notice would be seen: `what` the service does, and the remedy."""
+        if self._warned:
+            return
+        self._warned = True
+        seen = ""
+        if self._evidence:
+            seen = f" ({self._evidence})"
+        self._say(
+            f"spot     this is EC2{seen}, whose metadata service at {address()} {what}: "
+            f"no spot notice would be seen; {remedy}"
+        )
 
     def _tell_type(self) -> None:
-        if self._tell is not None and (kind := self._learnt("instance-type")):
+        """Tell the instance's type, for the cost of the run."""
+        if self._tell is None:
+            return
+        kind = self._fetch("instance-type")
+        if kind:
             self._tell(instance=kind.decode("latin-1"))
 
     def _renew(self) -> None:
+        """Get a token; keep the reason where the service gives none."""
         status, body = self._ask(
             "PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": TOKEN_TTL}
         )
-        self._token = body.decode("latin-1") if status == 200 else None
-        self._problem = "" if status == 200 else f"status {status}"
+        if status == 200:
+            self._token = body.decode("latin-1")
+            self._problem = ""
+        else:
+            self._token = None
+            self._problem = f"status {status}"
 
-    def _learnt(self, path: str) -> bytes | None:
-        """Return the document, or None where there is none, or no answer."""
+    def _fetch(self, path: str) -> bytes | None:
+        """Return the document; None where there is none, or no answer."""
         try:
             found = self._read(path)
         except NO_ANSWER as error:
@@ -190,24 +223,27 @@ class SpotWatch:
         return found
 
     def _read(self, path: str) -> bytes | None:
-        """Return the document, or None where there is none.
+        """Return the document; None where there is none.
 
         Raises:
-            OSError: The service will not say; or another one of NO_ANSWER.
+            OSError: The service refuses; or another one of NO_ANSWER.
         """
-        for _ in range(2):
+        for _ in range(2):  # the first answer may be that the token has expired
             if self._token is None:
                 self._renew()
             headers = {"X-aws-ec2-metadata-token": self._token or ""}
             status, body = self._ask("GET", f"/latest/meta-data/{path}", headers)
-            if status in (200, 404):
-                return body if status == 200 else None
+            if status == 200:
+                return body
+            if status == 404:
+                return None
             if status != 401:
                 break
-            self._token = None  # it has expired
+            self._token = None
         raise OSError(f"status {status}")
 
     def _ask_service(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, bytes]:
+        """Send a request to the service, as `Ask` has it."""
         place = urlsplit(address())
         if not place.netloc:
             raise OSError(f"{address()} is no address such as {ADDRESSES['ipv4']}")
@@ -220,14 +256,19 @@ class SpotWatch:
 
 
 def evidence_of_ec2(system: Path | None = None) -> str:
-    """Return what shows that this machine is one of EC2's, or that its metadata service is wanted;
-    "" where nothing does.
+    """Return the sign that this machine is an EC2 instance, in words; "" where there is none.
 
     https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/identify_ec2_instances.html
+
+    Args:
+        system: The kernel's files; by default /sys.
     """
     system = system or SYSTEM
+    # A person who sets the address wants the service to be asked.
     if os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT"):
         return "AWS_EC2_METADATA_SERVICE_ENDPOINT is set"
+    # Nitro instances name their vendor; older ones the version of their BIOS, or begin their UUID
+    # with EC2.
     for name in ("sys_vendor", "board_vendor", "bios_vendor", "chassis_vendor"):
         if "amazon ec2" in _text(system / "class/dmi/id" / name).lower():
             return f"{name} is Amazon EC2"
@@ -240,7 +281,7 @@ def evidence_of_ec2(system: Path | None = None) -> str:
 
 
 def address() -> str:
-    """Return where the metadata service is: as the AWS settings say, else at its usual place."""
+    """Return the address of the metadata service: that of the AWS settings, or its usual one."""
     mode = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "").lower()
     return os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or ADDRESSES.get(
         mode, ADDRESSES["ipv4"]
@@ -248,19 +289,22 @@ def address() -> str:
 
 
 def _text(path: Path) -> str:
+    """Return the content of a file; "" where it is not there, or this user may not read it."""
     try:
         return path.read_text(errors="replace").strip()
-    except OSError:  # not every machine has the file, and not every user may read it
+    except OSError:
         return ""
 
 
 def _remedy(problem: str) -> tuple[str, str]:
-    """Return what a service that gives no token does, and what helps."""
+    """Return the fault of a service that gives no token, in words, and the remedy."""
+    # It answers, but is switched off for this instance.
     if problem in ("status 403", "status 404"):
         return f"gives no token ({problem})", (
             "switch it on: aws ec2 modify-instance-metadata-options --instance-id ID "
             "--http-endpoint enabled"
         )
+    # It does not answer.
     return f"cannot be reached ({problem})", (
         "in a container its answers need two hops: aws ec2 modify-instance-metadata-options "
         "--instance-id ID --http-put-response-hop-limit 2 (HttpPutResponseHopLimit 2), or run the "
@@ -271,13 +315,16 @@ def _remedy(problem: str) -> tuple[str, str]:
 def _seconds_left(action: bytes) -> float:
     """Return the seconds until the time that a notice names.
 
-    `action` is such as {"action": "terminate", "time": "2026-01-31T08:22:00Z"}. Without a time it
-    is what AWS promises, and also where that time is past: then this machine's clock is wrong.
+    Args:
+        action: The notice, such as {"action": "terminate", "time": "2026-01-31T08:22:00Z"}.
+            Without a time the seconds are those that AWS promises.
     """
     try:
-        left = (
-            datetime.fromisoformat(json.loads(action)["time"]) - datetime.now(UTC)
-        ).total_seconds()
+        end = datetime.fromisoformat(json.loads(action)["time"])
+        left = (end - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError, KeyError):
         return NOTICE_SECONDS
-    return left if 0 < left < NOTICE_SECONDS else NOTICE_SECONDS
+    # The time is past, or far away: this machine's clock is wrong.
+    if not 0 < left < NOTICE_SECONDS:
+        return NOTICE_SECONDS
+    return left

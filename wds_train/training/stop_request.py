@@ -1,4 +1,7 @@
-"""The request to stop a training, and the deadline by which it has to be gone."""
+"""The request to stop a training, and the deadline by which its process has to end.
+
+Signals, the spot notice, the Stop button of W&B and other ranks ask; the training loop reads it.
+"""
 
 import multiprocessing
 import os
@@ -12,24 +15,30 @@ from typing import NoReturn, Self
 
 from wds_train.errors import Interrupted, StoppedByPerson
 
-# From a signal to the end: the least that supervisors and EC2 wait between asking and killing.
+# Seconds from a signal to the end: the least that supervisors and EC2 wait before they kill.
 GRACE_SECONDS = 90.0
-LOOK_SECONDS = 0.5  # between two looks at the deadline
+# Between two looks at the deadline.
+LOOK_SECONDS = 0.5
+# The signals on which a training commits and ends.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""The signals on which a training commits and ends."""
+# The signals that end it at once the second time. The others may come twice by themselves: SIGHUP,
+# of a terminal that was closed, from the kernel and from the shell; SIGUSR1 and SIGUSR2, which
+# Slurm sends some time before its limit, from Slurm and from a script that passes them on.
 TWICE = (signal.SIGTERM, signal.SIGINT)
-"""The signals that end it at once the second time."""
 
 
 class StopRequest:
-    """Knows that a training is to end, why, and by when: the loop reads it between steps, and a
-    thread of its own ends the process when the time is up, whatever hangs. The first cause is the
-    one that is told, the earliest deadline the one that counts.
+    """A request to end the training: its cause, and its deadline.
 
-    Asked by the SIGNALS and whoever calls `ask`. SIGTERM or SIGINT again stops at once. The others
-    may come twice by themselves: SIGHUP, of a terminal that was closed, from the kernel and from
-    the shell; SIGUSR1 and SIGUSR2, which Slurm sends some time before its limit, from Slurm and
-    from a script that passes them on.
+    The loop reads it between steps. A thread ends the process at the deadline, whatever hangs. The
+    first cause is the one that is named, the earliest deadline the one that counts.
+
+    Attributes:
+        cause: Who or what asked first; None until then.
+        by_person: The training is to end for good.
+        deadline: Monotonic seconds.
+        doing: The activity of the training, which is named when it hangs.
+        code: The exit code for a process that is ended at the deadline.
     """
 
     def __init__(self) -> None:
@@ -37,28 +46,28 @@ class StopRequest:
         self.by_person = False
         self.deadline = float("inf")
         self.doing = "the start"
-        """The activity of the training, which is named when it hangs."""
         self.code = Interrupted.exit_code
         self._signals: set[int] = set()
 
     def listen(self) -> Self:
-        """Heed signals.
+        """Let signals ask, and start the thread of the deadline.
 
         Call it before the imports that take seconds, so that a signal during these is not lost.
         """
+        # `nohup` ignores SIGHUP. A rank takes it in any case: it says that the launcher died, and
+        # no terminal sends it there.
         numbers = set(SIGNALS)
-        # `nohup` ignores it. A rank heeds it in any case: it says that the launcher died, and no
-        # terminal sends it there.
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and "WDS_LAUNCHER" not in os.environ:
             numbers.remove(signal.SIGHUP)
         for number in numbers:
-            signal.signal(number, self._set)
-        # Python's handlers wait for the main thread, which may hang in C code; what arrives here
-        # does not.
+            signal.signal(number, self._handle)
+
+        # Python's handlers wait for the main thread, which may hang in C code. The numbers that
+        # arrive in this pipe do not.
         arrived, arrive = os.pipe()
         os.set_blocking(arrive, False)
         signal.set_wakeup_fd(arrive, warn_on_full_buffer=False)
-        # A loader worker's signals are its own.
+        # A loader worker must not write its own signals into the pipe.
         os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
         arguments = (arrived, numbers)
         threading.Thread(target=self._watch, args=arguments, name="deadline", daemon=True).start()
@@ -69,7 +78,7 @@ class StopRequest:
 
         Args:
             cause: Who or what asks, for messages.
-            seconds: The time that is left; by default GRACE_SECONDS.
+            seconds: The time until the deadline; by default GRACE_SECONDS.
             by_person: End it for good, so that no replacement goes on.
         """
         if by_person:
@@ -85,7 +94,8 @@ class StopRequest:
         """The seconds until the deadline."""
         return self.deadline - time.monotonic()
 
-    def _set(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        """Take a signal: the handler, in the main thread."""
         name = signal.Signals(number).name
         if number in self._signals:
             if number not in TWICE:
@@ -93,18 +103,26 @@ class StopRequest:
             raise KeyboardInterrupt
         self._signals.add(number)
         self.ask(name)
-        again = "; once more stops at once" if number in TWICE else ""
-        start = "\n" if os.isatty(2) else ""  # behind the bar, and the ^C that the terminal shows
-        _tell(f"{start}{name}: stopping at the next step, state committed{again}\n")
+        line = f"{name}: stopping at the next step, state committed"
+        if number in TWICE:
+            line += "; once more stops at once"
+        # On a terminal the cursor is behind the bar, and behind the ^C that was typed.
+        if os.isatty(2):
+            line = f"\n{line}"
+        _write_line(f"{line}\n")
 
     def _watch(self, arrived: int, numbers: set[signal.Signals]) -> None:
-        """The body of the thread that ends the process."""
-        while (left := self.left) > 0:
+        """End the process at the deadline: the body of the thread."""
+        # A signal begins the grace, even if its handler never runs.
+        left = self.left
+        while left > 0:
             readable, _, _ = select.select([arrived], [], [], min(left, LOOK_SECONDS))
             if readable and numbers & set(os.read(arrived, 512)):
                 self.deadline = min(self.deadline, time.monotonic() + GRACE_SECONDS)
+            left = self.left
+
         cause = self.cause or "a signal"
-        _tell(
+        _write_line(
             f"wds-train: {cause}: the time is up while {self.doing} hangs; what was committed "
             "before stands\n"
         )
@@ -123,30 +141,31 @@ class StopRequest:
     def sleep(self, seconds: float) -> None:
         """Sleep as `time.sleep` does, with a `check` now and then."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+        left = seconds
+        while left > 0:
             self.check()
             time.sleep(min(left, 0.2))
+            left = end - time.monotonic()
         self.check()
 
 
-def _tell(line: str) -> None:
-    """Write a line to stderr, without print(): its buffer may be in use in the very code that a
-    signal interrupted. Where nobody listens any more, as in a terminal that was closed, no later
-    line may fail either: it would end the training before its last commit.
+def _write_line(line: str) -> None:
+    """Write a line to stderr, without print().
+
+    The buffer of print() may be in use in the code that the signal interrupted.
     """
     try:
         os.write(2, line.encode())
     except OSError:
+        # Nobody listens any more, as in a terminal that was closed. Later lines must not fail
+        # either: that would end the training before its last commit.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for output in (1, 2):
             os.dup2(nowhere, output)
 
 
 def leave(code: int) -> NoReturn:
-    """End this process and its loader workers now.
-
-    No thread is waited for, and nothing is put in order.
-    """
+    """End this process and its loader workers now, without waiting for threads or cleaning up."""
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(code)

@@ -1,4 +1,7 @@
-"""The seconds that a training waits for its batches."""
+"""The seconds that a training waits for its batches.
+
+They decide which part of the paid time counts as waiting for data (docs/report.md).
+"""
 
 import time
 from collections.abc import Iterator
@@ -24,22 +27,25 @@ def time_waits(
         device: The device that trains.
     """
     while True:
+        # Wait for the batch.
         begin = time.perf_counter()
         queued = _mark(device)
         if clock.activity != "start":
             clock.turn("data")
         batch = next(batches)
         waited = time.perf_counter() - begin
-        busy = waited - min(waited, _idle_seconds(queued, device, waited))
-        clock.turn("steps", busy if clock.activity == "data" else 0.0)
+
+        # Count the part of the wait in which the device was busy as steps.
+        idle = min(waited, _idle_seconds(queued, device, waited))
+        busy = 0.0
+        if clock.activity == "data":
+            busy = waited - idle
+        clock.turn("steps", busy)
         yield batch, waited
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """Return an event that comes when a GPU has done all that it was given so far.
-
-    None on a CPU, which runs ahead of nothing.
-    """
+    """Return an event that comes when the GPU has done all its work so far; None on a CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -48,15 +54,21 @@ def _mark(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _idle_seconds(queued: torch.cuda.Event | None, device: torch.device, waited: float) -> float:
-    """Return for how many of the seconds that were waited the device had nothing to do.
+    """Return the seconds of the wait in which the device had nothing to do.
 
-    A CPU has nothing to do in all of them.
+    Args:
+        queued: The end of the work that a GPU had when the wait began; None on a CPU, which has
+            none.
+        device: The device.
+        waited: The seconds of the wait.
     """
     if queued is None:
         return waited
+    # The GPU is still at that work.
     if not queued.query():
         return 0.0
+    # From its end until now. The event comes at once: the GPU has only the copy of this batch.
     now = _mark(device)
     assert now is not None
-    now.synchronize()  # at once: the GPU has nothing before it but the copy of this batch
+    now.synchronize()
     return queued.elapsed_time(now) / 1000
