@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from wds_train.aws.cost import IMAGENET, OURS, Images, Software, front, plan, shrunk
+from wds_train.aws.cost import IMAGENET, OURS, Images, Software, pareto_front, plan, shrink
 from wds_train.aws.prices import MACHINES, PRICES
 from wds_train.config.presets import preset
 from wds_train.config.recipe import ModelRecipe, Recipe
@@ -109,19 +109,19 @@ def test_a_policy_takes_time_of_the_vcpus() -> None:
 
 
 def test_smaller_images_are_as_small_as_the_recipe_allows_and_never_larger() -> None:
-    assert shrunk(IMAGENET, preset("strong")) == (
+    assert shrink(IMAGENET, preset("strong")) == (
         256,
         replace(IMAGENET, bytes=pytest.approx(0.28 * 115_400)),
     )
-    side, images = shrunk(IMAGENET, preset("standard"))  # 256 px of the central .875
+    side, images = shrink(IMAGENET, preset("standard"))  # 256 px of the central .875
     assert side == 293
     assert images.bytes == pytest.approx(0.28 * 115_400 * (293 / 256) ** 2)
-    assert shrunk(Images(10, 10, 5_000), preset("strong"))[1].bytes == 5_000
+    assert shrink(Images(10, 10, 5_000), preset("strong"))[1].bytes == 5_000
 
 
 def test_the_front_is_what_nothing_beats() -> None:
-    assert front([(3, 70), (1, 60), (2, 60), (2, 75), (9, 75), (5, 80)]) == [1, 3, 5]
-    assert front([]) == []
+    assert pareto_front([(3, 70), (1, 60), (2, 60), (2, 75), (9, 75), (5, 80)]) == [1, 3, 5]
+    assert pareto_front([]) == []
 
 
 def test_a_model_whose_speed_is_not_known_is_refused() -> None:
