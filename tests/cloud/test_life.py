@@ -84,7 +84,7 @@ class Cloud:
 
     def start(self, instance: Instance, training: str = "") -> "subprocess.Popen[str]":
         """The service: the stack's run, with what its user data would set; `training` instead of a real one."""
-        values = stacks.parameters(stacks.existing(self.aws, "first"))
+        values = stacks.parameters(stacks.find_existing(self.aws, "first"))
         (instance.folder / "train.py").write_text(TRAIN)
         real = f'exec {sys.executable} {instance.folder}/train.py "$@"'
         environment = {

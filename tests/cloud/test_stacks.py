@@ -133,7 +133,7 @@ def test_a_launch_makes_the_stack_sets_its_end_and_then_wishes_for_one(
     (end,) = aws.client("autoscaling").describe_scheduled_actions()["ScheduledUpdateGroupActions"]
     assert (end["MinSize"], end["MaxSize"], end["DesiredCapacity"]) == (0, 0, 0)
     assert timedelta(hours=4.9) < end["StartTime"] - datetime.now(UTC) <= timedelta(hours=5)
-    values = stacks.parameters(stacks.existing(aws, "first"))
+    values = stacks.parameters(stacks.find_existing(aws, "first"))
     assert values["Arguments"] == f"--dataset s3://{order.bucket}/p/datasets/quick --price 0.4"
     stored = aws.client("s3").get_object(Bucket=order.bucket, Key=values["CodeKey"])["Body"].read()
     assert (stored, values["CodeSha256"]) == (b"the code", key_of(b"the code")[1])
@@ -179,7 +179,7 @@ def test_a_bucket_that_is_not_there_yet_is_made_and_nothing_started(
     assert "now the images: make shards" in capsys.readouterr().out
     assert group(aws)["DesiredCapacity"] == 0
     assert aws.client("s3").head_bucket(Bucket=fresh.bucket)
-    assert stacks.kept(aws, "first")["CreateBucket"] == "yes"
+    assert stacks.kept_parameters(aws, "first")["CreateBucket"] == "yes"
     assert launch(fresh, "--create-bucket") == 2  # it exists
     aws.client("s3").delete_bucket(Bucket=fresh.bucket)
     assert launch(fresh) == 2
@@ -334,7 +334,7 @@ def test_a_stack_that_fails_is_taken_away_and_its_cause_told(aws: Aws, order: Or
 
 def test_another_run_of_a_like_name_is_not_touched(aws: Aws, order: Order, code: None) -> None:
     assert launch(order) == 0
-    stack = stacks.existing(aws, "first") | {
+    stack = stacks.find_existing(aws, "first") | {
         "Parameters": [{"ParameterKey": "Run", "ParameterValue": "fi.rst"}]
     }
     with Stubber(aws.client("cloudformation")) as stub:
@@ -502,7 +502,7 @@ def test_who_does_not_wait_for_the_stack_hears_that_it_goes_on(
 
 def test_the_machines_are_told_with_what_keeps_them(aws: Aws, order: Order, code: None) -> None:
     with pytest.raises(NotFound):
-        stacks.existing(aws, "first")
+        stacks.find_existing(aws, "first")
     assert stacks.machines(aws, "first") == ["group wds-train-first: there is none in us-east-1"]
     assert launch(order) == 0
     aws.client("autoscaling").suspend_processes(
