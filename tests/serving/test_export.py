@@ -17,7 +17,7 @@ from wds_train.config.recipe import DataRecipe, ModelRecipe, Recipe
 from wds_train.dataset.manifest import ClassInfo
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import RunError, UsageError
-from wds_train.evaluation.evaluate import Member, View, chosen_weights
+from wds_train.evaluation.evaluate import Member, View, choose_weights
 from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.models.model import create_model
@@ -67,7 +67,7 @@ def test_others_find_the_logits_of_the_evaluation(
 ) -> None:
     name, loaded, tolerance = FORMATS[form]
     assert main(["export", served, "--format", form, "--to", str(tmp_path / name)]) == 0
-    weights = chosen_weights(served, "best", None)
+    weights = choose_weights(served, "best", None)
     member, split = Member(weights, View.of(weights.recipe, None), CPU), digits.split("val")
     logits = loaded(tmp_path / name)
     with torch.inference_mode():

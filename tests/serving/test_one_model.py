@@ -27,7 +27,7 @@ from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
 from wds_train.evaluation import calibrate as calibrating
 from wds_train.evaluation.calibrate import calibrate
-from wds_train.evaluation.evaluate import Member, View, chosen_weights
+from wds_train.evaluation.evaluate import Member, View, choose_weights
 from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.models.calibration import Calibration, as_judged_now, probabilities
@@ -369,7 +369,7 @@ def test_one_photo_has_one_probability(
             assert row["top"][0]["probability"] == pytest.approx(mistake.confidence, abs=2e-6)
         assert shown == pytest.approx(mistake.confidence, abs=1e-4)
     # It makes a difference that is seen.
-    weights = chosen_weights(run, "best", None)
+    weights = choose_weights(run, "best", None)
     member = Member(weights, View.of(weights.recipe, None), CPU)
     batch = next(iter(Pipeline(split, EvalPlan(len(split), 360), member.view.transform, 0)))
     raw = probabilities(member.logits(batch.images).numpy(), 1.0).max(axis=1)
@@ -467,7 +467,7 @@ def test_an_old_file_of_such_weights_is_read_and_said(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    weights = chosen_weights(runs["raw"], "ema", None)
+    weights = choose_weights(runs["raw"], "ema", None)
     recipe = replace(weights.recipe, ema=replace(weights.recipe.ema, every=1000))
     replace(weights, recipe=recipe).save(tmp_path / "old.safetensors")
     for arguments in (
@@ -628,7 +628,7 @@ def test_a_temperature_is_judged_by_the_figure_that_is_printed(name: str) -> Non
 def test_what_an_earlier_version_fitted_is_judged_by_the_same_rule(
     runs: dict[str, str], tmp_path: Path, old: Calibration, temperature: float, text: str
 ) -> None:
-    replace(chosen_weights(runs["raw"], "best", None), calibration=old).save(
+    replace(choose_weights(runs["raw"], "best", None), calibration=old).save(
         tmp_path / "old.safetensors"
     )
     found = Weights.read(tmp_path / "old.safetensors").calibration

@@ -22,7 +22,7 @@ from wds_train.dataset.manifest import ClassInfo
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError
 from wds_train.evaluation.calibrate import calibrate
-from wds_train.evaluation.evaluate import Member, View, chosen_weights
+from wds_train.evaluation.evaluate import Member, View, choose_weights
 from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.models.calibration import probabilities
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 def logits_of(run: str, dataset: Dataset, tta: str | None = None) -> NDArray[np.float32]:
     """Of the validation split, through the loader that evaluates."""
-    weights = chosen_weights(run, "best", None)
+    weights = choose_weights(run, "best", None)
     member, split = Member(weights, View.of(weights.recipe, tta), CPU), dataset.split("val")
     loader = Pipeline(split, EvalPlan(len(split), 60), member.view.transform, 0)
     return torch.cat([member.logits(batch.images) for batch in loader]).numpy()
@@ -99,7 +99,7 @@ def test_an_exported_file_answers_as_its_run(
     file = "digits-run.safetensors"
     kept = [answer(capsys, "predict", served, images, "--csv") for _ in range(2)]
     assert (
-        answer(capsys, "export", served, "--best", chosen_weights(served, "best", None).kind)[0]
+        answer(capsys, "export", served, "--best", choose_weights(served, "best", None).kind)[0]
         == 0
     )
     exported = answer(capsys, "predict", file, images, "--csv")

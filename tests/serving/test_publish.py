@@ -16,7 +16,7 @@ from answers import answer
 from wds_train import serving
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
-from wds_train.evaluation.evaluate import chosen_weights
+from wds_train.evaluation.evaluate import choose_weights
 from wds_train.serving.provenance import without_places
 from wds_train.serving.publishing import push
 
@@ -89,7 +89,7 @@ def test_nothing_tells_where_the_owner_keeps_things(
 
 
 def test_a_path_in_the_recipe_becomes_a_name(served: str) -> None:
-    weights = chosen_weights(served, "ema", None)
+    weights = choose_weights(served, "ema", None)
     model = replace(weights.recipe.model, init="/home/me/secret/first.safetensors")
     found = without_places(replace(weights, recipe=replace(weights.recipe, model=model)))
     assert (found.run, found.recipe.model.init) == ("digits-run", "first.safetensors")

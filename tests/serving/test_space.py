@@ -16,7 +16,7 @@ from PIL import Image
 
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
-from wds_train.evaluation.evaluate import Member, View, chosen_weights
+from wds_train.evaluation.evaluate import Member, View, choose_weights
 from wds_train.images.decode import decode_center, decode_whole
 from wds_train.images.plain import plain_bytes
 from wds_train.serving.classify import Classifier, sample
@@ -53,7 +53,7 @@ def file(served: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_answers_as_we_do(page: ModuleType, file: Path, served: str, digits: Dataset) -> None:
     theirs = page.Classifier(file)
     photos = [sample(digits.split("val"), number) for number in range(60)]
-    weights = chosen_weights(served, "best", None)
+    weights = choose_weights(served, "best", None)
     ours = [logits for _, logits in Classifier(weights, None, CPU).logits(photos)]
     answers = [theirs.answer(page.opened(photo.read())) for photo in photos]
     assert [answer.top(1)[0] for answer in answers] == [int(logits.argmax()) for logits in ours]
@@ -76,7 +76,7 @@ def test_it_sees_a_photograph_as_the_validation_does(
 def test_mirror_images_are_averaged_where_the_validation_did(
     page: ModuleType, file: Path, served: str
 ) -> None:
-    theirs, weights = page.Classifier(file), chosen_weights(served, "best", None)
+    theirs, weights = page.Classifier(file), choose_weights(served, "best", None)
     theirs.facts["view"]["flip"] = True
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     member = Member(weights, View.of(weights.recipe, "flip"), CPU)

@@ -10,7 +10,7 @@ from wds_train.checkpoint.run_manifest import RunManifest
 from wds_train.checkpoint.scores import NAMES, SCORES
 from wds_train.checkpoint.weight_choice import Choice, best_weights, choose
 from wds_train.console import counted, say
-from wds_train.evaluation.calibrate import calibrated, loaded
+from wds_train.evaluation.calibrate import calibrate_weights, load_weights
 from wds_train.models.weights import SUFFIX, Weights
 from wds_train.storage.base import Store
 
@@ -27,7 +27,8 @@ def prepared(source: str, device: torch.device) -> Weights:
 
 def of_choice(store: Store, run: RunManifest, choice: Choice, device: torch.device) -> Weights:
     """The weights chosen out of `run`, calibrated where that can be."""
-    return calibrated(loaded(store, run, choice), run, choice, device, counted)
+    weights = load_weights(store, run, choice)
+    return calibrate_weights(weights, run, choice, device, counted)
 
 
 def both_kinds(store: Store, run: RunManifest, device: torch.device) -> list[Weights]:
