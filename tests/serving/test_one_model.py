@@ -305,7 +305,7 @@ def test_the_published_folder_holds_them(
         folder / "space" / "models" / about["models"][about["choices"][0]],
     ):
         classifier = page.Classifier(file)
-        images = [page.opened(path.read_bytes()) for path in sorted(photos.iterdir())]
+        images = [page.open_image(path.read_bytes()) for path in sorted(photos.iterdir())]
         answers = [
             classifier.facts["classes"][classifier.answer(image).top(1)[0]]["id"]
             for image in images
@@ -363,7 +363,7 @@ def test_one_photo_has_one_probability(
     assert len(found.mistakes) > 20
     for mistake in found.mistakes:
         place = keys.index(numbers[mistake.key])
-        image = page.opened((photos / f"{keys[place]}.png").read_bytes())
+        image = page.open_image((photos / f"{keys[place]}.png").read_bytes())
         shown = float(classifier.answer(image).probabilities.max())
         for row in (rows[place], again[place]):
             assert row["top"][0]["probability"] == pytest.approx(mistake.confidence, abs=2e-6)

@@ -55,10 +55,10 @@ def test_it_answers_as_we_do(page: ModuleType, file: Path, served: str, digits: 
     photos = [sample(digits.split("val"), number) for number in range(60)]
     weights = choose_weights(served, "best", None)
     ours = [logits for _, logits in Classifier(weights, None, CPU).logits(photos)]
-    answers = [theirs.answer(page.opened(photo.read())) for photo in photos]
+    answers = [theirs.answer(page.open_image(photo.read())) for photo in photos]
     assert [answer.top(1)[0] for answer in answers] == [int(logits.argmax()) for logits in ours]
     assert {answer.heat.min() >= 0 and answer.heat.max() <= 1 for answer in answers} == {True}
-    assert theirs.shown(page.opened(photos[0].read()), answers[0].heat).size == (448, 448)
+    assert theirs.draw_heat(page.open_image(photos[0].read()), answers[0].heat).size == (448, 448)
 
 
 @pytest.mark.parametrize("side", [48, 200])
@@ -70,7 +70,7 @@ def test_it_sees_a_photograph_as_the_validation_does(
     for data in [*layouts.photos(), encoded(PHOTO.resize((4000, 2)), "PNG")]:
         ours = np.empty((side, side, 3), np.uint8)
         decode_center(data, 0.875, ours)
-        assert (theirs.pixels(page.opened(data)) == ours).all()
+        assert (theirs.pixels(page.open_image(data)) == ours).all()
 
 
 def test_mirror_images_are_averaged_where_the_validation_did(
@@ -112,7 +112,7 @@ TURNED[0x0112] = 6
     ],
 )
 def test_odd_images_are_read(page: ModuleType, data: bytes, size: tuple[int, int]) -> None:
-    image = page.opened(data)
+    image = page.open_image(data)
     assert (image.mode, image.size) == ("RGB", size)
 
 
@@ -190,7 +190,9 @@ SEEN_ALIKE = {
 def test_it_sees_odd_images_as_a_conversion_makes_them(page: ModuleType, name: str) -> None:
     """And as `predict` does, which asks the same function."""
     data = SEEN_ALIKE[name]
-    np.testing.assert_array_equal(np.asarray(page.opened(data)), decode_whole(plain_bytes(data)))
+    np.testing.assert_array_equal(
+        np.asarray(page.open_image(data)), decode_whole(plain_bytes(data))
+    )
 
 
 @pytest.mark.parametrize(("channels", "top"), [(1, 4095), (3, 4095), (4, 1000), (2, 255)])
@@ -199,7 +201,7 @@ def test_numbers_without_a_range_are_a_sentence(page: ModuleType, channels: int,
         page.Refused,
         match=rf"has 16 bits a sample, of 0 to {top}, and does not say which number is white",
     ):
-        page.opened(deep(channels, top))
+        page.open_image(deep(channels, top))
 
 
 def huge() -> bytes:
@@ -224,4 +226,4 @@ def huge() -> bytes:
 )
 def test_what_is_no_image_is_a_sentence(page: ModuleType, data: bytes, message: str) -> None:
     with pytest.raises(page.Refused, match=message):
-        page.opened(data)
+        page.open_image(data)
