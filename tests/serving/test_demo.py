@@ -18,7 +18,7 @@ from visitors import PYTHON, Page, demo_command, free_port, leaks, served_page
 
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
-from wds_train.serving.classify import sample
+from wds_train.serving.classify import make_photo
 from wds_train.serving.demo_page import interpreter
 
 WITH_GRADIO = pytest.mark.skipif(
@@ -45,7 +45,7 @@ def page(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page
 def test_it_answers_as_predict_does(
     page: Page, served: str, digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = sample(digits.split("val"), 3).read()
+    data = make_photo(digits.split("val"), 3).read()
     (tmp_path / "photo.png").write_bytes(data)
     assert main(["predict", served, str(tmp_path / "photo.png"), "--json"]) == 0
     ours = json.loads(capsys.readouterr().out)["top"]
@@ -72,7 +72,7 @@ def test_it_begins_with_the_weights_that_eval_judged(
 
 @WITH_GRADIO
 def test_every_kept_checkpoint_answers(page: Page, digits: Dataset) -> None:
-    path = page.upload("photo.png", sample(digits.split("val"), 0).read()).json()[0]
+    path = page.upload("photo.png", make_photo(digits.split("val"), 0).read()).json()[0]
     image = {"path": path, "meta": {"_type": "gradio.FileData"}}
     assert page.learned is not None
     table = page.call(page.learned, [image])["output"]["data"][0]

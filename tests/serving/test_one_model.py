@@ -34,7 +34,7 @@ from wds_train.models.calibration import Calibration, as_judged_now, probabiliti
 from wds_train.models.weights import Weights
 from wds_train.report.model_checks import find
 from wds_train.serving import demo_page as demo
-from wds_train.serving.classify import sample
+from wds_train.serving.classify import make_photo
 from wds_train.serving.provenance import results
 from wds_train.training.outcome import next_commands, outcome
 
@@ -138,7 +138,7 @@ def photos(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole validation, as files named by their numbers."""
     folder, split = tmp_path_factory.mktemp("photos"), digits.split("val")
     for number in range(len(split)):
-        (folder / f"{number:03d}.png").write_bytes(sample(split, number).read())
+        (folder / f"{number:03d}.png").write_bytes(make_photo(split, number).read())
     return folder
 
 

@@ -26,7 +26,7 @@ from wds_train.evaluation.evaluate import Member, View, choose_weights
 from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.models.calibration import probabilities
-from wds_train.serving.classify import sample
+from wds_train.serving.classify import make_photo
 from wds_train.serving.download import download, is_public
 from wds_train.serving.prediction import Prediction, csv_line
 from wds_train.storage.open import open_store
@@ -48,7 +48,7 @@ def images(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     (folder / "z" / "deep").mkdir(parents=True)
     for number in range(40):
-        photo = sample(digits.split("val"), number)
+        photo = make_photo(digits.split("val"), number)
         (folder / ("z/deep" if number >= 36 else ".") / f"{number:02d}.png").write_bytes(
             photo.read()
         )

@@ -19,7 +19,7 @@ from wds_train.dataset.reader import Dataset
 from wds_train.evaluation.evaluate import Member, View, choose_weights
 from wds_train.images.decode import decode_center, decode_whole
 from wds_train.images.plain import plain_bytes
-from wds_train.serving.classify import Classifier, sample
+from wds_train.serving.classify import Classifier, make_photo
 
 pytest.importorskip("onnxruntime")
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def file(served: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_answers_as_we_do(page: ModuleType, file: Path, served: str, digits: Dataset) -> None:
     theirs = page.Classifier(file)
-    photos = [sample(digits.split("val"), number) for number in range(60)]
+    photos = [make_photo(digits.split("val"), number) for number in range(60)]
     weights = choose_weights(served, "best", None)
     ours = [logits for _, logits in Classifier(weights, None, CPU).logits(photos)]
     answers = [theirs.answer(page.open_image(photo.read())) for photo in photos]

@@ -26,7 +26,7 @@ from wds_train.evaluation.per_class import describe_weights
 from wds_train.images.jpeg import START
 from wds_train.models.weights import SUFFIX, Weights
 from wds_train.serving.calibrated import both_kinds, prepared
-from wds_train.serving.classify import sample
+from wds_train.serving.classify import make_photo
 from wds_train.serving.provenance import footer
 from wds_train.serving.space_folder import Space
 from wds_train.storage.base import Store
@@ -143,7 +143,9 @@ def _examples(run: RunManifest, weights: Weights) -> list[tuple[str, bytes]]:
             for label in labels.tolist()
         ]
         images = [
-            (label, sample(split, number).read()) for label, numbers in found for number in numbers
+            (label, make_photo(split, number).read())
+            for label, numbers in found
+            for number in numbers
         ]
     except WdsTrainError as error:
         say(f"there are no examples: {error}")
