@@ -19,7 +19,7 @@ from visitors import PYTHON, Page, demo_command, free_port, leaks, served_page
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
 from wds_train.serving.classify import make_photo
-from wds_train.serving.demo_page import interpreter
+from wds_train.serving.demo_page import find_interpreter
 
 WITH_GRADIO = pytest.mark.skipif(
     not PYTHON.exists(), reason=f"{PYTHON} is not there: make demo installs it"
@@ -229,6 +229,6 @@ def test_an_interpreter_is_found_from_where_it_was_named(
     (tmp_path / "python").write_text("#!/bin/sh\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    assert interpreter("./python") == tmp_path / "python"
+    assert find_interpreter("./python") == tmp_path / "python"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert interpreter("python") == tmp_path / "python"
+    assert find_interpreter("python") == tmp_path / "python"

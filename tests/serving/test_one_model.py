@@ -35,7 +35,7 @@ from wds_train.models.weights import Weights
 from wds_train.report.model_checks import find
 from wds_train.serving import demo_page as demo
 from wds_train.serving.classify import make_photo
-from wds_train.serving.provenance import results
+from wds_train.serving.provenance import best_results
 from wds_train.training.outcome import next_commands, outcome
 
 pytest.importorskip("onnxruntime")
@@ -238,7 +238,7 @@ def test_every_command_uses_the_weights_that_eval_judged(
     assert f"top-1 {best:.2f} %, top-5" in told.text
     assert told.facts["best top-1"] == (f"{best:.2f} %", f"the {kind} weights of epoch {epoch}")
 
-    page = demo._of_run(run, CPU)
+    page = demo._space_of_run(run)
     weights = page.choices[0]
     assert (weights.kind, weights.step) == (kind, step)
     assert (
@@ -271,7 +271,7 @@ def test_what_only_names_the_best_names_the_same(
     )
     assert (" --best raw" in next_commands(manifest, run, test=False)[0]) == (kind == "raw")
     assert (
-        [row["weights"] for row in results(manifest)] == [kind]
+        [row["weights"] for row in best_results(manifest)] == [kind]
         if name == "never"
         else [kind, OTHER[kind]]
     )

@@ -17,7 +17,7 @@ from wds_train import serving
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
 from wds_train.evaluation.evaluate import choose_weights
-from wds_train.serving.provenance import without_places
+from wds_train.serving.provenance import remove_places
 from wds_train.serving.publishing import push
 
 yaml = pytest.importorskip("yaml")
@@ -91,7 +91,7 @@ def test_nothing_tells_where_the_owner_keeps_things(
 def test_a_path_in_the_recipe_becomes_a_name(served: str) -> None:
     weights = choose_weights(served, "ema", None)
     model = replace(weights.recipe.model, init="/home/me/secret/first.safetensors")
-    found = without_places(replace(weights, recipe=replace(weights.recipe, model=model)))
+    found = remove_places(replace(weights, recipe=replace(weights.recipe, model=model)))
     assert (found.run, found.recipe.model.init) == ("digits-run", "first.safetensors")
 
 
@@ -204,7 +204,7 @@ def test_without_the_extra_it_says_what_to_install(
     served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delitem(sys.modules, "wds_train.serving.publishing")
-    monkeypatch.delattr(serving, "publish")
+    monkeypatch.delattr(serving, "publishing")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     code, _, err = answer(capsys, "publish", served, "--to", tmp_path / "out", "--licence", "mit")
     assert (code, "publish needs huggingface_hub: install wds-train[serve]" in err) == (2, True)
