@@ -1,4 +1,4 @@
-"""What a training takes: near what was published, and moved by what it should be moved by."""
+"""The plan of a training: near published figures, and changed by whatever should change it."""
 
 from dataclasses import replace
 
@@ -91,9 +91,8 @@ def test_what_costs_besides_the_hours() -> None:
     assert plan(preset("step"), G5, IMAGENET, 2.0, spot=True).usd == pytest.approx(
         free.usd + 2 * free.hours
     )
-    assert (
-        plan(preset("step"), G5, IMAGENET, 0.0, spot=False).hours < free.hours
-    )  # no interruptions
+    uninterrupted = plan(preset("step"), G5, IMAGENET, 0.0, spot=False)
+    assert uninterrupted.hours < free.hours
 
 
 def test_a_policy_takes_time_of_the_vcpus() -> None:
@@ -133,7 +132,7 @@ def test_a_model_whose_speed_is_not_known_is_refused() -> None:
 
 
 def test_the_table_of_instances_is_what_ec2_says(aws_env: pytest.MonkeyPatch) -> None:
-    """moto has EC2's own answers of `describe_instance_types`."""
+    """moto has EC2's own answers to `describe_instance_types`."""
     import boto3
     from moto import mock_aws
 

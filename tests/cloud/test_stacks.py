@@ -1,4 +1,4 @@
-"""Launch, stop, destroy, leftovers: against moto, with what it lacks stood in for where we meet it."""
+"""Launch, stop, destroy and leftovers, against moto. Stand-ins do what it lacks."""
 
 import hashlib
 import io
@@ -44,7 +44,10 @@ NETWORK = ("VPC", "Subnet", "Route", "Gateway", "Endpoint", "SecurityGroup", "Bu
 
 
 def for_moto() -> str:
-    """The template without what moto cannot take away again: the network; and without a value that is none, in a list."""
+    """Return the template without what moto cannot delete, which is the network.
+
+    A null value in a list is removed, too.
+    """
     tree = json.loads(json.dumps(TEMPLATE))
     resources = {
         name: each
@@ -75,7 +78,7 @@ def aws(aws_env: pytest.MonkeyPatch) -> Iterator[Aws]:
 
 @pytest.fixture
 def order(aws: Aws, tmp_path: Path, aws_env: pytest.MonkeyPatch) -> Order:
-    """A bucket with a dataset, ready to be launched for; and a template that moto can make."""
+    """A bucket with a dataset, ready for a launch, and a template that moto can make."""
     bucket = f"test-{uuid.uuid4().hex}"
     aws.client("s3").create_bucket(Bucket=bucket)
     splits = {
@@ -113,8 +116,10 @@ def launch(order: Order, *more: str) -> int:
 
 @pytest.fixture
 def code(aws_env: pytest.MonkeyPatch) -> None:
-    """The bundle takes seconds and the network. Every launch has another: what is there already is read by signed addresses,
-    of which moto knows nothing.
+    """A stand-in for the bundle, which takes seconds and the network.
+
+    Every launch has another one: a bundle that exists is read by signed addresses, which moto does
+    not know.
     """
     versions = iter((b"the code", b"the next"))
     aws_env.setattr("wds_train.aws.bundle.bundle", lambda: (next(versions), False))
@@ -553,7 +558,10 @@ def test_sizes_are_those_of_the_template() -> None:
 
 
 def ends(aws: Aws, folder: Path, running: RunManifest) -> None:
-    """What the instances of `running` do once one is told to go: one commits, and the next claims the run and logs a step."""
+    """Act as the instances of `running` do once one is to go.
+
+    The old one commits; the next one claims the run and logs a step.
+    """
     (gone,) = [each["InstanceId"] for each in group(aws)["Instances"]]
     while [each["InstanceId"] for each in group(aws)["Instances"]] == [gone]:
         time.sleep(0.02)

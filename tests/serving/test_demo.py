@@ -1,5 +1,6 @@
-"""`wds-train demo`: the page answers, and whatever is sent to it ends in a sentence. Skipped where `make demo` has not
-installed its environment.
+"""`wds-train demo`: the page answers, and bad uploads end in a sentence.
+
+Tests of the page are skipped unless `make demo` has installed its environment.
 """
 
 import io
@@ -76,16 +77,18 @@ def test_every_kept_checkpoint_answers(page: Page, digits: Dataset) -> None:
     image = {"path": path, "meta": {"_type": "gradio.FileData"}}
     assert page.learned is not None
     table = page.call(page.learned, [image])["output"]["data"][0]
-    assert (
-        table.count("<tr>") == 1 + 3
-    )  # EMA and raw of the second epoch, and one of them of the first
-    assert table.count("%, not calibrated") == 1  # which was not looked at before, of the first
+    # A head, EMA and raw of the second epoch, and one of them of the first, which nobody calibrated.
+    assert table.count("<tr>") == 1 + 3
+    assert table.count("%, not calibrated") == 1
 
 
 @WITH_GRADIO
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 def test_a_phone_and_a_keyboard_are_enough(page: Page, tmp_path: Path) -> None:
-    """An image of the validation is chosen by Tab and Enter; nothing is wider than a phone, and nobody else is asked."""
+    """Tab and Enter choose a validation image.
+
+    Nothing is wider than a phone, and no other server is asked.
+    """
     with Browser(tmp_path / "chromium") as browser:
         browser.open(page.url, 390, dark=True)
         until(browser, "document.querySelectorAll('.gallery-item').length == 8")
@@ -225,7 +228,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_made(
 def test_an_interpreter_is_found_from_where_it_was_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `make demo` names its own: by a relative path. The page runs in another folder."""
+    """`make demo` names its own by a relative path, and the page runs in another folder."""
     (tmp_path / "python").write_text("#!/bin/sh\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,7 @@
-"""The model that is used is the one that was judged, and one photo has one probability: in every command, file and page."""
+"""Every command, file and page uses the model that was judged.
+
+One photo has the same probability in all of them.
+"""
 
 import hashlib
 import importlib.util
@@ -40,12 +43,8 @@ from wds_train.training.outcome import next_commands, outcome
 
 pytest.importorskip("onnxruntime")
 CPU = torch.device("cpu")
-KINDS = {
-    "raw": "raw",
-    "ema": "ema",
-    "never": "raw",
-    "tied": "raw",
-}  # whose weights are the best, by the run's name
+# The kind of the best weights of each run.
+KINDS = {"raw": "raw", "ema": "ema", "never": "raw", "tied": "raw"}
 OTHER = {"raw": "ema", "ema": "raw"}
 Tensors = dict[str, torch.Tensor]
 
@@ -89,7 +88,7 @@ def changed(
     scores: Callable[..., Any],
     every: int,
 ) -> str:
-    """A copy of a run whose weights, and with them their scores, are others."""
+    """Copy a run, with other weights and other scores."""
     shutil.copytree(run, folder)
     manifest, _ = find_run(str(folder))
     checkpoints = []
@@ -108,8 +107,10 @@ def changed(
 
 @pytest.fixture(scope="module")
 def runs(served: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Trainings on the digits: the raw weights are better; the EMA ones are; those have the higher score, but were never
-    updated; both are equal. Not to be written to.
+    """Trainings on the digits, not to be written to.
+
+    The raw weights are better; the EMA ones are; the EMA ones have the higher score, but were never
+    updated; both are equal.
     """
     folder = tmp_path_factory.mktemp("bucket") / "runs"
     found = {
@@ -135,7 +136,7 @@ def labels(digits: Dataset) -> list[str]:
 
 @pytest.fixture(scope="module")
 def photos(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole validation, as files named by their numbers."""
+    """The whole validation split, as files named by their numbers."""
     folder, split = tmp_path_factory.mktemp("photos"), digits.split("val")
     for number in range(len(split)):
         (folder / f"{number:03d}.png").write_bytes(make_photo(split, number).read())
@@ -144,7 +145,10 @@ def photos(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(runs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What `publish` makes of each run, whose dataset has a test split: the validation once more."""
+    """The folder that `publish` makes of each run.
+
+    The dataset has a test split, which is the validation split once more.
+    """
     folder = tmp_path_factory.mktemp("published")
     opened = Dataset.open(find_run(runs["raw"])[0].dataset["url"])
     splits = opened.manifest.splits | {"test": opened.manifest.splits["val"]}
@@ -178,7 +182,7 @@ def judged(capsys: pytest.CaptureFixture[str], run: str, *more: object) -> dict[
 def predicted(
     capsys: pytest.CaptureFixture[str], model: object, photos: Path, labels: list[str]
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The top-1 of what `predict` says of the photos, and its answers."""
+    """Return the top-1 of the answers of `predict`, and the answers."""
     code, out, err = answer(capsys, "predict", model, photos, "--json", "--device", "cpu")
     assert code == 0, err
     rows = [json.loads(line) for line in out.splitlines()]
@@ -189,7 +193,7 @@ def predicted(
 def top1_of(
     logits: Callable[[torch.Tensor], torch.Tensor], weights: Weights, digits: Dataset
 ) -> float:
-    """Of uint8 images [n, side, side, 3] to logits."""
+    """Return the top-1 of `logits`, which takes uint8 images [n, side, side, 3]."""
     split, hits = digits.split("val"), 0
     with torch.inference_mode():
         for batch in Pipeline(
@@ -291,7 +295,7 @@ def test_the_published_folder_holds_them(
     capsys: pytest.CaptureFixture[str],
     name: str,
 ) -> None:
-    """As timm loads it, and as the page answers; the card's scores are those of eval."""
+    """timm and the page load them, and the card's scores are those of eval."""
     folder, kind = published[name], KINDS[name]
     report = judged(capsys, runs[name])
     model = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
@@ -338,8 +342,9 @@ def test_one_photo_has_one_probability(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In predict, the report's pictures, the exported file, and the published model; and they divide by one temperature, to
-    the last bit, whether it was found before or is found anew.
+    """It is the same in predict, the report's pictures, the exported file and the published model.
+
+    All divide by one temperature, to the last bit, whether it was kept or is fitted again.
     """
     run = runs["raw"]
     manifest, store = find_run(run)
@@ -574,7 +579,10 @@ def test_of_a_hundred_one_is_fitted() -> None:
 def pairs(
     right_of: tuple[int, int], fitted_right_of: tuple[int, int], times: int = 1
 ) -> tuple[Any, Any]:
-    """Answers of two classes that are 75 % sure, of which so many are right: in the half that judges, and in that which fits."""
+    """Return answers of two classes that are 75 % sure.
+
+    The shares of right ones are given: in the half that judges, and in the half that fits.
+    """
     logits = np.tile(np.array([[np.log(3), 0]], np.float32), (2 * right_of[1] * times, 1))
     labels = np.zeros(len(logits), np.int64)
     for half, (right, of) in ((0, fitted_right_of), (1, right_of)):
@@ -640,7 +648,7 @@ def test_what_an_earlier_version_fitted_is_judged_by_the_same_rule(
 def test_without_the_validation_there_is_no_temperature_until_it_is_back(
     runs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What could not be found out is not kept."""
+    """A calibration that failed is not kept."""
     run, file = shutil.copytree(runs["raw"], tmp_path / "run"), tmp_path / "x.safetensors"
     manifest = find_run(str(run))[0]
     gone = manifest.dataset | {"url": str(tmp_path / "secret-place")}
@@ -662,7 +670,10 @@ def test_few_images_are_said_everywhere(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As of a validation of nine images: by predict, also the next time, by export, by the file, and in the report."""
+    """With a validation of nine images.
+
+    predict says so, also the next time; so do export, its file, and the report.
+    """
     monkeypatch.setattr(calibrating, "SAMPLES", 9)
     text, run, file = (
         "not calibrated: 9 images, at least 100 are needed",

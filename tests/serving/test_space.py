@@ -1,4 +1,7 @@
-"""The page's own reader and model, without PyTorch: they agree with ours on images, and refuse what is none."""
+"""The page's own reader and model, without PyTorch.
+
+They agree with ours on images, and refuse files that are none.
+"""
 
 import importlib.util
 import io
@@ -28,7 +31,7 @@ PAGE = Path(__file__).parents[2] / "wds_train" / "serving" / "space" / "classifi
 
 @pytest.fixture(scope="module")
 def page() -> ModuleType:
-    """`classifier.py` of the page, which is a program's module and of no package."""
+    """The module `classifier.py` of the page, which belongs to no package."""
     spec = importlib.util.spec_from_file_location("classifier", PAGE)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -121,7 +124,7 @@ XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6
 
 
 def deep(channels: int, top: int, *bits: int) -> bytes:
-    """A PNG of 16 bits a sample, of numbers up to `top`, and what its sBIT says."""
+    """Return a PNG of 16 bits a sample, with numbers up to `top` and the given sBIT."""
     samples = (SAMPLES[..., :channels] / 255 * top).round().astype(np.uint16)
     return odd.png(samples, odd.chunk(b"sBIT", bytes(bits)) if bits else b"")
 
@@ -188,7 +191,7 @@ SEEN_ALIKE = {
 
 @pytest.mark.parametrize("name", SEEN_ALIKE)
 def test_it_sees_odd_images_as_a_conversion_makes_them(page: ModuleType, name: str) -> None:
-    """And as `predict` does, which asks the same function."""
+    """So does `predict`, which calls the same function."""
     data = SEEN_ALIKE[name]
     np.testing.assert_array_equal(
         np.asarray(page.open_image(data)), decode_whole(plain_bytes(data))
