@@ -151,6 +151,7 @@ class Phase:
 
     @property
     def seconds(self) -> float:
+        """The time that the slowest part takes."""
         return self.images / self.rates[self.bottleneck]
 
 

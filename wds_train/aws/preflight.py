@@ -1,6 +1,7 @@
-"""The checks before a launch: nothing is made before all that would fail is known, and the cost.
+"""The checks before a launch on AWS.
 
-`wds-train launch` prints the findings. Each problem comes with its remedy, all of them at once.
+They find the cost and all that would fail, each problem with its remedy, before anything is made.
+`wds-train launch` prints them.
 """
 
 import time
