@@ -1,5 +1,7 @@
-"""What makes moto and boto3 quick: hundreds of machine images for each mocked account, and the services' models, read anew for each
-session, were half of the time.
+"""Make moto and boto3 quick.
+
+Hundreds of machine images for each mocked account, and the models of the services, which each
+session reads again, took half of the time.
 """
 
 import functools

@@ -1,5 +1,7 @@
-"""An instance from its bundle to a resumed training, with the real uv: what test_instance.py and test_life.py do in parts. Only where
-WDS_BOOTSTRAP is set (`make bootstrap-test`): it installs PyTorch twice.
+"""An instance from its bundle to a resumed training, with the real uv.
+
+test_instance.py and test_life.py test the parts. This runs only with WDS_BOOTSTRAP (`make
+bootstrap-test`), since it installs PyTorch twice.
 """
 
 import io
@@ -27,7 +29,7 @@ MORE = " ".join(f"--set {setting}" for setting in [*SETTINGS, "schedule.epochs=6
 
 
 def booted(folder: Path, imds: FakeImds, bucket: str) -> tuple[Instance, "subprocess.Popen[str]"]:
-    """An instance after its user data and its bootstrap, and its service as systemd would start it."""
+    """An instance after user data and bootstrap, with its service as systemd would start it."""
     instance, settings = Instance(folder, imds), folder / "etc/wds-train.env"
     shutil.rmtree(instance.code)
     with tarfile.open(fileobj=io.BytesIO(bundle()[0])) as code:
@@ -42,9 +44,8 @@ def booted(folder: Path, imds: FakeImds, bucket: str) -> tuple[Instance, "subpro
         for name, value in os.environ.items()
         if name != "PATH" and not name.startswith(("AWS_", "WDS_"))
     }
-    code, out = instance.bootstrap(
-        WDS_ROOM_GB="1", **here
-    )  # certificates and uv's cache are this machine's
+    # With this machine's certificates and uv's cache.
+    code, out = instance.bootstrap(WDS_ROOM_GB="1", **here)
     assert code == 0, out
     print(f"bootstrap {time.monotonic() - began:.1f} s: {out.strip().splitlines()[-1]}")
     assert instance.calls[-1] == "systemctl enable --now wds-train.service"

@@ -1,10 +1,10 @@
-"""What a training takes: near what was published, and moved by what it should be moved by."""
+"""The plan of a training: near published figures, and changed by whatever should change it."""
 
 from dataclasses import replace
 
 import pytest
 
-from wds_train.aws.cost import IMAGENET, OURS, Images, Software, front, plan, shrunk
+from wds_train.aws.cost import IMAGENET, OURS, Images, Software, pareto_front, plan, shrink
 from wds_train.aws.prices import MACHINES, PRICES
 from wds_train.config.presets import preset
 from wds_train.config.recipe import ModelRecipe, Recipe
@@ -91,9 +91,8 @@ def test_what_costs_besides_the_hours() -> None:
     assert plan(preset("step"), G5, IMAGENET, 2.0, spot=True).usd == pytest.approx(
         free.usd + 2 * free.hours
     )
-    assert (
-        plan(preset("step"), G5, IMAGENET, 0.0, spot=False).hours < free.hours
-    )  # no interruptions
+    uninterrupted = plan(preset("step"), G5, IMAGENET, 0.0, spot=False)
+    assert uninterrupted.hours < free.hours
 
 
 def test_a_policy_takes_time_of_the_vcpus() -> None:
@@ -109,19 +108,19 @@ def test_a_policy_takes_time_of_the_vcpus() -> None:
 
 
 def test_smaller_images_are_as_small_as_the_recipe_allows_and_never_larger() -> None:
-    assert shrunk(IMAGENET, preset("strong")) == (
+    assert shrink(IMAGENET, preset("strong")) == (
         256,
         replace(IMAGENET, bytes=pytest.approx(0.28 * 115_400)),
     )
-    side, images = shrunk(IMAGENET, preset("standard"))  # 256 px of the central .875
+    side, images = shrink(IMAGENET, preset("standard"))  # 256 px of the central .875
     assert side == 293
     assert images.bytes == pytest.approx(0.28 * 115_400 * (293 / 256) ** 2)
-    assert shrunk(Images(10, 10, 5_000), preset("strong"))[1].bytes == 5_000
+    assert shrink(Images(10, 10, 5_000), preset("strong"))[1].bytes == 5_000
 
 
 def test_the_front_is_what_nothing_beats() -> None:
-    assert front([(3, 70), (1, 60), (2, 60), (2, 75), (9, 75), (5, 80)]) == [1, 3, 5]
-    assert front([]) == []
+    assert pareto_front([(3, 70), (1, 60), (2, 60), (2, 75), (9, 75), (5, 80)]) == [1, 3, 5]
+    assert pareto_front([]) == []
 
 
 def test_a_model_whose_speed_is_not_known_is_refused() -> None:
@@ -133,7 +132,7 @@ def test_a_model_whose_speed_is_not_known_is_refused() -> None:
 
 
 def test_the_table_of_instances_is_what_ec2_says(aws_env: pytest.MonkeyPatch) -> None:
-    """moto has EC2's own answers of `describe_instance_types`."""
+    """moto has EC2's own answers to `describe_instance_types`."""
     import boto3
     from moto import mock_aws
 

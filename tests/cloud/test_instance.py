@@ -1,5 +1,7 @@
-"""The scripts of an instance, run for real in an empty folder: what each end of a training means, and every assumption
-broken once. AWS's command line, systemd, the driver and the disks are stand-ins; the metadata service is a fake.
+"""The scripts of an instance, run for real in an empty folder.
+
+Every end of a training has a test, and every assumption is broken once. AWS's command line,
+systemd, the driver and the disks are stand-ins; the metadata service is a fake.
 """
 
 import os
@@ -21,7 +23,10 @@ ENDS = (
 
 
 class Instance:
-    """A machine: `stub` puts a command on its PATH; `calls` are those that were made of the recorded ones."""
+    """A machine.
+
+    `stub` puts a command on its PATH. `calls` are the calls of the commands that are recorded.
+    """
 
     def __init__(self, folder: Path, imds: FakeImds) -> None:
         self.folder, self.bin, self.code = folder, folder / "bin", folder / "opt/wds-train"
@@ -52,7 +57,7 @@ class Instance:
         (self.bin / name).chmod(0o755)
 
     def uv(self, script: str = "") -> None:
-        """What the bundle has of uv."""
+        """Return the files of uv that the bundle has."""
         with zipfile.ZipFile(self.code / "wheels/uv-1-py3-none-any.whl", "w") as wheel:
             wheel.writestr(
                 "uv-1.data/scripts/uv",

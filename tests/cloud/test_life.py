@@ -1,7 +1,8 @@
-"""The whole life of a run on AWS: the group, its instances, their scripts and trainings, from the launch to a group of none.
+"""The whole life of a run on AWS, from the launch to a group without instances.
 
-moto is AWS, SeaweedFS its S3, the metadata service a fake. What moto lacks is done by the test in AWS's name: that an instance runs the stack's
-script, that its `aws` reaches the group, that systemd starts a service again, and that the clock carries out what was scheduled.
+It has the group, its instances, their scripts and trainings. moto is AWS, SeaweedFS its S3, the
+metadata service a fake. The test does what moto lacks: an instance runs the stack's script, its
+`aws` reaches the group, systemd starts a service again, and the clock carries out the schedule.
 """
 
 import os
@@ -64,7 +65,7 @@ class Cloud:
         )
 
     def group(self) -> tuple[int, list[str]]:
-        """How many instances it wishes for, and those that it has."""
+        """Return how many instances the group wants, and those that it has."""
         (found,) = self.aws.client("autoscaling").describe_auto_scaling_groups()[
             "AutoScalingGroups"
         ]
@@ -83,8 +84,11 @@ class Cloud:
         return instance
 
     def start(self, instance: Instance, training: str = "") -> "subprocess.Popen[str]":
-        """The service: the stack's run, with what its user data would set; `training` instead of a real one."""
-        values = stacks.parameters(stacks.existing(self.aws, "first"))
+        """Start the service with the stack's values, as user data would set them.
+
+        `training` runs instead of a real one.
+        """
+        values = stacks.parameters(stacks.find_existing(self.aws, "first"))
         (instance.folder / "train.py").write_text(TRAIN)
         real = f'exec {sys.executable} {instance.folder}/train.py "$@"'
         environment = {
@@ -120,7 +124,7 @@ class Cloud:
         return service.returncode, out
 
     def heed(self, instance: Instance) -> None:
-        """Do what the instance asked of its group."""
+        """Do what the instance has asked of its group."""
         for call in instance.calls:
             found = re.fullmatch(
                 r"aws autoscaling terminate-instance-in-auto-scaling-group (.*)", call
@@ -217,7 +221,8 @@ def test_what_cannot_succeed_ends_with_a_group_of_none(cloud: Cloud) -> None:
     assert (code, cloud.group()) == (0, (0, [])), out
     assert f"exit code {UsageError.exit_code}" in out
 
-    # A crash loop: systemd starts the service again as often as its unit says, and then the unit of its failure.
+    # A crash loop: systemd starts the service again as often as its unit says, and then the unit of
+    # its failure.
     stacks.start(cloud.aws, "first", 5)
     looping, starts = cloud.boot(), unit("wds-train.service", "StartLimitBurst")
     for _ in range(int(starts)):

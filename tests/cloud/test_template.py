@@ -1,4 +1,7 @@
-"""The stack's template, parsed: what keeps the data safe and the bill small is asserted property by property."""
+"""The stack's template, parsed.
+
+Each property that keeps the data safe or the bill small has an assertion.
+"""
 
 import json
 import re
@@ -20,7 +23,10 @@ QUOTA_FAMILIES = {"small": 8, "medium": 16, "large": 48, "huge": 192, "a100": 96
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with CloudFormation's short functions: `!Ref X` is {"Ref": X}, `!If [...]` {"Fn::If": [...]}."""
+    """Reads YAML with CloudFormation's short functions.
+
+    `!Ref X` is {"Ref": X}, `!If [...]` is {"Fn::If": [...]}.
+    """
 
 
 def function(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> dict[str, Any]:
@@ -53,7 +59,10 @@ def statements() -> dict[str, dict[str, Any]]:
 
 
 def instance_types(size: str | None = None) -> set[str]:
-    """The types of a size: `Overrides` is a chain of !If over the sizes, whose last branch is the one without a name."""
+    """Return the instance types of a size.
+
+    `Overrides` is a chain of !If over the sizes. The last branch is the size without a name.
+    """
     node, found = properties("Group")["MixedInstancesPolicy"]["LaunchTemplate"]["Overrides"], {}
     while isinstance(node, dict):
         condition, yes, node = node["Fn::If"]
@@ -278,13 +287,12 @@ def test_the_service_leaves_the_training_its_time_and_ends_a_crash_loop() -> Non
     ):
         assert line in lines
     assert "StartLimitBurst=5" in lines
-    assert not [
-        line for line in lines if line.startswith("RuntimeMaxSec")
-    ]  # which every start would begin anew
+    # Every start of the service would begin such a limit again.
+    assert not any(line.startswith("RuntimeMaxSec") for line in lines)
 
 
 def test_skypilot_goes_on_after_an_interruption_and_uses_no_image_of_its_own() -> None:
-    """`make check-infra` asks SkyPilot itself, which takes a strategy that it does not know."""
+    """`make check-infra` asks SkyPilot itself, which accepts a strategy that it does not know."""
     task = yaml.safe_load((INFRA / "sky.yaml").read_text())
     recovery = task["resources"]["job_recovery"]
     assert recovery["strategy"] in ("EAGER_NEXT_REGION", "FAILOVER")

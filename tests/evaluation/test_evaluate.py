@@ -1,4 +1,7 @@
-"""`wds-train eval`: the training's own numbers again, and everything else against plain counts over logits."""
+"""`wds-train eval`: the training's own numbers again.
+
+All else is compared with plain counts over logits.
+"""
 
 import csv
 import json
@@ -37,7 +40,10 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def runs(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Two short trainings: `flip` validated at 16 px with mirror images, `plain` at 24 px without. Not to be written to."""
+    """Two short trainings, not to be written to.
+
+    `flip` validated at 16 px with mirror images, `plain` at 24 px without.
+    """
     folder = tmp_path_factory.mktemp("runs")
     own = {
         "flip": ("data.eval_flip=true",),
@@ -56,7 +62,7 @@ def runs(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the trainings: sums depend on the number of threads in their last digits."""
+    """As in the trainings: the last digits of sums depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -84,7 +90,7 @@ def evaluated(
 def logits(
     weights: Weights, dataset: Dataset, side: int, crop: float, flip: bool = False
 ) -> torch.Tensor:
-    """float64 [samples, classes] of the validation split, the plain way."""
+    """Return the plain logits of the validation split, float64 [samples, classes]."""
     model = create_model(weights.recipe.model, 10, 0, torch.device("cpu"))
     model.load_state_dict(weights.tensors)
     split, mean, std = (
@@ -118,7 +124,7 @@ def labels_of(dataset: Dataset) -> NDArray[np.int64]:
 def test_it_repeats_what_the_training_logged(
     runs: dict[str, str], digits: Dataset, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """To the last digit, of every kept checkpoint, raw and EMA, with and without loader workers."""
+    """To the last digit: for every kept checkpoint, raw and EMA, with and without workers."""
     checkpoints = json.loads((Path(runs[name]) / "manifest.json").read_text())["checkpoints"]
     assert len(checkpoints) == 2
     for checkpoint in checkpoints:
@@ -218,7 +224,7 @@ def test_counts_by_class_and_confused_pairs(
 def test_an_ensemble_is_the_mean_of_the_probabilities(
     runs: dict[str, str], digits: Dataset, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Of members that see the images at their own sizes."""
+    """The members see the images at their own sizes."""
     one = logits(weights_of(runs["flip"], "raw", tmp_path), digits, 16, 1.0, flip=True)
     other = logits(weights_of(runs["plain"], "raw", tmp_path), digits, 24, 0.8)
     mean = (one.softmax(dim=1) + other.softmax(dim=1)) / 2
@@ -237,7 +243,7 @@ def test_an_ensemble_is_the_mean_of_the_probabilities(
 def test_multi_crop_is_the_mean_of_ten_views(
     runs: dict[str, str], digits: Dataset, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Of a square of 24 / .8 = 30 px, which is all of the image's."""
+    """The square has 24 / .8 = 30 px, which is the whole image."""
     weights = weights_of(runs["plain"], "raw", tmp_path)
     model = create_model(weights.recipe.model, 10, 0, torch.device("cpu"))
     model.load_state_dict(weights.tensors)
@@ -353,7 +359,7 @@ def test_what_cannot_be_evaluated_is_refused(
 def places(
     runs: dict[str, str], digits: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
-    """What is no model of the digits, or no dataset of theirs."""
+    """Files that are no model of the digits, and datasets that are not theirs."""
     folder = tmp_path_factory.mktemp("places")
     (folder / "text.safetensors").write_text("hello")
     save_file({"a": torch.zeros(1)}, folder / "other.safetensors", {"format": "pt"})
@@ -388,7 +394,7 @@ def test_a_gpu_that_cannot_be_used_is_refused_unless_the_cpu_is_meant(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """On the CPU, unseen, it would take a hundred times as long."""
+    """On the CPU, unnoticed, it would take a hundred times as long."""
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 470.1\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")

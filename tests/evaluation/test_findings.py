@@ -1,4 +1,4 @@
-"""What a validation got wrong: which samples, which classes, and no more images than are looked at."""
+"""The mistakes of a validation: samples, classes, and no more images than people look at."""
 
 import numpy as np
 import torch

@@ -18,7 +18,7 @@ from trainers import Job, Training
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError
-from wds_train.evaluation.calibrate import calibration
+from wds_train.evaluation.calibrate import bin_confidence
 from wds_train.evaluation.evaluate import spread
 
 SCRIPT = "<script>alert(1)</script>"
@@ -170,12 +170,12 @@ def test_calibration() -> None:
     """Against Guo et al.'s sums, written out."""
     confidence = np.array([0.31, 0.33, 0.95, 0.99, 1.0], np.float32)
     right = np.array([True, False, True, True, False])
-    bins, error = calibration(confidence, right)
+    bins, error = bin_confidence(confidence, right)
     assert [each.samples for each in bins] == [2, 3]
     assert [each.accuracy for each in bins] == pytest.approx([50, 200 / 3])
     assert [each.confidence for each in bins] == pytest.approx([32, 98])
     assert error == pytest.approx((2 * abs(50 - 32) + 3 * abs(200 / 3 - 98)) / 5, rel=1e-5)
-    assert calibration(confidence[:0], right[:0]) == ([], 0.0)
+    assert bin_confidence(confidence[:0], right[:0]) == ([], 0.0)
 
 
 @pytest.fixture(scope="module")

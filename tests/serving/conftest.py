@@ -31,5 +31,5 @@ def served(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept for the next time lies with the test."""
+    """Files that are kept for the next time are in the folder of the test."""
     monkeypatch.setenv("WDS_HOME", str(tmp_path / "home"))

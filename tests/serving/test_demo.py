@@ -1,5 +1,6 @@
-"""`wds-train demo`: the page answers, and whatever is sent to it ends in a sentence. Skipped where `make demo` has not
-installed its environment.
+"""`wds-train demo`: the page answers, and bad uploads end in a sentence.
+
+Tests of the page are skipped unless `make demo` has installed its environment.
 """
 
 import io
@@ -18,8 +19,8 @@ from visitors import PYTHON, Page, demo_command, free_port, leaks, served_page
 
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
-from wds_train.serving.classify import sample
-from wds_train.serving.demo_page import interpreter
+from wds_train.serving.classify import make_photo
+from wds_train.serving.demo_page import find_interpreter
 
 WITH_GRADIO = pytest.mark.skipif(
     not PYTHON.exists(), reason=f"{PYTHON} is not there: make demo installs it"
@@ -45,7 +46,7 @@ def page(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page
 def test_it_answers_as_predict_does(
     page: Page, served: str, digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = sample(digits.split("val"), 3).read()
+    data = make_photo(digits.split("val"), 3).read()
     (tmp_path / "photo.png").write_bytes(data)
     assert main(["predict", served, str(tmp_path / "photo.png"), "--json"]) == 0
     ours = json.loads(capsys.readouterr().out)["top"]
@@ -72,20 +73,22 @@ def test_it_begins_with_the_weights_that_eval_judged(
 
 @WITH_GRADIO
 def test_every_kept_checkpoint_answers(page: Page, digits: Dataset) -> None:
-    path = page.upload("photo.png", sample(digits.split("val"), 0).read()).json()[0]
+    path = page.upload("photo.png", make_photo(digits.split("val"), 0).read()).json()[0]
     image = {"path": path, "meta": {"_type": "gradio.FileData"}}
     assert page.learned is not None
     table = page.call(page.learned, [image])["output"]["data"][0]
-    assert (
-        table.count("<tr>") == 1 + 3
-    )  # EMA and raw of the second epoch, and one of them of the first
-    assert table.count("%, not calibrated") == 1  # which was not looked at before, of the first
+    # A head, EMA and raw of the second epoch, and one of them of the first, which nobody calibrated.
+    assert table.count("<tr>") == 1 + 3
+    assert table.count("%, not calibrated") == 1
 
 
 @WITH_GRADIO
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 def test_a_phone_and_a_keyboard_are_enough(page: Page, tmp_path: Path) -> None:
-    """An image of the validation is chosen by Tab and Enter; nothing is wider than a phone, and nobody else is asked."""
+    """Tab and Enter choose a validation image.
+
+    Nothing is wider than a phone, and no other server is asked.
+    """
     with Browser(tmp_path / "chromium") as browser:
         browser.open(page.url, 390, dark=True)
         until(browser, "document.querySelectorAll('.gallery-item').length == 8")
@@ -225,10 +228,10 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_made(
 def test_an_interpreter_is_found_from_where_it_was_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `make demo` names its own: by a relative path. The page runs in another folder."""
+    """`make demo` names its own by a relative path, and the page runs in another folder."""
     (tmp_path / "python").write_text("#!/bin/sh\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    assert interpreter("./python") == tmp_path / "python"
+    assert find_interpreter("./python") == tmp_path / "python"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert interpreter("python") == tmp_path / "python"
+    assert find_interpreter("python") == tmp_path / "python"

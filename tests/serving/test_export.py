@@ -1,4 +1,7 @@
-"""`wds-train export`: what others load gives the logits of the evaluation, and says nothing that is not so."""
+"""`wds-train export`: other programs get the logits of the evaluation from its files.
+
+The files say nothing that is not true.
+"""
 
 import json
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from wds_train.config.recipe import DataRecipe, ModelRecipe, Recipe
 from wds_train.dataset.manifest import ClassInfo
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import RunError, UsageError
-from wds_train.evaluation.evaluate import Member, View, chosen_weights
+from wds_train.evaluation.evaluate import Member, View, choose_weights
 from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.models.model import create_model
@@ -67,7 +70,7 @@ def test_others_find_the_logits_of_the_evaluation(
 ) -> None:
     name, loaded, tolerance = FORMATS[form]
     assert main(["export", served, "--format", form, "--to", str(tmp_path / name)]) == 0
-    weights = chosen_weights(served, "best", None)
+    weights = choose_weights(served, "best", None)
     member, split = Member(weights, View.of(weights.recipe, None), CPU), digits.split("val")
     logits = loaded(tmp_path / name)
     with torch.inference_mode():
@@ -100,7 +103,10 @@ def untrained(name: str, **layers: Any) -> Weights:
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("form", FORMATS)
 def test_layer_options_are_not_lost(tmp_path: Path, form: str, layers: str) -> None:
-    """Against the model itself; for timm's folder with a ResNet that timm can also name with its blur."""
+    """The export is compared with the model itself.
+
+    timm's folder needs a ResNet that timm can also name with its blur.
+    """
     weights = untrained("resnet18" if form == "timm-hub" else "test_resnet", **LAYERS[layers])
     name, loaded, tolerance = FORMATS[form]
     {"timm-hub": write_timm_folder, "onnx": write_onnx, "torch-export": write_torch_export}[form](
@@ -144,7 +150,10 @@ def test_what_timm_cannot_name_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_onnx_file_holds_what_it_takes(served: str, tmp_path: Path) -> None:
-    """Classes, preprocessing and calibration; and from the features and the head's weights come the logits."""
+    """It has classes, preprocessing and calibration.
+
+    The logits follow from the features and the head's weights.
+    """
     file, onnxruntime = tmp_path / "model.onnx", pytest.importorskip("onnxruntime")
     assert main(["export", served, "--format", "onnx", "--to", str(file)]) == 0
     session = onnxruntime.InferenceSession(str(file))

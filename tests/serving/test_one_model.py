@@ -1,4 +1,7 @@
-"""The model that is used is the one that was judged, and one photo has one probability: in every command, file and page."""
+"""Every command, file and page uses the model that was judged.
+
+One photo has the same probability in all of them.
+"""
 
 import hashlib
 import importlib.util
@@ -27,25 +30,21 @@ from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
 from wds_train.evaluation import calibrate as calibrating
 from wds_train.evaluation.calibrate import calibrate
-from wds_train.evaluation.evaluate import Member, View, chosen_weights
+from wds_train.evaluation.evaluate import Member, View, choose_weights
 from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.models.calibration import Calibration, judge_again, probabilities
 from wds_train.models.weights import Weights
 from wds_train.report.model_checks import find
 from wds_train.serving import demo_page as demo
-from wds_train.serving.classify import sample
-from wds_train.serving.provenance import results
+from wds_train.serving.classify import make_photo
+from wds_train.serving.provenance import best_results
 from wds_train.training.outcome import describe_outcome, next_commands
 
 pytest.importorskip("onnxruntime")
 CPU = torch.device("cpu")
-KINDS = {
-    "raw": "raw",
-    "ema": "ema",
-    "never": "raw",
-    "tied": "raw",
-}  # whose weights are the best, by the run's name
+# The kind of the best weights of each run.
+KINDS = {"raw": "raw", "ema": "ema", "never": "raw", "tied": "raw"}
 OTHER = {"raw": "ema", "ema": "raw"}
 Tensors = dict[str, torch.Tensor]
 
@@ -89,7 +88,7 @@ def changed(
     scores: Callable[..., Any],
     every: int,
 ) -> str:
-    """A copy of a run whose weights, and with them their scores, are others."""
+    """Copy a run, with other weights and other scores."""
     shutil.copytree(run, folder)
     manifest, _ = find_run(str(folder))
     checkpoints = []
@@ -108,8 +107,10 @@ def changed(
 
 @pytest.fixture(scope="module")
 def runs(served: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Trainings on the digits: the raw weights are better; the EMA ones are; those have the higher score, but were never
-    updated; both are equal. Not to be written to.
+    """Trainings on the digits, not to be written to.
+
+    The raw weights are better; the EMA ones are; the EMA ones have the higher score, but were never
+    updated; both are equal.
     """
     folder = tmp_path_factory.mktemp("bucket") / "runs"
     found = {
@@ -135,16 +136,19 @@ def labels(digits: Dataset) -> list[str]:
 
 @pytest.fixture(scope="module")
 def photos(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole validation, as files named by their numbers."""
+    """The whole validation split, as files named by their numbers."""
     folder, split = tmp_path_factory.mktemp("photos"), digits.split("val")
     for number in range(len(split)):
-        (folder / f"{number:03d}.png").write_bytes(sample(split, number).read())
+        (folder / f"{number:03d}.png").write_bytes(make_photo(split, number).read())
     return folder
 
 
 @pytest.fixture(scope="module")
 def published(runs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What `publish` makes of each run, whose dataset has a test split: the validation once more."""
+    """The folder that `publish` makes of each run.
+
+    The dataset has a test split, which is the validation split once more.
+    """
     folder = tmp_path_factory.mktemp("published")
     opened = Dataset.open(find_run(runs["raw"])[0].dataset["url"])
     splits = opened.manifest.splits | {"test": opened.manifest.splits["val"]}
@@ -178,7 +182,7 @@ def judged(capsys: pytest.CaptureFixture[str], run: str, *more: object) -> dict[
 def predicted(
     capsys: pytest.CaptureFixture[str], model: object, photos: Path, labels: list[str]
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The top-1 of what `predict` says of the photos, and its answers."""
+    """Return the top-1 of the answers of `predict`, and the answers."""
     code, out, err = answer(capsys, "predict", model, photos, "--json", "--device", "cpu")
     assert code == 0, err
     rows = [json.loads(line) for line in out.splitlines()]
@@ -189,7 +193,7 @@ def predicted(
 def top1_of(
     logits: Callable[[torch.Tensor], torch.Tensor], weights: Weights, digits: Dataset
 ) -> float:
-    """Of uint8 images [n, side, side, 3] to logits."""
+    """Return the top-1 of `logits`, which takes uint8 images [n, side, side, 3]."""
     split, hits = digits.split("val"), 0
     with torch.inference_mode():
         for batch in Pipeline(
@@ -238,7 +242,7 @@ def test_every_command_uses_the_weights_that_eval_judged(
     assert f"top-1 {best:.2f} %, top-5" in told.text
     assert told.facts["best top-1"] == (f"{best:.2f} %", f"the {kind} weights of epoch {epoch}")
 
-    page = demo._of_run(run, CPU)
+    page = demo._space_of_run(run)
     weights = page.choices[0]
     assert (weights.kind, weights.step) == (kind, step)
     assert (
@@ -272,7 +276,7 @@ def test_what_only_names_the_best_names_the_same(
     )
     assert (" --best raw" in next_commands(manifest, run, test=False)[0]) == (kind == "raw")
     assert (
-        [row["weights"] for row in results(manifest)] == [kind]
+        [row["weights"] for row in best_results(manifest)] == [kind]
         if name == "never"
         else [kind, OTHER[kind]]
     )
@@ -292,7 +296,7 @@ def test_the_published_folder_holds_them(
     capsys: pytest.CaptureFixture[str],
     name: str,
 ) -> None:
-    """As timm loads it, and as the page answers; the card's scores are those of eval."""
+    """timm and the page load them, and the card's scores are those of eval."""
     folder, kind = published[name], KINDS[name]
     report = judged(capsys, runs[name])
     model = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
@@ -306,7 +310,7 @@ def test_the_published_folder_holds_them(
         folder / "space" / "models" / about["models"][about["choices"][0]],
     ):
         classifier = page.Classifier(file)
-        images = [page.opened(path.read_bytes()) for path in sorted(photos.iterdir())]
+        images = [page.open_image(path.read_bytes()) for path in sorted(photos.iterdir())]
         answers = [
             classifier.facts["classes"][classifier.answer(image).top(1)[0]]["id"]
             for image in images
@@ -339,8 +343,9 @@ def test_one_photo_has_one_probability(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In predict, the report's pictures, the exported file, and the published model; and they divide by one temperature, to
-    the last bit, whether it was found before or is found anew.
+    """It is the same in predict, the report's pictures, the exported file and the published model.
+
+    All divide by one temperature, to the last bit, whether it was kept or is fitted again.
     """
     run = runs["raw"]
     manifest, store = find_run(run)
@@ -364,13 +369,13 @@ def test_one_photo_has_one_probability(
     assert len(found.mistakes) > 20
     for mistake in found.mistakes:
         place = keys.index(numbers[mistake.key])
-        image = page.opened((photos / f"{keys[place]}.png").read_bytes())
+        image = page.open_image((photos / f"{keys[place]}.png").read_bytes())
         shown = float(classifier.answer(image).probabilities.max())
         for row in (rows[place], again[place]):
             assert row["top"][0]["probability"] == pytest.approx(mistake.confidence, abs=2e-6)
         assert shown == pytest.approx(mistake.confidence, abs=1e-4)
     # It makes a difference that is seen.
-    weights = chosen_weights(run, "best", None)
+    weights = choose_weights(run, "best", None)
     member = Member(weights, View.of(weights.recipe, None), CPU)
     batch = next(iter(Pipeline(split, EvalPlan(len(split), 360), member.view.transform, 0)))
     raw = probabilities(member.logits(batch.images).numpy(), 1.0).max(axis=1)
@@ -468,7 +473,7 @@ def test_an_old_file_of_such_weights_is_read_and_said(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    weights = chosen_weights(runs["raw"], "ema", None)
+    weights = choose_weights(runs["raw"], "ema", None)
     recipe = replace(weights.recipe, ema=replace(weights.recipe.ema, every=1000))
     replace(weights, recipe=recipe).save(tmp_path / "old.safetensors")
     for arguments in (
@@ -575,7 +580,10 @@ def test_of_a_hundred_one_is_fitted() -> None:
 def pairs(
     right_of: tuple[int, int], fitted_right_of: tuple[int, int], times: int = 1
 ) -> tuple[Any, Any]:
-    """Answers of two classes that are 75 % sure, of which so many are right: in the half that judges, and in that which fits."""
+    """Return answers of two classes that are 75 % sure.
+
+    The shares of right ones are given: in the half that judges, and in the half that fits.
+    """
     logits = np.tile(np.array([[np.log(3), 0]], np.float32), (2 * right_of[1] * times, 1))
     labels = np.zeros(len(logits), np.int64)
     for half, (right, of) in ((0, fitted_right_of), (1, right_of)):
@@ -629,7 +637,7 @@ def test_a_temperature_is_judged_by_the_figure_that_is_printed(name: str) -> Non
 def test_what_an_earlier_version_fitted_is_judged_by_the_same_rule(
     runs: dict[str, str], tmp_path: Path, old: Calibration, temperature: float, text: str
 ) -> None:
-    replace(chosen_weights(runs["raw"], "best", None), calibration=old).save(
+    replace(choose_weights(runs["raw"], "best", None), calibration=old).save(
         tmp_path / "old.safetensors"
     )
     found = Weights.read(tmp_path / "old.safetensors").calibration
@@ -641,7 +649,7 @@ def test_what_an_earlier_version_fitted_is_judged_by_the_same_rule(
 def test_without_the_validation_there_is_no_temperature_until_it_is_back(
     runs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What could not be found out is not kept."""
+    """A calibration that failed is not kept."""
     run, file = shutil.copytree(runs["raw"], tmp_path / "run"), tmp_path / "x.safetensors"
     manifest = find_run(str(run))[0]
     gone = manifest.dataset | {"url": str(tmp_path / "secret-place")}
@@ -663,7 +671,10 @@ def test_few_images_are_said_everywhere(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As of a validation of nine images: by predict, also the next time, by export, by the file, and in the report."""
+    """With a validation of nine images.
+
+    predict says so, also the next time; so do export, its file, and the report.
+    """
     monkeypatch.setattr(calibrating, "SAMPLES", 9)
     text, run, file = (
         "not calibrated: 9 images, at least 100 are needed",

@@ -1,4 +1,7 @@
-"""`wds-train predict`: its answers against the evaluation's own logits; every kind of image that a person names, and bad ones."""
+"""`wds-train predict`: its answers are compared with the evaluation's own logits.
+
+It takes every kind of image that a person names, and bad ones.
+"""
 
 import csv
 import http.server
@@ -22,11 +25,11 @@ from wds_train.dataset.manifest import ClassInfo
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import DataError
 from wds_train.evaluation.calibrate import calibrate
-from wds_train.evaluation.evaluate import Member, View, chosen_weights
+from wds_train.evaluation.evaluate import Member, View, choose_weights
 from wds_train.loader.pipeline import Pipeline
 from wds_train.loader.plan import EvalPlan
 from wds_train.models.calibration import probabilities
-from wds_train.serving.classify import sample
+from wds_train.serving.classify import make_photo
 from wds_train.serving.download import download, is_public
 from wds_train.serving.prediction import Prediction, csv_line
 from wds_train.storage.open import open_store
@@ -35,8 +38,8 @@ CPU = torch.device("cpu")
 
 
 def logits_of(run: str, dataset: Dataset, tta: str | None = None) -> NDArray[np.float32]:
-    """Of the validation split, through the loader that evaluates."""
-    weights = chosen_weights(run, "best", None)
+    """Return the logits of the validation split, read by the loader that evaluates."""
+    weights = choose_weights(run, "best", None)
     member, split = Member(weights, View.of(weights.recipe, tta), CPU), dataset.split("val")
     loader = Pipeline(split, EvalPlan(len(split), 60), member.view.transform, 0)
     return torch.cat([member.logits(batch.images) for batch in loader]).numpy()
@@ -44,11 +47,11 @@ def logits_of(run: str, dataset: Dataset, tta: str | None = None) -> NDArray[np.
 
 @pytest.fixture(scope="module")
 def images(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first validation samples as files, some in a folder within."""
+    """The first validation samples as files, some of them in a subfolder."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "z" / "deep").mkdir(parents=True)
     for number in range(40):
-        photo = sample(digits.split("val"), number)
+        photo = make_photo(digits.split("val"), number)
         (folder / ("z/deep" if number >= 36 else ".") / f"{number:02d}.png").write_bytes(
             photo.read()
         )
@@ -94,12 +97,15 @@ def test_an_exported_file_answers_as_its_run(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also once the run's dataset is out of reach: the calibration is in the file, and in what is kept for the next time."""
+    """It does so without the run's dataset, too.
+
+    The calibration is in the file, and in the file that is kept for the next time.
+    """
     monkeypatch.chdir(tmp_path)
     file = "digits-run.safetensors"
     kept = [answer(capsys, "predict", served, images, "--csv") for _ in range(2)]
     assert (
-        answer(capsys, "export", served, "--best", chosen_weights(served, "best", None).kind)[0]
+        answer(capsys, "export", served, "--best", choose_weights(served, "best", None).kind)[0]
         == 0
     )
     exported = answer(capsys, "predict", file, images, "--csv")
@@ -161,7 +167,7 @@ def test_a_name_that_cannot_be_printed_is_printed_all_the_same(found: dict[str, 
 
 
 def bomb() -> bytes:
-    """A PNG of 60,000 by 60,000 pixels in a few kilobytes: its header alone may be believed."""
+    """Return a PNG of 60,000 by 60,000 pixels in a few kilobytes: only its header is right."""
     out = io.BytesIO()
     Image.new("1", (8, 8)).save(out, "PNG")
     data = bytearray(out.getvalue())
@@ -221,7 +227,7 @@ def test_objects_and_prefixes_on_s3(
 
 
 def test_a_temperature_makes_overconfident_answers_honest() -> None:
-    """On the half that it was not fitted on: logits of a known truth, times three."""
+    """It is judged on the half that did not fit it: logits of a known truth, times three."""
     rng = np.random.default_rng(0)
     truth = rng.normal(size=(4000, 10)).astype(np.float32) * 2
     shares = probabilities(truth, 1.0)
@@ -235,7 +241,10 @@ def test_a_temperature_makes_overconfident_answers_honest() -> None:
 
 
 def test_a_temperature_that_helps_nobody_does_no_harm() -> None:
-    """Those that fit are all right, which asks for no doubt at all; of the others every second one is wrong."""
+    """The samples that fit are all right, which asks for no doubt at all.
+
+    Every second one of the others is wrong.
+    """
     logits = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
     found = calibrate(np.tile(logits, (30, 1)), np.tile(np.array([0, 1, 1, 1]), 30))
     assert (found.temperature, found.fitted) == (1.0, 60)

@@ -1,4 +1,4 @@
-"""`wds-train publish`: folders that stand by themselves, cards that say what is so, and a hub that refuses."""
+"""`wds-train publish`: complete folders, true cards, and a hub that refuses."""
 
 import http.server
 import json
@@ -16,8 +16,8 @@ from answers import answer
 from wds_train import serving
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
-from wds_train.evaluation.evaluate import chosen_weights
-from wds_train.serving.provenance import without_places
+from wds_train.evaluation.evaluate import choose_weights
+from wds_train.serving.provenance import remove_places
 from wds_train.serving.publishing import push
 
 yaml = pytest.importorskip("yaml")
@@ -75,9 +75,9 @@ def test_the_card_says_what_the_manifest_knows(
     assert scores["top-5, ema weights"] == (pytest.approx(metrics["val/top5_ema"], abs=1e-3), view)
     assert f"| ema | 2 | {metrics['val/top1_ema']:.2f} % |" in text
     assert digits.fingerprint in text and "360 images" in text and "dollars not recorded" in text
-    assert not [
-        word for word in ("apache", "arxiv", "a1_in1k") if word in text
-    ]  # which timm's own card of a model says
+    # timm's own card of the model has these words.
+    for word in ("apache", "arxiv", "a1_in1k"):
+        assert word not in text
 
 
 def test_nothing_tells_where_the_owner_keeps_things(
@@ -89,9 +89,9 @@ def test_nothing_tells_where_the_owner_keeps_things(
 
 
 def test_a_path_in_the_recipe_becomes_a_name(served: str) -> None:
-    weights = chosen_weights(served, "ema", None)
+    weights = choose_weights(served, "ema", None)
     model = replace(weights.recipe.model, init="/home/me/secret/first.safetensors")
-    found = without_places(replace(weights, recipe=replace(weights.recipe, model=model)))
+    found = remove_places(replace(weights, recipe=replace(weights.recipe, model=model)))
     assert (found.run, found.recipe.model.init) == ("digits-run", "first.safetensors")
 
 
@@ -204,7 +204,7 @@ def test_without_the_extra_it_says_what_to_install(
     served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delitem(sys.modules, "wds_train.serving.publishing")
-    monkeypatch.delattr(serving, "publish")
+    monkeypatch.delattr(serving, "publishing")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     code, _, err = answer(capsys, "publish", served, "--to", tmp_path / "out", "--licence", "mit")
     assert (code, "publish needs huggingface_hub: install wds-train[serve]" in err) == (2, True)

@@ -1,4 +1,7 @@
-"""The page's own reader and model, without PyTorch: they agree with ours on images, and refuse what is none."""
+"""The page's own reader and model, without PyTorch.
+
+They agree with ours on images, and refuse files that are none.
+"""
 
 import importlib.util
 import io
@@ -16,10 +19,10 @@ from PIL import Image
 
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
-from wds_train.evaluation.evaluate import Member, View, chosen_weights
+from wds_train.evaluation.evaluate import Member, View, choose_weights
 from wds_train.images.decode import decode_center, decode_whole
 from wds_train.images.plain import plain_bytes
-from wds_train.serving.classify import Classifier, sample
+from wds_train.serving.classify import Classifier, make_photo
 
 pytest.importorskip("onnxruntime")
 CPU = torch.device("cpu")
@@ -28,7 +31,7 @@ PAGE = Path(__file__).parents[2] / "wds_train" / "serving" / "space" / "classifi
 
 @pytest.fixture(scope="module")
 def page() -> ModuleType:
-    """`classifier.py` of the page, which is a program's module and of no package."""
+    """The module `classifier.py` of the page, which belongs to no package."""
     spec = importlib.util.spec_from_file_location("classifier", PAGE)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -52,13 +55,13 @@ def file(served: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_answers_as_we_do(page: ModuleType, file: Path, served: str, digits: Dataset) -> None:
     theirs = page.Classifier(file)
-    photos = [sample(digits.split("val"), number) for number in range(60)]
-    weights = chosen_weights(served, "best", None)
+    photos = [make_photo(digits.split("val"), number) for number in range(60)]
+    weights = choose_weights(served, "best", None)
     ours = [logits for _, logits in Classifier(weights, None, CPU).logits(photos)]
-    answers = [theirs.answer(page.opened(photo.read())) for photo in photos]
+    answers = [theirs.answer(page.open_image(photo.read())) for photo in photos]
     assert [answer.top(1)[0] for answer in answers] == [int(logits.argmax()) for logits in ours]
     assert {answer.heat.min() >= 0 and answer.heat.max() <= 1 for answer in answers} == {True}
-    assert theirs.shown(page.opened(photos[0].read()), answers[0].heat).size == (448, 448)
+    assert theirs.draw_heat(page.open_image(photos[0].read()), answers[0].heat).size == (448, 448)
 
 
 @pytest.mark.parametrize("side", [48, 200])
@@ -70,13 +73,13 @@ def test_it_sees_a_photograph_as_the_validation_does(
     for data in [*layouts.photos(), encoded(PHOTO.resize((4000, 2)), "PNG")]:
         ours = np.empty((side, side, 3), np.uint8)
         decode_center(data, 0.875, ours)
-        assert (theirs.pixels(page.opened(data)) == ours).all()
+        assert (theirs.pixels(page.open_image(data)) == ours).all()
 
 
 def test_mirror_images_are_averaged_where_the_validation_did(
     page: ModuleType, file: Path, served: str
 ) -> None:
-    theirs, weights = page.Classifier(file), chosen_weights(served, "best", None)
+    theirs, weights = page.Classifier(file), choose_weights(served, "best", None)
     theirs.facts["view"]["flip"] = True
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     member = Member(weights, View.of(weights.recipe, "flip"), CPU)
@@ -112,7 +115,7 @@ TURNED[0x0112] = 6
     ],
 )
 def test_odd_images_are_read(page: ModuleType, data: bytes, size: tuple[int, int]) -> None:
-    image = page.opened(data)
+    image = page.open_image(data)
     assert (image.mode, image.size) == ("RGB", size)
 
 
@@ -121,7 +124,7 @@ XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6
 
 
 def deep(channels: int, top: int, *bits: int) -> bytes:
-    """A PNG of 16 bits a sample, of numbers up to `top`, and what its sBIT says."""
+    """Return a PNG of 16 bits a sample, with numbers up to `top` and the given sBIT."""
     samples = (SAMPLES[..., :channels] / 255 * top).round().astype(np.uint16)
     return odd.png(samples, odd.chunk(b"sBIT", bytes(bits)) if bits else b"")
 
@@ -188,9 +191,11 @@ SEEN_ALIKE = {
 
 @pytest.mark.parametrize("name", SEEN_ALIKE)
 def test_it_sees_odd_images_as_a_conversion_makes_them(page: ModuleType, name: str) -> None:
-    """And as `predict` does, which asks the same function."""
+    """So does `predict`, which calls the same function."""
     data = SEEN_ALIKE[name]
-    np.testing.assert_array_equal(np.asarray(page.opened(data)), decode_whole(plain_bytes(data)))
+    np.testing.assert_array_equal(
+        np.asarray(page.open_image(data)), decode_whole(plain_bytes(data))
+    )
 
 
 @pytest.mark.parametrize(("channels", "top"), [(1, 4095), (3, 4095), (4, 1000), (2, 255)])
@@ -199,7 +204,7 @@ def test_numbers_without_a_range_are_a_sentence(page: ModuleType, channels: int,
         page.Refused,
         match=rf"has 16 bits a sample, of 0 to {top}, and does not say which number is white",
     ):
-        page.opened(deep(channels, top))
+        page.open_image(deep(channels, top))
 
 
 def huge() -> bytes:
@@ -224,4 +229,4 @@ def huge() -> bytes:
 )
 def test_what_is_no_image_is_a_sentence(page: ModuleType, data: bytes, message: str) -> None:
     with pytest.raises(page.Refused, match=message):
-        page.opened(data)
+        page.open_image(data)

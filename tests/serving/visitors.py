@@ -1,4 +1,4 @@
-"""The demo's page as a process, and visitors who speak HTTP to it, without a browser's manners."""
+"""The demo's page as a process, and visitors who speak HTTP to it without a browser's manners."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ class Page:
         return self.http.post("/gradio_api/upload", files={"files": (name, data, kind)})
 
     def ask(self, path: Any, name: str = "photo.jpg") -> dict[str, Any]:
-        """The answer about an uploaded file: the event that ends the call."""
+        """Ask about an uploaded file, and return the event that ends the call."""
         image = (
             path
             if isinstance(path, dict)
@@ -77,27 +77,25 @@ class Page:
 
 @contextlib.contextmanager
 def served_page(command: list[str], folder: Path, port: int) -> Iterator[tuple[Page, int]]:
-    """The page that `command` serves at `port`, and the process; what it prints goes to `folder`/log."""
+    """Run `command`, which serves the page at `port`; yield the page and the process's id.
+
+    The output goes to `folder`/log.
+    """
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command, cwd=folder, stdout=log, stderr=log, env=os.environ, start_new_session=True
         )
         try:
-            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-            while True:
-                assert process.poll() is None and time.monotonic() < deadline, (
-                    folder / "log"
-                ).read_text()
-                with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(f"{url}/config", trust_env=False).status_code == 200:
-                        break
+            url = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + 120
+            while not _answers(url):
+                log_text = (folder / "log").read_text()
+                assert process.poll() is None and time.monotonic() < deadline, log_text
                 time.sleep(0.1)
             yield Page(url), process.pid
         finally:
-            for number in (
-                signal.SIGINT,
-                *[signal.SIGTERM] * 100,
-            ):  # Ctrl-C, and somebody who cannot wait
+            # Ctrl-C, by somebody who cannot wait.
+            for number in (signal.SIGINT, *[signal.SIGTERM] * 100):
                 os.killpg(process.pid, number)
                 time.sleep(0.01)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -105,6 +103,13 @@ def served_page(command: list[str], folder: Path, port: int) -> Iterator[tuple[P
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/config", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def free_port() -> int:
@@ -128,5 +133,5 @@ def demo_command(run: str, port: int) -> list[str]:
 
 
 def leaks(text: str) -> list[str]:
-    """What of `text` tells where files lie on the server."""
+    """Return the parts of `text` that tell where files are on the server."""
     return re.findall(r"/(?:tmp|home|work|root|usr|var)/[^\s\"']*", text)

@@ -11,7 +11,7 @@ from PIL import Image
 from wds_train.cli import main
 from wds_train.dataset.reader import Dataset
 from wds_train.errors import UsageError
-from wds_train.serving.photos import photos
+from wds_train.serving.photos import find_photos
 from wds_train.storage.base import PART_BYTES
 from wds_train.storage.open import open_store
 from wds_train.storage.s3 import S3Store
@@ -92,9 +92,9 @@ def test_photos_are_found(s3_url: str, name: str) -> None:
     images = {f"{name}/{name}.png": png(1), f"{name}/b.png": png(2)}
     for key, image in images.items():
         store.write(key, image)
-    found = {photo.name: photo.read() for photo in photos([f"{s3_url}/{name}"])}
+    found = {photo.name: photo.read() for photo in find_photos([f"{s3_url}/{name}"])}
     assert found == {f"{s3_url}/{key}": image for key, image in images.items()}
-    (alone,) = photos([f"{s3_url}/{name}/{name}.png"])
+    (alone,) = find_photos([f"{s3_url}/{name}/{name}.png"])
     assert alone.read() == png(1)
 
 

@@ -17,7 +17,7 @@ from wds_train.images import plain as plain_module
 from wds_train.images.crop import Box
 from wds_train.images.decode import decode_center, decode_crop, decode_whole, probe
 from wds_train.images.pillow import orientation
-from wds_train.serving.photos import photos
+from wds_train.serving.photos import find_photos
 
 KEEP = ImagePolicy()
 FULL = ImagePolicy(verify="full")
@@ -49,7 +49,7 @@ def asked(data: bytes, tmp_path: Path) -> np.ndarray:
     """What a model sees of the file when it is asked about it."""
     path = tmp_path / "photo"
     path.write_bytes(data)
-    (photo,) = photos([str(path)])
+    (photo,) = find_photos([str(path)])
     return decode_whole(photo.read())
 
 

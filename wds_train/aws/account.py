@@ -11,6 +11,7 @@ from botocore.config import Config
 
 from wds_train.errors import AccessDenied, RunError, Unavailable, UsageError
 
+# Codes of AWS's errors, which differ from service to service. Those of missing rights:
 DENIED = {
     "AccessDenied",
     "AccessDeniedException",
@@ -19,6 +20,7 @@ DENIED = {
     "403",
     "Forbidden",
 }
+# Those of credentials that are not valid, or not any more:
 EXPIRED = {
     "ExpiredToken",
     "ExpiredTokenException",
@@ -45,19 +47,29 @@ class Aws:
         if self.session.region_name is None:
             raise UsageError("no AWS region is set; give --region, or set AWS_REGION")
         self.region: str = self.session.region_name
+        # A service that hangs is given up after about two minutes.
         self._config = Config(
             connect_timeout=5,
             read_timeout=30,
             retries={"total_max_attempts": 4, "mode": "standard"},
         )
 
-    @functools.cache  # noqa: B019 (one a command)
+    # The cache keeps this object for ever, of which a command has one.
+    @functools.cache  # noqa: B019
     def client(self, name: str) -> Any:
-        """Return the client of a service."""
+        """Return the client of a service, the same one each time.
+
+        Args:
+            name: The service, as boto3 calls it.
+        """
         return self.session.client(name, config=self._config)  # type: ignore[call-overload]
 
     def account(self) -> str:
-        """Return the account's number, which needs valid credentials."""
+        """Return the account's number.
+
+        Raises:
+            AccessDenied: There are no valid credentials.
+        """
         with translate_errors("the AWS credentials"):
             return self.client("sts").get_caller_identity()["Account"]
 
@@ -67,10 +79,17 @@ def translate_errors(what: str) -> Iterator[None]:
     """Raise errors of boto3 as ours.
 
     Args:
-        what: What is asked for, for the message.
+        what: The subject of the request, for the message.
+
+    Raises:
+        AccessDenied: There are no valid credentials, or they lack a right.
+        UsageError: The AWS settings name a profile that does not exist.
+        Unavailable: AWS gave no answer.
+        RunError: AWS refused for another reason.
     """
     try:
         yield
+    # AWS answered with an error.
     except boto_errors.ClientError as error:
         details = error.response["Error"]
         code = details.get("Code", "")
@@ -85,6 +104,7 @@ def translate_errors(what: str) -> Iterator[None]:
                 f"{what}: {right}; docs/aws.md lists the rights of who launches"
             ) from error
         raise RunError(f"{what}: AWS answered {code} to {error.operation_name}: {text}") from error
+    # No request was sent, or none was answered.
     except boto_errors.ProfileNotFound as error:
         raise UsageError(f"{error}; set AWS_PROFILE to one that there is") from error
     except (

@@ -12,6 +12,12 @@ from wds_train.errors import UsageError
 from wds_train.files import home
 
 ROOT = Path(__file__).parents[2]
+LOCK = "requirements-uv.lock"  # the version and the digest of uv
+# pip takes the wheel for an instance, whatever this machine is, and only with the locked digest.
+DOWNLOAD = (
+    *("download", "--quiet", "--disable-pip-version-check", "--no-deps"),
+    *("--only-binary=:all:", "--platform=manylinux2014_x86_64", "--require-hashes"),
+)
 
 
 def bundle(root: Path = ROOT) -> tuple[bytes, bool]:
@@ -21,17 +27,24 @@ def bundle(root: Path = ROOT) -> tuple[bytes, bool]:
         root: The repository.
 
     Returns:
-        A gzipped tar, equal for equal commits, and whether there are changes that are not committed,
+        A gzipped tar, equal for equal commits, and True if there are changes that are not committed
         and so not in it.
+
+    Raises:
+        UsageError: `root` is no clone, or uv's wheel cannot be downloaded.
     """
     committed = _git(root, "archive", "--format=tar", "HEAD")
     changed = bool(_git(root, "status", "--porcelain", "--untracked-files=no").strip())
+
+    # An instance starts without uv, and installs everything with it.
     out = io.BytesIO(committed)
     with tarfile.open(fileobj=out, mode="a") as tar:
         for name, wheel in _wheels(root):
             entry = tarfile.TarInfo(f"wheels/{name}")
             entry.size = len(wheel)
             tar.addfile(entry, io.BytesIO(wheel))
+
+    # Without the time in its header, which would give the same code another digest.
     return gzip.compress(out.getvalue(), 6, mtime=0), changed
 
 
@@ -53,34 +66,20 @@ def _git(root: Path, *arguments: str) -> bytes:
 
 
 def _wheels(root: Path) -> list[tuple[str, bytes]]:
-    """Return name and bytes of uv's wheel, of the version and digest in requirements-uv.lock.
+    """Return name and bytes of uv's wheel, of the version and digest in LOCK.
 
     It is kept below .wds/.
     """
     folder = home() / "wheels"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
-    command += [
-        "--only-binary=:all:",
-        "--platform=manylinux2014_x86_64",
-        "--require-hashes",
-        "--dest",
-        str(folder),
-    ]
-    done = subprocess.run(
-        [*command, "-r", str(root / "requirements-uv.lock")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    lock = root / LOCK
+    command = [sys.executable, "-m", "pip", *DOWNLOAD, "--dest", str(folder), "-r", str(lock)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UsageError(f"uv's wheel cannot be downloaded: {done.stderr.strip()[-300:]}")
-    version = (root / "requirements-uv.lock").read_text().split()[0].removeprefix("uv==")
-    return [(path.name, path.read_bytes()) for path in sorted(folder.glob(f"uv-{version}-*.whl"))]
+
+    # The folder may hold wheels of earlier versions.
+    version = lock.read_text().split()[0].removeprefix("uv==")
+    wheels = []
+    for path in sorted(folder.glob(f"uv-{version}-*.whl")):
+        wheels.append((path.name, path.read_bytes()))
+    return wheels

@@ -1,4 +1,7 @@
-"""Plans for many recipes on many instances, with AWS's current prices, or else the table's."""
+"""Plans for many recipes on many instances, with AWS's current prices, or else the table's.
+
+`wds-train plan` prints and draws them; `wds-train launch` asks for the prices alone.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -7,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from wds_train.aws.cost import Images, Machine, Plan, front, plan, shrunk
+from wds_train.aws.cost import Images, Machine, Plan, pareto_front, plan, shrink
 from wds_train.aws.prices import DATED, PRICES
 from wds_train.config.presets import Preset
 from wds_train.config.recipe import Recipe
@@ -17,11 +20,18 @@ from wds_train.tracking.schedule_plot import new_figure, save
 PAYS = 0.95  # share of the dollars from which on a conversion to smaller images is mentioned
 # As presets give it for ImageNet; of a range, the lower end.
 TOP1 = re.compile(r"([\d.]+)(?:-[\d.]+)? % at \d+ px")
+FIGURE_INCHES = (8, 5)
 
 
 @dataclass(frozen=True)
 class Quote:
-    """A price in dollars an hour, with its source."""
+    """The price of an instance.
+
+    Attributes:
+        usd: Dollars per hour.
+        source: The origin of the price, for people.
+        spot: It is that of a spot instance.
+    """
 
     usd: float
     source: str
@@ -49,7 +59,7 @@ class Row:
     resize: tuple[int, Plan] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `plan --json` prints."""
+        """Return the row as `plan --json` prints it."""
         resize = None
         if self.resize:
             side, after = self.resize
@@ -70,9 +80,10 @@ def quotes(
 
     Args:
         machines: The instances.
-        live: AWS's current prices by instance type, dollars an hour.
+        live: AWS's current prices by instance type, dollars per hour.
         given: A person's price for all of them.
     """
+    # A person's price comes before AWS's, and AWS's before the table's.
     found = {}
     for machine in machines:
         if given is not None:
@@ -85,34 +96,62 @@ def quotes(
     return found
 
 
-def row(found: Preset, recipe: Recipe, machine: Machine, images: Images, quote: Quote) -> Row:
-    """Return the plan of a recipe on an instance."""
+def plan_row(found: Preset, recipe: Recipe, machine: Machine, images: Images, quote: Quote) -> Row:
+    """Plan a recipe on an instance.
+
+    Args:
+        found: The preset that the recipe is of, which has its accuracy.
+        recipe: The recipe, with a person's settings.
+        machine: The instance.
+        images: The dataset.
+        quote: The price of the instance.
+
+    Raises:
+        UsageError: The speed of the model is unknown.
+    """
     planned = plan(recipe, machine, images, quote.usd, spot=quote.spot)
-    side, smaller = shrunk(images, recipe)
+
+    # With smaller images.
+    side, smaller = shrink(images, recipe)
     after = plan(recipe, machine, smaller, quote.usd, spot=quote.spot)
+    resize = None
+    if after.usd <= PAYS * planned.usd:
+        resize = (side, after)
+
+    # On demand.
+    on_demand = None
     price = PRICES.get(machine.type)
-    on_demand = plan(recipe, machine, images, price.on_demand, spot=False).usd if price else None
+    if price:
+        on_demand = plan(recipe, machine, images, price.on_demand, spot=False).usd
+
     expected = f"{found.expected}; source: {found.source}"
-    pays = (side, after) if after.usd <= PAYS * planned.usd else None
-    return Row(planned, quote, on_demand, top1_of(found), expected, pays)
+    return Row(planned, quote, on_demand, top1_of(found), expected, resize)
 
 
 def top1_of(found: Preset) -> float | None:
-    """Return the accuracy on ImageNet that the preset expects, in percent."""
-    said = TOP1.match(found.expected)
-    return float(said[1]) if said else None
+    """Return the accuracy on ImageNet that a preset expects, in percent; None if it has none."""
+    expected = TOP1.match(found.expected)
+    if expected is None:
+        return None
+    return float(expected[1])
 
 
 def best(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that no other one beats in both dollars and accuracy."""
-    known = [each for each in rows if each.top1 is not None]
-    return [known[place] for place in front([(each.plan.usd, each.top1 or 0.0) for each in known])]
+    """Return the rows that no other one beats in both dollars and accuracy, the cheapest first."""
+    # The accuracy is ImageNet's: presets for other datasets have none.
+    known = _with_accuracy(rows)
+    points = [(each.plan.usd, each.top1 or 0.0) for each in known]
+    return [known[place] for place in pareto_front(points)]
+
+
+def _with_accuracy(rows: Sequence[Row]) -> list[Row]:
+    return [each for each in rows if each.top1 is not None]
 
 
 def spot_prices(
     types: Sequence[str], client: Any = None, zone: Callable[[float, float], float] = min
 ) -> dict[str, float]:
-    """Return AWS's current spot prices in the configured region, for Linux, dollars an hour.
+    """Return AWS's current spot prices in the configured region, for Linux, dollars per hour.
 
     Args:
         types: The instance types.
@@ -124,16 +163,19 @@ def spot_prices(
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
+    # AWS gives prices for each zone.
+    entries = []
     try:
         client = client or _ec2()
         pages = client.get_paginator("describe_spot_price_history").paginate(
             InstanceTypes=types, ProductDescriptions=["Linux/UNIX"], StartTime=datetime.now(UTC)
         )
-        found = [entry for page in pages for entry in page["SpotPriceHistory"]]
+        for page in pages:
+            entries += page["SpotPriceHistory"]
     except (BotoCoreError, ClientError, ValueError) as error:
         raise UsageError(f"AWS told no prices: {str(error)[:200]}") from error
     prices: dict[str, float] = {}
-    for entry in found:
+    for entry in entries:
         name = entry["InstanceType"]
         usd = float(entry["SpotPrice"])
         prices[name] = zone(prices.get(name, usd), usd)
@@ -141,6 +183,7 @@ def spot_prices(
 
 
 def _ec2() -> Any:
+    """Return a client that gives up soon: the table has prices, too."""
     import boto3
     from botocore.config import Config
 
@@ -153,10 +196,10 @@ def _ec2() -> Any:
     return session.client("ec2", region_name=session.region_name or "us-east-1", config=patience)
 
 
-def calibrated(
+def apply_speeds(
     machines: Sequence[Machine], core: float, gpu: str, gpu_rate: float | None
 ) -> list[Machine]:
-    """Return `machines` with measured speeds.
+    """Return machines with measured speeds.
 
     Args:
         machines: The instances.
@@ -164,6 +207,7 @@ def calibrated(
         gpu: This machine's GPU, as PyTorch calls it.
         gpu_rate: Its speed, for instances with the same GPU.
     """
+    # PyTorch says "NVIDIA A100-SXM4-40GB", the table "A100".
     words = re.split(r"[\s-]", gpu)
     found = []
     for machine in machines:
@@ -175,21 +219,34 @@ def calibrated(
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw dollars and accuracy of all rows as a PNG at `path`, the best joined by a line."""
-    figure = new_figure(8, 5)
-    kept = best(rows)
+    """Draw dollars and accuracy of all rows as a PNG, the best joined by a line.
+
+    Args:
+        rows: The rows. One without an accuracy is left out.
+        path: The file.
+    """
+    figure = new_figure(*FIGURE_INCHES)
     axes = figure.subplots()
-    for instance in dict.fromkeys(each.plan.instance for each in rows):
-        own = [each for each in rows if each.plan.instance == instance and each.top1 is not None]
-        usd = [each.plan.usd for each in own]
-        top1 = [each.top1 for each in own]
+
+    # All rows: a colour for each instance, in the order in which they come.
+    points: dict[str, tuple[list[float], list[float]]] = {}
+    for each in rows:
+        usd, top1 = points.setdefault(each.plan.instance, ([], []))
+        if each.top1 is not None:
+            usd.append(each.plan.usd)
+            top1.append(each.top1)
+    for instance, (usd, top1) in points.items():
         axes.plot(usd, top1, "o", markersize=4, label=instance)
+
+    # The best of them.
+    kept = best(rows)
     best_usd = [each.plan.usd for each in kept]
     best_top1 = [each.top1 for each in kept]
     axes.step(best_usd, best_top1, where="post", color="0.5", linewidth=1)
     for each in kept:
         where = {"xytext": (4, -11), "textcoords": "offset points", "fontsize": "small"}
         axes.annotate(each.plan.recipe, (each.plan.usd, each.top1), **where)
+
     axes.set(
         xscale="log",
         xlabel="dollars",

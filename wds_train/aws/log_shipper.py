@@ -1,6 +1,8 @@
-"""`python -m wds_train.aws.log_shipper GROUP STREAM`: lines from stdin to CloudWatch Logs, and to stdout as they come.
+"""Send the log of an instance to CloudWatch Logs.
 
-Whatever CloudWatch does, the writer of the lines never waits for it: beyond KEPT lines the oldest are left out, and counted.
+`python -m wds_train.aws.log_shipper GROUP STREAM` passes lines from stdin on, and prints them to
+stdout as they come; `infra/run.sh` pipes the training into it. The training never waits for
+CloudWatch: of more than KEPT lines, the oldest are left out and counted.
 """
 
 import sys
@@ -11,44 +13,49 @@ from typing import IO, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-EVERY_SECONDS = 5.0
+EVERY_SECONDS = 5.0  # between two requests
 KEPT = 5000  # lines that wait
-LINES, LONGEST = (
-    200,
-    1000,
-)  # characters, of up to 4 bytes: a request takes 1 MiB; what is longer is cut
+# The lines of a request, and the characters of a line, of up to 4 bytes: a request takes 1 MiB.
+LINES = 200
+LONGEST = 1000  # a longer line is cut
 
 
 class Shipper:
-    """Lines on their way to a log stream. `lost` counts those that were left out."""
+    """Lines on their way to a log stream.
+
+    Args:
+        client: The client of CloudWatch Logs.
+        group: The log group's name.
+        stream: The log stream's name; it is made.
+
+    Attributes:
+        lost: The lines that were left out.
+    """
 
     def __init__(self, client: Any, group: str, stream: str) -> None:
         self.lost = 0
-        self._client, self._place = client, {"logGroupName": group, "logStreamName": stream}
+        self._client = client
+        self._place = {"logGroupName": group, "logStreamName": stream}
         self._waiting: deque[dict[str, Any]] = deque()
         self._made = False
 
     def add(self, line: str) -> None:
+        """Take a line, which is sent with the next `flush`."""
         if len(self._waiting) >= KEPT:
             self._waiting.popleft()
             self.lost += 1
-        self._waiting.append(
-            {"timestamp": int(time.time() * 1000), "message": line.rstrip("\n")[:LONGEST] or " "}
-        )
+        # CloudWatch takes no empty line.
+        message = line.rstrip("\n")[:LONGEST] or " "
+        self._waiting.append({"timestamp": int(time.time() * 1000), "message": message})
 
     def flush(self) -> None:
-        """Send what waits; what fails stays for the next time."""
+        """Send the lines that wait. If that fails, they stay for the next time."""
         try:
             if not self._made:
                 self._client.create_log_stream(**self._place)
                 self._made = True
             while self._waiting:
-                part = [self._waiting.popleft() for _ in range(min(LINES, len(self._waiting)))]
-                try:
-                    self._client.put_log_events(**self._place, logEvents=part)
-                except (BotoCoreError, ClientError):
-                    self._waiting.extendleft(reversed(part))
-                    raise
+                self._send_some()
         except (BotoCoreError, ClientError) as error:
             print(
                 f"wds-train: CloudWatch took no log ({str(error)[:200]}); trying again",
@@ -56,11 +63,29 @@ class Shipper:
                 flush=True,
             )
 
+    def _send_some(self) -> None:
+        # Taken out first: meanwhile `add` may drop the oldest of those that wait.
+        part: list[dict[str, Any]] = []
+        while self._waiting and len(part) < LINES:
+            part.append(self._waiting.popleft())
+        try:
+            self._client.put_log_events(**self._place, logEvents=part)
+        except (BotoCoreError, ClientError):
+            self._waiting.extendleft(reversed(part))
+            raise
+
 
 def ship(lines: IO[str], shipper: Shipper, every: float = EVERY_SECONDS) -> None:
-    """Send `lines` on until they end."""
+    """Print lines and send them on, until they end.
+
+    Args:
+        lines: The lines.
+        shipper: Sends them.
+        every: Seconds between two requests.
+    """
     ended = threading.Event()
 
+    # A thread reads: CloudWatch may be slow, and a full pipe would stop the training.
     def read() -> None:
         for line in lines:
             print(line, end="", flush=True)
@@ -68,6 +93,7 @@ def ship(lines: IO[str], shipper: Shipper, every: float = EVERY_SECONDS) -> None
         ended.set()
 
     threading.Thread(target=read, daemon=True).start()
+    # Once more at the end, for the last lines.
     while not ended.wait(every):
         shipper.flush()
     shipper.flush()

@@ -1,25 +1,35 @@
-"""Instances and what an hour of them costs. The facts are AWS's own (EC2's instance types); the prices are those of us-east-1
-in late 2025, Linux: on demand, and the span of the spot price. What has no price here needs one from AWS, or from a person.
+"""Instance types and their prices.
+
+The facts are AWS's own (EC2's instance types). The prices are those of us-east-1 in late 2025, for
+Linux. A type without a price here needs one from AWS, or from a person.
 """
 
 from dataclasses import dataclass
 
 from wds_train.aws.cost import GPU_RATES, Machine
 
-DATED = "late 2025, us-east-1"
+DATED = "late 2025, us-east-1"  # of PRICES, for people
 
 
 @dataclass(frozen=True)
 class Price:
+    """The price of an instance in dollars per hour.
+
+    Attributes:
+        on_demand: The price on demand.
+        spot: The lowest and the highest spot price that were seen.
+    """
+
     on_demand: float
     spot: tuple[float, float]
 
     @property
     def middle(self) -> float:
+        """The spot price to plan with."""
         return sum(self.spot) / 2
 
 
-# type: GPU, GPUs, vCPUs, Gbit/s, GB of local disks, disks
+# type: GPU, GPUs, vCPUs, Gbit/s, GB of local disks, disks. A test compares them with EC2's answers.
 _FACTS = {
     "g5.xlarge": ("A10G", 1, 4, 2.5, 250, 1),
     "g5.2xlarge": ("A10G", 1, 8, 5, 450, 1),
@@ -40,10 +50,12 @@ _FACTS = {
     "p5.48xlarge": ("H100", 8, 192, 3200, 30400, 8),
     "p5en.48xlarge": ("H200", 8, 192, 3200, 30400, 8),
 }
+# The instances that a plan can be made for.
 MACHINES = {
     name: Machine(name, gpu, gpus, vcpus, network, nvme, drives, GPU_RATES[gpu])
     for name, (gpu, gpus, vcpus, network, nvme, drives) in _FACTS.items()
 }
+# On demand, and the span of the spot price; dollars per hour.
 PRICES = {
     "g5.2xlarge": Price(1.212, (0.36, 0.59)),
     "g6.2xlarge": Price(0.978, (0.37, 0.58)),

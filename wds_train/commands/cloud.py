@@ -43,7 +43,7 @@ def destroy(args: argparse.Namespace) -> int:
     from wds_train.aws.account import Aws
 
     aws = Aws(args.region)
-    stack = stacks.existing(aws, args.run)
+    stack = stacks.find_existing(aws, args.run)
     print(f"stack {stack['StackName']}: {stack['StackStatus']}")
     for line in stacks.machines(aws, args.run):
         print(line)
@@ -67,10 +67,10 @@ def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
 def print_logs(args: argparse.Namespace) -> int:
     """Print the newest lines that the run's instances have written."""
     from wds_train.aws.account import Aws, translate_errors
-    from wds_train.aws.stacks import existing, name_of
+    from wds_train.aws.stacks import find_existing, name_of
 
     aws = Aws(args.region)
-    existing(aws, args.run)
+    find_existing(aws, args.run)
     group = f"/wds-train/{name_of(args.run)}"
     client = aws.client("logs")
     lines: list[tuple[int, str]] = []

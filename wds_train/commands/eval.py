@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         dataset = Dataset.open(resolve_dataset(args.dataset, bucket))
     # These imports take seconds: they come after all that can be refused without them.
     loading()
-    from wds_train.evaluation.evaluate import View, chosen_weights, refuse_other_classes, score
+    from wds_train.evaluation.evaluate import View, choose_weights, refuse_other_classes, score
     from wds_train.evaluation.per_class import (
         describe_member,
         report_lines,
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "auto":
         refuse_unusable_gpu()
     device = Ranks(cpu=args.device == "cpu").device
-    chosen = [chosen_weights(each, args.weights, args.step) for each in models]
+    chosen = [choose_weights(each, args.weights, args.step) for each in models]
     for weights in chosen:
         refuse_other_classes(weights, dataset)
     views = [View.of(weights.recipe, args.tta, args.size, args.crop) for weights in chosen]

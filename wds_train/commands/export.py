@@ -58,12 +58,12 @@ def run(args: argparse.Namespace) -> int:
 
     from wds_train.checkpoint.restore import from_newest
     from wds_train.models.weights import Weights
-    from wds_train.serving.calibrated import of_choice
+    from wds_train.serving.calibrated_weights import calibrate_choice
     from wds_train.serving.exporters import WRITERS
 
     def read_weights(newest: RunManifest) -> tuple[Choice, Weights]:
         choice = choose(newest, args.best, args.step)
-        return choice, of_choice(store, newest, choice, torch.device("cpu"))
+        return choice, calibrate_choice(store, newest, choice, torch.device("cpu"))
 
     choice, weights = from_newest(store, manifest, read_weights)
     call = WRITERS[args.format](weights, to)

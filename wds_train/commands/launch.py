@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         "Arguments": f"--dataset {url} {args.more}".strip(),
         "WandbSecret": args.wandb_secret,
         "Image": found.image,
-        **stacks.kept(aws, args.run),
+        **stacks.kept_parameters(aws, args.run),
     }
     if args.create_bucket:
         no_code = {"CodeKey": "code/none", "CodeSha256": "0" * 64}

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from wds_train.aws.cost import IMAGENET, MACHINE_BENCH, Images, Machine, model_speed
-from wds_train.aws.cost_table import Row, best, calibrated, draw, quotes, row, spot_prices, top1_of
+from wds_train.aws.cost_table import (
+    Row,
+    apply_speeds,
+    best,
+    draw,
+    plan_row,
+    quotes,
+    spot_prices,
+    top1_of,
+)
 from wds_train.aws.prices import DATED, MACHINES
 from wds_train.commands.bench import import_benchmark
 from wds_train.commands.flags import add_bucket, dollars, resolve_dataset
@@ -130,7 +139,7 @@ def _plan_all(
         for machine in machines:
             if machine.type in priced:
                 quote = priced[machine.type]
-                found.append(row(PRESETS[recipe.name], recipe, machine, images, quote))
+                found.append(plan_row(PRESETS[recipe.name], recipe, machine, images, quote))
     return sorted(found, key=lambda each: each.plan.usd)
 
 
@@ -144,7 +153,7 @@ def _calibrate(machines: list[Machine], recipe: Recipe) -> list[Machine]:
     core = rates[decode.OURS] / MACHINE_BENCH
     if not torch.cuda.is_available():
         print(f"measured: a core is {core:.2f} of the reference; no GPU here", file=sys.stderr)
-        return calibrated(machines, core, "", None)
+        return apply_speeds(machines, core, "", None)
     measured = train.bench_train(replace(recipe, batch=128), [224], steps=20, repeats=3)
     ours = next(each for each in measured["rows"] if each["way"] == "wds-train")
     rate = ours["img_s"] / model_speed(recipe.model)
@@ -153,7 +162,7 @@ def _calibrate(machines: list[Machine], recipe: Recipe) -> list[Machine]:
         f"measured: a core is {core:.2f} of the reference; {device} {rate:.0f} img/s",
         file=sys.stderr,
     )
-    return calibrated(machines, core, device, rate)
+    return apply_speeds(machines, core, device, rate)
 
 
 def _describe_one(found: Row) -> list[str]:

@@ -37,17 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     loading()
     from wds_train.evaluation.per_class import describe_weights
-    from wds_train.serving.calibrated import prepared
+    from wds_train.serving.calibrated_weights import load_calibrated
     from wds_train.serving.classify import Classifier
-    from wds_train.serving.photos import photos
+    from wds_train.serving.photos import find_photos
     from wds_train.serving.prediction import Prediction, class_names, csv_header
     from wds_train.training.ranks import Ranks, refuse_unusable_gpu
 
     if args.device == "auto":
         refuse_unusable_gpu()
     device = Ranks(cpu=args.device == "cpu").device
-    images = list(photos(args.images))
-    weights = prepared(resolve_model(args.model, args.bucket), device)
+    images = list(find_photos(args.images))
+    weights = load_calibrated(resolve_model(args.model, args.bucket), device)
     names = class_names(weights.classes)
     if not (args.json or args.csv):
         note(f"by the {describe_weights(weights)}")

@@ -29,26 +29,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     loading()
     try:
-        from wds_train.serving import publishing as publish
+        from wds_train.serving import publishing
     except ImportError as error:
         raise UsageError(f"publish needs {error.name}: install wds-train[serve]") from error
     from wds_train.checkpoint.restore import from_newest
     from wds_train.evaluation.per_class import describe_weights
-    from wds_train.serving.calibrated import both_kinds
+    from wds_train.serving.calibrated_weights import load_both_kinds
     from wds_train.training.ranks import Ranks
 
-    publish.refuse(args.to, args.licence, args.push)
+    publishing.refuse_arguments(args.to, args.licence, args.push)
     manifest, store = find_run(resolve_run(args.run, args.bucket))
     device = Ranks().device
-    choices = from_newest(store, manifest, lambda newest: both_kinds(store, newest, device))
-    publish.write(args.to, manifest, choices, args.licence, args.push, device=device)
+    choices = from_newest(store, manifest, lambda newest: load_both_kinds(store, newest, device))
+    publishing.write_repositories(
+        args.to, manifest, choices, args.licence, args.push, device=device
+    )
     print(f"{args.to}/model: the {describe_weights(choices[0])}; ONNX file and card")
     space = f"{args.to}/space"
     print(
         f"{space}: the page; try it: pip install -r {space}/requirements.txt, python {space}/app.py"
     )
     if args.push:
-        print("\n".join(publish.push(args.to, args.push)))
+        print("\n".join(publishing.push(args.to, args.push)))
     else:
-        print(f"to upload it, type\n{publish.commands(args.to, 'OWNER/NAME')}")
+        print(f"to upload it, type\n{publishing.upload_commands(args.to, 'OWNER/NAME')}")
     return 0

@@ -57,7 +57,7 @@ def _rehearse_on_aws(args: argparse.Namespace) -> int:
     url = resolve_run(args.run, args.bucket)
     name = name_of(url)
     aws = Aws(args.region)
-    stacks.existing(aws, name)
+    stacks.find_existing(aws, name)
     instance = instance_of(aws, name)
     print("\n".join(stacks.machines(aws, name)))
     question = f"type the run's name to have {instance} ended; its group starts another: "

@@ -1,8 +1,8 @@
 """Calibration: a temperature for a model's logits, fitted on validation samples.
 
 One half of the samples fits it, and the other half judges it. Dividing the logits by it changes no
-ranking, only how sure the probabilities are (Guo et al. 2017, arXiv:1706.04599). All that shows a
-probability takes the weights from here, so that all use the same number.
+ranking, only how sure the probabilities are (Guo et al. 2017, arXiv:1706.04599). Everything that
+shows a probability takes the weights from here, so that all use the same temperature.
 """
 
 import contextlib
@@ -38,39 +38,49 @@ from wds_train.models.weights import SUFFIX, Weights
 from wds_train.storage.base import Store
 
 SAMPLES = 1000  # at most: enough for one number, and a minute for a model on a CPU
-TEMPERATURES = (0.05, 20.0)
+TEMPERATURES = (0.05, 20.0)  # the least and the greatest that are tried
 BATCH = 32  # of images at a time: little memory, wherever a model is used
-BINS = 15  # of confidence
+BINS = 15  # of confidence, as in Guo et al.
 RULE = 2  # the version of the method; kept weights of another version are calibrated again
 UNREADABLE = Calibration(reason="the validation images of the training could not be read")
 LOG = logging.getLogger(__name__)
 
-Counted = Callable[[int], AbstractContextManager[Callable[[int], object]]]
+# Called with the number of images. Its context yields a function that counts those done.
+Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 
 
 @contextlib.contextmanager
-def uncounted(_: int) -> Iterator[Callable[[int], object]]:
-    """Count nothing of so many images."""
+def no_progress(_: int) -> Iterator[Callable[[int], object]]:
+    """Show no progress."""
     yield lambda _: None
 
 
-def loaded(store: Store, run: RunManifest, choice: Choice) -> Weights:
-    """Return the chosen weights of a run, calibrated if this machine has calibrated them before.
+def load_weights(store: Store, run: RunManifest, choice: Choice) -> Weights:
+    """Load the chosen weights of a run, calibrated if this machine has calibrated them before.
 
-    Those are kept on its disk: to download and calibrate a checkpoint takes longer than most of
-    what follows. No thread is started.
+    Calibrated weights are kept on the disk: to download and calibrate a checkpoint takes longer
+    than most of what follows. No thread is started.
+
+    Args:
+        store: The run's.
+        run: The run's manifest.
+        choice: The weights to load.
+
+    Raises:
+        RunError: The checkpoint cannot be used.
     """
+    # A kept file that cannot be read is as good as none.
     with contextlib.suppress(WdsTrainError):
-        return replace(Weights.read(_place(run, choice)), run=store.url)
+        return replace(Weights.read(_kept_file(run, choice)), run=store.url)
     return weights_of(store, run, choice)
 
 
-def calibrated(
+def calibrate_weights(
     weights: Weights,
     run: RunManifest,
     choice: Choice,
     device: torch.device,
-    counted: Counted = uncounted,
+    progress: Progress = no_progress,
 ) -> Weights:
     """Return weights with their calibration by the run's validation split, or the reason for none.
 
@@ -81,19 +91,20 @@ def calibrated(
         run: The run's manifest.
         choice: The choice that the weights are of.
         device: Where the model computes.
-        counted: Called with the number of images. Its context yields a function that counts those
-        done.
+        progress: Shows the progress.
     """
     if weights.calibration != Calibration():
         return weights
     try:
-        logits, labels = _scored(weights, run, device, counted)
+        logits, labels = _score_validation(weights, run, device, progress)
     except WdsTrainError as error:
         LOG.warning("the probabilities are not calibrated: %s", error)
         return replace(weights, calibration=UNREADABLE)
     weights = replace(weights, calibration=calibrate(logits, labels))
-    kept = _place(run, choice)
-    with contextlib.suppress(OSError, WdsTrainError):  # the next time takes as long, no more
+
+    # On a full or read-only disk, the next time takes as long, no more.
+    kept = _kept_file(run, choice)
+    with contextlib.suppress(OSError, WdsTrainError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         for older in kept.parent.glob(f"{run.run}-{'[0-9a-f]' * 16}-{choice.kind}*{SUFFIX}"):
             older.unlink(missing_ok=True)
@@ -101,13 +112,17 @@ def calibrated(
     return weights
 
 
-def _place(run: RunManifest, choice: Choice) -> Path:
+def _kept_file(run: RunManifest, choice: Choice) -> Path:
+    """Return the file in which this machine keeps the chosen weights.
+
+    It is named by the checkpoint's digest: two runs may have the same name.
+    """
     checkpoint = choice.checkpoint.object.sha256[:16]
     return home() / "exports" / f"{run.run}-{checkpoint}-{choice.kind}-{RULE}{SUFFIX}"
 
 
-def _scored(
-    weights: Weights, run: RunManifest, device: torch.device, counted: Counted
+def _score_validation(
+    weights: Weights, run: RunManifest, device: torch.device, progress: Progress
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Score at most SAMPLES validation samples, evenly spaced.
 
@@ -116,14 +131,15 @@ def _scored(
     """
     split = spread(own_dataset(run).split("val"), SAMPLES)
     view = View.of(weights.recipe, None)
-    with counted(len(split)) as seen:
+    with progress(len(split)) as seen:
         # Without loader workers: a forked one would not survive the threads that PyTorch may have
         # by now.
-        scored = score(
+        scores = score(
             [weights], [view], split, BATCH, workers=0, device=device, seen=seen, keep_logits=True
         )
-    readable = scored.predicted >= 0
-    return scored.logits[readable], split.index.label[:].astype(np.int64)[readable]
+    readable = scores.predicted >= 0
+    labels = split.index.label[:].astype(np.int64)
+    return scores.logits[readable], labels[readable]
 
 
 def calibrate(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Calibration:
@@ -137,64 +153,80 @@ def calibrate(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Calibra
     """
     if len(labels) < NEEDED:
         return uncalibrated(len(labels))
+    # Every other sample, since the split may be sorted by class.
     fit = slice(0, None, 2)
     rest = slice(1, None, 2)
 
+    # By the logarithm of the temperature: to halve it is as large a step as to double it.
     def loss(log_temperature: float) -> float:
         scaled = log_softmax(logits[fit] / np.exp(log_temperature), axis=1)
         return -float(scaled[np.arange(len(scaled)), labels[fit]].mean())
 
     found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded")
     fitted = len(labels[fit])
-    tried = _judged(float(np.exp(found.x)), fitted, logits[rest], labels[rest])
+    tried = _judge(float(np.exp(found.x)), fitted, logits[rest], labels[rest])
     if tried.helps:
         return tried
-    return replace(_judged(1.0, fitted, logits[rest], labels[rest]), reason=refused(tried).reason)
+    return replace(_judge(1.0, fitted, logits[rest], labels[rest]), reason=refused(tried).reason)
 
 
-def _judged(
+def _judge(
     temperature: float, fitted: int, logits: NDArray[np.float32], labels: NDArray[np.int64]
 ) -> Calibration:
     """Judge `temperature`, which was fitted on `fitted` samples, on other samples."""
     right = logits.argmax(axis=1) == labels
     raw = probabilities(logits, 1.0).max(axis=1)
-    probability = probabilities(logits, temperature).max(axis=1)
-    sure = probability >= SURE
+    confidence = probabilities(logits, temperature).max(axis=1)
+    _, error_raw = bin_confidence(raw, right)
+    _, error = bin_confidence(confidence, right)
+    sure = confidence >= SURE
     return Calibration(
-        temperature,
-        fitted,
-        len(right),
-        calibration(raw, right)[1],
-        calibration(probability, right)[1],
-        _percent(sure),
-        _percent(right[sure]),
-        _percent(right[~sure]),
+        temperature=temperature,
+        fitted=fitted,
+        judged=len(right),
+        error_raw=error_raw,
+        error=error,
+        sure=_percent(sure),
+        right_sure=_percent(right[sure]),
+        right_unsure=_percent(right[~sure]),
     )
 
 
 def _percent(flags: NDArray[np.bool_]) -> float:
-    return float(100 * flags.mean()) if len(flags) else -1.0
+    """Return the share of True in percent; -1 if there are no flags."""
+    if len(flags) == 0:
+        return -1.0
+    return float(100 * flags.mean())
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Predictions of about equal confidence. Confidence and accuracy are in percent."""
+    """Predictions of about equal confidence.
+
+    Attributes:
+        samples: Their number.
+        confidence: The mean probability of the predicted class, in percent.
+        accuracy: The share of right ones, in percent.
+    """
 
     samples: int
     confidence: float
     accuracy: float
 
 
-def calibration(confidence: NDArray[Any], right: NDArray[np.bool_]) -> tuple[list[Bin], float]:
-    """Return the bins of equal width that have samples, and the expected calibration error.
-
-    That is the mean distance of accuracy and confidence over the bins, weighted by samples, in
-    percent (Guo et al. 2017, arXiv:1706.04599).
+def bin_confidence(confidence: NDArray[Any], right: NDArray[np.bool_]) -> tuple[list[Bin], float]:
+    """Compare confidence and accuracy, in bins of equal width.
 
     Args:
         confidence: Probabilities of the predictions [samples].
-        right: Whether each is right, bool [samples].
+        right: True for the right ones, bool [samples].
+
+    Returns:
+        The bins that have samples, and the expected calibration error in percent. That is the mean
+        distance of accuracy and confidence over the bins, weighted by samples (Guo et al. 2017,
+        arXiv:1706.04599).
     """
+    # A probability of 1 belongs to the last bin, not to one behind it.
     places = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
     bins = []
     for place in range(BINS):
@@ -203,5 +235,8 @@ def calibration(confidence: NDArray[Any], right: NDArray[np.bool_]) -> tuple[lis
             mean_confidence = 100 * float(confidence[held].mean())
             accuracy = 100 * float(right[held].mean())
             bins.append(Bin(int(held.sum()), mean_confidence, accuracy))
-    distance = sum(each.samples * abs(each.accuracy - each.confidence) for each in bins)
-    return bins, distance / max(1, len(right))
+
+    distances = []
+    for each in bins:
+        distances.append(each.samples * abs(each.accuracy - each.confidence))
+    return bins, sum(distances) / max(1, len(right))

@@ -19,7 +19,7 @@ from wds_train.checkpoint.weight_choice import Choice, choose
 from wds_train.dataset.manifest import ClassInfo
 from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.errors import DataError
-from wds_train.evaluation.calibrate import Bin, calibrated, calibration, loaded
+from wds_train.evaluation.calibrate import Bin, bin_confidence, calibrate_weights, load_weights
 from wds_train.evaluation.evaluate import View, refuse_other_classes, score, spread
 from wds_train.evaluation.per_class import describe_member, report_of, title_of
 from wds_train.models.calibration import Calibration, probabilities
@@ -118,7 +118,7 @@ def find(
         [weights], [view], split, batch, workers=workers, device=device, keep_logits=True
     )
     # Not before the loader's workers are forked: they would not survive this process's threads.
-    weights = calibrated(weights, manifest, choice, device)
+    weights = calibrate_weights(weights, manifest, choice, device)
     confidence = probabilities(scored.logits, weights.calibration.temperature).max(axis=1)
 
     # An unreadable image has the prediction -1. It says nothing of the model's confidence.
@@ -127,7 +127,7 @@ def find(
     classes = dataset.manifest.classes
     titles = _titles(classes)
     readable = predicted >= 0
-    bins, error = calibration(confidence[readable], predicted[readable] == labels[readable])
+    bins, error = bin_confidence(confidence[readable], predicted[readable] == labels[readable])
     return Findings(
         len(split),
         len(whole),
@@ -180,7 +180,7 @@ def _confusion(
 
 def _best(store: Store, manifest: RunManifest) -> tuple[Choice, Weights]:
     choice = choose(manifest)
-    return choice, loaded(store, manifest, choice)
+    return choice, load_weights(store, manifest, choice)
 
 
 def _titles(classes: Sequence[ClassInfo]) -> list[str]:

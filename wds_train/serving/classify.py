@@ -1,4 +1,7 @@
-"""A trained model that answers for images given as bytes, through the very transform of its validation."""
+"""Classify images given as bytes, as the model saw them in its validation.
+
+`wds-train predict` hands in the photos that a person names.
+"""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,46 +20,68 @@ from wds_train.loader.workers import limit_threads, own_cores
 from wds_train.models.weights import Weights
 from wds_train.serving.photos import Photo
 
+# Images that the model takes at a time. Two such batches are in memory, of 5 MB each at 224 px.
 BATCH = 32
-Answer = tuple[
-    Photo, NDArray[np.float32] | WdsTrainError
-]  # the logits [classes], or why there are none
+
+# A photo with its logits, float32 [classes], or the reason why there are none.
+Answer = tuple[Photo, NDArray[np.float32] | WdsTrainError]
+Pixels = NDArray[np.uint8]
+# The photos of a batch, whose pixels threads are making.
+Decoding = list[tuple[Photo, Future[Pixels | WdsTrainError]]]
 
 
 class Classifier:
-    """Takes images to logits on `device`: threads decode one batch while the model works on the one before."""
+    """A trained model that answers for photos.
+
+    Args:
+        weights: The trained model.
+        tta: The views to average, as --tta has them. Default: those of the validation.
+        device: Where the model computes.
+    """
 
     def __init__(self, weights: Weights, tta: str | None, device: torch.device) -> None:
         self._member = Member(weights, View.of(weights.recipe, tta), device)
 
     def logits(self, images: Iterable[Photo]) -> Iterator[Answer]:
-        """Each image with its logits, in the order given."""
-        waiting: deque[list[tuple[Photo, Future[NDArray[np.uint8] | WdsTrainError]]]] = deque()
+        """Yield each image with its logits, in the order given.
+
+        Threads decode one batch while the model works on the one before.
+        """
+        decoding: deque[Decoding] = deque()
         source = iter(images)
         limit_threads()
         with ThreadPoolExecutor(own_cores()) as pool:
-            while batch := list(islice(source, BATCH)):
-                waiting.append([(photo, pool.submit(self._pixels, photo)) for photo in batch])
-                if len(waiting) > 1:
-                    yield from self._answers(waiting.popleft())
-            while waiting:
-                yield from self._answers(waiting.popleft())
+            while photos := list(islice(source, BATCH)):
+                decoding.append([(photo, pool.submit(self._decode, photo)) for photo in photos])
+                # Only from the second batch on: the first one gives the threads a lead.
+                if len(decoding) > 1:
+                    yield from self._classify(decoding.popleft())
+            while decoding:
+                yield from self._classify(decoding.popleft())
 
-    def _answers(
-        self, batch: list[tuple[Photo, Future[NDArray[np.uint8] | WdsTrainError]]]
-    ) -> Iterator[Answer]:
-        found = [future.result() for _, future in batch]
-        readable = [pixels for pixels in found if not isinstance(pixels, WdsTrainError)]
-        logits = iter(
-            self._member.logits(torch.from_numpy(np.stack(readable))).cpu().numpy()
-            if readable
-            else ()
-        )
-        for (photo, _), pixels in zip(batch, found, strict=True):
-            yield photo, pixels if isinstance(pixels, WdsTrainError) else next(logits)
+    def _classify(self, batch: Decoding) -> Iterator[Answer]:
+        """Yield the answers for a batch, once all of its images are decoded."""
+        decoded = []
+        readable = []
+        for photo, future in batch:
+            pixels = future.result()
+            decoded.append((photo, pixels))
+            if not isinstance(pixels, WdsTrainError):
+                readable.append(pixels)
 
-    def _pixels(self, photo: Photo) -> NDArray[np.uint8] | WdsTrainError:
-        """The image as the model sees it, uint8 [side, side, 3]."""
+        # The model sees the readable images alone; their logits are dealt out in the same order.
+        rows: Iterator[NDArray[np.float32]] = iter(())
+        if readable:
+            logits = self._member.logits(torch.from_numpy(np.stack(readable)))
+            rows = iter(logits.cpu().numpy())
+        for photo, pixels in decoded:
+            if isinstance(pixels, WdsTrainError):
+                yield photo, pixels
+            else:
+                yield photo, next(rows)
+
+    def _decode(self, photo: Photo) -> Pixels | WdsTrainError:
+        """Return the image as the model sees it, uint8 [side, side, 3], or its error."""
         transform = self._member.view.transform
         pixels = np.empty((transform.side, transform.side, 3), np.uint8)
         try:
@@ -66,6 +91,6 @@ class Classifier:
         return pixels
 
 
-def sample(split: SplitReader, number: int) -> Photo:
-    """A sample of a dataset, as an image that is read when it is wanted."""
+def make_photo(split: SplitReader, number: int) -> Photo:
+    """Return a sample of a dataset as a photo, which is read when its bytes are asked for."""
     return Photo(split.index.key_of(number), lambda: split.image(number))

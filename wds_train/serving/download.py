@@ -1,7 +1,8 @@
-"""An image behind a web address, within limits: public addresses alone, so many bytes, so many seconds.
+"""Download an image from a web address, within limits: public addresses, bytes, seconds.
 
-Who is handed addresses by others must not become their way into a private network (CWE-918). So a name is resolved once, every
-address that it has must be public, and the connection goes to the very address that was looked at; each redirect anew.
+A program that is handed addresses by others must not become their way into a private network
+(CWE-918). So a name is resolved once, all of its addresses must be public, and the connection goes
+to the very address that was checked. Each redirect is checked in the same way.
 """
 
 import contextlib
@@ -16,24 +17,40 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from wds_train.errors import DataError
 
-MOST_BYTES = 50 << 20
-SECONDS = 20.0
+MOST_BYTES = 50 << 20  # of an image
+SECONDS = 20.0  # for all of a download, with its redirects
 REDIRECTS = 5
-MOVED = (301, 302, 303, 307, 308)
-PIECE = 64 << 10
-SAFE = "%/:?#[]@!$&'()*+,;=~"  # of an address, what is quoted already or means something
+MOVED = (301, 302, 303, 307, 308)  # the answers that name another address
+PIECE = 64 << 10  # bytes that are read at once
+# Characters of an address that stay as they are: they mean something, or are quoted already.
+SAFE = "%/:?#[]@!$&'()*+,;=~"
 PORTS = {"http": 80, "https": 443}
+# IPv6 addresses that stand for IPv4 ones (RFC 6052), by which a private address could be reached.
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(text: str) -> bool:
-    """Whether the IP address is one of the internet; of an IPv6 address that stands for one of IPv4, whether that is."""
+    """Return True for an IP address of the internet.
+
+    An IPv6 address that stands for an IPv4 one is public if that one is.
+
+    Args:
+        text: The address, IPv4 or IPv6.
+    """
+    # An IPv6 address may name a network card of this machine: fe80::1%eth0.
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
-        inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else None
-        if found := inner or address.ipv4_mapped or address.sixtofour:
-            return is_public(str(found))
+        inner = _embedded_ipv4(address)
+        if inner:
+            return is_public(str(inner))
     return address.is_global and not address.is_multicast
+
+
+def _embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address that `address` stands for, if it stands for one."""
+    if address in NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
 
 
 def download(
@@ -43,90 +60,118 @@ def download(
     seconds: float = SECONDS,
     most: int = MOST_BYTES,
 ) -> bytes:
-    """The bytes at `url`; `DataError` when they are not to be had, or an address on the way is not `allowed`."""
+    """Return the bytes at a web address.
+
+    Args:
+        url: http:// or https://, in any alphabet and with blanks.
+        allowed: Returns True for an IP address that may be connected to.
+        seconds: The time for all of it.
+        most: The most bytes to read.
+
+    Raises:
+        DataError: They cannot be had within the limits, or an address on the way is not allowed.
+    """
     deadline = time.monotonic() + seconds
+    # The messages follow the image's name, and begin with a small letter.
     try:
         for _ in range(REDIRECTS + 1):
-            with _answer(url, allowed, deadline) as (connection, answer):
+            with _request(url, allowed, deadline) as (connection, answer):
                 if answer.status not in MOVED:
-                    return _body(connection, answer, deadline, most)
+                    return _read_body(connection, answer, deadline, most)
                 url = urljoin(url, answer.getheader("Location", ""))
     except TimeoutError as error:
         raise DataError(
             f"it did not come within {seconds:g} s; try again, or download it yourself"
         ) from error
     except (OSError, HTTPException, ValueError) as error:
-        raise DataError(
-            f"it could not be downloaded: {str(error)[:200] or type(error).__name__}"
-        ) from error
+        cause = str(error)[:200] or type(error).__name__
+        raise DataError(f"it could not be downloaded: {cause}") from error
     raise DataError(f"it redirects more than {REDIRECTS} times")
 
 
 @contextlib.contextmanager
-def _answer(
+def _request(
     url: str, allowed: Callable[[str], bool], deadline: float
 ) -> Iterator[tuple[HTTPConnection, HTTPResponse]]:
+    """Ask for `url`, and yield the connection and the answer's head."""
     parts = urlsplit(url)
+    # A user name hides the host from whoever reads the address: http://good.org@bad.org asks
+    # bad.org.
     if parts.scheme not in PORTS or not parts.hostname or parts.username:
         raise DataError(
-            "its address, or one that it redirects to, is none of the form http://HOST/... or https://HOST/..."
+            "its address, or one that it redirects to, is none of the form http://HOST/... or "
+            "https://HOST/..."
         )
-    connection = HTTPConnection(parts.hostname, parts.port or PORTS[parts.scheme])
+    # For https, too: the socket that it is given does TLS already.
+    connection = HTTPConnection(parts.hostname, _port_of(parts))
     with contextlib.closing(connection):
-        connection.sock = _connected(parts, allowed, deadline)
-        # As people copy it: with blanks, and letters of any alphabet.
-        path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), SAFE)
-        connection.sock.settimeout(_left(deadline))
-        with _ended_at(deadline, connection.sock):
-            connection.request(
-                "GET", path, headers={"User-Agent": "wds-train", "Accept": "image/*"}
-            )
+        connection.sock = _connect(parts, allowed, deadline)
+        # People copy addresses with blanks and with letters of any alphabet.
+        path = parts.path or "/"
+        if parts.query:
+            path += f"?{parts.query}"
+        connection.sock.settimeout(_seconds_left(deadline))
+        with _cut_off_at(deadline, connection.sock):
+            headers = {"User-Agent": "wds-train", "Accept": "image/*"}
+            connection.request("GET", quote(path, SAFE), headers=headers)
             answer = connection.getresponse()
-            _left(deadline)
+            _seconds_left(deadline)
         yield connection, answer
 
 
 @contextlib.contextmanager
-def _ended_at(deadline: float, used: socket.socket) -> Iterator[None]:
-    """Nobody sends or receives through the socket `used` after `deadline`; its own limit is for one piece of a header."""
+def _cut_off_at(deadline: float, connection: socket.socket) -> Iterator[None]:
+    """Shut a socket down at `deadline`, if the context lasts so long.
 
-    def end() -> None:
+    A socket's own limit holds for each piece of a header: a server that sends one byte now and then
+    would not meet it.
+    """
+
+    def shut_down() -> None:
         with contextlib.suppress(OSError):
-            used.shutdown(socket.SHUT_RDWR)
+            connection.shutdown(socket.SHUT_RDWR)
 
-    timer = threading.Timer(_left(deadline), end)
+    timer = threading.Timer(_seconds_left(deadline), shut_down)
     timer.start()
     try:
         yield
     except (OSError, HTTPException):
-        _left(deadline)
+        _seconds_left(deadline)  # the shutdown is the cause: a TimeoutError
         raise
     finally:
         timer.cancel()
 
 
-def _connected(
-    parts: SplitResult, allowed: Callable[[str], bool], deadline: float
-) -> socket.socket:
+def _port_of(parts: SplitResult) -> int:
+    return parts.port or PORTS[parts.scheme]
+
+
+def _connect(parts: SplitResult, allowed: Callable[[str], bool], deadline: float) -> socket.socket:
+    """Connect to the host of an address, all of whose IP addresses are allowed."""
     assert parts.hostname
-    found = socket.getaddrinfo(
-        parts.hostname, parts.port or PORTS[parts.scheme], type=socket.SOCK_STREAM
-    )
-    if refused := next(
-        (str(place[4][0]) for place in found if not allowed(str(place[4][0]))), None
-    ):
-        raise DataError(
-            f"{parts.hostname} is at {refused}, which is no public address; download it yourself and give the file"
-        )
-    made = socket.create_connection((str(found[0][4][0]), found[0][4][1]), timeout=_left(deadline))
+    found = socket.getaddrinfo(parts.hostname, _port_of(parts), type=socket.SOCK_STREAM)
+    for *_, place in found:
+        if not allowed(str(place[0])):
+            raise DataError(
+                f"{parts.hostname} is at {place[0]}, which is no public address; download it "
+                "yourself and give the file"
+            )
+    # By its number: looked up a second time, the name might have another address.
+    host, port = found[0][4][:2]
+    connection = socket.create_connection((str(host), port), timeout=_seconds_left(deadline))
     if parts.scheme == "http":
-        return made
-    return ssl.create_default_context().wrap_socket(made, server_hostname=parts.hostname)
+        return connection
+    context = ssl.create_default_context()
+    return context.wrap_socket(connection, server_hostname=parts.hostname)
 
 
-def _body(connection: HTTPConnection, answer: HTTPResponse, deadline: float, most: int) -> bytes:
-    """All that the server sends. A socket's own limit is for one piece: a server that sends a byte now and then would hold us
-    for ever.
+def _read_body(
+    connection: HTTPConnection, answer: HTTPResponse, deadline: float, most: int
+) -> bytes:
+    """Return all that the server sends.
+
+    The socket's limit is set again for every piece: a server that sends a byte now and then would
+    hold us for ever.
     """
     if answer.status != 200:
         raise DataError(f"the server answered {answer.status} {answer.reason}"[:200])
@@ -138,12 +183,14 @@ def _body(connection: HTTPConnection, answer: HTTPResponse, deadline: float, mos
                 f"it has more than {most >> 20} MB; download it yourself and give the file"
             )
         if connection.sock:  # gone once the server has said its last
-            connection.sock.settimeout(_left(deadline))
-        _left(deadline)
+            connection.sock.settimeout(_seconds_left(deadline))
+        _seconds_left(deadline)
     return bytes(data)
 
 
-def _left(deadline: float) -> float:
-    if (left := deadline - time.monotonic()) <= 0:
+def _seconds_left(deadline: float) -> float:
+    """Return the seconds until `deadline`; raise `TimeoutError` after it."""
+    left = deadline - time.monotonic()
+    if left <= 0:
         raise TimeoutError
     return left

@@ -1,4 +1,7 @@
-"""A trained model as one graph: from the pixels of square images to logits, the last feature map, and what heat maps take."""
+"""A trained model as one graph: from the pixels of square images to logits and heat maps.
+
+`exporters.py` writes it to files, together with the facts that a program needs to use it.
+"""
 
 from dataclasses import asdict
 from typing import Any
@@ -13,13 +16,30 @@ from wds_train.models.weights import Weights
 from wds_train.serving.prediction import class_names
 
 CPU = torch.device("cpu")
-INPUT, OUTPUTS = "pixels", ("logits", "features", "head")
+INPUT = "pixels"
+OUTPUTS = ("logits", "features", "head")
+# How far logits by way of the mean may be from the model's own, for the two to be one function.
+RELATIVE = 1e-3
+ABSOLUTE = 1e-4
 
 
 class Graph(nn.Module):
-    """Takes uint8 RGB [n, side, side, 3] to OUTPUTS: logits [n, classes]; features, the last map [n, channels, h, w] (or
-    whatever shape the model has); and, where `mapped`, the head's weights [classes, channels]: the sum of the features, weighted
-    by a class's row, is that class's activation map (Zhou et al. 2016, arXiv:1512.04150), which Grad-CAM comes to in such models.
+    """A model with its normalisation inside, on the CPU.
+
+    It takes uint8 RGB images [n, side, side, 3] to OUTPUTS:
+
+    - logits: [n, classes].
+    - features: The last feature map, [n, channels, h, w], or whatever shape the model has.
+    - head: With `mapped`, the weights of the last layer, [classes, channels]. The sum of the
+      features, weighted by a class's row, is the activation map of the class (Zhou et al. 2016,
+      arXiv:1512.04150). Grad-CAM gives the same map for such models.
+
+    Args:
+        weights: The trained model.
+
+    Attributes:
+        side: The side of the images, pixels.
+        mapped: The logits are a linear function of the features' mean, so that there is a head.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -35,40 +55,48 @@ class Graph(nn.Module):
         model: Any = self.model
         features = model.forward_features(self.normalise(pixels))
         logits = model.forward_head(features)
-        return (
-            (logits, features, model.get_classifier().weight * 1.0)
-            if self.mapped
-            else (logits, features)
-        )
+        if not self.mapped:
+            return logits, features
+        # Multiplied, as an exporter gives no name to an output that is a parameter itself.
+        head = model.get_classifier().weight * 1.0
+        return logits, features, head
 
     def example(self, images: int) -> torch.Tensor:
-        """Pixels to try the graph on, the same every time."""
+        """Return pixels to try the graph on, the same every time.
+
+        Returns:
+            uint8 [images, side, side, 3].
+        """
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(
-            0, 256, (images, self.side, self.side, 3), dtype=torch.uint8, generator=generator
-        )
+        shape = (images, self.side, self.side, 3)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
     @torch.inference_mode()
     def _is_mean_then_linear(self) -> bool:
-        """Whether the logits are a linear function of the mean of the features over all places: found out by trying."""
+        """Return True if the logits are a linear function of the features' mean over all places.
+
+        It is found by trial: the names of layers differ from model to model.
+        """
         model: Any = self.model
         features = model.forward_features(self.normalise(self.example(1)))
         head = model.get_classifier()
-        if (
-            features.ndim != 4
-            or not isinstance(head, nn.Linear)
-            or features.shape[1] != head.in_features
-        ):
+        # A vision transformer has tokens instead of places, [n, tokens, channels].
+        if features.ndim != 4 or not isinstance(head, nn.Linear):
             return False
-        return torch.allclose(
-            head(features.mean(dim=(2, 3))), model.forward_head(features), rtol=1e-3, atol=1e-4
-        )
+        if features.shape[1] != head.in_features:
+            return False
+        logits = model.forward_head(features)
+        means = features.mean(dim=(2, 3))
+        return torch.allclose(head(means), logits, rtol=RELATIVE, atol=ABSOLUTE)
 
 
-def facts(weights: Weights) -> dict[str, Any]:
-    """What a program has to know of the model, as JSON holds it: `view` is the validation's, of the shorter side's central
-    square, the image resized with an anti-aliased bilinear filter; the calibration's
-    `temperature` divides the logits, and an answer is sure from the probability `sure` on.
+def describe_model(weights: Weights) -> dict[str, Any]:
+    """Return the facts of a model that a program needs to use it, for JSON.
+
+    - `view` is that of the validation: the central square of the shorter side, the image resized
+      with an anti-aliased bilinear filter.
+    - The logits are divided by the `temperature` of `calibration`.
+    - An answer is sure from the probability `sure` on.
     """
     data = weights.recipe.data
     return {

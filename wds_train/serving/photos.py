@@ -1,6 +1,7 @@
-"""The images that a person names: files, folders, what is below a prefix on S3, web addresses.
+"""The images that a person names: files, folders, objects and prefixes on S3, web addresses.
 
-Each is read as a conversion would have put it into a shard: transparent pixels lie on white, and so on (`transforms/plain.py`).
+Each is read as a conversion would have put it into a shard, for instance with its transparent
+pixels on white (`images/plain.py`).
 """
 
 import os
@@ -15,98 +16,129 @@ from wds_train.serving.download import download
 from wds_train.storage.base import Store, read_file
 from wds_train.storage.open import open_store
 
-# Those of a folder or a prefix that are taken for images; a file that is named alone may be called anything.
+# Files of a folder or a prefix that are taken for images. A file that is named by itself may have
+# any name.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".heic", ".heif")
-MOST_BYTES = 256 << 20  # of a file: an image of all the pixels that are decoded has less
+# Bytes of a file. An image with the most pixels that are decoded has fewer.
+MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Photo:
-    """An image: what it is called, and how to get its bytes, which raises `WdsTrainError` when they are not to be had."""
+    """An image that is read later.
+
+    Attributes:
+        name: Its name, for the answer.
+        read: Returns its bytes; raises `WdsTrainError` if they cannot be read.
+    """
 
     name: str
     read: Callable[[], bytes]
 
 
-def photos(texts: Iterable[str]) -> Iterator[Photo]:
-    """The images that `texts` name, those of a folder or a prefix in the order of their names, however deep they lie."""
-    for text in texts:
-        for photo in _named(text):
-            yield Photo(photo.name, partial(_plain, photo))
+def find_photos(names: Iterable[str]) -> Iterator[Photo]:
+    """Yield the images that a person names.
+
+    The images of a folder or a prefix come in the order of their names, however deep they lie.
+
+    Args:
+        names: Files, folders, s3:// and http(s):// addresses.
+
+    Raises:
+        DataError: A folder or a prefix cannot be read, or holds no image.
+    """
+    for name in names:
+        for photo in _find(name):
+            yield Photo(photo.name, partial(_read_plain, photo))
 
 
-def _plain(photo: Photo) -> bytes:
+def _read_plain(photo: Photo) -> bytes:
     return plain_bytes(photo.read())
 
 
-def _named(text: str) -> Iterator[Photo]:
-    """What one of the texts names, with the bytes as they lie there."""
-    if text.lower().startswith(("http://", "https://")):
-        yield Photo(text, partial(download, text))
-    elif text.startswith("s3://"):
-        yield from _on_s3(text)
+def _find(name: str) -> Iterator[Photo]:
+    """Yield the images behind one name, with their bytes as they are stored."""
+    if name.lower().startswith(("http://", "https://")):
+        yield Photo(name, partial(download, name))
+    elif name.startswith("s3://"):
+        yield from _find_on_s3(name)
     else:
-        yield from _local(text)
+        yield from _find_here(name)
 
 
-def _local(text: str) -> Iterator[Photo]:
-    path = Path(os.path.expanduser(text))  # noqa: PTH111 (Path's raises for a user who is not there)
-    if not os.path.isdir(path):  # noqa: PTH112 (Path's raises for a name that is too long, or not ours to look at)
-        yield Photo(text, partial(_file, path))
+def _find_here(name: str) -> Iterator[Photo]:
+    # Path's own methods raise for a user who does not exist, and for a name that is too long or
+    # that we may not look at. Such names are reported with the image.
+    path = Path(os.path.expanduser(name))  # noqa: PTH111
+    if not os.path.isdir(path):  # noqa: PTH112
+        yield Photo(name, partial(_read_file, path))
         return
-    found = [
-        Path(folder) / name
-        for folder, _, names in os.walk(path, onerror=_refuse)
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    ]
+    found = []
+    for folder, _, files in os.walk(path, onerror=_raise_unreadable):
+        for file in files:
+            if _is_image(file) and not file.startswith("."):
+                found.append(Path(folder) / file)
     if not found:
-        raise DataError(f"{text} holds no image ({', '.join(SUFFIXES)})")
-    yield from (Photo(str(each), partial(_file, each)) for each in sorted(found))
+        raise DataError(f"{name} holds no image ({', '.join(SUFFIXES)})")
+    for image in sorted(found):
+        yield Photo(str(image), partial(_read_file, image))
 
 
-def _refuse(error: OSError) -> None:
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _raise_unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
-def _file(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         if not path.exists():
             raise DataError("there is no such file")
-        if not path.is_file():
+        if not path.is_file():  # a pipe or a device could be read for ever
             raise DataError("it is no file")
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise DataError(f"it has {size >> 20} MB, at most {MOST_BYTES >> 20} are read")
+        _check_size(path.stat().st_size)
         return bytes(read_file(path))
     except OSError as error:
         raise DataError(f"it cannot be read: {error.strerror}") from error
 
 
-def _on_s3(text: str) -> Iterator[Photo]:
-    """The object, if there is one of that name; else those below."""
-    bucket, _, key = text.removeprefix("s3://").rstrip("/").partition("/")
+def _find_on_s3(name: str) -> Iterator[Photo]:
+    """Yield the object of this name if there is one, otherwise the images below the name."""
+    bucket, _, key = name.removeprefix("s3://").rstrip("/").partition("/")
     store = open_store(f"s3://{bucket}")
-    if key and not text.endswith("/"):
-        try:
-            store.head(key)
-        except NotFound:
-            pass
-        else:
-            yield Photo(text, partial(_object, store, key))
-            return
-    below = [
-        entry
-        for entry in store.list(f"{key}/" if key else "")
-        if entry.key.lower().endswith(SUFFIXES)
-    ]
-    if not below:
-        raise DataError(f"there is no object {text}, nor an image ({', '.join(SUFFIXES)}) below it")
-    yield from (
-        Photo(f"s3://{bucket}/{entry.key}", partial(_object, store, entry.key)) for entry in below
-    )
+    if key and not name.endswith("/") and _exists(store, key):
+        yield Photo(name, partial(_read_object, store, key))
+        return
+
+    # With the slash: a prefix photos must not find photos-2/.
+    prefix = f"{key}/" if key else ""
+    keys = []
+    for entry in store.list(prefix):
+        if _is_image(entry.key):
+            keys.append(entry.key)
+    if not keys:
+        raise DataError(f"there is no object {name}, nor an image ({', '.join(SUFFIXES)}) below it")
+    for found in keys:
+        yield Photo(f"s3://{bucket}/{found}", partial(_read_object, store, found))
 
 
-def _object(store: Store, key: str) -> bytes:
-    if (size := store.head(key)[0]) > MOST_BYTES:
-        raise DataError(f"it has {size >> 20} MB, at most {MOST_BYTES >> 20} are read")
+def _exists(store: Store, key: str) -> bool:
+    try:
+        store.head(key)
+    except NotFound:
+        return False
+    return True
+
+
+def _read_object(store: Store, key: str) -> bytes:
+    size, *_ = store.head(key)
+    _check_size(size)
     return store.read(key)
+
+
+def _check_size(size: int) -> None:
+    """Raise `DataError` for a file of more than MOST_BYTES."""
+    if size > MOST_BYTES:
+        raise DataError(f"it has {size >> 20} MB, at most {MOST_BYTES >> 20} are read")
