@@ -5,7 +5,8 @@
 FOLDER holds images anywhere below it. They are hard-linked into ten classes, over and over, until
 there are enough. litdata lives in an environment of its own, since it brings pins of its own. Each
 tool converts a few images first, which is not measured: Python then has its bytecode. Time is that
-of the work alone, without starting Python. Memory is the sum over all processes of the run, sampled.
+of the work alone, without starting Python. Memory is the sum over all processes of the run, as
+sampled.
 """
 
 import argparse
