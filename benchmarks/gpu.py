@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_parts import FULL, FUNCTIONS, PROCESSES, SMOKE, Work, run_part
+from benchmarks.gpu_parts import FUNCTIONS, run_part
+from benchmarks.gpu_training import PROCESSES
+from benchmarks.gpu_work import FULL, SMOKE, Work
 from wds_train.config.numbers import above_zero
 from wds_train.errors import UsageError
 from wds_train.tracking.schedule_plot import new_figure, save

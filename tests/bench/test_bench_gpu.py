@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from benchmarks.gpu import TITLES
-from benchmarks.gpu_parts import SEARCHED, SMOKE, halved
+from benchmarks.gpu_parts import halved
+from benchmarks.gpu_work import SEARCHED, SMOKE
 from wds_train.cli import main
 from wds_train.config.presets import preset
 from wds_train.config.settings import with_settings
