@@ -151,7 +151,8 @@ def print_notes(notes: list[Note], report: str = "report.json", most: int = 20) 
         report: The object that holds all of them.
         most: The most lines to print.
     """
-    # Notes of one kind share a line; each unreadable sample has its own, by its number.
+    # Group the notes. Those of one kind share a line; each unreadable sample has its own, by its
+    # number.
     alike: dict[object, list[Note]] = {}
     for number, note in enumerate(notes):
         kind: object = (note.what, note.split, note.cause)
@@ -159,6 +160,7 @@ def print_notes(notes: list[Note], report: str = "report.json", most: int = 20) 
             kind = number
         alike.setdefault(kind, []).append(note)
 
+    # Print a line for each group, as many as there is room for.
     left = len(notes)
     for group in list(alike.values())[:most]:
         first = group[0]

@@ -52,7 +52,7 @@ PLAIN_MODES = {"RGB", "L"}
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How the source's images are checked and encoded.
+    """The rules by which a source's images are checked and encoded.
 
     Attributes:
         resize_shorter: Pixels. Images whose shorter side is longer are encoded again as JPEG; None

@@ -76,6 +76,7 @@ class Plan:
     """
 
     def __init__(self, source: Source, options: Options) -> None:
+        # Hold out first: which samples are val decides what the shards hold.
         if options.hold_out:
             if "train" not in source.splits or "val" in source.splits:
                 there = ", ".join(source.splits)
@@ -87,6 +88,7 @@ class Plan:
         self.source = source
         self.options = options
 
+        # Distribute the samples of each split over its shards.
         self.parts: dict[str, list[np.ndarray]] = {}
         self._sizes: dict[str, Ids] = {}
         for split, rows in source.splits.items():
@@ -151,6 +153,8 @@ class Plan:
             stream.spool.clear()
             wanted = pa.concat_tables([self._rows(split, ids) for _, ids in group])
             rows = stream.fetch(wanted, split)
+
+            # Divide what was fetched among the shards of the group.
             window = []
             start = 0
             for number, ids in group:
@@ -232,6 +236,7 @@ def _groups(
     group_split = ""
     total = 0
     for split, number, ids in missing:
+        # A group ends before the shard that would exceed the spool.
         more = size(split, number)
         if more > limit:
             raise UsageError(

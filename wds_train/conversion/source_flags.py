@@ -13,13 +13,14 @@ from wds_train.conversion.sources.names import NO_SPLIT, SPLITS, SaidSplits
 from wds_train.conversion.sources.source import Wanted
 from wds_train.conversion.sources.table import NO_COLUMN
 from wds_train.dataset.index import WHOLE_INDEX_SAMPLES
+from wds_train.dataset.manifest import ClassInfo
 from wds_train.errors import UsageError
 from wds_train.machine import cores
 from wds_train.storage.proof import UNSAFE_HELP
 
 INDEX = "index"
-HELD_OUT = 0.1  # of each class, where a source has no val split
-SHARE = Number(float, 0, 1, open=")")
+HELD_OUT = 0.1  # of each class, if a source has no val split
+SHARE = Number(float, 0, 1, open=")")  # all of it would leave nothing to train on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -212,21 +213,39 @@ def read_wanted(args: argparse.Namespace) -> Wanted:
         UsageError: A flag cannot be understood, or names a file that is not there.
         DataError: --classes names a file that is no list of classes.
     """
-    for flag, path in (("--table", args.table), ("--classes", args.classes)):
-        if path is not None and not path.expanduser().is_file():
-            raise UsageError(f"{flag} {path} is not there; give the path of a file")
-    classes = read_class_list(args.classes.expanduser()) if args.classes else ()
+    # Files are checked now, rather than after the minutes that reading a source may take.
+    table = _given_file("--table", args.table)
+    class_list = _given_file("--classes", args.classes)
+    classes: tuple[ClassInfo, ...] = ()
+    if class_list is not None:
+        classes = read_class_list(class_list)
+    if table is not None:
+        table = table.resolve()
     return Wanted(
         image=args.image_column,
         label=args.label_column,
         split=args.split_column,
-        table=args.table.expanduser().resolve() if args.table else None,
+        table=table,
         splits=_said_splits(args.split),
         class_level=args.class_level,
         group=_checked_group(args.group),
         labels=LabelRules(classes, args.label_case, frozenset(args.no_label)),
         reencode=args.reencode,
     )
+
+
+def _given_file(flag: str, path: Path | None) -> Path | None:
+    """Return the path that a flag gives, with ~ expanded; None if it was not given.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    if path is None:
+        return None
+    file = path.expanduser()
+    if not file.is_file():
+        raise UsageError(f"{flag} {path} is not there; give the path of a file")
+    return file
 
 
 def _said_splits(said: list[str]) -> SaidSplits:
@@ -237,6 +256,7 @@ def _said_splits(said: list[str]) -> SaidSplits:
     """
     splits = SaidSplits()
     for text in said:
+        # A word may hold an equals sign, a split never does.
         word, equals, split = text.rpartition("=")
         if not equals or not word or split not in (*SPLITS, NO_SPLIT):
             raise UsageError(

@@ -48,7 +48,7 @@ def reading_of(plan: Plan) -> Reading:
     counts = {}
     for split, rows in source.splits.items():
         labels = np.zeros(0, np.int64)
-        if rows.num_rows:  # a table without rows has no chunk to convert
+        if rows.num_rows:
             labels = to_numpy(rows["label"])
         counts[split] = np.bincount(labels, minlength=len(source.classes))
     return Reading(
