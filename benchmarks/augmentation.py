@@ -1,4 +1,4 @@
-"""What each augmentation policy costs: CPU time per image of 224 pixels, on one core.
+"""The cost of each augmentation policy: CPU time per image of 224 pixels, on one core.
 
 The cost comes on top of decoding, cropping and resizing, which is measured in the same run.
 
@@ -8,6 +8,7 @@ The cost comes on top of decoding, cropping and resizing, which is measured in t
 import argparse
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from benchmarks.decode_rates import (
     SIZE,
     Pixels,
     fill_pass,
-    machine,
     read_images,
 )
+from benchmarks.host import machine
 from wds_train.config.recipe import DataRecipe
 from wds_train.images.crop import random_resized_crop
 from wds_train.images.decode import decode_crop, probe
@@ -73,7 +74,7 @@ def main() -> None:
 
 def _measure(ways: dict[str, Way], images: int) -> dict[str, list[float]]:
     """Return the CPU time of every pass of every way, in ms per image."""
-    spent: dict[str, list[float]] = {name: [] for name in ways}
+    spent: defaultdict[str, list[float]] = defaultdict(list)
     for repeat in range(-1, REPEATS):  # the pass numbered -1 warms up
         for name, way in ways.items():
             began = time.process_time()

@@ -1,4 +1,4 @@
-"""What it costs to commit a training's state: the pause of the training, and the upload after it.
+"""The cost of committing a training's state: the pause of the training, and the upload.
 
 The state is a ResNet50's; it goes to an embedded S3 server of the benchmark's own.
 

@@ -18,9 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from wds_train.config.numbers import positive
 from wds_train.errors import UsageError, WdsTrainError
@@ -48,7 +51,7 @@ import sys, time
 from pathlib import Path
 import litdata
 from litdata.streaming import downloader
-# obstore, by which it uploads, refuses plain http unless told; the test server has no TLS.
+# obstore, by which it uploads, refuses plain http by default; the test server has no TLS.
 downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
 def read(item):
     path, label = item
@@ -125,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         few = _link(args.folder, work / "few", FEW)
         environment = _environment(work)
         _make_bucket(environment)
-        results: dict[str, list[Run]] = {name: [] for name in tools}
+        results: defaultdict[str, list[Run]] = defaultdict(list)
         try:
             # In turns, so that whatever else the machine does slows all of them.
             for repeat in range(-1, args.repeats):
@@ -197,6 +200,7 @@ def _measure(tool: Tool, arguments: list[str], environment: dict[str, str], work
     command = [tool.python, str(path), *arguments]
     before = _server_seconds()
     with (work / "log").open("w+") as log:
+        # In its own folder, so that it can leave nothing here; PYTHONPATH leads it back.
         process = subprocess.Popen(
             command,
             env=environment | {"PYTHONPATH": str(Path.cwd())},
@@ -267,14 +271,14 @@ def _children(pid: int) -> list[int]:
 def _summary(runs: list[Run], images: int) -> dict[str, Any]:
     """Return rates and costs of the runs of one tool, each of so many images."""
     rates = [images / run.seconds for run in runs]
-    cpu = statistics.median([run.cpu_seconds for run in runs])
-    server = statistics.median([run.server_seconds for run in runs])
+    typical = Run(*np.median(runs, axis=0).tolist())
+    most = Run(*np.max(runs, axis=0).tolist())
     return {
         "images_per_second": [round(rate, 1) for rate in rates],
         "median": round(statistics.median(rates), 1),
-        "cpu_ms_per_image": round(cpu / images * 1000, 2),
-        "server_ms_per_image": round(server / images * 1000, 2),
-        "peak_mib": round(max(run.peak_mib for run in runs)),
+        "cpu_ms_per_image": round(typical.cpu_seconds / images * 1000, 2),
+        "server_ms_per_image": round(typical.server_seconds / images * 1000, 2),
+        "peak_mib": round(most.peak_mib),
     }
 
 

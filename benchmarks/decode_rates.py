@@ -1,17 +1,15 @@
 """`wds-train bench decode`: from encoded bytes to an augmented uint8 image, on one core.
 
 Our decoder takes turns with Pillow and torchvision on the same images. Other benchmarks use its
-images, its description of the machine, and its reference.
+images and its reference.
 """
 
 import argparse
 import io
 import json
-import platform
 import statistics
 import tarfile
 import time
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, RandomResizedCrop
 
+from benchmarks.host import list_versions, machine, versions_of
 from wds_train.dataset.shard import IMAGE_EXTENSIONS
 from wds_train.errors import UsageError
 from wds_train.images.crop import Box, random_resized_crop
@@ -119,7 +118,7 @@ def bench_decode(images: list[bytes]) -> dict[str, Any]:
         "images": len(images),
         "repeats": REPEATS,
         "machine": machine(),
-        "versions": {name: version(name) for name in packages},
+        "versions": versions_of(packages),
         "img_per_s_per_core": rates,
         "ratio": round(statistics.median(ratios), 3),
         "psnr_db": {"mean": round(float(np.mean(psnr)), 2), "min": round(float(np.min(psnr)), 2)},
@@ -220,24 +219,12 @@ def _is_image(name: str) -> bool:
     return name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
-def machine() -> str:
-    """Return the name of this machine's processor, and the number of its CPUs."""
-    names = []
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            names.append(line.partition(": ")[2])
-    if not names:  # as on ARM
-        return platform.processor()
-    return f"{names[0]}, {len(names)} CPUs"
-
-
 def _table(result: dict[str, Any]) -> str:
     rates = result["img_per_s_per_core"]
     psnr_db = result["psnr_db"]
-    versions = [f"{name} {number}" for name, number in result["versions"].items()]
     lines = [
         f"{result['images']} images, {result['repeats']} repeats, medians; {result['machine']}",
-        "  ".join(versions),
+        list_versions(result["versions"], "  "),
         f"{'':22}{'img/s per core':>15}{'ratio':>8}{'PSNR mean / min, dB':>22}",
         f"{REFERENCE:22}{rates[REFERENCE]:15d}{1:8.2f}",
         f"{OURS:22}{rates[OURS]:15d}{result['ratio']:8.2f}"

@@ -166,6 +166,8 @@ def _run(part: str, work: Work) -> str:
         return "measured already"
     process = PROCESSES.Process(target=run_part, args=(part, work), daemon=False)
     process.start()
+
+    # Give it its time, and a little more to stop what it started.
     process.join(max(0.0, work.until - time.monotonic()) + GRACE_SECONDS)
     if process.exitcode is None:
         process.terminate()
@@ -285,6 +287,7 @@ def _goals(rows: dict[str, Any]) -> list[str]:
 
 def _draw(out: Path, found: dict[str, dict[str, Any]]) -> None:
     """Draw the figures of those parts that are rates or scores."""
+    # Part a: every way of every row that has rates.
     step_rates: dict[str, float] = {}
     for row, ways in found["a"].get("rows", {}).items():
         if "failed" not in ways:
@@ -292,12 +295,14 @@ def _draw(out: Path, found: dict[str, dict[str, Any]]) -> None:
                 step_rates[f"{row}, {way}"] = rate
     _draw_bars(out, "a", "img/s", step_rates)
 
+    # Part b: the loaders, and the trainer that they feed.
     loader_rates: dict[str, float] = {}
     for row, figures in found["b"].get("rows", {}).items():
         if "img_per_s" in figures:
             loader_rates[row] = figures["img_per_s"]
     _draw_bars(out, "b", "img/s", loader_rates)
 
+    # Part g: means over the seeds.
     means: dict[str, float] = {}
     for epochs, scores in _scores(found["g"].get("rows", {})).items():
         means[f"{epochs} epochs"] = sum(scores) / len(scores)

@@ -178,6 +178,7 @@ def _watched_gpu() -> Iterator[dict[str, Any]]:
             with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
                 seen.append(_utilisation())
 
+    # nvidia-smi takes as long as a step, so it runs during the training.
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
     yield figures
@@ -319,6 +320,7 @@ def two_ranks(work: Work, rows: Rows) -> None:
 
 def _together(work: Work, backend: str) -> dict[str, Any]:
     """Train with two ranks, and return the run's loss, top-1 and seconds."""
+    # Both ranks train one run, and find each other at a free port.
     place = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),

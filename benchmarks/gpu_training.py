@@ -25,7 +25,7 @@ class Training:
 
     Args:
         work: The dataset, the device, and until when it may take.
-        run: The run's folder. Its output goes to a file beside it.
+        run: The run's folder. Its output goes to a file next to it.
         settings: Changes to the recipe, as for `--set`.
         flags: Further flags of the command.
         environment: Variables that are set for it, such as those of torch.distributed.

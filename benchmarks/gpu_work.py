@@ -5,13 +5,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.decode_rates import machine
+from benchmarks.host import machine, versions_of
 from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
 from wds_train.config.recipe import Recipe
@@ -38,7 +37,7 @@ SEARCHED: tuple[Settings, ...] = (
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured.
+    """The amount of work in every part.
 
     Attributes:
         settings: Changes to the recipes of all parts.
@@ -159,7 +158,7 @@ class Work:
 class Rows:
     """The figures of a part by row, kept in NAME.json.
 
-    Rows that are in the file already are not measured again, but for those that failed.
+    Rows that are in the file already are not measured again, unless they failed.
 
     Args:
         name: The part's letter.
@@ -170,13 +169,14 @@ class Rows:
         self._path = work.out / f"{name}.json"
         self._until = work.until
         self.rows = _read_rows(self._path)
-        versions = {each: version(each) for each in ("wds-train", "torch", "timm")}
+        versions: dict[str, str | None] = {**versions_of(("wds-train", "torch", "timm"))}
+        versions["cuda"] = torch.version.cuda  # None for a PyTorch without
         self._about = {
             "part": name,
             "device": "",
             "machine": machine(),
             "python": sys.version.split()[0],
-            "versions": versions | {"cuda": torch.version.cuda},
+            "versions": versions,
         }
 
     def measure(

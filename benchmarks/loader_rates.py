@@ -19,13 +19,13 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from benchmarks.decode_rates import machine, read_images
+from benchmarks.decode_rates import read_images
+from benchmarks.host import list_versions, machine, versions_of
 from benchmarks.passes import cause, in_child
 from benchmarks.peers import CONTENDERS, OURS, SHARD_BYTES, Pass, missing
 from wds_train.config.numbers import count, positive
@@ -54,6 +54,16 @@ FIGURES = {
 # Figures of ours alone, in all epochs but the first and the last of STEADY_EPOCHS.
 STEADY = ("steady_img_per_s", "steady_cpu_ms_per_img", "server_cpu_ms_per_img")
 STEADY_EPOCHS = 5
+# Packages that loaders decode, augment and read with.
+DECODERS = (
+    "torch",
+    "torchvision",
+    "pillow",
+    "simplejpeg",
+    "opencv-python-headless",
+    "numpy",
+    "boto3",
+)
 COMPARED = ("img_per_s", "first_batch_s", "cpu_ms_per_img", "workers_pss_mb")
 PEERS = tuple(name for name in CONTENDERS if name != OURS)
 PEER_TRIES = 3  # mosaicml-streaming reads a shard before it is whole now and then
@@ -65,6 +75,8 @@ Figures = dict[str, float]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `wds-train bench loader` to its parser."""
     add = parser.add_argument
+
+    # The data.
     add(
         "--dataset",
         metavar="D",
@@ -81,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3000,
         help="the images repeat under new keys up to so many (%(default)s)",
     )
+
+    # The loaders.
     add("--workers", type=count, default=2, help="loader processes (%(default)s)")
     add(
         "--cores",
@@ -90,6 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch", type=positive, default=64, help="images per batch (%(default)s)")
     add("--size", type=positive, default=224, help="side of the crops in pixels (%(default)s)")
+
+    # The measurement.
     add("--repeats", type=positive, default=3, help="passes of every loader (%(default)s)")
     add(
         "--peers",
@@ -112,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--dataset {args.dataset} and --images {args.images} exclude each other; give one"
         )
+
+    # Take the dataset that was given, or make one on a server of its own.
     home = embedded.home()
     home.mkdir(parents=True, exist_ok=True)
     with (
@@ -150,6 +168,8 @@ def bench_loader(wanted: Pass, cores: list[int], repeats: int, *, peers: bool) -
         WdsTrainError: A pass of ours failed.
     """
     environment = _environment(wanted.dataset)
+
+    # Find the loaders that take part.
     skipped: dict[str, str] = {}
     passes: dict[str, list[Figures]] = {OURS: []}
     if peers:
@@ -157,6 +177,8 @@ def bench_loader(wanted: Pass, cores: list[int], repeats: int, *, peers: bool) -
         for name in PEERS:
             if name not in skipped:
                 passes[name] = []
+
+    # Run all of them in turns; the first writes the copies that peers read.
     floors: list[Figures] = []
     steady: list[Figures] = []
     try:
@@ -277,21 +299,11 @@ def _description(wanted: Pass, cores: list[int], repeats: int) -> dict[str, Any]
 
 def _versions() -> dict[str, str]:
     """Return the versions of the loaders that are installed, and of what they decode with."""
-    versions = {}
+    installed = []
     for name in CONTENDERS:
         if not missing(name):
-            versions[name] = version(name)
-    for name in (
-        "torch",
-        "torchvision",
-        "pillow",
-        "simplejpeg",
-        "opencv-python-headless",
-        "numpy",
-        "boto3",
-    ):
-        versions[name] = version(name)
-    return versions
+            installed.append(name)
+    return versions_of([*installed, *DECODERS])
 
 
 def _summary(passes: dict[str, list[Figures]]) -> dict[str, Any]:
@@ -309,8 +321,8 @@ def _medians(figures: list[Figures]) -> dict[str, Any]:
     """Return the median of every figure, and the smallest and the largest rate."""
     medians: dict[str, Any] = {}
     for key, digits in FIGURES.items():
-        medians[key] = _median([one[key] for one in figures], digits)
-    rates = [one["img_per_s"] for one in figures]
+        medians[key] = _round(statistics.median(_column(figures, key)), digits)
+    rates = _column(figures, "img_per_s")
     medians["img_per_s_range"] = [round(min(rates)), round(max(rates))]
     return medians
 
@@ -322,13 +334,18 @@ def _ratios(ours: list[Figures], theirs: list[Figures]) -> Figures:
         within = []
         for one, other in zip(ours, theirs, strict=True):
             within.append(one[key] / other[key])
-        ratios[key] = _median(within, 3)
+        ratios[key] = round(statistics.median(within), 3)
     return ratios
 
 
-def _median(values: list[float], digits: int) -> float:
+def _column(figures: list[Figures], key: str) -> list[float]:
+    """Return one figure of all passes."""
+    return [one[key] for one in figures]
+
+
+def _round(value: float, digits: int) -> float:
     # With None, unlike 0, round() returns an int.
-    return round(statistics.median(values), digits or None)
+    return round(value, digits or None)
 
 
 def _bound(floors: list[Figures], steady: list[Figures], cores: int) -> Figures:
@@ -346,9 +363,9 @@ def _bound(floors: list[Figures], steady: list[Figures], cores: int) -> Figures:
     """
     medians = {}
     for name in ("decode_ms", "checksum_ms"):
-        medians[name] = statistics.median([one[name] for one in floors])
+        medians[name] = statistics.median(_column(floors, name))
     for name in STEADY:
-        medians[name] = statistics.median([one[name] for one in steady])
+        medians[name] = statistics.median(_column(steady, name))
     decode = medians["decode_ms"]
     needed = decode + medians["checksum_ms"] + medians["server_cpu_ms_per_img"]
     img_per_s = 1e3 * cores / needed
@@ -373,18 +390,21 @@ def _bound_line(bound: Figures, cores: int) -> str:
 
 def _table(result: dict[str, Any]) -> str:
     """Return the result as Markdown, with the bound and the skipped peers below."""
-    versions = [f"{name} {number}" for name, number in result["versions"].items()]
+    # The head: what was measured, with what.
+    versions = list_versions(result["versions"])
     lines = [
         f"{result['samples']} images of {result['mean_kb']} KB in {result['shards']} shards, "
         f"crops of {result['size']}, batches of {result['batch']}, "
         f"{result['workers']} workers on {result['cores']} cores, "
         f"medians of {result['repeats']} passes",
-        f"{result['machine']}; Python {result['python']}, {', '.join(versions)}",
+        f"{result['machine']}; Python {result['python']}, {versions}",
         "",
         "| | img/s (range) | first batch s | CPU ms/img | workers MB (PSS) "
         "| ours : it, img/s | CPU |",
         "|-|-|-|-|-|-|-|",
     ]
+
+    # A row for each loader.
     for name, one in result["loaders"].items():
         low, high = one["img_per_s_range"]
         ratios = "| |"
@@ -395,6 +415,8 @@ def _table(result: dict[str, Any]) -> str:
             f"| {name} | {one['img_per_s']} ({low}-{high}) | {one['first_batch_s']} "
             f"| {one['cpu_ms_per_img']} | {one['workers_pss_mb']} | {ratios}"
         )
+
+    # Below the table: the bound, and what to know of the figures.
     lines += ["", _bound_line(result["bound"], result["cores"])]
     fallbacks = result["loaders"][OURS]["fallbacks"]
     if fallbacks:

@@ -43,7 +43,7 @@ from wds_train.config.presets import preset
 from wds_train.config.recipe import Recipe
 from wds_train.config.settings import with_settings
 
-# Where the images of the default lie, beside the repository.
+# The default images are in a folder next to the repository.
 SHARED = Path(os.environ.get("WDS_SHARED", Path(__file__).parents[3] / "shared"))
 
 
@@ -58,6 +58,8 @@ def main() -> None:
     """Train with both for every seed, and print the scores and their means."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
+
+    # The flags, as changes to the preset.
     settings = [
         f"model.name={args.model}",
         f"data.size={args.size}",
@@ -122,8 +124,12 @@ def unpack(images: Path, folder: Path, classes: int | None, per_class: int | Non
     """
     taken: Counter[tuple[str, str]] = Counter()
     with tarfile.open(images) as tar:
-        members = [member for member in tar if member.isfile()]
-        labels = {member.name.split("/")[-2] for member in members}
+        members = []
+        labels = set()
+        for member in tar:
+            if member.isfile():
+                members.append(member)
+                labels.add(member.name.split("/")[-2])
         kept = sorted(labels)[:classes]
         for member in sorted(members, key=lambda member: member.name):
             split, label, file = member.name.split("/")[-3:]
@@ -176,6 +182,8 @@ def train_timm(recipe: Recipe, images: Path, workers: int) -> Top1:
     torch.manual_seed(recipe.seed)
     np.random.seed(recipe.seed)  # Mixup's
     train, val, classes = timm_loaders(recipe, images, workers)
+
+    # Model, optimizer and Mixup as the recipe says, by the names that timm has for it.
     model = timm.create_model(recipe.model.name, num_classes=classes)
     ema = ModelEmaV2(model)
     optimizer, scheduler = timm_optimizer(recipe, model, len(train))
@@ -187,6 +195,8 @@ def train_timm(recipe: Recipe, images: Path, workers: int) -> Top1:
         label_smoothing=recipe.loss.smoothing,
         num_classes=classes,
     )
+
+    # The loop of an epoch goes as in timm's train.py.
     criterion = SoftTargetCrossEntropy()
     step = 0
     for _ in range(recipe.schedule.epochs):
@@ -236,6 +246,8 @@ def timm_loaders(recipe: Recipe, images: Path, workers: int) -> tuple[Any, Any, 
     root = str(images)
     train_folder = create_dataset("", root=root, split="train", is_training=True)
     val_folder = create_dataset("", root=root, split="val", is_training=False)
+
+    # What both splits have in common.
     both: dict[str, Any] = {
         "input_size": (3, data.size, data.size),
         "batch_size": recipe.batch,

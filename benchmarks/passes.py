@@ -59,6 +59,7 @@ def in_child(
         WdsTrainError: It failed or hung; the message has the cause.
     """
     with tempfile.TemporaryDirectory(dir=wanted.cache) as folder:
+        # It gets a folder of its own, so that nothing is cached on its side.
         given = json.dumps(asdict(replace(wanted, cache=folder)))
         command = [sys.executable, "-m", "benchmarks.passes", task, name, given]
         with (Path(folder) / "out").open("w+") as out, (Path(folder) / "err").open("w+") as err:

@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -178,7 +179,7 @@ def _versions() -> str:
 
 def _compare(reads: dict[str, Read], threads: int) -> None:
     """Run all rounds with so many threads, and print a line for every client."""
-    results: dict[str, list[Rate]] = {name: [] for name in reads}
+    results: defaultdict[str, list[Rate]] = defaultdict(list)
     for number in range(ROUNDS):
         for name, read in reads.items():
             results[name].append(measure(read, threads, number))

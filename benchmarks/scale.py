@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.host import machine
 from wds_train.config.numbers import Number
 from wds_train.dataset.arrow import to_array, to_batch
 from wds_train.dataset.index import SCHEMA, write_index
@@ -74,9 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `wds-train bench scale` with the parsed flags, and return the exit status."""
-    # It imports PyTorch, whose memory no process that is measured shall have.
-    from benchmarks.decode_rates import machine
-
     sizes = [_one_size(int(samples) // SHARD) for samples in args.samples]
     result = {"machine": machine(), "workers": WORKERS, "batch": BATCH, "sizes": sizes}
     if args.json:
@@ -110,11 +108,14 @@ def _one_size(shards: int) -> dict[str, Any]:
 
 def _write_dataset(folder: Path, shards: int) -> None:
     """Write the manifest and the indexes of a dataset of so many equal shards."""
+    # The indexes, all but equal: each has the number of its shard.
     template = _template()
     (folder / "train").mkdir()
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("forkserver")) as pool:
         write = partial(_write_index, folder, template)
         indexes = tuple(pool.map(write, range(shards), chunksize=INDEXES_AT_ONCE))
+
+    # The manifest, whose shards need not exist: no image is read.
     last = template.slice(SHARD - 1).to_pylist()[0]
     size = last["offset"] + last["length"] + END_BYTES
     named = []
@@ -131,6 +132,8 @@ def _write_dataset(folder: Path, shards: int) -> None:
 def _template() -> pa.Table:
     """Return the index of a shard of photographs, of random sizes and labels, as shard 0."""
     rng = generator("scale")
+
+    # Sizes as those of photographs, in a tar with headers and padding.
     data_length = rng.integers(20_000, 200_000, SHARD)
     length = TAR_HEADERS + data_length + -data_length % TAR_BLOCK
     offset = np.cumsum(length) - length
@@ -140,6 +143,8 @@ def _template() -> pa.Table:
         keys.append(f"n{label:08d}/{label:08d}_{number:06d}")
     labels = rng.integers(0, CLASSES, SHARD)
     checksums = rng.integers(0, 1 << 32, SHARD)
+
+    # In the order of SCHEMA.
     columns = [
         np.zeros(SHARD),
         offset,

@@ -1,4 +1,4 @@
-"""How well an epoch is shuffled, compared with a true permutation and with other loaders.
+"""The quality of the shuffle of an epoch, compared with a true permutation and with other loaders.
 
 All read the same shards: 100,000 samples of 1,000 classes in 80 shards of 1,250 samples, in batches
 of 256. There are two figures, for class-sorted and for shuffled shards: distinct classes in a
@@ -100,6 +100,7 @@ def figures(order: Ids, label_of: Ids) -> tuple[float, float]:
 
 def main() -> None:
     """Print a line of figures for every way to shuffle that is installed."""
+    # Labels of the samples in class-sorted shards, and in shuffled ones.
     in_order = np.arange(SAMPLES) * CLASSES // SAMPLES
     mixed = np.random.default_rng(1).permutation(in_order)
     ways: dict[str, Callable[[], Ids]] = {

@@ -12,9 +12,9 @@ import itertools
 import json
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from tqdm import tqdm
 
+from benchmarks.host import list_versions, versions_of
 from wds_train.config.numbers import positive
 from wds_train.config.precision import Precision
 from wds_train.config.presets import preset
@@ -94,6 +95,7 @@ def bench_train(
     Returns:
         The device, the versions, and `rows` with size, way and `img_s`.
     """
+    # All ways of one size take turns, so that whatever slows the machine slows all.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for side in sizes:
@@ -107,7 +109,7 @@ def bench_train(
         "device": device_name(device),
         "model": recipe.model.name,
         "batch": recipe.batch,
-        "versions": {name: version(name) for name in ("torch", "timm")},
+        "versions": versions_of(("torch", "timm")),
         "rows": rows,
     }
 
@@ -133,7 +135,7 @@ def rates(
     """
     for step in ways.values():
         _seconds(step, WARM_UP, device)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
     for _ in tqdm(range(repeats), disable=None, leave=False):
         for name, step in ways.items():
             seconds[name].append(_seconds(step, steps, device))
@@ -221,6 +223,8 @@ def _timms(
     optimizer = create_optimizer_v2(
         model, opt=recipe.optimizer.name, lr=0.1, momentum=0.9, weight_decay=1e-4
     )
+
+    # One batch for all steps: neither copies nor normalisation are counted.
     images = torch.randn(recipe.batch, 3, side, side, device=device).to(memory_format=layout)
     labels = torch.randint(0, CLASSES, (recipe.batch,), device=device)
     criterion = torch.nn.CrossEntropyLoss()
@@ -253,9 +257,9 @@ def _wait(device: torch.device) -> None:
 
 
 def _table(result: dict[str, Any]) -> str:
-    versions = [f"{name} {number}" for name, number in result["versions"].items()]
+    versions = list_versions(result["versions"])
     lines = [
-        f"{result['model']}, batch {result['batch']}, on {result['device']}; {', '.join(versions)}",
+        f"{result['model']}, batch {result['batch']}, on {result['device']}; {versions}",
         "",
         f"{'px':>4}  {'':28}  {'img/s':>8}",
     ]

@@ -1,6 +1,6 @@
 """Hugging Face Accelerate with our loader. Kill it and start it again: it goes on.
 
-The loader's state lies in a file of JSON beside Accelerate's own checkpoint.
+The loader's state is a file of JSON next to Accelerate's own checkpoint.
 
     pip install accelerate
     wds-train shards digits

@@ -34,6 +34,8 @@ def main() -> None:
     """Train a small model of images and one of captions, and print the loss of each epoch."""
     args = parse_arguments()
     torch.manual_seed(0)
+
+    # Two networks, which make features of images and of captions.
     images = timm.create_model(args.model, num_classes=FEATURES)
     words = nn.EmbeddingBag(VOCABULARY, FEATURES)
     optimizer = torch.optim.AdamW([*images.parameters(), *words.parameters()])

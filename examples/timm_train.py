@@ -146,7 +146,7 @@ def train_one_epoch(
         model: The model.
         numbered: Batches of images and labels, each with the number of its step.
         optimizer: The optimizer.
-        scheduler: The scheduler, which is told of every step.
+        scheduler: The scheduler, which gets the number of every step.
         mixup: Mixes each batch.
     """
     losses = AverageMeter()

@@ -193,6 +193,8 @@ def _convert(
     """
     plan = conversion.plan
     finished = {(part.split, part.number) for part in done}
+
+    # Count the shards that are missing, and the bytes of all.
     shards = 0
     size = 0
     for split, parts in plan.parts.items():
@@ -338,6 +340,8 @@ def _refuse_unheeded(args: argparse.Namespace) -> None:
         "--resize-shorter": args.resize_shorter,
         "--reencode": args.reencode or None,
     }
+
+    # None is the default of all of them.
     unheeded = [flag for flag, value in given.items() if value is not None]
     if unheeded:
         raise UsageError(
@@ -405,6 +409,7 @@ def _number_labels(found: Indexed, classes: Classes) -> None:
 
 def _drop_unlabeled(found: Indexed) -> list[str]:
     """Remove the samples without a label from the index, and return their keys."""
+    # Keep the rows with a label, and count them for each tar.
     dropped = []
     rows = []
     digests = array("Q")

@@ -183,6 +183,7 @@ def _find_tars(store: Store) -> dict[str, Entry]:
         UsageError: There are none.
         DataError: There are archives that cannot be indexed.
     """
+    # Find the tars, and archives that only look like some.
     there: dict[str, Entry] = {}
     tars: dict[str, Entry] = {}
     compressed = []
@@ -194,6 +195,8 @@ def _find_tars(store: Store) -> dict[str, Entry]:
             tars[entry.key] = entry
         elif is_tar(entry.key):
             compressed.append(entry.key)
+
+    # No archive is passed over in silence: half of the data would be missing.
     refuse_archives(there, store.url)
     if tars and compressed:
         shown = ", ".join(compressed[:NAMED])
@@ -301,8 +304,11 @@ class _Indexer:
         Raises:
             DataError: The sample cannot be used.
         """
+        # A sample is the range from its first member to the end of its last.
         own = sorted(sample.members.values(), key=lambda member: member.offset)
         start = own[0].offset
+
+        # Refuse what the loader could not name or stream.
         length = own[-1].end - start
         largest = max(own, key=lambda member: member.size)
         if self._policy:
@@ -439,8 +445,11 @@ def repeats_in_place(splits: dict[str, Indexed], classes: tuple[ClassInfo, ...])
     tables = {}
     packed = []
     for split, found in splits.items():
-        keys = [row["key"] for row in found.rows]
-        labels = [row["label"] for row in found.rows]
+        keys = []
+        labels = []
+        for row in found.rows:
+            keys.append(row["key"])
+            labels.append(row["label"])
         tables[split] = pa.Table.from_batches([to_batch([keys, labels], SAMPLES)])
         packed.append(Packed(split, np.arange(len(keys)), np.array(found.digests, np.uint64)))
     return find_repeats(tables, packed, classes)

@@ -258,6 +258,7 @@ def confirm(store: Store, name: str, size: int, tag: str) -> None:
 
 def _to_record(done: ShardDone, plan: str) -> bytes:
     """Return the content of the record: the index rows as Parquet, all else as its metadata."""
+    # The metadata is text: digests go in as base64.
     index = None
     if done.index is not None:
         index = asdict(done.index)

@@ -145,7 +145,7 @@ class Plan:
         # Images on a disk can be read in any order: one group, whose rows are taken when needed.
         stream = self.source.stream
         if stream is None:
-            yield ((split, number, self._rows(split, ids)) for split, number, ids in missing)
+            yield self._take_each(missing)
             return
 
         # A stream is read once for each group of shards whose images fit the spool.
@@ -163,6 +163,10 @@ class Plan:
                 window.append((split, number, take(rows, range(start, end))))
                 start = end
             yield window
+
+    def _take_each(self, missing: list[MissingShard]) -> Iterator[tuple[str, int, pa.Table]]:
+        for split, number, ids in missing:
+            yield split, number, self._rows(split, ids)
 
     def size(self, split: str, number: int) -> int:
         """Return the bytes of the source's images that go into a shard."""

@@ -50,12 +50,15 @@ def _add_reading(group: "argparse._ArgumentGroup") -> None:
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, **with_range(options))
 
+    # The format.
     add(
         "--source",
         dest="form",
         choices=sorted(FORMATS),
         help="the format of SOURCE, when it is not recognised",
     )
+
+    # Tables of labels.
     add(
         "--table",
         type=Path,
@@ -69,6 +72,8 @@ def _add_reading(group: "argparse._ArgumentGroup") -> None:
         metavar="NAME",
         help=f"of a table: the column that says train, val or test; {NO_COLUMN} for no column",
     )
+
+    # Splits by other names.
     add(
         "--split",
         action="append",
@@ -83,6 +88,7 @@ def _add_labels(group: "argparse._ArgumentGroup") -> None:
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, **with_range(options))
 
+    # Classes, and what is none.
     add(
         "--classes",
         type=Path,
@@ -109,6 +115,8 @@ def _add_labels(group: "argparse._ArgumentGroup") -> None:
         metavar="TEXT",
         help="a label that says there is none, such as -100 or NA; may be repeated",
     )
+
+    # A val split, if there is none.
     add(
         "--hold-out",
         type=SHARE,
@@ -133,23 +141,26 @@ def _add_images(group: "argparse._ArgumentGroup") -> None:
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, **with_range(options))
 
+    # Encoding.
     add(
         "--resize-shorter",
         type=positive,
         metavar="PX",
-        help="encode images anew whose shorter side is longer",
+        help="encode images again whose shorter side is longer",
     )
     add(
         "--quality",
         type=Number(int, 1, 100),
         default=90,
-        help="of JPEGs that are encoded anew (%(default)s)",
+        help="of JPEGs that are encoded again (%(default)s)",
     )
     add(
         "--reencode",
         action="store_true",
-        help="take BMP, GIF, TIFF and AVIF too, encoded anew as JPEG of --quality",
+        help="take BMP, GIF, TIFF and AVIF too, encoded again as JPEG of --quality",
     )
+
+    # Checks.
     add(
         "--verify",
         choices=("header", "full"),
@@ -169,6 +180,7 @@ def _add_writing(group: "argparse._ArgumentGroup") -> None:
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, **with_range(options))
 
+    # The bytes of the dataset.
     add("--seed", type=whole, default=0, help="of the shuffle over the whole source (%(default)s)")
     add("--shard-mb", type=above_zero, default=128, help="largest shard, in MiB (%(default)s)")
     add(
@@ -178,6 +190,8 @@ def _add_writing(group: "argparse._ArgumentGroup") -> None:
         metavar="SAMPLES",
         help="a split of more samples has an index for each shard, read when needed (%(default)s)",
     )
+
+    # Where the work is done.
     add(
         "--processes",
         type=positive,
@@ -197,6 +211,8 @@ def _add_writing(group: "argparse._ArgumentGroup") -> None:
         default=50,
         help="most that it may hold; less means more passes (%(default)s)",
     )
+
+    # The destination.
     add("--overwrite", action="store_true", help="replace a dataset made with other settings")
     add("--unsafe-store", action="store_true", help=UNSAFE_HELP)
     add(

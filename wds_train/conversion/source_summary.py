@@ -118,6 +118,7 @@ def print_understood(plan: Plan) -> None:
     share = plan.options.hold_out
     print_reading(reading_of(plan))
     if share and plan.options.group:
+        # Groups differ in size, so the share may be another one than was asked for.
         held = source.splits["val"].num_rows
         say(
             f"val is whole groups of {plan.options.group}, {held:,} samples, held out; "
@@ -175,7 +176,10 @@ def _doubts(reading: Reading) -> list[str]:
         doubts.append(f"{len(empty)} classes have no samples in train: {_list_some(empty, LISTED)}")
 
     # The labels may be in another column or file.
-    unlabeled = len([note for note in reading.notes if note.cause == "no label"])
+    unlabeled = 0
+    for note in reading.notes:
+        if note.cause == "no label":
+            unlabeled += 1
     if unlabeled > train.sum():
         doubts.append(
             f"more images are without a label ({unlabeled:,}) than with one; "
