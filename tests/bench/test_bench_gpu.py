@@ -1,5 +1,6 @@
-"""`bench gpu`, every part at a tiny scale on the CPU, by the code that a GPU would run: it goes on where it was, and says what
-it cannot measure.
+"""`bench gpu`, every part at a tiny scale on the CPU, by the code that a GPU would run.
+
+It goes on where it was, and says what it cannot measure.
 """
 
 import json
