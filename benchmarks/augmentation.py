@@ -33,6 +33,7 @@ from wds_train.rng import rekeyed
 
 REPEATS = 5
 JITTER = (0.4, 0.4, 0.4)  # brightness, contrast and saturation, as ImageNet recipes set them
+# Those of timm and torchvision, then jitter without and with hue, which costs the most.
 POLICIES = [
     DataRecipe(auto_augment="rand-m6-mstd0.5-inc1"),
     DataRecipe(auto_augment="rand-m9-mstd0.5-inc1"),
@@ -52,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=Path)
     images = fill_pass(read_images(parser.parse_args().images))
+    # A policy of torchvision would use all cores, and the figures are of one.
     torch.set_num_threads(1)
     batch = np.empty((len(images), SIZE, SIZE, 3), np.uint8)
 

@@ -100,6 +100,7 @@ def bench_decode(images: list[bytes]) -> dict[str, Any]:
         The machine, the versions, and medians over the passes: `img_per_s_per_core` of both by
         CPU time, `ratio` (ours to the reference), and `psnr_db` of our pixels.
     """
+    # Torchvision would use all cores, and the figures are of one.
     torch.set_num_threads(1)
     images = fill_pass(images)
     seconds = _measure(images)
@@ -143,6 +144,7 @@ def _measure(images: list[bytes]) -> dict[str, list[float]]:
 
 
 def _reference_pass(images: list[bytes], batch: Pixels, repeat: int) -> None:
+    # Other crops in each pass, as in each epoch of a training.
     torch.manual_seed(repeat)
     transform = Compose(
         [
@@ -184,6 +186,7 @@ def pillow_crop(data: bytes, box: Box, size: int) -> Pixels:
     Returns:
         The pixels, uint8 [size, size, 3].
     """
+    # The upright image, as decode_crop takes its boxes.
     left, top, width, height = box
     corners = (left, top, left + width, top + height)
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")

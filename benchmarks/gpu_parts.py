@@ -360,6 +360,7 @@ def imagenette(work: Work, rows: Rows) -> None:
 
     The second is done for every number of epochs and every seed.
     """
+    # A candidate whose training fails scores 0, and so is dropped first.
     few = min(SEARCH_EPOCHS, work.scale.epochs[0])
 
     def score(settings: Settings, seed: int) -> float:

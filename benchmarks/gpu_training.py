@@ -117,6 +117,7 @@ class Training:
 
 def _train(arguments: list[str], environment: dict[str, str], log: str) -> None:
     """Run a command line of wds-train with its output in `log`, and exit with its status."""
+    # Dup, since children of this process write to it, too.
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(file, number)

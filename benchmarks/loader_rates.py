@@ -37,6 +37,7 @@ from wds_train.storage.open import open_store
 from wds_train.storage.s3 import S3Store
 
 TAR_OVERHEAD = 2048  # bytes per sample, at most: headers, label, padding
+# Folders of the images; what their labels are does not matter.
 CLASSES = 10
 # The figures of a pass, and their decimals.
 FIGURES = {
@@ -436,6 +437,7 @@ def _say(text: str) -> None:
 @contextlib.contextmanager
 def _own_dataset(images: list[bytes], samples: int, workers: int, folder: Path) -> Iterator[str]:
     """Yield the URL of a dataset of so many samples on an S3 server that lives in `folder`."""
+    # The embedded server of the person's own home is left alone.
     before = os.environ.get("WDS_HOME")
     # Where the embedded server's data go, for the children too.
     os.environ["WDS_HOME"] = str(folder)

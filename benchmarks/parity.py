@@ -141,6 +141,7 @@ def unpack(images: Path, folder: Path, classes: int | None, per_class: int | Non
 
 def wds_train(folder: Path, threads: int, *arguments: object) -> None:
     """Run a command line of wds-train, and exit with its output if it fails."""
+    # A home of its own, so that settings and caches of the person do not count.
     environment = os.environ | {
         "WDS_HOME": str(folder / "home"),
         "WANDB_MODE": "disabled",

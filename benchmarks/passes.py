@@ -90,6 +90,7 @@ def in_child(
 @contextlib.contextmanager
 def _pinned(cores: list[int] | None) -> Iterator[None]:
     """Let processes that are started meanwhile, and their threads, use only `cores`; None: all."""
+    # Set here and inherited: libraries count the cores when they are imported.
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores or before)
     try:

@@ -94,6 +94,7 @@ def write_copy(name: str, wanted: Pass) -> None:
     if copy is None:
         return
     store = open_store(f"{wanted.copies}/{name}")
+    # The writers make local folders, which our own store uploads.
     with tempfile.TemporaryDirectory(dir=wanted.cache) as folder:
         copy(Dataset.open(wanted.dataset), Path(folder))
         for path in sorted(Path(folder).rglob("*")):
@@ -178,6 +179,7 @@ def _webdataset(wanted: Pass) -> Iterable[Any]:
     dataset = Dataset.open(wanted.dataset)
     augment = _Augment(wanted.side)
     urls = [_curl(dataset, shard.name) for shard in dataset.manifest.split("train").shards]
+    # Whole shards are shared by workers, so they are shuffled, too; then samples in a buffer.
     samples = (
         wds.WebDataset(urls, shardshuffle=len(urls))
         .shuffle(SHUFFLE_BUFFER)

@@ -129,6 +129,7 @@ def measure(read: Read, threads: int, seed: int) -> Rate:
         threads: How many threads read at once.
         seed: The seed of the offsets: all clients read the same blocks in a round.
     """
+    # CPU time is that of this process: the server is another one.
     draws = random.Random(seed)
     starts = [draws.randrange(OBJECT - BLOCK) for _ in range(READS)]
     began = time.perf_counter()
@@ -157,6 +158,7 @@ def main() -> None:
 def _open_clients(endpoint: Endpoint, store: S3Store) -> dict[str, Read]:
     """Return the clients that are installed, each of which has read a block rightly."""
     reads: dict[str, Read] = {}
+    # Each must have read the same bytes as ours before it is measured.
     expected = store.read("object", 5, BLOCK)
     for make in (ours, boto3_read, presigned, obstore, s3torchconnector):
         try:

@@ -93,6 +93,8 @@ def figures(order: Ids, label_of: Ids) -> tuple[float, float]:
         The mean number of distinct classes in a batch, and the mean distance of neighbours.
     """
     batches = label_of[order[: len(order) // BATCH * BATCH]].reshape(-1, BATCH)
+
+    # Sorted, each label that differs from the one before is another class.
     in_order = np.sort(batches, axis=1)
     distinct = 1 + np.count_nonzero(np.diff(in_order, axis=1), axis=1).mean()
     return float(distinct), float(np.abs(np.diff(order)).mean())

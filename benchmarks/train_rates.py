@@ -133,6 +133,7 @@ def rates(
         repeats: Repeats, in each of which all ways take their turn; their median counts.
         device: Where the steps run.
     """
+    # cuDNN chooses its algorithms, and torch.compile compiles.
     for step in ways.values():
         _seconds(step, WARM_UP, device)
     seconds: defaultdict[str, list[float]] = defaultdict(list)
@@ -183,6 +184,7 @@ def random_batch(batch: int, side: int, device: torch.device) -> Batch:
     ids = np.arange(batch)
     images = torch.from_numpy(rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8))
     labels = torch.from_numpy(rng.integers(0, CLASSES, batch))
+    # As the loader does: only from pinned memory is a copy asynchronous.
     if device.type == "cuda":
         images = images.pin_memory()
         labels = labels.pin_memory()
