@@ -130,12 +130,20 @@ def run(args: argparse.Namespace) -> int:
         judge(notes, found, args.max_bad)
         made = conversion.finish(done)
 
-    print_notes(notes, made.report.name if made.report else "")
-    for line in repeat_lines(conversion.repeats, held_out=bool(plan.options.hold_out)):
-        say(line)
-    say(f"{store.url}: {_describe(made)}, in {time.monotonic() - began:.0f} s")
-    say(f"fingerprint {made.fingerprint}")
+    _print_made(conversion, made, notes, time.monotonic() - began)
     return 0
+
+
+def _print_made(
+    conversion: Conversion, made: DatasetManifest, notes: list[Note], seconds: float
+) -> None:
+    """Print what the dataset lacks, what it holds twice, and what it is."""
+    print_notes(notes, made.report.name if made.report else "")
+    held_out = bool(conversion.plan.options.hold_out)
+    for line in repeat_lines(conversion.repeats, held_out=held_out):
+        say(line)
+    say(f"{conversion.store.url}: {_describe(made)}, in {seconds:.0f} s")
+    say(f"fingerprint {made.fingerprint}")
 
 
 def _options(args: argparse.Namespace, source: Source) -> Options:
