@@ -1,8 +1,9 @@
-"""The loaders that `wds-train bench loader` sets side by side: ours and its peers, each as its own documentation sets it up.
+"""The loaders that `wds-train bench loader` compares: ours and its peers.
 
-All read the same image bytes from the same S3 server, and yield batches of RandomResizedCrop + flip as uint8. Ours and
-webdataset read the dataset as it is; the others a copy in their own format. What a contender needs is imported when it
-runs: torch takes seconds, and the peers do not belong to a training's environment.
+Each is set up as its own documentation does it. All read the same image bytes from the same S3
+server, and yield batches of RandomResizedCrop + flip as uint8. Ours and webdataset read the dataset
+as it is, the others a copy in their own format. Each imports what it needs when it runs: torch
+takes seconds, and the peers do not belong to a training's environment.
 """
 
 import io
@@ -30,17 +31,28 @@ if TYPE_CHECKING:
     from wds_train.loader.transform import TrainTransform
 
 OURS = "wds-train"
-SCALE, RATIO, FLIP = (0.08, 1.0), (3 / 4, 4 / 3), 0.5
-SHARD_BYTES = (
-    64 << 20
-)  # what mosaicml-streaming and litdata recommend; ours and the others get the same
-SHUFFLE_BUFFER = 1000
+# The crops of ImageNet recipes: share of the area, width / height; and the chance of a flip.
+SCALE = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
+FLIP = 0.5
+# Recommended by mosaicml-streaming and litdata; ours and the others get the same.
+SHARD_BYTES = 64 << 20
+SIGNED_SECONDS = 86_400  # until the signed addresses of a pass end
+SHUFFLE_BUFFER = 1000  # samples; what the documentation of webdataset and datasets shows
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One epoch of one loader, or `epochs` of ours: of `dataset` or of its copy below the URL `copies`, with an empty local folder `cache`,
-    in batches of `batch` images of `side` pixels.
+    """The settings of one pass over a dataset.
+
+    Attributes:
+        dataset: The dataset's address.
+        copies: The URL below which the peers' copies of it lie.
+        cache: An empty local folder.
+        workers: Loader processes.
+        batch: Images of a batch.
+        side: Side of the crops, pixels.
+        epochs: Epochs of the pass; more than 1 for ours alone.
     """
 
     dataset: str
@@ -53,8 +65,12 @@ class Pass:
 
 
 class Contender(NamedTuple):
-    """A loader that takes part. `modules` are imported before the clock starts; `copy` writes `dataset`'s samples into
-    a local folder in the loader's own format; `batches` opens the loader, an iterable of batches.
+    """A loader that takes part.
+
+    Attributes:
+        modules: What is imported before the clock starts.
+        copy: Writes a dataset's samples into a local folder in the loader's own format.
+        batches: Opens the loader, an iterable of batches.
     """
 
     modules: tuple[str, ...]
@@ -63,10 +79,13 @@ class Contender(NamedTuple):
 
 
 def missing(name: str) -> list[str]:
-    """The modules of a contender that are not installed."""
-    return [
-        module for module in CONTENDERS[name].modules if find_spec(module.partition(".")[0]) is None
-    ]
+    """Return the modules of a contender that are not installed."""
+    lacking = []
+    for module in CONTENDERS[name].modules:
+        package = module.partition(".")[0]
+        if find_spec(package) is None:
+            lacking.append(module)
+    return lacking
 
 
 def write_copy(name: str, wanted: Pass) -> None:
@@ -75,29 +94,31 @@ def write_copy(name: str, wanted: Pass) -> None:
     if copy is None:
         return
     store = open_store(f"{wanted.copies}/{name}")
+    # The writers make local folders, which our own store uploads.
     with tempfile.TemporaryDirectory(dir=wanted.cache) as folder:
         copy(Dataset.open(wanted.dataset), Path(folder))
-        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            store.upload(path.relative_to(folder).as_posix(), path)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                store.upload(path.relative_to(folder).as_posix(), path)
 
 
 def image_count(batch: Any) -> int:
-    images = (
-        batch["image"]
-        if isinstance(batch, dict)
-        else batch[0]
-        if isinstance(batch, (list, tuple))
-        else batch.images
-    )
-    return len(images)
+    """Return how many images a batch of any contender holds."""
+    if isinstance(batch, dict):
+        return len(batch["image"])
+    if isinstance(batch, (list, tuple)):
+        return len(batch[0])
+    return len(batch.images)
 
 
 def _samples(dataset: Dataset, shard: int) -> Iterator[dict[str, Any]]:
-    """The samples of one shard, as every peer's copy holds them."""
+    """Yield the samples of one shard, as every peer's copy holds them."""
     split = dataset.split("train")
-    index, data = split.index, memoryview(dataset.store.read(split.shard_names[shard]))
+    index = split.index
+    data = memoryview(dataset.store.read(split.shard_names[shard]))
     for row in (index.shard == shard).nonzero()[0]:
-        record = data[int(index.offset[row]) :][: int(index.length[row])]
+        begin = int(index.offset[row])
+        record = data[begin : begin + int(index.length[row])]
         yield {"image": bytes(image_of(index, int(row), record)), "label": int(index.label[row])}
 
 
@@ -106,7 +127,7 @@ def _shards(dataset: Dataset) -> list[int]:
 
 
 class _Augment:
-    """Pillow's decoder and torchvision's transforms: what the documentation of every peer shows."""
+    """Pillow's decoder and torchvision's transforms, as the documentation of every peer shows."""
 
     def __init__(self, side: int) -> None:
         from torchvision import transforms
@@ -117,19 +138,22 @@ class _Augment:
         )
 
     def __call__(self, image: Image.Image | bytes) -> "torch.Tensor":
-        """The augmented image, uint8 [3, side, side]."""
+        """Return the augmented image, uint8 [3, side, side]."""
         if isinstance(image, bytes):
             image = Image.open(io.BytesIO(image))
         return self._transform(image.convert("RGB"))
 
     def of_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the augmented image and the label, as Hugging Face datasets map rows."""
         return {"image": self(row["image"]), "label": row["label"]}
 
     def of_pair(self, row: dict[str, Any]) -> "tuple[torch.Tensor, int]":
+        """Return the augmented image and the label, as a DataLoader collates pairs."""
         return self(row["image"]), row["label"]
 
 
 def our_parts(wanted: Pass) -> "tuple[SplitReader, TrainPlan, TrainTransform]":
+    """Return what our loader is made of: the split, the order of its samples, and the crops."""
     from wds_train.loader.plan import TrainPlan
     from wds_train.loader.transform import TrainTransform
 
@@ -152,8 +176,10 @@ def _ours(wanted: Pass) -> Iterable[Any]:
 def _webdataset(wanted: Pass) -> Iterable[Any]:
     import webdataset as wds
 
-    dataset, augment = Dataset.open(wanted.dataset), _Augment(wanted.side)
+    dataset = Dataset.open(wanted.dataset)
+    augment = _Augment(wanted.side)
     urls = [_curl(dataset, shard.name) for shard in dataset.manifest.split("train").shards]
+    # Whole shards are shared by workers, so they are shuffled, too; then samples in a buffer.
     samples = (
         wds.WebDataset(urls, shardshuffle=len(urls))
         .shuffle(SHUFFLE_BUFFER)
@@ -166,14 +192,20 @@ def _webdataset(wanted: Pass) -> Iterable[Any]:
 
 
 def _curl(dataset: Dataset, shard: str) -> str:
-    """The address for webdataset, which knows no s3://: its `pipe:`, with a URL signed for a day."""
+    """Return webdataset's address of a shard: it knows no s3://, but `pipe:` and a command.
+
+    Raises:
+        UsageError: The dataset is a local directory.
+    """
     store = dataset.store
     if not isinstance(store, S3Store):
         raise UsageError(
-            f"--peers compares reads from S3, and {store.url} is a local directory; give s3://BUCKET/PREFIX"
+            f"--peers compares reads from S3, and {store.url} is a local directory; "
+            "give s3://BUCKET/PREFIX"
         )
     where = {"Bucket": store.bucket, "Key": f"{store.prefix}/{shard}".lstrip("/")}
-    return f"pipe:curl -sf '{store.client.generate_presigned_url('get_object', where, ExpiresIn=86_400)}'"
+    url = store.client.generate_presigned_url("get_object", where, ExpiresIn=SIGNED_SECONDS)
+    return f"pipe:curl -sf '{url}'"
 
 
 def _mosaic_copy(dataset: Dataset, folder: Path) -> None:
@@ -198,6 +230,7 @@ def _mosaic(wanted: Pass) -> Iterable[Any]:
         def __getitem__(self, at: int) -> "tuple[torch.Tensor, int]":
             return augment.of_pair(super().__getitem__(at))
 
+    # A pass that failed leaves names behind that the next would refuse.
     clean_stale_shared_memory()
     images = Images(
         remote=f"{wanted.copies}/mosaicml-streaming",
@@ -210,7 +243,7 @@ def _mosaic(wanted: Pass) -> Iterable[Any]:
 
 
 class _Records:
-    """What litdata runs in its own processes, for each shard."""
+    """A callable that litdata sends to its own processes, and calls for each shard."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -235,9 +268,8 @@ def _litdata(wanted: Pass) -> Iterable[Any]:
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming import downloader
 
-    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = (
-        "true"  # it has no setting for an S3 server without TLS
-    )
+    # It has no setting for an S3 server without TLS.
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"
     images = StreamingDataset(
         f"{wanted.copies}/litdata",
         cache_dir=f"{wanted.cache}/litdata",
@@ -253,10 +285,10 @@ def _datasets_copy(dataset: Dataset, folder: Path) -> None:
 
     features = Features({"image": Image(), "label": Value("int64")})
     for shard in _shards(dataset):
-        rows = [
-            sample | {"image": {"bytes": sample["image"], "path": None}}
-            for sample in _samples(dataset, shard)
-        ]
+        rows = []
+        for sample in _samples(dataset, shard):
+            image = {"bytes": sample["image"], "path": None}
+            rows.append({"image": image, "label": sample["label"]})
         Table.from_list(rows, features).to_parquet(folder / f"{shard:05d}.parquet")
 
 

@@ -1,8 +1,11 @@
-"""What a dataset of up to 100 M samples takes on a machine that trains on it, but for its images: to open it, to know what a first
-batch and any step is made of, and the memory of it all.
+"""`wds-train bench scale`: what a dataset of up to 100 M samples costs a machine that trains on it.
 
-The dataset lies in a local folder and has manifest and index objects as a conversion writes them, but no shards: every shard is
-said to hold the same `SHARD` images, so that one index serves as the template of all. Two loader workers are forked as a training's.
+Images are not counted, but the time to open the dataset, to know the samples of a first batch and
+of any step, and the memory of it all.
+
+The dataset lies in a local folder. It has manifest and index objects as a conversion writes them,
+but no shards: all shards are said to hold the same `SHARD` images, so that one index is the
+template of all. Two loader workers are forked as a training's.
 """
 
 import argparse
@@ -16,15 +19,14 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import takewhile
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.host import machine
 from wds_train.config.numbers import Number
 from wds_train.dataset.arrow import to_array, to_batch
 from wds_train.dataset.index import SCHEMA, write_index
@@ -39,8 +41,14 @@ from wds_train.loader.order import EpochOrder
 from wds_train.loader.plan import TrainPlan
 from wds_train.rng import generator
 
-SHARD, CLASSES, BATCH, WORKERS = 1250, 1000, 256, 2
-SHARD_BYTES = 100_000  # at most: a shard's index object, and its rows
+SHARD = 1250  # samples
+CLASSES = 1000
+BATCH = 256
+WORKERS = 2
+SHARD_BYTES = 100_000  # at most, on disk: a shard's index object, and its rows
+TAR_HEADERS = 1536  # bytes before the image in a record
+TAR_BLOCK = 512  # bytes; tar pads to whole blocks
+INDEXES_AT_ONCE = 100  # that a process writes between two messages
 STEPS = 20  # that are computed, anywhere in the epoch; the median counts
 FIGURES = (
     "samples",
@@ -53,9 +61,11 @@ FIGURES = (
     "full_mb",
     "bytes_per_sample",
 )
+INDENT = 6  # columns of the table between a title and that before it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `wds-train bench scale` to its parser."""
     size = Number(float, SHARD, 1e10)
     parser.add_argument(
         "--samples", type=size, nargs="+", default=[1e6, 1e7], help="sizes of datasets (1e6 1e7)"
@@ -64,23 +74,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from benchmarks.decode_rates import (
-        machine,
-    )  # with PyTorch, whose memory no process that is measured shall have
-
+    """Run `wds-train bench scale` with the parsed flags, and return the exit status."""
     sizes = [_one_size(int(samples) // SHARD) for samples in args.samples]
     result = {"machine": machine(), "workers": WORKERS, "batch": BATCH, "sizes": sizes}
-    print(json.dumps(result, indent=1) if args.json else _table(result))
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(_table(result))
     return 0
 
 
 def _one_size(shards: int) -> dict[str, Any]:
-    """The figures of a dataset of so many shards, by a process of its own, which has no memory of anything else."""
+    """Measure a dataset of so many shards, in a process that has no memory of anything else.
+
+    Raises:
+        UsageError: The disk is too small.
+    """
     home().mkdir(parents=True, exist_ok=True)
-    needed, free = shards * SHARD_BYTES, shutil.disk_usage(home()).free
+    needed = shards * SHARD_BYTES
+    free = shutil.disk_usage(home()).free
     if needed > free:
         raise UsageError(
-            f"{shards * SHARD:,} samples take {needed / 1e9:,.1f} GB in {home()}, which has {free / 1e9:,.1f} free; measure "
+            f"{shards * SHARD:,} samples take {needed / 1e9:,.1f} GB in {home()}, "
+            f"which has {free / 1e9:,.1f} free; measure "
             "fewer, or set WDS_HOME to a folder on a larger disk"
         )
     with tempfile.TemporaryDirectory(dir=home()) as folder:
@@ -91,116 +107,163 @@ def _one_size(shards: int) -> dict[str, Any]:
 
 
 def _write_dataset(folder: Path, shards: int) -> None:
+    """Write the manifest and the indexes of a dataset of so many equal shards."""
+    # The indexes, all but equal: each has the number of its shard.
+    template = _template()
+    (folder / "train").mkdir()
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("forkserver")) as pool:
+        write = partial(_write_index, folder, template)
+        indexes = tuple(pool.map(write, range(shards), chunksize=INDEXES_AT_ONCE))
+
+    # The manifest, whose shards need not exist: no image is read.
+    last = template.slice(SHARD - 1).to_pylist()[0]
+    size = last["offset"] + last["length"] + END_BYTES
+    named = []
+    for number in range(shards):
+        named.append(Shard(f"train/shard-{number:06d}.tar", size, SHARD, f"{number:064x}"))
+    classes = []
+    for label in range(CLASSES):
+        classes.append(ClassInfo(f"n{label:08d}", f"class {label}"))
+    splits = {"train": Split(tuple(named), indexes)}
+    manifest = DatasetManifest(tuple(classes), splits, "bench scale", 0, {})
+    (folder / NAME).write_bytes(manifest.to_json())
+
+
+def _template() -> pa.Table:
+    """Return the index of a shard of photographs, of random sizes and labels, as shard 0."""
     rng = generator("scale")
+
+    # Sizes as those of photographs, in a tar with headers and padding.
     data_length = rng.integers(20_000, 200_000, SHARD)
-    length = 1536 + data_length + -data_length % 512
+    length = TAR_HEADERS + data_length + -data_length % TAR_BLOCK
     offset = np.cumsum(length) - length
-    sides = rng.integers(200, 600, (2, SHARD))
-    keys = [
-        f"n{label:08d}/{label:08d}_{n:06d}"
-        for n, label in enumerate(rng.integers(0, CLASSES, SHARD).tolist())
-    ]
-    labels, sums = rng.integers(0, CLASSES, SHARD), rng.integers(0, 1 << 32, SHARD)
+    width, height = rng.integers(200, 600, (2, SHARD))
+    keys = []
+    for number, label in enumerate(rng.integers(0, CLASSES, SHARD).tolist()):
+        keys.append(f"n{label:08d}/{label:08d}_{number:06d}")
+    labels = rng.integers(0, CLASSES, SHARD)
+    checksums = rng.integers(0, 1 << 32, SHARD)
+
+    # In the order of SCHEMA.
     columns = [
         np.zeros(SHARD),
         offset,
         length,
-        offset + 1536,
+        offset + TAR_HEADERS,
         data_length,
         labels,
         keys,
-        *sides,
-        sums,
+        width,
+        height,
+        checksums,
     ]
-    template = pa.Table.from_batches([to_batch(columns, SCHEMA)])
-    (folder / "train").mkdir()
-    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("forkserver")) as pool:
-        indexes = list(
-            pool.map(partial(_write_index, folder, template), range(shards), chunksize=100)
-        )
-    size = int(length.sum()) + END_BYTES
-    named = [Shard(f"train/shard-{n:06d}.tar", size, SHARD, f"{n:064x}") for n in range(shards)]
-    classes = tuple(ClassInfo(f"n{label:08d}", f"class {label}") for label in range(CLASSES))
-    splits = {"train": Split(tuple(named), tuple(indexes))}
-    (folder / NAME).write_bytes(DatasetManifest(classes, splits, "bench scale", 0, {}).to_json())
+    return pa.Table.from_batches([to_batch(columns, SCHEMA)])
 
 
 def _write_index(folder: Path, template: pa.Table, shard: int) -> Index:
-    data = write_index(
-        template.set_column(0, SCHEMA.field("shard"), to_array(np.full(SHARD, shard), pa.int32()))
-    )
+    numbers = to_array(np.full(SHARD, shard), pa.int32())
+    data = write_index(template.set_column(0, SCHEMA.field("shard"), numbers))
     name = f"train/index-{shard:06d}.parquet"
     (folder / name).write_bytes(data)
     return Index(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _measure(folder: str) -> dict[str, Any]:
+    """Open the dataset and fork workers, as a training does, and return the figures."""
     os.environ["WDS_HOME"] = folder  # the rows lie there, and are gone with it
-    before, began = _megabytes(os.getpid()), time.monotonic()
+    before = _megabytes(os.getpid())
+    began = time.monotonic()
     dataset = Dataset.open(folder)
     split = dataset.split("train")
     opened = time.monotonic() - began
     plan = TrainPlan(split.shard_samples, dataset.fingerprint, 0, BATCH, range(1))
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe() for _ in range(WORKERS)]
-    workers = [
-        context.Process(target=_work, args=(split, plan, n, pipe[1]))
-        for n, pipe in enumerate(pipes)
-    ]
-    pids = [os.getpid()]
+
+    # Each worker says when it knows a first batch, and when it has read all its rows. Memory is
+    # looked at after both, while the workers wait.
+    workers = [_Worker(split, plan, number) for number in range(WORKERS)]
+    pids = [os.getpid(), *(worker.pid for worker in workers)]
+    first_batch = max([worker.wait() for worker in workers]) - began
+    first_mb = _total_megabytes(pids) - before
     for worker in workers:
-        worker.start()
-        pids.append(worker.pid or 0)
-    found = []  # of the first batch, and of the whole dataset
-    for _ in range(2):
-        seconds = max(map(_said, pipes, workers)) - began
-        found.append((seconds, sum(map(_megabytes, pids)) - before))
-        for pipe, _ in pipes:
-            pipe.send("go on")
+        worker.go_on()
+    for worker in workers:
+        worker.wait()
+    full_mb = _total_megabytes(pids) - before
+    for worker in workers:
+        worker.go_on()
     for worker in workers:
         worker.join()
+
+    # The order of an epoch, and of steps anywhere in it.
     began = time.monotonic()
     order = plan.order(0)
     ordered = time.monotonic() - began
-    figures = {
+    step_ms = [_step_ms(order, number * order.steps // STEPS) for number in range(STEPS)]
+    return {
         "samples": len(split),
         "shards": len(split.shard_names),
-        "open_s": opened,
-        "first_batch_s": found[0][0],
-        "order_s": ordered,
-        "step_ms": statistics.median(
-            _step_ms(order, n * order.steps // STEPS) for n in range(STEPS)
-        ),
-        "first_mb": found[0][1],
-        "full_mb": found[1][1],
-        "bytes_per_sample": 1e6 * found[1][1] / len(split),
-    }
-    return {
-        name: round(figure, 2) if isinstance(figure, float) else figure
-        for name, figure in figures.items()
+        "open_s": round(opened, 2),
+        "first_batch_s": round(first_batch, 2),
+        "order_s": round(ordered, 2),
+        "step_ms": round(statistics.median(step_ms), 2),
+        "first_mb": round(first_mb, 2),
+        "full_mb": round(full_mb, 2),
+        "bytes_per_sample": round(1e6 * full_mb / len(split), 2),
     }
 
 
-def _said(pipe: tuple[Connection, Connection], worker: ForkProcess) -> float:
-    wait([pipe[0], worker.sentinel])
-    if not pipe[0].poll():
-        raise WdsTrainError("a worker of the benchmark ended early; its error is above")
-    return pipe[0].recv()
+class _Worker:
+    """A loader worker, which is forked at once, and waits after each stage of `_work`."""
+
+    def __init__(self, split: SplitReader, plan: TrainPlan, number: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(split, plan, number, theirs))
+        self._process.start()
+        self.pid = self._process.pid or 0
+
+    def wait(self) -> float:
+        """Wait for the end of a stage, and return its time on the monotonic clock.
+
+        Raises:
+            WdsTrainError: The worker has ended.
+        """
+        wait([self._pipe, self._process.sentinel])
+        if not self._pipe.poll():
+            raise WdsTrainError("a worker of the benchmark ended early; its error is above")
+        return self._pipe.recv()
+
+    def go_on(self) -> None:
+        """Let it begin the next stage."""
+        self._pipe.send("go on")
+
+    def join(self) -> None:
+        """Wait until it has ended."""
+        self._process.join()
 
 
 def _step_ms(order: EpochOrder, step: int) -> float:
+    """Return the time to know the samples of a step, milliseconds."""
     began = time.monotonic()
     order.batch(step)
     return 1e3 * (time.monotonic() - began)
 
 
 def _work(split: SplitReader, plan: TrainPlan, worker: int, pipe: Connection) -> None:
-    """A loader worker: finds the images of the first batch, then those of its share of the dataset, and says when."""
-    index, requests = split.index, plan.requests(worker, WORKERS)
-    for request in takewhile(lambda request: request.step == 0, read_rows_ahead(index, requests)):
+    """Find the images of the first batch, then those of this worker's share of the dataset.
+
+    After each of the two it sends the time, and waits for a message.
+    """
+    index = split.index
+    requests = plan.requests(worker, WORKERS)
+    for request in read_rows_ahead(index, requests):
+        if request.step > 0:
+            break
         np.sort(index.offset[request.ids] + index.length[request.ids])
     pipe.send(time.monotonic())
     pipe.recv()
+
+    # Whole shards, as many at once as the shared index reads.
     shards = np.array_split(np.arange(len(split) // SHARD), WORKERS)[worker]
     for some in np.array_split(shards, -(-len(shards) // AT_ONCE)):
         index.offset[np.arange(some[0] * SHARD, (some[-1] + 1) * SHARD)]
@@ -209,24 +272,36 @@ def _work(split: SplitReader, plan: TrainPlan, worker: int, pipe: Connection) ->
 
 
 def _megabytes(pid: int) -> float:
-    """The process's memory, a page that n processes share as 1/n of a page."""
-    fields = dict(
-        line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    )
-    return int(fields["Pss"].split()[0]) * 1024 / 1e6
+    """Return a process's memory, MB. A page that n processes share counts as 1/n of a page."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise WdsTrainError(f"the kernel does not say what memory process {pid} takes")
+
+
+def _total_megabytes(pids: list[int]) -> float:
+    return sum(map(_megabytes, pids))
 
 
 def _table(result: dict[str, Any]) -> str:
+    """Return the figures as a table, and with several sizes the line through their memory."""
     rows = result["sizes"]
-    names = [name.replace("_", " ").replace("mb", "MB") for name in FIGURES]
-    lines = [result["machine"], "".join(f"{name:>{len(name) + 6}}" for name in names)]
-    lines += [
-        "".join(f"{row[key]:>{len(name) + 6},}" for key, name in zip(FIGURES, names, strict=True))
-        for row in rows
-    ]
+    header = ""
+    for key in FIGURES:
+        header += " " * INDENT + _title(key)
+    lines = [result["machine"], header]
+    for row in rows:
+        line = ""
+        for key in FIGURES:
+            line += f"{row[key]:>{len(_title(key)) + INDENT},}"
+        lines.append(line)
     if len(rows) > 1:
-        slope, start = np.polyfit(
-            [row["samples"] for row in rows], [row["full_mb"] for row in rows], 1
-        )
+        samples = [row["samples"] for row in rows]
+        memory = [row["full_mb"] for row in rows]
+        slope, start = np.polyfit(samples, memory, 1)
         lines.append(f"a straight line: {1e6 * slope:.1f} bytes a sample, and {start:.0f} MB")
     return "\n".join(lines)
+
+
+def _title(figure: str) -> str:
+    return figure.replace("_", " ").replace("mb", "MB")

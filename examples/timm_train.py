@@ -1,6 +1,8 @@
-"""timm's training, as its train.py goes (model, optimizer, scheduler, Mixup, the loop of an epoch, validation), with our
-loaders in the place of its create_loader. With `--timm FOLDER` the same over timm's own loaders, of a folder of train/ and
-val/, to compare the two.
+"""timm's training with our loaders instead of its create_loader.
+
+It goes as timm's train.py does: model, optimizer, scheduler, Mixup, the loop of an epoch,
+validation. With `--timm FOLDER` it uses timm's own loaders of a folder of train/ and val/, to
+compare the two.
 
     wds-train shards /data/imagenette imagenette
     python examples/timm_train.py imagenette --epochs 4 --size 64
@@ -34,18 +36,59 @@ class Pairs:
     loader: TrainLoader | EvalLoader
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((batch.images, batch.labels) for batch in self.loader)
+        for batch in self.loader:
+            yield batch.images, batch.labels
 
 
 @dataclass(frozen=True)
 class Data:
-    train: Iterable[tuple[Tensor, Tensor]]  # an epoch, each time
+    """Both splits of a dataset, by our loaders or by timm's.
+
+    Attributes:
+        train: The batches of an epoch, each time that it is iterated.
+        val: The batches of the validation split.
+        classes: The number of classes.
+        updates: Batches of an epoch.
+    """
+
+    train: Iterable[tuple[Tensor, Tensor]]
     val: Iterable[tuple[Tensor, Tensor]]
     classes: int
-    updates: int  # of an epoch
+    updates: int
 
 
 def main() -> None:
+    """Train, and print loss, top-1 and speed of every epoch."""
+    args = parse_arguments()
+    random_seed(args.seed)
+    data = theirs(args) if args.timm else ours(args)
+
+    # Model, optimizer, scheduler and Mixup are timm's.
+    model = timm.create_model(args.model, num_classes=data.classes).to(DEVICE)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        num_epochs=args.epochs,
+        warmup_lr=args.lr / 10,
+        step_on_epochs=False,
+        updates_per_epoch=data.updates,
+    )
+    mixup = Mixup(mixup_alpha=0.2, num_classes=data.classes)
+
+    for epoch in range(args.epochs):
+        begin = time.perf_counter()
+        numbered = enumerate(data.train, epoch * data.updates)
+        loss = train_one_epoch(model, numbered, optimizer, scheduler, mixup)
+        speed = data.updates * args.batch / (time.perf_counter() - begin)
+        score = validate(model, data.val)
+        print(
+            f"epoch {epoch + 1}: loss {loss:.3f}, top-1 {score:.2f} %, {speed:.0f} img/s",
+            flush=True,
+        )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the flags of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,31 +101,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
-    random_seed(args.seed)
-    data = theirs(args) if args.timm else ours(args)
-    model = timm.create_model(args.model, num_classes=data.classes).to(DEVICE)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        num_epochs=args.epochs,
-        warmup_lr=args.lr / 10,
-        step_on_epochs=False,
-        updates_per_epoch=data.updates,
-    )
-    mixup = Mixup(mixup_alpha=0.2, num_classes=data.classes)
-    for epoch in range(args.epochs):
-        begin = time.perf_counter()
-        numbered = enumerate(data.train, epoch * data.updates)
-        loss = train_one_epoch(model, numbered, optimizer, scheduler, mixup)
-        speed = data.updates * args.batch / (time.perf_counter() - begin)
-        print(
-            f"epoch {epoch + 1}: loss {loss:.3f}, top-1 {validate(model, data.val):.2f} %, {speed:.0f} img/s",
-            flush=True,
-        )
+    return parser.parse_args()
 
 
 def ours(args: argparse.Namespace) -> Data:
+    """Return our loaders of a dataset."""
     dataset = Dataset.open(args.dataset)
     images: dict[str, Any] = {
         "size": args.size,
@@ -98,23 +121,36 @@ def ours(args: argparse.Namespace) -> Data:
 
 
 def theirs(args: argparse.Namespace) -> Data:
+    """Return timm's loaders of a folder."""
     images: dict[str, Any] = {
         "input_size": (3, args.size, args.size),
+        "batch_size": args.batch,
         "num_workers": args.workers,
         "device": DEVICE,
     }
-    folders = {split: create_dataset("", root=args.timm, split=split) for split in ("train", "val")}
-    images_to_train = images | {"is_training": True, "color_jitter": None}
-    train = create_loader(folders["train"], batch_size=args.batch, **images_to_train)
-    val = create_loader(folders["val"], batch_size=args.batch, crop_pct=0.875, **images)
-    return Data(train, val, len(folders["train"].reader.class_to_idx), len(train))
+    train_folder = create_dataset("", root=args.timm, split="train")
+    val_folder = create_dataset("", root=args.timm, split="val")
+    # No jitter, which ours has none of by default either.
+    training = images | {"is_training": True, "color_jitter": None}
+    train = create_loader(train_folder, **training)
+    val = create_loader(val_folder, crop_pct=0.875, **images)
+    return Data(train, val, len(train_folder.reader.class_to_idx), len(train))
 
 
 def train_one_epoch(
     model: nn.Module, numbered: Iterable, optimizer: Any, scheduler: Any, mixup: Mixup
 ) -> float:
-    """As train.py's, over numbered pairs; the mean loss."""
-    losses, criterion = AverageMeter(), SoftTargetCrossEntropy()
+    """Train as train.py does, and return the mean loss.
+
+    Args:
+        model: The model.
+        numbered: Batches of images and labels, each with the number of its step.
+        optimizer: The optimizer.
+        scheduler: The scheduler, which gets the number of every step.
+        mixup: Mixes each batch.
+    """
+    losses = AverageMeter()
+    criterion = SoftTargetCrossEntropy()
     model.train()
     for number, (images, labels) in numbered:
         mixed, targets = mixup(images, labels)
@@ -129,7 +165,7 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def validate(model: nn.Module, val: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """As train.py's; top-1 in percent."""
+    """Validate as train.py does, and return top-1 in percent."""
     top1 = AverageMeter()
     model.eval()
     for images, labels in val:

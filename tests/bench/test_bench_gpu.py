@@ -1,5 +1,6 @@
-"""`bench gpu`, every part at a tiny scale on the CPU, by the code that a GPU would run: it goes on where it was, and says what
-it cannot measure.
+"""`bench gpu`, every part at a tiny scale on the CPU, by the code that a GPU would run.
+
+It goes on where it was, and says what it cannot measure.
 """
 
 import json
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 
 from benchmarks.gpu import TITLES
-from benchmarks.gpu_parts import SEARCHED, SMOKE, halved
+from benchmarks.gpu_parts import halved
+from benchmarks.gpu_work import SEARCHED, SMOKE
 from wds_train.cli import main
 from wds_train.config.presets import preset
 from wds_train.config.settings import with_settings

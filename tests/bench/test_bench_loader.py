@@ -1,5 +1,6 @@
-"""The loaders' benchmark, on a tiny dataset and a real S3 server: whole epochs, figures that add up, peers that are absent
-or fail named, and nothing left behind.
+"""The loaders' benchmark, on a tiny dataset and a real S3 server.
+
+Whole epochs, figures that add up, peers that are absent or fail named, and nothing left behind.
 """
 
 import json
@@ -35,7 +36,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `bench loader --peers` prints about 44 photos."""
+    """Return the result of `bench loader --peers` for 44 photos."""
     home = tmp_path_factory.mktemp("bench")
     command = [sys.executable, "-m", "wds_train.cli", *SMALL, "--samples", "44", "--peers"]
     done = subprocess.run(

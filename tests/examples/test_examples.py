@@ -1,4 +1,7 @@
-"""The examples run, and what they promise holds: killed and started again, they end with the weights of a training never killed."""
+"""The examples run, and keep their promise.
+
+Killed and started again, they end with the weights of a training that was never killed.
+"""
 
 import os
 import re
@@ -36,7 +39,7 @@ def _run(name: str, arguments: tuple[str, ...], log: str, kill_at: int) -> None:
 
 
 def run(folder: Path, name: str, *arguments: object, kill_at: int = 0) -> str:
-    """What the example prints; with `kill_at` it is killed after as many of the process's steps."""
+    """Return the output of an example; with `kill_at` it is killed after so many steps."""
     log = folder / "log"
     process = CONTEXT.Process(
         target=_run, args=(name, tuple(map(str, arguments)), str(log), kill_at)
@@ -64,7 +67,7 @@ def accelerate_weights(out: Path) -> dict[str, torch.Tensor]:
     ids=["plain", "accelerate"],
 )
 def test_killed_and_started_again(name, settings, weights, tmp_path: Path, small: str) -> None:  # type: ignore[no-untyped-def]
-    """11 steps an epoch; checkpoints at 4, 8, ...: the kill at 15 costs three steps, in the second epoch."""
+    """11 steps an epoch, checkpoints at 4, 8, ...: the kill at 15 costs three steps."""
     arguments = (small, *settings, "--every", 4, "--out")
     run(tmp_path, name, *arguments, tmp_path / "killed", kill_at=15)
     assert "going on at step 12" in run(tmp_path, name, *arguments, tmp_path / "killed")

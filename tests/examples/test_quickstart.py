@@ -1,4 +1,7 @@
-"""The quickstart's notebook runs, cell after cell. `make check-notebook` has Jupyter itself run it."""
+"""The quickstart's notebook runs, cell after cell.
+
+`make check-notebook` has Jupyter itself run it.
+"""
 
 import json
 import re

@@ -1,4 +1,7 @@
-"""Mutated shards and tars, by the thousand and by seed: an error or the right bytes, never a wrong sample, crash or hang."""
+"""Thousands of mutated shards and tars, by seed: an error, or the right bytes.
+
+Never a wrong sample, a crash or a hang.
+"""
 
 import random
 import shutil
@@ -18,7 +21,7 @@ SAMPLES = 12
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """One to four of: a bit flipped, a byte set, bytes removed, repeated, zeroed or moved, the end cut off."""
+    """Change bytes one to four times: flip, set, remove, repeat, zero, move, cut off the end."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at, size = rng.randrange(len(out)), rng.choice([1, 8, 512, 3000])
@@ -49,13 +52,14 @@ def copy(digits: Dataset, tmp_path: Path) -> SplitReader:
 
 
 def test_the_loader_meets_mutated_shards(copy: SplitReader, tmp_path: Path) -> None:
-    """Every sample comes out as it went in, or is named as damaged; no other end but an error of the store's."""
+    """Every sample comes out as it went in, or is named as damaged, or the store has an error."""
     shard = tmp_path / "copy" / copy.shard_names[0]
     end = int(copy.index.offset[SAMPLES])
     original, rest = shard.read_bytes()[:end], shard.read_bytes()[end:]
     ids = np.arange(SAMPLES, dtype=np.int64)
     fetch = Fetcher(copy)
-    clean = [bytes(record) for record in next(fetch([Request(0, 0, 0, ids)])).records]  # type: ignore[arg-type]
+    fetched = next(fetch([Request(0, 0, 0, ids)]))  # type: ignore[arg-type]
+    clean = [bytes(record) for record in fetched.records]
     rng, damaged, refused = random.Random(0), 0, 0
     for _ in range(MUTANTS):
         shard.write_bytes((mutate(original, rng) + rest)[: end + len(rest)])
@@ -74,7 +78,7 @@ def test_the_loader_meets_mutated_shards(copy: SplitReader, tmp_path: Path) -> N
 
 
 def test_the_tar_reader_meets_mutated_tars(digits: Dataset) -> None:
-    """Members inside the file's bounds, or a `DataError`; as many steps as there are blocks at most."""
+    """Members inside the file's bounds, or a `DataError`; at most one step for each block."""
     data = digits.store.read(
         "train/shard-000000.tar", 0, int(digits.split("train").index.offset[SAMPLES])
     ) + bytes(1024)

@@ -1,5 +1,7 @@
-"""Tars, indexes and manifests as an enemy would write them: named in one sentence, or read aright; never a traceback, a
-hang, a sample lost in silence, or a byte from outside the store.
+"""Tars, indexes and manifests as an enemy would write them.
+
+They are named in one sentence, or read aright: never a traceback, a hang, a sample lost in silence,
+or a byte from outside the store.
 """
 
 import contextlib
@@ -465,7 +467,7 @@ Samples = dict[str, list[tuple[int, bytes]]]  # label and image of every sample 
 
 
 def loaded(root: Path) -> Samples | str:
-    """What the loader makes of a dataset, or its error."""
+    """Return the samples that the loader makes of a dataset, or its error."""
     try:
         dataset, found = Dataset.open(str(root)), Samples()
         for split in dataset.manifest.splits:
@@ -944,7 +946,7 @@ def test_an_index_written_otherwise(name: str, mine: Path, sound: Path) -> None:
     assert loaded(mine) == loaded(sound)
 
 
-# What only the tars tell: the loader gets what the index says, `verify` says that the tar says otherwise.
+# Only the tars tell: the loader gets what the index says, `verify` says that the tar differs.
 LIES: dict[str, tuple[Callable[[Columns], None], str]] = {
     "another label": (lambda c: c["label"].__setitem__(3, 1 - c["label"][3]), "its label is"),
     "another key": (cell("key", 3, "cat/77"), "the shard calls it"),
@@ -1081,7 +1083,10 @@ def hooked() -> None:
 
 
 def judge(root: Path, right: Samples) -> str:
-    """`refused` by both, `named` by `verify`, or `sound`; fails for anything else: what opens, and is not named, is right."""
+    """Return `refused` (by both), `named` (by `verify`) or `sound`.
+
+    Fails for anything else: a dataset that opens, and is not named, is right.
+    """
     OPENED.clear()
     with within(5):
         damage, found = verified(root), loaded(root)

@@ -1,4 +1,7 @@
-"""Odd images on their whole way: a folder, shards, and what the loader makes of them; the colour says the class."""
+"""Odd images on their whole way, from a folder through shards to the loader.
+
+Each image's colour says its class.
+"""
 
 import io
 import json
@@ -209,7 +212,7 @@ def test_numbers_without_a_range_stop_a_conversion(
 def test_tars_that_stay_cannot_be_encoded_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The loader would leave the transparency away; what an index is made of must be read as it is."""
+    """The loader would leave transparency away; tars that are indexed must be read as they are."""
     good = tree(tmp_path / "good", lambda n: odd.png(colour_of(n)), ".png")
     out = tmp_path / "tars"
     assert main(["shards", str(good), str(out), "--hold-out", "0"]) == 0
@@ -236,8 +239,8 @@ def test_tars_that_stay_cannot_be_encoded_anew(
     output = capsys.readouterr()
     text = output.out + output.err
     assert (
-        "a: it has to be encoded anew (mode LA, transparent pixels, laid on white), and tars stay as they are"
-        in text
+        "a: it has to be encoded anew (mode LA, transparent pixels, laid on white), "
+        "and tars stay as they are" in text
     )
     assert "b: it has to be encoded anew (mode I;16, 0 to 4095 (sBIT) stretched to 8 bits)" in text
     assert "wds-train shards wds:PATH" in text

@@ -1,4 +1,7 @@
-"""Data as people have it: folders by any name, tables, odd files. Each is understood, or refused in one sentence."""
+"""Data as people have it: folders by any name, tables, odd files.
+
+Each is understood, or refused in one sentence.
+"""
 
 import contextlib
 import gzip
@@ -617,7 +620,12 @@ def test_conversion_and_training_turn_alike(form: str, order: str, kind: int, va
 
 
 def test_xmp_alone_turns_nothing() -> None:
-    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    xmp = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+        b'<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+        b"</rdf:RDF></x:xmpmeta>"
+    )
     for form in ("JPEG", "PNG", "WEBP"):
         data = encoded(form, xmp=xmp)
         found = check(data, ImagePolicy(verify="full"))

@@ -1,4 +1,7 @@
-"""Folders as people have them: each image's colour is its class, so that a wrong label is seen, whatever the layout."""
+"""Folders as people have them.
+
+Each image's colour is its class, so that a wrong label is seen, whatever the layout.
+"""
 
 import functools
 import hashlib
@@ -1353,7 +1356,8 @@ def test_files_named_for_splits(
         assert {*read(tmp_path / "out")} == splits
 
 
-# Tables and folders that disagree, folders of splits by other names, lists of splits, files of other sets.
+# Tables and folders that disagree, folders of splits by other names, lists of splits, files of
+# other sets.
 
 
 def two_labels(place: str, each: int = 4, start: int = 0) -> tuple[Files, dict[str, str]]:
@@ -1714,7 +1718,8 @@ NO_WAY: dict[str, tuple[Files, tuple[str, ...], str]] = {
     "a JSON of splits": (
         folders("")
         | {
-            "splits.json": b'{"train": ["cat/0.png", "dog/0.png"], "test": ["cat/1.png", "dog/1.png"]}'
+            "splits.json": b'{"train": ["cat/0.png", "dog/0.png"], '
+            b'"test": ["cat/1.png", "dog/1.png"]}'
         },
         (),
         "splits.json seems to say which images are to train on",

@@ -1,4 +1,7 @@
-"""The same image in two splits, or in one under two classes: found whatever the source, however often it was interrupted."""
+"""The same image in two splits, or in one under two classes.
+
+It is found whatever the source, however often the conversion was interrupted.
+"""
 
 import contextlib
 import hashlib
@@ -89,7 +92,10 @@ def pairs_of(entry: dict[str, Any]) -> Pairs:
 
 
 def summary(content: dict[str, Any]) -> dict[str, tuple[int, int, Pairs]]:
-    """`{"val in train": (images, of them of another class, pairs)}`, and a contradiction of train as `train`."""
+    """Return `{"val in train": (images, of them of another class, pairs)}`.
+
+    A contradiction of train has the key `train`.
+    """
     shared = {
         f"{each['split']} in {each['within']}": (
             each["images"],
@@ -227,7 +233,7 @@ def test_streams(tmp_path: Path, spool_gb: str) -> None:
 
 
 def test_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A source without val: what is equal may come to lie on both sides, and another choice of val is the remedy."""
+    """Without val, equal images may lie on both sides: the remedy is another choice of val."""
     files = {f"{kind}/{n}": 500 + n // 2 for n in range(40) for kind in ("cat",)} | different(
         "dog", 10, 20
     )
@@ -279,7 +285,7 @@ def test_killed_and_resumed_it_is_the_same_count(tmp_path: Path) -> None:
 
 
 def test_a_record_of_before_is_made_again(tmp_path: Path) -> None:
-    """A shard that was recorded without digests: nothing of it is known, so it is read once more, to the same bytes."""
+    """A shard that was recorded without digests is made again, to the same bytes."""
     source = folder(tmp_path / "source", EVERYWHERE | {"train/cat/a": 1, "val/cat/b": 1})
     assert shards(source, tmp_path / "whole", "--shard-mb", "0.01") == 0
     out = tmp_path / "out"
@@ -369,18 +375,21 @@ LINES = [
     (
         Shared("val", "train", 1, 0, MANY[:1]),
         False,
-        "1 image of val is in train, too, byte for byte: cat/0 = cat/100; take them out of one of the two",
+        "1 image of val is in train, too, byte for byte: cat/0 = cat/100; "
+        "take them out of one of the two",
     ),
     (
         Shared("val", "train", 12, 0, MANY),
         True,
-        "12 images of val are in train, too, byte for byte: cat/0 = cat/100, cat/1 = cat/101, cat/2 = cat/102, ...; "
+        "12 images of val are in train, too, byte for byte: "
+        "cat/0 = cat/100, cat/1 = cat/101, cat/2 = cat/102, ...; "
         "--group keeps what belongs together on one side",
     ),
     (
         Shared("test", "val", 1200, 1100, (OTHER,)),
         False,
-        "1,200 images of test are in val, too, byte for byte, 1,100 of them under another class: a (cat) = b (dog), ...; "
+        "1,200 images of test are in val, too, byte for byte, 1,100 of them under another class: "
+        "a (cat) = b (dog), ...; "
         "take them out of one of the two",
     ),
     (
@@ -392,13 +401,15 @@ LINES = [
     (
         Shared("test", "train", 3, 0, MANY[:3]),
         True,
-        "3 images of test are in train, too, byte for byte: cat/0 = cat/100, cat/1 = cat/101, cat/2 = cat/102; "
+        "3 images of test are in train, too, byte for byte: "
+        "cat/0 = cat/100, cat/1 = cat/101, cat/2 = cat/102; "
         "take them out of one of the two",
     ),
     (
         Contradictions("train", 1, (OTHER,)),
         True,
-        "1 image of train is there under more than one class: a (cat) = b (dog); keep each under one",
+        "1 image of train is there under more than one class: a (cat) = b (dog); "
+        "keep each under one",
     ),
 ]
 
@@ -425,7 +436,7 @@ def replace_report(out: Path, content: Any) -> None:
 
 
 def inspected(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any], str]:
-    """What `inspect` prints, in text, as JSON, and on stderr."""
+    """Return the output of `inspect`: text, JSON, and stderr."""
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
     text = capsys.readouterr().out
@@ -436,7 +447,10 @@ def inspected(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[
 
 def test_inspect_says_it(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, facts, err = inspected(dataset, capsys)
-    line = "1 image of val is in train, too, byte for byte: cat/b = cat/a; take them out of one of the two"
+    line = (
+        "1 image of val is in train, too, byte for byte: cat/b = cat/a; "
+        "take them out of one of the two"
+    )
     assert text.splitlines()[-1] == line
     assert facts["repeats"] == found(dataset)
     assert summary(facts["repeats"]) == {"val in train": (1, 0, [("cat/b", "cat", "cat/a", "cat")])}

@@ -1,4 +1,7 @@
-"""Conversion: the same bytes whatever happens on the way, and nothing in the store that the manifest does not name."""
+"""Conversion: the same bytes whatever happens on the way.
+
+Nothing is left in the store that the manifest does not name.
+"""
 
 import contextlib
 import hashlib
@@ -79,7 +82,7 @@ def named(store: Store) -> set[str]:
 
 @pytest.fixture(scope="session")
 def unbroken_at(folder: Path) -> Path:
-    """Where an unbroken conversion of `folder` is."""
+    """Return the place of an unbroken conversion of `folder`."""
     assert run(folder, folder.parent / "unbroken", "--shard-mb", SHARD_MB) == 0
     return folder.parent / "unbroken"
 
@@ -101,7 +104,8 @@ def test_killed_at_20_random_moments_it_ends_in_the_same_bytes(
     assert total > 60
     while kills < 20:
         process = start(folder, s3_url, "--shard-mb", SHARD_MB, "--processes", str(1 + kills % 2))
-        # Some moments while shards are made and uploaded, the last ones while index, manifest and cleaning are due.
+        # Some moments while shards are made and uploaded, the last ones while index, manifest and
+        # cleaning are due.
         goal = records(store) + draw.randrange(4) if kills < 15 else total
         while process.poll() is None and records(store) < goal:
             time.sleep(0.002)
@@ -322,7 +326,8 @@ def test_headers_are_tarfile_s_own() -> None:
 
 def test_samples_are_shuffled_over_the_whole_source(unbroken_at: Path) -> None:
     labels = Dataset.open(str(unbroken_at)).split("train").index.label
-    # Of 420 samples in three equal classes, neighbours are of one class a third of the time: 140 +- 10 (one sigma).
+    # Of 420 samples in three equal classes, neighbours are of one class a third of the time:
+    # 140 +- 10 (one sigma).
     assert 100 < np.sum(labels[1:] == labels[:-1]) < 180
 
 
@@ -419,7 +424,7 @@ def test_large_shards_go_in_parts_and_leave_none_behind(
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """66 JPEGs of 1 MiB, most of which lies behind the picture: two shards of two parts and a bit."""
+    """66 JPEGs of 1 MiB, mostly padding behind the picture: two shards of two parts and a bit."""
     source, noise = tmp_path / "large", random.Random(3)
     for label in "ab":
         (source / label).mkdir(parents=True)
@@ -432,7 +437,7 @@ def large(tmp_path: Path) -> Path:
 
 
 def parts_under_way(store: S3Store) -> dict[str, int]:
-    """How many parts are there of every multipart upload that is neither complete nor aborted."""
+    """Return the number of parts of each upload that is neither complete nor aborted."""
     uploads = store.client.list_multipart_uploads(Bucket=store.bucket).get("Uploads", ())
     found = {}
     for upload in uploads:
@@ -483,7 +488,7 @@ def test_killed_between_the_parts_of_an_upload(
 def test_an_image_that_vanishes_in_the_middle_of_an_upload(
     large: Path, s3_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parts that are there by then are dropped, and so is the file that a directory would get."""
+    """Parts that were uploaded are dropped, and so is the file that a directory would get."""
     store, reads, real = open_store(s3_url), [0], pack.read_bytes
     assert isinstance(store, S3Store)
 
@@ -505,7 +510,7 @@ def test_an_image_that_vanishes_in_the_middle_of_an_upload(
 def test_the_answer_to_an_upload_is_lost(
     folder: Path, unbroken: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """AWS knows an upload no more once it is complete, and answers the second try at completing it with a 404."""
+    """AWS forgets an upload that is complete: a second try at completing it gets a 404."""
     real, lost = LocalStore.write_pieces, list[str]()
 
     def answers_late(store: LocalStore, key: str, pieces: Iterator[bytes]) -> str:
@@ -521,7 +526,7 @@ def test_the_answer_to_an_upload_is_lost(
 
 
 def peak_memory(source: Path, out: str) -> float:
-    """The most resident memory in MiB that a conversion with two processes had: the sum of all its processes' peaks."""
+    """Return the sum of the peaks of all processes of a conversion with two, resident MiB."""
     process, peaks = (
         start(source, out, "--shard-mb", "4", "--processes", "2", "--hold-out", "0"),
         dict[int, int](),
@@ -538,7 +543,7 @@ def peak_memory(source: Path, out: str) -> float:
 
 
 def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, s3_url: str) -> None:
-    """Six times the images, 75 MiB more of them: room enough for a conversion that kept what it has read."""
+    """With 75 MiB more images, a conversion that kept what it has read would be seen."""
     image = layouts.photos()[0] + random.Random(5).randbytes(100 << 10)
     for name, count in (("small", 150), ("large", 900)):
         for label in "ab":
@@ -550,9 +555,12 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, s3_url: str) -> N
 
 
 def test_pandas_stays_out_of_conversions(tmp_path: Path) -> None:
-    """Importing it takes each process longer than anything else; pyarrow does so where it is given Python values."""
+    """Its import takes longer than any other; pyarrow imports it when it gets Python values."""
     source = layouts.image_folder(tmp_path / "folder", layouts.small_tree())
-    code = "import sys; from shards.make_shards import main; assert main() == 0; assert 'pandas' not in sys.modules"
+    code = (
+        "import sys; from shards.make_shards import main; assert main() == 0; "
+        "assert 'pandas' not in sys.modules"
+    )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), "--processes", "1"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 

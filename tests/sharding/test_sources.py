@@ -1,4 +1,7 @@
-"""Every kind of source, as it is really laid out, ends in the same samples; what is wrong with one is named."""
+"""Every kind of source, as it is really laid out, ends in the same samples.
+
+If one is wrong, the message names the cause.
+"""
 
 import contextlib
 import gzip
@@ -50,7 +53,7 @@ def convert(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def samples(dataset: Path) -> dict[str, Counter[tuple[str, str]]]:
-    """Per split, the (class id, sha256 of the image) of every sample, read through index and shard."""
+    """Return (class id, sha256 of the image) of all samples by split, read by index and shard."""
     opened = Dataset.open(str(dataset))
     content = {}
     for split in opened.manifest.splits:
@@ -195,7 +198,7 @@ def test_a_shard_that_no_spool_could_hold_is_refused(
 
 
 def test_hub_datasets_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The hub itself cannot be reached from a test; a streaming dataset over local Parquet takes the same path."""
+    """The hub cannot be reached from a test; a stream of local Parquet takes the same path."""
     import datasets
 
     tree = layouts.small_tree()
@@ -289,11 +292,14 @@ def test_recognise_and_name() -> None:
 # Bad input.
 
 
-GIF = b"GIF89a\x01\x00\x01\x00\x80\x00\x00\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;"
+GIF = (
+    b"GIF89a\x01\x00\x01\x00\x80\x00\x00\xff\xff\xff\x00\x00\x00"
+    b",\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;"
+)
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """The start of a PNG, as far as a header check reads: conversion must refuse a bomb before it makes pixels."""
+    """Return the head of a PNG of so many pixels: a bomb must be refused before it is decoded."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     rest = b"IDAT" + b"\0" * 8
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -311,7 +317,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> str:
-    """What a conversion that must fail says; it leaves no manifest."""
+    """Return the message of a conversion that must fail, and leave no manifest."""
     out = folder.parent / "out"
     code, output = conversion(capsys, folder, out, *arguments)
     assert code in (1, 2), output

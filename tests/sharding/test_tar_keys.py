@@ -1,4 +1,4 @@
-"""Tars as people have them: keys with dots, fields of other names, several labels, captions, folders of classes.
+"""Tars as people have them: dots in keys, fields of other names, several labels, captions, folders.
 
 Every image is of one colour, its class's: a label that went to another image is seen.
 """
@@ -85,7 +85,7 @@ def seen(out: Path, split: str = "train") -> dict[str, str]:
 
 
 def stock(*tars: Path) -> int:
-    """How many samples webdataset itself makes of the tars."""
+    """Return the number of samples that webdataset itself makes of the tars."""
     return sum(1 for path in tars for _ in webdataset.WebDataset(str(path), shardshuffle=False))
 
 
@@ -164,7 +164,8 @@ def test_keys_with_dots(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
 
 FOUR = [(f"{n}", CLASSES[n % 2]) for n in range(4)]
 MASKS = [(f"{key}.seg.png", picture("cat", "PNG")) for key, _ in FOUR]
-# name: the members, and those of sample 0 by their fields. Dots that webdataset's fields have are no part of a key.
+# name: the members, and those of sample 0 by their fields. Dots that webdataset's fields have are
+# no part of a key.
 FIELDS: dict[str, tuple[Files, dict[str, str]]] = {
     "image.jpg, label.cls": (
         pairs(FOUR, "image.jpg", "label.cls"),
@@ -389,7 +390,8 @@ ANYTHING: dict[str, tuple[Files, dict[str, list[str]], str]] = {
     "frames": (
         spoken(["a"], "0.npy", "1.npy", "json") + spoken(["b"], "0.npy", "json"),
         {"a": ["0.npy", "1.npy", "json"], "b": ["0.npy", "json"]},
-        "as in stock webdataset, which makes 2 samples; were the dots part of the names, it would be 5",
+        "as in stock webdataset, which makes 2 samples; "
+        "were the dots part of the names, it would be 5",
     ),
     "fields": (
         spoken(["a", "b"], "left.npy", "right.npy", "text.json.gz"),
@@ -440,7 +442,7 @@ def test_dots_in_samples_that_hold_anything(
 def test_labels_are_handed_on_as_they_are(
     extension: str, text: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a number is, and what is no label, is decided in one place for all sources."""
+    """All sources agree on what is a number, and what is no label."""
     handed: list[object] = []
     monkeypatch.setattr(
         "wds_train.conversion.sources.tar_samples.label_text",
@@ -611,7 +613,7 @@ URLS = [f"https://example.com/{n}.jpg" for n in range(4)]
 
 
 def crawled(root: Path) -> Path:
-    """What img2dataset leaves: a .jpg, its caption and what is known of it, and a table beside each tar."""
+    """As img2dataset writes them: a .jpg, its caption and its facts, and a table for each tar."""
     files = []
     for n, (_, name) in enumerate(FOUR):
         known = {
@@ -642,8 +644,8 @@ def test_captions_of_a_crawl(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         code, output = conversion(capsys, *arguments)
         assert code == 1 and "none of 4 samples has a label" in output, output
         assert (
-            "the .json members have the fields url, caption, key, status, width, and none of label, cls"
-            in output
+            "the .json members have the fields url, caption, key, status, width, "
+            "and none of label, cls" in output
         )
         assert "the .txt beside an image is its caption" in output and "KEY.cls" in output
         assert f"wds-train shards index {root} --any" in output
@@ -1052,7 +1054,10 @@ def test_a_second_label_of_another_name_is_said(
     root = put(tmp_path / "mine", {"a.tar": files})
     for arguments in ((f"wds:{root}", tmp_path / "out", "--hold-out", "0"), ("index", root)):
         code, output = conversion(capsys, *arguments)
-        told = f"samples have two labels: 0 is cat, and a kind of cat by its .{other}, which is not read"
+        told = (
+            f"samples have two labels: 0 is cat, and a kind of cat by its .{other}, "
+            "which is not read"
+        )
         assert code == 0 and told in output, output
 
 

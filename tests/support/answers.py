@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from shards import make_shards
 from wds_train.cli import main
-from wds_train.conversion import command as make_shards
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

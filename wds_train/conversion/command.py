@@ -6,14 +6,20 @@ import logging
 import os
 import time
 from array import array
-from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 
 import numpy as np
 
 from wds_train.console import LOG, Meter, note
-from wds_train.conversion.conversion_report import Note, judge, print_notes, report_json, say
+from wds_train.conversion.conversion_report import (
+    Note,
+    judge,
+    print_notes,
+    report_json,
+    say,
+    select_left_out,
+)
 from wds_train.conversion.convert import Conversion
 from wds_train.conversion.estimate import print_plan
 from wds_train.conversion.executors import make_counts, open_executor, run_tasks, start_fork_server
@@ -53,7 +59,7 @@ from wds_train.conversion.sources.labels import (
     parse_class_list,
 )
 from wds_train.conversion.sources.scan import UNLABELED
-from wds_train.conversion.sources.source import Grouping, Source, Understood
+from wds_train.conversion.sources.source import Grouping, Source, Understood, Wanted
 from wds_train.conversion.sources.spool import Spool
 from wds_train.conversion.sources.tars import CLASS_LISTS, tar_classes
 from wds_train.dataset.manifest import DatasetManifest
@@ -70,7 +76,12 @@ MIB = 1 << 20
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `wds-train shards` with the parsed flags, and return the exit status."""
+    """Run `wds-train shards` with the parsed flags, and return the exit status.
+
+    Raises:
+        UsageError: The source or the destination cannot be used as the flags say.
+        DataError: The source cannot be read, or holds too many unreadable samples.
+    """
     if args.any and args.source != INDEX:
         raise UsageError(
             "--any is of `wds-train shards index`; leave it out: other sources are of images"
@@ -98,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         source = _with_group(open_source(args.source, spool, args.form, wanted), args)
         refuse_unmet(wanted, args.source)
         plan = Plan(source, _options(args, source))
-        found = source.samples + sum(entry.what == "left out" for entry in source.notes)
+        found = source.samples + len(select_left_out(source.notes))
         if LOG.isEnabledFor(logging.INFO):
             print_understood(plan)
         judge(source.notes, found, args.max_bad)
@@ -119,20 +130,29 @@ def run(args: argparse.Namespace) -> int:
         judge(notes, found, args.max_bad)
         made = conversion.finish(done)
 
-    print_notes(notes, made.report.name if made.report else "")
-    for line in repeat_lines(conversion.repeats, held_out=bool(plan.options.hold_out)):
-        say(line)
-    say(f"{store.url}: {_describe(made)}, in {time.monotonic() - began:.0f} s")
-    say(f"fingerprint {made.fingerprint}")
+    _print_made(conversion, made, notes, time.monotonic() - began)
     return 0
+
+
+def _print_made(
+    conversion: Conversion, made: DatasetManifest, notes: list[Note], seconds: float
+) -> None:
+    """Print what the dataset lacks, what it holds twice, and what it is."""
+    print_notes(notes, made.report.name if made.report else "")
+    held_out = bool(conversion.plan.options.hold_out)
+    for line in repeat_lines(conversion.repeats, held_out=held_out):
+        say(line)
+    say(f"{conversion.store.url}: {_describe(made)}, in {seconds:.0f} s")
+    say(f"fingerprint {made.fingerprint}")
 
 
 def _options(args: argparse.Namespace, source: Source) -> Options:
     """Return the plan's options; --hold-out depends by default on the source's splits."""
     share = args.hold_out
     if share is None:
-        lacks_val = "train" in source.splits and "val" not in source.splits
-        share = HELD_OUT if lacks_val else 0.0
+        share = 0.0
+        if "train" in source.splits and "val" not in source.splits:
+            share = HELD_OUT
     return Options(
         seed=args.seed,
         shard_bytes=int(args.shard_mb * MIB),
@@ -159,8 +179,12 @@ def _with_group(source: Source, args: argparse.Namespace) -> Source:
         )
     if source.grouping is not None:
         return source
+    # A pattern is of paths below the source, wherever that is.
+    place = ""
     root = source_root(args.source)
-    return replace(source, grouping=Grouping(args.group, root=str(root.resolve()) if root else ""))
+    if root is not None:
+        place = str(root.resolve())
+    return replace(source, grouping=Grouping(args.group, root=place))
 
 
 def _convert(
@@ -177,13 +201,19 @@ def _convert(
     """
     plan = conversion.plan
     finished = {(part.split, part.number) for part in done}
-    missing = sum(map(len, plan.parts.values())) - len(finished)
-    if finished:
-        note(f"{len(finished)} of {len(finished) + missing} shards are finished already")
+
+    # Count the shards that are missing, and the bytes of all.
+    shards = 0
     size = 0
     for split, parts in plan.parts.items():
-        size += sum(plan.size(split, number) for number in range(len(parts)))
+        shards += len(parts)
+        for number in range(len(parts)):
+            size += plan.size(split, number)
+    missing = shards - len(finished)
+    if finished:
+        note(f"{len(finished)} of {shards} shards are finished already")
 
+    # Make them, twice as many in flight as are made at once, so that no process waits for a task.
     processes = min(args.processes, missing)
     counts = make_counts(0 if args.executor else processes)
     try:
@@ -219,15 +249,16 @@ def _count(plan: Plan, counts: Counts, part: ShardDone) -> None:
 def _describe(made: DatasetManifest) -> str:
     """Return a dataset's splits, classes and size in words."""
     parts = []
+    size = 0
     for name, split in made.splits.items():
         plural = "" if len(split.shards) == 1 else "s"
         parts.append(f"{name} {split.samples:,} samples in {len(split.shards)} shard{plural}")
-    size = sum(split.bytes for split in made.splits.values())
+        size += split.bytes
     return f"{', '.join(parts)}, {len(made.classes)} classes, {size / 1e6:,.1f} MB"
 
 
 def _index(args: argparse.Namespace) -> int:
-    """Run `wds-train shards index`."""
+    """Run `wds-train shards index`: index tars where they are."""
     if args.dataset is None:
         raise UsageError(
             "index needs the address of the tars: wds-train shards index s3://bucket/prefix"
@@ -241,18 +272,7 @@ def _index(args: argparse.Namespace) -> int:
         prove(store, WIP, say, unsafe=args.unsafe_store)
 
     # Read the tars, and see whether they can be used.
-    note(f"reading the tars of {store.url} ...")
-    policy = None if args.any else ImagePolicy(verify=args.verify)
-    splits, notes = index_in_place(store, policy, wanted.splits)
-    refuse_unmet(wanted, store.url)
-    samples = sum(len(found.rows) for found in splits.values())
-    left_out = sum(entry.what == "left out" for entry in notes)
-    if not samples + left_out:
-        raise DataError(
-            f"the tars of {store.url} hold no samples with an image and a label; {ANY_TOO}"
-        )
-    judge(notes, samples + left_out, args.max_bad)
-    print_notes(notes)
+    splits, notes = _read_usable(store, wanted, args)
 
     # Number the classes.
     classes = _find_classes(store, splits, wanted.labels, holds_anything=args.any)
@@ -260,7 +280,7 @@ def _index(args: argparse.Namespace) -> int:
         _number_labels(found, classes)
         for key in _drop_unlabeled(found):
             notes.append(Note(split, key, "ignored", UNLABELED))
-    reading = _read_tars(store.url, splits, classes, notes)
+    reading = _reading_of_tars(store.url, splits, classes, notes)
     print_reading(reading)
     if args.dry_run:
         return 0
@@ -268,22 +288,47 @@ def _index(args: argparse.Namespace) -> int:
     # Write index, report and manifest.
     lines: list[str] = []
     extra: dict[str, object] = {"understood": describe_reading(reading)}
+    image_policy = {ANY: True}
     if not args.any:
+        image_policy = {}
         repeats = repeats_in_place(splits, classes.infos)
         extra["repeats"] = asdict(repeats)
         lines = repeat_lines(repeats, held_out=False)
+    report = report_json(notes, 0, extra)
     made = write_dataset(
-        store,
-        splits,
-        classes.infos,
-        {ANY: True} if args.any else {},
-        report_json(notes, 0, extra),
-        overwrite=args.overwrite,
+        store, splits, classes.infos, image_policy, report, overwrite=args.overwrite
     )
     for line in lines:
         say(line)
     say(f"{store.url}: {_describe(made)}\nfingerprint {made.fingerprint}")
     return 0
+
+
+def _read_usable(
+    store: Store, wanted: Wanted, args: argparse.Namespace
+) -> tuple[dict[str, Indexed], list[Note]]:
+    """Read the tars of `store`, and print what is odd about them.
+
+    Returns:
+        The index of each split, whose labels are still texts, and all notes.
+
+    Raises:
+        DataError: There are no samples, or too many of them are unreadable.
+    """
+    note(f"reading the tars of {store.url} ...")
+    policy = None if args.any else ImagePolicy(verify=args.verify)
+    splits, notes = index_in_place(store, policy, wanted.splits)
+    refuse_unmet(wanted, store.url)
+    samples = len(select_left_out(notes))
+    for found in splits.values():
+        samples += len(found.rows)
+    if not samples:
+        raise DataError(
+            f"the tars of {store.url} hold no samples with an image and a label; {ANY_TOO}"
+        )
+    judge(notes, samples, args.max_bad)
+    print_notes(notes)
+    return splits, notes
 
 
 def _refuse_unheeded(args: argparse.Namespace) -> None:
@@ -303,6 +348,8 @@ def _refuse_unheeded(args: argparse.Namespace) -> None:
         "--resize-shorter": args.resize_shorter,
         "--reencode": args.reencode or None,
     }
+
+    # None is the default of all of them.
     unheeded = [flag for flag, value in given.items() if value is not None]
     if unheeded:
         raise UsageError(
@@ -315,7 +362,10 @@ def _find_classes(
     store: Store, splits: dict[str, Indexed], rules: LabelRules, *, holds_anything: bool
 ) -> Classes:
     """Find the classes of indexed tars, whose labels are still texts."""
-    counts = count_texts(row["label"] for found in splits.values() for row in found.rows)
+    texts = []
+    for found in splits.values():
+        texts += [row["label"] for row in found.rows]
+    counts = count_texts(texts)
     if holds_anything:
         return classes_of(counts, store.url, rules)
     rules, listed = _listed_classes(store, rules)
@@ -336,7 +386,7 @@ def _listed_classes(store: Store, rules: LabelRules) -> tuple[LabelRules, str]:
     return rules, ""
 
 
-def _read_tars(
+def _reading_of_tars(
     url: str, splits: dict[str, Indexed], classes: Classes, notes: list[Note]
 ) -> Reading:
     """Return how tars that stay where they are were read; their labels are numbers already."""
@@ -344,12 +394,17 @@ def _read_tars(
     for split, found in splits.items():
         labels = [row["label"] for row in found.rows]
         counts[split] = np.bincount(labels, minlength=len(classes.infos))
-    kept = [entry.cause for entry in notes if entry.what == "kept" and not entry.split]
+
+    # Remarks on all tars together belong to no split.
+    remarks = []
+    for entry in notes:
+        if entry.what == "kept" and not entry.split:
+            remarks.append(entry.cause)
     labels_from = "the members .cls, .json and their like"
-    if [entry.id for entry in classes.infos] == [ANY]:
+    if len(classes.infos) == 1 and classes.infos[0].id == ANY:
         labels_from = "none: samples may hold anything"
     understood = Understood(
-        "WebDataset tars, indexed in place", labels_from, [*classes.said, *kept]
+        "WebDataset tars, indexed in place", labels_from, [*classes.said, *remarks]
     )
     return Reading(f"the tars of {url}", classes.infos, counts, notes, understood)
 
@@ -362,19 +417,21 @@ def _number_labels(found: Indexed, classes: Classes) -> None:
 
 def _drop_unlabeled(found: Indexed) -> list[str]:
     """Remove the samples without a label from the index, and return their keys."""
-    dropped = [row["key"] for row in found.rows if row["label"] == NO_LABEL]
-    if not dropped:
-        return []
+    # Keep the rows with a label, and count them for each tar.
+    dropped = []
     rows = []
     digests = array("Q")
+    samples = [0] * len(found.shards)
     for row, digest in zip(found.rows, found.digests, strict=True):
-        if row["label"] != NO_LABEL:
+        if row["label"] == NO_LABEL:
+            dropped.append(row["key"])
+        else:
             rows.append(row)
             digests.append(digest)
-    found.rows = rows
-    found.digests = digests
-    samples = Counter(row["shard"] for row in rows)
-    found.shards = [
-        replace(shard, samples=samples[number]) for number, shard in enumerate(found.shards)
-    ]
+            samples[row["shard"]] += 1
+    if dropped:
+        found.rows = rows
+        found.digests = digests
+        for number, shard in enumerate(found.shards):
+            found.shards[number] = replace(shard, samples=samples[number])
     return dropped

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +32,35 @@ class Note:
     cause: str
 
 
+@dataclass
+class Cause:
+    """A cause that several notes have.
+
+    Attributes:
+        text: The cause.
+        example: The origin of the first of them.
+        count: How many notes.
+    """
+
+    text: str
+    example: str
+    count: int = 0
+
+
+def count_causes(notes: Iterable[Note]) -> list[Cause]:
+    """Return the causes of notes, the most frequent first."""
+    causes: dict[str, Cause] = {}
+    for note in notes:
+        cause = causes.setdefault(note.cause, Cause(note.cause, note.origin))
+        cause.count += 1
+    return sorted(causes.values(), key=lambda cause: -cause.count)
+
+
+def select_left_out(notes: Iterable[Note]) -> list[Note]:
+    """Return the notes on unreadable samples, which count against the tolerance."""
+    return [note for note in notes if note.what == "left out"]
+
+
 def reasons(notes: Sequence[Note], most: int = 5) -> str:
     """Return why samples are left out or ignored, for the end of a sentence.
 
@@ -43,10 +71,13 @@ def reasons(notes: Sequence[Note], most: int = 5) -> str:
     Returns:
         The causes, most frequent first, each with an example; empty if there are none.
     """
-    causes = Counter(note.cause for note in notes if note.what in ("left out", "ignored"))
-    examples = {note.cause: note.origin for note in reversed(notes)}  # the first of each cause
-    listed = [f"{count} x {cause} ({examples[cause]})" for cause, count in causes.most_common(most)]
-    return f": {'; '.join(listed)}" if listed else ""
+    absent = [note for note in notes if note.what in ("left out", "ignored")]
+    listed = []
+    for cause in count_causes(absent)[:most]:
+        listed.append(f"{cause.count} x {cause.text} ({cause.example})")
+    if not listed:
+        return ""
+    return f": {'; '.join(listed)}"
 
 
 def report_json(
@@ -59,6 +90,7 @@ def report_json(
         reencoded: How many images were encoded again.
         extra: More to keep there: how the source was understood, what is repeated.
     """
+    # Sorted, so that the same conversion writes the same bytes however many processes it has.
     ordered = sorted(notes, key=lambda note: (note.what, note.split, note.origin, note.cause))
     content = {
         "reencoded": reencoded,
@@ -77,11 +109,13 @@ def judge(notes: list[Note], found: int, max_bad: float) -> None:
         found: All samples that the source's scan found, readable or not.
         max_bad: The share of them that may be unreadable.
     """
-    unreadable = [note for note in notes if note.what == "left out"]
-    # 0.07 * 100 is 7.000000000000001, and 0.29 * 100 is 28.999999999999996
+    unreadable = select_left_out(notes)
+    # 0.29 * 100 is 28.999999999999996: of 100 samples a share of 0.29 would allow 28.
     allowed = max_bad * found + 1e-9
     if len(unreadable) <= allowed:
         return
+
+    # The message names the share that would do, rounded up to a tenth of a percent.
     print_notes(unreadable)
     if len(unreadable) >= found:
         raise DataError(f"none of {found} samples can be used{reasons(unreadable)}; repair them")
@@ -102,8 +136,9 @@ def say(line: str, number: int = 1) -> None:
         line: The text.
         number: The file descriptor: 1 for stdout, 2 for stderr.
     """
+    stream = sys.stderr if number == 2 else sys.stdout
     try:
-        print(line, file=sys.stdout if number == 1 else sys.stderr, flush=True)
+        print(line, file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
@@ -116,15 +151,21 @@ def print_notes(notes: list[Note], report: str = "report.json", most: int = 20) 
         report: The object that holds all of them.
         most: The most lines to print.
     """
+    # Group the notes. Those of one kind share a line; each unreadable sample has its own, by its
+    # number.
     alike: dict[object, list[Note]] = {}
     for number, note in enumerate(notes):
-        # The number makes each unreadable sample a kind of its own.
-        kind = number if note.what == "left out" else (note.what, note.split, note.cause)
+        kind: object = (note.what, note.split, note.cause)
+        if note.what == "left out":
+            kind = number
         alike.setdefault(kind, []).append(note)
-    groups = list(alike.values())
-    for first, *others in groups[:most]:
-        also = f" and {len(others):,} more" if others else ""
+
+    # Print a line for each group, as many as there is room for.
+    left = len(notes)
+    for group in list(alike.values())[:most]:
+        first = group[0]
+        left -= len(group)
+        also = f" and {len(group) - 1:,} more" if len(group) > 1 else ""
         say(f"{first.what:9} {first.split:6} {first.origin}{also}: {first.cause}")
-    left = sum(len(group) for group in groups[most:])
     if left:
         say(f"... and {left:,} more; {report} beside the manifest has all of them")

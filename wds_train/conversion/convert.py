@@ -14,7 +14,7 @@ removed that the old one named.
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,12 +29,13 @@ from wds_train.conversion.shard_plan import Plan, shard_name
 from wds_train.conversion.source_summary import describe
 from wds_train.dataset import manifest as manifests
 from wds_train.dataset.index import SCHEMA, write_index
-from wds_train.dataset.manifest import DatasetManifest, Index, Split, read_manifest
+from wds_train.dataset.manifest import DatasetManifest, Split, read_manifest
 from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
 from wds_train.storage.base import Store
 from wds_train.storage.proof import is_probe, prove
 
 PLAN = f"{WIP}plan.json"
+AT_ONCE = 16  # requests to the store: each waits for an answer most of its time
 RECORD = re.compile(r"\.wip/[a-z]+/shard-\d{6}\.parquet")
 
 
@@ -145,20 +146,21 @@ class Conversion:
         Args:
             finished: (split, number) of shards that are there already.
         """
-        plan = self.plan
-        for window in plan.windows(finished):
-            yield (
-                ShardTask(
-                    store=self.store,
-                    plan=plan.digest,
-                    split=split,
-                    number=number,
-                    rows=rows,
-                    policy=plan.options.policy,
-                    mark=self.mark,
-                    own_index=plan.by_shard(split),
-                )
-                for split, number, rows in window
+        for window in self.plan.windows(finished):
+            yield self._tasks_of(window)
+
+    def _tasks_of(self, window: Iterable[tuple[str, int, pa.Table]]) -> Iterator[ShardTask]:
+        """Yield the tasks of a window; its rows are taken when a task is asked for."""
+        for split, number, rows in window:
+            yield ShardTask(
+                store=self.store,
+                plan=self.plan.digest,
+                split=split,
+                number=number,
+                rows=rows,
+                policy=self.plan.options.policy,
+                mark=self.mark,
+                own_index=self.plan.by_shard(split),
             )
 
     def complete(self) -> DatasetManifest:
@@ -177,6 +179,7 @@ class Conversion:
         Raises:
             Conflict: Another conversion has finished here meanwhile.
         """
+        # Indexes and report, which nothing names yet.
         splits = {}
         for split in self.plan.parts:
             splits[split] = _write_split(self.store, self.plan, self.mark, split, done)
@@ -186,6 +189,8 @@ class Conversion:
         made = DatasetManifest(
             self.plan.source.classes, splits, report=report, **self.plan.settings
         )
+
+        # The manifest, by compare-and-swap: of two conversions that end now, one wins.
         condition: dict[str, Any] = {"if_absent": True}
         if self._replaces:
             condition = {"if_match": self._replaces}
@@ -229,7 +234,7 @@ class Conversion:
         for entry in self.store.list(WIP):
             if RECORD.fullmatch(entry.key) or is_probe(entry.key):
                 stale.add(entry.key)
-        with ThreadPoolExecutor(16) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(self.store.delete, stale))
         self.store.delete(PLAN)  # last: it names what there is to remove
 
@@ -247,6 +252,7 @@ class Conversion:
             Conflict: Another conversion has written its plan meanwhile.
             UsageError: There are foreign files under our names.
         """
+        # Objects that replace others have a mark in their names, so that both can be there.
         replaced: set[str] = set()
         if made is not None:
             replaced |= made.objects()
@@ -256,6 +262,8 @@ class Conversion:
         mine = self.plan.names(self.mark)
         if not replaced:
             _refuse_foreign(self.store, mine)
+
+        # Written only over the record that was read: of two that begin now, one wins.
         ours = PlanRecord(self.plan.settings, self.mark, mine, sorted(replaced - {*mine}))
         if tag:
             self.store.write(PLAN, ours.to_json(), if_match=tag)
@@ -269,10 +277,18 @@ class Conversion:
         return None
 
     def _read_finished(self) -> list[ShardDone]:
-        records = [entry.key for entry in self.store.list(WIP) if entry.key.endswith(".parquet")]
+        """Return the shards whose record and object agree."""
+        records = []
+        for entry in self.store.list(WIP):
+            if entry.key.endswith(".parquet"):
+                records.append(entry.key)
         confirm = partial(_confirm_record, self.store, self.plan.digest, self.mark)
-        with ThreadPoolExecutor(16) as pool:
-            return [done for done in pool.map(confirm, records) if done]
+        finished = []
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for done in pool.map(confirm, records):
+                if done is not None:
+                    finished.append(done)
+        return finished
 
 
 @contextlib.contextmanager
@@ -315,17 +331,21 @@ def _confirm_record(store: Store, plan: str, mark: str, record: str) -> ShardDon
 
 def _write_split(store: Store, plan: Plan, mark: str, split: str, done: list[ShardDone]) -> Split:
     """Return the manifest's entry of `split`, and write its index if that is one object."""
-    mine = [part for part in done if part.split == split]
-    mine.sort(key=lambda part: part.number)
-    index: Index | tuple[Index, ...] = tuple(part.index for part in mine if part.index)
-    if not plan.by_shard(split):
-        batches = []
-        for part in mine:
-            if part.rows is not None:
-                batches += part.rows.to_batches()
-        content = write_index(pa.Table.from_batches(batches, SCHEMA))
-        index = put(store, f"{split}/index{mark}.parquet", content)
-    return Split(tuple(part.shard for part in mine), index)
+    shards = []
+    indexes = []
+    batches = []
+    for part in sorted(done, key=lambda part: part.number):
+        if part.split != split:
+            continue
+        shards.append(part.shard)
+        if part.index is not None:
+            indexes.append(part.index)
+        if part.rows is not None:
+            batches += part.rows.to_batches()
+    if plan.by_shard(split):
+        return Split(tuple(shards), tuple(indexes))
+    content = write_index(pa.Table.from_batches(batches, SCHEMA))
+    return Split(tuple(shards), put(store, f"{split}/index{mark}.parquet", content))
 
 
 def _find_repeats(plan: Plan, done: list[ShardDone]) -> Repeats:
@@ -338,20 +358,24 @@ def _find_repeats(plan: Plan, done: list[ShardDone]) -> Repeats:
 
 def _report(plan: Plan, repeats: Repeats, done: list[ShardDone]) -> bytes:
     notes = list(plan.source.notes)
+    altered = 0
     for part in done:
         notes += part.notes
-    altered = sum(part.altered for part in done)
+        altered += part.altered
     extra = {"understood": describe(plan), "repeats": asdict(repeats)}
     return report_json(notes, altered, extra)
 
 
 def _refuse_foreign(store: Store, names: list[str]) -> None:
     """Raise `UsageError` if the store holds any of `names` already."""
+    # One listing for each folder, rather than a question for each name.
+    folders = {name.rpartition("/")[0] for name in names}
     there = set()
-    for folder in sorted({name.rpartition("/")[0] for name in names}):
+    for folder in sorted(folders):
         # The one object that lies in no folder is the report.
         prefix = f"{folder}/" if folder else "report.json"
-        there |= {entry.key for entry in store.list(prefix)}
+        for entry in store.list(prefix):
+            there.add(entry.key)
     foreign = sorted(there & {*names})
     if foreign:
         others = f" and {len(foreign) - 1} more" if foreign[1:] else ""
@@ -388,6 +412,6 @@ def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
 def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with those of the image policy and of the conversion among them."""
     flat = {**settings, **settings.get("image_policy", {}), **settings.get("conversion", {})}
-    return {
-        name: value for name, value in flat.items() if name not in ("image_policy", "conversion")
-    }
+    flat.pop("image_policy", None)
+    flat.pop("conversion", None)
+    return flat

@@ -28,6 +28,7 @@ def print_plan(plan: Plan, processes: int) -> None:
         plan: The conversion.
         processes: How many make shards at once.
     """
+    # The size of each split, by the share of an image's bytes that is kept.
     ratio, seconds = _try_out(plan)
     total = 0
     shards = 0
@@ -39,6 +40,7 @@ def print_plan(plan: Plan, processes: int) -> None:
         total += size
         shards += len(parts)
 
+    # Time and cost of all of them.
     work = duration(START_SECONDS + seconds * plan.source.samples / processes)
     plural = "es" if processes > 1 else ""
     print(
@@ -46,6 +48,7 @@ def print_plan(plan: Plan, processes: int) -> None:
         f"and the time to upload {total / 1e6:,.1f} MB"
     )
     month = dollars(total / 1e9 * DOLLARS_PER_GB_MONTH)
+    # Each shard is uploaded, and recorded when it is finished.
     requests = dollars(2 * shards * DOLLARS_PER_PUT)
     print(f"S3: {month} a month, {requests} for the upload's requests")
 
@@ -56,6 +59,7 @@ def _try_out(plan: Plan) -> tuple[float, float]:
     Returns:
         The share of an image's bytes that is kept, and seconds per image.
     """
+    # A random sample: neighbours in a source are often alike.
     rows = next(iter(plan.source.splits.values()))
     chosen = take(rows, permutation(rows.num_rows, "dry run")[:SAMPLED]).to_pylist()
     before = 0

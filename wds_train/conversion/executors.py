@@ -143,6 +143,8 @@ def run_tasks(
     if executor is None:
         yield from map(make_shard, tasks)
         return
+
+    # Few in flight keep memory small: a task holds the rows of its shard.
     pending: set[Future[ShardDone]] = set()
     try:
         for task in tasks:

@@ -52,7 +52,7 @@ PLAIN_MODES = {"RGB", "L"}
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How the source's images are checked and encoded.
+    """The rules by which a source's images are checked and encoded.
 
     Attributes:
         resize_shorter: Pixels. Images whose shorter side is longer are encoded again as JPEG; None
@@ -255,10 +255,12 @@ def _encode(
         policy: Size and quality.
         oddities: What else is unusual about it.
     """
+    # As people see it: upright, without transparency, in 8 bits a channel.
     made = plain(image, data)
     small = made.image
     shorter = policy.resize_shorter
     if shorter and min(small.size) > shorter:
+        # Rounding must not make the shorter side a pixel too short.
         scale = shorter / min(small.size)
         width = max(shorter, round(small.width * scale))
         height = max(shorter, round(small.height * scale))

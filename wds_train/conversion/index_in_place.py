@@ -57,7 +57,8 @@ from wds_train.dataset.tar import Member, members
 from wds_train.errors import Conflict, DataError, NotFound, StoreError, UsageError
 from wds_train.storage.base import Entry, Store
 
-CHUNK = 8 << 20
+CHUNK = 8 << 20  # bytes of a request
+NAMED = 4  # files that a message names
 # The loader fetches blocks of many samples at once; one sample must fit into one many times over.
 MAX_SAMPLE = 64 << 20
 ANY = "any"  # the one class of samples that may hold anything
@@ -150,29 +151,19 @@ def index_in_place(
         UsageError: There are no tars.
         DataError: A tar cannot be indexed.
     """
-    # Find the tars, and say which archives cannot be indexed.
-    there = {entry.key: entry for entry in store.list() if not is_litter(entry.key)}
-    tars = {key: entry for key, entry in there.items() if key.lower().endswith(".tar")}
-    refuse_archives(there, store.url)
-    packed = [key for key in there if is_tar(key) and key not in tars]
-    if tars and packed:
-        shown = ", ".join(packed[:4])
-        raise DataError(f"{store.url} holds {shown}, compressed, which cannot be indexed; {UNPACK}")
-    if not tars:
-        raise UsageError(
-            f"{store.url} holds no .tar files; check the address; "
-            ".tar.gz must be unpacked to plain tars"
-        )
+    tars = _find_tars(store)
+    used, unused = file_splits([*tars], said, store.url)
 
     # Read each of them once.
-    used, unused = file_splits([*tars], said, store.url)
-    splits = {split: Indexed() for split in dict.fromkeys(used.values())}
+    splits: dict[str, Indexed] = {}
     indexer = _Indexer(policy)
-    with Meter(sum(tars[key].bytes for key in used)) as meter:
+    with Meter(sum([tars[key].bytes for key in used])) as meter:
         for key, split in used.items():
-            indexer.add(splits[split], split, Forward(store, tars[key], meter))
+            found = splits.setdefault(split, Indexed())
+            indexer.add(found, split, Forward(store, tars[key], meter))
     indexer.labels.refuse(store.url, len(used))
 
+    # Note what is odd about all of them together, and about each split.
     notes = [Note("", key, "ignored", cause) for key, cause in unused.items()]
     for sentence in (indexer.keys.remark(), indexer.labels.remark()):
         if sentence:
@@ -180,8 +171,42 @@ def index_in_place(
     for found in splits.values():
         notes += found.notes
     # Test images are often handed out without labels: these are no split.
-    splits = {split: found for split, found in splits.items() if found.rows or split != "test"}
+    if "test" in splits and not splits["test"].rows:
+        del splits["test"]
     return splits, notes
+
+
+def _find_tars(store: Store) -> dict[str, Entry]:
+    """Return the tars below `store`, by their names.
+
+    Raises:
+        UsageError: There are none.
+        DataError: There are archives that cannot be indexed.
+    """
+    # Find the tars, and archives that only look like some.
+    there: dict[str, Entry] = {}
+    tars: dict[str, Entry] = {}
+    compressed = []
+    for entry in store.list():
+        if is_litter(entry.key):
+            continue
+        there[entry.key] = entry
+        if entry.key.lower().endswith(".tar"):
+            tars[entry.key] = entry
+        elif is_tar(entry.key):
+            compressed.append(entry.key)
+
+    # No archive is passed over in silence: half of the data would be missing.
+    refuse_archives(there, store.url)
+    if tars and compressed:
+        shown = ", ".join(compressed[:NAMED])
+        raise DataError(f"{store.url} holds {shown}, compressed, which cannot be indexed; {UNPACK}")
+    if not tars:
+        raise UsageError(
+            f"{store.url} holds no .tar files; check the address; "
+            ".tar.gz must be unpacked to plain tars"
+        )
+    return tars
 
 
 @dataclass(frozen=True)
@@ -222,16 +247,12 @@ class _Indexer:
         name = file.entry.key
         before = len(found.rows)
         try:
-            parts = [
-                _read(member, file, self._policy)
-                for member in members(file.read, 0, file.entry.bytes)
-            ]
-            plain = [part.member for part in parts if _counts(part.member)]
-            for member in plain:
-                if member.kind != "file":
-                    raise DataError(
-                        f"{member.name!r} is a {member.kind}; only plain files can be used"
-                    )
+            parts = []
+            for member in members(file.read, 0, file.entry.bytes):
+                parts.append(_read(member, file, self._policy))
+            plain = _plain_members(parts)
+
+            # Group them into samples by their names.
             how = self.keys.choose(name, plain, BESIDE_CAPTIONS if self._policy else ANYTHING)
             samples = [*group(plain, how)]
             if self._policy:
@@ -253,6 +274,7 @@ class _Indexer:
         tar = _TarParts(parts)
         seen: set[str] = set()
         for sample in samples:
+            # A sample is read as one range of bytes: its members must be neighbours.
             if sample.key in seen:
                 raise DataError(
                     f"the members of {sample.key!r} do not lie side by side; "
@@ -282,13 +304,17 @@ class _Indexer:
         Raises:
             DataError: The sample cannot be used.
         """
+        # A sample is the range from its first member to the end of its last.
         own = sorted(sample.members.values(), key=lambda member: member.offset)
         start = own[0].offset
+
+        # Refuse what the loader could not name or stream.
         length = own[-1].end - start
+        largest = max(own, key=lambda member: member.size)
         if self._policy:
             if not sample.images():
                 raise DataError(f"no image member; {ANY_TOO}")
-        elif not any(member.size for member in own):
+        elif largest.size == 0:
             raise DataError("its members are empty")
         if not sample.key or readable(sample.key) != sample.key:
             raise DataError("its name is empty, not UTF-8, or cannot be printed; rename it")
@@ -299,7 +325,7 @@ class _Indexer:
 
         # Of samples that may hold anything, the largest member takes the place of the image.
         label = ANY
-        image: Member | None = max(own, key=lambda member: member.size)
+        image: Member | None = largest
         if self._policy:
             label = self.labels.label(sample, tar.text)
             image = sample.image()
@@ -325,8 +351,11 @@ class _TarParts:
 
     def __init__(self, parts: list[_Part]) -> None:
         self._parts = parts
-        self._place = {part.member.offset: place for place, part in enumerate(parts)}
-        self._by_data = {part.member.data_offset: part for part in parts}
+        self._place: dict[int, int] = {}
+        self._by_data: dict[int, _Part] = {}
+        for place, part in enumerate(parts):
+            self._place[part.member.offset] = place
+            self._by_data[part.member.data_offset] = part
 
     def at(self, member: Member) -> _Part:
         """Return what is known of `member`."""
@@ -356,16 +385,37 @@ def _counts(member: Member) -> bool:
     return member.kind != "directory" and not is_litter(member.name)
 
 
+def _plain_members(parts: list[_Part]) -> list[Member]:
+    """Return the members that belong to samples.
+
+    Raises:
+        DataError: One of them is no file.
+    """
+    plain = []
+    for part in parts:
+        member = part.member
+        if not _counts(member):
+            continue
+        if member.kind != "file":
+            raise DataError(f"{member.name!r} is a {member.kind}; only plain files can be used")
+        plain.append(member)
+    return plain
+
+
 def _read(member: Member, file: Forward, policy: ImagePolicy | None) -> _Part:
     """Read a member, check it if it is an image, and return the facts; its bytes are dropped."""
     if member.end - member.offset > MAX_SAMPLE:  # no sample can hold it
         file.pass_over(member.end)
         return _Part(member, 0)
+
+    # Read all of it: the checksum of a sample covers headers and padding.
     record = file.read(member.offset, member.end - member.offset)
     file.forget(member.end)
     checksum = crc32(record)
     if not policy or not _counts(member):
         return _Part(member, checksum)
+
+    # Keep what decides the sample: the facts about an image, the text of a label.
     start = member.data_offset - member.offset
     data = record[start : start + member.size]
     if is_image(member.name):
@@ -395,8 +445,11 @@ def repeats_in_place(splits: dict[str, Indexed], classes: tuple[ClassInfo, ...])
     tables = {}
     packed = []
     for split, found in splits.items():
-        keys = [row["key"] for row in found.rows]
-        labels = [row["label"] for row in found.rows]
+        keys = []
+        labels = []
+        for row in found.rows:
+            keys.append(row["key"])
+            labels.append(row["label"])
         tables[split] = pa.Table.from_batches([to_batch([keys, labels], SAMPLES)])
         packed.append(Packed(split, np.arange(len(keys)), np.array(found.digests, np.uint64)))
     return find_repeats(tables, packed, classes)
@@ -427,18 +480,22 @@ def write_dataset(
         UsageError: Another manifest is there, and is not to be replaced.
         Conflict: Another writer has changed the manifest meanwhile.
     """
+    # Remember the version of the manifest that is replaced.
     old = None
     condition: dict[str, Any] = {"if_absent": True}
     with contextlib.suppress(NotFound):
         old, tag = read_manifest(store)
         condition = {"if_match": tag}
 
+    # Nothing names these until the manifest is written.
     parts = {}
     for split, found in splits.items():
         index = _put(store, f"{split}/index", ".parquet", write_index(found.rows))
         parts[split] = Split(tuple(found.shards), index)
     reported = _put(store, "report", ".json", report)
     made = DatasetManifest(classes, parts, manifests.IN_PLACE, 0, image_policy, {}, reported)
+
+    # The manifest, over the one that was read before: another writer since then is a conflict.
     if old is not None and not overwrite and old.fingerprint != made.fingerprint:
         raise UsageError(
             f"{store.url} has another manifest already, {old.fingerprint}; --overwrite replaces it"
@@ -453,9 +510,8 @@ def _remove_replaced(store: Store, old: DatasetManifest, made: DatasetManifest) 
     """Remove the objects of the manifest `old` that the new one does not name, except tars."""
     try:
         for name in old.objects() - made.objects():
-            if not name.lower().endswith(
-                ".tar"
-            ):  # a tar is somebody's data, however indexed before
+            # A tar is somebody's data, however it was indexed before.
+            if not name.lower().endswith(".tar"):
                 store.delete(name)
     except StoreError as error:
         say(f"the index that was replaced stays there ({error})", 2)

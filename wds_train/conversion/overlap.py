@@ -20,6 +20,8 @@ def refuse_overlap(source: Path | None, store: Store) -> None:
     """
     if source is None:
         return
+
+    # Compare folders of this machine; an S3 store elsewhere overlaps nothing here.
     source = source.resolve()
     if is_embedded(store.url):
         # The server's folder may well lie below the source: .wds is passed over there, as all

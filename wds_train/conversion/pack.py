@@ -26,7 +26,7 @@ from wds_train.dataset.shard import Sample, ShardWriter
 from wds_train.errors import DataError, NotFound, StoreError
 from wds_train.storage.base import PART_BYTES, Store
 
-WIP = ".wip/"
+WIP = ".wip/"  # below the dataset; no manifest names what is there
 RECORDED = np.dtype("<u8")  # of digests, on every machine that reads the record
 COUNT_SECONDS = 0.2  # between two additions to the counts, for which processes wait for each other
 
@@ -51,7 +51,7 @@ class Counts:
 
 
 process_counts: Counts | None = None
-"""The counts that this process adds to; None where nobody shows any."""
+"""The counts that this process adds to; None if nobody shows any."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,14 @@ class Packing:
         warnings.filterwarnings("ignore", module="PIL")
         for row in self.task.rows.to_pylist():
             self._add(row)
+
+            # The source's bytes are counted, since nobody knows the shard's before it is made.
             self._size += row["length"]
             self._images += 1
             if time.monotonic() - self._counted_at > COUNT_SECONDS:
                 self._count()
+
+            # S3 takes no smaller parts of an upload, except the last.
             if self.writer.waiting >= PART_BYTES:
                 yield self._hashed(self.writer.take())
         self._count()
@@ -167,6 +171,7 @@ class Packing:
     def _add(self, row: dict[str, Any]) -> None:
         """Pack the image of `row`, or note why it cannot be used."""
         split = self.task.split
+        # A file of its own is named by its path, an image in a larger file by its key.
         origin = row["key"] if row["offset"] else row["path"]
         data = read_bytes(row["path"], row["offset"], row["length"])
         try:
@@ -175,6 +180,8 @@ class Packing:
             self.notes.append(Note(split, origin, "left out", str(error)))
             self.digests.append(NO_IMAGE)
             return
+
+        # Note how it differs from others, or from what it was.
         if image.oddity:
             what = "altered" if image.altered else "kept"
             self.notes.append(Note(split, origin, what, image.oddity))
@@ -202,9 +209,12 @@ def make_shard(task: ShardTask) -> ShardDone:
 
 
 def _make(task: ShardTask) -> ShardDone:
+    # The shard is uploaded while it is packed.
     packing = Packing(task)
     tag = task.store.write_pieces(task.name, packing.pieces())
     confirm(task.store, task.name, packing.bytes, tag)
+
+    # Its index is an object, or goes into the record.
     rows = index_table(packing.writer.rows)
     shard = Shard(task.name, packing.bytes, rows.num_rows, packing.digest.hexdigest())
     index = None
@@ -248,6 +258,10 @@ def confirm(store: Store, name: str, size: int, tag: str) -> None:
 
 def _to_record(done: ShardDone, plan: str) -> bytes:
     """Return the content of the record: the index rows as Parquet, all else as its metadata."""
+    # The metadata is text: digests go in as base64.
+    index = None
+    if done.index is not None:
+        index = asdict(done.index)
     facts = {
         "plan": plan,
         "shard": asdict(done.shard),
@@ -257,10 +271,12 @@ def _to_record(done: ShardDone, plan: str) -> bytes:
         "notes": [asdict(note) for note in done.notes],
         "altered": done.altered,
         "digests": base64.b64encode(done.digests.astype(RECORDED).tobytes()).decode(),
-        "index": asdict(done.index) if done.index else None,
+        "index": index,
     }
     sink = io.BytesIO()
-    rows = SCHEMA.empty_table() if done.rows is None else done.rows
+    rows = done.rows
+    if rows is None:
+        rows = SCHEMA.empty_table()
     table = rows.replace_schema_metadata({"wds-train": json.dumps(facts)})
     pq.write_table(table, sink)
     return sink.getvalue()
@@ -278,6 +294,8 @@ def from_record(data: bytes, plan: str) -> ShardDone | None:
         facts = json.loads(table.schema.metadata[b"wds-train"])
         if facts.pop("plan") != plan:
             return None
+
+        # What remains are the fields of ShardDone, some of them as plain dicts.
         facts["shard"] = Shard(**facts["shard"])
         facts["notes"] = [Note(**note) for note in facts["notes"]]
         facts["digests"] = np.frombuffer(base64.b64decode(facts["digests"]), RECORDED)

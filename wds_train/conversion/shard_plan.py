@@ -76,6 +76,7 @@ class Plan:
     """
 
     def __init__(self, source: Source, options: Options) -> None:
+        # Hold out first: which samples are val decides what the shards hold.
         if options.hold_out:
             if "train" not in source.splits or "val" in source.splits:
                 there = ", ".join(source.splits)
@@ -87,6 +88,7 @@ class Plan:
         self.source = source
         self.options = options
 
+        # Distribute the samples of each split over its shards.
         self.parts: dict[str, list[np.ndarray]] = {}
         self._sizes: dict[str, Ids] = {}
         for split, rows in source.splits.items():
@@ -143,7 +145,7 @@ class Plan:
         # Images on a disk can be read in any order: one group, whose rows are taken when needed.
         stream = self.source.stream
         if stream is None:
-            yield ((split, number, self._rows(split, ids)) for split, number, ids in missing)
+            yield self._take_each(missing)
             return
 
         # A stream is read once for each group of shards whose images fit the spool.
@@ -151,6 +153,8 @@ class Plan:
             stream.spool.clear()
             wanted = pa.concat_tables([self._rows(split, ids) for _, ids in group])
             rows = stream.fetch(wanted, split)
+
+            # Divide what was fetched among the shards of the group.
             window = []
             start = 0
             for number, ids in group:
@@ -159,6 +163,10 @@ class Plan:
                 window.append((split, number, take(rows, range(start, end))))
                 start = end
             yield window
+
+    def _take_each(self, missing: list[MissingShard]) -> Iterator[tuple[str, int, pa.Table]]:
+        for split, number, ids in missing:
+            yield split, number, self._rows(split, ids)
 
     def size(self, split: str, number: int) -> int:
         """Return the bytes of the source's images that go into a shard."""
@@ -232,6 +240,7 @@ def _groups(
     group_split = ""
     total = 0
     for split, number, ids in missing:
+        # A group ends before the shard that would exceed the spool.
         more = size(split, number)
         if more > limit:
             raise UsageError(

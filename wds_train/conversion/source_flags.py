@@ -13,13 +13,14 @@ from wds_train.conversion.sources.names import NO_SPLIT, SPLITS, SaidSplits
 from wds_train.conversion.sources.source import Wanted
 from wds_train.conversion.sources.table import NO_COLUMN
 from wds_train.dataset.index import WHOLE_INDEX_SAMPLES
+from wds_train.dataset.manifest import ClassInfo
 from wds_train.errors import UsageError
 from wds_train.machine import cores
 from wds_train.storage.proof import UNSAFE_HELP
 
 INDEX = "index"
-HELD_OUT = 0.1  # of each class, where a source has no val split
-SHARE = Number(float, 0, 1, open=")")
+HELD_OUT = 0.1  # of each class, if a source has no val split
+SHARE = Number(float, 0, 1, open=")")  # all of it would leave nothing to train on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +50,15 @@ def _add_reading(group: "argparse._ArgumentGroup") -> None:
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, **with_range(options))
 
+    # The format.
     add(
         "--source",
         dest="form",
         choices=sorted(FORMATS),
         help="the format of SOURCE, when it is not recognised",
     )
+
+    # Tables of labels.
     add(
         "--table",
         type=Path,
@@ -68,6 +72,8 @@ def _add_reading(group: "argparse._ArgumentGroup") -> None:
         metavar="NAME",
         help=f"of a table: the column that says train, val or test; {NO_COLUMN} for no column",
     )
+
+    # Splits by other names.
     add(
         "--split",
         action="append",
@@ -82,6 +88,7 @@ def _add_labels(group: "argparse._ArgumentGroup") -> None:
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, **with_range(options))
 
+    # Classes, and what is none.
     add(
         "--classes",
         type=Path,
@@ -108,6 +115,8 @@ def _add_labels(group: "argparse._ArgumentGroup") -> None:
         metavar="TEXT",
         help="a label that says there is none, such as -100 or NA; may be repeated",
     )
+
+    # A val split, if there is none.
     add(
         "--hold-out",
         type=SHARE,
@@ -132,23 +141,26 @@ def _add_images(group: "argparse._ArgumentGroup") -> None:
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, **with_range(options))
 
+    # Encoding.
     add(
         "--resize-shorter",
         type=positive,
         metavar="PX",
-        help="encode images anew whose shorter side is longer",
+        help="encode images again whose shorter side is longer",
     )
     add(
         "--quality",
         type=Number(int, 1, 100),
         default=90,
-        help="of JPEGs that are encoded anew (%(default)s)",
+        help="of JPEGs that are encoded again (%(default)s)",
     )
     add(
         "--reencode",
         action="store_true",
-        help="take BMP, GIF, TIFF and AVIF too, encoded anew as JPEG of --quality",
+        help="take BMP, GIF, TIFF and AVIF too, encoded again as JPEG of --quality",
     )
+
+    # Checks.
     add(
         "--verify",
         choices=("header", "full"),
@@ -168,6 +180,7 @@ def _add_writing(group: "argparse._ArgumentGroup") -> None:
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, **with_range(options))
 
+    # The bytes of the dataset.
     add("--seed", type=whole, default=0, help="of the shuffle over the whole source (%(default)s)")
     add("--shard-mb", type=above_zero, default=128, help="largest shard, in MiB (%(default)s)")
     add(
@@ -177,6 +190,8 @@ def _add_writing(group: "argparse._ArgumentGroup") -> None:
         metavar="SAMPLES",
         help="a split of more samples has an index for each shard, read when needed (%(default)s)",
     )
+
+    # Where the work is done.
     add(
         "--processes",
         type=positive,
@@ -196,6 +211,8 @@ def _add_writing(group: "argparse._ArgumentGroup") -> None:
         default=50,
         help="most that it may hold; less means more passes (%(default)s)",
     )
+
+    # The destination.
     add("--overwrite", action="store_true", help="replace a dataset made with other settings")
     add("--unsafe-store", action="store_true", help=UNSAFE_HELP)
     add(
@@ -212,21 +229,39 @@ def read_wanted(args: argparse.Namespace) -> Wanted:
         UsageError: A flag cannot be understood, or names a file that is not there.
         DataError: --classes names a file that is no list of classes.
     """
-    for flag, path in (("--table", args.table), ("--classes", args.classes)):
-        if path is not None and not path.expanduser().is_file():
-            raise UsageError(f"{flag} {path} is not there; give the path of a file")
-    classes = read_class_list(args.classes.expanduser()) if args.classes else ()
+    # Files are checked now, rather than after the minutes that reading a source may take.
+    table = _given_file("--table", args.table)
+    class_list = _given_file("--classes", args.classes)
+    classes: tuple[ClassInfo, ...] = ()
+    if class_list is not None:
+        classes = read_class_list(class_list)
+    if table is not None:
+        table = table.resolve()
     return Wanted(
         image=args.image_column,
         label=args.label_column,
         split=args.split_column,
-        table=args.table.expanduser().resolve() if args.table else None,
+        table=table,
         splits=_said_splits(args.split),
         class_level=args.class_level,
         group=_checked_group(args.group),
         labels=LabelRules(classes, args.label_case, frozenset(args.no_label)),
         reencode=args.reencode,
     )
+
+
+def _given_file(flag: str, path: Path | None) -> Path | None:
+    """Return the path that a flag gives, with ~ expanded; None if it was not given.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    if path is None:
+        return None
+    file = path.expanduser()
+    if not file.is_file():
+        raise UsageError(f"{flag} {path} is not there; give the path of a file")
+    return file
 
 
 def _said_splits(said: list[str]) -> SaidSplits:
@@ -237,6 +272,7 @@ def _said_splits(said: list[str]) -> SaidSplits:
     """
     splits = SaidSplits()
     for text in said:
+        # A word may hold an equals sign, a split never does.
         word, equals, split = text.rpartition("=")
         if not equals or not word or split not in (*SPLITS, NO_SPLIT):
             raise UsageError(

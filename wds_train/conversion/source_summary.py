@@ -3,14 +3,13 @@
 The description is printed before the work, and kept in `report.json` after it.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from wds_train.conversion.conversion_report import Note, say
+from wds_train.conversion.conversion_report import Note, count_causes, say
 from wds_train.conversion.shard_plan import Plan
 from wds_train.conversion.sources.source import Understood
 from wds_train.dataset.arrow import to_numpy
@@ -48,7 +47,9 @@ def reading_of(plan: Plan) -> Reading:
     source = plan.source
     counts = {}
     for split, rows in source.splits.items():
-        labels = to_numpy(rows["label"]) if rows.num_rows else np.zeros(0, np.int64)
+        labels = np.zeros(0, np.int64)
+        if rows.num_rows:
+            labels = to_numpy(rows["label"])
         counts[split] = np.bincount(labels, minlength=len(source.classes))
     return Reading(
         description=source.description,
@@ -91,19 +92,21 @@ def print_reading(reading: Reading) -> None:
 
     # The headline: classes and samples.
     names = [_short(entry.name) for entry in reading.classes]
-    shown = ", ".join(names[:SHOWN])
-    more = ", ..." if names[SHOWN:] else ""
-    samples = ", ".join(f"{split} {count:,}" for split, count in description["splits"].items())
-    say(f"{reading.description}: {len(names)} classes ({shown}{more}); {samples}")
+    shown = _list_some(names, SHOWN)
+    samples = _list_counts(description["splits"])
+    say(f"{reading.description}: {len(names)} classes ({shown}); {samples}")
 
+    # How the source was understood, and the samples of each class.
     if reading.understood is not None:
         _print_line("layout", description["layout"])
         _print_line("labels", description["labels"])
-        for split, counts in description["classes"].items():
-            by_name = dict(zip(names, counts.values(), strict=True))
-            # Short names may be equal, ids are not.
-            unique = by_name if len(by_name) == len(counts) else counts
-            _print_line("counts", f"{split}: {_summarise(unique)}")
+        for split, by_id in description["classes"].items():
+            counts = dict(zip(names, by_id.values(), strict=True))
+            if len(counts) < len(by_id):  # short names may be equal, ids are not
+                counts = by_id
+            _print_line("counts", f"{split}: {_summarise(counts)}")
+
+    # What a person should look at.
     for key, word in (("said", "note"), ("ignored", "ignored"), ("doubtful", "doubtful")):
         for sentence in description[key]:
             _print_line(word, sentence)
@@ -115,6 +118,7 @@ def print_understood(plan: Plan) -> None:
     share = plan.options.hold_out
     print_reading(reading_of(plan))
     if share and plan.options.group:
+        # Groups differ in size, so the share may be another one than was asked for.
         held = source.splits["val"].num_rows
         say(
             f"val is whole groups of {plan.options.group}, {held:,} samples, held out; "
@@ -144,7 +148,7 @@ def _print_line(name: str, text: str) -> None:
 def _summarise(counts: dict[str, int]) -> str:
     """Return the samples of each class; of many classes the least, the most and the median."""
     if len(counts) <= COUNTED:
-        return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        return _list_counts(counts)
     values = sorted(counts.values())
     least = min(counts, key=counts.__getitem__)
     most = max(counts, key=counts.__getitem__)
@@ -155,45 +159,66 @@ def _summarise(counts: dict[str, int]) -> str:
     )
 
 
+def _list_counts(counts: dict[str, int]) -> str:
+    return ", ".join([f"{name} {count:,}" for name, count in counts.items()])
+
+
 def _doubts(reading: Reading) -> list[str]:
     """Return what is odd about the numbers of samples, a sentence each."""
     train = reading.counts.get("train")
     if train is None:
         return []
     doubts = []
+
+    # A class of val alone cannot be learnt.
     empty = _empty_classes(reading, "train")
     if empty:
-        doubts.append(f"{len(empty)} classes have no samples in train: {_list_some(empty)}")
-    unlabeled = sum(note.cause == "no label" for note in reading.notes)
+        doubts.append(f"{len(empty)} classes have no samples in train: {_list_some(empty, LISTED)}")
+
+    # The labels may be in another column or file.
+    unlabeled = 0
+    for note in reading.notes:
+        if note.cause == "no label":
+            unlabeled += 1
     if unlabeled > train.sum():
         doubts.append(
             f"more images are without a label ({unlabeled:,}) than with one; "
             "is it the right column?"
         )
+
+    # Whole groups are held out, and few groups may leave a class without any.
     if reading.group and "val" in reading.counts:
         missing = _empty_classes(reading, "val")
         if missing:
-            doubts.append(f"{len(missing)} classes are in no group of val: {_list_some(missing)}")
+            doubts.append(
+                f"{len(missing)} classes are in no group of val: {_list_some(missing, LISTED)}"
+            )
     return doubts
 
 
 def _empty_classes(reading: Reading, split: str) -> list[str]:
-    """Return the classes without samples in `split`."""
-    counts = reading.counts[split].tolist()
-    return [entry.id for entry, count in zip(reading.classes, counts, strict=True) if not count]
+    """Return the ids of the classes without samples in `split`."""
+    empty = []
+    for entry, count in zip(reading.classes, reading.counts[split].tolist(), strict=True):
+        if not count:
+            empty.append(entry.id)
+    return empty
 
 
-def _list_some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:LISTED]) + (", ..." if ids[LISTED:] else "")
+def _list_some(words: Sequence[str], most: int) -> str:
+    shown = ", ".join(words[:most])
+    if len(words) > most:
+        return f"{shown}, ..."
+    return shown
 
 
 def _ignored(notes: Sequence[Note]) -> list[str]:
     """List the causes of what is ignored, most frequent first, each with an example."""
-    ignored = [note for note in notes if note.what == "ignored"]
-    examples = {note.cause: note.origin for note in reversed(ignored)}  # the first of each cause
-    causes = Counter(note.cause for note in ignored).most_common()
-    lines = [f"{count:,} x {cause} ({examples[cause]})" for cause, count in causes[:CAUSES]]
-    rest = sum(count for _, count in causes[CAUSES:])
+    causes = count_causes([note for note in notes if note.what == "ignored"])
+    lines = []
+    for cause in causes[:CAUSES]:
+        lines.append(f"{cause.count:,} x {cause.text} ({cause.example})")
+    rest = sum([cause.count for cause in causes[CAUSES:]])
     if rest:
         lines.append(f"{rest:,} more; report.json has all of them")
     return lines
