@@ -151,13 +151,14 @@ class ImageIndex:
         return Match(image, alike, alike == len(given))
 
     def _below(self, folder: Path) -> str:
-        """Return the path of `folder` below the root; empty for the root and for folders elsewhere."""
+        """Return the path of `folder` below the root; empty for the root and folders elsewhere."""
         if folder == self.root or not folder.is_relative_to(self.root):
             return ""
         return folder.relative_to(self.root).as_posix()
 
     def _agreement(self, image: int, given: Sequence[str]) -> Agreement:
         """Count the last parts of the image's path that agree with `given`."""
+        # macOS may write a path decomposed; `given` is composed.
         parts = normal(self.paths[image]).split("/")
         given = list(given)
 
@@ -170,6 +171,7 @@ class ImageIndex:
                 given[-1] = str(int(parts[-1]))
                 parts[-1] = given[-1]
 
+        # Compare from the end: folders above may differ from machine to machine.
         alike = 0
         exact = 0
         same_case = True
@@ -191,6 +193,7 @@ class ImageIndex:
 
     def split_of(self, image: int) -> str:
         """Return the split that the folders of an image say; empty if none does."""
+        # The innermost folder decides: test/train/1.jpg is of train.
         pieces = self.paths[image].split("/")
         for depth in range(len(pieces) - 1, 0, -1):
             split = self._splits.get("/".join(pieces[:depth]))
@@ -209,6 +212,7 @@ class ImageIndex:
         alike, exact = self._agreement(image, given)
         path = self.paths[image]
         folders = path.split("/")[:-1]
+        # The folders above the part that agrees.
         above = ""
         if alike:
             above = "/".join(path.split("/")[:-alike])

@@ -72,6 +72,7 @@ class Folder:
         """Return the folders with pictures that lie `depth` levels below this one."""
         if depth == 0:
             return [self]
+        # Folders that end above that level are no part of it.
         found = []
         for folder in self.filled:
             found += folder.below(depth - 1)
@@ -104,6 +105,7 @@ def read_tree(path: Path, above: frozenset[Path] = frozenset()) -> Folder:
     Raises:
         DataError: A link leads to a folder that holds it.
     """
+    # Links are followed, so a circle of them would never end.
     here = path.resolve()
     if here in above:
         raise DataError(f"{path} is a link to a folder that holds it; remove the link")
@@ -171,6 +173,7 @@ class DiskFiles:
     def note_outside(self, found: SplitScan, folder: Folder) -> None:
         """Note the files that lie directly in `folder`, outside the class folders."""
         for entry in scan(folder.path):
+            # Folders are classes or have a note of their own, unless they are litter.
             holds_files = is_folder(entry)
             litter = litter_origin(entry.name, folder=holds_files)
             if litter or not holds_files:
@@ -209,12 +212,14 @@ class TarFiles:
     def __init__(self, files: Sequence[TarFile]) -> None:
         self._by_folder: dict[str, list[TarFile]] = {}
         for file in files:
+            # tar cf data.tar . writes ./train/cat/1.jpg.
             parts = [part for part in file.name.split("/")[:-1] if part != "."]
             if not _holds_litter(parts):
                 self._by_folder.setdefault("/".join(parts), []).append(file)
 
     def tree(self, root: str) -> Folder:
         """Return the folders that the files lie in, below one called `root`."""
+        # A tar lists files alone, in any order: make each folder, and those above it, once.
         top = Folder(Path(root))
         known = {"": top}
         for name in sorted(self._by_folder):
