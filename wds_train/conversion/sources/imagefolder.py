@@ -192,7 +192,7 @@ class Candidate:
         return not self.inner.images and bool(self.inner.filled)
 
 
-def image_folder(root: Path, wanted: Wanted) -> Source:
+def open_image_folder(root: Path, wanted: Wanted) -> Source:
     """Read the class folders below a folder of the disk (`--source imagefolder`).
 
     Raises:
@@ -221,7 +221,7 @@ def folder_source(layout: Layout, name: str, files: Files, wanted: Wanted) -> So
             "or name the table of its labels: --table FILE"
         )
     classes = folder_classes(layout, wanted)
-    scans = {split: SplitScan(split, foreign=wanted.reencode) for split in layout.splits}
+    scans = begin_scans(layout.splits, wanted)
 
     # Find every image, and note what is not used.
     for part in layout.parts:
@@ -232,6 +232,11 @@ def folder_source(layout: Layout, name: str, files: Files, wanted: Wanted) -> So
         layout.text, "the folders' names", [*layout.said, *classes.said], layout.doubtful
     )
     return from_scans(f"imagefolder {name}", classes.infos, found, understood)
+
+
+def begin_scans(splits: Iterable[str], wanted: Wanted) -> dict[str, SplitScan]:
+    """Return an empty scan for each split, which takes the images that `wanted` asks for."""
+    return {split: SplitScan(split, foreign=wanted.reencode) for split in splits}
 
 
 def note_layout(layout: Layout, found: SplitScan, files: Files) -> None:
