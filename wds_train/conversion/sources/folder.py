@@ -9,6 +9,7 @@ or say which image belongs to which split (`meta/train.txt` of Food-101).
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -24,6 +25,7 @@ from wds_train.conversion.sources.imagefolder import (
     folder_classes,
     folder_source,
     folder_splits,
+    in_order,
     note_layout,
     read_layout,
 )
@@ -119,7 +121,7 @@ def open_folder(root: Path, wanted: Wanted) -> Source:
     images = ImageIndex(root, folder_splits(tree, wanted))
     names = set[str]()
     if layout is not None:
-        names = {part.text for part in layout.parts}
+        names = layout.class_texts
     tables = read_tables(paths, images, wanted, names)
     contents = Contents(root, images, tables, layout, wanted, tuple(beside))
     chosen = choose_tables(tables, images, wanted)
@@ -268,7 +270,7 @@ def _refuse_columns(wanted: Wanted, root: Path) -> None:
 def _relate(tables: Sequence[LabelTable], contents: Contents, layout: Layout) -> Relation:
     """Compare the labels and splits of tables with those of the class folders."""
     # Pair each image's label with its class folder.
-    parts = _part_of_images(layout, contents.images)
+    parts = _parts_of_images(layout, contents.images)
     listed = contents.tables.listed
     pairs = set()
     labels = set()
@@ -301,12 +303,19 @@ def _relate(tables: Sequence[LabelTable], contents: Contents, layout: Layout) ->
 
 def _names_all_it_touches(tables: Sequence[LabelTable], contents: Contents) -> bool:
     """Return True if tables name nearly all images of the folders that hold some of theirs."""
+    # Count the images of each folder, and find the folders of the named ones.
     named = named_images(tables)
-    folders_of = [path.rpartition("/")[0] for path in contents.images.paths]
-    touched = {folders_of[image] for image in named}
+    sizes: Counter[str] = Counter()
+    touched = set()
+    for image, path in enumerate(contents.images.paths):
+        folder = path.rpartition("/")[0]
+        sizes[folder] += 1
+        if image in named:
+            touched.add(folder)
+
     count = 0
-    for folder in folders_of:
-        count += folder in touched
+    for folder in touched:
+        count += sizes[folder]
     return len(named) >= NEARLY_ALL * count
 
 
@@ -333,6 +342,8 @@ def _says_splits(path: Path, images: ImageIndex) -> bool:
         return False
     if SURE_SPLIT_FILE.search(path.stem):
         return True
+
+    # train.txt may be a log, or a licence: count the images among its words.
     try:
         text = decode(path.read_bytes()[:MOST_READ])
     except OSError:
@@ -357,7 +368,8 @@ def _files_beside(tree: Folder, layout: Layout | None) -> list[Path]:
     found = []
     for folder in tree.walk():
         if folder.path not in inside and inside.isdisjoint(folder.path.parents):
-            found += [folder.path / name for name in folder.files]
+            for name in folder.files:
+                found.append(folder.path / name)
     return found
 
 
@@ -391,7 +403,7 @@ def _with_hint(refusal: Refusal | None, tree: Folder) -> Refusal:
     )
 
 
-def _part_of_images(layout: Layout, images: ImageIndex) -> dict[int, ClassFolder]:
+def _parts_of_images(layout: Layout, images: ImageIndex) -> dict[int, ClassFolder]:
     """Return the class folder of each image that lies in one."""
     by_path = {}
     for part in layout.parts:
@@ -430,11 +442,12 @@ def _from_folders(layout: Layout, contents: Contents) -> Source:
             f"{contents.name(path)} says splits of images, and is not used: the folders say them"
         )
 
-    # A table may label a split that has no class folders.
+    # A table may label a split that has no class folders. It is then not noted as one without labels.
     flat = _label_flat_splits(layout, contents)
-    for split in flat:
+    used = set()
+    for split, labelled in flat.items():
         del layout.flat[split]
-    used = {labelled.path for labelled in flat.values()}
+        used.add(labelled.path)
     for each in tables.usable:
         if each.path not in used:
             named = f"{len(each.images):,} of {len(contents.images):,} images"
@@ -531,11 +544,13 @@ def _from_folders_and_flat(
     layout: Layout, flat: Mapping[str, FlatSplit], contents: Contents
 ) -> Source:
     """Make the source of class folders, and of splits without them that tables label."""
+    # The splits with class folders come first: they say the classes.
     classes = folder_classes(layout, contents.wanted)
     scans = begin_scans((*layout.splits, *flat), contents.wanted)
     for part in layout.parts:
         add_class(scans[part.split], classes.numbers[part.text], part, DiskFiles())
 
+    # The table is part of the source: another one makes another dataset.
     said = [*layout.said, *classes.said]
     for split, labelled in flat.items():
         found = scans[split]
@@ -561,9 +576,10 @@ def _from_lists(layout: Layout, contents: Contents) -> Source:
     listed = contents.tables.listed
     lists = contents.tables.lists
     classes = folder_classes(layout, contents.wanted)
-    parts = _part_of_images(layout, images)
+    parts = _parts_of_images(layout, images)
     used = {"train", *listed.values()}
-    scans = begin_scans([split for split in SPLITS if split in used], contents.wanted)
+    scans = begin_scans(in_order(used), contents.wanted)
+    # The lists are part of the source: other ones make another dataset.
     for each in lists:
         scans["train"].stamp.add(each.name, each.stat())
 
@@ -573,6 +589,7 @@ def _from_lists(layout: Layout, contents: Contents) -> Source:
         rest = "train"
     unlisted = 0
     for image, path in enumerate(images.paths):
+        # An image outside the class folders has a split, perhaps, and no class.
         split = listed.get(image, rest)
         part = parts.get(image)
         if part is not None and split in SPLITS:

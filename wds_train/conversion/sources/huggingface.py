@@ -54,14 +54,6 @@ ODD_LABEL = -2  # for a value that is no label of any class
 FEW_SPLITS = 12  # a column with more different cells in its first rows is not that of the splits
 BATCH_ROWS = 256  # rows of Parquet in memory at a time, with their images
 MAX_SHOWN = 100  # characters of a list of classes in a message
-# Types of columns that may hold labels.
-PLAIN_TYPES = (
-    pa.types.is_integer,
-    pa.types.is_boolean,
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_floating,
-)
 
 
 class DataFile(NamedTuple):
@@ -297,13 +289,19 @@ def _find_files(root: Path, wanted: Wanted) -> tuple[list[DataFile], list[tuple[
     Raises:
         UsageError: There are none, or those of several data sets.
     """
+    # Arrow files come first: their images need no spool.
     names = _data_files(root, ".arrow") or _data_files(root, ".parquet")
     if not names:
         raise UsageError(f"{root} holds neither .arrow nor .parquet files")
     _refuse_several_sets([*names], root)
     used, unused = file_splits([*names], wanted.splits, str(root))
-    files = sorted(DataFile(split, names[name]) for name, split in used.items())
-    return files, [(names[name], cause) for name, cause in unused.items()]
+    files = []
+    for name, split in used.items():
+        files.append(DataFile(split, names[name]))
+    left_out = []
+    for name, cause in unused.items():
+        left_out.append((names[name], cause))
+    return sorted(files), left_out
 
 
 def _data_files(root: Path, suffix: str) -> dict[str, Path]:
@@ -366,6 +364,7 @@ def _check_columns(root: Path, files: Sequence[DataFile], wanted: Wanted) -> Col
         UsageError: Several columns may be meant.
     """
     path = files[0].path
+    # The first file stands for all; they are compared below.
     schema = _read_schema(path)
     columns = find_columns(_features(path), str(root), wanted)
     image = schema.field(columns.image).type
@@ -379,6 +378,8 @@ def _check_columns(root: Path, files: Sequence[DataFile], wanted: Wanted) -> Col
             f"{path}: the column {columns.label!r} holds {label}; "
             "a name or a whole number is needed"
         )
+
+    # Types alone do not say it: bytes may be missing, and other files may differ.
     _refuse_paths(columns, path)
     _refuse_other_columns(columns, files)
     return _with_splits(columns, schema, files, wanted)
@@ -507,7 +508,9 @@ def _holds_labels(kind: pa.DataType) -> bool:
     """Return True if a column of this type may hold labels."""
     if pa.types.is_dictionary(kind):
         return _holds_labels(kind.value_type)
-    return any(is_it(kind) for is_it in PLAIN_TYPES)
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return is_number or is_text or pa.types.is_boolean(kind)
 
 
 def _find_classes(
@@ -586,6 +589,7 @@ def _arrow_batches(whole: pa.Buffer) -> Iterator[pa.RecordBatch]:
 
     Their buffers point into `whole`.
     """
+    # `datasets` writes streams; other programs write files.
     try:
         reader = pa.ipc.open_stream(whole)
     except pa.ArrowInvalid:
@@ -597,6 +601,7 @@ def _arrow_batches(whole: pa.Buffer) -> Iterator[pa.RecordBatch]:
 
 
 def _mapped(path: Path) -> pa.Buffer:
+    # Mapped, not read: a file may be larger than memory, and only places in it are needed.
     with pa.memory_map(str(path)) as file:
         return file.read_buffer()
 
@@ -644,9 +649,11 @@ def _image_bytes(image: Any) -> bytes:
 def _scan_all(files: Sequence[DataFile], columns: Columns, classes: Classes) -> list[SplitScan]:
     """Scan arrow files: one scan for each split that a file or a row may have."""
     scans: dict[str, SplitScan] = {}
-    for split in (*(file.split for file in files), *columns.splits.values()):
-        if split in SPLITS and split not in scans:
-            scans[split] = SplitScan(split)
+    for file in files:
+        scans.setdefault(file.split, SplitScan(file.split))
+    for split in columns.splits.values():
+        if split in SPLITS:
+            scans.setdefault(split, SplitScan(split))
     for file in files:
         _scan_arrow(scans, file, columns, classes)
     return [*scans.values()]
@@ -738,6 +745,7 @@ def open_hub(name: str, spool: Spool, wanted: Wanted) -> Source:
         raise UsageError(
             "hf:... needs the package `datasets`; install it: .venv/bin/uv pip install datasets"
         ) from error
+
     dataset, _, config = name.partition(":")
     try:
         token = os.environ.get("HF_TOKEN")
@@ -774,13 +782,16 @@ def from_iterable(name: str, splits: Any, spool: Spool, wanted: Wanted = ANYTHIN
     classes = _named_classes(columns.names, wanted)
 
     # Say how the stream is read.
-    unused = [f"the split {word!r} is not used" for word in splits if word not in chosen]
+    doubtful = [*columns.doubtful]
+    for word in splits:
+        if word not in chosen:
+            doubtful.append(f"the split {word!r} is not used")
     understood = Understood(
         layout=f"a stream of the hub with images in the column {columns.image!r}; "
         f"splits {', '.join(chosen)}",
         labels=f"the column {columns.label!r}",
         said=classes.said,
-        doubtful=[*columns.doubtful, *unused],
+        doubtful=doubtful,
     )
     read = functools.partial(_stream_items, splits, chosen, columns, classes)
     source = spool_items(f"huggingface {name}", classes.infos, read, spool)
@@ -793,6 +804,7 @@ def _choose_streams(name: str, splits: Collection[str], wanted: Wanted) -> dict[
     Raises:
         UsageError: A name is not known, or there is none to train on.
     """
+    # A word that nobody knows may be test images, which must not be trained on.
     for word in splits:
         if word.lower() not in SPLIT_OF and word.lower() not in wanted.splits:
             raise unknown_split(word, name)
@@ -803,7 +815,10 @@ def _choose_streams(name: str, splits: Collection[str], wanted: Wanted) -> dict[
             meanings[word] = said
 
     # --split WORD=none leaves a split out.
-    chosen = {word: split for word, split in meanings.items() if split in SPLITS}
+    chosen = {}
+    for word, split in meanings.items():
+        if split in SPLITS:
+            chosen[word] = split
     if not chosen:
         raise UsageError(
             f"{name} has the splits {', '.join(splits)}, and none to train on; "

@@ -162,8 +162,12 @@ class Layout:
     @property
     def splits(self) -> list[str]:
         """The splits that have class folders, in the order of `SPLITS`."""
-        used = {part.split for part in self.parts}
-        return [split for split in SPLITS if split in used]
+        return in_order({part.split for part in self.parts})
+
+    @property
+    def class_texts(self) -> set[str]:
+        """The classes of all splits, as labels are compared."""
+        return {part.text for part in self.parts}
 
     def ignore(self, path: Path, cause: str) -> None:
         """Keep a folder or file as one that is no part of the data set."""
@@ -234,6 +238,11 @@ def folder_source(layout: Layout, name: str, files: Files, wanted: Wanted) -> So
     return from_scans(f"imagefolder {name}", classes.infos, found, understood)
 
 
+def in_order(splits: Collection[str]) -> list[str]:
+    """Return those of `SPLITS` that are in `splits`, train first."""
+    return [split for split in SPLITS if split in splits]
+
+
 def begin_scans(splits: Iterable[str], wanted: Wanted) -> dict[str, SplitScan]:
     """Return an empty scan for each split, which takes the images that `wanted` asks for."""
     return {split: SplitScan(split, foreign=wanted.reencode) for split in splits}
@@ -263,18 +272,18 @@ def folder_classes(layout: Layout, wanted: Wanted) -> Classes:
     """
     # A class folder counts even if its images did not arrive.
     counts: dict[str, int] = {}
-    train = set()
     for part in layout.parts:
         counts[part.text] = counts.get(part.text, 0) + max(1, part.folder.total)
-        if part.split == "train":
-            train.add(part.text)
     where = layout.parts[0].folder.path.parent
     found = classes_of(counts, str(where), wanted.labels, sure=True)
     if wanted.labels.classes:
         return found
 
     # Nothing could be learnt of a class that train lacks.
-    known = {found.numbers[name] for name in train}
+    known = set()
+    for part in layout.parts:
+        if part.split == "train":
+            known.add(found.numbers[part.text])
     for part in layout.parts:
         if found.numbers[part.text] not in known:
             raise DataError(
@@ -531,7 +540,10 @@ def _find_framed_splits(folder: Folder, wanted: Wanted) -> dict[str, list[Folder
             frames.setdefault(found.frame, {}).setdefault(found.split, []).append(each)
 
     # One split alone is none: a class may be called test_tube.
-    several = [splits for splits in frames.values() if len(splits) > 1 and "train" in splits]
+    several = []
+    for splits in frames.values():
+        if len(splits) > 1 and "train" in splits:
+            several.append(splits)
     if not several:
         return {}
     if len(several) > 1:
@@ -588,7 +600,7 @@ def _ignore_neighbours(
     Raises:
         UsageError: A folder there holds the classes of train: it is a split by another name.
     """
-    classes = {part.text for part in layout.parts}
+    classes = layout.class_texts
     used = [*splits.values()]
     for folder in base.folders:
         if split_of_folder(folder.name, wanted) == NO_SPLIT:

@@ -264,6 +264,7 @@ def file_splits(
     # Find the word of a split in each path.
     words: dict[str, str | None] = {}
     known: set[str] = set()
+    known_splits: set[str] = set()
     unknown: set[str] = set()
     for path in paths:
         word = _split_in(path, said)
@@ -272,8 +273,8 @@ def file_splits(
             unknown.add(_stem(path))
         else:
             known.add(word)
-    # Ask `said` for every word, even if all are known: it keeps which words occur.
-    known_splits = {said.get(word) or SPLIT_OF[word] for word in known}
+            # Asked even if every word is known: `said` keeps which words occur.
+            known_splits.add(said.get(word) or SPLIT_OF[word])
     if unknown:
         _refuse_unknown(sorted(unknown), known_splits, paths, where)
 

@@ -121,12 +121,14 @@ def source_of_tables(chosen: Sequence[LabelTable], contents: Contents) -> Source
             "there is nothing to tell apart"
         )
 
-    # Add the images.
+    # Add the images. The tables are part of the source: other ones make another dataset.
     for each in chosen:
         scans["train"].stamp.add(each.path.name, each.path.stat())
         for row in labelled[each.path]:
             _add_image(scans[row.split], row, classes, contents)
     _note_unused(chosen, contents, scans["train"])
+
+    # A split that no row names is no split of this source.
     found = []
     for scan in scans.values():
         if scan.split == "train" or scan.notes or scan.rows.table().num_rows:
@@ -183,6 +185,7 @@ def _refuse_several_labels(chosen: Sequence[LabelTable]) -> None:
 
 def _where_most(chosen: Sequence[LabelTable], images: ImageIndex) -> str:
     """Return in words the folder that holds most of the images that no table names."""
+    # A forgotten table shows as one folder with most of them.
     named = named_images(chosen)
     folders: Counter[str] = Counter()
     for image, path in enumerate(images.paths):
@@ -201,6 +204,7 @@ def _with_names(classes: Classes, chosen: Sequence[LabelTable], wanted: Wanted) 
         names.update(each.names)
     if wanted.labels.classes or not names:
         return classes
+    # Several spellings may be one class, so names go by its id.
     by_id = {}
     for text, number in classes.numbers.items():
         if text in names:
@@ -334,11 +338,13 @@ def _fate(
         texts: Each label that the table gives to its image, and the line that does.
         seen: The images that have a row already.
     """
+    # The same name in another folder is another image.
     if not _is_meant(row, deepest):
         return "left out", "there is no such image"
     if len(texts) > 1:
         lines = " and ".join(f"{text!r} in line {line}" for text, line in texts.items())
         return "left out", f"it is labelled {lines}; one label for each image is what is trained on"
+    # A row without a label says nothing more if another row has one.
     if row.image in seen or (row.text == NO_TEXT and texts):
         return "ignored", "the same row once more"
     if row.text == NO_TEXT and split == "test":
@@ -371,10 +377,12 @@ def _with_groups(source: Source, chosen: Sequence[LabelTable], contents: Content
         column = _column_called(what, each)
         if column is None:
             return source
-        lines = [line for line, _ in each.table.lines]
-        cells = dict(zip(lines, each.table.column(column), strict=True))
+        # Rows are a part of the table's lines: find the cell of each by its line.
+        cells = {}
+        for (line, _), cell in zip(each.table.lines, each.table.column(column), strict=True):
+            cells[line] = str(cell)
         for row in each.rows:
-            groups[str(contents.path(row.image))] = str(cells[row.line])
+            groups[str(contents.path(row.image))] = cells[row.line]
     return replace(source, grouping=Grouping(what, groups))
 
 

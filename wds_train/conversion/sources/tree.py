@@ -111,6 +111,7 @@ def read_tree(path: Path, above: frozenset[Path] = frozenset()) -> Folder:
         raise DataError(f"{path} is a link to a folder that holds it; remove the link")
     found = Folder(path)
     for entry in scan(path):
+        # Litter comes first: a recycle bin may hold folders that look like classes.
         holds_files = is_folder(entry)
         if litter_origin(entry.name, folder=holds_files):
             found.litter.append(entry.name)
@@ -210,6 +211,7 @@ class TarFiles:
     """
 
     def __init__(self, files: Sequence[TarFile]) -> None:
+        # By the folder's name inside the tars, whichever tar it comes from.
         self._by_folder: dict[str, list[TarFile]] = {}
         for file in files:
             # tar cf data.tar . writes ./train/cat/1.jpg.
@@ -240,6 +242,7 @@ class TarFiles:
         self, found: SplitScan, label: int, folder: Folder, key: str, without: Collection[Path] = ()
     ) -> int:
         """Add every image below `folder`; see `DiskFiles.add`."""
+        # Any number of tars may hold a part of the folder, and of the folders below it.
         inside = _inside(folder)
         added = 0
         for name, files in self._by_folder.items():
