@@ -11,7 +11,8 @@ from wds_train.console import readable
 from wds_train.conversion.sources import huggingface, imagenet, torchvision
 from wds_train.conversion.sources.digits import open_digits
 from wds_train.conversion.sources.folder import open_folder, open_table
-from wds_train.conversion.sources.imagefolder import open_image_folder, read_layout
+from wds_train.conversion.sources.imagefolder import open_image_folder
+from wds_train.conversion.sources.layout import read_layout
 from wds_train.conversion.sources.litter import is_litter
 from wds_train.conversion.sources.scan import scan
 from wds_train.conversion.sources.source import ANYTHING, Source, Wanted

@@ -17,17 +17,11 @@ from pathlib import Path
 
 from wds_train.conversion.sources.image_index import ImageIndex
 from wds_train.conversion.sources.imagefolder import (
-    AmbiguousLayout,
-    ClassFolder,
-    Layout,
     add_class,
     begin_scans,
     folder_classes,
     folder_source,
-    folder_splits,
-    in_order,
     note_layout,
-    read_layout,
 )
 from wds_train.conversion.sources.label_tables import (
     NEARLY_ALL,
@@ -37,8 +31,10 @@ from wds_train.conversion.sources.label_tables import (
     trainable_images,
 )
 from wds_train.conversion.sources.labels import plain_number
-from wds_train.conversion.sources.names import SPLITS
+from wds_train.conversion.sources.layout import AmbiguousLayout, ClassFolder, Layout, read_layout
+from wds_train.conversion.sources.names import SPLITS, in_order
 from wds_train.conversion.sources.source import Source, Understood, Wanted
+from wds_train.conversion.sources.split_folders import folder_splits
 from wds_train.conversion.sources.splits import from_scans
 from wds_train.conversion.sources.table import NO_COLUMN, LabelTable, split_of_row
 from wds_train.conversion.sources.table_source import Contents, source_of_tables

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wds_train.conversion.sources.imagefolder import MASKS
+from wds_train.conversion.sources.layout import MASKS
 from wds_train.conversion.sources.names import IMAGE_SUFFIXES, SPLIT_OF, normal
 from wds_train.conversion.sources.tree import PICTURES, walk_files
 from wds_train.errors import DataError

@@ -11,13 +11,12 @@ import tarfile
 from pathlib import Path
 
 from wds_train.conversion.sources.imagefolder import (
-    Layout,
     add_class,
     imagenet_names,
     note_layout,
-    read_classes,
 )
 from wds_train.conversion.sources.labels import to_classes
+from wds_train.conversion.sources.layout import Layout, read_classes
 from wds_train.conversion.sources.scan import SplitScan, scan
 from wds_train.conversion.sources.source import ANYTHING, Source, Understood
 from wds_train.conversion.sources.splits import from_scans

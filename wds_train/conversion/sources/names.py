@@ -177,6 +177,11 @@ def normal(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def in_order(splits: Collection[str]) -> list[str]:
+    """Return those of `SPLITS` that are in `splits`, train first."""
+    return [split for split in SPLITS if split in splits]
+
+
 def choose_splits(words: Iterable[str]) -> dict[str, str]:
     """Choose which of the splits in a source become `train`, `val` and `test`.
 

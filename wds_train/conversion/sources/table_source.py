@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wds_train.conversion.sources.image_index import ImageIndex
-from wds_train.conversion.sources.imagefolder import Layout, begin_scans
+from wds_train.conversion.sources.imagefolder import begin_scans
 from wds_train.conversion.sources.label_tables import Tables, named_images
 from wds_train.conversion.sources.labels import (
     NO_LABEL,
@@ -20,6 +20,7 @@ from wds_train.conversion.sources.labels import (
     classes_of,
     to_classes,
 )
+from wds_train.conversion.sources.layout import Layout
 from wds_train.conversion.sources.names import NO_SPLIT, SPLIT_OF, SPLITS
 from wds_train.conversion.sources.scan import UNLABELED, SplitScan
 from wds_train.conversion.sources.source import Grouping, Source, Understood, Wanted

@@ -6,7 +6,7 @@ the images of the folders that were chosen to a scan.
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +77,11 @@ class Folder:
         for folder in self.filled:
             found += folder.below(depth - 1)
         return found
+
+
+def folder_names(folders: Iterable[Folder]) -> list[str]:
+    """Return the names of the folders, in their order."""
+    return [folder.name for folder in folders]
 
 
 def is_picture(name: str) -> bool:
