@@ -104,11 +104,11 @@ def open_folder(root: Path, wanted: Wanted) -> Source:
         refusal = error
 
     # Without tables the class folders decide alone.
-    paths = _outside_classes(_table_files(tree, wanted), layout)
-    beside = _files_beside(tree, layout)
+    paths = _tables_outside(_table_files(tree, wanted), layout)
+    outside = _files_outside(tree, layout)
     if layout is None and (not paths or not tree.total):
         raise _with_hint(refusal, tree)
-    if layout is not None and not paths and not any(map(_may_say_splits, beside)):
+    if layout is not None and not paths and not any(map(_may_say_splits, outside)):
         _refuse_columns(wanted, root)
         return folder_source(layout, root.name, DiskFiles(), wanted)
 
@@ -119,7 +119,7 @@ def open_folder(root: Path, wanted: Wanted) -> Source:
     if layout is not None:
         names = layout.class_texts
     tables = read_tables(paths, images, wanted, names)
-    contents = Contents(root, images, tables, layout, wanted, tuple(beside))
+    contents = Contents(root, images, tables, layout, wanted, tuple(outside))
     chosen = choose_tables(tables, images, wanted)
     if layout is not None:
         return _by_both(chosen, contents, layout)
@@ -191,7 +191,7 @@ def _by_both(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -
         return source_of_tables(chosen, contents)
     sure = [each for each in chosen if each.columns.sure]
     if not sure:
-        return _beside_unsure_tables(chosen, contents, layout)
+        return _despite_unsure_tables(chosen, contents, layout)
 
     # Labels that go with the folders are the folders' names. Labels that cross them are the
     # classes, and the folders are not.
@@ -206,8 +206,8 @@ def _by_both(chosen: Sequence[LabelTable], contents: Contents, layout: Layout) -
         _add_splits(sure, contents)
         return _from_folders(layout, contents)
 
-    # That holds for labels that go with folders below the source, too: the keys of such datasets
-    # have always been paths, and stay so.
+    # If the class folders lie below the source, a table of the same labels decides, too: keys of
+    # such datasets have always been paths, and stay so.
     crosses = relation is Relation.CROSSES
     if nearly_all or (crosses and _names_all_it_touches(sure, contents)):
         return source_of_tables(sure, contents)
@@ -233,7 +233,7 @@ def _has_ambiguous_names(tables: Sequence[LabelTable]) -> bool:
     return False
 
 
-def _beside_unsure_tables(
+def _despite_unsure_tables(
     chosen: Sequence[LabelTable], contents: Contents, layout: Layout
 ) -> Source:
     """Read a folder by its class folders, next to tables whose columns may be anything."""
@@ -358,7 +358,7 @@ def _class_paths(layout: Layout | None) -> set[Path]:
     return {part.folder.path for part in layout.parts}
 
 
-def _files_beside(tree: Folder, layout: Layout | None) -> list[Path]:
+def _files_outside(tree: Folder, layout: Layout | None) -> list[Path]:
     """Return the files that lie outside of class folders."""
     inside = _class_paths(layout)
     found = []
@@ -377,7 +377,7 @@ def _table_files(tree: Folder, wanted: Wanted) -> list[Path]:
     return found
 
 
-def _outside_classes(paths: Sequence[Path], layout: Layout | None) -> list[Path]:
+def _tables_outside(paths: Sequence[Path], layout: Layout | None) -> list[Path]:
     """Return the `paths` outside of class folders: files in these belong to single images."""
     inside = _class_paths(layout)
     return [path for path in paths if inside.isdisjoint(path.parents)]
@@ -438,7 +438,7 @@ def _from_folders(layout: Layout, contents: Contents) -> Source:
             f"{contents.name(path)} says splits of images, and is not used: the folders say them"
         )
 
-    # A table may label a split that has no class folders. It is then not noted as one without labels.
+    # A table may label a split that has no class folders: it is then not noted as unlabelled.
     flat = _label_flat_splits(layout, contents)
     used = set()
     for split, labelled in flat.items():
@@ -462,7 +462,7 @@ def _refuse_unread_splits(layout: Layout, contents: Contents) -> None:
     if layout.splits != ["train"] or layout.flat or contents.wanted.table:
         return
     read = {each.path for each in contents.tables.usable if each.columns.sure}
-    for path in contents.beside:
+    for path in contents.outside:
         if path not in read and _says_splits(path, contents.images):
             raise UsageError(
                 f"{contents.root}: {contents.name(path)} seems to say which images are to train on "

@@ -209,7 +209,7 @@ def open_files(root: Path, spool: Spool, wanted: Wanted) -> Source:
 
     Args:
         root: A folder that holds them, or one file.
-        spool: Where the images of Parquet files are kept.
+        spool: Keeps the images of Parquet files.
         wanted: The flags that a person gave.
 
     Raises:
@@ -732,7 +732,7 @@ def open_hub(name: str, spool: Spool, wanted: Wanted) -> Source:
 
     Args:
         name: ID or ID:CONFIG; $HF_TOKEN opens gated ones.
-        spool: Where the images are kept.
+        spool: Keeps the images.
         wanted: The flags that a person gave.
 
     Raises:
@@ -763,7 +763,7 @@ def from_iterable(name: str, splits: Any, spool: Spool, wanted: Wanted = ANYTHIN
     Args:
         name: The dataset, for messages.
         splits: Split name -> a `datasets.IterableDataset`.
-        spool: Where the images are kept.
+        spool: Keeps the images.
         wanted: The flags that a person gave.
 
     Raises:

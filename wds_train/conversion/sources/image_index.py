@@ -126,9 +126,9 @@ class ImageIndex:
 
         # Several have the name: the two best must differ in rank.
         near = [f"/{fold(table.stem)}"]
-        beside = self._below(table.parent)
-        if beside:
-            near.append(f"/{fold(beside)}")
+        folder = self._below(table.parent)
+        if folder:
+            near.append(f"/{fold(folder)}")
         ranked = sorted(found, key=lambda image: self._rank(image, given, near), reverse=True)
         best, second = ranked[:2]
         if self._rank(best, given, near) == self._rank(second, given, near):

@@ -30,7 +30,7 @@ class Files(Protocol):
         """Add every image below `folder`, and return the number of samples added.
 
         Args:
-            found: Where they are added.
+            found: The scan that they are added to.
             label: Their label.
             folder: The folder.
             key: The beginning of their keys.
@@ -66,6 +66,7 @@ def folder_source(layout: Layout, name: str, files: Files, wanted: Wanted) -> So
             "called as those of train, or move it away, and a tenth of train is held out; "
             "or name the table of its labels: --table FILE"
         )
+    # The folders' names are the classes, whatever the images turn out to be.
     classes = folder_classes(layout, wanted)
     scans = begin_scans(layout.splits, wanted)
 
@@ -90,7 +91,7 @@ def note_layout(layout: Layout, found: SplitScan, files: Files) -> None:
 
     Args:
         layout: The meaning of the folders.
-        found: Where the notes are added.
+        found: The scan that gets the notes.
         files: Knows the files outside the class folders.
     """
     for folder in layout.flat.values():
@@ -140,7 +141,7 @@ def add_class(found: SplitScan, label: int, part: ClassFolder, files: Files) -> 
     """Add the images of a class folder.
 
     Args:
-        found: Where they are added.
+        found: The scan that they are added to.
         label: The number of the class; `NO_LABEL` notes the folder as ignored.
         part: The class folder.
         files: Adds the images.
@@ -152,6 +153,7 @@ def add_class(found: SplitScan, label: int, part: ClassFolder, files: Files) -> 
         found.note(part.folder.path, "ignored", "no class: --no-label says so")
         return
     if not files.add(found, label, part.folder, part.key, part.without):
+        # Without images the class could be neither trained nor recognised.
         raise DataError(
             f"the class folder {part.folder.path} holds no images; add some, or remove the folder"
         )

@@ -77,7 +77,7 @@ def _members_by_name(found: SplitScan, where: str, path: Path) -> list[Member]:
     """Return the members of a tar, sorted by name, and note those that cannot be used.
 
     Args:
-        found: Gets the notes.
+        found: The scan that gets the notes.
         where: The tar, for the notes.
         path: Its path.
     """
@@ -96,7 +96,7 @@ def _add_images(
     """Add the images of a class tar.
 
     Args:
-        found: Where they are added.
+        found: The scan that they are added to.
         outer: The train tar.
         wnid: The class.
         label: Its number.

@@ -107,7 +107,7 @@ class ClassFolder:
 
     @property
     def text(self) -> str:
-        """The name as labels are compared: macOS and tables write `é` differently."""
+        """The name in the form in which labels are compared, whoever wrote its `é`."""
         return normal(self.name)
 
 
@@ -146,7 +146,7 @@ class Layout:
 
     @property
     def class_texts(self) -> set[str]:
-        """The classes of all splits, as labels are compared."""
+        """The classes of all splits, in the form in which labels are compared."""
         return {part.text for part in self.parts}
 
     def ignore(self, path: Path, cause: str) -> None:
@@ -233,7 +233,7 @@ def _read_split(layout: Layout, split: str, folder: Folder, wanted: Wanted) -> N
 def _unwrap(folder: Folder) -> Folder:
     """Return the folder that holds the classes of a split.
 
-    That is seg_train/seg_train for archives that were packed twice.
+    For an archive that was packed twice it is seg_train/seg_train.
     """
     while not folder.images and len(folder.filled) == 1:
         alone = folder.filled[0]
@@ -300,12 +300,12 @@ def find_splits(root: Folder, wanted: Wanted, layout: Layout) -> tuple[Folder, d
 
 def _ignore_asides(layout: Layout, base: Folder, data_set: Folder) -> None:
     """Record what lies in `base` next to the data set as ignored."""
-    beside = f"images beside the data set {data_set.name}"
+    cause = f"images beside the data set {data_set.name}"
     if base.images:
-        layout.ignore(base.path, f"{base.images} {beside}")
+        layout.ignore(base.path, f"{base.images} {cause}")
     for folder in base.filled:
         if folder is not data_set:
-            layout.ignore(folder.path, f"{folder.total} {beside}")
+            layout.ignore(folder.path, f"{folder.total} {cause}")
 
 
 def _without_asides(base: Folder) -> list[Folder]:
@@ -428,23 +428,23 @@ def _refuse_no_classes(base: Folder, ids: Sequence[str], *, in_split: bool) -> N
     Args:
         base: The folder that holds them.
         ids: Their names.
-        in_split: True in val and test, whose folders train has vouched for.
+        in_split: True in val and test: their folders are compared with those of train later.
     """
     if not ids:
         raise DataError(f"{base.path} holds no class folders; {LAYOUT}")
     if in_split:
         return
-    told = f"the classes would be {', '.join(ids[:5])}"
+    classes = f"the classes would be {', '.join(ids[:5])}"
     if len(ids) > 5:
-        told += ", ..."
+        classes += ", ..."
     if all(map(NO_CLASSES.fullmatch, ids)):
         raise DataError(
-            f"{base.path} is no folder of classes: {told}; {LAYOUT}, "
+            f"{base.path} is no folder of classes: {classes}; {LAYOUT}, "
             "or put a labels.csv with the columns file and label there"
         )
     if all(map(_may_be_split, ids)):
         raise DataError(
-            f"{base.path} is no folder of classes: {told}, which are names of splits; {LAYOUT}"
+            f"{base.path} is no folder of classes: {classes}, which are names of splits; {LAYOUT}"
         )
     if len(ids) == 1:
         raise DataError(
@@ -546,8 +546,8 @@ def _refuse_repository(base: Folder, folders: Sequence[Folder]) -> None:
     if odd:
         raise DataError(
             f"{base.path} is no folder of classes, by the names of its folders: "
-            f"{_some(folder_names(folders))}. Give the path of the one that holds the class folders, "
-            "or the table that labels the images: --table FILE; "
+            f"{_some(folder_names(folders))}. Give the path of the one that holds the class "
+            "folders, or the table that labels the images: --table FILE; "
             f"to take each for a class, {odd[0].name} as well: --class-level 1"
         )
 
@@ -562,8 +562,7 @@ def _refuse_split_among_classes(base: Folder, folders: Sequence[Folder], wanted:
             exact.append(each.name)
         if each.name.lower() in OTHER_SPLITS:
             others.append(each.name)
-    # A single odd name may be a class; several, or val next to classes, hardly are. All of them
-    # called val and test were refused before.
+    # A single odd name may be a class. Several hardly are, nor is val next to other folders.
     is_split = framed or len(others) > 1 or (others and exact)
     is_mixed = exact and len(exact) < len(folders)
     if is_split or is_mixed:
@@ -682,7 +681,7 @@ def _matching(pattern: re.Pattern[str], folders: Iterable[Folder]) -> list[Folde
 
 
 def _texts(folders: Iterable[Folder]) -> set[str]:
-    """Return the folders' names as labels are compared."""
+    """Return the folders' names in the form in which labels are compared."""
     return set(map(normal, folder_names(folders)))
 
 

@@ -38,6 +38,10 @@ def split_of_folder(name: str, wanted: Wanted) -> str | None:
 def splits_in(folder: Folder, wanted: Wanted) -> dict[str, Folder]:
     """Return the folders of splits in `folder`.
 
+    Args:
+        folder: The folder that holds them.
+        wanted: The flags, which may say splits.
+
     Returns:
         split -> its folder, in the order of `SPLITS`; {} without a train that holds class folders.
 
@@ -60,9 +64,9 @@ def splits_in(folder: Folder, wanted: Wanted) -> dict[str, Folder]:
     for split, folders in found.items():
         if len(folders) > 1 and split != NO_SPLIT:
             raise DataError(
-                f"{folder.path} holds {' and '.join(folder_names(folders))}, which are all names of the "
-                f"split {split}; keep one of them, or say what the others are: "
-                f"--split {folders[-1].name}=test, or =none"
+                f"{folder.path} holds {' and '.join(folder_names(folders))}, "
+                f"which are all names of the split {split}; keep one of them, "
+                f"or say what the others are: --split {folders[-1].name}=test, or =none"
             )
     splits = {}
     for split in (*SPLITS, NO_SPLIT):
@@ -72,7 +76,14 @@ def splits_in(folder: Folder, wanted: Wanted) -> dict[str, Folder]:
 
 
 def framed_folders(folder: Folder, wanted: Wanted) -> dict[str, list[Folder]]:
-    """Return the folders of splits in `folder` that have one frame: leaf_train and leaf_test.
+    """Return the folders of splits in `folder` whose names have one frame: leaf_train, leaf_test.
+
+    Args:
+        folder: The folder that holds them.
+        wanted: The flags. A folder that they name is no part of a frame.
+
+    Returns:
+        split -> its folders; {} without train, or if train is alone.
 
     Raises:
         UsageError: There are such splits of several frames.

@@ -44,7 +44,7 @@ class Contents:
         tables: The tables below it.
         layout: The meaning of its class folders; None if it has none.
         wanted: The flags that a person gave.
-        beside: Files that lie outside the class folders.
+        outside: Files that lie outside the class folders.
     """
 
     root: Path
@@ -52,7 +52,7 @@ class Contents:
     tables: Tables
     layout: Layout | None
     wanted: Wanted
-    beside: tuple[Path, ...] = ()
+    outside: tuple[Path, ...] = ()
 
     def path(self, image: int) -> Path:
         """Return the path of an image."""

@@ -162,7 +162,7 @@ class DiskFiles:
         """Add every image below `folder`.
 
         Args:
-            found: Where they are added.
+            found: The scan that they are added to.
             label: Their label.
             folder: The folder.
             key: The beginning of their keys.
