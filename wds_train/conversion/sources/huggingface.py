@@ -36,6 +36,7 @@ from wds_train.conversion.sources.names import (
     SPLITS,
     choose_splits,
     file_splits,
+    in_any_case,
     unknown_split,
 )
 from wds_train.conversion.sources.scan import SplitScan
@@ -254,7 +255,7 @@ def _with_groups(
 
     Without such a column --group is a pattern, and the source stays as it is.
     """
-    group = _column_called(wanted.group or "", files[0].path)
+    group = in_any_case(wanted.group or "", _features(files[0].path))
     if group is None:
         return source
     # Keys are numbers in a split; only samples of train are held out.
@@ -269,14 +270,6 @@ def _with_groups(
                     groups[f"{number:08d}"] = str(value)
                     number += 1
     return replace(source, grouping=Grouping(group, groups))
-
-
-def _column_called(name: str, path: Path) -> str | None:
-    """Return the column of a file that has this name, in any case."""
-    for column in _features(path):
-        if column.casefold() == name.casefold():
-            return column
-    return None
 
 
 def _find_files(root: Path, wanted: Wanted) -> tuple[list[DataFile], list[tuple[Path, str]]]:

@@ -182,6 +182,14 @@ def in_order(splits: Collection[str]) -> list[str]:
     return [split for split in SPLITS if split in splits]
 
 
+def in_any_case(name: str, names: Iterable[str]) -> str | None:
+    """Return the first of `names` that is `name` in any case; None if there is none."""
+    for each in names:
+        if each.casefold() == name.casefold():
+            return each
+    return None
+
+
 def choose_splits(words: Iterable[str]) -> dict[str, str]:
     """Choose which of the splits in a source become `train`, `val` and `test`.
 

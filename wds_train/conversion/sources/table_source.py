@@ -21,7 +21,7 @@ from wds_train.conversion.sources.labels import (
     to_classes,
 )
 from wds_train.conversion.sources.layout import Layout
-from wds_train.conversion.sources.names import NO_SPLIT, SPLIT_OF, SPLITS
+from wds_train.conversion.sources.names import NO_SPLIT, SPLIT_OF, SPLITS, in_any_case
 from wds_train.conversion.sources.scan import UNLABELED, SplitScan
 from wds_train.conversion.sources.source import Grouping, Source, Understood, Wanted
 from wds_train.conversion.sources.splits import from_scans
@@ -375,7 +375,7 @@ def _with_groups(source: Source, chosen: Sequence[LabelTable], contents: Content
     what = contents.wanted.group or ""
     groups: dict[str, str] = {}
     for each in chosen:
-        column = _column_called(what, each)
+        column = in_any_case(what, each.table.columns)
         if column is None:
             return source
         # Rows are a part of the table's lines: find the cell of each by its line.
@@ -385,11 +385,3 @@ def _with_groups(source: Source, chosen: Sequence[LabelTable], contents: Content
         for row in each.rows:
             groups[str(contents.path(row.image))] = cells[row.line]
     return replace(source, grouping=Grouping(what, groups))
-
-
-def _column_called(name: str, table: LabelTable) -> str | None:
-    """Return the column of this name, in any case."""
-    for column in table.table.columns:
-        if column.casefold() == name.casefold():
-            return column
-    return None
