@@ -125,10 +125,10 @@ class ImageIndex:
             return self._match(found[0], given)
 
         # Several have the name: the two best must differ in rank.
-        near = [f"/{fold(table.stem)}"]
+        near: tuple[str, ...] = (f"/{fold(table.stem)}",)
         folder = self._below(table.parent)
         if folder:
-            near.append(f"/{fold(folder)}")
+            near += (f"/{fold(folder)}",)
         ranked = sorted(found, key=lambda image: self._rank(image, given, near), reverse=True)
         best, second = ranked[:2]
         if self._rank(best, given, near) == self._rank(second, given, near):
@@ -201,7 +201,7 @@ class ImageIndex:
                 return split
         return self._split_in_name.get(image, "")
 
-    def _rank(self, image: int, given: Sequence[str], near: Sequence[str]) -> Rank:
+    def _rank(self, image: int, given: Sequence[str], near: tuple[str, ...]) -> Rank:
         """Rank an image that a table may mean.
 
         Args:
@@ -211,15 +211,15 @@ class ImageIndex:
         """
         alike, exact = self._agreement(image, given)
         path = self.paths[image]
-        folders = path.split("/")[:-1]
+        parts = path.split("/")
         # The folders above the part that agrees.
         above = ""
         if alike:
-            above = "/".join(path.split("/")[:-alike])
+            above = "/".join(parts[:-alike])
         return Rank(
             alike,
-            is_near=f"/{fold(above)}".endswith(tuple(near)),
-            is_no_mask=not any(map(MASKS.fullmatch, folders)),
+            is_near=f"/{fold(above)}".endswith(near),
+            is_no_mask=not any(map(MASKS.fullmatch, parts[:-1])),
             is_kept=path.lower().endswith(IMAGE_SUFFIXES),
             exact=exact,
         )
