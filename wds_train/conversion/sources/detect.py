@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 from wds_train.console import readable
 from wds_train.conversion.sources import huggingface, imagenet, torchvision
 from wds_train.conversion.sources.digits import open_digits
-from wds_train.conversion.sources.folder import folder, table
-from wds_train.conversion.sources.imagefolder import image_folder, read_layout
+from wds_train.conversion.sources.folder import open_folder, open_table
+from wds_train.conversion.sources.imagefolder import open_image_folder
+from wds_train.conversion.sources.layout import read_layout
 from wds_train.conversion.sources.litter import is_litter
 from wds_train.conversion.sources.scan import scan
 from wds_train.conversion.sources.source import ANYTHING, Source, Wanted
@@ -47,9 +48,9 @@ HEEDED = {
 }
 Opener = Callable[[Path, Spool, Wanted], Source]
 FORMATS: dict[str, Opener] = {
-    "folder": lambda root, spool, wanted: folder(root, wanted),
-    "imagefolder": lambda root, spool, wanted: image_folder(root, wanted),
-    "table": lambda root, spool, wanted: table(root, wanted),
+    "folder": lambda root, spool, wanted: open_folder(root, wanted),
+    "imagefolder": lambda root, spool, wanted: open_image_folder(root, wanted),
+    "table": lambda root, spool, wanted: open_table(root, wanted),
     "ilsvrc": lambda root, spool, wanted: imagenet.open_ilsvrc(root),
     "kaggle": lambda root, spool, wanted: imagenet.open_kaggle(root),
     "huggingface": huggingface.open_files,

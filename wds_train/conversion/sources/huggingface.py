@@ -1,20 +1,20 @@
-"""Read Hugging Face datasets: a hub's stream, a folder of `save_to_disk`, Parquet or arrow files.
+"""Hugging Face datasets: a stream of the hub, a folder of `save_to_disk`, Parquet or arrow files.
 
 Images are the encoded bytes of the Image feature ({"bytes", "path"}; huggingface.co/docs/datasets,
-"Image"), never decoded. Arrow files hold them uncompressed, so a sample is a place in the file;
-Parquet compresses pages, so it is read as a stream.
+"Image"), never decoded. Arrow files hold them uncompressed, so a sample is a place in the file.
+Parquet compresses pages, so it is read as a stream, and the images go through a spool.
 """
 
 import contextlib
-import itertools
+import functools
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,7 @@ from wds_train.conversion.sources.names import (
     SPLITS,
     choose_splits,
     file_splits,
+    in_any_case,
     unknown_split,
 )
 from wds_train.conversion.sources.scan import SplitScan
@@ -47,17 +48,25 @@ from wds_train.conversion.sources.table import find_split_column
 from wds_train.conversion.sources.tables import Table
 from wds_train.errors import AccessDenied, DataError, UsageError
 
+# Usual names, the most usual first.
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 ODD_LABEL = -2  # for a value that is no label of any class
 FEW_SPLITS = 12  # a column with more different cells in its first rows is not that of the splits
-PLAIN_TYPES = (
-    pa.types.is_integer,
-    pa.types.is_boolean,
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_floating,
-)
-LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
+BATCH_ROWS = 256  # rows of Parquet in memory at a time, with their images
+MAX_SHOWN = 100  # characters of a list of classes in a message
+
+
+class DataFile(NamedTuple):
+    """A file of rows.
+
+    Attributes:
+        split: The split that its name says. Its rows may say another one.
+        path: The file.
+    """
+
+    split: str
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Columns:
         image: The column of the images.
         label: The column of the labels.
         names: The labels' names in their order, if the features say.
-        split: The column of the splits; None where the files' names say them.
+        split: The column of the splits; None if the files' names say them.
         splits: The split that each cell of `split` means.
         doubtful: Other columns that may be the image or the label, a sentence each.
     """
@@ -83,16 +92,20 @@ class Columns:
     @property
     def read(self) -> list[str]:
         """The columns that are read for a sample."""
-        columns = [self.image, self.label]
-        return [*columns, self.split] if self.split else columns
+        return self.with_split(self.image, self.label)
+
+    def with_split(self, *columns: str) -> list[str]:
+        """Return the columns, and that of the splits, if there is one."""
+        if self.split:
+            return [*columns, self.split]
+        return [*columns]
 
     def split_of(self, batch: pa.RecordBatch, of_file: str) -> list[str]:
-        """Return the split of each row of `batch`; `of_file` where the row does not say one."""
+        """Return the split of each row of `batch`; `of_file` if the row does not say one."""
         if self.split is None:
             return [of_file] * batch.num_rows
-        return [
-            self.splits.get(str(cell).strip(), of_file) for cell in batch[self.split].to_pylist()
-        ]
+        cells = batch[self.split].to_pylist()
+        return [self.splits.get(str(cell).strip(), of_file) for cell in cells]
 
 
 def find_columns(features: dict[str, Any], where: str, wanted: Wanted) -> Columns:
@@ -107,20 +120,27 @@ def find_columns(features: dict[str, Any], where: str, wanted: Wanted) -> Column
         DataError: No column may be the image, or the label.
         UsageError: Several may be.
     """
+    # Collect the columns of a telling type.
     kinds = {}
+    images = []
+    of_class = []
     for name, feature in features.items():
-        kinds[name] = feature.get("_type") if isinstance(feature, dict) else None
-    of_class = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+        kind = None
+        if isinstance(feature, dict):
+            kind = feature.get("_type")
+        kinds[name] = kind
+        if kind == "Image":
+            images.append(name)
+        if kind == "ClassLabel":
+            of_class.append(name)
 
-    # Collect what may be meant: columns of a telling type, and those of a usual name.
-    images = [name for name, kind in kinds.items() if kind == "Image"]
-    if not images:
-        images = [name for name in IMAGE_COLUMNS if name in kinds]
-    labels = [name for name in LABEL_COLUMNS if name in kinds] or of_class
+    # A flag decides; else columns of a usual name may be meant, too.
+    images = images or _present(IMAGE_COLUMNS, kinds)
+    labels = _present(LABEL_COLUMNS, kinds) or of_class
     if wanted.image:
-        images = [wanted.image] if wanted.image in kinds else []
+        images = _present([wanted.image], kinds)
     if wanted.label:
-        labels = [wanted.label] if wanted.label in kinds else []
+        labels = _present([wanted.label], kinds)
 
     # The first of several is taken if its name is usual, and the others are mentioned.
     doubtful = []
@@ -136,21 +156,41 @@ def find_columns(features: dict[str, Any], where: str, wanted: Wanted) -> Column
             "name them with --image-column and --label-column"
         )
     label = labels[0]
-    names = features[label].get("names") if kinds[label] == "ClassLabel" else None
-    if names is not None:
-        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        if not texts:
-            raise DataError(
-                f"{where}: the names of the classes of {label!r} are no list of texts; "
-                "write the file again"
-            )
+    names = None
+    if kinds[label] == "ClassLabel":
+        names = _class_names(features[label], label, where)
     return Columns(images[0], label, names, doubtful=tuple(doubtful))
+
+
+def _present(names: Iterable[str], columns: Collection[str]) -> list[str]:
+    """Return those of `names` that are columns."""
+    return [name for name in names if name in columns]
+
+
+def _class_names(feature: dict[str, Any], label: str, where: str) -> list[str] | None:
+    """Return the names of the classes that the feature of the column `label` gives."""
+    names = feature.get("names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(
+            f"{where}: the names of the classes of {label!r} are no list of texts; "
+            "write the file again"
+        )
+    return names
 
 
 def _doubts(
     found: list[str], others: list[str], where: str, usual: Sequence[str], flag: str
 ) -> list[str]:
     """Return a sentence about `others` that may be meant instead of the first of `found`, if any.
+
+    Args:
+        found: The columns, of which the first is taken.
+        others: The others.
+        where: The source, for the message.
+        usual: The usual names of such a column.
+        flag: The flag that chooses another one.
 
     Raises:
         UsageError: The first is called by no usual name.
@@ -170,19 +210,22 @@ def open_files(root: Path, spool: Spool, wanted: Wanted) -> Source:
 
     Args:
         root: A folder that holds them, or one file.
-        spool: Where the images of Parquet files are kept.
-        wanted: The flags.
+        spool: Keeps the images of Parquet files.
+        wanted: The flags that a person gave.
 
     Raises:
         UsageError: There are no such files, or those of several data sets.
         DataError: Their columns cannot be used.
     """
-    files, unused = _files(root, wanted)
-    columns = _columns(root, files, wanted)
-    classes = _classes(columns, files, str(root), wanted)
-    is_arrow = files[0][1].suffix == ".arrow"
+    # Understand the files.
+    files, unused = _find_files(root, wanted)
+    columns = _check_columns(root, files, wanted)
+    classes = _find_classes(columns, files, str(root), wanted)
+    is_arrow = files[0].path.suffix == ".arrow"
     kind = "arrow" if is_arrow else "Parquet"
-    splits = f"the column {columns.split!r}" if columns.split else "the files' names"
+    splits = "the files' names"
+    if columns.split:
+        splits = f"the column {columns.split!r}"
     understood = Understood(
         layout=f"{kind} files with images in the column {columns.image!r}; splits by {splits}",
         labels=f"the column {columns.label!r}",
@@ -190,37 +233,36 @@ def open_files(root: Path, spool: Spool, wanted: Wanted) -> Source:
         doubtful=list(columns.doubtful),
     )
 
+    # Read the rows; the images of Parquet files come later, as a stream.
     description = f"huggingface {root.name}"
     if is_arrow:
-        scans = {}
-        for split in [*(split for split, _ in files), *columns.splits.values()]:
-            if split in SPLITS and split not in scans:
-                scans[split] = SplitScan(split)
-        for split, path in files:
-            _scan_arrow(scans, split, path, columns, classes)
-        source = from_scans(description, classes.infos, [*scans.values()], understood)
+        scans = _scan_all(files, columns, classes)
+        source = from_scans(description, classes.infos, scans, understood)
     else:
-        source = spool_items(
-            description, classes.infos, lambda: _parquet_items(files, columns, classes), spool
-        )
-    notes = [Note("", str(path), "ignored", cause) for path, cause in unused]
-    source = replace(source, understood=understood, notes=[*source.notes, *notes])
-    return _grouped(source, columns, files, wanted)
+        read = functools.partial(_parquet_items, files, columns, classes)
+        source = spool_items(description, classes.infos, read, spool)
+    notes = list(source.notes)
+    for path, cause in unused:
+        notes.append(Note("", str(path), "ignored", cause))
+    source = replace(source, understood=understood, notes=notes)
+    return _with_groups(source, columns, files, wanted)
 
 
-def _grouped(
-    source: Source, columns: Columns, files: Sequence[tuple[str, Path]], wanted: Wanted
+def _with_groups(
+    source: Source, columns: Columns, files: Sequence[DataFile], wanted: Wanted
 ) -> Source:
-    """Return the source with the groups of the column that --group names, if it is one."""
-    said = (wanted.group or "").casefold()
-    group = next((name for name in _features(files[0][1]) if name.casefold() == said), None)
+    """Return the source with the groups of the column that --group names.
+
+    Without such a column --group is a pattern, and the source stays as it is.
+    """
+    group = in_any_case(wanted.group or "", _features(files[0].path))
     if group is None:
         return source
-    read = [group, columns.split] if columns.split else [group]
+    # Keys are numbers in a split; only samples of train are held out.
     groups: dict[str, str] = {}
-    number = 0  # in `train`
+    number = 0
     for of_file, path in files:
-        for batch in _batches(path, read):
+        for batch in _batches(path, columns.with_split(group)):
             values = batch[group].to_pylist()
             splits = columns.split_of(batch, of_file)
             for value, split in zip(values, splits, strict=True):
@@ -230,40 +272,57 @@ def _grouped(
     return replace(source, grouping=Grouping(group, groups))
 
 
-def _files(root: Path, wanted: Wanted) -> tuple[list[tuple[str, Path]], list[tuple[Path, str]]]:
-    """Find the data files: arrow files, or Parquet files where there are no arrow files.
+def _find_files(root: Path, wanted: Wanted) -> tuple[list[DataFile], list[tuple[Path, str]]]:
+    """Find the data files: arrow files, or Parquet files if there are no arrow files.
 
     Returns:
-        (split, path) of every file, in the order of their names; and (path, cause) of those that
-        are not used.
+        The files, in the order of their splits and names; and (path, cause) of those that are not
+        used.
+
+    Raises:
+        UsageError: There are none, or those of several data sets.
     """
-    base = root.parent if root.is_file() else root
-    for suffix in (".arrow", ".parquet"):
-        paths = [root]
-        if not root.is_file():
-            paths = sorted(path for path in root.rglob(f"*{suffix}") if _is_data(path))
-        names = {path.relative_to(base).as_posix(): path for path in paths if path.suffix == suffix}
-        if names:
-            _refuse_several_sets([*names], root)
-            used, unused = file_splits([*names], wanted.splits, str(root))
-            files = sorted((split, names[name]) for name, split in used.items())
-            return files, [(names[name], cause) for name, cause in unused.items()]
-    raise UsageError(f"{root} holds neither .arrow nor .parquet files")
+    # Arrow files come first: their images need no spool.
+    names = _data_files(root, ".arrow") or _data_files(root, ".parquet")
+    if not names:
+        raise UsageError(f"{root} holds neither .arrow nor .parquet files")
+    _refuse_several_sets([*names], root)
+    used, unused = file_splits([*names], wanted.splits, str(root))
+    files = []
+    for name, split in used.items():
+        files.append(DataFile(split, names[name]))
+    left_out = []
+    for name, cause in unused.items():
+        left_out.append((names[name], cause))
+    return sorted(files), left_out
+
+
+def _data_files(root: Path, suffix: str) -> dict[str, Path]:
+    """Return the data files with a suffix: name below `root` -> path, sorted."""
+    found = {}
+    if root.is_file() and root.suffix == suffix:
+        found[root.name] = root
+    for path in sorted(root.rglob(f"*{suffix}")):
+        # A file called .parquet has no suffix.
+        if path.suffix == suffix and _is_data(path):
+            found[path.relative_to(root).as_posix()] = path
+    return found
 
 
 def _refuse_several_sets(names: Sequence[str], root: Path) -> None:
     """Raise `UsageError` for files of several data sets, or configurations of one.
 
-    Such as full/train-... and tiny/train-...
+    An example is full/train-... and tiny/train-...
     """
+    # Collect the folders that hold files of each split.
     sets: dict[str, set[str]] = {}
     for name in names:
-        parts = name.split("/")
-        above = "/".join(part for part in parts[:-1] if not SPLIT_FOLDER.fullmatch(part))
         words = SPLIT_WORD.findall(name)
-        sets.setdefault(words[-1].lower() if words else "", set()).add(above)
-    for word, found in sets.items():
-        if word and len(found) > 1:
+        if words:
+            sets.setdefault(words[-1].lower(), set()).add(_folder_of_set(name))
+
+    for found in sets.values():
+        if len(found) > 1:
             several = sorted(found)
             shown = ", ".join(place or "." for place in several)
             raise UsageError(
@@ -272,8 +331,14 @@ def _refuse_several_sets(names: Sequence[str], root: Path) -> None:
             )
 
 
+def _folder_of_set(name: str) -> str:
+    """Return the folder of a file, without the parts that say its split."""
+    folders = name.split("/")[:-1]
+    return "/".join(part for part in folders if not SPLIT_FOLDER.fullmatch(part))
+
+
 def _is_data(path: Path) -> bool:
-    """Return whether a file is data.
+    """Return True if a file is data.
 
     `save_to_disk` leaves results of `map` in the same folder; its state.json names the data.
     """
@@ -284,9 +349,15 @@ def _is_data(path: Path) -> bool:
     return path.name in {file["filename"] for file in files}
 
 
-def _columns(root: Path, files: Sequence[tuple[str, Path]], wanted: Wanted) -> Columns:
-    """Find the columns, and see that their types can be used and all files agree."""
-    path = files[0][1]
+def _check_columns(root: Path, files: Sequence[DataFile], wanted: Wanted) -> Columns:
+    """Find the columns, and check that their types can be used and all files agree.
+
+    Raises:
+        DataError: A column's type cannot be used, or the files differ.
+        UsageError: Several columns may be meant.
+    """
+    path = files[0].path
+    # The first file stands for all; they are compared below.
     schema = _read_schema(path)
     columns = find_columns(_features(path), str(root), wanted)
     image = schema.field(columns.image).type
@@ -300,6 +371,8 @@ def _columns(root: Path, files: Sequence[tuple[str, Path]], wanted: Wanted) -> C
             f"{path}: the column {columns.label!r} holds {label}; "
             "a name or a whole number is needed"
         )
+
+    # Types alone do not say it: bytes may be missing, and other files may differ.
     _refuse_paths(columns, path)
     _refuse_other_columns(columns, files)
     return _with_splits(columns, schema, files, wanted)
@@ -316,34 +389,45 @@ def _features(path: Path) -> dict[str, Any]:
     """Return the columns of a file.
 
     Returns:
-        Name -> its feature as `datasets` writes it; {} where there is none.
+        Name -> its feature as `datasets` writes it; {} if there is none.
     """
     schema = _read_schema(path)
+    features = _written_features(schema)
+    return {name: features.get(name, {}) for name in schema.names}
+
+
+def _written_features(schema: pa.Schema) -> dict[str, Any]:
+    """Return the features in a file's metadata; {} if `datasets` did not write the file."""
     try:
         written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = written.get("info", {}).get("features", {})
-        return {name: features.get(name, {}) for name in schema.names}
     except (ValueError, TypeError, AttributeError, RecursionError):
-        # Not written by `datasets`: the columns alone count.
-        return {name: {} for name in schema.names}
+        return {}
+    if not isinstance(features, dict):
+        return {}
+    return features
 
 
-def _refuse_other_columns(columns: Columns, files: Sequence[tuple[str, Path]]) -> None:
+def _refuse_other_columns(columns: Columns, files: Sequence[DataFile]) -> None:
     """Raise `DataError` for files that differ in the columns, or in the names of the classes."""
-    first = files[0][1]
+    first = files[0].path
     for _, path in files:
         features = _features(path)
-        missing = [name for name in (columns.image, columns.label) if name not in features]
-        if missing:
-            raise DataError(
-                f"{path} has no column {missing[0]!r}, which {first} has; "
-                "give files of one form, one after the other"
-            )
-        kind = features[columns.label]
-        names = kind.get("names") if isinstance(kind, dict) else None
+        for name in (columns.image, columns.label):
+            if name not in features:
+                raise DataError(
+                    f"{path} has no column {name!r}, which {first} has; "
+                    "give files of one form, one after the other"
+                )
+
+        # Labels are places in the list of names, so all lists must be one.
+        feature = features[columns.label]
+        names = None
+        if isinstance(feature, dict):
+            names = feature.get("names")
         if columns.names is not None and names != columns.names:
-            mine = ", ".join(map(str, names or ()))[:100]
-            theirs = ", ".join(columns.names)[:100]
+            mine = ", ".join(map(str, names or ()))[:MAX_SHOWN]
+            theirs = ", ".join(columns.names)[:MAX_SHOWN]
             raise DataError(
                 f"{path} names the classes {mine}, and {first} {theirs}: "
                 "a number would be two classes; write the files again with one list"
@@ -352,34 +436,46 @@ def _refuse_other_columns(columns: Columns, files: Sequence[tuple[str, Path]]) -
 
 def _refuse_paths(columns: Columns, path: Path) -> None:
     """Raise `DataError` for images that are paths of files elsewhere, and no bytes."""
-    first = next(_batches(path, [columns.image]), None)
-    images = first[columns.image].to_pylist() if first is not None else []
-    paths = []
-    for image in images:
+    example = None
+    for image in _first_cells(path, columns.image) or ():
         if not isinstance(image, dict) or image.get("bytes"):
             return
-        paths.append(image.get("path"))
-    example = next(filter(None, paths), None)
-    if example is not None:
+        example = example or image.get("path")
+    if example:
         raise DataError(
             f"{path}: the column {columns.image!r} holds paths such as {example}, and no bytes; "
             "embed the images, or give the folder of the files and a table with their labels"
         )
 
 
+def _first_cells(path: Path, column: str) -> list[Any] | None:
+    """Return the first cells of a column; None if the file has no rows."""
+    batch = next(_batches(path, [column]), None)
+    if batch is None:
+        return None
+    return batch[column].to_pylist()
+
+
 def _with_splits(
-    columns: Columns, schema: pa.Schema, files: Sequence[tuple[str, Path]], wanted: Wanted
+    columns: Columns, schema: pa.Schema, files: Sequence[DataFile], wanted: Wanted
 ) -> Columns:
-    """Return the columns with that of the splits, if there is one."""
-    path = files[0][1]
+    """Return the columns with that of the splits, if there is one.
+
+    Args:
+        columns: The columns of images and labels.
+        schema: The columns of the first file.
+        files: The files.
+        wanted: The flags, which may name the column.
+    """
+    path = files[0].path
 
     # Columns of a few different values may be it.
     few = []
     for name in schema.names:
         if name in (columns.image, columns.label) or not _holds_labels(schema.field(name).type):
             continue
-        first = next(_batches(path, [name]), None)
-        if first is not None and len(set(first[name].to_pylist())) <= FEW_SPLITS:
+        cells = _first_cells(path, name)
+        if cells is not None and len(set(cells)) <= FEW_SPLITS:
             few.append(name)
     if not few and wanted.split is None:
         return columns
@@ -395,21 +491,23 @@ def _with_splits(
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
-    """Return whether a column of this type holds encoded images."""
+    """Return True if a column of this type holds encoded images."""
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
 
 
 def _holds_labels(kind: pa.DataType) -> bool:
-    """Return whether a column of this type may hold labels."""
+    """Return True if a column of this type may hold labels."""
     if pa.types.is_dictionary(kind):
         return _holds_labels(kind.value_type)
-    return any(is_it(kind) for is_it in PLAIN_TYPES)
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return is_number or is_text or pa.types.is_boolean(kind)
 
 
-def _classes(
-    columns: Columns, files: Sequence[tuple[str, Path]], where: str, wanted: Wanted
+def _find_classes(
+    columns: Columns, files: Sequence[DataFile], where: str, wanted: Wanted
 ) -> Classes:
     """Return the feature's names as classes; if there are none, those of the labels that occur."""
     if columns.names is not None:
@@ -418,6 +516,7 @@ def _classes(
     for _, path in files:
         for batch in _batches(path, [columns.label]):
             _refuse_fractions(batch[columns.label], columns.label, path)
+            # A few different labels in many rows: read the text of each once.
             for value, count in Counter(batch[columns.label].to_pylist()).items():
                 with contextlib.suppress(DataError):  # noted later, with its sample
                     text = label_text(value)
@@ -432,23 +531,29 @@ def _refuse_fractions(cells: pa.Array, name: str, path: Path) -> None:
     """
     if not pa.types.is_floating(cells.type):
         return
-    numbers = [cell for cell in cells.to_pylist() if cell is not None and not math.isnan(cell)]
-    odd = next((number for number in numbers if not number.is_integer()), None)
-    if odd is not None:
-        raise DataError(
-            f"{path}: the column {name!r} holds {cells.type}, such as {odd}; "
-            "a name or a whole number is needed"
-        )
+    for cell in cells.to_pylist():
+        is_gap = cell is None or math.isnan(cell)
+        if not is_gap and not cell.is_integer():
+            raise DataError(
+                f"{path}: the column {name!r} holds {cells.type}, such as {cell}; "
+                "a name or a whole number is needed"
+            )
 
 
 def _named_classes(names: Sequence[str], wanted: Wanted) -> Classes:
     """Return the classes that a feature names, whose labels are places in `names`."""
-    if not wanted.labels.classes:
-        numbers = {str(label): label for label in range(len(names))}
-        return Classes(to_classes(names), numbers | {NO_TEXT: NO_LABEL, str(NO_LABEL): NO_LABEL})
-    found = classes_of(dict.fromkeys(names, 1), "the features", wanted.labels, sure=True)
-    numbers = {str(label): found.numbers[name] for label, name in enumerate(names)}
-    return Classes(found.infos, numbers | {NO_TEXT: NO_LABEL, str(NO_LABEL): NO_LABEL}, found.said)
+    numbers: dict[str, int] = {}
+    if wanted.labels.classes:
+        found = classes_of(dict.fromkeys(names, 1), "the features", wanted.labels, sure=True)
+        for label, name in enumerate(names):
+            numbers[str(label)] = found.numbers[name]
+    else:
+        found = Classes(to_classes(names), {})
+        for label in range(len(names)):
+            numbers[str(label)] = label
+    # Hugging Face marks test images with the label -1.
+    numbers |= {NO_TEXT: NO_LABEL, str(NO_LABEL): NO_LABEL}
+    return replace(found, numbers=numbers)
 
 
 @contextlib.contextmanager
@@ -469,7 +574,7 @@ def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
             for batch in _arrow_batches(_mapped(path)):
                 yield batch.select(columns)
         else:
-            yield from pq.ParquetFile(path).iter_batches(batch_size=256, columns=columns)
+            yield from pq.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS, columns=columns)
 
 
 def _arrow_batches(whole: pa.Buffer) -> Iterator[pa.RecordBatch]:
@@ -477,6 +582,7 @@ def _arrow_batches(whole: pa.Buffer) -> Iterator[pa.RecordBatch]:
 
     Their buffers point into `whole`.
     """
+    # `datasets` writes streams; other programs write files.
     try:
         reader = pa.ipc.open_stream(whole)
     except pa.ArrowInvalid:
@@ -488,6 +594,7 @@ def _arrow_batches(whole: pa.Buffer) -> Iterator[pa.RecordBatch]:
 
 
 def _mapped(path: Path) -> pa.Buffer:
+    # Mapped, not read: a file may be larger than memory, and only places in it are needed.
     with pa.memory_map(str(path)) as file:
         return file.read_buffer()
 
@@ -502,13 +609,15 @@ def _label(value: Any, classes: Classes) -> int:
         text = label_text(value)
     except DataError:
         return ODD_LABEL
-    other = value if isinstance(value, int) else ODD_LABEL
-    return classes.numbers.get(text, other)
+    if text in classes.numbers:
+        return classes.numbers[text]
+    # The note about this sample shows the number.
+    if isinstance(value, int):
+        return value
+    return ODD_LABEL
 
 
-def _parquet_items(
-    files: Sequence[tuple[str, Path]], columns: Columns, classes: Classes
-) -> Iterator[Item]:
+def _parquet_items(files: Sequence[DataFile], columns: Columns, classes: Classes) -> Iterator[Item]:
     """Yield the samples of Parquet files, called by their numbers in their splits."""
     counts: Counter[str] = Counter()
     for of_file, path in files:
@@ -524,27 +633,52 @@ def _parquet_items(
 
 
 def _image_bytes(image: Any) -> bytes:
-    """Return the encoded bytes of a cell; none where it holds none."""
-    return (image.get("bytes") if isinstance(image, dict) else image) or b""
+    """Return the encoded bytes of a cell; none if it holds none."""
+    if isinstance(image, dict):
+        image = image.get("bytes")
+    return image or b""
+
+
+def _scan_all(files: Sequence[DataFile], columns: Columns, classes: Classes) -> list[SplitScan]:
+    """Scan arrow files: one scan for each split that a file or a row may have."""
+    scans: dict[str, SplitScan] = {}
+    for file in files:
+        scans.setdefault(file.split, SplitScan(file.split))
+    for split in columns.splits.values():
+        if split in SPLITS:
+            scans.setdefault(split, SplitScan(split))
+    for file in files:
+        _scan_arrow(scans, file, columns, classes)
+    return [*scans.values()]
 
 
 def _scan_arrow(
-    scans: Mapping[str, SplitScan], of_file: str, path: Path, columns: Columns, classes: Classes
+    scans: Mapping[str, SplitScan], file: DataFile, columns: Columns, classes: Classes
 ) -> None:
-    """Add every row of an arrow file, with the place of its image in the file."""
-    scans[of_file].stamp.add(path.name, path.stat())
+    """Add every row of an arrow file, with the place of its image in the file.
+
+    Args:
+        scans: Get the rows, by split.
+        file: The file.
+        columns: Its columns.
+        classes: The classes.
+    """
+    path = file.path
+    scans[file.split].stamp.add(path.name, path.stat())
     with _reading(path):
         whole = _mapped(path)
         for batch in _arrow_batches(whole):
-            values = [_label(value, classes) for value in batch[columns.label].to_pylist()]
+            values = batch[columns.label].to_pylist()
             places = _places(batch[columns.image], whole, path)
-            splits = columns.split_of(batch, of_file)
-            for label, (offset, length), split in zip(values, places, splits, strict=True):
+            splits = columns.split_of(batch, file.split)
+            for value, (offset, length), split in zip(values, places, splits, strict=True):
                 if split not in SPLITS:
                     continue
+                # Every row counts, used or not, as in the names of Parquet's samples.
                 found = scans[split]
                 name = f"{found.seen:08d}"
                 found.seen += 1
+                label = _label(value, classes)
                 if not 0 <= label < len(classes.infos):
                     found.note_label(f"{path}: row {name}", label, len(classes.infos))
                 elif length == 0:
@@ -554,19 +688,36 @@ def _scan_arrow(
 
 
 def _places(column: pa.Array, whole: pa.Buffer, path: Path) -> list[tuple[int, int]]:
-    """Return offset in the file and length of every image of a batch, bytes."""
-    binary = column.field("bytes") if pa.types.is_struct(column.type) else column
+    """Return the places of all images of a batch in the file.
+
+    Args:
+        column: The images of the batch.
+        whole: The mapped file, which the batch points into.
+        path: The file, for messages.
+
+    Returns:
+        (offset, length) of each image, bytes.
+
+    Raises:
+        DataError: The images are compressed, or of a type that is not read.
+    """
+    binary = column
+    if pa.types.is_struct(column.type):
+        binary = column.field("bytes")
     width = {pa.binary(): np.int32, pa.large_binary(): np.int64}.get(binary.type)
     if width is None:
         raise DataError(f"{path} has images of type {binary.type}; encoded bytes are needed")
+
+    # Image n lies between the offsets n and n + 1 of the batch's buffer.
     _, offsets, data = binary.buffers()
-    bounds = np.frombuffer(offsets, width)[binary.offset : binary.offset + len(binary) + 1].astype(
-        np.int64
-    )
+    rows = slice(binary.offset, binary.offset + len(binary) + 1)
+    bounds = np.frombuffer(offsets, width)[rows].astype(np.int64)
     start = data.address - whole.address if data else 0
+    # A compressed buffer was unpacked to memory outside the file.
     if not 0 <= start <= whole.size:
         raise DataError(f"{path} is compressed inside; save it without compression, or as Parquet")
-    return [(start + int(low), int(high - low)) for low, high in itertools.pairwise(bounds)]
+    begins = (start + bounds[:-1]).tolist()
+    return list(zip(begins, np.diff(bounds).tolist(), strict=True))
 
 
 def open_hub(name: str, spool: Spool, wanted: Wanted) -> Source:
@@ -574,8 +725,8 @@ def open_hub(name: str, spool: Spool, wanted: Wanted) -> Source:
 
     Args:
         name: ID or ID:CONFIG; $HF_TOKEN opens gated ones.
-        spool: Where the images are kept.
-        wanted: The flags.
+        spool: Keeps the images.
+        wanted: The flags that a person gave.
 
     Raises:
         UsageError: The package `datasets` is missing, or the splits cannot be understood.
@@ -587,6 +738,7 @@ def open_hub(name: str, spool: Spool, wanted: Wanted) -> Source:
         raise UsageError(
             "hf:... needs the package `datasets`; install it: .venv/bin/uv pip install datasets"
         ) from error
+
     dataset, _, config = name.partition(":")
     try:
         token = os.environ.get("HF_TOKEN")
@@ -599,24 +751,19 @@ def open_hub(name: str, spool: Spool, wanted: Wanted) -> Source:
 
 
 def from_iterable(name: str, splits: Any, spool: Spool, wanted: Wanted = ANYTHING) -> Source:
-    """Return the source of `splits`: split name -> a `datasets.IterableDataset`."""
-    import datasets
+    """Make the source of a stream.
 
-    # Choose the splits.
-    for word in splits:
-        if word.lower() not in SPLIT_OF and word.lower() not in wanted.splits:
-            raise unknown_split(word, name)
-    meanings = {**choose_splits(splits)}
-    for word in splits:
-        said = wanted.splits.get(word.lower())
-        if said is not None:
-            meanings[word] = said
-    chosen = {word: split for word, split in meanings.items() if split in SPLITS}
-    if not chosen:
-        raise UsageError(
-            f"{name} has the splits {', '.join(splits)}, and none to train on; "
-            "say which is: --split WORD=train"
-        )
+    Args:
+        name: The dataset, for messages.
+        splits: Split name -> a `datasets.IterableDataset`.
+        spool: Keeps the images.
+        wanted: The flags that a person gave.
+
+    Raises:
+        UsageError: The splits cannot be understood.
+        DataError: The dataset does not say its features, or does not name its classes.
+    """
+    chosen = _choose_streams(name, splits, wanted)
 
     # Find the columns and classes.
     first = splits[next(iter(chosen))]
@@ -625,23 +772,63 @@ def from_iterable(name: str, splits: Any, spool: Spool, wanted: Wanted = ANYTHIN
     columns = find_columns(first.features.to_dict(), name, wanted)
     if columns.names is None:
         raise DataError(f"{name} does not name its classes; give its Parquet files instead")
-
     classes = _named_classes(columns.names, wanted)
-    unused = [f"the split {word!r} is not used" for word in splits if word not in chosen]
+
+    # Say how the stream is read.
+    doubtful = [*columns.doubtful]
+    for word in splits:
+        if word not in chosen:
+            doubtful.append(f"the split {word!r} is not used")
     understood = Understood(
         layout=f"a stream of the hub with images in the column {columns.image!r}; "
         f"splits {', '.join(chosen)}",
         labels=f"the column {columns.label!r}",
         said=classes.said,
-        doubtful=[*columns.doubtful, *unused],
+        doubtful=doubtful,
     )
-
-    def read() -> Iterator[Item]:
-        for word, split in chosen.items():
-            rows = splits[word].cast_column(columns.image, datasets.Image(decode=False))
-            for number, row in enumerate(rows):
-                label = _label(row[columns.label], classes)
-                yield Item(split, f"{number:08d}", label, _image_bytes(row[columns.image]))
-
+    read = functools.partial(_stream_items, splits, chosen, columns, classes)
     source = spool_items(f"huggingface {name}", classes.infos, read, spool)
     return replace(source, understood=understood)
+
+
+def _choose_streams(name: str, splits: Collection[str], wanted: Wanted) -> dict[str, str]:
+    """Return the split names of a hub's dataset that are used, and the split of each.
+
+    Raises:
+        UsageError: A name is not known, or there is none to train on.
+    """
+    # A word that nobody knows may be test images, which must not be trained on.
+    for word in splits:
+        if word.lower() not in SPLIT_OF and word.lower() not in wanted.splits:
+            raise unknown_split(word, name)
+    meanings = choose_splits(splits)
+    for word in splits:
+        said = wanted.splits.get(word.lower())
+        if said is not None:
+            meanings[word] = said
+
+    # --split WORD=none leaves a split out.
+    chosen = {}
+    for word, split in meanings.items():
+        if split in SPLITS:
+            chosen[word] = split
+    if not chosen:
+        raise UsageError(
+            f"{name} has the splits {', '.join(splits)}, and none to train on; "
+            "say which is: --split WORD=train"
+        )
+    return chosen
+
+
+def _stream_items(
+    splits: Any, chosen: Mapping[str, str], columns: Columns, classes: Classes
+) -> Iterator[Item]:
+    """Yield the samples of a hub's stream, called by their numbers in their splits."""
+    import datasets
+
+    for word, split in chosen.items():
+        # The encoded bytes: decoding would cost time, and the JPEG's own quality.
+        rows = splits[word].cast_column(columns.image, datasets.Image(decode=False))
+        for number, row in enumerate(rows):
+            label = _label(row[columns.label], classes)
+            yield Item(split, f"{number:08d}", label, _image_bytes(row[columns.image]))

@@ -1,15 +1,21 @@
-"""The images below a folder, found by what tables call them: a path, a name, or a name without its suffix."""
+"""The images below a folder, to be found by the names that tables give them.
+
+A table may write a path, a name, or a name without its suffix; `label_tables` and `table` look up
+each row here.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wds_train.conversion.sources.imagefolder import MASKS
+from wds_train.conversion.sources.layout import MASKS
 from wds_train.conversion.sources.names import IMAGE_SUFFIXES, SPLIT_OF, normal
 from wds_train.conversion.sources.tree import PICTURES, walk_files
 from wds_train.errors import DataError
 
+# The split in the name of an image: train_0001.jpg. The longest words first: else `train` would be
+# found in `training`.
 SPLIT_PREFIX = re.compile(
     rf"({'|'.join(sorted(SPLIT_OF, key=len, reverse=True))})[-_ ]?\d", re.IGNORECASE
 )
@@ -20,8 +26,8 @@ class Match(NamedTuple):
 
     Attributes:
         image: Its place in `ImageIndex.paths`.
-        parts: How many parts of its path agree with what the table says.
-        whole: Whether all that the table says agrees.
+        parts: The number of parts of its path that agree with the table, from the end.
+        whole: True if all that the table says agrees.
     """
 
     image: int
@@ -29,12 +35,38 @@ class Match(NamedTuple):
     whole: bool
 
 
+class Agreement(NamedTuple):
+    """The number of parts at the end of two paths that agree.
+
+    Attributes:
+        alike: Parts that agree in any case.
+        exact: Parts that agree in their case, too.
+    """
+
+    alike: int
+    exact: int
+
+
+class Rank(NamedTuple):
+    """The order in which images of one name are preferred: the largest first, field by field."""
+
+    alike: int
+    is_near: bool
+    is_no_mask: bool
+    is_kept: bool
+    exact: int
+
+
 class AmbiguousName(DataError):
-    """A name that several images have."""
+    """Several images have this name."""
 
 
 class ImageIndex:
-    """The image files below `root`.
+    """The image files below a folder.
+
+    Args:
+        root: The folder, whose images are read now.
+        splits: The split of each folder that is named for one, by its path below `root`.
 
     Attributes:
         root: The folder.
@@ -42,96 +74,106 @@ class ImageIndex:
     """
 
     def __init__(self, root: Path, splits: Mapping[str, str]) -> None:
-        """Read the images below `root`; `splits` are the splits of folders that are called so, by their paths below it."""
         self.root = root
         self._splits = splits
         self.paths: list[str] = []
-        self._split_in_name: dict[int, str] = {}
+        # The images of each name, of each name without its suffix, and of each such number.
         self._by_name: dict[str, list[int]] = {}
         self._by_stem: dict[str, list[int]] = {}
         self._by_number: dict[int, list[int]] = {}
         for _, name in walk_files(root):
             if name.lower().endswith(PICTURES):
-                base = fold(name.rpartition("/")[2])
-                self._by_name.setdefault(base, []).append(len(self.paths))
-                stem = base.rpartition(".")[0]
-                self._by_stem.setdefault(stem, []).append(len(self.paths))
-                if stem.isdecimal():
-                    self._by_number.setdefault(int(stem), []).append(len(self.paths))
-                self.paths.append(name)
-        self._read_splits_in_names()
+                self._add(name)
+        self._split_in_name = _splits_in_names(self.paths)
+
+    def _add(self, path: str) -> None:
+        image = len(self.paths)
+        self.paths.append(path)
+        base = fold(path.rpartition("/")[2])
+        self._by_name.setdefault(base, []).append(image)
+        stem = base.rpartition(".")[0]
+        self._by_stem.setdefault(stem, []).append(image)
+        if stem.isdecimal():
+            self._by_number.setdefault(int(stem), []).append(image)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def _read_splits_in_names(self) -> None:
-        """Read the splits of images that are called so: train_0001.jpg, test_0001.jpg. All of them must be."""
-        found: dict[int, str] = {}
-        for image, path in enumerate(self.paths):
-            word = SPLIT_PREFIX.match(path.rpartition("/")[2])
-            if word is None:
-                return
-            found[image] = SPLIT_OF[word[1].lower()]
-        if "train" in found.values() and len({*found.values()}) > 1:
-            self._split_in_name = found
-
     def find(self, name: str, table: Path) -> Match:
-        """Return the image that the file `table` calls `name`.
+        """Find the image that a table names.
 
-        The path may have been right on another machine: the longest end of it that is here decides. Of several, one beside the
-        table, or in a folder that is called as the table is, comes first (`train.csv`, `train/`).
+        The path may have been right on another machine, so the longest end of it that exists here
+        decides. Of several images, one next to the table, or in a folder with the table's name
+        (`train.csv`, `train/`), comes first.
+
+        Args:
+            name: The cell of the table.
+            table: The path of the table.
 
         Raises:
-            DataError: There is none, or there are several.
+            DataError: There is no such image.
+            AmbiguousName: There are several.
         """
-        given = [
-            part
-            for part in normal(name).strip().replace("\\", "/").split("/")
-            if part not in ("", ".")
-        ]
+        parts = normal(name).strip().replace("\\", "/").split("/")
+        given = [part for part in parts if part not in ("", ".")]
         if not given:
             raise DataError("there is no such image: the cell is empty")
-        base = fold(given[-1])
-        found = self._by_name.get(base, []) or self._by_stem.get(base, [])
-        if not found and base.isdecimal():  # the table says 7, the file is 007.png
-            found = self._by_number.get(int(base), [])
-        if not found and base.endswith(
-            PICTURES
-        ):  # converted since: the table says .jpg, the file is a .png
-            found = self._by_stem.get(base.rpartition(".")[0], [])
+        found = self._called(fold(given[-1]))
         if not found:
             raise DataError("there is no such image")
         if len(found) == 1:
             return self._match(found[0], given)
-        near = [folder for folder in (self._below(table.parent), normal(table.stem)) if folder]
+
+        # Several have the name: the two best must differ in rank.
+        near: tuple[str, ...] = (f"/{fold(table.stem)}",)
+        folder = self._below(table.parent)
+        if folder:
+            near += (f"/{fold(folder)}",)
         ranked = sorted(found, key=lambda image: self._rank(image, given, near), reverse=True)
-        best, second = (self._rank(image, given, near) for image in ranked[:2])
-        if best == second:
-            places = " or ".join(str(self.root / self.paths[image]) for image in ranked[:2])
+        best, second = ranked[:2]
+        if self._rank(best, given, near) == self._rank(second, given, near):
+            places = f"{self.root / self.paths[best]} or {self.root / self.paths[second]}"
             raise AmbiguousName(f"it may be {places}; write its folder, too")
-        return self._match(ranked[0], given)
+        return self._match(best, given)
+
+    def _called(self, base: str) -> Sequence[int]:
+        """Return the images that the last part of a table's path, folded, may mean."""
+        found = self._by_name.get(base) or self._by_stem.get(base, [])
+        if not found and base.isdecimal():  # the table says 7, the file is 007.png
+            found = self._by_number.get(int(base), [])
+        if not found and base.endswith(PICTURES):
+            # Converted since: the table says .jpg, the file is a .png.
+            found = self._by_stem.get(base.rpartition(".")[0], [])
+        return found
 
     def _match(self, image: int, given: Sequence[str]) -> Match:
-        alike, _ = self._agreement(image, given)
+        alike = self._agreement(image, given).alike
         return Match(image, alike, alike == len(given))
 
     def _below(self, folder: Path) -> str:
-        """Return the path of `folder` below the root; nothing for the root itself, and for what lies elsewhere."""
+        """Return the path of `folder` below the root; empty for the root and folders elsewhere."""
         if folder == self.root or not folder.is_relative_to(self.root):
             return ""
         return folder.relative_to(self.root).as_posix()
 
-    def _agreement(self, image: int, given: Sequence[str]) -> tuple[int, int]:
-        """Count the last parts of the image's path that agree with `given`: in any case, and exactly."""
+    def _agreement(self, image: int, given: Sequence[str]) -> Agreement:
+        """Count the last parts of the image's path that agree with `given`."""
+        # macOS may write a path decomposed; `given` is composed.
         parts = normal(self.paths[image]).split("/")
         given = list(given)
-        if fold(parts[-1]) != fold(given[-1]):  # found by its name without a suffix
+
+        # Found by its name without a suffix: that is what agrees.
+        if fold(parts[-1]) != fold(given[-1]):
             parts[-1] = parts[-1].rpartition(".")[0]
             if fold(given[-1]).endswith(PICTURES):
-                given = [*given[:-1], given[-1].rpartition(".")[0]]
+                given[-1] = given[-1].rpartition(".")[0]
             if parts[-1].isdecimal() and given[-1].isdecimal():
-                parts[-1] = given[-1] = str(int(parts[-1]))
-        alike = exact = 0
+                given[-1] = str(int(parts[-1]))
+                parts[-1] = given[-1]
+
+        # Compare from the end: folders above may differ from machine to machine.
+        alike = 0
+        exact = 0
         same_case = True
         for mine, other in zip(reversed(parts), reversed(given), strict=False):
             if fold(mine) != fold(other):
@@ -139,15 +181,19 @@ class ImageIndex:
             same_case = same_case and mine == other
             alike += 1
             exact += same_case
-        return alike, exact
+        return Agreement(alike, exact)
 
     def has_name(self, text: str) -> bool:
-        """Tell whether an image is called so, with or without a suffix; numbers alone may be anything."""
+        """Return True if an image has this name, with or without a suffix.
+
+        A number without a suffix may be anything, and is no name.
+        """
         base = fold(text)
         return base in self._by_name or (base in self._by_stem and not base.isdecimal())
 
     def split_of(self, image: int) -> str:
-        """Return the split that the folders of an image say; empty where none does."""
+        """Return the split that the folders of an image say; empty if none does."""
+        # The innermost folder decides: test/train/1.jpg is of train.
         pieces = self.paths[image].split("/")
         for depth in range(len(pieces) - 1, 0, -1):
             split = self._splits.get("/".join(pieces[:depth]))
@@ -155,20 +201,51 @@ class ImageIndex:
                 return split
         return self._split_in_name.get(image, "")
 
-    def _rank(
-        self, image: int, given: Sequence[str], near: Sequence[str]
-    ) -> tuple[int, int, bool, bool, int]:
+    def _rank(self, image: int, given: Sequence[str], near: tuple[str, ...]) -> Rank:
+        """Rank an image that a table may mean.
+
+        Args:
+            image: The image.
+            given: The parts of the path that the table says.
+            near: The ends, folded, of paths of folders whose images are preferred.
+        """
         alike, exact = self._agreement(image, given)
-        before = "/".join(self.paths[image].split("/")[:-alike]) if alike else ""
-        beside = bool(near) and any(
-            fold(before) == fold(folder) or fold(before).endswith(f"/{fold(folder)}")
-            for folder in near
+        path = self.paths[image]
+        parts = path.split("/")
+        # The folders above the part that agrees.
+        above = ""
+        if alike:
+            above = "/".join(parts[:-alike])
+        return Rank(
+            alike,
+            is_near=f"/{fold(above)}".endswith(near),
+            is_no_mask=not any(map(MASKS.fullmatch, parts[:-1])),
+            is_kept=path.lower().endswith(IMAGE_SUFFIXES),
+            exact=exact,
         )
-        is_kept = self.paths[image].lower().endswith(IMAGE_SUFFIXES)
-        is_mask = any(MASKS.fullmatch(part) for part in self.paths[image].split("/")[:-1])
-        return alike, int(beside), not is_mask, is_kept, exact
+
+
+def _splits_in_names(paths: Sequence[str]) -> dict[int, str]:
+    """Return the splits of images that are named for them: train_0001.jpg, test_0001.jpg.
+
+    Returns:
+        image -> split; empty unless all images are named so, for train and for another split.
+    """
+    found: dict[int, str] = {}
+    for image, path in enumerate(paths):
+        word = SPLIT_PREFIX.match(path.rpartition("/")[2])
+        if word is None:
+            return {}
+        found[image] = SPLIT_OF[word[1].lower()]
+    splits = set(found.values())
+    if "train" in splits and len(splits) > 1:
+        return found
+    return {}
 
 
 def fold(name: str) -> str:
-    """Return what a name is compared by: tables from Windows call IMG_1.JPG img_1.jpg."""
+    """Return the form in which names are compared.
+
+    Tables from Windows write IMG_1.JPG as img_1.jpg.
+    """
     return normal(name).casefold()

@@ -1,4 +1,4 @@
-"""Read ImageNet (ILSVRC2012) in its two published forms: its own tars, and Kaggle's folders.
+"""ImageNet (ILSVRC2012) in its two published forms: its own tars, and Kaggle's folders.
 
 Layouts: https://image-net.org/challenges/LSVRC/2012/ (ILSVRC2012_img_train.tar is a tar of 1,000
 class tars; the ground truth counts ILSVRC2012_ID from 1, and the devkit's meta.mat maps that to
@@ -11,20 +11,20 @@ import tarfile
 from pathlib import Path
 
 from wds_train.conversion.sources.imagefolder import (
-    Layout,
     add_class,
     imagenet_names,
     note_layout,
-    read_classes,
 )
 from wds_train.conversion.sources.labels import to_classes
+from wds_train.conversion.sources.layout import Layout, read_classes
 from wds_train.conversion.sources.scan import SplitScan, scan
 from wds_train.conversion.sources.source import ANYTHING, Source, Understood
 from wds_train.conversion.sources.splits import from_scans
-from wds_train.conversion.sources.tars import is_safe, tar_members
+from wds_train.conversion.sources.tars import Member, is_safe, tar_members
 from wds_train.conversion.sources.tree import DiskFiles, read_tree
 from wds_train.errors import DataError
 
+# Names that ImageNet gives its files.
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -32,8 +32,9 @@ TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 # The WordNet id of a validation image in each line: the form in which several projects publish the
 # ground truth.
 SYNSET_TRUTH = "imagenet_2012_validation_synset_labels.txt"
+# Of Kaggle's archive.
 KAGGLE_TRAIN = Path("ILSVRC/Data/CLS-LOC/train")
-MAX_DEVKIT_FILE = 64 << 20
+MAX_DEVKIT_FILE = 64 << 20  # bytes; the ground truth has 50,000 lines of at most 4 digits
 
 
 def open_ilsvrc(root: Path) -> Source:
@@ -46,24 +47,24 @@ def open_ilsvrc(root: Path) -> Source:
     Raises:
         DataError: A tar is damaged, or the labels of the val split are missing.
     """
-    # Each member of the train tar is the tar of a class.
+    # Each member of the train tar is the tar of a class. Sorted by name, their numbers are those of
+    # torchvision and timm.
     train = SplitScan("train")
     outer = root / TRAIN_TAR
     train.stamp.add(TRAIN_TAR, outer.stat())
-    class_tars = [member for member in tar_members(outer) if is_safe(train, TRAIN_TAR, member)]
-    class_tars.sort(key=lambda member: member.name)
     classes = []
-    for label, member in enumerate(class_tars):
+    for label, member in enumerate(_members_by_name(train, TRAIN_TAR, outer)):
         wnid = member.name.rpartition("/")[2].removesuffix(".tar")
         classes.append(wnid)
         if not _add_images(train, outer, wnid, label, (member.data_offset, member.size)):
             raise DataError(f"{outer}: the class {wnid} holds no images; download it again")
 
+    # The val tar holds images alone; their labels are in the ground truth.
     scans = [train]
     names: dict[str, str] = {}
     if (root / VAL_TAR).is_file():
-        truth, names = _ground_truth(root)
-        scans.append(_val_tar(root / VAL_TAR, truth, classes))
+        truth, names = _read_ground_truth(root)
+        scans.append(_scan_val_tar(root / VAL_TAR, truth, classes))
     understood = Understood(
         layout=f"ImageNet's own tars; splits by {TRAIN_TAR} and {VAL_TAR}",
         labels="the class tars, and the ground truth",
@@ -72,20 +73,37 @@ def open_ilsvrc(root: Path) -> Source:
     return from_scans("imagenet ILSVRC2012 tars", infos, scans, understood)
 
 
+def _members_by_name(found: SplitScan, where: str, path: Path) -> list[Member]:
+    """Return the members of a tar, sorted by name, and note those that cannot be used.
+
+    Args:
+        found: The scan that gets the notes.
+        where: The tar, for the notes.
+        path: Its path.
+    """
+    members = []
+    for member in tar_members(path):
+        if is_safe(found, where, member):
+            members.append(member)
+    # The ground truth has the validation images in the order of their names.
+    members.sort(key=lambda member: member.name)
+    return members
+
+
 def _add_images(
     found: SplitScan, outer: Path, wnid: str, label: int, place: tuple[int, int]
 ) -> bool:
     """Add the images of a class tar.
 
     Args:
-        found: Where they are added.
+        found: The scan that they are added to.
         outer: The train tar.
         wnid: The class.
         label: Its number.
         place: Offset and bytes of the class tar in the train tar.
 
     Returns:
-        Whether there are any.
+        True if there are any.
     """
     added = False
     for member in tar_members(outer, *place):
@@ -95,32 +113,31 @@ def _add_images(
     return added
 
 
-def _val_tar(path: Path, truth: list[str], classes: list[str]) -> SplitScan:
+def _scan_val_tar(path: Path, truth: list[str], classes: list[str]) -> SplitScan:
     """Scan the val tar; `truth` has the WordNet id of every image in the order of their names."""
     found = SplitScan("val")
     found.stamp.add(path.name, path.stat())
-    images = [member for member in tar_members(path) if is_safe(found, str(path), member)]
-    images.sort(key=lambda member: member.name)
+    images = _members_by_name(found, str(path), path)
     if len(images) != len(truth):
         raise DataError(
             f"{path} holds {len(images)} images, the ground truth has {len(truth)} lines; "
             "they must be equal"
         )
     for member, wnid in zip(images, truth, strict=True):
-        label = _label(wnid, classes, "ground truth")
+        label = _number_of(wnid, classes, "ground truth")
         name = f"{wnid}/{member.name}"
         found.add(label, name, str(path), member.data_offset, member.size)
     return found
 
 
-def _label(wnid: str, classes: list[str], where: str) -> int:
+def _number_of(wnid: str, classes: list[str], where: str) -> int:
     """Return the number of the class `wnid`, which `where` names."""
     if wnid not in classes:
         raise DataError(f"the {where} names the class {wnid!r}, which train lacks")
     return classes.index(wnid)
 
 
-def _ground_truth(root: Path) -> tuple[list[str], dict[str, str]]:
+def _read_ground_truth(root: Path) -> tuple[list[str], dict[str, str]]:
     """Read the labels of the validation images.
 
     Returns:
@@ -131,15 +148,16 @@ def _ground_truth(root: Path) -> tuple[list[str], dict[str, str]]:
     lines: list[str] = []
     for path in (root / SYNSET_TRUTH, root / TRUTH):
         if path.is_file():
-            lines = _lines(path.read_bytes())
+            lines = _split_lines(path.read_bytes())
             break
     if lines and not lines[0].isdigit():
         return [line.split()[-1] for line in lines], {}
 
-    # Else there are numbers, which the devkit explains.
-    meta = _devkit_file(root, "data/meta.mat")
-    numbers = lines or _lines(_devkit_file(root, f"data/{TRUTH}"))
-    wnids, names = _synsets(meta)
+    # Else there are numbers, which the devkit explains. They are no labels: ILSVRC2012_ID has an
+    # order of its own, and every validation image would be mislabelled.
+    meta = _read_devkit_file(root, "data/meta.mat")
+    numbers = lines or _split_lines(_read_devkit_file(root, f"data/{TRUTH}"))
+    wnids, names = _read_synsets(meta)
     truth = []
     for number in numbers:
         known = number.isdecimal() and len(number) <= 9 and int(number) in wnids
@@ -151,13 +169,13 @@ def _ground_truth(root: Path) -> tuple[list[str], dict[str, str]]:
     return truth, names
 
 
-def _lines(data: bytes) -> list[str]:
+def _split_lines(data: bytes) -> list[str]:
     """Return the lines of a text that are not empty."""
     lines = data.decode(errors="replace").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
-def _devkit_file(root: Path, name: str) -> bytes:
+def _read_devkit_file(root: Path, name: str) -> bytes:
     """Return a file of the devkit, which lies in `root` as a folder or as a tar.gz."""
     folder = root / DEVKIT
     archive = root / f"{DEVKIT}.tar.gz"
@@ -180,7 +198,7 @@ def _devkit_file(root: Path, name: str) -> bytes:
         ) from error
 
 
-def _synsets(meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
+def _read_synsets(meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
     """Read the devkit's meta.mat.
 
     Returns:
@@ -212,19 +230,23 @@ def open_kaggle(root: Path) -> Source:
     Raises:
         DataError: One of the two tables is missing or cannot be read.
     """
+    # The class folders of train say the classes.
     train_folder = root / KAGGLE_TRAIN
-    names = _mapping(root / "LOC_synset_mapping.txt")
+    names = _read_mapping(root / "LOC_synset_mapping.txt")
     layout = Layout()
     read_classes(layout, "train", read_tree(train_folder), ANYTHING, in_split=True)
-    classes = [part.name for part in layout.parts]
     train = SplitScan("train")
+    classes = []
     for label, part in enumerate(layout.parts):
+        classes.append(part.name)
         add_class(train, label, part, DiskFiles())
     note_layout(layout, train, DiskFiles())
+
+    # The validation images lie in one folder; a table labels them.
     scans = [train]
     val_folder = train_folder.with_name("val")
     if val_folder.is_dir():
-        scans.append(_kaggle_val(val_folder, root / "LOC_val_solution.csv", classes))
+        scans.append(_scan_kaggle_val(val_folder, root / "LOC_val_solution.csv", classes))
     understood = Understood(
         layout="Kaggle's ImageNet; splits by the folders train and val",
         labels="class folders, and LOC_val_solution.csv",
@@ -232,7 +254,7 @@ def open_kaggle(root: Path) -> Source:
     return from_scans("imagenet Kaggle", to_classes(classes, names), scans, understood)
 
 
-def _kaggle_val(folder: Path, solution: Path, classes: list[str]) -> SplitScan:
+def _scan_kaggle_val(folder: Path, solution: Path, classes: list[str]) -> SplitScan:
     """Scan the validation images in `folder`, whose labels are in the table `solution`."""
     wnids = _read_solution(folder, solution)
     found = SplitScan("val")
@@ -242,8 +264,9 @@ def _kaggle_val(folder: Path, solution: Path, classes: list[str]) -> SplitScan:
         if wnid is None:
             found.note(path, "left out", f"{solution.name} does not name it")
         else:
-            label = _label(wnid, classes, solution.name)
+            label = _number_of(wnid, classes, solution.name)
             found.add_file(label, path, f"{wnid}/{path.name}")
+    # Rows that are left name images that did not arrive.
     for missing in wnids:
         found.note(folder / missing, "left out", f"{solution.name} names it, but it is not there")
     return found
@@ -262,15 +285,18 @@ def _read_solution(folder: Path, solution: Path) -> dict[str, str]:
         raise DataError(
             f"{solution} cannot be read ({error!r}); its columns are ImageId and PredictionString"
         ) from error
+
+    # The first word is the class; boxes follow.
+    wnids = {}
     for image, words in rows:
         if not words:
             raise DataError(f"{solution} names no class for {image}; download it again")
-    # The first word is the class; boxes follow.
-    return {image: words[0] for image, words in rows}
+        wnids[image] = words[0]
+    return wnids
 
 
-def _mapping(path: Path) -> dict[str, str]:
+def _read_mapping(path: Path) -> dict[str, str]:
     """Return the classes' names by WordNet id; each line is like 'n01440764 tench, Tinca tinca'."""
     if not path.is_file():
         raise DataError(f"{path} is missing: it names the classes")
-    return {line[:9]: line[10:].strip() for line in _lines(path.read_bytes())}
+    return {line[:9]: line[10:].strip() for line in _split_lines(path.read_bytes())}

@@ -18,7 +18,7 @@ import numpy as np
 
 from wds_train.console import readable
 from wds_train.conversion.conversion_report import Note
-from wds_train.conversion.sources.imagefolder import folder_source, read_layout
+from wds_train.conversion.sources.imagefolder import folder_source
 from wds_train.conversion.sources.labels import (
     CAPTIONS,
     MISSING_BESIDE_NUMBERS,
@@ -30,6 +30,7 @@ from wds_train.conversion.sources.labels import (
     classes_of,
     read_class_list,
 )
+from wds_train.conversion.sources.layout import read_layout
 from wds_train.conversion.sources.litter import is_litter
 from wds_train.conversion.sources.names import SPLIT_FOLDER, SPLIT_OF, file_splits
 from wds_train.conversion.sources.scan import SplitScan, Stamp, read_bytes
