@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_layout import imported, trees
+from test_layout import imports_of, trees
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from torchvision.transforms import ColorJitter, InterpolationMode, TrivialAugmentWide
 
@@ -295,7 +295,7 @@ def test_nothing_asked_for_changes_nothing_and_imports_nothing() -> None:
     transform_of(PLAIN).augment(0, 0, out)
     assert (out == pixels).all()
     for module in ("loader.pipeline", "loader.decoder", "loader.transform", "images.policies"):
-        outside = {name.split(".")[0] for name in imported(trees()[f"wds_train.{module}"], set())}
+        outside = {name.split(".")[0] for name in imports_of(trees()[f"wds_train.{module}"], set())}
         assert not outside & {"timm", "torchvision"}, module
 
 
