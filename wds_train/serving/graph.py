@@ -57,7 +57,7 @@ class Graph(nn.Module):
         logits = model.forward_head(features)
         if not self.mapped:
             return logits, features
-        # Multiplied, as an exporter gives no name to an output that is a parameter itself.
+        # Multiplied: an output of the graph, rather than the parameter itself.
         head = model.get_classifier().weight * 1.0
         return logits, features, head
 

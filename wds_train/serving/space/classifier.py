@@ -35,7 +35,7 @@ OPACITY = 0.6  # of that colour where it counts most
 # million would become gigabytes.
 THIN = 16
 
-# The rest is as a conversion has it, wds_train/images in the repository of wds-train.
+# The rest is as a conversion to shards has it.
 BACKGROUND = "white"  # below transparent pixels
 # A PNG's kinds of pixels, which are byte 25 of its file; byte 24 are the bits of a sample.
 GREY = 0
