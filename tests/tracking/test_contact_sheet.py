@@ -122,7 +122,7 @@ def test_classes(classes: int, shown: int, tmp_path: Path, monkeypatch: pytest.M
 )
 def test_sizes(size: tuple[int, int], shown: tuple[int, int]) -> None:
     """The whole image is shown, tiny ones by a whole factor."""
-    assert contact_sheet._scaled(Image.new("RGB", size), 145).size == shown
+    assert contact_sheet._scale(Image.new("RGB", size), 145).size == shown
 
 
 LONG = "photographs of the common European " + "very " * 60

@@ -4,12 +4,18 @@ import argparse
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from wds_train.commands.flags import add_dataset, count, positive, resolve_dataset
 from wds_train.config.numbers import whole
 from wds_train.console import loading
-from wds_train.dataset.reader import Dataset
+from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    # PyTorch takes seconds to import.
+    from wds_train.loader.batch import Batch
+    from wds_train.loader.plan import TrainPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,33 +92,41 @@ def list_order(
         UsageError: The epoch has fewer steps than `from_step`.
         DataError: A sample is unreadable.
     """
-    from wds_train.loader.pipeline import Pipeline
     from wds_train.loader.plan import TrainPlan
 
     split = dataset.split("train")
+    epochs = range(epoch, epoch + 1)
     plan = TrainPlan(
-        split.shard_samples,
-        dataset.fingerprint,
-        seed,
-        global_batch,
-        range(epoch, epoch + 1),
-        world=world,
+        split.shard_samples, dataset.fingerprint, seed, global_batch, epochs, world=world
     )
     if from_step > plan.steps_per_epoch:
         raise UsageError(
             f"--from-step {from_step} is beyond the epoch, which has {plan.steps_per_epoch} steps"
         )
     first = epoch * plan.steps_per_epoch
-    loaders = []
-    for rank in range(world):
-        loaders.append(
-            Pipeline(split, replace(plan, rank=rank, from_step=first + from_step), None, workers)
-        )
-    # Every rank has the same steps.
-    for batches in itertools.islice(zip(*loaders, strict=True), steps):
+    for batches in _read(split, replace(plan, from_step=first + from_step), workers, steps):
         for batch in batches:
-            for sample in batch.unreadable:
-                raise DataError(sample.named)
             for position, number in zip(batch.positions.tolist(), batch.ids.tolist(), strict=True):
                 label = int(split.index.label[number])
                 yield batch.step - first, position, split.index.key_of(number), label
+
+
+def _read(
+    split: SplitReader, plan: "TrainPlan", workers: int, steps: int | None
+) -> Iterator[tuple["Batch", ...]]:
+    """Yield the batches of all ranks for each step.
+
+    Raises:
+        DataError: A sample is unreadable.
+    """
+    from wds_train.loader.pipeline import Pipeline
+
+    ranks = []
+    for rank in range(plan.world):
+        ranks.append(Pipeline(split, replace(plan, rank=rank), None, workers))
+    # All ranks have the same number of steps.
+    for batches in itertools.islice(zip(*ranks, strict=True), steps):
+        for batch in batches:
+            for sample in batch.unreadable:
+                raise DataError(sample.named)
+        yield batches

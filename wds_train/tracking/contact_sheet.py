@@ -17,21 +17,31 @@ from wds_train.dataset.reader import Dataset, SplitReader
 from wds_train.errors import WdsTrainError, unwritable
 from wds_train.images.pillow import to_rgb, upright
 
-CLASSES, IMAGES = 20, 4  # on the sheet at most, and of each class
+CLASSES = 20  # at most on the sheet
+IMAGES = 4  # at most of each class
 
-# In pixels. The sheet is as wide as a page on a small screen.
-WIDTH, MARGIN, GAP = 1280, 24, 8
-TITLE, TEXT, CAPTION = 22, 15, 12  # the fonts' sizes
-LINE = 1.45  # of a font's size
-CAPTION_LINES = 2  # for a key
-LONGEST = 160  # letters of a line, which are measured one by one
-TINY = 32  # the longer side of an image whose pixels are shown as squares
-FEW = 3  # classes that stand below one another, with larger images; more stand in two columns
+# Lengths are in pixels. The sheet is as wide as a page on a small screen.
+WIDTH = 1280
+MARGIN = 24
+GAP = 8
 
-INK, FAINT, PAPER, MOUNT = "#1a1a1a", "#5f6368", "#ffffff", "#eceff1"
+# Sizes of fonts, and the height of a line as a multiple of its font's size.
+TITLE = 22
+TEXT = 15
+CAPTION = 12
+LINE = 1.45
 
+CAPTION_LINES = 2  # at most for a key
+LONGEST = 160  # letters of a line: they are measured one by one
+TINY = 32  # an image with no longer side than this is enlarged, so that its pixels are squares
+FEW = 3  # up to so many classes take one column, with larger images; more take two
 
-# What Pillow raises for images whose bytes are damaged.
+INK = "#1a1a1a"
+FAINT = "#5f6368"
+PAPER = "#ffffff"
+MOUNT = "#eceff1"
+
+# Pillow raises these for images whose bytes are damaged.
 DAMAGED = (
     OSError,
     ValueError,
@@ -45,7 +55,7 @@ DAMAGED = (
 
 
 class Sheet:
-    """A page on which rows of text and images are put, from the top."""
+    """A page of text and images."""
 
     def __init__(self, height: int) -> None:
         self.image = Image.new("RGB", (WIDTH, height), PAPER)
@@ -55,14 +65,18 @@ class Sheet:
         self._draw.text((left, top), line, ink, _font(size))
 
     def picture(self, left: int, top: int, side: int, image: Image.Image | None) -> None:
-        """The whole image in the middle of a square; a crossed square for one that cannot be read."""
+        """Draw the whole image in the middle of a square of `side` pixels.
+
+        Without an image, draw a crossed square.
+        """
         self._draw.rectangle([left, top, left + side - 1, top + side - 1], MOUNT)
         if image is None:
             self._draw.line([(left, top), (left + side - 1, top + side - 1)], "red", 3)
             return
-        shown = _scaled(image, side)
-        beside, above = (side - shown.width) // 2, (side - shown.height) // 2
-        self.image.paste(shown, (left + beside, top + above))
+        scaled = _scale(image, side)
+        x = left + (side - scaled.width) // 2
+        y = top + (side - scaled.height) // 2
+        self.image.paste(scaled, (x, y))
 
 
 class _Cell(NamedTuple):
@@ -75,7 +89,7 @@ class _Cell(NamedTuple):
 
 
 class _Title(NamedTuple):
-    """What stands above the images of a class, to the left and to the right."""
+    """The line above the images of a class: a name on the left, a remark on the right."""
 
     name: str
     remark: str
@@ -90,30 +104,35 @@ def contact_sheet(
     """Write to `path` the first `IMAGES` images of each of at most `CLASSES` classes.
 
     Args:
-        dataset: whose images are shown.
-        split: of which.
-        path: a PNG.
-        understood: what the conversion made of its source, a line each: the `layout`, and where the
-            `labels` came from.
+        dataset: The dataset.
+        split: The split whose images are shown.
+        path: The PNG to write.
+        understood: What the conversion noted about its source, a line each: the `layout`, and where
+            the `labels` came from.
+
+    Raises:
+        UsageError: The file cannot be written.
     """
     reader = dataset.split(split)
     classes = dataset.manifest.classes
     labels = reader.index.label[:]
-    chosen = _chosen(len(classes))
+    chosen = _choose_labels(len(classes))
 
-    # The header's lines are counted before the page is made: what follows begins below them.
-    shown = _shown(len(chosen), len(classes))
-    header = f"{_last_part(dataset.store.url)}, {split}: {shown}, up to {IMAGES} images of each"
+    # The header has a line for each fact about the source; the classes follow below it.
+    counted = _describe_classes(len(chosen), len(classes))
+    header = f"{_last_part(dataset.store.url)}, {split}: {counted}, up to {IMAGES} images of each"
     origin = understood or {"source": dataset.manifest.source}
     top = MARGIN + _line(TITLE) + _line(TEXT) * len(origin) + GAP
-    height, cells = _cells(len(chosen), top)
+    height, cells = _place_cells(len(chosen), top)
 
     sheet = Sheet(height + MARGIN)
     room = WIDTH - 2 * MARGIN
-    sheet.text(MARGIN, MARGIN, _fitting(header, room, TITLE), TITLE)
+    sheet.text(MARGIN, MARGIN, _fit(header, room, TITLE), TITLE)
     for number, (name, text) in enumerate(origin.items()):
         below = MARGIN + _line(TITLE) + number * _line(TEXT)
-        sheet.text(MARGIN, below, _fitting(f"{name}: {text}", room, TEXT), TEXT, FAINT)
+        sheet.text(MARGIN, below, _fit(f"{name}: {text}", room, TEXT), TEXT, FAINT)
+
+    # A cell for each class.
     for label, cell in zip(chosen, cells, strict=True):
         samples = np.flatnonzero(labels == label)
         title = _Title(_name(classes[label]), f"label {label}, {_count(len(samples))}")
@@ -124,15 +143,21 @@ def contact_sheet(
         raise unwritable(path, error, "give another --grid FILE") from error
 
 
-def _chosen(classes: int) -> list[int]:
-    """At most `CLASSES` labels, evenly taken from all of them."""
+def _choose_labels(classes: int) -> list[int]:
+    """Return at most `CLASSES` labels, evenly spaced."""
     places = np.linspace(0, classes - 1, min(CLASSES, classes))
     return sorted({round(place) for place in places})
 
 
-def _cells(classes: int, top: int) -> tuple[int, list[_Cell]]:
-    """Where the cells end that begin at `top`, and the cells, down one column after the other."""
-    columns = 1 if classes <= FEW else 2
+def _place_cells(classes: int, top: int) -> tuple[int, list[_Cell]]:
+    """Return the cells of the classes below `top`, column by column.
+
+    Returns:
+        The height at which the cells end, and the cells.
+    """
+    columns = 2
+    if classes <= FEW:
+        columns = 1
     rows = math.ceil(classes / columns)
     width = (WIDTH - MARGIN * (columns + 1)) // columns
     side = (width - GAP * (IMAGES - 1)) // IMAGES
@@ -151,17 +176,19 @@ def _put_class(
     reader: SplitReader,
     samples: np.ndarray,
 ) -> None:
-    """Put a class into the `cell`: its title, and the first of its `samples` with their keys."""
+    """Draw a class into its cell: the title, and the first of its `samples` with their keys."""
+    # The title; a long name leaves room for the remark.
     remark_width = math.ceil(_font(CAPTION).getlength(title.remark))
-    name = _fitting(title.name, cell.width - remark_width - 2 * GAP, TEXT)
+    name = _fit(title.name, cell.width - remark_width - 2 * GAP, TEXT)
     right = cell.left + cell.width - remark_width
     sheet.text(cell.left, cell.top, name, TEXT)
     sheet.text(right, cell.top + TEXT - CAPTION, title.remark, CAPTION, FAINT)
 
+    # The images in a row, with their keys below.
     top = cell.top + _line(TEXT)
     for place, sample in enumerate(samples[:IMAGES].tolist()):
         left = cell.left + place * (cell.side + GAP)
-        sheet.picture(left, top, cell.side, _image(reader, sample))
+        sheet.picture(left, top, cell.side, _read_image(reader, sample))
         key = readable(reader.index.key_of(sample))
         for number, line in enumerate(_caption(key, cell.side)):
             below = top + cell.side + 2 + number * _line(CAPTION)
@@ -169,8 +196,8 @@ def _put_class(
 
 
 def thumbnail(reader: SplitReader, sample: int, side: int) -> Image.Image:
-    """The image, cut to a square of `side` pixels, or a crossed box for one that cannot be read."""
-    image = _image(reader, sample)
+    """Return an image cropped to a square of `side` pixels; a crossed box if it is unreadable."""
+    image = _read_image(reader, sample)
     if image is not None:
         return ImageOps.fit(image, (side, side))
     box = Image.new("RGB", (side, side), "lightgrey")
@@ -178,8 +205,8 @@ def thumbnail(reader: SplitReader, sample: int, side: int) -> Image.Image:
     return box
 
 
-def _image(reader: SplitReader, sample: int) -> Image.Image | None:
-    """The image as the training has it, upright and in RGB; None for one that cannot be read."""
+def _read_image(reader: SplitReader, sample: int) -> Image.Image | None:
+    """Return the image as the training sees it, upright and in RGB; None if it is unreadable."""
     try:
         data = reader.image(sample)
         return to_rgb(upright(Image.open(io.BytesIO(data)), data))
@@ -187,9 +214,10 @@ def _image(reader: SplitReader, sample: int) -> Image.Image | None:
         return None
 
 
-def _scaled(image: Image.Image, side: int) -> Image.Image:
-    """The whole image in at most `side` by `side` pixels. A tiny one grows by a whole factor, so that
-    its pixels are seen as they are.
+def _scale(image: Image.Image, side: int) -> Image.Image:
+    """Return the whole image in at most `side` by `side` pixels.
+
+    A tiny image is enlarged by a whole number, so that its pixels are visible.
     """
     longer = max(image.size)
     if longer <= TINY:
@@ -201,10 +229,12 @@ def _scaled(image: Image.Image, side: int) -> Image.Image:
 
 
 def _name(entry: ClassInfo) -> str:
-    return readable(entry.name if entry.name == entry.id else f"{entry.name} ({entry.id})")
+    if entry.name == entry.id:
+        return readable(entry.name)
+    return readable(f"{entry.name} ({entry.id})")
 
 
-def _shown(chosen: int, classes: int) -> str:
+def _describe_classes(chosen: int, classes: int) -> str:
     if chosen < classes:
         return f"{chosen} of {classes:,} classes"
     return f"{classes} class{'es' * (classes != 1)}"
@@ -221,22 +251,23 @@ def _last_part(url: str) -> str:
 
 
 def _line(size: int) -> int:
-    """The height of a line of text."""
+    """Return the height of a line of text."""
     return round(size * LINE)
 
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which has Latin, Greek and Cyrillic letters; Pillow's own has Latin ones alone."""
-    import matplotlib as mpl  # which takes a third of a second
+    """Return DejaVu Sans, which has Latin, Greek and Cyrillic letters; Pillow's font has only Latin."""
+    import matplotlib as mpl  # its import takes a third of a second
 
     path = Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     return ImageFont.truetype(str(path), size)
 
 
-def _fitting(line: str, room: int, size: int) -> str:
-    """The line, or its start and its end with a mark between them, in `room` pixels: names that begin
-    alike differ at the end.
+def _fit(line: str, room: int, size: int) -> str:
+    """Return the line, shortened in its middle until it takes at most `room` pixels.
+
+    The end is kept because names that begin alike differ there.
     """
     font = _font(size)
     if len(line) <= LONGEST and font.getlength(line) <= room:
@@ -249,20 +280,22 @@ def _fitting(line: str, room: int, size: int) -> str:
 
 
 def _caption(key: str, room: int) -> list[str]:
-    """The key in `CAPTION_LINES` lines of `room` pixels; of a longer one the end, which tells it from
-    its neighbours.
+    """Return the key in at most `CAPTION_LINES` lines of `room` pixels.
+
+    Of a longer key only the end is shown, which distinguishes it from its neighbours.
     """
-    lines = _wrapped(key[-LONGEST:], room)
+    lines = _wrap(key[-LONGEST:], room)
     dropped = max(0, len(key) - LONGEST)
     while len(lines) > CAPTION_LINES:
         dropped += 1
-        lines = _wrapped("…" + key[dropped:], room)
+        lines = _wrap("…" + key[dropped:], room)
     return lines
 
 
-def _wrapped(text: str, room: int) -> list[str]:
-    """The text in lines of at most `room` pixels, broken anywhere: a key has no blanks."""
-    font, lines = _font(CAPTION), [""]
+def _wrap(text: str, room: int) -> list[str]:
+    """Return the text in lines of at most `room` pixels, broken anywhere: a key has no blanks."""
+    font = _font(CAPTION)
+    lines = [""]
     for letter in text:
         if font.getlength(lines[-1] + letter) <= room:
             lines[-1] += letter
