@@ -22,10 +22,9 @@ from wds_train.conversion.sources.names import (
     UNLABELED,
     assign_splits,
     framed_split,
-    normal,
 )
 from wds_train.conversion.sources.source import Wanted
-from wds_train.conversion.sources.tables import Table, texts, without_names
+from wds_train.conversion.sources.tables import Table, cell_text, texts, without_names
 from wds_train.errors import DataError, UsageError
 
 # Usual names of columns, in small letters; the first that is there comes first.
@@ -267,10 +266,10 @@ def read_labels(
     # Read the rows.
     found = LabelTable(table, columns)
     for line, cells in table.lines:
-        name = _text(cells[image])
+        name = cell_text(cells[image])
         word = ""
         if split is not None:
-            word = _text(cells[split])
+            word = cell_text(cells[split])
         of_split = columns.split.get(word, "")
         if label is not None:
             raw = cells[label]
@@ -284,7 +283,7 @@ def read_labels(
             found.odd.append(OddRow(line, name, shown, of_split, str(error)))
             continue
         if label_name is not None and text:
-            found.names.setdefault(text, _text(cells[label_name]))
+            found.names.setdefault(text, cell_text(cells[label_name]))
         found.rows.append(Row(match, text, of_split, line, name))
     return found
 
@@ -294,13 +293,6 @@ def _place(table: Table, name: str | None) -> int | None:
     if name is None:
         return None
     return table.columns.index(name)
-
-
-def _text(cell: Any) -> str:
-    """Return a cell as a text without blanks around it; empty for None."""
-    if cell is None:
-        return ""
-    return normal(str(cell)).strip()
 
 
 def _with_header_as_row(table: Table, images: ImageIndex) -> Table:
@@ -597,7 +589,7 @@ def _refuse_second_column(table: Table, found: Mapping[str, Mapping[str, str]]) 
 
 def _translate_cells(table: Table, name: str, meanings: Mapping[str, str]) -> list[str]:
     """Return the split that each cell of a column says; empty if it says none."""
-    return [meanings.get(_text(cell), "") for cell in table.column(name)]
+    return [meanings.get(cell_text(cell), "") for cell in table.column(name)]
 
 
 def _is_called_split(name: str) -> bool:
@@ -627,7 +619,7 @@ def _cells_to_splits(table: Table, name: str, wanted: Wanted) -> dict[str, str]:
     Raises:
         UsageError: The meaning of a cell is not known.
     """
-    cells = set(map(_text, table.column(name))) - {""}
+    cells = set(map(cell_text, table.column(name))) - {""}
     words = set(map(str.lower, cells))
     where = f"the column {name!r} of {table.path}"
     mark = IS_SPLIT.fullmatch(name)
@@ -637,7 +629,7 @@ def _cells_to_splits(table: Table, name: str, wanted: Wanted) -> dict[str, str]:
     # is_train, with 0 and 1. Validation and test images are the fewer ones: else, `valid` may
     # as well say that an image is sound.
     split = SPLIT_OF[mark[1].lower()]
-    filled = filter(None, map(_text, table.column(name)))
+    filled = filter(None, map(cell_text, table.column(name)))
     truths = [TRUTHS[text.lower()] for text in filled]
     if split != "train" and sum(truths) > len(truths) / 2:
         by_truth = sorted(cells, key=lambda cell: not TRUTHS[cell.lower()])
@@ -686,7 +678,7 @@ def read_splits(table: Table, images: ImageIndex, wanted: Wanted) -> dict[int, s
     found = {}
     for name, split in zip(table.column(image), splits, strict=False):
         try:
-            match = images.find(_text(name), table.path)
+            match = images.find(cell_text(name), table.path)
         except DataError:
             continue
         if split:
