@@ -282,7 +282,7 @@ class _Indexer:
                 )
             seen.add(sample.key)
             origin = readable(f"{name}: {sample.key}")
-            if sample.is_none and self._policy:
+            if sample.is_stray and self._policy:
                 found.notes.append(Note(split, origin, "ignored", "beside the samples"))
                 continue
             try:

@@ -1,14 +1,15 @@
 """Labels as sources hold them, and the classes that follow from them.
 
-A label is read in two steps. `label_text` turns one value into a text, or into `NO_TEXT` where there is none. When all
-texts of a source are known, `classes_of` decides what they are: numbers or names, which of them say "no label", and
-which are two spellings of one class.
+A label is read in two steps. `label_text` turns one value into a text, or into `NO_TEXT` for no
+label. When all texts of a source are known, `classes_of` decides what they are: numbers or names,
+which of them say "no label", and which are two spellings of one class.
 """
 
 import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,28 +22,31 @@ from wds_train.errors import DataError, UsageError
 
 NO_TEXT = ""  # the text of a value that is no label: an empty cell, null, NaN
 NO_LABEL = -1  # the number of such a text
+# 19 digits: longer numbers do not fit into 64 bits.
 WHOLE = re.compile(r"([+-]?)(\d{1,19})(?:\.0*)?")
 LIST_OF_ONE = re.compile(r"""\s*\[\s*['"]?([^'",\[\]]+)['"]?\s*\]\s*""")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-# What programs write where there is no value. Beside numbers all of them say so; beside names the first group does, and
-# the second may as well be a class ("none": no defect) or an abbreviation ("NA": Namibia).
+# Texts that programs write for a missing value. Among numbers all of them mean that. Among names
+# the first group does; the second may as well be a class ("none": no defect) or an abbreviation
+# ("NA": Namibia).
 NEVER_NAMES = {"nan", "NaN", "<NA>", "#N/A"}
 MAYBE_NAMES = {"NA", "N/A", "n/a", "null", "NULL", "None", "-1", "?"}
 MISSING_BESIDE_NUMBERS = {"nan", "<na>", "#n/a", "na", "n/a", "null", "none", "?", "-", "missing"}
 MAX_CLASSES = 1 << 16
 MAX_NAME = 200  # characters; a longer text is a caption
-CAPTIONS = 0.5  # distinct labels a sample, above which they are no classes
-FEW = 20  # samples, of which nothing follows
+CAPTIONS = 0.5  # distinct labels per sample, above which they are no classes
+FEW = 20  # samples, too few to call their labels captions
 ONE_LABEL = "one label for each image is what is trained on"
 
 
 @dataclass(frozen=True)
 class LabelRules:
-    """What a person said of a source's labels.
+    """The flags about labels that a person gave.
 
     Attributes:
-        classes: The classes in their order (--classes FILE); empty where nothing was said.
-        case: `keep` or `fold`: whether labels that differ in case and blanks only are one class (--label-case).
+        classes: The classes in their order (--classes FILE); empty without the flag.
+        case: `keep` or `fold`: whether labels that differ in case and blanks only are one class
+            (--label-case).
         none: Texts that mean "no label" (--no-label).
     """
 
@@ -57,8 +61,8 @@ class Classes:
 
     Attributes:
         infos: The classes; a label is a place in this list.
-        numbers: The label of each text that occurred; `NO_LABEL` for those that are none.
-        said: How the labels were read, in sentences for the person.
+        numbers: The label of each text that occurred; `NO_LABEL` for texts that are no label.
+        said: Sentences for the person about how the labels were read.
     """
 
     infos: tuple[ClassInfo, ...]
@@ -73,32 +77,45 @@ def label_text(value: Any) -> str:
         value: Text, bytes, a number, a truth value, None, or a list of one of these.
 
     Returns:
-        The text without blanks around it, whole numbers without a fraction (3.0 is "3"); `NO_TEXT` for no label.
+        The text without blanks around it, whole numbers without a fraction (3.0 is "3"); `NO_TEXT`
+        for no label.
 
     Raises:
-        DataError: The value is no label: a list of several, an object, a number with a fraction, a long text.
+        DataError: The value is no label: a list of several, an object, a number with a fraction, a
+            long text.
     """
+    # A list of one label is that label; null and NaN are none.
     if isinstance(value, list | tuple):
         if len(value) != 1:
             raise DataError(f"its label is {_brief(value)}, {len(value)} labels; {ONE_LABEL}")
         value = value[0]
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return NO_TEXT
+
+    # pandas writes a column of whole numbers with a gap as 3.0, 4.0, ...
     if isinstance(value, float):
         if not value.is_integer():
             raise DataError(f"its label is {value}, which is neither a name nor a whole number")
         value = int(value)
-    content = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    if isinstance(content, str) and (alone := LIST_OF_ONE.fullmatch(content)):
-        content = alone[1]
+
+    content = value
+    if isinstance(value, bytes):
+        content = value.decode("utf-8", "replace")
+    if isinstance(content, str):
+        alone = LIST_OF_ONE.fullmatch(content)
+        if alone:
+            content = alone[1]
     if not isinstance(content, str | int):
         raise DataError(f"its label is {_brief(value)}, which is neither a name nor a whole number")
+
+    # The text becomes a class's name, in manifests and on terminals.
     text = normal(str(content)).strip()
     if UNPRINTABLE.search(text):
         raise DataError(f"its label is {_brief(value)}, which is neither a name nor a whole number")
     if len(text) > MAX_NAME:
         raise DataError(
-            f"its label is a text of {len(text)} characters, at most {MAX_NAME} can be a class's name"
+            f"its label is a text of {len(text)} characters, "
+            f"at most {MAX_NAME} can be a class's name"
         )
     return text
 
@@ -108,271 +125,438 @@ def classes_of(
 ) -> Classes:
     """Find the classes of a source whose labels are texts.
 
-    Labels are numbers when all of them are whole numbers: where all of 0...n-1 occur a label is its number, else the
-    classes are the numbers that occur, in their order. Otherwise labels are names, and the classes the names in sorted
-    order. A list of classes decides before all that.
+    Labels are numbers when all of them are whole numbers: if all of 0...n-1 occur a label is its
+    number, else the classes are the numbers that occur, in their order. Otherwise labels are names,
+    and the classes the names in sorted order. A list of classes takes precedence over all that.
 
     Args:
         counts: Each text that occurs, and how often.
         where: The source, for messages.
-        rules: What a person said.
-        sure: The texts are names for certain, as those of folders are: none of them says "no label" or holds several.
+        rules: The flags about labels.
+        sure: The texts are names for certain, as those of folders are: none of them says "no label"
+            or holds several.
 
     Raises:
-        DataError, UsageError: They are no classes, or can be read in two ways.
+        DataError: The labels are no classes, or the list of classes lacks one.
+        UsageError: The labels can be read in two ways.
     """
     unknown = sorted(rules.none - counts.keys())
     if unknown and counts:
         raise UsageError(
             f"--no-label {unknown[0]}: {where} holds no such label; correct it, or leave it out"
         )
-    texts = {
-        text: count for text, count in counts.items() if text != NO_TEXT and text not in rules.none
-    }
-    none = dict.fromkeys(counts.keys() - texts.keys(), NO_LABEL)
-    said: list[str] = []
+
+    # Set the texts aside that say "no label".
+    texts = dict(counts)
+    none = {NO_TEXT, *rules.none} & counts.keys()
+    for text in none:
+        del texts[text]
+    if not rules.classes and not sure:
+        missing = _find_missing(texts, where)
+        for text in missing:
+            del texts[text]
+        none |= missing
+        _refuse_captions(texts, where)
+        _refuse_several(texts, where)
+
+    # Number the others.
     if rules.classes:
-        found = _listed(texts, where, rules)
+        found = _match_list(texts, where, rules)
     else:
-        if not sure:
-            missing = _missing(texts, where)
-            none |= dict.fromkeys(missing, NO_LABEL)
-            texts = {text: count for text, count in texts.items() if text not in missing}
-            _refuse_captions(texts, where)
-            _refuse_several(texts, where)
-        spelling = _spellings(texts, where, rules)
-        said += _folded_words(spelling)
-        ids = _in_order(set(spelling.values()), where, said, sure=sure)
-        places = {id: place for place, id in enumerate(ids)}
-        found = Classes(to_classes(ids), {text: places[id] for text, id in spelling.items()})
-    unlabeled = sum(counts[text] for text in none)
+        found = _number_texts(texts, where, rules, sure=sure)
+
+    said = list(found.said)
+    unlabeled = sum(map(counts.__getitem__, none))
     if unlabeled:
-        shown = ", ".join(repr(text) if text else "empty" for text in sorted(none))
-        said.append(f"{unlabeled:,} without a label ({shown}) are left out")
-    return Classes(found.infos, found.numbers | none, [*found.said, *said])
+        said.append(f"{unlabeled:,} without a label ({_show_missing(none)}) are left out")
+    return Classes(found.infos, found.numbers | dict.fromkeys(none, NO_LABEL), said)
 
 
-def _missing(texts: Mapping[str, int], where: str) -> set[str]:
-    """Find the texts that say "no label"."""
-    words = {text for text in texts if text.casefold() in MISSING_BESIDE_NUMBERS}
-    rest = [text for text in texts if text not in words]
-    if rest and all(NUMBER.fullmatch(text) for text in rest):
-        if not all(WHOLE.fullmatch(text) for text in rest):
-            return words  # measurements, which are refused as such
-        negative = [text for text in rest if text.startswith("-") and float(text) < 0]
-        if any(float(text) != -1 for text in negative):
-            raise UsageError(
-                f"{where} holds the label {negative[0]}; is it a class, or does it say that there is none? "
-                f"--no-label={negative[0]} leaves these out, --classes FILE with a line {negative[0]} makes it a class"
-            )
-        if negative and len({float(text) for text in rest} - {-1.0}) == 1:
-            raise UsageError(
-                f"{where} holds the labels -1 and {max(rest, key=float)} alone; are these two classes, or does -1 say that there is "
-                "no label? --classes FILE with a line for each makes them classes"
-            )
-        return words | set(negative)
-    maybe = sorted(text for text in texts if text in MAYBE_NAMES)
+def _show_missing(texts: Iterable[str]) -> str:
+    shown = []
+    for text in sorted(texts):
+        if text == NO_TEXT:
+            shown.append("empty")
+        else:
+            shown.append(repr(text))
+    return ", ".join(shown)
+
+
+def _number_texts(
+    texts: Mapping[str, int], where: str, rules: LabelRules, *, sure: bool
+) -> Classes:
+    """Return the classes of texts that all are labels; see `classes_of`."""
+    spelling = _map_spellings(texts, where, rules)
+    ids = _sort_ids(set(spelling.values()), where, sure=sure)
+    said = _describe_folding(spelling) + _describe_order(ids, sure=sure)
+    places = {}
+    for place, id in enumerate(ids):
+        places[id] = place
+    numbers = {}
+    for text, id in spelling.items():
+        numbers[text] = places[id]
+    return Classes(to_classes(ids), numbers, said)
+
+
+def _find_missing(texts: Mapping[str, int], where: str) -> set[str]:
+    """Find the texts that say "no label".
+
+    Raises:
+        UsageError: A text may say so, or be a class.
+    """
+    words = set()
+    rest = []
+    for text in texts:
+        if text.casefold() in MISSING_BESIDE_NUMBERS:
+            words.add(text)
+        else:
+            rest.append(text)
+    if rest and all(map(NUMBER.fullmatch, rest)):
+        return words | _find_missing_numbers(rest, where)
+
+    maybe = sorted(MAYBE_NAMES & texts.keys())
     if maybe:
         raise UsageError(
-            f"{where} holds the label {maybe[0]!r} beside names, {texts[maybe[0]]:,} times; many programs write that for a "
-            f"missing value. --no-label {maybe[0]} leaves these out; --classes FILE with a line {maybe[0]} makes it a class"
+            f"{where} holds the label {maybe[0]!r} beside names, {texts[maybe[0]]:,} times; "
+            "many programs write that for a missing value. "
+            f"--no-label {maybe[0]} leaves these out; "
+            f"--classes FILE with a line {maybe[0]} makes it a class"
         )
-    return {text for text in texts if text in NEVER_NAMES or text.casefold() in UNLABELED}
+    found = set()
+    for text in texts:
+        if text in NEVER_NAMES or text.casefold() in UNLABELED:
+            found.add(text)
+    return found
+
+
+def _find_missing_numbers(numbers: Sequence[str], where: str) -> set[str]:
+    """Find the numbers that say "no label": -1, beside labels of two classes or more.
+
+    Raises:
+        UsageError: -1 may as well be a class, or there are other negative numbers.
+    """
+    if not all(map(WHOLE.fullmatch, numbers)):
+        return set()  # measurements: `_sort_ids` refuses them
+    values = set(map(float, numbers))
+    negative = []
+    for text in numbers:
+        if text.startswith("-") and float(text) < 0:  # -0 is 0
+            negative.append(text)
+
+    if min(values) < -1:
+        raise UsageError(
+            f"{where} holds the label {negative[0]}; "
+            "is it a class, or does it say that there is none? "
+            f"--no-label={negative[0]} leaves these out, "
+            f"--classes FILE with a line {negative[0]} makes it a class"
+        )
+    if negative and len(values - {-1.0}) == 1:
+        raise UsageError(
+            f"{where} holds the labels -1 and {max(numbers, key=float)} alone; "
+            "are these two classes, or does -1 say that there is no label? "
+            "--classes FILE with a line for each makes them classes"
+        )
+    return set(negative)
 
 
 def _refuse_captions(texts: Mapping[str, int], where: str) -> None:
+    """Raise `DataError` if there are too many different texts for classes."""
     samples = sum(texts.values())
     if len(texts) > MAX_CLASSES or (samples > FEW and len(texts) > CAPTIONS * samples):
         raise DataError(
-            f"{where} holds {len(texts):,} different labels in {samples:,} samples, such as {min(texts, key=len)!r}: these "
-            "are no classes; name the right column or member for the label"
+            f"{where} holds {len(texts):,} different labels in {samples:,} samples, "
+            f"such as {min(texts, key=len)!r}: these are no classes; "
+            "name the right column or member for the label"
         )
 
 
 def _refuse_several(texts: Mapping[str, int], where: str) -> None:
-    """Refuse labels that are several in one text: `cat|dog`, `["cat", "dog"]`, `agriculture clear water`."""
-    found = next((text for text in texts if _holds_several(text, texts)), None)
-    if found is None and _are_tags(texts):
-        found = max(texts, key=len)
-    if found is None:
-        return
-    raise UsageError(
-        f"{where} holds several labels in one cell, {found!r}; {ONE_LABEL}. Keep one for each image; or, where each "
-        "combination is a class of its own, list the combinations with --classes FILE, one a line"
-    )
+    """Raise `UsageError` for several labels in one text.
+
+    Such as `cat|dog`, `["cat", "dog"]`, `agriculture clear water`.
+    """
+    found = _find_several(texts)
+    if found is not None:
+        raise UsageError(
+            f"{where} holds several labels in one cell, {found!r}; {ONE_LABEL}. "
+            "Keep one for each image; or, where each combination is a class of its own, "
+            "list the combinations with --classes FILE, one a line"
+        )
+
+
+def _find_several(texts: Mapping[str, int]) -> str | None:
+    """Return a text that holds several labels; None if there is none."""
+    for text in texts:
+        if _holds_several(text, texts):
+            return text
+    if _are_tags(texts):
+        return max(texts, key=len)
+    return None
 
 
 def _holds_several(text: str, texts: Mapping[str, int]) -> bool:
+    """Return True if a text holds several labels, judged by the other `texts`."""
     if text[:1] in "[{(" and text[-1:] in "]})" and re.search(r"[,'\"]", text):
         return True
-    # A bar or a semicolon may belong to a name, too; not where one of the parts is in another label.
+    # A bar or a semicolon may belong to a name, too, unless another label has one of the parts.
     for separator in ("|", ";"):
-        parts = {part.strip() for part in text.split(separator)} - {""}
-        if len(parts) > 1 and any(
-            _is_part(parts, other, separator) for other in texts if other != text
-        ):
+        parts = {*_split(text, separator)} - {""}
+        if len(parts) > 1 and _is_part_elsewhere(parts, text, texts, separator):
             return True
-    # A comma, a slash, a plus or a blank may belong to a name; not where each part is a label by itself, too.
+    # A comma, a slash, a plus or a blank may belong to a name, unless each part is a label, too.
     for separator in (",", "/", "+", "&"):
-        pieces = [part.strip() for part in text.split(separator)]
-        if len(pieces) > 1 and all(piece in texts for piece in pieces):
+        pieces = _split(text, separator)
+        if len(pieces) > 1 and texts.keys() >= set(pieces):
             return True
     words = text.split()
-    return len(words) > 1 and all(word in texts for word in words)
+    return len(words) > 1 and texts.keys() >= set(words)
 
 
-def _is_part(parts: Collection[str], other: str, separator: str) -> bool:
-    """Tell whether another label holds one of the `parts`."""
-    return any(part.strip() in parts for part in other.split(separator))
+def _split(text: str, separator: str | None) -> list[str]:
+    """Split a text, and return its parts without blanks around them."""
+    return [part.strip() for part in text.split(separator)]
+
+
+def _is_part_elsewhere(parts: set[str], text: str, texts: Iterable[str], separator: str) -> bool:
+    """Return True if another text than `text` has one of the `parts`."""
+    elsewhere = set()
+    for other in texts:
+        if other != text:
+            elsewhere.update(_split(other, separator))
+    return not parts.isdisjoint(elsewhere)
 
 
 def _are_tags(texts: Collection[str]) -> bool:
-    """Tell whether the texts are combinations of few words, as the labels of Planet's satellite images are."""
-    for separator, texts_a_word in ((None, 2), (",", 1)):
-        parts = [text.split(separator) for text in texts]
-        words = {word.strip() for each in parts for word in each}
-        combined = max(map(len, parts), default=0) > 1 and len(texts) > 2
-        if combined and len(texts) >= texts_a_word * len(words):
+    """Return True if the texts combine few words, like the labels of Planet's satellite images."""
+    # Names of several words share some of them, too: twice as many texts as words are needed.
+    for separator, texts_per_word in ((None, 2), (",", 1)):
+        words: set[str] = set()
+        most = 0
+        for text in texts:
+            parts = _split(text, separator)
+            words.update(parts)
+            most = max(most, len(parts))
+        if most > 1 and len(texts) > 2 and len(texts) >= texts_per_word * len(words):
             return True
     return False
 
 
-def _spellings(texts: Mapping[str, int], where: str, rules: LabelRules) -> dict[str, str]:
-    """Map each text to the class id that it spells: 3.0 and 3, and where told so, Dog and dog."""
-    if all(WHOLE.fullmatch(text) for text in texts):
-        spelled = {text: _without_fraction(text) for text in texts}
-    else:
-        spelled = {text: text for text in texts}
+def _map_spellings(texts: Mapping[str, int], where: str, rules: LabelRules) -> dict[str, str]:
+    """Return the class id of each text.
+
+    3.0 is 3, and with --label-case fold, the rarer of Dog and dog is the other.
+
+    Args:
+        texts: Each text, and how often it occurs.
+        where: The source, for messages.
+        rules: The flags about labels.
+
+    Raises:
+        UsageError: Two ids differ in case, blanks or zeros only, and no flag says what they are.
+    """
+    spelled = dict(zip(texts, texts, strict=True))
+    if all(map(WHOLE.fullmatch, texts)):
+        for text in texts:
+            spelled[text] = _drop_fraction(text)
+
+    # Collect the ids that may be one class, the most frequent first.
     twins: dict[str, list[str]] = {}
     for id in sorted(set(spelled.values()), key=lambda id: (-texts.get(id, 0), id)):
-        twins.setdefault(_folded(id), []).append(id)
-    different = next((ids for ids in twins.values() if len(ids) > 1), None)
-    if different and not rules.case:
-        raise UsageError(
-            f"{where} holds the labels {' and '.join(map(repr, sorted(different)))}, which differ in "
-            f"{'zeros' if different[0].isdigit() else 'case or blanks'} only; "
-            "--label-case fold makes them one class, --label-case keep leaves them apart"
-        )
-    if rules.case != "fold":
-        return spelled
-    return {text: twins[_folded(id)][0] for text, id in spelled.items()}
+        twins.setdefault(_fold(id), []).append(id)
+    if not rules.case:
+        for ids in twins.values():
+            if len(ids) > 1:
+                raise _two_spellings(ids, where)
+    if rules.case == "fold":
+        for text, id in spelled.items():
+            spelled[text] = twins[_fold(id)][0]
+    return spelled
 
 
-def _folded_words(spelling: Mapping[str, str]) -> list[str]:
-    """Return what was folded, in a sentence."""
-    others = sorted(
-        text for text, id in spelling.items() if text != id and not WHOLE.fullmatch(text)
+def _two_spellings(ids: Sequence[str], where: str) -> UsageError:
+    difference = "case or blanks"
+    if ids[0].isdigit():
+        difference = "zeros"
+    return UsageError(
+        f"{where} holds the labels {' and '.join(map(repr, sorted(ids)))}, "
+        f"which differ in {difference} only; "
+        "--label-case fold makes them one class, --label-case keep leaves them apart"
     )
-    if not others:
+
+
+def _describe_folding(spelling: Mapping[str, str]) -> list[str]:
+    """Return a sentence about texts that were folded; none if nothing was."""
+    shown = []
+    for text, id in sorted(spelling.items()):
+        if text != id and not WHOLE.fullmatch(text):
+            shown.append(f"{text!r} is {id!r}")
+    if not shown:
         return []
-    shown = ", ".join(f"{text!r} is {spelling[text]!r}" for text in others[:5])
-    return [f"spellings are folded: {shown}{', ...' if others[5:] else ''}"]
+    if len(shown) > 5:
+        shown[5:] = ["..."]
+    return [f"spellings are folded: {', '.join(shown)}"]
 
 
-def _without_fraction(text: str) -> str:
+def _drop_fraction(text: str) -> str:
     """Return "3" for "3.0"; texts such as "007" are codes, and stay as they are."""
     sign, digits = WHOLE.fullmatch(text).groups()  # type: ignore[union-attr]
-    sign = "" if sign == "+" else sign
-    return f"{sign}{digits}"
+    return f"{sign.replace('+', '')}{digits}"
 
 
-def _folded(id: str) -> str:
-    """Return what two spellings of one class have in common."""
-    if WHOLE.fullmatch(id):
-        return str(int(float(id))) if len(id) < 16 else id.lstrip("0")
-    return re.sub(r"[\s_]+", " ", id.casefold()).strip()
+def _fold(text: str) -> str:
+    """Return the text that all spellings of one class have in common."""
+    if not WHOLE.fullmatch(text):
+        return re.sub(r"[\s_]+", " ", text.casefold()).strip()
+    if len(text) < 16:  # a float holds so many digits exactly
+        return str(int(float(text)))
+    return text.lstrip("0")
 
 
-def _in_order(ids: set[str], where: str, said: list[str], *, sure: bool) -> list[str]:
-    """Return the class ids in their order, numbers by their value: 2 comes before 10."""
-    if not all(NUMBER.fullmatch(id) for id in ids) or not ids:
+def _sort_ids(ids: set[str], where: str, *, sure: bool) -> list[str]:
+    """Return class ids in their order, numbers by their value: 2 comes before 10.
+
+    Raises:
+        UsageError: They are measurements, and no names of folders (`sure`).
+    """
+    if not all(map(NUMBER.fullmatch, ids)):
         return sorted(ids)
-    if not sure and not all(WHOLE.fullmatch(id) for id in ids):
-        odd = next(id for id in sorted(ids) if not WHOLE.fullmatch(id))
-        raise UsageError(
-            f"{where} holds the label {odd}, a number with a fraction: a measurement is no class. Name the column of the "
-            "classes (--label-column NAME), or list the values with --classes FILE, one a line"
-        )
-    numeric = sorted(ids, key=lambda id: (float(id), id))
-    counted = [str(number) for number in range(len(ids))]
-    codes = (
-        [id for id in numeric if id != str(int(float(id)))]
-        if all(map(WHOLE.fullmatch, numeric))
-        else numeric
+    if not sure:
+        for id in sorted(ids):
+            if not WHOLE.fullmatch(id):
+                raise UsageError(
+                    f"{where} holds the label {id}, a number with a fraction: "
+                    "a measurement is no class. Name the column of the classes "
+                    "(--label-column NAME), "
+                    "or list the values with --classes FILE, one a line"
+                )
+    return sorted(ids, key=lambda id: (float(id), id))
+
+
+def _describe_order(ids: Sequence[str], *, sure: bool) -> list[str]:
+    """Return a sentence about class ids whose order may surprise; none for other ids."""
+    if not ids or not all(map(NUMBER.fullmatch, ids)):
+        return []
+    if list(ids) == list(map(str, range(len(ids)))):
+        if not sure or list(ids) == sorted(ids):
+            return []
+        return [
+            f"the classes are numbers, and in their order (0, 1, 2, ... {ids[-1]}); "
+            "ImageFolder's is 0, 1, 10, ..."
+        ]
+    for id in ids:
+        if not WHOLE.fullmatch(id) or id != str(int(float(id))):
+            return []  # codes such as 007, which nobody takes for labels
+    last = len(ids) - 1
+    return [
+        f"the labels are numbers, but not all of 0...{last}: "
+        f"class 0 is {ids[0]}, class {last} is {ids[-1]}; --classes FILE gives another list"
+    ]
+
+
+def _match_list(texts: Mapping[str, int], where: str, rules: LabelRules) -> Classes:
+    """Match the texts with the list of classes that a person gave.
+
+    Raises:
+        DataError: The list lacks a label.
+        UsageError: The labels are numbers, and may count from 0 or from 1.
+    """
+    # Look up each text, as it is spelled or as a number.
+    fold = normal
+    if rules.case == "fold":
+        fold = _fold
+    places = {}
+    for place, entry in enumerate(rules.classes):
+        places[fold(entry.id)] = place
+    numbers = {}
+    odd = []
+    for text in texts:
+        number = places.get(fold(text), places.get(plain_number(text), NO_LABEL))
+        numbers[text] = number
+        if number == NO_LABEL:
+            odd.append(text)
+    if not odd:
+        return Classes(rules.classes, numbers)
+
+    # The labels are numbers and the list holds names: a number is a place in the list.
+    if len(odd) == len(texts) and _are_places(odd):
+        by_text = {}
+        for text in sorted(odd):
+            by_text[text] = int(plain_number(text))
+        return _match_places(by_text, where, rules)
+
+    odd.sort()
+    names = ", ".join(map(repr, odd[:5]))
+    if len(odd) > 5:
+        names += f" and {len(odd) - 5} more"
+    raise DataError(
+        f"{where} holds the label {names}, "
+        f"which the list of {len(rules.classes)} classes does not name; "
+        f"add it there, or leave its samples out: --no-label={shlex.quote(odd[0])}"
     )
-    if numeric == counted:
-        if sure and numeric != sorted(ids):
-            said.append(
-                f"the classes are numbers, and in their order (0, 1, 2, ... {numeric[-1]}); ImageFolder's is 0, 1, 10, ..."
-            )
-    elif not codes:
-        said.append(
-            f"the labels are numbers, but not all of 0...{len(ids) - 1}: class 0 is {numeric[0]}, class {len(ids) - 1} is "
-            f"{numeric[-1]}; --classes FILE gives another list"
-        )
-    return numeric
 
 
-def _listed(texts: Mapping[str, int], where: str, rules: LabelRules) -> Classes:
-    """Match the texts with the list of classes that a person gave."""
-    fold = _folded if rules.case == "fold" else normal
-    places = {fold(entry.id): place for place, entry in enumerate(rules.classes)}
-    numbers = {
-        text: places.get(fold(text), places.get(plain_number(text), NO_LABEL)) for text in texts
-    }
-    odd = sorted(text for text, number in numbers.items() if number == NO_LABEL)
-    if (
-        odd
-        and odd == sorted(texts)
-        and all(WHOLE.fullmatch(text) and not text.startswith("-") for text in odd)
-    ):
-        # The labels are numbers and the list holds names: a number is a place in the list.
-        return _by_place({text: int(plain_number(text)) for text in odd}, where, rules)
-    if odd:
-        names = ", ".join(map(repr, odd[:5])) + (f" and {len(odd) - 5} more" if odd[5:] else "")
-        raise DataError(
-            f"{where} holds the label {names}, which the list of {len(rules.classes)} classes does not name; add it there, or "
-            f"leave its samples out: --no-label={shlex.quote(odd[0])}"
-        )
-    return Classes(rules.classes, numbers)
+def _are_places(texts: Iterable[str]) -> bool:
+    """Return True if all texts are whole numbers without a minus."""
+    return all(WHOLE.fullmatch(text) and not text.startswith("-") for text in texts)
 
 
-def _by_place(places: dict[str, int], where: str, rules: LabelRules) -> Classes:
-    """Read labels as places in the list of classes, which count from 0; from 1 where nothing else fits."""
+def _match_places(places: dict[str, int], where: str, rules: LabelRules) -> Classes:
+    """Read labels as places in the list of classes.
+
+    They count from 0; from 1 only if nothing else fits.
+
+    Args:
+        places: The number that each text is.
+        where: The source, for messages.
+        rules: The flags about labels, with the list.
+
+    Raises:
+        DataError: A number is larger than the list.
+        UsageError: The numbers may count from 0 or from 1.
+    """
     length = len(rules.classes)
     largest = max(places.values())
     if largest < length:
         if len(places) > 1 and set(places.values()) == set(range(1, largest + 1)):
             raise UsageError(
-                f"{where} holds the labels 1 to {largest} and no 0, the list of classes has {length} names; say which label has "
-                f'which: a JSON file {{"1": "NAME", ...}}'
+                f"{where} holds the labels 1 to {largest} and no 0, "
+                f"the list of classes has {length} names; "
+                'say which label has which: a JSON file {"1": "NAME", ...}'
             )
         return Classes(rules.classes, places)
     if largest == length and 0 not in places.values():
-        first = rules.classes[0].name
-        numbers = {text: place - 1 for text, place in places.items()}
-        return Classes(
-            rules.classes,
-            numbers,
-            [f"the labels count from 1: label 1 is {first}, the first of the list of classes"],
+        numbers = {}
+        for text, place in places.items():
+            numbers[text] = place - 1
+        sentence = (
+            f"the labels count from 1: label 1 is {rules.classes[0].name}, "
+            "the first of the list of classes"
         )
+        return Classes(rules.classes, numbers, [sentence])
     raise DataError(
-        f"{where} holds the label {largest}, the list of classes names {length} classes and not that one; make it longer"
+        f"{where} holds the label {largest}, "
+        f"the list of classes names {length} classes and not that one; make it longer"
     )
 
 
 def plain_number(text: str) -> str:
-    """Return the number in `text` as it is usually written; any other text as it is."""
+    """Return the number in `text` as it is usually written (7 for +007.0).
+
+    Any other text is returned as it is.
+    """
     found = WHOLE.fullmatch(text)
-    return f"{found[1].replace('+', '')}{int(found[2])}" if found else text
+    if found is None:
+        return text
+    return f"{found[1].replace('+', '')}{int(found[2])}"
 
 
 def read_class_list(path: Path) -> tuple[ClassInfo, ...]:
     """Read a list of classes in their order.
 
     Args:
-        path: A text file with a name a line; JSON: a list of names, an object of number or id -> name, or of
-            name -> number; the manifest.json of a dataset, or what `wds-train inspect DATASET --json` printed.
+        path: A text file with a name a line; JSON: a list of names, an object of number or
+            id -> name, or of name -> number; the manifest.json of a dataset, or what
+            `wds-train inspect DATASET --json` printed.
 
     Raises:
         DataError: The file names no classes, or one twice.
@@ -387,64 +571,103 @@ def read_class_list(path: Path) -> tuple[ClassInfo, ...]:
 
 
 def parse_class_list(data: bytes, path: str) -> tuple[ClassInfo, ...]:
-    """Return the classes that the content of the file at `path` lists; see `read_class_list`."""
+    """Return the classes in a list of classes.
+
+    Args:
+        data: The content of the file; see `read_class_list`.
+        path: The file, for its suffix and for messages.
+
+    Raises:
+        DataError: It names no classes, or one twice.
+    """
     try:
         text = data.decode("utf-8-sig")
         if path.lower().endswith(".json"):
-            infos = _from_json(json.loads(text), data, path)
+            infos = _parse_json(json.loads(text), data, path)
         else:
             infos = to_classes([name for name in map(label_text, text.splitlines()) if name])
     except (ValueError, KeyError, TypeError, RecursionError, DataError) as error:
         raise DataError(
-            f"{path} does not name the classes ({error!r}); it takes a name a line, or a JSON list of names"
+            f"{path} does not name the classes ({error!r}); "
+            "it takes a name a line, or a JSON list of names"
         ) from error
-    ids = [entry.id for entry in infos]
-    twice = (
-        next((id for id in ids if ids.count(id) > 1), None) if len(set(ids)) < len(ids) else None
-    )
-    if not infos or twice is not None:
-        cause = "is empty" if not infos else f"names {twice!r} twice"
+
+    cause = ""
+    if not infos:
+        cause = "is empty"
+    for id, count in Counter(entry.id for entry in infos).items():
+        if count > 1:
+            cause = f"names {id!r} twice"
+            break
+    if cause:
         raise DataError(f"{path} {cause}; it takes each class's name once, a line or a JSON list")
     return infos
 
 
-def _from_json(content: Any, data: bytes, path: str) -> tuple[ClassInfo, ...]:
+def _parse_json(content: Any, data: bytes, path: str) -> tuple[ClassInfo, ...]:
+    """Return the classes in a JSON file.
+
+    Args:
+        content: The parsed file.
+        data: Its bytes.
+        path: Its path, for messages.
+    """
+    # The forms of lists: names in order, a manifest, what `wds-train inspect DATASET --json` prints.
     if isinstance(content, list):
-        return to_classes([label_text(name) for name in content])
+        return to_classes(list(map(label_text, content)))
     if content.get("kind") == manifests.KIND:
         return DatasetManifest.from_json(data, path).classes
-    if isinstance(content.get("classes"), list):  # what `wds-train inspect DATASET --json` prints
-        named = [
-            (label_text(entry["id"]), label_text(entry["name"])) for entry in content["classes"]
-        ]
-        return to_classes([id for id, _ in named], dict(named))
-    if all(isinstance(value, int) for value in content.values()):  # torchvision's class_to_idx
+    if isinstance(content.get("classes"), list):
+        names = {}
+        ids = []
+        for entry in content["classes"]:
+            id = label_text(entry["id"])
+            ids.append(id)
+            names[id] = label_text(entry["name"])
+        return to_classes(ids, names)
+
+    # Objects: name -> number (torchvision's class_to_idx), number -> name, id -> name.
+    if all(isinstance(value, int) for value in content.values()):
         return to_classes([label_text(name) for name in sorted(content, key=content.__getitem__)])
     ids = list(content)
     if all(map(WHOLE.fullmatch, ids)):
         ids.sort(key=int)
-        if ids == [str(number) for number in range(len(ids))]:
+        if ids == list(map(str, range(len(ids)))):
             return to_classes([label_text(content[id]) for id in ids])
-    return to_classes(ids, {id: label_text(content[id]) for id in ids})
+    names = {}
+    for id in ids:
+        names[id] = label_text(content[id])
+    return to_classes(ids, names)
 
 
 def to_classes(ids: Sequence[str], names: Mapping[str, str] | None = None) -> tuple[ClassInfo, ...]:
-    """Return the classes of these `ids`, with the human `names` of those that have one."""
-    classes = tuple(ClassInfo(id, (names or {}).get(id, id)) for id in ids)
-    for entry in classes:
+    """Return the classes of some ids.
+
+    Args:
+        ids: The ids, in the order of the labels.
+        names: The human name of each id that has one; others are their own name.
+
+    Raises:
+        DataError: An id or a name cannot be printed.
+    """
+    names = names or {}
+    classes = []
+    for id in ids:
+        entry = ClassInfo(id, names.get(id, id))
         if UNPRINTABLE.search(entry.id + entry.name):
             raise DataError(f"the class {entry.id!r} has a name that cannot be printed; rename it")
-    return classes
+        classes.append(entry)
+    return tuple(classes)
 
 
 def count_texts(texts: Iterable[str]) -> dict[str, int]:
     """Count each of `texts`, in the order in which they come."""
-    counts: dict[str, int] = {}
-    for text in texts:
-        counts[text] = counts.get(text, 0) + 1
-    return counts
+    return dict(Counter(texts))
 
 
 def _brief(value: Any) -> str:
+    """Return a value for a message, cut to 60 characters."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if len(text) > 60:
+        return f"{text[:57]}..."
+    return text

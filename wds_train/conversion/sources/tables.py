@@ -1,11 +1,14 @@
-"""Files that hold tables of labels, as rows of cells: CSV and its like, JSON lines, JSON, Parquet, plain lists."""
+"""Files that hold tables of labels, as rows of cells.
+
+They are CSV and its like, JSON lines, JSON, Parquet and plain lists. `table` finds out what the
+columns of such a table mean.
+"""
 
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,14 @@ from wds_train.conversion.sources.tree import Folder
 from wds_train.errors import AccessDenied, DataError
 
 SURE = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-# These are tables only where there are few of them: thousands lie beside images as captions or boxes.
+# These are tables only if there are few of them: thousands lie beside images as captions or boxes.
 MAYBE = (".txt", ".json", ".lst")
-FEW = 20
-DEPTH = 3  # levels below the source that are looked through for tables
-SAMPLE = 300  # rows that columns are told from
+FEW = 20  # files in a folder
+DEPTH = 3  # levels of folders below the source that are searched for tables
+SAMPLE = 300  # rows, from which it is decided what a column holds
 MAX_TABLE = 2 << 30  # bytes; a larger one is no table of labels
-MAX_JSON = 256 << 20
+MAX_JSON = 256 << 20  # bytes; a file is parsed as a whole, in memory
+Line = tuple[int, list[Any]]  # the number of a row's line in the file, and its cells
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,14 @@ class Table:
 
     Attributes:
         path: The file.
-        columns: The names of its columns; 1, 2, ... where it has no line of names.
-        lines: Where it is from: the number of each row's line, and its cells.
-        named: Whether the file names its columns.
+        columns: The names of its columns; 1, 2, ... if the file has no line of names.
+        lines: The rows.
+        named: True if the file names its columns.
     """
 
     path: Path
     columns: list[str]
-    lines: list[tuple[int, list[Any]]]
+    lines: list[Line]
     named: bool = True
 
     @property
@@ -58,21 +62,37 @@ def find_tables(root: Folder) -> list[Path]:
     found = []
     level = [root]
     for _ in range(DEPTH + 1):
+        below = []
         for folder in level:
-            names = sorted(name for name in folder.files if name.lower().endswith(SURE))
-            maybe = sorted(name for name in folder.files if name.lower().endswith(MAYBE))
-            if len(maybe) <= FEW:
-                names += maybe
-            found += [folder.path / name for name in names]
-        level = [inner for folder in level for inner in folder.folders]
+            for name in _table_names(folder):
+                found.append(folder.path / name)
+            below += folder.folders
+        level = below
     return found
 
 
+def _table_names(folder: Folder) -> list[str]:
+    """Return the names of the files in a folder that may be tables."""
+    sure = []
+    maybe = []
+    for name in sorted(folder.files):
+        if name.lower().endswith(SURE):
+            sure.append(name)
+        elif name.lower().endswith(MAYBE):
+            maybe.append(name)
+    if len(maybe) > FEW:
+        return sure
+    return sure + maybe
+
+
 def read_table(path: Path) -> Table | None:
-    """Read the table at `path`.
+    """Read a table.
+
+    Args:
+        path: The file.
 
     Returns:
-        The table, or None for a file that is none.
+        The table; None for a file that is no table.
 
     Raises:
         AccessDenied: The file may not be read.
@@ -99,71 +119,105 @@ def read_table(path: Path) -> Table | None:
 
 def decode(data: bytes) -> str:
     """Return the text in `data`: UTF-8, UTF-16 with its mark, or else Latin-1."""
+    encoding = "utf-8-sig"
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
     try:
-        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError:
         return data.decode("latin-1")
 
 
 def _read_text(path: Path, *, listed: bool) -> Table | None:
-    """Read CSV and its like, with a line of names; or a list without one (`listed`)."""
+    """Read CSV and its like.
+
+    Args:
+        path: The file.
+        listed: The file is a list without a line of names.
+
+    Returns:
+        The table; None for a file that is no table.
+    """
     text = decode(path.read_bytes())
-    if "\0" in text[:4096]:
+    if "\0" in text[:4096]:  # a binary file
         return None
-    first = next((line for line in text.splitlines() if line.strip()), "")
+
+    # Cells are separated by whatever the first line has most of.
+    first = ""
+    for line in text.splitlines():
+        if line.strip():
+            first = line
+            break
     delimiter = max(",;\t|", key=first.count)
     spaced = first.count(delimiter) == 0 and (listed or " " in first.strip())
-    listed = listed or spaced
     if spaced:
+        listed = True
         lines = _spaced_lines(text)
     else:
         lines = list(_csv_lines(path, text, delimiter))
+
     if not lines:
         return None if listed else Table(path, [], [])
     if listed:
         width = len(lines[0][1])
-        return Table(path, [str(n + 1) for n in range(width)], _padded(lines, width), named=False)
+        return Table(path, _numbered_columns(width), _pad_rows(lines, width), named=False)
     names = [str(name).strip() for name in lines[0][1]]
-    return Table(path, names, _padded(lines[1:], len(names)))
+    return Table(path, names, _pad_rows(lines[1:], len(names)))
 
 
-def _spaced_lines(text: str) -> list[tuple[int, list[Any]]]:
-    """Split lines at blanks: into as many cells as all of them have, else into the first one and the rest (`1.jpg Boeing 707`)."""
-    filled = [
-        (number, line)
-        for number, line in enumerate(text.splitlines(), 1)
-        if line.strip() and not line.startswith("#")
-    ]
-    widths = {len(line.split()) for _, line in filled}
-    most = -1 if len(widths) == 1 else 1
-    return [(number, line.split(None, most)) for number, line in filled]
+def _numbered_columns(width: int) -> list[str]:
+    """Return the names of columns that have none: 1, 2, ..."""
+    return list(map(str, range(1, width + 1)))
 
 
-def _csv_lines(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[Any]]]:
+def _spaced_lines(text: str) -> list[Line]:
+    """Split lines at blanks.
+
+    If all have the same number of words, each word is a cell. If not, the first word is one, and
+    the rest of the line another: `1.jpg Boeing 707`.
+    """
+    filled = []
+    widths = set()
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
+            filled.append((number, line))
+            widths.add(len(line.split()))
+    splits = 1
+    if len(widths) == 1:
+        splits = -1  # as many as there are blanks
+    return [(number, line.split(None, splits)) for number, line in filled]
+
+
+def _csv_lines(path: Path, text: str, delimiter: str) -> Iterator[Line]:
+    """Yield the rows of a CSV file that are not empty."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        number = 0
         for number, row in enumerate(reader, 1):
-            if any(cell.strip() for cell in row):
+            if any(map(str.strip, row)):
                 yield number, row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}, cannot be read: {error}") from error
 
 
-def _padded(lines: Sequence[tuple[int, list[Any]]], width: int) -> list[tuple[int, list[Any]]]:
-    """Give every row `width` cells: the rows of people's tables end early, or in a comma too many."""
-    return [(number, [*cells, *[""] * (width - len(cells))][:width]) for number, cells in lines]
+def _pad_rows(lines: Sequence[Line], width: int) -> list[Line]:
+    """Give every row `width` cells: people's rows end early, or in a comma too many."""
+    padded = []
+    for number, cells in lines:
+        missing = [""] * (width - len(cells))
+        padded.append((number, [*cells, *missing][:width]))
+    return padded
 
 
 def without_names(table: Table) -> Table:
     """Return the `table` with its first line as a row: it has no line of names."""
     if not table.named:
         return table
-    columns = [str(n + 1) for n in range(len(table.columns))]
+    columns = _numbered_columns(len(table.columns))
     return Table(table.path, columns, [(1, list(table.columns)), *table.lines], named=False)
 
 
 def _read_json_lines(path: Path) -> Table:
+    """Read a file with a JSON object a line."""
     rows = []
     for number, line in enumerate(decode(path.read_bytes()).splitlines(), 1):
         if not line.strip():
@@ -174,7 +228,8 @@ def _read_json_lines(path: Path) -> Table:
             raise DataError(f"{path}, line {number}, is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(
-                f'{path}, line {number}, is no JSON object, such as {{"file_name": "1.jpg", "label": "cat"}}'
+                f"{path}, line {number}, is no JSON object, "
+                'such as {"file_name": "1.jpg", "label": "cat"}'
             )
         rows.append((number, row))
     return _from_objects(path, rows)
@@ -188,48 +243,77 @@ def _read_json(path: Path) -> Table | None:
         content = json.loads(decode(path.read_bytes()))
     except (ValueError, RecursionError):
         return None
-    if isinstance(content, list) and content and all(isinstance(row, dict) for row in content):
+    if not content:
+        return None
+    if isinstance(content, list) and _are_all(content, dict):
         return _from_objects(path, list(enumerate(content, 1)))
-    if isinstance(content, dict) and content:
-        values = list(content.values())
-        if all(isinstance(value, str | int | list) for value in values):
-            lines = [
-                (number, [name, value]) for number, (name, value) in enumerate(content.items(), 1)
-            ]
-            return Table(path, ["1", "2"], lines, named=False)
+    if isinstance(content, dict) and _are_all(content.values(), str, int, list):
+        lines: list[Line] = []
+        for number, (name, value) in enumerate(content.items(), 1):
+            lines.append((number, [name, value]))
+        return Table(path, _numbered_columns(2), lines, named=False)
     return None
 
 
+def _are_all(values: Iterable[Any], *kinds: type) -> bool:
+    return all(isinstance(value, kinds) for value in values)
+
+
 def _from_objects(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> Table:
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
-    return Table(
-        path, columns, [(number, [row.get(name) for name in columns]) for number, row in rows]
-    )
+    """Return a table of JSON objects, with a column for each field that one of them has.
+
+    Args:
+        path: The file.
+        rows: The number of each object's line, and the object.
+    """
+    columns: dict[str, None] = {}
+    for _, row in rows:
+        columns |= dict.fromkeys(row)
+    return Table(path, list(columns), _to_lines(rows, columns))
+
+
+def _to_lines(rows: Iterable[tuple[int, dict[str, Any]]], columns: Collection[str]) -> list[Line]:
+    """Return the cells of objects in the order of the columns."""
+    return [(number, list(map(row.get, columns))) for number, row in rows]
 
 
 def _read_parquet(path: Path) -> Table | None:
-    """Read a Parquet file whose columns hold no images: their paths perhaps."""
+    """Read a Parquet file whose columns hold no images, but perhaps their paths."""
     try:
         file = pq.ParquetFile(path)
-        plain = [field.name for field in file.schema_arrow if not holds_bytes(field.type)]
-        if len(plain) < len(file.schema_arrow.names):
-            return None
-        rows = file.read(plain).to_pylist()
+        columns = file.schema_arrow.names
+        for field in file.schema_arrow:
+            if holds_bytes(field.type):
+                return None
+        rows = file.read(columns).to_pylist()
     except (pa.ArrowException, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; download or write it again") from error
-    return Table(
-        path, plain, [(number, [row[name] for name in plain]) for number, row in enumerate(rows, 1)]
-    )
+    return Table(path, columns, _to_lines(enumerate(rows, 1), columns))
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
-    """Tell whether a column of this type holds bytes, encoded images perhaps."""
+    """Return True if a column of this type holds bytes, which may be encoded images."""
     if pa.types.is_struct(kind):
-        return any(holds_bytes(kind.field(n).type) for n in range(kind.num_fields))
+        for number in range(kind.num_fields):
+            if holds_bytes(kind.field(number).type):
+                return True
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def texts(cells: Sequence[Any], most: int = SAMPLE) -> list[str]:
-    """Return the first cells that are not empty, as texts."""
-    filled = (normal(str(cell)).strip() for cell in cells if cell is not None)
-    return list(islice((cell for cell in filled if cell), most))
+def cell_text(cell: Any) -> str:
+    """Return a cell as a text without blanks around it; empty for None."""
+    if cell is None:
+        return ""
+    return normal(str(cell)).strip()
+
+
+def texts(cells: Iterable[Any], most: int = SAMPLE) -> list[str]:
+    """Return the first `most` cells that are not empty, as texts."""
+    found: list[str] = []
+    for cell in cells:
+        if len(found) == most:
+            break
+        text = cell_text(cell)
+        if text:
+            found.append(text)
+    return found

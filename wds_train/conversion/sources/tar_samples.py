@@ -1,9 +1,13 @@
-"""The samples of WebDataset tars: which member is the image, and what the label says."""
+"""The samples of WebDataset tars: their images and their labels.
+
+`tars` reads the samples of a source with this, `index_in_place` those of tars on S3.
+"""
 
 import contextlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from wds_train.conversion.conversion_report import Note
@@ -14,33 +18,31 @@ from wds_train.dataset.tar import Member, key_and_extension
 from wds_train.errors import DataError, UsageError
 
 MAX_LABEL = 1 << 16  # bytes
-LABELS = (
-    "cls",
-    "json",
-    "label",
-    "class",
-    "txt",
-)  # the members that may hold a sample's label, the first that is there
-CAPTION = "txt"  # a label only where nothing else is one
+# The members that may hold a sample's label; the first that is there does.
+LABELS = ("cls", "json", "label", "class", "txt")
+CAPTION = "txt"  # a label only if nothing else is one
 BESIDE_CAPTIONS = LABELS[:-1]
 LABEL_FIELDS = ("label", "cls", "class", "class_name", "category")  # of a .json
 SPLIT_FIELDS = ("split", "subset", "partition", "usage", "set")  # of a .json, in any case
 IMAGE_WORDS = {"image", "img"}  # 7.image.jpg
 LABEL_WORDS = {"label", "cls", "class", "target"}  # 7.label.cls
 FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-SEVERAL = re.compile(
-    r"[+-]?\d+(?:\.\d+)?(?:(?:\s*[,;|]\s*|\s+)[+-]?\d+(?:\.\d+)?)+[,;|]?"
-)  # 0 1; 3, 5
-SEVERAL_WHOLE = re.compile(
-    r"\d+(?:(?:\s*[,;|]\s*|\s+)\d+)+"
-)  # in a .txt, where fractions are the corners of boxes
+# Several numbers: "0 1", "3, 5".
+SEVERAL = re.compile(r"[+-]?\d+(?:\.\d+)?(?:(?:\s*[,;|]\s*|\s+)[+-]?\d+(?:\.\d+)?)+[,;|]?")
+# The same in a .txt, in which fractions are the corners of boxes, and no labels.
+SEVERAL_WHOLE = re.compile(r"\d+(?:(?:\s*[,;|]\s*|\s+)\d+)+")
 DECIMAL = re.compile(rb"-?[0-9]+\.[0-9]+")
 Split = Callable[[str], tuple[str, str]]  # a member's name into key and extension
 Read = Callable[[int, int], bytes]  # offset, length
 
 
 class NoLabel(DataError):
-    """A sample has no label at all. `fields` are those that its .json has in the place of one."""
+    """A sample has no label at all.
+
+    Args:
+        message: What is missing.
+        fields: The fields of its .json, none of which is a label.
+    """
 
     def __init__(self, message: str, fields: Collection[str] = ()) -> None:
         super().__init__(message)
@@ -52,63 +54,88 @@ class SeveralLabels(DataError):
 
 
 class WdsSample:
-    """Members of one key: where its image lies, and its label. `members` by extension, in small letters."""
+    """The members of one key.
+
+    Attributes:
+        key: The key.
+        members: Each member by its extension, in small letters.
+    """
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.members: dict[str, Member] = {}
 
     def images(self) -> list[str]:
-        """The extensions of the members that may be the image: one, but where nothing says which of several it is."""
+        """Return the extensions of the members that may be the image.
+
+        It is one, unless nothing says which of several it is.
+        """
         found = [name for name in self.members if kind_of(name) in IMAGE_EXTENSIONS]
-        found = found or [
-            name for name in self.members if is_image(f".{name}")
-        ]  # in a format that shards do not hold
-        return _meant(found, IMAGE_WORDS)
+        if not found:  # formats that shards do not hold
+            found = [name for name in self.members if is_image(f".{name}")]
+        return _choose_meant(found, IMAGE_WORDS)
 
     def labels(self, kind: str) -> list[str]:
-        """The extensions of the members of this kind (cls, json ...) that may hold the label."""
+        """Return the extensions of the members of a kind that may hold the label.
+
+        Args:
+            kind: `cls`, `json` or another of `LABELS`.
+        """
         found = [name for name in self.members if kind_of(name) == kind]
         if kind == "label":  # 7.label.txt is no caption
-            found += [
-                name
-                for name in self.members
-                if "label" in _prefix(name).split(".") and not is_image(f".{name}")
-            ]
-        meant = _meant(found, LABEL_WORDS)
-        # 7.mask.jpg with a 7.mask.cls of its own is no mask: its label counts, and may differ.
-        other = [name for name in found if name not in meant and self._has_image(_prefix(name))]
-        return meant + other
+            for name in self.members:
+                if "label" in _prefix(name).split(".") and not is_image(f".{name}"):
+                    found.append(name)
+        meant = _choose_meant(found, LABEL_WORDS)
+        # 7.mask.jpg with its own 7.mask.cls is no mask: its label counts, and may differ.
+        return meant + [
+            name for name in found if name not in meant and self._has_image(_prefix(name))
+        ]
 
     def _has_image(self, prefix: str) -> bool:
         return any(f"{prefix}.{kind}" in self.members for kind in IMAGE_EXTENSIONS)
 
     @property
-    def is_none(self) -> bool:
-        """Whether it is no sample at all, but a file that lies beside samples."""
+    def is_stray(self) -> bool:
+        """True for a file that lies next to samples, and is none."""
         return not self.images() and not set(self.members) & {"cls", "json"}
 
     def image(self) -> Member | None:
-        """The member that holds the image, None where there is none; `DataError` where it may be one of several."""
-        found = self.images()
-        if len(found) > 1:
-            raise DataError(
-                f"it holds {len(found)} images, which share the key {self.key}: {self._named(found)}; rename the one to train on to {self.key}.jpg; "
-                "wds-train shards index with --any takes them as they are, for SampleLoader"
-            )
-        return self.members[found[0]] if found else None
-
-    def label(self, read: Read, kinds: Collection[str] = BESIDE_CAPTIONS) -> str:
-        """The label in the first of `kinds` that holds one; `NO_TEXT` where they only say that there is none (null).
+        """Return the member that holds the image; None if there is none.
 
         Raises:
-            NoLabel: there is nothing that could hold one.
-            SeveralLabels: it is a list.
-            DataError: it cannot be a label, or several members disagree.
+            DataError: It may be one of several.
+        """
+        found = self.images()
+        if not found:
+            return None
+        if len(found) > 1:
+            raise DataError(
+                f"it holds {len(found)} images, which share the key {self.key}: "
+                f"{self._list_members(found)}; rename the one to train on to {self.key}.jpg; "
+                "wds-train shards index with --any takes them as they are, for SampleLoader"
+            )
+        return self.members[found[0]]
+
+    def label(self, read: Read, kinds: Collection[str] = BESIDE_CAPTIONS) -> str:
+        """Return the label in the first kind of member that holds one.
+
+        Args:
+            read: Reads bytes of the tar.
+            kinds: The kinds of members, in the order in which they are asked.
+
+        Returns:
+            The label; `NO_TEXT` if the members only say that there is none (null).
+
+        Raises:
+            NoLabel: There is nothing that could hold one.
+            SeveralLabels: It is a list.
+            DataError: It cannot be a label, or several members disagree.
         """
         missing = NoLabel("no .cls or .json member with a label")
         is_empty = False
         for kind in kinds:
+            # Read the members of this kind. An empty .cls says "no label", an empty .json nothing.
             texts: dict[str, str] = {}
             for name in self.labels(kind):
                 try:
@@ -118,12 +145,11 @@ class WdsSample:
                         texts[name] = NO_TEXT
                 except NoLabel as error:
                     missing = error
+
+            # They must agree.
             said = set(texts.values()) - {NO_TEXT}
             if len(said) > 1:
-                told = ", ".join(f"{text} in {self._named([name])}" for name, text in texts.items())
-                raise DataError(
-                    f"it holds several labels: {told}; rename the one to train on to {self.key}.cls"
-                )
+                raise self._disagreement(texts)
             if said:
                 return said.pop()
             is_empty |= bool(texts)
@@ -131,21 +157,41 @@ class WdsSample:
             return NO_TEXT
         raise missing
 
+    def _disagreement(self, texts: Mapping[str, str]) -> DataError:
+        """Return the error for members that say different labels: extension -> label."""
+        shown = []
+        for name, text in texts.items():
+            shown.append(f"{text} in {self._list_members([name])}")
+        return DataError(
+            f"it holds several labels: {', '.join(shown)}; "
+            f"rename the one to train on to {self.key}.cls"
+        )
+
     def _text(self, name: str, kind: str, read: Read) -> str:
+        """Return the label in a member.
+
+        Args:
+            name: Its extension.
+            kind: Its kind.
+            read: Reads bytes of the tar.
+        """
         member = self.members[name]
         if member.size > MAX_LABEL:
             raise DataError(
                 f"its label member .{name} has {member.size} bytes, at most {MAX_LABEL} can be read"
             )
-        text = read(member.data_offset, member.size)
-        label = label_text(text if kind == CAPTION else _value(text, name))
-        pattern = SEVERAL_WHOLE if kind == CAPTION else SEVERAL
+        value: Any = read(member.data_offset, member.size)
+        pattern = SEVERAL_WHOLE
+        if kind != CAPTION:
+            value = _parse_value(value, name)
+            pattern = SEVERAL
+        label = label_text(value)
         if pattern.fullmatch(label):
             raise _several(repr(label))
         return label
 
     def said_split(self, read: Read) -> tuple[str, str]:
-        """The field of the .json that is called as splits are, and what it says; two empty texts where there is none."""
+        """Return the field of the .json with a split's name, and its value; empty without one."""
         member = self.members.get("json")
         content = None
         if member is not None and 0 < member.size <= MAX_LABEL:
@@ -158,54 +204,69 @@ class WdsSample:
         return "", ""
 
     def others(self, kind: str, read: Read) -> dict[str, str]:
-        """The labels in members of this kind that are not looked at, because another member is plainly meant: the
-        `fine.cls` beside `cls`.
+        """Return the labels in members of a kind that are not used.
+
+        Another member is plainly meant, as `cls` is next to `fine.cls`.
+
+        Args:
+            kind: The kind.
+            read: Reads bytes of the tar.
+
+        Returns:
+            The label by the member's extension.
         """
-        asked = self.labels(kind)
+        used = self.labels(kind)
         found: dict[str, str] = {}
         for name in self.members:
-            if kind_of(name) == kind and name not in asked:
+            if kind_of(name) == kind and name not in used:
                 with contextlib.suppress(DataError):
                     found[name] = self._text(name, kind, read)
         return found
 
-    def _named(self, extensions: Collection[str], most: int = 4) -> str:
-        names = [self.members[name].name for name in extensions]
-        return ", ".join(names[:most]) + (", ..." if names[most:] else "")
+    def _list_members(self, extensions: Iterable[str]) -> str:
+        return _shorten([self.members[name].name for name in extensions], 4)
 
 
 class Labels:
-    """Asks the samples of a source for their labels, and remembers what is odd about them."""
+    """Reads the labels of a source's samples, and remembers what is odd about them."""
 
     def __init__(self) -> None:
-        self._asked = self._missing = 0
+        self._asked = 0
+        self._missing = 0
         self._fields: tuple[str, ...] = ()
         self._captions = False
         self._folders: set[str] = set()
-        self._two = ""  # of the first sample that says two things
-        self._unread = ""  # of the first whose split is no known one
+        self._two = ""  # a sentence about the first sample that says two labels
+        self._unread = ""  # a sentence about the first sample with an unknown split
 
     def label(self, sample: WdsSample, read: Read, kinds: Collection[str] = BESIDE_CAPTIONS) -> str:
-        """As `WdsSample.label`."""
+        """Return the label of a sample; see `WdsSample.label`."""
         self._asked += 1
         try:
             text = sample.label(read, kinds)
         except NoLabel as error:
+            # Keep what `refuse` says, should none of the samples have a label.
             self._missing += 1
             self._fields = self._fields or error.fields
             self._captions |= bool(sample.labels(CAPTION))
             self._folders |= {sample.key.rpartition("/")[0]} - {"", "."}
             raise
-        there = [kind for kind in kinds if sample.labels(kind)]
         if not self._two:
-            self._two = _second(sample, there, read, text)
+            there = [kind for kind in kinds if sample.labels(kind)]
+            self._two = _describe_second(sample, there, read, text)
         return text
 
     def check_split(self, origin: str, sample: WdsSample, read: Read, split: str) -> None:
-        """Compare what the sample's .json says of its split with that of its tar.
+        """Compare the split in a sample's .json with that of its tar.
+
+        Args:
+            origin: The sample, for the message.
+            sample: The sample.
+            read: Reads bytes of the tar.
+            split: The split of the tar.
 
         Raises:
-            UsageError: It is another one.
+            UsageError: They differ.
         """
         field, word = sample.said_split(read)
         said = SPLIT_OF.get(word.lower())
@@ -216,107 +277,173 @@ class Labels:
                 )
         elif said != split:
             raise UsageError(
-                f"{origin}: its .json says {field} {word!r}, and its tar is read as {split}; make a tar of each split, called "
-                "train.tar, val.tar and test.tar, or take the field out"
+                f"{origin}: its .json says {field} {word!r}, and its tar is read as {split}; "
+                "make a tar of each split, called train.tar, val.tar and test.tar, "
+                "or take the field out"
             )
 
     def remark(self) -> str:
         """Return a sentence about the labels of all samples; empty for nothing unusual."""
-        return "; ".join(sentence for sentence in (self._two, self._unread) if sentence)
+        return "; ".join(filter(None, (self._two, self._unread)))
 
     def refuse(self, where: str, tars: int) -> None:
-        """Raise `DataError` if none of all samples has a label; they lie in so many `tars`."""
+        """Raise `DataError` if none of all samples has a label.
+
+        Args:
+            where: The source, for the message.
+            tars: The number of its tars.
+        """
         if not self._asked or self._missing < self._asked:
             return
+        # Say what the samples have instead.
         seen = "there is no .cls or .json member with one"
         if self._fields:
-            shown = ", ".join(self._fields[:8]) + (", ..." if self._fields[8:] else "")
             seen = (
-                f"the .json members have the fields {shown}, and none of {', '.join(LABEL_FIELDS)}"
+                f"the .json members have the fields {_shorten(self._fields, 8)}, "
+                f"and none of {', '.join(LABEL_FIELDS)}"
             )
         if self._captions:
             seen += "; the .txt beside an image is its caption"
+        # The class may be in the names of folders or tars.
         if len(self._folders) > 1:
-            shown = ", ".join(sorted(self._folders)[:4]) + (
-                ", ..." if len(self._folders) > 4 else ""
+            seen += (
+                f"; if the folders {_shorten(sorted(self._folders), 4)} are the classes, "
+                "unpack the tars, and give the folder to wds-train shards"
             )
-            seen += f"; if the folders {shown} are the classes, unpack the tars, and give the folder to wds-train shards"
         elif tars > 1 and not self._fields and not self._captions:
-            seen += "; if each tar is a class, unpack each into a folder of its name, and convert the folder around these"
+            seen += (
+                "; if each tar is a class, unpack each into a folder of its name, "
+                "and convert the folder around these"
+            )
         raise DataError(
             f"{where}: none of {self._asked:,} samples has a label: {seen}; {how_to_label(where)}"
         )
 
 
-def _second(sample: WdsSample, kinds: Sequence[str], read: Read, text: str) -> str:
-    """Say which label is used of a sample whose members say more than `text`, or nothing."""
+def _shorten(names: Sequence[str], most: int) -> str:
+    """Return the first `most` names for a message, and dots if there are more."""
+    shown = ", ".join(names[:most])
+    if len(names) > most:
+        shown += ", ..."
+    return shown
+
+
+def _describe_second(sample: WdsSample, kinds: Sequence[str], read: Read, text: str) -> str:
+    """Return a sentence about a sample with another label besides the one that is used.
+
+    Args:
+        sample: The sample.
+        kinds: The kinds of members that may hold its label.
+        read: Reads bytes of the tar.
+        text: The label that is used.
+
+    Returns:
+        The sentence; empty if there is no other label.
+    """
     for kind in kinds:
         for name, other in sample.others(kind, read).items():
             if other not in (NO_TEXT, text):
-                return f"samples have two labels: {sample.key} is {text}, and {other} by its .{name}, which is not read"
+                return (
+                    f"samples have two labels: {sample.key} is {text}, "
+                    f"and {other} by its .{name}, which is not read"
+                )
+        if len(kinds) == 1:
+            continue  # the label was read from it
         try:
-            other = sample.label(read, (kind,)) if len(kinds) > 1 else text
+            other = sample.label(read, (kind,))
         except DataError:
             continue
         if other not in (NO_TEXT, text):
             return (
-                f"samples have two labels: {sample.key} is {text}, and {other} by its .{kind}; of {', '.join(LABELS)} the first "
-                "that is there is used"
+                f"samples have two labels: {sample.key} is {text}, and {other} by its .{kind}; "
+                f"of {', '.join(LABELS)} the first that is there is used"
             )
     return ""
 
 
 def without_label(split: str, origin: str, error: NoLabel) -> Note:
-    """What to say of a sample without a label: test images are often handed out so."""
+    """Return the note on a sample without a label, which is usual for test images.
+
+    Args:
+        split: The sample's split.
+        origin: The sample.
+        error: What is missing.
+    """
     if split == "test":
         return Note(split, origin, "ignored", "a test image without a label")
     return Note(split, origin, "left out", str(error))
 
 
 def how_to_label(where: str) -> str:
-    """What to do with the samples at `where`, which have no labels."""
+    """Return the remedy for samples without labels at `where`, as a part of a sentence."""
     return (
-        "write the label of each into a member KEY.cls, or into the field label of KEY.json; or take the samples as they "
-        f"are, for SampleLoader: wds-train shards index {where} --any"
+        "write the label of each into a member KEY.cls, or into the field label of KEY.json; "
+        "or take the samples as they are, for SampleLoader: "
+        f"wds-train shards index {where} --any"
     )
 
 
 def kind_of(extension: str) -> str:
-    """What a member holds: the `cls` of `label.cls`."""
+    """Return the kind of a member: the `cls` of `label.cls`."""
     return extension.rpartition(".")[2]
 
 
 def _prefix(extension: str) -> str:
-    """What a field is called: the `seg` of seg.png."""
+    """Return the name of a member's field: the `seg` of seg.png."""
     return extension.rpartition(".")[0]
 
 
 def is_image(name: str) -> bool:
-    """Whether a member of this name is an image, of whatever format."""
+    """Return True if a member of this name is an image, of whatever format."""
     return name.lower().endswith(IMAGE_SUFFIXES + FOREIGN_SUFFIXES)
 
 
 def is_field(prefix: str) -> bool:
-    """Whether people call a field of a sample so: the `seg` of seg.png, and not the 0 of cat.0.jpg."""
-    return all(FIELD.fullmatch(part) for part in prefix.split("."))
+    """Return True for a name that people give a field: the `seg` of seg.png, not 0 of cat.0.jpg."""
+    return all(map(FIELD.fullmatch, prefix.split(".")))
 
 
-def _meant(extensions: Collection[str], words: set[str]) -> list[str]:
-    """Those of `extensions` that may be meant: the plain one (jpg), or those that `words` name (image.jpg), or all. One
-    whose prefix is no field's (0.jpg) is that of a sample as well, whatever there is besides.
+def _choose_meant(extensions: Iterable[str], words: set[str]) -> list[str]:
+    """Choose the members that may be meant by their names.
+
+    It is the plain one (jpg); else those that `words` name (image.jpg); else all. A prefix that is
+    no field's name (0.jpg) may belong to the key: such a member is chosen, too.
+
+    Args:
+        extensions: The members of one kind.
+        words: Names of the field that is meant.
     """
-    prefixes = {name: _prefix(name) for name in extensions}
-    plain = [name for name, prefix in prefixes.items() if not prefix]
-    named = [name for name, prefix in prefixes.items() if not words.isdisjoint(prefix.split("."))]
+    names = list(dict.fromkeys(extensions))
+    plain = []
+    named = []
+    odd = []
+    for name in names:
+        prefix = _prefix(name)
+        if not prefix:
+            plain.append(name)
+            continue
+        if not words.isdisjoint(prefix.split(".")):
+            named.append(name)
+        if not is_field(prefix):
+            odd.append(name)
     best = plain or named
     if not best:
-        return list(prefixes)
-    odd = [name for name, prefix in prefixes.items() if prefix and not is_field(prefix)]
+        return names
     return best + [name for name in odd if name not in best]
 
 
-def _value(text: bytes, name: str) -> Any:
-    """What a `.cls` or `.json` says: JSON, from which the label is taken, or else the bare text."""
+def _parse_value(text: bytes, name: str) -> Any:
+    """Return the value in a `.cls` or `.json`.
+
+    Args:
+        text: Its content: JSON that holds the label, or else the bare text.
+        name: Its extension.
+
+    Raises:
+        NoLabel: It is an object without a field for the label.
+        SeveralLabels: It is a list of several.
+        DataError: It is no JSON.
+    """
     try:
         content = json.loads(text)
     except RecursionError:
@@ -325,15 +452,10 @@ def _value(text: bytes, name: str) -> Any:
         if name.endswith("json") or text.lstrip()[:1] == b"{":
             raise DataError(f"its .{name} is no JSON: {str(error)[:100]}") from error
         return text
-    if isinstance(content, dict):
-        field = next((field for field in LABEL_FIELDS if field in content), None)
-        if field is None:
-            raise NoLabel(
-                f"its .{name} has none of the fields {', '.join(LABEL_FIELDS)}", [*content]
-            )
-        content = content[field]
-    elif isinstance(content, float) and not DECIMAL.fullmatch(text.strip()):
+    if isinstance(content, float) and not DECIMAL.fullmatch(text.strip()):
         return text  # 1e5 and NaN may be names
+    if isinstance(content, dict):
+        content = _label_field(content, name)
     if isinstance(content, list) and len(content) == 1:
         content = content[0]
     if isinstance(content, list) and len(content) > 1:
@@ -341,18 +463,39 @@ def _value(text: bytes, name: str) -> Any:
     return content
 
 
+def _label_field(content: dict[str, Any], name: str) -> Any:
+    """Return the field of a .json that holds the label.
+
+    Args:
+        content: The .json.
+        name: Its extension.
+
+    Raises:
+        NoLabel: It has none.
+    """
+    for field in LABEL_FIELDS:
+        if field in content:
+            return content[field]
+    raise NoLabel(f"its .{name} has none of the fields {', '.join(LABEL_FIELDS)}", list(content))
+
+
 def _several(shown: str) -> SeveralLabels:
-    """Return the refusal of a label that holds several."""
+    """Return the error for a label that holds several."""
     if len(shown) > 60:
         shown = f"{shown[:57]}..."
     return SeveralLabels(
-        f"its label is {shown}, which are several; {ONE_LABEL}: write it to "
-        "KEY.cls; wds-train shards index with --any takes the samples as they are, for SampleLoader"
+        f"its label is {shown}, which are several; {ONE_LABEL}: write it to KEY.cls; "
+        "wds-train shards index with --any takes the samples as they are, for SampleLoader"
     )
 
 
 def group(plain: Iterable[Member], split: Split = key_and_extension) -> Iterator[WdsSample]:
-    """The samples of members in a row that share a key."""
+    """Yield the samples of neighbouring members that share a key, as stock webdataset does.
+
+    Args:
+        plain: The members, in the order of the tar.
+        split: Splits a member's name into key and extension.
+    """
     sample: WdsSample | None = None
     for member in plain:
         key, extension = split(member.name)
@@ -366,16 +509,27 @@ def group(plain: Iterable[Member], split: Split = key_and_extension) -> Iterator
 
 
 def gather(plain: Iterable[Member], split: Split = key_and_extension) -> list[WdsSample]:
-    """The samples of members that need not lie side by side, as those of `group` must; a member that a sample has
-    already begins another.
+    """Return the samples of members that need not be neighbours, unlike those of `group`.
+
+    Args:
+        plain: The members. A second one of the same name begins another sample.
+        split: Splits a member's name into key and extension.
     """
     samples: dict[str, list[WdsSample]] = {}
     for member in plain:
         key, extension = split(member.name)
-        known = samples.setdefault(key, [])
-        sample = next((each for each in known if extension not in each.members), None)
+        same_key = samples.setdefault(key, [])
+        sample = _find_without(extension, same_key)
         if sample is None:
             sample = WdsSample(key)
-            known.append(sample)
+            same_key.append(sample)
         sample.members[extension] = member
-    return [sample for known in samples.values() for sample in known]
+    return list(chain.from_iterable(samples.values()))
+
+
+def _find_without(extension: str, samples: Iterable[WdsSample]) -> WdsSample | None:
+    """Return the first sample that has no member of this extension; None if all have."""
+    for sample in samples:
+        if extension not in sample.members:
+            return sample
+    return None

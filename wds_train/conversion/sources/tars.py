@@ -372,7 +372,7 @@ class _TarScan:
         read = partial(read_bytes, place)
         origin = f"{path}: {sample.key}"
         if not sample.images():
-            if not sample.is_none:
+            if not sample.is_stray:
                 found.note(origin, "left out", "no image member")
             return None
         try:
