@@ -147,21 +147,7 @@ class Conversion:
             finished: (split, number) of shards that are there already.
         """
         for window in self.plan.windows(finished):
-            yield self._tasks_of(window)
-
-    def _tasks_of(self, window: Iterable[tuple[str, int, pa.Table]]) -> Iterator[ShardTask]:
-        """Yield the tasks of a window; its rows are taken when a task is asked for."""
-        for split, number, rows in window:
-            yield ShardTask(
-                store=self.store,
-                plan=self.plan.digest,
-                split=split,
-                number=number,
-                rows=rows,
-                policy=self.plan.options.policy,
-                mark=self.mark,
-                own_index=self.plan.by_shard(split),
-            )
+            yield _make_tasks(window, self.store, self.plan, self.mark)
 
     def complete(self) -> DatasetManifest:
         """Return the manifest that `begin` found, after removing what a kill left behind."""
@@ -289,6 +275,23 @@ class Conversion:
                 if done is not None:
                     finished.append(done)
         return finished
+
+
+def _make_tasks(
+    window: Iterable[tuple[str, int, pa.Table]], store: Store, plan: Plan, mark: str
+) -> Iterator[ShardTask]:
+    """Yield the tasks of a window; its rows are taken when a task is asked for."""
+    for split, number, rows in window:
+        yield ShardTask(
+            store=store,
+            plan=plan.digest,
+            split=split,
+            number=number,
+            rows=rows,
+            policy=plan.options.policy,
+            mark=mark,
+            own_index=plan.by_shard(split),
+        )
 
 
 @contextlib.contextmanager
