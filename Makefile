@@ -113,7 +113,7 @@ chaos-test: setup $(CHAOS)/.installed ## kill a small training at each of its ch
 	WDS_CHAOS=1 $(BIN)/python -m pytest -q -s tests/crash/test_chaos.py$(arguments)
 
 bootstrap-test: setup ## run an instance's scripts from the bundle to a resumed training (two minutes)
-	WDS_BOOTSTRAP=1 $(BIN)/python -m pytest -q -s tests/cloud/test_bootstrap.py$(arguments)
+	WDS_BOOTSTRAP=1 $(BIN)/python -m pytest -q -s tests/aws/test_bootstrap.py$(arguments)
 
 check: setup ## lint, format and types
 	$(BIN)/ruff check .
