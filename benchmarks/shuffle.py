@@ -4,7 +4,7 @@ All read the same shards: 100,000 samples of 1,000 classes in 80 shards of 1,250
 of 256. There are two figures, for class-sorted and for shuffled shards: distinct classes in a
 batch, and the mean distance, in the dataset, of neighbours in the epoch.
 
-    .venv/bin/python -m benchmarks.shuffle            (mosaic's py1e where mosaicml-streaming is installed)
+    .venv/bin/python -m benchmarks.shuffle   (with mosaicml-streaming installed, its py1e too)
 """
 
 import random

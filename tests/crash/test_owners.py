@@ -61,7 +61,7 @@ def unbroken(small: str, tmp_path_factory: pytest.TempPathFactory) -> dict[bool,
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", TRIED)
-def test_a_run_has_one_owner_and_a_sleeper_changes_nothing(  # noqa: PLR0917
+def test_a_run_has_one_owner_and_a_sleeper_changes_nothing(
     small: str,
     s3_url: str,
     fault_proxy: FaultProxy,

@@ -439,7 +439,7 @@ def index(folder: Path, url: str) -> list[str]:
 
 @pytest.mark.parametrize("case", IGNORED)
 @pytest.mark.parametrize("begun", [convert, index])
-def test_a_dataset_is_not_made_there(  # noqa: PLR0917
+def test_a_dataset_is_not_made_there(
     store: S3Store,
     fault_proxy: FaultProxy,
     case: str,

@@ -312,7 +312,7 @@ def test_uploads_that_are_always_forgotten_are_nobody_else_s(
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 @pytest.mark.parametrize("location", ["http://127.0.0.1:9/elsewhere?X-Amz-Signature=secret", ""])
 @pytest.mark.parametrize("request_of", ["put", "read of a range", "listing", "head"])
-def test_a_redirect_for_ever_ends_in_a_sentence(  # noqa: PLR0917
+def test_a_redirect_for_ever_ends_in_a_sentence(
     fault_proxy: FaultProxy, keys: KeyFile, s3_url: str, status: int, location: str, request_of: str
 ) -> None:
     headers = f"\r\nLocation: {location}" if location else ""

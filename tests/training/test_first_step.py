@@ -242,7 +242,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
         (["--compile"], "--compile cannot work here"),
     ],
 )
-def test_nothing_is_claimed(  # noqa: PLR0917
+def test_nothing_is_claimed(
     small: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -87,7 +87,7 @@ class EvalLoader:
         True
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         dataset: Dataset | Address,
         batch: int,

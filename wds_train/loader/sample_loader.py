@@ -111,7 +111,7 @@ class SampleLoader(StepLoader[Samples]):
         'number 7'
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         dataset: Dataset | Address,
         batch: int,

@@ -34,7 +34,7 @@ class StepLoader(ABC, Generic[Item]):
     The arguments are those of `TrainLoader`. `ranks` is this process's rank, and their number.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         dataset: Dataset | Address,
         batch: int,

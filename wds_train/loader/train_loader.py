@@ -129,7 +129,7 @@ class TrainLoader(StepLoader[Batch]):
         [3, 4, 5, 6, 7, 8, 9]
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         dataset: Dataset | Address,
         batch: int,

@@ -257,7 +257,7 @@ def _line(size: int) -> int:
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which has Latin, Greek and Cyrillic letters; Pillow's font has only Latin."""
+    """Return DejaVu Sans: it has Latin, Greek and Cyrillic letters, Pillow's font only Latin."""
     import matplotlib as mpl  # its import takes a third of a second
 
     path = Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"

@@ -68,7 +68,7 @@ class Trainer:
         UsageError: The recipe cannot work on this device, or with these ranks.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         recipe: Recipe,
         classes: int,

@@ -612,7 +612,7 @@ def _parse_json(content: Any, data: bytes, path: str) -> tuple[ClassInfo, ...]:
         data: Its bytes.
         path: Its path, for messages.
     """
-    # The forms of lists: names in order, a manifest, what `wds-train inspect DATASET --json` prints.
+    # The forms of lists: names in order, a manifest, the output of `wds-train inspect --json`.
     if isinstance(content, list):
         return to_classes(list(map(label_text, content)))
     if content.get("kind") == manifests.KIND:
