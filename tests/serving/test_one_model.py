@@ -272,7 +272,7 @@ def test_what_only_names_the_best_names_the_same(
     assert compared.count(f"{named}, epoch 2") == 2
     assert (
         describe_outcome(manifest)[1]
-        == f"best     top-1 {named}, of epoch 2: the weights that eval takes"
+        == f"best     top-1 {named}, of epoch 2: the weights that eval uses"
     )
     assert (" --best raw" in next_commands(manifest, run, test=False)[0]) == (kind == "raw")
     assert (

@@ -35,7 +35,7 @@ def run_of(*tops: tuple[float, float]) -> RunManifest:
 def test_the_end_names_the_best_epoch_and_the_last() -> None:
     assert describe_outcome(run_of((50.0, 40.0), (60.0, 65.0), (61.0, 64.0))) == [
         "last     top-1 61.00 % raw, 64.00 % EMA",
-        "best     top-1 65.00 % EMA, of epoch 2: the weights that eval takes",
+        "best     top-1 65.00 % EMA, of epoch 2: the weights that eval uses",
     ]
 
 
@@ -117,7 +117,7 @@ def test_the_start_says_what_an_epoch_leaves_out(
     ]
     assert main([*arguments, "--dry-run", "--price", "7200"]) == 0
     said = capsys.readouterr()
-    assert "epoch    176 of 181 samples; 5, other ones each epoch, are left out" in said.out
+    assert "epoch    uses 176 of 181 samples (drops 5, different each epoch)" in said.out
     steps = re.search(
         r"steps    22 of ([\d.e-]+) s, from 2 of them; 2 validations of ([\d.e-]+) s", said.out
     )

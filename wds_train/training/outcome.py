@@ -24,7 +24,7 @@ def describe_outcome(run: RunManifest) -> list[str]:
     if found:
         epoch = found.checkpoint.progress.evaluated
         top = f"top-1 {found.top1:.2f} % {NAMES[found.kind]}, of epoch {epoch}"
-        lines.append(f"best     {top}: the weights that eval takes")
+        lines.append(f"best     {top}: the weights that eval uses")
     return lines
 
 

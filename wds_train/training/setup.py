@@ -215,8 +215,8 @@ def describe_training(options: TrainOptions, dataset: Dataset, steps: int, ranks
         if recipe.data.repeats > 1:
             turn = "pass"
         text += (
-            f"\n{turn:8} {samples - left:,} of {samples:,} samples; {left:,}, other ones each "
-            f"{turn}, are left out"
+            f"\n{turn:8} uses {samples - left:,} of {samples:,} samples (drops {left:,}, "
+            f"different each {turn})"
         )
     return text
 
