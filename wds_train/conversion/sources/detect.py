@@ -89,6 +89,7 @@ def open_source(
         address = rest
         form = "wds"
 
+    # A path: check that it can be read as its format, and with these flags.
     root = Path(address).expanduser().resolve()
     _refuse_path(root, address)
     if root.name == imagenet.TRAIN_TAR:
@@ -155,7 +156,9 @@ def source_root(address: str) -> Path | None:
     if address == DIGITS or prefix in ("hf", "torchvision"):
         return None
     root = Path(rest).expanduser()
-    return root.parent if root.name == imagenet.TRAIN_TAR else root
+    if root.name == imagenet.TRAIN_TAR:
+        return root.parent
+    return root
 
 
 def recognise(root: Path) -> str:
@@ -172,10 +175,18 @@ def recognise(root: Path) -> str:
     if root.is_file():
         return _recognise_file(root)
     files = _first_files(root)
-    # Parquet in the same folder as tars or images may hold no more than facts about them
+
+    # Sort its data files. Parquet next to tars or images may hold no more than facts about them
     # (img2dataset's does).
-    data = [path for path in files if path.suffix == ".arrow" or _holds_images(path)]
-    tars = [path for path in files if is_tar(path.name)]
+    data = []
+    tars = []
+    for path in files:
+        if path.suffix == ".arrow" or _holds_images(path):
+            data.append(path)
+        elif is_tar(path.name):
+            tars.append(path)
+
+    # Data files come first; then images, which may also be the rest of an unpacked archive.
     form = "folder"
     if data:
         form = "huggingface"
@@ -184,7 +195,8 @@ def recognise(root: Path) -> str:
     elif not read_tree(root).total:
         names = (path.relative_to(root).as_posix() for path in root.rglob("*"))
         refuse_archives(names, str(root))
-        form = "huggingface" if files else "folder"  # the former says what its columns hold
+        if files:  # Parquet without images: this reader says what its columns hold
+            form = "huggingface"
     if data or tars:
         first = (data or tars)[0]
         _refuse_class_folders(root, first, form)
@@ -223,7 +235,9 @@ def _refuse_class_folders(root: Path, data: Path, form: str) -> None:
         layout = read_layout(read_tree(root), ANYTHING)
     except (DataError, UsageError):
         return
-    total = sum(part.folder.total for part in layout.parts)
+    total = 0
+    for part in layout.parts:
+        total += part.folder.total
     raise UsageError(
         f"{root} holds {data.relative_to(root)} and {total:,} images in class folders; "
         f"say which are the source: --source {form}, or --source folder"

@@ -12,7 +12,13 @@ from pathlib import Path
 from wds_train.conversion.sources.image_index import ImageIndex
 from wds_train.conversion.sources.names import NO_SPLIT, SPLIT_OF, framed_split
 from wds_train.conversion.sources.source import Wanted
-from wds_train.conversion.sources.table import LabelTable, is_submission, read_labels, read_splits
+from wds_train.conversion.sources.table import (
+    LabelTable,
+    is_submission,
+    read_labels,
+    read_splits,
+    say_the_same,
+)
 from wds_train.conversion.sources.tables import Table, read_table
 from wds_train.errors import UsageError
 
@@ -361,13 +367,13 @@ def _refuse_second(chosen: Sequence[LabelTable], other: LabelTable) -> None:
     for each in chosen:
         for row in each.rows:
             labels[row.image] = row.text
-    pairs = set()
+    ours = []
+    theirs = []
     for row in other.rows:
         if row.image in labels:
-            pairs.add((labels[row.image], row.text))
-    ours = {label for label, _ in pairs}
-    theirs = {label for _, label in pairs}
-    if len(pairs) > len(ours) or len(pairs) > len(theirs):
+            ours.append(labels[row.image])
+            theirs.append(row.text)
+    if not say_the_same(ours, theirs):
         raise UsageError(
             f"{chosen[0].path} and {other.path} label the same images, and differ; "
             f"say which one is right: --table {shlex.quote(str(chosen[0].path))}, "

@@ -595,13 +595,23 @@ def parse_class_list(data: bytes, path: str) -> tuple[ClassInfo, ...]:
     cause = ""
     if not infos:
         cause = "is empty"
-    for id, count in Counter(entry.id for entry in infos).items():
-        if count > 1:
-            cause = f"names {id!r} twice"
-            break
+    twice = _find_twice(infos)
+    if twice is not None:
+        cause = f"names {twice!r} twice"
     if cause:
         raise DataError(f"{path} {cause}; it takes each class's name once, a line or a JSON list")
     return infos
+
+
+def _find_twice(infos: Iterable[ClassInfo]) -> str | None:
+    """Return the first id that occurs twice; None if all differ."""
+    counts: Counter[str] = Counter()
+    for entry in infos:
+        counts[entry.id] += 1
+    for id, count in counts.items():
+        if count > 1:
+            return id
+    return None
 
 
 def _parse_json(content: Any, data: bytes, path: str) -> tuple[ClassInfo, ...]:
@@ -612,7 +622,7 @@ def _parse_json(content: Any, data: bytes, path: str) -> tuple[ClassInfo, ...]:
         data: Its bytes.
         path: Its path, for messages.
     """
-    # The forms of lists: names in order, a manifest, the output of `wds-train inspect --json`.
+    # Lists: names in order, a manifest, what `wds-train inspect DATASET --json` prints.
     if isinstance(content, list):
         return to_classes(list(map(label_text, content)))
     if content.get("kind") == manifests.KIND:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,10 @@ from wds_train.errors import AccessDenied, DataError, StoreError
 from wds_train.files import home
 
 UNLABELED = "no label"
-MAPPED = 32 * CHUNK  # rows; their paths are no more than a column of texts holds
+# What os.fsdecode makes of bytes that are no UTF-8. A table of rows cannot hold such a path.
+NO_UTF8 = re.compile("[\udc80-\udcff]")
+# Rows in a file. Their paths must fit into a column of texts, which has room for 2 GB.
+MAPPED = 32 * CHUNK
 
 
 class Rows:
@@ -32,6 +36,7 @@ class Rows:
     def __init__(self) -> None:
         self._mapped: list[pa.RecordBatch] = []
         self._chunks: list[pa.RecordBatch] = []
+        self._rows = 0  # of the chunks
         self._pending: list[tuple[str, int, str, int, int]] = []
 
     def add(self, key: str, label: int, path: str, offset: int, length: int) -> None:
@@ -43,9 +48,11 @@ class Rows:
     def add_batch(self, batch: pa.RecordBatch) -> None:
         """Add the rows of a batch."""
         self._chunks.append(batch)
-        if sum(chunk.num_rows for chunk in self._chunks) >= MAPPED:
+        self._rows += batch.num_rows
+        if self._rows >= MAPPED:
             self._mapped.append(_map_batches(self._chunks))
             self._chunks = []
+            self._rows = 0
 
     def table(self) -> pa.Table:
         """Return all rows."""
@@ -116,7 +123,9 @@ class SplitScan:
         self.sidecars = Counter[str]()
         self.stamp = Stamp()
         self.seen = 0
-        self._suffixes = IMAGE_SUFFIXES + (FOREIGN_SUFFIXES if foreign else ())
+        self._suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+        if foreign:
+            self._suffixes += FOREIGN_SUFFIXES
 
     def note(self, origin: str | Path, what: str, cause: str) -> None:
         """Add a note; see `Note`."""
@@ -134,7 +143,9 @@ class SplitScan:
     def note_label(self, origin: str, label: int, classes: int) -> None:
         """Note a sample whose label is no class, or missing, as often in test splits."""
         if label == NO_LABEL:
-            cause = "a test image without a label" if self.split == "test" else UNLABELED
+            cause = UNLABELED
+            if self.split == "test":
+                cause = "a test image without a label"
             self.note(origin, "ignored", cause)
         else:
             self.note(origin, "left out", f"its label {label} is outside the {classes} classes")
@@ -173,19 +184,24 @@ class SplitScan:
         """
         base = name.rpartition("/")[2]
         suffix = Path(base).suffix
-        origin = f"{path}: {name}" if offset else path
+        origin = path
+        if offset:  # in a tar, or another file of many images
+            origin = f"{path}: {name}"
+
+        # Pass over what is no image, and note the images that cannot be samples.
         litter = litter_origin(base)
         if litter:
             self.note(origin, "ignored", litter)
         elif suffix.lower() in SIDECARS:
             self.sidecars[suffix.lower()] += 1
         elif suffix.lower() not in self._suffixes:
-            remedy = "; --reencode takes it" if suffix.lower() in FOREIGN_SUFFIXES else ""
-            cause = f"not an image that shards hold ({suffix or 'no extension'}){remedy}"
+            cause = f"not an image that shards hold ({suffix or 'no extension'})"
+            if suffix.lower() in FOREIGN_SUFFIXES:
+                cause += "; --reencode takes it"
             self.note(origin, "left out", cause)
         elif length == 0:
             self.note(origin, "left out", "zero bytes")
-        elif any("\udc80" <= letter <= "\udcff" for letter in path):  # os.fsdecode's: no UTF-8
+        elif NO_UTF8.search(path):
             self.note(origin, "left out", "its name is not UTF-8; rename it")
         else:
             self.rows.add(key_of(name[: -len(suffix)]), label, path, offset, length)
@@ -208,6 +224,7 @@ def read_bytes(path: str, offset: int, length: int) -> bytes:
     try:
         # Path.open costs as much as the read.
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            # One read may return less than it was asked for.
             data = os.pread(file.fileno(), length, offset)
             while len(data) < length:
                 more = os.pread(file.fileno(), length - len(data), offset + len(data))

@@ -68,6 +68,7 @@ class ItemStream:
         Raises:
             DataError: The stream holds one of them no more.
         """
+        # Read the whole stream, and keep the images of these rows.
         sizes = dict(zip(wanted["key"].to_pylist(), wanted["length"].to_pylist(), strict=True))
         places: dict[str, tuple[str, int, int]] = {}
         for item in self.read():
@@ -75,15 +76,22 @@ class ItemStream:
             if item.split == split and sizes.get(key) == len(item.image):
                 places[key] = self.spool.append(item.image)
         self.spool.flush()
+
+        # Put their places into the rows.
+        paths = []
+        offsets = []
         for key in sizes:
             if key not in places:
                 raise DataError(
                     f"the sample {key!r} of {split} was in the stream at first and is not now; "
                     "convert again"
                 )
+            path, offset, _ = places[key]
+            paths.append(path)
+            offsets.append(offset)
         columns = {name: wanted[name] for name in ROWS.names}
-        columns["path"] = to_array([places[key][0] for key in sizes], pa.string())
-        columns["offset"] = to_array([places[key][1] for key in sizes], pa.int64())
+        columns["path"] = to_array(paths, pa.string())
+        columns["offset"] = to_array(offsets, pa.int64())
         return pa.table(columns, schema=ROWS)
 
 
@@ -105,6 +113,7 @@ def spool_items(
     fits = True
     for item in read():
         found = scans.setdefault(item.split, SplitScan(item.split))
+        # Once the images are too many, none are kept: each pass over the stream needs the room.
         if fits and spool.bytes + len(item.image) > spool.limit:
             fits = False
             spool.clear()

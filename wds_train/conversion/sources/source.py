@@ -32,7 +32,7 @@ ROWS = pa.schema(
         ("length", pa.int64()),
     ]
 )
-CHUNK = 16_384
+CHUNK = 16_384  # rows in a batch
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,10 @@ class Grouping:
             return self.column[path]
         for text in (path.removeprefix(self.root).lstrip("/"), key):
             found = re.search(self.what, text)
+            if found and found.groups():
+                return found[1]
             if found:
-                return found[1] if found.groups() else found[0]
+                return found[0]
         raise UsageError(
             f"--group {self.what} is no column of a table here, and as a pattern it does not match "
             f"{path}; correct it, as in --group 'patient_(\\d+)'"
@@ -168,7 +170,8 @@ class Source:
         for split, table in self.splits.items():
             digest.update(split.encode())
             rows = table.select(["key", "label", "length"])
-            for start in range(0, rows.num_rows, CHUNK):  # however the table is cut into batches
+            # In steps of CHUNK, not by the table's batches: these differ from reader to reader.
+            for start in range(0, rows.num_rows, CHUNK):
                 digest.update(repr(rows.slice(start, CHUNK).to_pydict()).encode())
         return digest.hexdigest()
 

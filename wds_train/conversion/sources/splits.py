@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ def from_scans(
     classes: tuple[ClassInfo, ...],
     scans: Sequence[SplitScan],
     understood: Understood | None = None,
-) -> "Source":
+) -> Source:
     """Return the source that was scanned.
 
     Args:
@@ -38,14 +39,16 @@ def from_scans(
     for scan in sorted(scans, key=lambda scan: order.index(scan.split)):
         splits[scan.split] = scan.rows.table()
     notes = []
+    stamp = ""
     for scan in scans:
         notes += scan.all_notes()
+        stamp += scan.stamp.hexdigest()
     return Source(
         description=readable(description),
         classes=classes,
         splits=_without_empty_test(splits),
         notes=notes,
-        stamp="".join(scan.stamp.hexdigest() for scan in scans),
+        stamp=stamp,
         understood=understood,
     )
 
@@ -141,10 +144,14 @@ def hold_out(source: Source, share: float) -> Source:
 
 def _held_samples(rows: pa.Table, labels: np.ndarray, share: float) -> np.ndarray:
     """Return which rows are held out, bool [rows]."""
-    hashes = np.concatenate([np.zeros(0, ">u8"), *(_hashes(chunk) for chunk in rows["key"].chunks)])
-    order = np.lexsort((hashes, labels))
+    # Sort the samples of each class by their hash. The texts of one chunk at a time are in memory.
+    hashes = [np.zeros(0, ">u8")]
+    for chunk in rows["key"].chunks:
+        hashes.append(_hashes(chunk))
+    order = np.lexsort((np.concatenate(hashes), labels))
+
+    # Hold out the first ones, by the place of each sample of `order` in its class.
     counts = np.bincount(labels)
-    # The place of each sample of `order` in its class.
     place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     wanted = np.minimum(np.maximum(np.round(share * counts), 1), counts - 1)
     held = np.zeros(len(order), bool)
@@ -195,11 +202,13 @@ def _held_groups(
 
 
 def _hash(text: str) -> bytes:
+    """Return 8 bytes that are the same on every machine, unlike those of `hash`."""
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _hashes(keys: pa.StringArray) -> np.ndarray:
-    return np.frombuffer(b"".join(_hash(key) for key in keys.to_pylist()), ">u8")
+    """Return the hash of each key, big-endian uint64 [keys]."""
+    return np.frombuffer(b"".join(map(_hash, keys.to_pylist())), ">u8")
 
 
 def check_source(source: Source) -> Source:
@@ -213,9 +222,15 @@ def check_source(source: Source) -> Source:
             f"{source.description} holds no images that can be used{reasons(source.notes)}; "
             "check the address"
         )
-    splits = {split: _distinct(rows) for split, rows in source.splits.items() if rows.num_rows}
-    left = [note for note in source.notes if note.split == "train" and note.what == "ignored"]
+    splits = {}
+    for split, rows in source.splits.items():
+        if rows.num_rows:
+            splits[split] = _make_distinct(rows)
     if "train" not in splits and "train" in source.splits:
+        left = []
+        for note in source.notes:
+            if note.split == "train" and note.what == "ignored":
+                left.append(note)
         raise DataError(
             f"{source.description} holds images of {', '.join(splits)} and none to train on"
             f"{reasons(left)}; name the table or the folder of train: "
@@ -224,20 +239,26 @@ def check_source(source: Source) -> Source:
     return replace(source, splits=splits)
 
 
-def _distinct(rows: pa.Table) -> pa.Table:
+def _make_distinct(rows: pa.Table) -> pa.Table:
     """Return the rows with different keys.
 
     Of those that share a key (a.jpg and a.png, one name in two tars), all but the first get others.
     """
-    # A set of the texts would take 100 bytes a sample. Two of one hash are treated as equal here.
-    keys = (key for chunk in rows["key"].chunks for key in chunk.to_pylist())
+    # Most sources have no equal keys. A set of the texts would take 100 bytes a sample, the hashes
+    # take 8; two keys of one hash are treated as equal here.
+    keys = chain.from_iterable(chunk.to_pylist() for chunk in rows["key"].chunks)
     hashes = np.sort(np.fromiter(map(hash, keys), np.int64, rows.num_rows))
     if (hashes[1:] != hashes[:-1]).all():
         return rows
+
+    # Number the others: a~2, a~3, ...
     seen: Counter[str] = Counter()
     distinct = []
     for key in rows["key"].to_pylist():
         seen[key] += 1
-        distinct.append(key if seen[key] == 1 else key_of(f"{key}~{seen[key]}"))
+        if seen[key] == 1:
+            distinct.append(key)
+        else:
+            distinct.append(key_of(f"{key}~{seen[key]}"))
     place = rows.schema.get_field_index("key")
     return rows.set_column(place, ROWS.field("key"), to_array(distinct, pa.string()))

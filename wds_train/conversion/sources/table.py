@@ -279,7 +279,9 @@ def read_labels(
             match = images.find(name, table.path)
             text = label_text(raw)
         except DataError as error:
-            shown = str(raw) if raw is not None else ""
+            shown = ""
+            if raw is not None:
+                shown = str(raw)
             found.odd.append(OddRow(line, name, shown, of_split, str(error)))
             continue
         if label_name is not None and text:
@@ -383,7 +385,9 @@ def _image_column(table: Table, images: ImageIndex, wanted: Wanted) -> str | Non
         shares[name] = _share_of_images(table, name, images)
     usual = []
     for known in FILE_COLUMNS:
-        usual += [name for name in table.columns if name.lower() == known]
+        for name in table.columns:
+            if name.lower() == known:
+                usual.append(name)
     for name in usual:
         if shares[name] > NAMES_IMAGES:
             return name
@@ -396,7 +400,9 @@ def _image_column(table: Table, images: ImageIndex, wanted: Wanted) -> str | Non
             others,
             key=lambda name: (_are_digits(texts(table.column(name), 20)), -shares[name]),
         )
-    return usual[0] if usual else None
+    if usual:
+        return usual[0]
+    return None
 
 
 def _are_digits(cells: Sequence[str]) -> bool:
@@ -406,7 +412,7 @@ def _are_digits(cells: Sequence[str]) -> bool:
 def _share_of_images(table: Table, name: str, images: ImageIndex) -> float:
     """Return the share of a column's first cells that name an image, ambiguously or not."""
     place = table.columns.index(name)
-    cells = texts([cells[place] for cells in table.sample])
+    cells = texts([row[place] for row in table.sample])
     if not cells:
         return 0.0
     found = 0
@@ -438,11 +444,8 @@ def _label_columns(
     if wanted.label is not None:
         return _LabelColumns(_find_named(table, wanted.label, "--label-column"))
 
-    # Those with a usual name; else those that hold classes; else the other one of two.
     rest = [name for name in table.columns if name != image]
-    usual = []
-    for known in LABEL_COLUMNS:
-        usual += [name for name in rest if name.lower().strip() == known]
+    usual = _usual_label_columns(table, rest)
     if not usual and classes:
         usual = [name for name in rest if _holds_classes(table, name, classes)]
     if not usual and image is not None and len(table.columns) == 2:
@@ -453,7 +456,7 @@ def _label_columns(
     # Several are fine if they say the same, one in numbers and one in words perhaps.
     first = usual[0]
     for other in usual[1:]:
-        if not _say_the_same(table.column(first), table.column(other)):
+        if not say_the_same(table.column(first), table.column(other)):
             raise UsageError(
                 f"{table.path} has the columns {first} and {other}, "
                 "which both may be the labels, and differ; say which one it is: "
@@ -464,6 +467,16 @@ def _label_columns(
             if not _are_digits(texts(table.column(other))):
                 return _LabelColumns(first, other)
     return _LabelColumns(first)
+
+
+def _usual_label_columns(table: Table, names: list[str]) -> list[str]:
+    """Return the columns that are called as labels are, the most usual name first."""
+    found = []
+    for known in LABEL_COLUMNS:
+        for name in names:
+            if name.lower().strip() == known:
+                found.append(name)
+    return found
 
 
 def _holds_classes(table: Table, name: str, classes: Collection[str]) -> bool:
@@ -483,8 +496,15 @@ def _may_be_label(table: Table, name: str, wanted: Wanted) -> bool:
     return len(cells) <= 2 or len({*cells}) < len(cells)
 
 
-def _say_the_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Return True if two columns name the same classes, each in its own words."""
+def say_the_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Return True if two lists of labels name the same classes, each in its own words.
+
+    Then every label of one has a single partner in the other.
+
+    Args:
+        one: The labels of some images.
+        other: Labels of the same images, in the same order.
+    """
     pairs = set(zip(map(str, one), map(str, other), strict=True))
     return len(pairs) == len(set(map(str, one))) == len(set(map(str, other)))
 

@@ -50,12 +50,15 @@ class Keys:
         Raises:
             DataError: An earlier tar can only be read the other way.
         """
+        # Without dots in names both rules give the same keys.
         dotted = [member.name for member in members if LAST(member.name) != FIRST(member.name)]
         if not dotted:
             return FIRST
         rule = _by_labels(members, kinds) if kinds else _by_extensions(members, dotted)
         if rule is None:  # it holds no sample either way
             return FIRST
+
+        # All tars must agree: one sample's key must not depend on its tar.
         self._decided.setdefault(rule, tar)
         if len(self._decided) > 1:
             raise DataError(
@@ -63,6 +66,8 @@ class Keys:
                 f"the last extension, those in {self._decided[FIRST]} only where they end at the "
                 "first dot; make a dataset of each: they cannot be one"
             )
+
+        # Words that name fields in these tars alone do not belong to the key.
         split = rule
         if rule is LAST:
             own = _own_fields(gather(members, LAST), kinds)
@@ -77,13 +82,15 @@ class Keys:
     ) -> None:
         """Keep the facts for `remark` about a tar whose names `split` may split."""
         if not self._example[0]:
-            example = next((name for name in dotted if split(name) != FIRST(name)), dotted[0])
+            example = dotted[0]
+            for name in dotted:
+                if split(name) != FIRST(name):
+                    example = name
+                    break
             self._example = (example, split(example)[0])
-        samples = gather(members, split)
-        if kinds:
-            self._samples[LAST] += sum(bool(sample.images()) for sample in samples)
-        else:
-            self._samples[LAST] += len(samples)
+        for sample in gather(members, split):
+            if sample.images() or not kinds:
+                self._samples[LAST] += 1
         self._samples[FIRST] += _stock_samples(members)
 
     def remark(self) -> str:
@@ -146,7 +153,9 @@ def _with_one_label(members: Sequence[Member], split: Split, kinds: Collection[s
     """Count the samples with one label, and any number of images: a.1.png, a.1.jpg, a.1.cls."""
     count = 0
     for sample in gather(members, split):
-        labels = sum(len(sample.labels(kind)) for kind in kinds)
+        labels = 0
+        for kind in kinds:
+            labels += len(sample.labels(kind))
         if sample.images() and labels == 1:
             count += 1
     return count
@@ -157,15 +166,19 @@ def _own_fields(samples: Sequence[WdsSample], kinds: Collection[str]) -> set[str
 
     Such as `edges`, where cat.0 has an image and a label, and cat.0.edges has no label.
     """
-    labelled = {sample.key for sample in samples if any(sample.labels(kind) for kind in kinds)}
-    fields: set[str] = set()
+    labelled = set()
+    for sample in samples:
+        if any(sample.labels(kind) for kind in kinds):
+            labelled.add(sample.key)
+    words: set[str] = set()
     of_samples: set[str] = set()  # words of names that have their own label
     for sample in samples:
         parent, _, word = sample.key.rpartition(".")
         if parent in labelled and is_field(word):
-            words = of_samples if sample.key in labelled else fields
             words.add(word.lower())
-    return fields - of_samples
+            if sample.key in labelled:
+                of_samples.add(word.lower())
+    return words - of_samples
 
 
 def _by_extensions(members: Sequence[Member], dotted: Sequence[str]) -> Split:
@@ -176,10 +189,17 @@ def _by_extensions(members: Sequence[Member], dotted: Sequence[str]) -> Split:
     """
     if any(NO_FIELD.search(FIRST(name)[1]) for name in dotted):
         return LAST
-    samples = [{*sample.members} for sample in gather(members, LAST)]
-    frequent = Counter(name for names in samples for name in names).most_common(1)[0][0]
-    alike = sum(frequent in names and len(names) > 1 for names in samples)
-    return LAST if alike >= NEARLY * len(samples) else FIRST
+    samples = gather(members, LAST)
+    extensions: Counter[str] = Counter()
+    for sample in samples:
+        extensions.update(sample.members)
+    frequent = extensions.most_common(1)[0][0]
+    alike = 0
+    for sample in samples:
+        alike += frequent in sample.members and len(sample.members) > 1
+    if alike >= NEARLY * len(samples):
+        return LAST
+    return FIRST
 
 
 def _stock_samples(members: Sequence[Member]) -> int:

@@ -5,6 +5,7 @@ They may say splits or labels, and are not read there.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from wds_train.conversion.sources.litter import is_litter
@@ -27,16 +28,16 @@ def refuse_lists(root: Path, files: Mapping[Path, Sequence[TarFile]]) -> None:
         root: The source: a tar, or the folder of tars.
         files: The files in each tar.
     """
-    inside = [file for of_tar in files.values() for file in of_tar]
-    known = _Known([file.name for file in inside if is_image(file.name)])
+    inside = list(chain.from_iterable(files.values()))
+    known = _ImageNames(inside)
     for file in inside:
         text = b""
         if file.name.lower().endswith(TEXTS):
             text = read_bytes(file.tar, file.offset, min(file.size, READ))
         if _may_be_list(file.name) or known.are_listed(text):
             raise _refusal(root, file.name, "inside a tar")
-    # Anything may lie in the folder of a single tar: a file that names none of its images is not
-    # about it.
+    # Anything may lie in the folder of a single tar: a file that names none of its images has
+    # nothing to do with it.
     for path in _beside(files):
         is_named = root.is_dir() and path.suffix.lower() != ".parquet" and _may_be_list(path.name)
         if is_named or known.are_listed(_beginning(path)):
@@ -45,7 +46,8 @@ def refuse_lists(root: Path, files: Mapping[Path, Sequence[TarFile]]) -> None:
 
 def _beside(tars: Iterable[Path]) -> Iterator[Path]:
     """Yield the tables and texts that lie in the folders of the tars."""
-    for folder in sorted({tar.parent for tar in tars}):
+    folders = {tar.parent for tar in tars}
+    for folder in sorted(folders):
         for path in sorted(folder.iterdir()):
             is_list = path.name.lower().endswith(TABLES + TEXTS)
             if is_list and path.is_file() and not is_litter(path.name):
@@ -53,6 +55,7 @@ def _beside(tars: Iterable[Path]) -> Iterator[Path]:
 
 
 def _beginning(path: Path) -> bytes:
+    """Return the first `READ` bytes of a file."""
     with path.open("rb") as file:
         return file.read(READ)
 
@@ -76,13 +79,21 @@ def _says_splits(name: str) -> bool:
     return re.search(r"split|partition|fold", base, re.IGNORECASE) is not None
 
 
-class _Known:
-    """The names of images, which lists may contain."""
+class _ImageNames:
+    """The names of images, which lists may contain.
 
-    def __init__(self, images: Sequence[str]) -> None:
-        self._names = {name.rpartition("/")[2] for name in images}
-        self._stems = {Path(name).stem for name in images}
-        self._stems |= {re.sub(r"^\./|\.\w+$", "", name) for name in images}
+    Args:
+        files: The files of the tars; those that are no images are passed over.
+    """
+
+    def __init__(self, files: Iterable[TarFile]) -> None:
+        self._names = set()
+        self._stems = set()
+        for file in files:
+            if is_image(file.name):
+                self._names.add(file.name.rpartition("/")[2])
+                self._stems.add(Path(file.name).stem)
+                self._stems.add(re.sub(r"^\./|\.\w+$", "", file.name))
 
     def are_listed(self, text: bytes) -> bool:
         """Return whether a text names some of the images.
@@ -91,17 +102,25 @@ class _Known:
         """
         begins = 0
         for line in text.decode("utf-8", "replace").splitlines():
+            # Cells of CSV, JSON and YAML; and words, for names without blanks.
             parts = [part.strip(" \t\"'[]{}:") for part in re.split(r"[,;\t]|\s+(?=\S+$)|: ", line)]
-            tokens = [*parts, *re.split(r"[\s\"',;:]+", line)]
-            if any(token.rpartition("/")[2] in self._names for token in tokens):
-                return True
-            word = line.split(maxsplit=1)[0] if line.strip() else ""
-            first = {parts[0], word, line.strip(" \t\"',")}
-            begins += not self._stems.isdisjoint(first)
+            for token in [*parts, *re.split(r"[\s\"',;:]+", line)]:
+                if token.rpartition("/")[2] in self._names:
+                    return True
+            # A stem has blanks perhaps: it is the first cell, the first word, or the line.
+            begin = {parts[0], line.strip(" \t\"',"), *line.split(maxsplit=1)[:1]}
+            begins += not self._stems.isdisjoint(begin)
         return begins >= FEW
 
 
 def _refusal(root: Path, name: str, where: str) -> DataError:
+    """Return the error for a list.
+
+    Args:
+        root: The source.
+        name: The list.
+        where: Where it lies, as a part of a sentence.
+    """
     return DataError(
         f"{root} holds images in folders, and a table that may label them or say their splits, "
         f"{name}, which is not read {where}; unpack the tar, and give the folder, "

@@ -224,7 +224,7 @@ class WdsSample:
         return found
 
     def _list_members(self, extensions: Iterable[str]) -> str:
-        return _shorten([self.members[name].name for name in extensions], 4)
+        return shorten([self.members[name].name for name in extensions], 4)
 
 
 class Labels:
@@ -299,7 +299,7 @@ class Labels:
         seen = "there is no .cls or .json member with one"
         if self._fields:
             seen = (
-                f"the .json members have the fields {_shorten(self._fields, 8)}, "
+                f"the .json members have the fields {shorten(self._fields, 8)}, "
                 f"and none of {', '.join(LABEL_FIELDS)}"
             )
         if self._captions:
@@ -307,7 +307,7 @@ class Labels:
         # The class may be in the names of folders or tars.
         if len(self._folders) > 1:
             seen += (
-                f"; if the folders {_shorten(sorted(self._folders), 4)} are the classes, "
+                f"; if the folders {shorten(sorted(self._folders), 4)} are the classes, "
                 "unpack the tars, and give the folder to wds-train shards"
             )
         elif tars > 1 and not self._fields and not self._captions:
@@ -320,8 +320,13 @@ class Labels:
         )
 
 
-def _shorten(names: Sequence[str], most: int) -> str:
-    """Return the first `most` names for a message, and dots if there are more."""
+def shorten(names: Sequence[str], most: int) -> str:
+    """Return names for a message.
+
+    Args:
+        names: The names.
+        most: The number of names that are shown; dots stand for the others.
+    """
     shown = ", ".join(names[:most])
     if len(names) > most:
         shown += ", ..."

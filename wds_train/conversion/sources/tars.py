@@ -51,6 +51,7 @@ from wds_train.conversion.sources.tar_samples import (
     how_to_label,
     is_image,
     kind_of,
+    shorten,
     without_label,
 )
 from wds_train.conversion.sources.tree import TarFile, TarFiles
@@ -59,7 +60,7 @@ from wds_train.dataset.tar import Member, key_and_extension, members
 from wds_train.errors import AccessDenied, DataError, UsageError
 
 OUTSIDE = "its name points outside the archive"
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes that are unpacked at once
 TARS = (".tar", ".tar.gz", ".tgz")  # in any case
 # Archives that are not read: other compressions, other formats, and the pieces of a cut archive.
 ARCHIVE = re.compile(
@@ -67,8 +68,10 @@ ARCHIVE = re.compile(
     r"|(?:tar|tgz|zip|7z|tar\.\w+)\.(?:part)?[-_]?(?:\d+|[a-z]{2})|z\d\d)",
     re.IGNORECASE,
 )
+# The remedy for archives, as a part of a sentence.
 UNPACK = "unpack each to a plain .tar, or move it away"
 SENTENCE = 4  # captions: half of the texts have so many words or more
+# Files with the classes in their order, next to tars; the first that is there is read.
 CLASS_LISTS = ("classes.txt", "classes.json", "labels.txt", "class_names.txt")
 
 
@@ -106,8 +109,7 @@ def refuse_archives(names: Iterable[str], where: str) -> None:
         if ARCHIVE.fullmatch(name) and not is_tar(name) and not is_litter(name):
             found.append(name)
     if found:
-        found.sort()
-        shown = ", ".join(found[:4]) + (", ..." if found[4:] else "")
+        shown = shorten(sorted(found), 4)
         raise DataError(f"{where} holds {shown}, which cannot be read as it is; {UNPACK}")
 
 
@@ -125,7 +127,9 @@ def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator
     """
     try:
         with path.open("rb", buffering=0) as file:
-            end = os.fstat(file.fileno()).st_size if size is None else start + size
+            end = os.fstat(file.fileno()).st_size
+            if size is not None:
+                end = start + size
 
             def read(offset: int, length: int) -> bytes:
                 return os.pread(file.fileno(), length, offset)
@@ -168,21 +172,26 @@ def folder_files(tars: Mapping[Path, Path]) -> tuple[dict[Path, list[TarFile]], 
         The files of each tar, none where the tars hold labels or no folders of images; and notes on
         members that are no files.
     """
-    files = {tar: list[TarFile]() for tar in tars}
+    files: dict[Path, list[TarFile]] = {}
+    has_folders = False
     found = SplitScan("train")
     for tar, plain in tars.items():
-        kinds: dict[str, set[str]] = {}
+        files[tar] = []
+        kinds: dict[str, set[str]] = {}  # of the members of each key
         for member in tar_members(plain):
             if not is_safe(found, str(tar), member):
                 continue
             key, extension = key_and_extension(member.name)
+            kind = kind_of(extension)
+            if is_image(member.name):
+                kind = "image"
+                has_folders |= "/" in member.name.removeprefix("./")
             of_key = kinds.setdefault(key, set())
-            of_key.add("image" if is_image(member.name) else kind_of(extension))
-            if "image" in of_key and of_key & {*LABELS}:
-                return {}, []
+            of_key.add(kind)
+            if "image" in of_key and not of_key.isdisjoint(LABELS):
+                return {}, []  # a sample of WebDataset
             files[tar].append(TarFile(member.name, str(plain), member.data_offset, member.size))
-    names = [file.name.removeprefix("./") for of_tar in files.values() for file in of_tar]
-    if not any(is_image(name) and "/" in name for name in names):
+    if not has_folders:
         return {}, []
     return files, found.notes
 
@@ -200,23 +209,23 @@ def open_tars(root: Path, spool: Spool, wanted: Wanted) -> Source:
         DataError: The tars cannot be used.
     """
     # Find the tars, and their splits.
-    base = root if root.is_dir() else root.parent
-    below = [root]
-    if root.is_dir():
-        there = sorted(root.rglob("*"))
-        refuse_archives((path.relative_to(root).as_posix() for path in there), str(root))
-        below = [path for path in there if is_tar(path.name) and not is_litter(path.name)]
-    paths = [path for path in below if not _is_folder(path)]
+    paths = _find_tars(root)
     if not paths or not root.exists():
         raise UsageError(f"{root} holds no .tar files")
+    base = _folder_of(root)
     names = {path.relative_to(base).as_posix(): path for path in paths}
-    used, unused = file_splits([*names], wanted.splits, str(root))
-    splits = {names[name]: split for name, split in used.items()}
-    ignored = {names[name]: cause for name, cause in unused.items()}
+    used, unused = file_splits(list(names), wanted.splits, str(root))
+    splits = {}
     tars = {}
-    for path in splits:
-        is_plain = path.name.lower().endswith(".tar")
-        tars[path] = path if is_plain else unpack_gzip(path, spool)
+    for name, split in used.items():
+        path = names[name]
+        splits[path] = split
+        tars[path] = path
+        if not path.name.lower().endswith(".tar"):
+            tars[path] = unpack_gzip(path, spool)
+    ignored = {}
+    for name, cause in unused.items():
+        ignored[names[name]] = cause
 
     # Read what they hold.
     files, notes = folder_files(tars)
@@ -226,6 +235,30 @@ def open_tars(root: Path, spool: Spool, wanted: Wanted) -> Source:
     for path, cause in ignored.items():
         notes.append(Note("train", readable(str(path)), "ignored", cause))
     return replace(source, notes=[*source.notes, *notes])
+
+
+def _folder_of(root: Path) -> Path:
+    """Return the folder of a source that is a folder or a file."""
+    if root.is_dir():
+        return root
+    return root.parent
+
+
+def _find_tars(root: Path) -> list[Path]:
+    """Return the tars in a folder, sorted by path, or the one that `root` is.
+
+    Raises:
+        DataError: There are archives that cannot be read, or `root` is no plain file.
+    """
+    if not root.is_dir():
+        return [] if _is_folder(root) else [root]
+    below = sorted(root.rglob("*"))
+    refuse_archives((path.relative_to(root).as_posix() for path in below), str(root))
+    tars = []
+    for path in below:
+        if is_tar(path.name) and not is_litter(path.name) and not _is_folder(path):
+            tars.append(path)
+    return tars
 
 
 def _samples(
@@ -263,17 +296,19 @@ def _samples(
 
     # Number the classes.
     counts = label_counts(scans.values(), [*scan.labels])
-    # A single class is no error yet where samples are unreadable: these may be the other classes,
-    # and are reported first.
-    left_out = any(note.what == "left out" for found in scans.values() for note in found.notes)
-    folder = root if root.is_dir() else root.parent
-    classes = wds_classes(folder, counts, wanted.labels, one=left_out)
+    # A single class is no error yet if samples are unreadable: these may be the other classes, and
+    # are reported first.
+    left_out = False
+    for found in scans.values():
+        for note in found.notes:
+            left_out |= note.what == "left out"
+    classes = wds_classes(_folder_of(root), counts, wanted.labels, one=left_out)
     remarks = scan.remarks()
     for sentence in remarks:
         first.note(root, "kept", sentence)
     understood = Understood("WebDataset tars", scan.origin, [*classes.said, *remarks])
     source = from_scans(f"webdataset {root.name}", classes.infos, [*scans.values()], understood)
-    numbers = [classes.numbers[text] for text in scan.labels]
+    numbers = list(map(classes.numbers.__getitem__, scan.labels))
     return relabel(source, np.array(numbers, np.int32))
 
 
@@ -295,7 +330,9 @@ def _class_folders(
     for tar, of_tar in files.items():
         stamp.add(tar.name, tar.stat())
         # train.tar and val.tar may each have the same folders of classes.
-        prefix = f"{splits[tar]}/" if several else ""
+        prefix = ""
+        if several:
+            prefix = f"{splits[tar]}/"
         for file in of_tar:
             together.append(replace(file, name=prefix + file.name.removeprefix("./")))
     found = TarFiles(together)
@@ -348,6 +385,7 @@ class _TarScan:
 
     def add(self, path: Path, found: SplitScan) -> None:
         """Add the samples in the tar at `path` to those `found`."""
+        # Read the members, and decide which are labels, and where keys end.
         found.stamp.add(path.name, path.stat())
         place = self._places[path]
         plain = [member for member in tar_members(place) if is_safe(found, str(path), member)]
@@ -357,6 +395,8 @@ class _TarScan:
         if split is not key_and_extension:
             samples = gather(plain, split)
         refuse_split_folders(str(path), samples, found.split)
+
+        # Add the samples, and note the members that are no part of them.
         others: Counter[str] = Counter()
         for sample in samples:
             image = self._add_sample(sample, path, found, kinds)
@@ -400,9 +440,9 @@ class _TarScan:
         If there is any other label, in any of the tars, a .txt is a caption.
         """
         with_image = [sample for sample in samples if sample.images()]
-        if any(sample.labels(kind) for sample in with_image for kind in BESIDE_CAPTIONS):
+        if _have_label(with_image, BESIDE_CAPTIONS):
             self._tar_of.setdefault("others", path)
-        elif any(sample.labels(CAPTION) for sample in with_image):
+        elif _have_label(with_image, (CAPTION,)):
             self._tar_of.setdefault(CAPTION, path)
             if "others" not in self._tar_of:
                 return (CAPTION,)
@@ -423,7 +463,7 @@ class _TarScan:
 
     def remarks(self) -> list[str]:
         """Return remarks on how keys and labels were read, a sentence each."""
-        return [sentence for sentence in (self._keys.remark(), self._asked.remark()) if sentence]
+        return list(filter(None, (self._keys.remark(), self._asked.remark())))
 
     def check_labels(self) -> None:
         """Raise `DataError` if there are no labels, or the .txt members hold captions."""
@@ -441,6 +481,11 @@ class _TarScan:
             )
 
 
+def _have_label(samples: Iterable[WdsSample], kinds: Collection[str]) -> bool:
+    """Return True if a sample has a member of one of the kinds, which may hold a label."""
+    return any(sample.labels(kind) for sample in samples for kind in kinds)
+
+
 def _beside(sample: WdsSample, image: Member | None) -> list[str]:
     """Return the extensions of members that are neither the image nor may be the label.
 
@@ -452,7 +497,9 @@ def _beside(sample: WdsSample, image: Member | None) -> list[str]:
     for extension, member in sample.members.items():
         if kind_of(extension) in LABELS:
             continue
-        used = member == image if image is not None else is_image(f".{extension}")
+        used = member == image
+        if image is None:
+            used = is_image(f".{extension}")
         if not used:
             extensions.append(extension)
     return extensions
@@ -532,7 +579,7 @@ def tar_classes(
     missing = MISSING_BESIDE_NUMBERS | {NO_TEXT} | rules.none
     texts = [text for text in counts if text.casefold() not in missing]
     odd = sorted(text for text in texts if not WHOLE.fullmatch(text))
-    if odd and all(NUMBER.fullmatch(text) for text in texts) and not rules.classes:
+    if odd and all(map(NUMBER.fullmatch, texts)) and not rules.classes:
         raise UsageError(
             f"{where} holds the label {odd[0]}, which is no whole number of up to 19 digits: "
             "a measurement is no class. Write the class's name or number into each label member, "
@@ -544,5 +591,7 @@ def tar_classes(
             f"the tars of {where} know one label, {found.infos[0].id!r}: "
             "there is nothing to tell apart"
         )
-    said = [f"the classes are those of {listed}"] if listed else []
-    return Classes(found.infos, found.numbers, [*said, *found.said])
+    said = list(found.said)
+    if listed:
+        said.insert(0, f"the classes are those of {listed}")
+    return Classes(found.infos, found.numbers, said)

@@ -42,13 +42,16 @@ def open_torchvision(name: str, root: Path, spool: Spool) -> Source:
             f"torchvision has no dataset {name!r}; "
             "its class's name is needed, as in torchvision:CIFAR10"
         )
+
+    # Open its splits.
     parts = {}
     for split in SPLITS:
         part = _open_split(kind, root, split)
         if part is not None:
             parts[split] = part
 
-    names = [_join_words(entry) for entry in parts["train"].classes]
+    # Name the classes; ImageNet's have ids, too.
+    names = list(map(_join_words, parts["train"].classes))
     ids = getattr(parts["train"], "wnids", None) or names
     classes = to_classes(ids, dict(zip(ids, names, strict=True)))
     understood = Understood(
@@ -56,7 +59,9 @@ def open_torchvision(name: str, root: Path, spool: Spool) -> Source:
         labels="torchvision's own",
     )
     description = f"torchvision {name}"
-    if all(_samples(part) for part in parts.values()):
+
+    # Take the files as they are if every split has them; else encode what it returns.
+    if all(map(_samples, parts.values())):
         scans = [_scan(split, _samples(part)) for split, part in parts.items()]
         return from_scans(description, classes, scans, understood)
     source = spool_items(description, classes, lambda: _items(parts), spool)
@@ -94,7 +99,9 @@ def _open_split(kind: Any, root: Path, split: str) -> Any:
 
 def _join_words(entry: Any) -> str:
     """Return a class's name, which some datasets give as several words."""
-    return entry if isinstance(entry, str) else ", ".join(entry)
+    if isinstance(entry, str):
+        return entry
+    return ", ".join(entry)
 
 
 def _samples(part: Any) -> list[tuple[str, int]]:
@@ -103,6 +110,7 @@ def _samples(part: Any) -> list[tuple[str, int]]:
 
 
 def _scan(split: str, samples: list[tuple[str, int]]) -> SplitScan:
+    """Scan the images of a split, which are files; each key is its folder and name."""
     found = SplitScan(split)
     for path, label in samples:
         found.add_file(label, Path(path), "/".join(Path(path).parts[-2:]))
@@ -110,6 +118,7 @@ def _scan(split: str, samples: list[tuple[str, int]]) -> SplitScan:
 
 
 def _items(parts: dict[str, Any]) -> Iterator[Item]:
+    """Yield the samples of datasets that return decoded images, as PNG."""
     for split, part in parts.items():
         for number in range(len(part)):
             image, label = part[number]
