@@ -445,7 +445,7 @@ def _label_columns(
         return _LabelColumns(_find_named(table, wanted.label, "--label-column"))
 
     rest = [name for name in table.columns if name != image]
-    usual = _usual_label_columns(table, rest)
+    usual = _usual_label_columns(rest)
     if not usual and classes:
         usual = [name for name in rest if _holds_classes(table, name, classes)]
     if not usual and image is not None and len(table.columns) == 2:
@@ -469,8 +469,8 @@ def _label_columns(
     return _LabelColumns(first)
 
 
-def _usual_label_columns(table: Table, names: list[str]) -> list[str]:
-    """Return the columns that are called as labels are, the most usual name first."""
+def _usual_label_columns(names: list[str]) -> list[str]:
+    """Return the names that are usual for labels, the most usual first."""
     found = []
     for known in LABEL_COLUMNS:
         for name in names:
