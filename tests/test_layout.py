@@ -77,6 +77,12 @@ def imports_of(tree: ast.Module, modules: set[str]) -> set[str]:
     return names
 
 
+def imports_at_the_top(tree: ast.Module) -> set[str]:
+    """Return the top-level packages that a file imports when it is imported itself."""
+    at_the_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {name.split(".")[0] for name in imports_of(ast.Module(at_the_top, []), set())}
+
+
 def package_of(module: str) -> str:
     """Return the package, or the single file, that a module belongs to."""
     parts = module.split(".")
@@ -170,11 +176,7 @@ def test_a_conversion_starts_without_torch() -> None:
     # Inside a function it may: `torchvision:NAME` is a source that needs torchvision.
     for module, tree in trees().items():
         if package_of(module) in ("conversion", "shards"):
-            at_the_top = [
-                node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
-            ]
-            imports = imports_of(ast.Module(at_the_top, []), set())
-            assert not {name.split(".")[0] for name in imports} & TORCH, module
+            assert not imports_at_the_top(tree) & TORCH, module
 
 
 def test_functions_and_classes_are_small() -> None:

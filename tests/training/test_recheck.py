@@ -26,7 +26,7 @@ from wds_train.training.recheck import (
 
 # A trainer in which one bit flips: of `what`, in the nth time that a step is computed, on one rank.
 SCRIPT = '''
-import json, os, sys
+import json, os, sys, time
 
 import torch
 
@@ -53,6 +53,8 @@ def now(trainer):
     is_due = step + 1 in fault.get("steps", []) and passes[step] == fault.get("time", 1)
     if not (here and once and is_due):
         return False
+    if "mark" in fault:
+        time.sleep(2)  # so that the commit of the epoch before is done, on a busy machine too
     if "mark" in fault:
         open(fault["mark"], "w").close()
     return True

@@ -178,7 +178,7 @@ class TrainLoader(StepLoader[Batch]):
             repeats=repeats,
         )
         refuse_no_images(*self.datasets)
-        self._data = data_recipe(
+        data = data_recipe(
             size=size,
             start_size=start_size,
             size_ramp=size_ramp,
@@ -189,12 +189,11 @@ class TrainLoader(StepLoader[Batch]):
             auto_augment=augment or "",
         )
         self._images = Images(transform, decode, normalize, self.device)
+        # Made here, so that an unknown policy is refused at once.
+        self._own = TrainTransform(data, self.seed, self.epochs, self.steps_per_epoch)
 
     def _transform(self, split: SplitReader) -> Transform:
-        custom = self._images.transform(split, self.seed)
-        if custom is not None:
-            return custom
-        return TrainTransform(self._data, self.seed, self.epochs, self.steps_per_epoch)
+        return self._images.transform(split, self.seed) or self._own
 
     def _finish(self, batch: Batch) -> Batch:
         return self._images.normalise(batch)
