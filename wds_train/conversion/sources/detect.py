@@ -19,7 +19,12 @@ from wds_train.conversion.sources.source import ANYTHING, Source, Wanted
 from wds_train.conversion.sources.splits import check_source
 from wds_train.conversion.sources.spool import Spool
 from wds_train.conversion.sources.tables import holds_bytes
-from wds_train.conversion.sources.tars import is_tar, open_tars, refuse_archives
+from wds_train.conversion.sources.tars import (
+    is_tar,
+    open_tars,
+    refuse_archives,
+    refuse_archives_below,
+)
 from wds_train.conversion.sources.tree import is_folder, read_tree
 from wds_train.errors import DataError, UsageError
 from wds_train.storage.address import make_name
@@ -193,8 +198,7 @@ def recognise(root: Path) -> str:
     elif tars:
         form = "wds"
     elif not read_tree(root).total:
-        names = (path.relative_to(root).as_posix() for path in root.rglob("*"))
-        refuse_archives(names, str(root))
+        refuse_archives_below(root, root.rglob("*"))
         if files:  # Parquet without images: this reader says what its columns hold
             form = "huggingface"
     if data or tars:
@@ -249,6 +253,7 @@ def _first_files(root: Path) -> list[Path]:
 
     They are enough to tell data files from class folders.
     """
+    # Level by level: data files lie near the top, and class folders may be many.
     found = []
     level = [root]
     for _ in range(DEPTH + 1):

@@ -69,6 +69,7 @@ class _TableReader:
         Raises:
             UsageError: It is no table, or labels no images that are here.
         """
+        # A person named it: anything that it is not is an error.
         content = read_table(path)
         if content is None:
             raise UsageError(
@@ -97,6 +98,7 @@ class _TableReader:
         try:
             labels = read_labels(content, self.images, self.wanted, self.classes)
         except UsageError as error:
+            # No labels, but perhaps splits.
             if self._add_list(content):
                 return
             if is_quiet and "--label-column" not in str(error):
@@ -206,6 +208,7 @@ def _find_family(named: Path, paths: Sequence[Path]) -> list[Path]:
 
     Such as style_train.csv and style_val.csv.
     """
+    # --table style_train.csv means the tables of all splits.
     framed = framed_split(named.stem)
     if framed is None:
         return [named]
@@ -238,15 +241,14 @@ def choose_tables(tables: Tables, images: ImageIndex, wanted: Wanted) -> list[La
     Raises:
         UsageError: Two tables label the same images differently.
     """
-    with_rows = [table for table in tables.usable if table.rows]
-    if not with_rows:  # no image that is named is here: its rows will say so, one by one
-        return tables.usable[:1]
-
     # Tables with the same columns belong together: one a split perhaps.
     alike: dict[tuple[str, str], list[LabelTable]] = {}
-    for each in with_rows:
-        signature = each.columns.image, str(each.columns.label or each.columns.onehot)
-        alike.setdefault(signature, []).append(each)
+    for each in tables.usable:
+        if each.rows:
+            signature = each.columns.image, str(each.columns.label or each.columns.onehot)
+            alike.setdefault(signature, []).append(each)
+    if not alike:  # no image that is named is here: the rows will say so, one by one
+        return tables.usable[:1]
     groups = []
     for group in alike.values():
         kept = _keep_distinct(group, tables, images, wanted)
@@ -319,6 +321,7 @@ def _keep_distinct(
             tables.ignored.append((each.path, cause))
             continue
 
+        # Test images with one and the same label were given it to fill the column.
         labels = {row.text for row in each.rows}
         is_test = splits == {"test"} or SPLIT_OF.get(each.word) == "test"
         if len(labels) == 1 and len(each.rows) > PLACEHOLDERS and is_test and not wanted.table:
@@ -326,6 +329,7 @@ def _keep_distinct(
             tables.ignored.append((each.path, cause))
             continue
 
+        # Of two tables of the same images one is used, if they agree.
         twin = _find_twin(each, kept)
         if twin is None or twin.word != each.word:
             kept.append(each)
@@ -336,6 +340,7 @@ def _keep_distinct(
                 f"say which one is right: --table {shlex.quote(str(each.path))}"
             )
         tables.ignored.append((each.path, f"it says the same as {twin.path.name}"))
+    # Back to the order in which they were found: the order of the rows follows from it.
     kept.sort(key=group.index)
     return kept
 

@@ -24,7 +24,9 @@ NO_TEXT = ""  # the text of a value that is no label: an empty cell, null, NaN
 NO_LABEL = -1  # the number of such a text
 # 19 digits: longer numbers do not fit into 64 bits.
 WHOLE = re.compile(r"([+-]?)(\d{1,19})(?:\.0*)?")
+# ["cat"], as programs write a column of lists to CSV.
 LIST_OF_ONE = re.compile(r"""\s*\[\s*['"]?([^'",\[\]]+)['"]?\s*\]\s*""")
+# Any number: labels that are numbers with fractions are refused as measurements.
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 # Texts that programs write for a missing value. Among numbers all of them mean that. Among names
 # the first group does; the second may as well be a class ("none": no defect) or an abbreviation
@@ -101,6 +103,7 @@ def label_text(value: Any) -> str:
     content = value
     if isinstance(value, bytes):
         content = value.decode("utf-8", "replace")
+    # A list may also stand in a text.
     if isinstance(content, str):
         alone = LIST_OF_ONE.fullmatch(content)
         if alone:
@@ -173,6 +176,7 @@ def classes_of(
 
 
 def _show_missing(texts: Iterable[str]) -> str:
+    """Return the texts that say "no label" for a message."""
     shown = []
     for text in sorted(texts):
         if text == NO_TEXT:
@@ -308,6 +312,7 @@ def _holds_several(text: str, texts: Mapping[str, int]) -> bool:
         pieces = _split(text, separator)
         if len(pieces) > 1 and texts.keys() >= set(pieces):
             return True
+    # Blanks, too: `agriculture clear`, where both words are labels.
     words = text.split()
     return len(words) > 1 and texts.keys() >= set(words)
 
@@ -355,6 +360,7 @@ def _map_spellings(texts: Mapping[str, int], where: str, rules: LabelRules) -> d
         UsageError: Two ids differ in case, blanks or zeros only, and no flag says what they are.
     """
     spelled = dict(zip(texts, texts, strict=True))
+    # Numbers only if all texts are: "3.0" may be the name of a version.
     if all(map(WHOLE.fullmatch, texts)):
         for text in texts:
             spelled[text] = _drop_fraction(text)
@@ -367,6 +373,7 @@ def _map_spellings(texts: Mapping[str, int], where: str, rules: LabelRules) -> d
         for ids in twins.values():
             if len(ids) > 1:
                 raise _two_spellings(ids, where)
+    # Every spelling becomes the most frequent one.
     if rules.case == "fold":
         for text, id in spelled.items():
             spelled[text] = twins[_fold(id)][0]
@@ -374,6 +381,7 @@ def _map_spellings(texts: Mapping[str, int], where: str, rules: LabelRules) -> d
 
 
 def _two_spellings(ids: Sequence[str], where: str) -> UsageError:
+    """Return the error for ids that may be spellings of one class."""
     difference = "case or blanks"
     if ids[0].isdigit():
         difference = "zeros"
@@ -392,6 +400,7 @@ def _describe_folding(spelling: Mapping[str, str]) -> list[str]:
             shown.append(f"{text!r} is {id!r}")
     if not shown:
         return []
+    # The first five are enough to recognise them.
     if len(shown) > 5:
         shown[5:] = ["..."]
     return [f"spellings are folded: {', '.join(shown)}"]
@@ -516,6 +525,7 @@ def _match_places(places: dict[str, int], where: str, rules: LabelRules) -> Clas
     """
     length = len(rules.classes)
     largest = max(places.values())
+    # Places from 0 fit; all but 0 may as well be places from 1.
     if largest < length:
         if len(places) > 1 and set(places.values()) == set(range(1, largest + 1)):
             raise UsageError(
@@ -524,6 +534,7 @@ def _match_places(places: dict[str, int], where: str, rules: LabelRules) -> Clas
                 'say which label has which: a JSON file {"1": "NAME", ...}'
             )
         return Classes(rules.classes, places)
+    # One too many and no 0: they count from 1, as in MATLAB.
     if largest == length and 0 not in places.values():
         numbers = {}
         for text, place in places.items():
@@ -638,15 +649,16 @@ def _parse_json(content: Any, data: bytes, path: str) -> tuple[ClassInfo, ...]:
 
     # Objects: name -> number (torchvision's class_to_idx), number -> name, id -> name.
     if all(isinstance(value, int) for value in content.values()):
-        return to_classes([label_text(name) for name in sorted(content, key=content.__getitem__)])
+        return to_classes(list(map(label_text, sorted(content, key=content.__getitem__))))
     ids = list(content)
-    if all(map(WHOLE.fullmatch, ids)):
+    are_numbers = all(map(WHOLE.fullmatch, ids))
+    if are_numbers:
         ids.sort(key=int)
-        if ids == list(map(str, range(len(ids)))):
-            return to_classes([label_text(content[id]) for id in ids])
     names = {}
     for id in ids:
         names[id] = label_text(content[id])
+    if are_numbers and ids == list(map(str, range(len(ids)))):
+        return to_classes(list(names.values()))
     return to_classes(ids, names)
 
 

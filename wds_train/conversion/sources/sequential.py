@@ -46,6 +46,7 @@ class ItemStream:
     def held_out(self, keys: set[str]) -> "ItemStream":
         """Return this stream with the samples of `train` that have `keys` in `val`."""
 
+        # The stream itself stays as it is: its items get their new split as they pass.
         def read() -> Iterator[Item]:
             for item in self.read():
                 if item.split == "train" and key_of(item.name) in keys:
@@ -127,6 +128,7 @@ def spool_items(
             if fits:
                 path, offset, _ = spool.append(item.image)
             found.rows.add(key_of(item.name), item.label, path, offset, len(item.image))
+    # A stream that fits is read no more; otherwise its rows have no places yet.
     spool.flush()
     source = from_scans(description, classes, [*scans.values()])
     if fits:

@@ -68,6 +68,7 @@ def label_counts(scans: Iterable[SplitScan], texts: Sequence[str]) -> dict[str, 
     Returns:
         Each text, and the number of samples that have it.
     """
+    # Count in numpy: a loop over millions of rows would take seconds.
     counts = np.zeros(len(texts), np.int64)
     for found in scans:
         rows = found.rows.table()
@@ -90,6 +91,7 @@ def relabel(source: Source, labels: np.ndarray) -> Source:
         new = np.zeros(0, np.int32)
         if rows.num_rows:
             new = labels[to_numpy(rows["label"])]
+        # Replace the column, then drop the rows that have no label now.
         place = rows.schema.get_field_index("label")
         kept = rows.set_column(place, ROWS.field("label"), to_array(new, pa.int32()))
         unlabeled = new == NO_LABEL

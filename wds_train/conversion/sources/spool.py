@@ -11,6 +11,7 @@ from typing import IO
 
 from wds_train.errors import AccessDenied, StoreError, UsageError
 
+# The file of all images in the folder of a spool.
 FILE = "images"
 
 
@@ -41,6 +42,7 @@ class Spool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Only what this conversion made: another one may hold the lock.
         if self._file is not None and self._lock is not None:
             with contextlib.suppress(OSError):  # a full disk again, at what was still to be written
                 self._file.close()
@@ -55,7 +57,7 @@ class Spool:
             file = self._file
             file.write(data)
         except OSError as error:
-            raise self._translated(error) from error
+            raise self._translate(error) from error
         self.bytes += len(data)
         return file.name, file.tell() - len(data), len(data)
 
@@ -68,7 +70,7 @@ class Spool:
             try:
                 self._file = self._open()
             except OSError as error:
-                raise self._translated(error) from error
+                raise self._translate(error) from error
         self._files += 1
         return self.folder / f"{self._files:06d}-{name}"
 
@@ -78,16 +80,22 @@ class Spool:
             if self._file is not None:
                 self._file.flush()
         except OSError as error:
-            raise self._translated(error) from error
+            raise self._translate(error) from error
 
     def clear(self) -> None:
         """Drop all images that were appended so far."""
         if self._file is not None:
+            # Keep the first byte; see `_open`.
             self._file.seek(1)
             self._file.truncate()
         self.bytes = 0
 
     def _open(self) -> IO[bytes]:
+        """Make the folder, lock it, and return its file of images.
+
+        Raises:
+            UsageError: Another conversion to the same dataset holds the lock.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:
@@ -100,7 +108,9 @@ class Spool:
         file.write(b"\0")  # so that no image lies at offset 0, which means a file of its own
         return file
 
-    def _translated(self, error: OSError) -> Exception:
+    def _translate(self, error: OSError) -> Exception:
+        """Return the error with its cause and remedy."""
+        # Each has its own remedy.
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return StoreError(
                 f"no space left on the disk of {self.folder}; "

@@ -24,7 +24,7 @@ from wds_train.conversion.sources.names import (
     framed_split,
 )
 from wds_train.conversion.sources.source import Wanted
-from wds_train.conversion.sources.tables import Table, cell_text, texts, without_names
+from wds_train.conversion.sources.tables import SAMPLE, Table, cell_text, texts, without_names
 from wds_train.errors import DataError, UsageError
 
 # Usual names of columns, in small letters; the first that is there comes first.
@@ -91,6 +91,7 @@ SPLIT_COLUMNS = (
     "mode",
 )
 SURE_SPLITS = ("split", "partition", "data_split")  # whatever such a column holds, it is a split
+# Cells that say yes or no, in small letters.
 TRUTHS = {"1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False}
 # A column that is true for the images of one split: is_train, valid_set.
 IS_SPLIT = re.compile(
@@ -231,6 +232,7 @@ class LabelTable:
 
 
 def _split_word(path: Path) -> str:
+    """Return the word of a split in the name of a file or of its folder; empty without one."""
     words = SPLIT_WORD.findall(path.stem) or SPLIT_FOLDER.findall(path.parent.name)
     if words:
         return words[-1].lower()
@@ -411,8 +413,7 @@ def _are_digits(cells: Sequence[str]) -> bool:
 
 def _share_of_images(table: Table, name: str, images: ImageIndex) -> float:
     """Return the share of a column's first cells that name an image, ambiguously or not."""
-    place = table.columns.index(name)
-    cells = texts([row[place] for row in table.sample])
+    cells = texts(table.column(name, SAMPLE))
     if not cells:
         return 0.0
     found = 0
@@ -441,6 +442,7 @@ def _label_columns(
     Raises:
         UsageError: Two columns may be the labels, and differ.
     """
+    # A flag decides.
     if wanted.label is not None:
         return _LabelColumns(_find_named(table, wanted.label, "--label-column"))
 
@@ -492,6 +494,7 @@ def _may_be_label(table: Table, name: str, wanted: Wanted) -> bool:
     """
     if _looks_like_split(table, name, wanted) or SPLIT_LIST.search(table.path.stem):
         return False
+    # Labels repeat; numbers and names of images do not.
     cells = texts(table.column(name), len(table.lines))
     return len(cells) <= 2 or len({*cells}) < len(cells)
 
@@ -511,6 +514,7 @@ def say_the_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
 
 def _onehot_columns(table: Table, rest: Sequence[str]) -> tuple[str, ...]:
     """Return the columns of 0 and 1, if there are several classes among them."""
+    # Columns without names cannot name classes.
     if not table.named:
         return ()
     marks = []
@@ -559,12 +563,14 @@ def find_split_column(table: Table, used: Collection[str], wanted: Wanted) -> Sp
     Raises:
         UsageError: Two columns say different splits, or it is not clear what the cells mean.
     """
+    # A flag decides.
     if wanted.split == NO_COLUMN:
         return SplitColumn(None, {})
     if wanted.split is not None:
         name = _find_named(table, wanted.split, "--split-column")
         return SplitColumn(name, _cells_to_splits(table, name, wanted))
 
+    # Otherwise look at every column that is not used yet.
     found: dict[str, dict[str, str]] = {}
     said = []
     for name in table.columns:
@@ -660,6 +666,7 @@ def _cells_to_splits(table: Table, name: str, wanted: Wanted) -> dict[str, str]:
             f"--split-column {name} with --split {true}={split} --split {false}=train reads it so, "
             f"--split-column {NO_COLUMN} leaves it"
         )
+    # Images that are not of this split are of its usual partner.
     other = "train"
     if split == "train":
         other = "test"
@@ -696,6 +703,7 @@ def read_splits(table: Table, images: ImageIndex, wanted: Wanted) -> dict[int, s
         return {}
     splits = _splits_of_rows(table, image, wanted)
     found = {}
+    # Images that are not here are passed over: the list may be of a larger dataset.
     for name, split in zip(table.column(image), splits, strict=False):
         try:
             match = images.find(cell_text(name), table.path)
@@ -714,10 +722,12 @@ def _splits_of_rows(table: Table, image: str, wanted: Wanted) -> list[str]:
         image: The column of the files.
         wanted: The flags.
     """
+    # A bare list of images, in a file named for a split.
     if len(table.columns) == 1:
         word = _split_word(table.path)
         split = wanted.splits.get(word) or SPLIT_OF.get(word, "")
         return [split] * len(table.lines)
+    # Image and split, in a file named for splits.
     if len(table.columns) == 2 and SPLIT_LIST.search(table.path.stem):
         first, second = table.columns
         other = second if first == image else first

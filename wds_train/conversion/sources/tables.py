@@ -46,15 +46,15 @@ class Table:
     lines: list[Line]
     named: bool = True
 
-    @property
-    def sample(self) -> list[list[Any]]:
-        """The cells of the first rows."""
-        return [cells for _, cells in self.lines[:SAMPLE]]
+    def column(self, name: str, most: int | None = None) -> list[Any]:
+        """Return the cells of a column.
 
-    def column(self, name: str) -> list[Any]:
-        """Return the cells of a column."""
+        Args:
+            name: The column.
+            most: The number of rows, from the first; None for all.
+        """
         place = self.columns.index(name)
-        return [cells[place] for _, cells in self.lines]
+        return [cells[place] for _, cells in self.lines[:most]]
 
 
 def find_tables(root: Folder) -> list[Path]:
@@ -98,6 +98,7 @@ def read_table(path: Path) -> Table | None:
         AccessDenied: The file may not be read.
         DataError: It is a table for certain, and damaged.
     """
+    # The suffix decides on the format; anything else is a text.
     suffix = path.suffix.lower()
     try:
         if path.stat().st_size > MAX_TABLE:
@@ -156,12 +157,14 @@ def _read_text(path: Path, *, listed: bool) -> Table | None:
     else:
         lines = list(_csv_lines(path, text, delimiter))
 
+    # An empty list is no table; a CSV without rows is one, and is reported.
     if not lines:
         return None if listed else Table(path, [], [])
     if listed:
         width = len(lines[0][1])
         return Table(path, _numbered_columns(width), _pad_rows(lines, width), named=False)
-    names = [str(name).strip() for name in lines[0][1]]
+    # CSV begins with a line of names.
+    names = list(map(str.strip, lines[0][1]))
     return Table(path, names, _pad_rows(lines[1:], len(names)))
 
 
@@ -190,9 +193,11 @@ def _spaced_lines(text: str) -> list[Line]:
 
 def _csv_lines(path: Path, text: str, delimiter: str) -> Iterator[Line]:
     """Yield the rows of a CSV file that are not empty."""
+    # newline="": line breaks inside a quoted cell stay as they are.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         for number, row in enumerate(reader, 1):
+            # Spreadsheets write empty rows as commas.
             if any(map(str.strip, row)):
                 yield number, row
     except csv.Error as error:
@@ -237,6 +242,7 @@ def _read_json_lines(path: Path) -> Table:
 
 def _read_json(path: Path) -> Table | None:
     """Read a JSON list of objects, or an object of file -> label."""
+    # Files of other programs are JSON, too: what is not understood is no table.
     if path.stat().st_size > MAX_JSON:
         return None
     try:
@@ -245,8 +251,10 @@ def _read_json(path: Path) -> Table | None:
         return None
     if not content:
         return None
+    # [{"file": "1.jpg", "label": "cat"}, ...]
     if isinstance(content, list) and _are_all(content, dict):
         return _from_objects(path, list(enumerate(content, 1)))
+    # {"1.jpg": "cat", ...}
     if isinstance(content, dict) and _are_all(content.values(), str, int, list):
         lines: list[Line] = []
         for number, (name, value) in enumerate(content.items(), 1):
@@ -281,6 +289,7 @@ def _read_parquet(path: Path) -> Table | None:
     """Read a Parquet file whose columns hold no images, but perhaps their paths."""
     try:
         file = pq.ParquetFile(path)
+        # Check the schema before anything is read: images may take gigabytes.
         columns = file.schema_arrow.names
         for field in file.schema_arrow:
             if holds_bytes(field.type):

@@ -81,6 +81,7 @@ class Keys:
         self, members: Sequence[Member], kinds: Collection[str], split: Split, dotted: Sequence[str]
     ) -> None:
         """Keep the facts for `remark` about a tar whose names `split` may split."""
+        # The first such name stands for all in the remark.
         if not self._example[0]:
             example = dotted[0]
             for name in dotted:
@@ -94,7 +95,7 @@ class Keys:
         self._samples[FIRST] += _stock_samples(members)
 
     def remark(self) -> str:
-        """Return a sentence about the keys; empty where no name has dots that may belong to it."""
+        """Return a sentence about the keys; empty if no name has dots that may belong to it."""
         name, key = self._example
         if not name:
             return ""
@@ -120,6 +121,7 @@ def _by_labels(members: Sequence[Member], kinds: Collection[str]) -> Split | Non
     """
     stock_pairs, stock_single = _pairs(gather(members, FIRST), kinds)
     pairs, single = _pairs(gather(members, LAST), kinds)
+    # Neither rule finds a pair: samples may have one label and several images.
     if not pairs and not stock_pairs:
         labelled = _with_one_label(members, LAST, kinds)
         if labelled and labelled >= _with_one_label(members, FIRST, kinds):
@@ -168,8 +170,9 @@ def _own_fields(samples: Sequence[WdsSample], kinds: Collection[str]) -> set[str
     """
     labelled = set()
     for sample in samples:
-        if any(sample.labels(kind) for kind in kinds):
+        if sample.has_label(kinds):
             labelled.add(sample.key)
+    # `edges` of cat.0.edges, if cat.0 has a label.
     words: set[str] = set()
     of_samples: set[str] = set()  # words of names that have their own label
     for sample in samples:
@@ -187,12 +190,13 @@ def _by_extensions(members: Sequence[Member], dotted: Sequence[str]) -> Split:
     Keys end before the last extension where that makes samples of several members that are alike,
     or where one of the `dotted` names has letters that no field's name has.
     """
+    # a.b c.jpg: no field is called `b c`, so the key is `a.b c`.
     if any(NO_FIELD.search(FIRST(name)[1]) for name in dotted):
         return LAST
     samples = gather(members, LAST)
     extensions: Counter[str] = Counter()
     for sample in samples:
-        extensions.update(sample.members)
+        extensions.update(list(sample.members))
     frequent = extensions.most_common(1)[0][0]
     alike = 0
     for sample in samples:

@@ -17,7 +17,8 @@ from wds_train.dataset.shard import IMAGE_EXTENSIONS
 from wds_train.dataset.tar import Member, key_and_extension
 from wds_train.errors import DataError, UsageError
 
-MAX_LABEL = 1 << 16  # bytes
+# Bytes; a larger member is no label, and would only cost memory.
+MAX_LABEL = 1 << 16
 # The members that may hold a sample's label; the first that is there does.
 LABELS = ("cls", "json", "label", "class", "txt")
 CAPTION = "txt"  # a label only if nothing else is one
@@ -70,10 +71,14 @@ class WdsSample:
 
         It is one, unless nothing says which of several it is.
         """
-        found = [name for name in self.members if kind_of(name) in IMAGE_EXTENSIONS]
-        if not found:  # formats that shards do not hold
-            found = [name for name in self.members if is_image(f".{name}")]
-        return _choose_meant(found, IMAGE_WORDS)
+        found = []
+        foreign = []  # in formats that shards do not hold
+        for name in self.members:
+            if kind_of(name) in IMAGE_EXTENSIONS:
+                found.append(name)
+            elif is_image(f".{name}"):
+                foreign.append(name)
+        return _choose_meant(found or foreign, IMAGE_WORDS)
 
     def labels(self, kind: str) -> list[str]:
         """Return the extensions of the members of a kind that may hold the label.
@@ -86,11 +91,16 @@ class WdsSample:
             for name in self.members:
                 if "label" in _prefix(name).split(".") and not is_image(f".{name}"):
                     found.append(name)
+        # Prefer cls to fine.cls.
         meant = _choose_meant(found, LABEL_WORDS)
         # 7.mask.jpg with its own 7.mask.cls is no mask: its label counts, and may differ.
         return meant + [
             name for name in found if name not in meant and self._has_image(_prefix(name))
         ]
+
+    def has_label(self, kinds: Iterable[str]) -> bool:
+        """Return True if a member of one of the kinds may hold the label."""
+        return any(map(self.labels, kinds))
 
     def _has_image(self, prefix: str) -> bool:
         return any(f"{prefix}.{kind}" in self.members for kind in IMAGE_EXTENSIONS)
@@ -192,6 +202,7 @@ class WdsSample:
 
     def said_split(self, read: Read) -> tuple[str, str]:
         """Return the field of the .json with a split's name, and its value; empty without one."""
+        # It is optional: a .json that cannot be read says nothing here.
         member = self.members.get("json")
         content = None
         if member is not None and 0 < member.size <= MAX_LABEL:
@@ -268,6 +279,7 @@ class Labels:
         Raises:
             UsageError: They differ.
         """
+        # A wrong split would mix test images into training.
         field, word = sample.said_split(read)
         said = SPLIT_OF.get(word.lower())
         if said is None:
@@ -461,6 +473,7 @@ def _parse_value(text: bytes, name: str) -> Any:
         return text  # 1e5 and NaN may be names
     if isinstance(content, dict):
         content = _label_field(content, name)
+    # A list of one label is that label.
     if isinstance(content, list) and len(content) == 1:
         content = content[0]
     if isinstance(content, list) and len(content) > 1:
@@ -504,6 +517,7 @@ def group(plain: Iterable[Member], split: Split = key_and_extension) -> Iterator
     sample: WdsSample | None = None
     for member in plain:
         key, extension = split(member.name)
+        # A second member of one name begins another sample.
         if sample is None or sample.key != key or extension in sample.members:
             if sample is not None:
                 yield sample

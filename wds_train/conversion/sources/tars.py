@@ -113,6 +113,11 @@ def refuse_archives(names: Iterable[str], where: str) -> None:
         raise DataError(f"{where} holds {shown}, which cannot be read as it is; {UNPACK}")
 
 
+def refuse_archives_below(root: Path, paths: Iterable[Path]) -> None:
+    """Raise `DataError` for archives that cannot be read among files in the folder `root`."""
+    refuse_archives((path.relative_to(root).as_posix() for path in paths), str(root))
+
+
 def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
     """Yield the members of a tar.
 
@@ -253,7 +258,7 @@ def _find_tars(root: Path) -> list[Path]:
     if not root.is_dir():
         return [] if _is_folder(root) else [root]
     below = sorted(root.rglob("*"))
-    refuse_archives((path.relative_to(root).as_posix() for path in below), str(root))
+    refuse_archives_below(root, below)
     tars = []
     for path in below:
         if is_tar(path.name) and not is_litter(path.name) and not _is_folder(path):
@@ -380,7 +385,7 @@ class _TarScan:
         self._keys = Keys()
         self._asked = Labels()
         self._texts: Counter[str] = Counter()  # of .txt members that are labels
-        # The first tar whose labels are in .txt members, by CAPTION; and the first with others.
+        # By CAPTION the first tar with labels in .txt members, by "others" the first with others.
         self._tar_of: dict[str, Path] = {}
 
     def add(self, path: Path, found: SplitScan) -> None:
@@ -420,11 +425,13 @@ class _TarScan:
             self._asked.check_split(origin, sample, read, found.split)
             image = sample.image()
         except SeveralLabels as error:
+            # Another kind of dataset: no sample of it can be used.
             raise DataError(f"{origin}: {error}") from error
         except NoLabel as error:
             found.notes.append(without_label(found.split, readable(origin), error))
             return None
         except DataError as error:
+            # A fault of this sample alone.
             found.note(origin, "left out", str(error))
             return None
         assert image is not None, "it has one"
@@ -439,6 +446,7 @@ class _TarScan:
 
         If there is any other label, in any of the tars, a .txt is a caption.
         """
+        # A sample without an image is left out: its label decides nothing.
         with_image = [sample for sample in samples if sample.images()]
         if _have_label(with_image, BESIDE_CAPTIONS):
             self._tar_of.setdefault("others", path)
@@ -483,7 +491,7 @@ class _TarScan:
 
 def _have_label(samples: Iterable[WdsSample], kinds: Collection[str]) -> bool:
     """Return True if a sample has a member of one of the kinds, which may hold a label."""
-    return any(sample.labels(kind) for sample in samples for kind in kinds)
+    return any(sample.has_label(kinds) for sample in samples)
 
 
 def _beside(sample: WdsSample, image: Member | None) -> list[str]:
@@ -533,7 +541,7 @@ def unpack_gzip(path: Path, spool: Spool) -> Path:
                     )
                 file.write(piece)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be unpacked: {error}; make it anew") from error
+        raise DataError(f"{path} cannot be unpacked: {error}; make it again") from error
     spool.bytes = spool.limit - left
     return target
 
@@ -576,9 +584,15 @@ def tar_classes(
         UsageError: The labels are measurements, or longer numbers than can be read.
         DataError: There is one class.
     """
+    # Fractions, and numbers of over 19 digits, are no classes.
     missing = MISSING_BESIDE_NUMBERS | {NO_TEXT} | rules.none
-    texts = [text for text in counts if text.casefold() not in missing]
-    odd = sorted(text for text in texts if not WHOLE.fullmatch(text))
+    texts = []
+    odd = []
+    for text in sorted(counts):
+        if text.casefold() not in missing:
+            texts.append(text)
+            if not WHOLE.fullmatch(text):
+                odd.append(text)
     if odd and all(map(NUMBER.fullmatch, texts)) and not rules.classes:
         raise UsageError(
             f"{where} holds the label {odd[0]}, which is no whole number of up to 19 digits: "

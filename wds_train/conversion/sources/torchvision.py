@@ -83,6 +83,7 @@ def _open_split(kind: Any, root: Path, split: str) -> Any:
         if split == "val":  # train=False is their test set
             return None
         arguments = {"train": split == "train"}
+    # The classes say with a ValueError that they have no such split.
     try:
         return kind(str(root), download=True, **arguments)
     except ValueError as error:
