@@ -17,7 +17,7 @@ PACKAGES = {
     "schema": "JSON to dataclasses and back",
     "rng": "random generators, each made from a key",
     "global_rng": "the global random state of libraries, kept unchanged",
-    "files": "the folder of this machine's state; files written by rename",
+    "files": "the folder of this machine's state",
     "machine": "the cores and the memory that this process may use",
     "config": "what is trained: recipe, presets, settings, schedule; pure",
     "environment": "numbers in environment variables",

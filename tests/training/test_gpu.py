@@ -128,7 +128,7 @@ def test_the_pace_is_that_of_all_steps_since_the_last_record() -> None:
     run = SimpleNamespace(
         manifest=SimpleNamespace(totals=Totals, fence=1),
         committer=SimpleNamespace(upload_s=None),
-        ahead=SimpleNamespace(log=lambda row, at: None),
+        uploader=SimpleNamespace(log=lambda row, at: None),
     )
     rows = MetricsRows(run, SimpleNamespace(log=logged.append), 8)
     rows.add_step(0.5, 0.5)
