@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from shards.make_shards import main
 from wds_train.cli import main as wds_train
@@ -1164,3 +1165,40 @@ def test_mutated_indexes(of_kind: Path, hooked: None) -> None:
             (mine / name).write_bytes(data)
         ends[judge(mine, right)] += 1
     assert ends["refused"] > mutants / 2 and ends["sound"], ends
+
+
+@pytest.mark.parametrize("content", ["5", '"cat"', "true", "null"])
+def test_a_list_of_classes_that_is_none_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "1.png")
+    (tmp_path / "classes.json").write_text(content)
+    arguments = ["--classes", str(tmp_path / "classes.json"), "--dry-run"]
+    assert wds_train(["shards", str(tmp_path / "photos"), str(tmp_path / "out"), *arguments]) == 1
+    assert "classes.json does not name the classes" in capsys.readouterr().err
+
+
+def test_a_table_of_placeholders_alone_is_no_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All labels of test images are the same; there is nothing else in the folder."""
+    (tmp_path / "photos" / "test").mkdir(parents=True)
+    lines = ["file,label"]
+    for number in range(30):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"photos/test/{number}.png")
+        lines.append(f"test/{number}.png,0")
+    (tmp_path / "photos" / "labels.csv").write_text("\n".join(lines))
+    assert wds_train(["shards", str(tmp_path / "photos"), str(tmp_path / "out"), "--dry-run"]) != 0
+    assert "is no folder of classes" in capsys.readouterr().err
+
+
+def test_an_arrow_file_without_rows_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schema = pa.schema([("image", pa.binary()), ("label", pa.int64())])
+    with pa.OSFile(str(tmp_path / "train.arrow"), "wb") as sink:
+        pa.ipc.new_stream(sink, schema).close()
+    assert wds_train(["shards", str(tmp_path), str(tmp_path.parent / "out"), "--dry-run"]) == 1
+    assert "train.arrow holds no rows" in capsys.readouterr().err

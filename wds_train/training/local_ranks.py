@@ -103,8 +103,8 @@ def _is_any_running(ranks: list[subprocess.Popen[bytes]]) -> bool:
 
 
 def _has_any_failed(ranks: list[subprocess.Popen[bytes]]) -> bool:
-    """Return True if a rank is known to have ended with another code than 0."""
-    return any(rank.returncode for rank in ranks)
+    """Return True if a rank has ended with another code than 0, also behind one that runs."""
+    return any(rank.poll() for rank in ranks)
 
 
 def _exit_code(ranks: list[subprocess.Popen[bytes]]) -> int:

@@ -382,7 +382,9 @@ def _read_schema(path: Path) -> pa.Schema:
     with _reading(path):
         if path.suffix == ".parquet":
             return pq.read_schema(path)
-        return next(_arrow_batches(_mapped(path))).schema
+        for batch in _arrow_batches(_mapped(path)):
+            return batch.schema
+    raise DataError(f"{path} holds no rows; remove it, or write it again")
 
 
 def _features(path: Path) -> dict[str, Any]:

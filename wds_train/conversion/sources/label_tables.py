@@ -254,6 +254,8 @@ def choose_tables(tables: Tables, images: ImageIndex, wanted: Wanted) -> list[La
         kept = _keep_distinct(group, tables, images, wanted)
         if kept:
             groups.append(kept)
+    if not groups:  # placeholders alone
+        return []
 
     # The group that labels most comes first; others may add the tables of more splits.
     trainable = trainable_images(images)

@@ -636,6 +636,8 @@ def _parse_json(content: Any, data: bytes, path: str) -> tuple[ClassInfo, ...]:
     # Lists: names in order, a manifest, what `wds-train inspect DATASET --json` prints.
     if isinstance(content, list):
         return to_classes(list(map(label_text, content)))
+    if not isinstance(content, dict):
+        raise TypeError("neither a list nor an object")
     if content.get("kind") == manifests.KIND:
         return DatasetManifest.from_json(data, path).classes
     if isinstance(content.get("classes"), list):
