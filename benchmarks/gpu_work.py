@@ -205,7 +205,7 @@ class Rows:
             self.rows[row] = function(*arguments)
         # RuntimeError: too little memory, or what a compiler says.
         except (RuntimeError, WdsTrainError) as error:
-            reason = str(error).strip().splitlines()[0][:LONGEST_REASON]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:LONGEST_REASON]
             self.rows[row] = {"failed": reason}
         self.write()
         return self.rows[row]

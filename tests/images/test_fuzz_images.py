@@ -4,6 +4,7 @@ They run in a process of their own, with its memory capped, so that a crash or a
 """
 
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -32,6 +33,7 @@ MEMORY = 16 * MAX_PIXELS
 def test_mutated_images_give_pixels_or_a_data_error() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", __file__],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},  # for `benchmarks`
         capture_output=True,
         text=True,
         check=False,

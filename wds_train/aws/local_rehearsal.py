@@ -1,6 +1,6 @@
 """A rehearsal of a spot instance's end, on this machine, for `wds-train rehearse`.
 
-A real training gets the notice from a metadata service of ours, commits and stops. Its replacement
+A real training gets the notice from a fake metadata service, commits and stops. Its replacement
 goes on. Both use the embedded S3 server, which has nothing else in it.
 """
 

@@ -82,7 +82,7 @@ def _buckets(aws: Aws) -> Iterator[str]:
         with translate_errors(f"the tags of {name}"):
             try:
                 tags = s3.get_bucket_tagging(Bucket=name)["TagSet"]
-            except ClientError:  # it has none, or is not ours to ask
+            except ClientError:  # it has no tags, or we may not read them
                 continue
         # It holds the results, and no command of ours deletes it.
         if _tag_value(tags) is not None:

@@ -100,11 +100,11 @@ def data_of(dataset: Dataset, mixture: Iterable[tuple[Dataset, float]]) -> dict[
 
 
 def check_resume(found: RunManifest, fresh: RunManifest, where: str) -> RunManifest:
-    """Return the run as it goes on, with the dataset at its present address.
+    """Return the manifest to resume with, with the dataset's current address.
 
     Args:
         found: The run's manifest. If the run kept nothing, it goes on as `fresh`.
-        fresh: The run as it would begin.
+        fresh: The manifest that a new run would get.
         where: The run's address, for the message.
 
     Raises:

@@ -17,7 +17,7 @@ from wds_train.errors import NotFinite, RunError
 from wds_train.models.tensor_checks import refuse_other_state
 from wds_train.schema import refuse_depth, typed
 
-# The types of the parts that are no tensors; `teacher` and `classes` are not in all checkpoints.
+# The types of the parts that are not tensors; `teacher` and `classes` are not in all checkpoints.
 EXTRA = {
     "scalars": dict[str, Any],
     "scaler": dict[str, float],
@@ -63,7 +63,7 @@ class Snapshot:
         """Read the bytes that `encode` wrote.
 
         Args:
-            data: The bytes, which may be damaged, or made by somebody who means harm.
+            data: The bytes, which may be damaged, or made by malicious.
             progress: The progress that the manifest names.
 
         Raises:

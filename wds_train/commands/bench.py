@@ -1,6 +1,6 @@
 """`wds-train bench`: measure the speed of the parts.
 
-It needs a clone: benchmarks are not installed.
+It works only in a clone of the repository: benchmarks are not installed.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
 def import_benchmark(name: str) -> ModuleType:
     """Import a benchmark by its dotted name, such as "benchmarks.scale".
 
-    Benchmarks stand above the commands: they run some. So they are named by strings, as
-    `wds_train.cli` names the commands.
+    Benchmarks import commands, so no command may import a benchmark. Names as strings avoid the
+    circle, as in `wds_train.cli`.
 
     Raises:
         UsageError: There are no benchmarks, since this is an installed copy of wds-train.

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from wds_train.commands.flags import add_region, ask, positive
 from wds_train.errors import NotFound, UsageError
 
-LOG_STREAMS = 5  # the newest of a run, one an instance
+LOG_STREAMS = 5  # the newest log streams of a run, one per instance
 
 
 def add_stop_arguments(parser: argparse.ArgumentParser) -> None:

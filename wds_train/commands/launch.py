@@ -1,6 +1,6 @@
 """`wds-train launch`: train on AWS spot instances, from nothing.
 
-An interrupted instance is replaced, and the run goes on. All ends by a set hour at the latest.
+An interrupted instance is replaced, and the run goes on. Everything stops at a fixed deadline.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def limit_hours(
         max_usd: The value of --max-usd.
 
     Returns:
-        The least that was asked for, or else twice the plan's.
+        The smallest limit given; without one, twice the planned hours.
 
     Raises:
         UsageError: There is no limit, or one that is none.

@@ -1,4 +1,4 @@
-"""Crop boxes, drawn from a generator or computed. No pixels here.
+"""Crop boxes, drawn at random. No pixels are touched here.
 
 `loader/transform.py` draws a box for each sample of a training.
 """
