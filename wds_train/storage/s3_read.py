@@ -1,11 +1,11 @@
 """Reads of objects on S3: a body that breaks off is resumed where it broke."""
 
 import time
-from http.client import HTTPResponse
 from typing import Any
 
 from wds_train.errors import Conflict, StoreError, Unavailable
 from wds_train.storage.base import too_short
+from wds_train.storage.ranges import Answer
 from wds_train.storage.retry import SLOWEST
 from wds_train.storage.s3_connection import GET, S3Connection, tag_in
 from wds_train.storage.s3_errors import OutOfRange
@@ -141,9 +141,9 @@ class _Body:
         Returns:
             The number of bytes; 0 at the end of the stream.
         """
-        if self._target is not None and isinstance(stream, HTTPResponse):
-            # It makes room for as many bytes as it is asked for, so it is not asked for all.
-            count = stream.readinto1(self._target[self.size : self.size + PIECE_BYTES])
+        if self._target is not None and isinstance(stream, Answer):
+            # Without a copy: it is the way of the loader's blocks.
+            count = stream.readinto1(self._target[self.size :])
         else:
             # Not by `read`, which returns only when all that was asked for is there, however
             # slowly it comes.

@@ -181,7 +181,7 @@ class S3Session:
                 if found is not None:
                     tag = found.headers.get("etag", "")
                     content_range = found.headers.get("content-range", "")
-                    yield GetAnswer(tag, found.length or 0, content_range, found)
+                    yield GetAnswer(tag, found.left or 0, content_range, found)
                     return
             self._fallbacks[0] += 1
 
