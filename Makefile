@@ -98,7 +98,7 @@ demo: $(DEMO)/.installed ## try a model in the browser (RUN=, BUCKET=)
 rehearse: setup ## simulate a spot interruption and time it: here (a minute), or of a RUN on AWS (RUN=, BUCKET=)
 	$(BIN)/wds-train rehearse$(call flag,BUCKET,--bucket)$(call flag,REGION,--region)$(arguments)$(run)
 
-test: check ## lint, types and all tests (about 15 minutes on two cores)
+test: check ## lint, types and all tests (about 20 minutes on two cores)
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --durations 15$(arguments)
 
 test-cpus: setup ## run all tests as on four CPUs with fewer instructions (an hour)

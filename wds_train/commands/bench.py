@@ -69,6 +69,7 @@ def import_benchmark(name: str) -> ModuleType:
         raise UsageError(
             "benchmarks are not installed; use wds-train from a clone of its repository"
         )
-    if str(CLONE) not in sys.path:
-        sys.path.append(str(CLONE))
+    # First, before the current folder, which may have a `benchmarks` too.
+    if sys.path[0] != str(CLONE):
+        sys.path.insert(0, str(CLONE))
     return import_module(name)
